@@ -1,0 +1,101 @@
+"""Putting a method on a model: match the targets, replace the layers, freeze the rest, report."""
+
+import difflib
+import fnmatch
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from distlora.errors import UserError
+from distlora.layer import AdapterLinear
+from distlora.methods import Method
+
+ALL_LINEAR = "all-linear"
+
+
+@dataclass
+class Attached:
+    """What `attach` did. layers: by name in the bare model. trained: names of all trained parameters, in the model's order."""
+
+    method: Method
+    layers: dict[str, AdapterLinear] = field(default_factory=dict)
+    targets: list[str] = field(default_factory=list)
+    trained: list[str] = field(default_factory=list)
+
+
+def attach(model: nn.Module, method: Method, targets: str | list[str], new_parameters: Collection[str] = ()) -> Attached:
+    """Adapt the target layers of `model` in place; afterwards exactly the method's factors and new heads are trained.
+
+    targets: "all-linear" (every `nn.Linear` but output embeddings and new heads), or a list of layer names, last parts of
+    names (`q_proj`) and patterns (`*.layers.1?.mlp.*`). new_parameters: parameters that the pretrained weights did not
+    contain, such as a classification head; they are trained fully.
+    Raises UserError for a target that matches no linear layer, and for a layer whose shape the method refuses.
+    """
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    if not linears:
+        raise UserError(f"{type(model).__name__} has no linear layer to adapt")
+    chosen = _match(model, linears, targets, new_parameters)
+    if not chosen:
+        raise UserError(f"targets: {targets} leaves no layer of {type(model).__name__} to adapt; name some")
+    for name in chosen:
+        problem = method.problem_with(linears[name].out_features, linears[name].in_features)
+        if problem:
+            raise UserError(f"method {method.name}: layer {name}: {problem}; lower method.rank or name other targets")
+
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    attached = Attached(method, targets=chosen)
+    for name in chosen:
+        if method.trains_weight:
+            for parameter in linears[name].parameters():
+                parameter.requires_grad_(True)
+        else:
+            attached.layers[name] = _replace(model, name, AdapterLinear(linears[name], method, name))
+    for name, parameter in model.named_parameters():
+        if name in new_parameters:
+            parameter.requires_grad_(True)
+        if parameter.requires_grad:
+            attached.trained.append(name)
+    return attached
+
+
+def _match(model: nn.Module, linears: dict[str, nn.Linear], targets: str | list[str], new_parameters: Collection[str]):
+    """Names of the layers to adapt, in the model's order."""
+    if targets == ALL_LINEAR:
+        return _all_linear(model, linears, new_parameters)
+    matched: set[str] = set()
+    for target in targets:
+        hits = {name for name in linears if _matches(name, target)}
+        if not hits:
+            last_parts = sorted({name.rsplit(".", 1)[-1] for name in linears})
+            near = difflib.get_close_matches(target, last_parts + list(linears), 1)
+            hint = f", did you mean {near[0]}?" if near else f"; it has {', '.join(last_parts)}"
+            raise UserError(f"targets: {target} matches no linear layer of {type(model).__name__}{hint}")
+        matched |= hits
+    return [name for name in linears if name in matched]
+
+
+def _matches(name: str, target: str) -> bool:
+    return name == target or name.endswith("." + target) or fnmatch.fnmatchcase(name, target)
+
+
+def _all_linear(model: nn.Module, linears: dict[str, nn.Linear], new_parameters: Collection[str]) -> list[str]:
+    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    return [
+        name
+        for name, linear in linears.items()
+        if linear is not output and id(linear.weight) not in embeddings and f"{name}.weight" not in new_parameters
+    ]
+
+
+def _replace(model: nn.Module, name: str, layer: AdapterLinear) -> AdapterLinear:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, layer)
+    return layer
+
+
+def lora_parameters(attached_to: dict[str, tuple[int, int]], rank: int) -> int:
+    """Trained parameters of an ordinary LoRA of this rank on layers of these shapes (out, in)."""
+    return sum(rank * (out_features + in_features) for out_features, in_features in attached_to.values())

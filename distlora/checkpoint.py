@@ -1,0 +1,206 @@
+"""Checkpoints that survive a crash at any moment and do not know the number of ranks or the ZeRO stage.
+
+    RUN/checkpoint-<step>/   adapter.safetensors     every factor as the forward pass uses it, and other trained parameters
+                             optimizer.safetensors   <tensor>/master and <tensor>/<moment> of every trained tensor, float32
+                             state.json              step, method, what the caller adds, random-number states of all ranks
+                             manifest.json           written last: the size and SHA-256 of every other file
+
+Groups of tensors above 2 GiB are split over files with an index. Rank 0 writes and reads; it holds one
+tensor at a time beside the file that is being filled.
+"""
+
+import base64
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distlora.attach import Attached
+from distlora.comm import Comm
+from distlora.engine import Engine
+from distlora.errors import UserError
+from distlora.rankzero import on_main, stream_to_main
+from distlora.rundir import FORMAT, MANIFEST, STATE, Checkpoint, newest, of_step, prune, put_in_place
+from distlora.tensorfile import TensorFiles, flush_directory, sha256_of, write_json, write_split
+
+__all__ = ["Checkpoint", "describe_model", "newest", "of_step", "restore", "save"]
+
+SPLIT_BYTES = 2 << 30
+ADAPTER, OPTIMIZER = "adapter", "optimizer"
+
+_log = logging.getLogger(__name__)
+
+# ---------------------------------------------------------------------- saving
+
+
+def save(
+    engine: Engine,
+    attached: Attached,
+    run_dir: str | os.PathLike,
+    step: int,
+    identity: dict,
+    extra: dict | None = None,
+    keep: int = 2,
+    split_bytes: int = SPLIT_BYTES,
+) -> Path:
+    """Writes `run_dir/checkpoint-<step>` and returns it; then removes all but the newest `keep` of the steps up to this one.
+
+    Collective. A crash at any moment leaves the earlier checkpoints, or this one, whole. identity: what a run must have in
+    common with this one to resume it; extra: anything else of the caller's; both JSON. One of the same step is replaced.
+    Errors: UserError on all ranks where the disk refuses; nothing is left behind then.
+    """
+    final = Path(run_dir) / f"checkpoint-{step}"
+    state = {
+        "format": FORMAT,
+        "step": step,
+        "method": attached.method.name,
+        "rank": attached.method.rank,
+        "targets": attached.targets,
+        "model": describe_model(engine),
+        "optimizer_steps": engine.steps_taken(),
+        "identity": identity,
+        "extra": extra or {},
+        "rng": _gather_random_states(engine.comm),
+    }
+    stream_to_main(
+        engine.comm, final, _tensors(engine, attached), lambda tensors: _write(final, tensors, state, split_bytes)
+    )
+    on_main(engine.comm, final, lambda: prune(final, keep))
+    return final
+
+
+def describe_model(engine: Engine) -> dict[str, Any]:
+    """The model's class, and how many labels its head tells apart: what an export has to say about a new head."""
+    config = getattr(engine.module, "config", None)
+    return {"class": type(engine.module).__name__, "num_labels": getattr(config, "num_labels", None)}
+
+
+def _tensors(engine: Engine, attached: Attached) -> Iterator[tuple[str, str, Tensor | None]]:
+    """(group, name, tensor) of everything to be saved, the tensors on rank 0 only. Collective."""
+    for name in _adapter_shapes(engine, attached):
+        yield ADAPTER, name, engine.read_parameter(name)
+    for name in engine.trained_shapes():
+        for key, tensor in (engine.read_trained(name) or {}).items():
+            yield OPTIMIZER, f"{name}/{key}", tensor
+
+
+def _adapter_shapes(engine: Engine, attached: Attached) -> dict[str, tuple[int, ...]]:
+    """Every factor of every layer, then the trained parameters that are none."""
+    factors = {
+        f"{name}.{factor}": tuple(shape)
+        for name, layer in attached.layers.items()
+        for factor, shape in layer.method.shapes(*layer.shape).items()
+    }
+    return factors | {name: shape for name, shape in engine.trained_shapes().items() if name not in factors}
+
+
+def _write(final: Path, tensors: Iterable[tuple[str, str, Tensor]], state: dict, split_bytes: int) -> None:
+    final.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in final.parent.glob(".checkpoint-*.partial"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    partial = final.with_name(f".{final.name}.partial")
+    partial.mkdir()
+    try:
+        digests = {}
+        for group, members in groupby(tensors, key=lambda item: item[0]):
+            digests |= write_split(partial, group, ((name, tensor) for _, name, tensor in members), split_bytes)
+        digests[STATE] = write_json(partial / STATE, state)
+        write_json(partial / MANIFEST, {"format": FORMAT, "step": state["step"], "files": _verified(partial, digests)})
+        flush_directory(partial)
+        put_in_place(partial, final)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _verified(directory: Path, digests: dict[str, str]) -> dict[str, dict]:
+    """Reads every file again; its size and checksum for the manifest."""
+    for name, digest in digests.items():
+        if sha256_of(directory / name) != digest:
+            raise UserError(f"{directory / name}: what was written reads back differently; check the disk")
+    return {name: {"bytes": (directory / name).stat().st_size, "sha256": digest} for name, digest in digests.items()}
+
+
+# ---------------------------------------------------------------------- restoring
+
+
+def restore(engine: Engine, attached: Attached, checkpoint: Checkpoint) -> dict[str, Any]:
+    """Writes a checkpoint into an engine that has started, and returns its state (step, identity, extra, …). Collective.
+
+    Any stage and world size will do. At the same world size the random-number states of all ranks are restored as well.
+    Errors: UserError on all ranks, naming the tensor, where checkpoint and model do not fit; nothing is written then.
+    """
+    comm, trained = engine.comm, engine.trained_shapes()
+    shapes = _adapter_shapes(engine, attached)
+    files = on_main(comm, checkpoint.path, lambda: _open_fitting(checkpoint, attached, shapes, trained))
+    adapter, optimizer, keys = files or (None, None, None)
+    for name in shapes:
+        if name not in trained:
+            engine.write_parameter(name, on_main(comm, checkpoint.path, lambda name=name: adapter.read(name)))
+    for name in trained:
+        tensors = on_main(comm, checkpoint.path, lambda name=name: {key: optimizer.read(f"{name}/{key}") for key in keys})
+        engine.write_trained(name, tensors, checkpoint.state["optimizer_steps"])
+    _restore_random_states(comm, checkpoint)
+    return checkpoint.state
+
+
+def _open_fitting(checkpoint: Checkpoint, attached: Attached, shapes: dict, trained: dict):
+    """The adapter's files, the optimizer's, and the keys of each trained tensor, once all names and shapes are right."""
+    if checkpoint.state["method"] != attached.method.name:
+        raise UserError(
+            f"{checkpoint.path} is of method {checkpoint.state['method']}, and the run of {attached.method.name}"
+        )
+    adapter, optimizer = TensorFiles(checkpoint.path, ADAPTER), TensorFiles(checkpoint.path, OPTIMIZER)
+    keys = sorted({"master"} | {name.rpartition("/")[2] for name in optimizer.names})
+    _compare(checkpoint.path, adapter, shapes)
+    _compare(checkpoint.path, optimizer, {f"{name}/{key}": shape for name, shape in trained.items() for key in keys})
+    return adapter, optimizer, keys
+
+
+def _compare(path: Path, files: TensorFiles, wanted: dict[str, tuple[int, ...]]) -> None:
+    for name, shape in wanted.items():
+        if name not in files:
+            raise UserError(f"{path}: tensor {name} is missing; it was written with another model, method or targets")
+        if files.shape(name) != tuple(shape):
+            raise UserError(f"{path}: tensor {name} has shape {files.shape(name)}, and the run's is {tuple(shape)}")
+    for name in files.names:
+        if name not in wanted:
+            raise UserError(f"{path}: the run has no tensor {name}; it was written with another model, method or targets")
+
+
+# ---------------------------------------------------------------------- random-number states
+
+
+def _gather_random_states(comm: Comm) -> dict[str, list[str]] | None:
+    """On rank 0 the states of all ranks' global generators, which dropout draws from, in base64."""
+    states = {"cpu": torch.get_rng_state()}
+    if comm.device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(comm.device)
+    gathered = {kind: comm.gather_to(state.to(comm.device), 0) for kind, state in states.items()}
+    if not comm.is_main:
+        return None
+    return {
+        kind: [base64.b64encode(bytes(state.cpu().numpy())).decode() for state in of_ranks]
+        for kind, of_ranks in gathered.items()
+    }
+
+
+def _restore_random_states(comm: Comm, checkpoint: Checkpoint) -> None:
+    states = comm.share(on_main(comm, checkpoint.path, lambda: json.loads((checkpoint.path / STATE).read_bytes())["rng"]))
+    if len(states["cpu"]) != comm.world_size:
+        _log.info("%s was written by %d ranks: dropout draws anew", checkpoint.path, len(states["cpu"]))
+        return
+    own = {
+        kind: torch.frombuffer(bytearray(base64.b64decode(of_ranks[comm.rank])), dtype=torch.uint8)
+        for kind, of_ranks in states.items()
+    }
+    torch.set_rng_state(own["cpu"])
+    if comm.device.type == "cuda" and "cuda" in own:
+        torch.cuda.set_rng_state(own["cuda"], comm.device)

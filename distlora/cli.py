@@ -1,0 +1,154 @@
+"""The command line: `distlora train RECIPE [dotted.key=value …]` and its sister verbs."""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from distlora.errors import TrainingError, UserError
+
+USER_ERROR, TRAINING_ERROR = 2, 1
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one verb; returns the exit code: 0, 1 (training broke) or 2 (a mistake of the user's, in one sentence)."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except UserError as error:
+        return _sentence(error, USER_ERROR)
+    except TrainingError as error:
+        return _sentence(error, TRAINING_ERROR)
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("distlora", description="Low-rank fine-tuning that is native to DeepSpeed ZeRO.")
+    # DeepSpeed's launcher puts --local_rank=N before the verb; the environment says the same.
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+
+    train = verbs.add_parser("train", help="run a recipe")
+    train.add_argument("recipe", help="a YAML file, see configs/recipes")
+    train.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="changes to the recipe, such as train.lr=1e-3")
+    train.add_argument(
+        "--resume",
+        action=argparse.BooleanOptionalAction,
+        help="demand a checkpoint to continue from, or begin anew; by default continue if there is one",
+    )
+    train.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    train.set_defaults(run=_train)
+
+    evaluate = verbs.add_parser("eval", help="evaluate a run's newest checkpoint on its evaluation split")
+    evaluate.add_argument("run_dir", type=Path, help="the run's output directory")
+    evaluate.add_argument("overrides", nargs="*", metavar="dotted.key=value")
+    evaluate.set_defaults(run=_evaluate)
+
+    export = verbs.add_parser("export", help="write a run's result in a format that other software loads")
+    export.add_argument("run_dir", type=Path, help="the run's output directory")
+    export.add_argument("--format", choices=("peft", "merged"), required=True)
+    export.add_argument("--out", type=Path, required=True, help="a directory that does not exist yet")
+    export.add_argument("--step", type=int, help="of the checkpoint; default: the newest")
+    export.set_defaults(run=_export)
+
+    methods = verbs.add_parser("methods", help="list the methods")
+    methods.set_defaults(run=_methods)
+    return parser
+
+
+def _train(options: argparse.Namespace) -> None:
+    topology = _topology()
+    from distlora.config import load_recipe
+
+    recipe = load_recipe(options.recipe, options.overrides)
+    from distlora import train
+
+    for note in recipe.notes:
+        logging.getLogger("distlora").info("%s", note)
+    train.check(recipe, topology, options.resume)
+    summary = train.train(recipe, topology, options.resume)
+    if topology.rank == 0:
+        print(_table(summary))
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    topology = _topology()
+    from distlora.config import load_recipe
+    from distlora.resume import RECIPE
+
+    if not (options.run_dir / RECIPE).exists():
+        raise UserError(f"{options.run_dir} holds no run: it has no {RECIPE}")
+    recipe = load_recipe(options.run_dir / RECIPE, [*options.overrides, f"output_dir={options.run_dir}"])
+    from distlora import train
+
+    train.check(recipe, topology, resume=True)
+    for name, value in train.evaluate(recipe, topology).items():
+        if topology.rank == 0:
+            print(f"eval/{name} {value:.6f}")
+
+
+def _export(options: argparse.Namespace) -> None:
+    _log_to_terminal(shown=True)
+    from distlora.export import export
+
+    print(export(options.run_dir, options.format, options.out, options.step))
+
+
+def _methods(options: argparse.Namespace) -> None:
+    from distlora.methods import registry
+
+    rows = [("method", "trains", "starts from", "published", "")]
+    for name, method in registry().items():
+        trains = "W" if method.trains_weight else ", ".join(method.trains)
+        rows.append((name, trains, method().source_matrix() or "-", method.source, method.summary))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+
+
+def _topology():
+    from distlora.comm import Topology
+
+    topology = Topology.from_environment()
+    _log_to_terminal(shown=topology.rank == 0)
+    return topology
+
+
+def _log_to_terminal(shown: bool) -> None:
+    """Rank 0 tells what happens; the others only what is wrong."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger = logging.getLogger("distlora")
+    logger.handlers[:] = [handler]
+    logger.setLevel(logging.INFO if shown else logging.ERROR)
+    logger.propagate = False
+
+
+def _sentence(error: Exception, code: int) -> int:
+    if int(os.environ.get("RANK", os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("SLURM_PROCID", 0)))) == 0:
+        print(f"distlora: {error}", file=sys.stderr, flush=True)
+    return code
+
+
+def _table(summary) -> str:
+    """The run on one screen."""
+    ratio = f"{summary.lora_trained / summary.trained:.1f} times fewer than" if summary.trained < summary.lora_trained else "beside"
+    rows = [("", "before", "after")] if summary.after else []
+    for key, form in (("loss", "{:.4f}"), ("exact_match", "{:.1%}")):
+        if key in summary.after:
+            rows.append((key.replace("_", " "), form.format(summary.before[key]), form.format(summary.after[key])))
+    lines = [f"  {name:<24}{before:>10}{after:>10}" for name, before, after in rows]
+    lora = f"({ratio} LoRA's {summary.lora_trained:,} at rank {summary.rank})" if summary.lora_trained else ""
+    facts = [
+        ("trained parameters", f"{summary.trained:,} {lora}"),
+        ("initialisation", f"{summary.init_seconds:.1f} s"),
+        ("a step", f"{summary.step_seconds:.2f} s (mean of {summary.steps})"),
+        ("adapter", str(summary.adapter or "none: the weights themselves were trained; see distlora export")),
+        ("TensorBoard log", summary.tensorboard or "none: the DeepSpeed config turns no tensorboard section on"),
+        ("metrics", str(summary.run_dir / "metrics.jsonl")),
+    ]
+    return "\n".join(["", *lines, *(f"  {name:<24}{value}" for name, value in facts), ""])

@@ -1,0 +1,173 @@
+"""Ranks and what they say to each other: the only user of torch.distributed."""
+
+import datetime
+import json
+import os
+import socket
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from distlora.errors import UserError
+
+#: Where each launcher puts (rank, world size, local rank, local world size), most explicit first.
+_LAUNCHERS = [
+    ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+    ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"),
+]
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Who this process is, from the environment of its launcher; one process without any."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+
+    @classmethod
+    def from_environment(cls) -> "Topology":
+        """Raises UserError where a launcher left several processes without a common address."""
+        for rank, world_size, local_rank, _ in _LAUNCHERS:
+            # An interactive SLURM shell sets SLURM_PROCID=0 without being a step of several tasks: then one process is right.
+            if rank in os.environ and world_size in os.environ:
+                if rank == "SLURM_PROCID" and "SLURM_STEP_ID" not in os.environ:
+                    continue
+                found = cls(int(os.environ[rank]), int(os.environ[world_size]), int(os.environ.get(local_rank, 0)))
+                if found.world_size > 1 and "MASTER_ADDR" not in os.environ:
+                    raise UserError(
+                        f"{found.world_size} processes were started through {rank}, but MASTER_ADDR is not set; "
+                        "export MASTER_ADDR (the host of rank 0) and MASTER_PORT"
+                    )
+                return found
+        return cls()
+
+
+class Comm:
+    """The process group, or a group of one without torch.distributed. All calls are collective unless said otherwise."""
+
+    def __init__(self, topology: Topology, device: torch.device, timeout_minutes: float = 30, distributed: bool = True):
+        """Joins the group. device: where this rank computes; gloo on a CPU, NCCL on an NVIDIA GPU."""
+        self.rank, self.world_size = topology.rank, topology.world_size
+        self.local_rank, self.device = topology.local_rank, device
+        self._mine = False
+        if distributed and not dist.is_initialized():
+            self._publish(topology)
+            backend = "nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=datetime.timedelta(minutes=timeout_minutes))
+            self._mine = True
+        if not distributed and self.world_size > 1:
+            raise UserError("several ranks need DeepSpeed; set deepspeed: to a ZeRO config, or start one process")
+
+    @staticmethod
+    def _publish(topology: Topology) -> None:
+        """The variables that torch and DeepSpeed read; launchers that set others have been understood by now."""
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", str(_free_port()) if topology.world_size == 1 else "29500")
+        os.environ["RANK"], os.environ["WORLD_SIZE"] = str(topology.rank), str(topology.world_size)
+        os.environ["LOCAL_RANK"] = str(topology.local_rank)
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def close(self) -> None:
+        if self._mine and dist.is_initialized():
+            dist.destroy_process_group()
+
+    # ------------------------------------------------------------------ tensors
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """Sums in place over ranks."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def reduce_to(self, tensor: Tensor, owner: int) -> Tensor:
+        """Sums over ranks into the owner's `tensor`; what the others' then holds is undefined."""
+        if self.world_size > 1:
+            dist.reduce(tensor, owner)
+        return tensor
+
+    def broadcast(self, tensor: Tensor, source: int) -> Tensor:
+        """Overwrites `tensor` with the one of rank `source`."""
+        if self.world_size > 1:
+            dist.broadcast(tensor, source)
+        return tensor
+
+    def gather_to(self, tensor: Tensor, owner: int) -> list[Tensor] | None:
+        """Equal-sized tensors of all ranks, in rank order, on the owner; None elsewhere."""
+        if self.world_size == 1:
+            return [tensor]
+        parts = [torch.empty_like(tensor) for _ in range(self.world_size)] if self.rank == owner else None
+        dist.gather(tensor, parts, dst=owner)
+        return parts
+
+    def all_gather(self, tensor: Tensor) -> list[Tensor]:
+        """Equal-sized tensors of all ranks, in rank order."""
+        if self.world_size == 1:
+            return [tensor]
+        parts = [torch.empty_like(tensor) for _ in range(self.world_size)]
+        dist.all_gather(parts, tensor)
+        return parts
+
+    # ------------------------------------------------------------------ values
+
+    def sum(self, *values: float) -> tuple[float, ...]:
+        """Each value summed over ranks, in float64."""
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        return tuple(self.all_reduce(total).tolist())
+
+    def share(self, value: Any) -> Any:
+        """Rank 0's JSON-able value, on every rank."""
+        if self.world_size == 1:
+            return value
+        data = json.dumps(value).encode() if self.rank == 0 else b""
+        size = self.broadcast(torch.tensor(len(data), device=self.device), 0)
+        buffer = torch.zeros(int(size), dtype=torch.uint8, device=self.device)
+        if self.rank == 0:
+            buffer.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+        return json.loads(bytes(self.broadcast(buffer, 0).cpu().tolist()))
+
+    def agree(self, error: Exception | None) -> None:
+        """Raises on every rank if any rank brings an error, so that none is left waiting in a later collective.
+
+        The error of the lowest rank that has one is raised there as it is, and elsewhere as a UserError with its sentence.
+        """
+        if self.world_size == 1:
+            if error is not None:
+                raise error
+            return
+        mine = torch.tensor(self.world_size if error is None else self.rank, device=self.device)
+        dist.all_reduce(mine, op=dist.ReduceOp.MIN)
+        first = int(mine)
+        if first == self.world_size:
+            return
+        if first == self.rank:
+            self._share_from(first, str(error))
+            raise error
+        sentence = self._share_from(first, None)
+        raise UserError(sentence)
+
+    def _share_from(self, source: int, text: str | None) -> str:
+        data = text.encode() if text is not None else b""
+        size = self.broadcast(torch.tensor(len(data), device=self.device), source)
+        buffer = torch.zeros(int(size), dtype=torch.uint8, device=self.device)
+        if text is not None:
+            buffer.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+        return bytes(self.broadcast(buffer, source).cpu().tolist()).decode()
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]

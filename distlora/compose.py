@@ -1,0 +1,223 @@
+"""Where a method meets an engine: initialisation of all layers, spread over the ranks."""
+
+import hashlib
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from distlora.attach import Attached
+from distlora.comm import Comm
+from distlora.engine import Engine
+from distlora.layer import AdapterLinear
+from distlora.methods import Factors, Init, Method
+from distlora.methods.base import LayerInit
+from distlora.probe import Batch, Loss, mean_gradients, sample_weights
+
+log = logging.getLogger(__name__)
+
+#: The line search over eta: exponents of ten of the root mean square of ΔW, every half decade.
+SEARCH_FROM, SEARCH_TO = -6.5, -1.0
+SEARCH_PATIENCE = 2
+SEARCH_REFINEMENTS = (0.25, 0.125)
+
+
+@dataclass(frozen=True)
+class ProbeData:
+    """The samples of the first-step approximation.
+
+    batches: this rank's, for backward passes. forward_batches: the same samples in larger batches, for passes without gradients.
+    samples: their number over all ranks.
+    """
+
+    batches: Callable[[], Iterator[Batch]]
+    forward_batches: Callable[[], Iterator[Batch]]
+    samples: int
+    loss: Loss
+
+
+@dataclass
+class InitReport:
+    """What initialisation did. scalars: for logging under `init/`. search: (eta, probe loss) in the order tried."""
+
+    scalars: dict[str, float] = field(default_factory=dict)
+    search: list[tuple[float, float]] = field(default_factory=list)
+
+
+def initialise(engine: Engine, attached: Attached, seed: int, first_rate: float, data: ProbeData | None = None) -> InitReport:
+    """Gives every layer its factors, the same for every world size and ZeRO stage.
+
+    seed: of the recipe. first_rate: the schedule's first learning rate that is not zero (for `eta: schedule`).
+    data: the probe's samples, needed where the method starts from gradients.
+    Layer i is factorised by its owner alone (`assign_owners`); everyone else receives the factors.
+    """
+    method, layers = attached.method, attached.layers
+    report = InitReport()
+    if not layers:
+        return report
+    owners = assign_owners(layers, method, engine.comm.world_size)
+    settings = method.probe_settings()
+    gradients: dict[str, Tensor] = {}
+    if settings is not None:
+        gradients = mean_gradients(engine, layers, owners, data.batches(), data.samples, data.loss, settings.sums)
+        report.scalars["samples"] = data.samples
+    eta = {"search": 1.0, "schedule": first_rate, None: 1.0}.get(settings and settings.eta, settings and settings.eta)
+
+    scalars: dict[str, dict[str, float]] = {}
+    for turn in _turns(layers, owners):
+        found = _factorise(engine, method, turn, owners, gradients, seed, eta)
+        for name, layer in turn.items():
+            factors = _broadcast(engine.comm, layer, owners[name], found.get(name))
+            engine.write(layer, factors)
+            layer.map_gradients(method.gradient_map({key: factor.to(engine.dtype) for key, factor in factors.items()}))
+        scalars |= {name: init.report for name, init in found.items()}
+    report.scalars |= _means(engine.comm, scalars, list(layers))
+    if settings is not None:
+        if settings.eta == "search":
+            eta = _search(engine, layers, method.proportional_to_eta(), data, report)
+        report.scalars["eta"] = eta
+    return report
+
+
+def install_gradient_maps(engine: Engine, attached: Attached) -> None:
+    """What `initialise` does for gradients, for layers whose factors came from a checkpoint."""
+    for layer in attached.layers.values():
+        factors = {name: factor.to(engine.dtype) for name, factor in engine.read(layer).items()}
+        layer.map_gradients(attached.method.gradient_map(factors))
+
+
+def assign_owners(layers: dict[str, AdapterLinear], method: Method, world_size: int) -> dict[str, int]:
+    """The rank that factorises each layer: the one with the least work so far, at out·in·r a layer."""
+    work = [0] * world_size
+    owners = {}
+    for name, layer in layers.items():
+        owner = work.index(min(work))
+        work[owner] += layer.out_features * layer.in_features * method.rank
+        owners[name] = owner
+    return owners
+
+
+def layer_generator(seed: int, name: str) -> torch.Generator:
+    """A generator of the layer's own, so that no layer's draw depends on which rank drew before it."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def _turns(layers: dict[str, AdapterLinear], owners: dict[str, int]) -> Iterator[dict[str, AdapterLinear]]:
+    """At most one layer an owner at a time: all ranks factorise at once, none holds more than one whole weight."""
+    queues: dict[int, list[str]] = {}
+    for name in layers:
+        queues.setdefault(owners[name], []).append(name)
+    for turn in range(max(len(queue) for queue in queues.values())):
+        yield {queue[turn]: layers[queue[turn]] for queue in queues.values() if turn < len(queue)}
+
+
+def _factorise(
+    engine: Engine,
+    method: Method,
+    turn: dict[str, AdapterLinear],
+    owners: dict[str, int],
+    gradients: dict[str, Tensor],
+    seed: int,
+    eta: float,
+) -> dict[str, Init]:
+    """The own layers of this turn, with their factors."""
+    sources: dict[str, Tensor | None] = {}
+    for name, layer in turn.items():
+        weight = engine.weight_at_owner(layer, owners[name]) if method.source_matrix() == "weight" else None
+        if owners[name] == engine.comm.rank:
+            sources[name] = weight if method.source_matrix() == "weight" else gradients.pop(name, None)
+    found, failure = {}, None
+    try:
+        for name, source in sources.items():
+            source = source if source is None else source.to(engine.comm.device)
+            generator = layer_generator(seed, name)
+            found[name] = method.initialise(LayerInit(turn[name].shape, source, generator, engine.dtype, eta))
+    except Exception as error:  # the others wait in a broadcast: tell them before this rank leaves
+        failure = error
+    engine.comm.agree(failure)
+    return found
+
+
+def _broadcast(comm: Comm, layer: AdapterLinear, owner: int, init: Init | None) -> Factors:
+    """The owner's factors on every rank, float32 on the device. Frozen ones may hold values rounded to a lower dtype."""
+    factors = {}
+    for name, shape in layer.method.shapes(*layer.shape).items():
+        value = torch.zeros(shape, device=comm.device)
+        if init is not None:
+            value.copy_(init.factors[name])
+        factors[name] = comm.broadcast(value, owner)
+    return factors
+
+
+def _means(comm: Comm, scalars: dict[str, dict[str, float]], names: list[str]) -> dict[str, float]:
+    """Each reported number as mean and least value over all layers; one collective."""
+    keys = comm.share(sorted({key for report in scalars.values() for key in report}) if comm.is_main else None)
+    table = torch.zeros(len(names), max(1, len(keys)), dtype=torch.float64, device=comm.device)
+    for row, name in enumerate(names):
+        for column, key in enumerate(keys):
+            table[row, column] = scalars.get(name, {}).get(key, 0.0)
+    comm.all_reduce(table)
+    result = {}
+    for column, key in enumerate(keys):
+        result[key] = float(table[:, column].mean())
+        result[f"{key}_min"] = float(table[:, column].min())
+    return result
+
+
+def _search(
+    engine: Engine, layers: dict[str, AdapterLinear], factor: str, data: ProbeData, report: InitReport
+) -> float:
+    """The eta with the least loss on the probe's samples: half decades upwards until the loss has risen twice, then finer.
+
+    Only a scale changes, so one try is one forward pass, and nothing is written before the choice is made.
+    """
+    unit = report.scalars["step_rms"]  # of ΔW at eta = 1: 1 under AdamW, the gradient's own under SGD
+    losses: dict[float, float] = {}
+
+    def attempt(exponent: float) -> float:
+        if exponent not in losses:
+            eta = 10**exponent / unit
+            for layer in layers.values():
+                layer.try_scale(factor, eta)
+            losses[exponent] = _probe_loss(engine, data)
+            report.search.append((eta, losses[exponent]))
+            log.info("eta %.3g: probe loss %.4f", eta, losses[exponent])
+        return losses[exponent]
+
+    try:
+        for layer in layers.values():
+            layer.try_scale(factor, 0.0)
+        report.scalars["loss_before"] = _probe_loss(engine, data)
+        worse, exponent = 0, SEARCH_FROM
+        while exponent <= SEARCH_TO and worse < SEARCH_PATIENCE:
+            least = min(losses.values(), default=float("inf"))
+            worse = 0 if attempt(exponent) <= least else worse + 1
+            exponent += 0.5
+        for width in SEARCH_REFINEMENTS:
+            best = min(losses, key=losses.get)
+            attempt(best - width)
+            attempt(best + width)
+    finally:
+        for layer in layers.values():
+            layer.try_scale(None)
+    best = min(losses, key=losses.get)
+    eta = 10**best / unit
+    report.scalars["loss_after"] = losses[best]
+    for layer in layers.values():
+        engine.write(layer, {factor: engine.read(layer)[factor] * eta})
+    return eta
+
+
+@torch.no_grad()
+def _probe_loss(engine: Engine, data: ProbeData) -> float:
+    """Mean over the probe's samples of each sample's mean loss, equal on all ranks."""
+    total = torch.zeros((), device=engine.comm.device)
+    engine.train_mode(False)
+    with engine.probe_pass():
+        for batch in data.forward_batches():
+            total += engine.run_probe(data.loss, batch, sample_weights(batch))[0].detach().float()
+    engine.train_mode(True)
+    return float(engine.comm.all_reduce(total)) / data.samples

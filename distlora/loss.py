@@ -1,0 +1,116 @@
+"""Cross-entropy over a large vocabulary in which the logits of all positions are never alive at once, in any precision.
+
+The output head computes the loss itself, a block of positions at a time, and computes each block's logits again on the way
+back. It does so within one call: under ZeRO-3 its weight is gathered once each way, and all ranks make the same number of
+calls however many positions they have. (Calling the head once a block under `torch.utils.checkpoint` fails there: a frozen
+weight is released between the recomputation of the logits and its use.)
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+#: Logits in a block: 64 MiB in float32, with two or three such tensors alive. Smaller ones would read the weight too often.
+BLOCK_ELEMENTS = 1 << 24
+
+
+class OutputHead(nn.Linear):
+    """A model's output layer that also answers with the loss. It takes the parameters of the layer that it replaces."""
+
+    def __init__(self, head: nn.Linear):
+        nn.Module.__init__(self)  # allocates nothing: nn.Linear would
+        self.in_features, self.out_features = head.in_features, head.out_features
+        self.register_parameter("weight", head.weight)
+        self.register_parameter("bias", head.bias)
+
+    def forward(
+        self, hidden: Tensor, targets: Tensor | None = None, weights: Tensor | None = None, softcap: float | None = None
+    ) -> Tensor:
+        """The logits (…, vocab) of hidden (…, h); or, given targets, their loss as `cross_entropy` defines it."""
+        if targets is None:
+            return super().forward(hidden)
+        return _HeadCrossEntropy.apply(hidden, self.weight, self.bias, targets, weights, softcap)
+
+
+def cross_entropy(head: nn.Module, hidden: Tensor, targets: Tensor, weights: Tensor, softcap: float | None = None) -> Tensor:
+    """The weighted sum of the cross-entropies at n positions, a float32 scalar (float64 for a model in float64).
+
+    head: an `OutputHead`; or any other module that gives logits (an adapted head), whose logits are all alive then. It is
+    called once. hidden: (n, h), n = 0 allowed. targets: (n,) int64. weights: (n,) float32, no gradient reaches them.
+    softcap: c in c·tanh(logits / c).
+    """
+    if isinstance(head, OutputHead):
+        return head(hidden, targets, weights, softcap)
+    losses = F.cross_entropy(_capped(head(hidden), softcap), targets, reduction="none")
+    return (losses * weights).sum()
+
+
+class _HeadCrossEntropy(torch.autograd.Function):
+    """sum_i weights[i] · (logsumexp(z[i]) - z[i, targets[i]]) with z = capped(hidden Wᵀ + b), block by block.
+
+    The weight is held by reference and not saved: under ZeRO-3 its storage comes and goes.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, weights: Tensor, softcap):
+        normaliser = hidden.new_empty(len(hidden), dtype=_exact(hidden.dtype))
+        chosen = torch.empty_like(normaliser)
+        for rows in _blocks(len(hidden), len(weight)):
+            z = _capped(_linear(hidden[rows], weight, bias), softcap)
+            normaliser[rows] = z.logsumexp(-1)
+            chosen[rows] = z.gather(1, targets[rows, None]).squeeze(1)
+        ctx.save_for_backward(hidden, targets, weights, normaliser)
+        ctx.weight, ctx.bias, ctx.softcap = weight, bias, softcap
+        return ((normaliser - chosen) * weights).sum()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient: Tensor):
+        hidden, targets, weights, normaliser = ctx.saved_tensors
+        needs_hidden, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        dhidden = torch.empty_like(hidden) if needs_hidden else None
+        dweight = torch.zeros_like(ctx.weight) if needs_weight else None
+        dbias = torch.zeros_like(ctx.bias) if needs_bias else None
+        scale = gradient * weights
+        for rows in _blocks(len(hidden), len(ctx.weight)):
+            z = _capped(_linear(hidden[rows], ctx.weight, ctx.bias), ctx.softcap)
+            slope = _slope(z, normaliser[rows], targets[rows], scale[rows], ctx.softcap).to(hidden.dtype)
+            if needs_hidden:
+                dhidden[rows] = slope @ ctx.weight
+            if needs_weight:
+                dweight.addmm_(slope.T, hidden[rows])
+            if needs_bias:
+                dbias += slope.sum(0)
+        return dhidden, dweight, dbias, None, None, None
+
+
+def _slope(z: Tensor, normaliser: Tensor, targets: Tensor, scale: Tensor, softcap: float | None) -> Tensor:
+    """The loss's derivative by the uncapped logits, (rows, vocab): scale · (softmax(z) - onehot(targets)) · dz/dlogits."""
+    slope = (z - normaliser[:, None]).exp_()
+    slope.scatter_add_(1, targets[:, None], slope.new_full((len(slope), 1), -1.0))
+    slope.mul_(scale[:, None])
+    if softcap is not None:  # tanh' = 1 - tanh²
+        slope.mul_(1 - (z / softcap).square_())
+    return slope
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x @ weight.T if bias is None else torch.addmm(bias, x, weight.T)
+
+
+def _capped(logits: Tensor, softcap: float | None) -> Tensor:
+    """The logits in float32 (or float64), soft-capped."""
+    z = logits.to(_exact(logits.dtype))
+    return z if softcap is None else (z / softcap).tanh() * softcap
+
+
+def _exact(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _blocks(count: int, vocab_size: int) -> Iterator[slice]:
+    """Slices of 0..count-1 whose logits are at most BLOCK_ELEMENTS (or one row)."""
+    rows = max(1, BLOCK_ELEMENTS // vocab_size)
+    return (slice(start, start + rows) for start in range(0, count, rows))

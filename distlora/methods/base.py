@@ -1,0 +1,168 @@
+"""The method contract: what a fine-tuning method must answer, in tensors alone.
+
+Shape legend, the same in every file:
+
+    W  (out, in)   the pretrained weight       g  (out, in)   dL/dW, the full fine-tuning gradient
+    B  (out, r)    left factor                 A  (r, in)     right factor
+    R  (r, r)      core                        s              scaling; the adapted weight is W + s·B·A or W + s·B·R·A
+
+A method knows no module, rank, device or engine. It is a frozen pydantic model, and its fields *are* the `method:` section of
+a recipe. Adding a method is adding one file to this package: the recipe, the command line, checkpoints, exports and the
+contract tests find it by its `name`.
+"""
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from distlora.functional import linear
+
+Factors = dict[str, Tensor]
+Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """A matrix `left @ right`, kept as the pair. left: (out, k), right: (k, in)."""
+
+    left: Tensor
+    right: Tensor
+
+
+@dataclass(frozen=True)
+class LayerInit:
+    """What a method is told about the layer that it initialises.
+
+    shape: (out, in). source: what `Method.source_matrix` asked for, (out, in) float32 (for "gradient": the mean over the
+    probe's samples), or None. generator: the layer's own, on the CPU, seeded by the recipe's seed and the layer's name; the
+    global one is never touched. dtype: in which the forward pass will use the factors. eta: size of the first step, where the
+    method takes one.
+    """
+
+    shape: tuple[int, int]
+    source: Tensor | None
+    generator: torch.Generator
+    dtype: torch.dtype = torch.float32
+    eta: float = 1.0
+
+
+@dataclass(frozen=True)
+class Init:
+    """What `Method.initialise` answers.
+
+    factors: on the CPU; a trained one in float32, a frozen one in float32 or already in the layer's dtype.
+    report: numbers worth logging under `init/`.
+    """
+
+    factors: Factors
+    report: dict[str, float] = field(default_factory=dict)
+
+
+class ProbeSettings(BaseModel):
+    """What a method that starts from gradients asks of the probe; part of its recipe section."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    samples: float = Field(0.001, gt=0, description="training samples of the probe; below 1 a fraction, of which at least 25")
+    micro_batch_size: int = Field(1, ge=1, description="samples a pass of the probe")
+    sums: Literal["host", "device"] = Field("host", description="where the owner of a layer keeps its gradient sum")
+    eta: float | Literal["search", "schedule"] = Field(
+        "search", description="size of the first step: a number, the schedule's first rate that is not zero, or a line search"
+    )
+
+
+class Method(BaseModel):
+    """Base of all methods. Subclasses set `name` and the class variables, and override what differs.
+
+    A subclass with a default for `name` is registered under it.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    rank: int = Field(8, ge=1, description="r: columns of B, rows of A")
+    alpha: float | None = Field(None, gt=0, description="numerator of the scaling; null: the method's own choice")
+    dropout: float = Field(0.0, ge=0, lt=1, description="probability of dropping an element of the adapter's input")
+
+    #: One line for `distlora methods`.
+    summary: ClassVar[str]
+    #: Where the method was published.
+    source: ClassVar[str]
+    #: The factors in the order in which they are applied to the input, first to last; () for no adapter.
+    path: ClassVar[tuple[str, ...]] = ("A", "B")
+    #: The factors that the optimizer trains. The others are frozen.
+    trains: ClassVar[tuple[str, ...]] = ("A", "B")
+    #: Trained factors without a gradient at the first step, because another factor starts at zero.
+    zero_gradient_at_start: ClassVar[tuple[str, ...]] = ()
+    #: True where the target weights themselves are trained, and no factors exist.
+    trains_weight: ClassVar[bool] = False
+
+    # ------------------------------------------------------------------ shapes and scaling
+
+    @property
+    def scaling(self) -> float:
+        """s in `W + s·B·A`."""
+        return (self.rank if self.alpha is None else self.alpha) / self.rank
+
+    def shapes(self, out_features: int, in_features: int) -> Shapes:
+        """Shape of every factor of one layer, trained or frozen."""
+        full = {"A": (self.rank, in_features), "R": (self.rank, self.rank), "B": (out_features, self.rank)}
+        return {name: full[name] for name in self.path}
+
+    def problem_with(self, out_features: int, in_features: int) -> str | None:
+        """Why a layer of this shape cannot be adapted, as the end of a sentence; None if it can."""
+        if self.path and self.rank > min(out_features, in_features):
+            return f"rank {self.rank} is above min(out, in) = {min(out_features, in_features)}"
+        return None
+
+    # ------------------------------------------------------------------ initialisation
+
+    def source_matrix(self) -> Literal["weight", "gradient", None]:
+        """What `initialise` is given: the pretrained weight, the probe's mean gradient, or nothing."""
+        return None
+
+    def probe_settings(self) -> ProbeSettings | None:
+        """How the gradients of the first step are to be sampled; None where `source_matrix` is not "gradient"."""
+        return None
+
+    def proportional_to_eta(self) -> str | None:
+        """The factor that eta only scales, so that a line search can try sizes without another `initialise`."""
+        return None
+
+    def initialise(self, layer: LayerInit) -> Init:
+        """The factors of one layer. Deterministic: equal arguments give equal factors."""
+        raise TypeError(f"{self.name} has no factors to initialise")
+
+    # ------------------------------------------------------------------ the layer's mathematics
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors, training: bool) -> Tensor:
+        """The adapted layer. x: (…, in). Returns (…, out): `x Wᵀ + b + s·(…(x Aᵀ)…)Bᵀ`."""
+        y = linear(x, weight, bias)
+        u = torch.nn.functional.dropout(x, self.dropout, training) if self.dropout else x
+        *inner, last = self.path
+        for name in inner:
+            u = linear(u, factors[name])
+        # The r-wide tensor is scaled, not the out-wide one.
+        return y + linear(u if self.scaling == 1.0 else u * self.scaling, factors[last])
+
+    def delta(self, factors: Factors) -> LowRank:
+        """What the factors add to W: `left @ right = s·B·A` (or `s·B·R·A`), computed in the factors' dtype."""
+        left = factors[self.path[-1]] * self.scaling
+        for name in self.path[-2:0:-1]:
+            left = left @ factors[name]
+        return LowRank(left, factors[self.path[0]])
+
+    def gradient_map(self, factors: Factors) -> dict[str, tuple[Tensor, Tensor]]:
+        """Linear corrections of gradients, as `{factor: (P, Q)}`: the optimizer is given `P g Q` for that factor's gradient g.
+
+        Linear, so it commutes with accumulation and with averaging over ranks: it is applied to each gradient as it appears.
+        factors: as the forward pass uses them (cast), computed here in float32. {} for no correction.
+        """
+        return {}
+
+    def export_low_rank(self, factors: Factors) -> LowRank:
+        """The update of W0 as an ordinary LoRA pair with scaling 1: `W_trained = W0 + left @ right`, float32."""
+        return self.delta({name: factor.float() for name, factor in factors.items()})

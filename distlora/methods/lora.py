@@ -1,0 +1,23 @@
+"""LoRA: `W + (α/r)·B·A` with B = 0 at the start (Hu et al., arXiv 2106.09685)."""
+
+import math
+from typing import ClassVar, Literal
+
+import torch
+
+from distlora.methods.base import Init, LayerInit, Method
+
+
+class LoRA(Method):
+    name: Literal["lora"] = "lora"
+
+    summary: ClassVar[str] = "train A and B; B starts at zero"
+    source: ClassVar[str] = "arXiv 2106.09685"
+    zero_gradient_at_start: ClassVar[tuple[str, ...]] = ("A",)  # dL/dA = s·Bᵀ g, and B = 0
+
+    def initialise(self, layer: LayerInit) -> Init:
+        out_features, in_features = layer.shape
+        # Kaiming uniform with a = √5, as the reference code: the bound is 1/√in.
+        bound = 1 / math.sqrt(in_features)
+        a = (torch.rand(self.rank, in_features, generator=layer.generator) * 2 - 1) * bound
+        return Init({"A": a, "B": torch.zeros(out_features, self.rank)})

@@ -1,0 +1,74 @@
+"""What a run tells: `metrics.jsonl`, the monitors of the DeepSpeed config, and a progress bar."""
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+from distlora.engine import Engine
+
+
+class Monitor:
+    """Writes scalars under TensorBoard tags such as `train/loss`. Every rank may call it; rank 0 writes.
+
+    metrics.jsonl: one JSON object a line, `{"step": n, tag: value, …}`; n counts finished optimizer steps. Numbers that JSON
+    does not know (NaN, infinities) are written as strings.
+    """
+
+    def __init__(self, engine: Engine, run_dir: Path, resumed_at: int = 0):
+        self._engine, self._path = engine, run_dir / "metrics.jsonl"
+        if engine.comm.is_main:
+            _keep_until(self._path, resumed_at)
+
+    def write(self, step: int, scalars: dict[str, float]) -> None:
+        if not self._engine.comm.is_main:
+            return
+        line = {"step": step, **{tag: _jsonable(value) for tag, value in scalars.items()}}
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        self._engine.write_events([(tag, value, step) for tag, value in scalars.items()])
+
+
+def _keep_until(path: Path, step: int) -> None:
+    """Forgets lines of steps that a resumed run is going to make again, and a line that a crash cut short."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if step and record["step"] <= step:
+            kept.append(line + "\n")
+    path.write_text("".join(kept), encoding="utf-8")
+
+
+def _jsonable(value: float) -> float | str:
+    return value if math.isfinite(value) else str(value)
+
+
+class Progress:
+    """A progress bar on rank 0 with loss, learning rate, tokens a second and time left; nothing on the others."""
+
+    def __init__(self, steps: int, start: int, shown: bool):
+        # Where nobody watches a terminal, a line every ten seconds is enough for a log file.
+        interval = 0.5 if sys.stderr.isatty() else 10
+        self._bar = tqdm(
+            total=steps, initial=start, desc="training", unit="step", disable=not shown, mininterval=interval, dynamic_ncols=True
+        )
+        self._tokens, self._since = 0, time.perf_counter()
+
+    def advance(self, loss: float, rate: float, tokens: int) -> float:
+        """One finished step; returns tokens a second since the run began."""
+        self._tokens += tokens
+        speed = self._tokens / (time.perf_counter() - self._since)
+        self._bar.set_postfix_str(f"loss {loss:.4f}, lr {rate:.2e}, {speed:.0f} tokens/s", refresh=False)
+        self._bar.update()
+        return speed
+
+    def close(self) -> None:
+        self._bar.close()

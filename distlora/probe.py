@@ -1,0 +1,159 @@
+"""Full-weight gradients of the target layers, layer by layer, from activations, while every weight stays frozen.
+
+LoRA-SB and LoRA-GA start from the gradient that full fine-tuning would see. Backpropagation forms `g = dyᵀ x` of a linear layer
+from two things that pass by anyway: its input x and the gradient dy of its output. So g is formed in blocks of rows the
+moment dy is there, each block is reduced to the rank that owns the layer, added to that rank's sum, and forgotten: beyond the
+pass itself no rank ever holds more than one block on its device.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from distlora.comm import Comm
+from distlora.engine import Engine
+from distlora.layer import AdapterLinear
+
+#: Elements of a row block: 16 MiB in float32.
+BLOCK_ELEMENTS = 1 << 22
+
+Batch = dict[str, Tensor]
+#: (model, batch, per-sample weights) to (weighted sum of the loss over response tokens, number of tokens).
+Loss = Callable[[nn.Module, Batch, Tensor], tuple[Tensor, int]]
+
+
+def mean_gradients(
+    engine: Engine,
+    layers: dict[str, AdapterLinear],
+    owners: dict[str, int],
+    batches: Iterable[Batch],
+    samples: int,
+    loss: Loss,
+    sums: Literal["host", "device"] = "host",
+    block_elements: int = BLOCK_ELEMENTS,
+) -> dict[str, Tensor]:
+    """`(1/n) Σ_i g_i` of every layer that this rank owns, (out, in) float32; g_i is the gradient of sample i's own mean loss.
+
+    batches: this rank's, equally many on every rank; a batch without response tokens counts nothing. samples: n, over all
+    ranks. The adapters are left out of the passes, no parameter collects a gradient, no counter of the engine moves.
+    """
+    store = _HostSums(engine.comm.device) if sums == "host" else _DeviceSums()
+    anchor = torch.zeros((), device=engine.comm.device, requires_grad=True)
+    for name, layer in layers.items():
+        mine = owners[name] == engine.comm.rank
+        if mine:
+            store.open(name, layer.shape)
+        layer.tap(anchor, _tap(engine.comm, owners[name], store.add if mine else None, name, block_elements))
+    try:
+        with engine.probe_pass(), _checkpointed(engine.module):
+            for batch in batches:
+                total, _ = engine.run_probe(loss, batch, sample_weights(batch))
+                torch.autograd.backward(total, inputs=[anchor])
+    finally:
+        for layer in layers.values():
+            layer.tap(None, None)
+    return {name: total.div_(samples) for name, total in store.close().items()}
+
+
+def sample_weights(batch: Batch) -> Tensor:
+    """(batch,) float32: 1 / number of response tokens of each sample, so that grouping samples changes nothing; 0 without any."""
+    # The first position is never predicted, so a label there is no response token.
+    counts = (batch["labels"][:, 1:] != -100).sum(1).float()
+    return torch.where(counts > 0, 1 / counts.clamp(min=1), torch.zeros_like(counts))
+
+
+def _tap(comm: Comm, owner: int, add: Callable | None, name: str, block_elements: int) -> Callable[[Tensor, Tensor], None]:
+    def tap(dy: Tensor, x: Tensor) -> None:
+        x = x.float()
+        rows = max(1, block_elements // x.shape[1])
+        for first in range(0, dy.shape[1], rows):
+            block = dy[:, first : first + rows].float().T @ x
+            comm.reduce_to(block, owner)
+            if add is not None:
+                add(name, first, block)
+
+    return tap
+
+
+class _DeviceSums:
+    """Sums where the blocks are."""
+
+    def __init__(self):
+        self._sums: dict[str, Tensor] = {}
+        self._shapes: dict[str, tuple[int, int]] = {}
+
+    def open(self, name: str, shape: tuple[int, int]) -> None:
+        self._shapes[name] = shape
+
+    def add(self, name: str, first: int, block: Tensor) -> None:
+        if name not in self._sums:
+            self._sums[name] = torch.zeros(self._shapes[name], device=self._device(block))
+        self._sums[name][first : first + block.shape[0]] += block
+
+    def _device(self, block: Tensor) -> torch.device:
+        return block.device
+
+    def close(self) -> dict[str, Tensor]:
+        return self._sums
+
+
+class _HostSums(_DeviceSums):
+    """Sums in host memory. From an accelerator each block travels through pinned memory while backward goes on.
+
+    Two staging buffers alternate: a block is added on the host only when its buffer is needed again.
+    """
+
+    def __init__(self, device: torch.device):
+        super().__init__()
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._staged: list[tuple[str, int, Tensor, torch.cuda.Event]] = []
+
+    def add(self, name: str, first: int, block: Tensor) -> None:
+        if self._stream is None:
+            super().add(name, first, block)
+            return
+        if len(self._staged) == 2:
+            self._land()
+        staging = torch.empty(block.shape, pin_memory=True)
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            staging.copy_(block, non_blocking=True)
+            block.record_stream(self._stream)
+            self._staged.append((name, first, staging, self._stream.record_event()))
+
+    def _land(self) -> None:
+        name, first, staging, copied = self._staged.pop(0)
+        copied.synchronize()
+        super().add(name, first, staging)
+
+    def close(self) -> dict[str, Tensor]:
+        while self._staged:
+            self._land()
+        return super().close()
+
+
+@contextmanager
+def _checkpointed(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode (no dropout) with activation checkpointing in every block that knows it, as the model had it afterwards.
+
+    Blocks checkpoint in training mode only, so that flag alone is set on them, and their children stay in evaluation mode.
+    """
+    was_training = {module: module.training for module in model.modules()}
+    able = getattr(model, "supports_gradient_checkpointing", False)
+    was_on = able and model.is_activation_checkpointing
+    if able and not was_on:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    model.eval()
+    for module in model.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            module.training = True
+    try:
+        yield
+    finally:
+        for module, training in was_training.items():
+            module.training = training
+        if able and not was_on:
+            model.activation_checkpointing_disable()

@@ -1,0 +1,64 @@
+"""A run directory: who it belongs to, what is in it, and how a run is continued or begun anew."""
+
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+from distlora.config import Recipe, dump_recipe, load_recipe, run_identity
+from distlora.errors import UserError
+from distlora.rundir import newest
+
+log = logging.getLogger(__name__)
+
+RECIPE, METRICS = "recipe.yaml", "metrics.jsonl"
+
+
+def check_run_dir(recipe: Recipe, resume: bool | None) -> None:
+    """Raises UserError if the directory holds another recipe's run, or no checkpoint where one is demanded.
+
+    resume: True demands a checkpoint, None takes one if it is there, False begins anew. Reads only.
+    """
+    run_dir = Path(recipe.output_dir)
+    if run_dir.exists() and not run_dir.is_dir():
+        raise UserError(f"output_dir: {run_dir} is a file; name a directory")
+    if not (run_dir / RECIPE).exists():
+        if resume:
+            raise UserError(f"--resume: {run_dir} holds no run; start it without --resume")
+        if run_dir.exists() and any(run_dir.glob("checkpoint-*")):
+            raise UserError(f"output_dir: {run_dir} holds checkpoints but no {RECIPE}; name another directory")
+        return
+    difference = _first_difference(run_identity(load_recipe(run_dir / RECIPE)), run_identity(recipe))
+    if difference:
+        raise UserError(f"output_dir: {run_dir} holds the run of another recipe ({difference}); name another directory")
+    if resume and newest(run_dir) is None:
+        raise UserError(f"--resume: {run_dir} holds no complete checkpoint; start it without --resume")
+
+
+def open_run_dir(recipe: Recipe, resume: bool | None) -> None:
+    """Makes the directory with its `recipe.yaml`; forgets what was there if the run is to begin anew. For rank 0."""
+    run_dir = Path(recipe.output_dir)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        if resume is False:
+            _forget(run_dir)
+        (run_dir / RECIPE).write_text(dump_recipe(recipe), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"output_dir: {run_dir} cannot be written ({error.strerror}); name another directory") from None
+
+
+def _forget(run_dir: Path) -> None:
+    for checkpoint in run_dir.glob("checkpoint-*"):
+        log.info("beginning anew: removing %s", checkpoint)
+        shutil.rmtree(checkpoint)
+    (run_dir / METRICS).unlink(missing_ok=True)
+
+
+def _first_difference(there: Any, here: Any, key: str = "") -> str | None:
+    if isinstance(there, dict) and isinstance(here, dict):
+        for name in there | here:
+            found = _first_difference(there.get(name), here.get(name), f"{key}.{name}" if key else name)
+            if found:
+                return found
+        return None
+    return None if there == here else f"{key} is {there} there and {here} here"

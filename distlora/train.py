@@ -1,0 +1,359 @@
+"""A training run, from a recipe to an adapter.
+
+    recipe -> model -> attach -> engine -> initialise (or resume) -> steps -> export
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from distlora import checkpoint as checkpoints
+from distlora.attach import Attached, attach, lora_parameters
+from distlora.comm import Comm, Topology
+from distlora.compose import InitReport, ProbeData, initialise, install_gradient_maps
+from distlora.config import Recipe, plan_batches, resolve_deepspeed, run_identity
+from distlora.data import Encoded, Sample, TrainOrder, collate, download, load_split, micro_batches, shard
+from distlora.engine import Engine, LocalEngine
+from distlora.errors import TrainingError, UserError
+from distlora.evaluate import exact_match
+from distlora.export import export_peft_from_engine
+from distlora.hub import resolve_path
+from distlora.methods.base import ProbeSettings
+from distlora.model import load_config, load_model, load_tokenizer, response_loss
+from distlora.monitor import Monitor, Progress
+from distlora.optimizer import OptimizerSpec, Schedule
+from distlora.rankzero import on_main
+from distlora.resume import check_run_dir, open_run_dir
+from distlora.rng import own_random_state, reseed
+from distlora.step import accumulate, evaluation_loss, response_tokens
+
+log = logging.getLogger(__name__)
+
+#: Fewest samples that a fraction of the training set stands for (LoRA-SB's Table 5: quality is flat above).
+FEWEST_PROBE_SAMPLES = 25
+
+Result = TypeVar("Result")
+
+
+@dataclass
+class Summary:
+    """What a run came to. before, after: "loss" and, where it was asked for, "exact_match" (0 … 1), on the evaluation set."""
+
+    run_dir: Path
+    adapter: Path | None
+    trained: int
+    lora_trained: int
+    rank: int
+    steps: int
+    before: dict[str, float] = field(default_factory=dict)
+    after: dict[str, float] = field(default_factory=dict)
+    init_seconds: float = 0.0
+    step_seconds: float = 0.0
+    tensorboard: str | None = None
+
+
+def check(recipe: Recipe, topology: Topology, resume: bool | None) -> None:
+    """Everything that can be wrong with a recipe and needs neither weights nor other ranks. Raises UserError."""
+    check_run_dir(recipe, resume)
+    plan_batches(recipe, topology.world_size)
+    if recipe.deepspeed is None and topology.world_size > 1:
+        raise UserError(f"{topology.world_size} ranks need DeepSpeed; set deepspeed: to a ZeRO config, or start one process")
+    if recipe.deepspeed is not None:
+        # The sizes that depend on the model's width are of no interest here; contradictions are.
+        resolve_deepspeed(recipe, topology.world_size, hidden_size=1)
+    if Path(recipe.model.path).expanduser().is_dir() or recipe.model.path[0] in "./~":
+        load_config(recipe.model)
+    if recipe.data.path and (Path(recipe.data.path).expanduser().exists() or recipe.data.path[0] in "./~"):
+        download(recipe.data, recipe.data.split)
+
+
+def train(recipe: Recipe, topology: Topology, resume: bool | None = None) -> Summary:
+    """Runs a recipe that `check` has passed; on every rank. Returns the same summary on all.
+
+    resume: None continues from the newest complete checkpoint of the run directory if there is one, True demands one, False
+    begins anew. Raises UserError for mistakes that only weights or data show, TrainingError if training breaks.
+    """
+    device = _device(topology)
+    comm = Comm(topology, device, distributed=recipe.deepspeed is not None)
+    with own_random_state(recipe.train.seed, device):
+        try:
+            return _Run(comm, recipe, resume).finish()
+        finally:
+            comm.close()
+
+
+def evaluate(recipe: Recipe, topology: Topology) -> dict[str, float]:
+    """Evaluates the newest checkpoint of the recipe's run on all of its evaluation split: "loss" and, where the recipe asks for
+    it, "exact_match". Like `train`, after `check`, on every rank."""
+    if recipe.data.eval_split is None:
+        raise UserError("data.eval_split is null, so there is nothing to evaluate on; name a split")
+    device = _device(topology)
+    comm = Comm(topology, device, distributed=recipe.deepspeed is not None)
+    with own_random_state(recipe.train.seed, device):
+        try:
+            return _Run(comm, recipe, resume=True).evaluate_checkpoint()
+        finally:
+            comm.close()
+
+
+class _Run:
+    """The state of one run, in the order in which it comes about."""
+
+    def __init__(self, comm: Comm, recipe: Recipe, resume: bool | None):
+        self.comm, self.recipe, self.run_dir = comm, recipe, Path(recipe.output_dir)
+        on_main(comm, self.run_dir, lambda: open_run_dir(recipe, resume))
+        self.checkpoint = checkpoints.newest(self.run_dir, comm)
+        self._fetch()
+        self.tokenizer = _together(comm, lambda: load_tokenizer(recipe.model))
+        self.training = _together(comm, lambda: self._read(recipe.data.split))
+        self.held_out = self._held_out()
+
+        settings = recipe.train
+        self.order = TrainOrder(len(self.training), settings.global_batch_size, settings.seed)
+        self.accumulation = plan_batches(recipe, comm.world_size)
+        self.steps = settings.steps or max(1, round(settings.epochs * self.order.steps_per_epoch))
+        self.schedule = Schedule(settings.schedule, settings.lr, self.steps, settings.warmup_ratio)
+
+        config = load_config(recipe.model)
+        self.engine = _make_engine(comm, recipe, config)
+        self.attached = self._load_and_attach()
+        self.monitor = Monitor(self.engine, self.run_dir, self.checkpoint.step if self.checkpoint else 0)
+        self.summary = self._summary()
+
+    # ------------------------------------------------------------------ data
+
+    def _fetch(self) -> None:
+        """Model and data into the local caches: one process a node brings them, the others wait."""
+        recipe = self.recipe
+
+        def bring() -> None:
+            resolve_path(recipe.model.path, progress=log.info)
+            for split in filter(None, (recipe.data.split, recipe.data.eval_split)):
+                download(recipe.data, split)
+
+        waiting = self.comm.local_rank != 0
+        if waiting:
+            log.info("waiting for local rank 0 to bring the model and the data")
+        _together(self.comm, lambda: None if waiting else bring())
+
+    def _read(self, split: str) -> list[Sample]:
+        encoded: Encoded = load_split(self.recipe.data, split, self.tokenizer)
+        log.info(
+            "data: %d samples of split %s, %d truncated to %d tokens, %d dropped because no response was left",
+            len(encoded.samples), split, encoded.truncated, self.recipe.data.max_length, encoded.dropped,
+        )  # fmt: skip
+        return encoded.samples
+
+    def _held_out(self) -> list[Sample]:
+        if self.recipe.data.eval_split is None:
+            return []
+        samples = _together(self.comm, lambda: self._read(self.recipe.data.eval_split))
+        return samples
+
+    def _batches(self, samples: list[Sample], parts: list[list[int]]) -> Iterator[dict[str, torch.Tensor]]:
+        for indices in parts:
+            yield collate([samples[i] for i in indices], self.tokenizer.pad_token_id, self.comm.device)
+
+    def _probe_data(self, settings: ProbeSettings) -> ProbeData:
+        """The same training samples for every world size, drawn by the recipe's seed."""
+        count = probe_samples(settings.samples, len(self.training))
+        generator = torch.Generator().manual_seed(self.recipe.train.seed)
+        chosen = [self.training[i] for i in torch.randperm(len(self.training), generator=generator)[:count].tolist()]
+
+        def batches(size: int) -> Iterator[dict[str, torch.Tensor]]:
+            return self._batches(chosen, shard(count, self.comm.rank, self.comm.world_size, size))
+
+        forward_size = max(settings.micro_batch_size, self.recipe.train.micro_batch_size)
+        return ProbeData(lambda: batches(settings.micro_batch_size), lambda: batches(forward_size), count, response_loss)
+
+    # ------------------------------------------------------------------ model
+
+    def _load_and_attach(self) -> Attached:
+        recipe, settings = self.recipe, self.recipe.train
+        with self.engine.loading():
+            model, new = load_model(recipe.model)
+        with self.engine.attaching():
+            attached = attach(model, recipe.method, recipe.targets, new)
+        optimizer = settings.optimizer
+        self.engine.start(
+            model,
+            OptimizerSpec(
+                optimizer.name, settings.lr, optimizer.betas, optimizer.eps, optimizer.momentum, settings.weight_decay
+            ),
+        )
+        # From here on ranks may draw different numbers (dropout); new heads were drawn alike.
+        reseed(settings.seed + self.comm.rank, self.comm.device)
+        return attached
+
+    def _start(self) -> dict[str, Any]:
+        """Initialises, or restores the checkpoint. Returns the caller's part of the checkpoint's state."""
+        if self.checkpoint is not None:
+            state = checkpoints.restore(self.engine, self.attached, self.checkpoint)
+            install_gradient_maps(self.engine, self.attached)
+            log.info("continuing from %s", self.checkpoint.path)
+            return state
+        before = self._evaluate() if self.held_out else {}
+        began = time.perf_counter()
+        settings = self.recipe.method.probe_settings()
+        data = self._probe_data(settings) if settings else None
+        report = initialise(self.engine, self.attached, self.recipe.train.seed, self.schedule.rate(0), data)
+        seconds = time.perf_counter() - began
+        self._tell_init(report, seconds)
+        return {"step": 0, "extra": {"before": before, "init_seconds": seconds}}
+
+    def _tell_init(self, report: InitReport, seconds: float) -> None:
+        log.info(
+            "initialised %d layers in %.1f s%s", len(self.attached.layers), seconds,
+            "".join(f", {key} {value:.4g}" for key, value in report.scalars.items()),
+        )  # fmt: skip
+        self.monitor.write(0, {f"init/{key}": value for key, value in report.scalars.items()} | {"init/seconds": seconds})
+
+    # ------------------------------------------------------------------ the run
+
+    def finish(self) -> Summary:
+        """Everything from the first step, or the checkpoint's, to the exported adapter."""
+        state = self._start()
+        first, extra = state["step"], state["extra"]
+        self.summary.before, self.summary.init_seconds = extra["before"], extra["init_seconds"]
+        if first == 0:
+            self.monitor.write(0, {f"eval/{key}": value for key, value in self.summary.before.items()})
+        self._train(first, extra)
+        if self.held_out:
+            self.summary.after = self._evaluate()
+            self.monitor.write(self.steps, {f"eval/{key}": value for key, value in self.summary.after.items()})
+        if not self.attached.method.trains_weight:
+            self.summary.adapter = self.run_dir / "adapter"
+            export_peft_from_engine(self.engine, self.attached, self.summary.adapter, self.recipe.model.path, self.steps)
+        return self.summary
+
+    def evaluate_checkpoint(self) -> dict[str, float]:
+        self._start()
+        return self._evaluate()
+
+    def _train(self, first: int, extra: dict[str, Any]) -> None:
+        settings = self.recipe.train
+        progress = Progress(self.steps, first, self.comm.is_main)
+        saved = self.checkpoint.path if self.checkpoint else None
+        began = time.perf_counter()
+        self.engine.train_mode(True)
+        try:
+            for step in range(first, self.steps):
+                self._step(step, progress, just_started=step == first)
+                done = step + 1
+                if settings.eval_every and done % settings.eval_every == 0 and done < self.steps and self.held_out:
+                    self.monitor.write(done, {"eval/loss": self._evaluation_loss()})
+                if done == self.steps or (settings.save_every and done % settings.save_every == 0):
+                    saved = checkpoints.save(
+                        self.engine, self.attached, self.run_dir, done, run_identity(self.recipe), extra,
+                        settings.keep_checkpoints,
+                    )  # fmt: skip
+        except TrainingError as error:
+            raise TrainingError(f"{error}; the last good checkpoint: {saved or 'none yet'}") from error
+        finally:
+            progress.close()
+        self.summary.step_seconds = (time.perf_counter() - began) / max(1, self.steps - first)
+
+    def _step(self, step: int, progress: Progress, just_started: bool) -> None:
+        micro = self.recipe.train.micro_batch_size
+        parts = micro_batches(self.order.indices(step), self.comm.rank, self.comm.world_size, micro, self.accumulation)
+        batches = list(self._batches(self.training, parts))
+        rate = self.schedule.rate(step)
+        self.engine.set_rate(rate)
+        try:
+            loss = accumulate(self.engine, batches, response_loss)
+        except TrainingError as error:
+            raise TrainingError(f"{error} at step {step + 1}") from error
+        if just_started or step == 1:
+            self._check_gradients(step)
+        info = self.engine.step()
+        (tokens,) = self.comm.sum(sum(map(response_tokens, batches)))
+        speed = progress.advance(loss, rate, int(tokens))
+        scalars = {"loss": loss, "learning_rate": rate, "grad_norm": info.grad_norm, "tokens_per_second": speed}
+        self.monitor.write(step + 1, {f"train/{key}": value for key, value in scalars.items()})
+        if info.skipped:
+            raise TrainingError(f"the optimizer refused step {step + 1}: its gradient is not finite")
+
+    def _check_gradients(self, step: int) -> None:
+        """Every trained tensor must have a finite gradient that is not zero, or it silently does not train."""
+        excused = self.attached.method.zero_gradient_at_start if step == 0 else ()
+        for name, verdict in self.engine.silent_tensors().items():
+            if verdict != "zero" or name.rpartition(".")[2] not in excused:
+                raise TrainingError(f"the gradient of {name} is {verdict} at step {step + 1}, so it would not be trained")
+
+    # ------------------------------------------------------------------ looking on
+
+    def _evaluation_loss(self) -> float:
+        settings = self.recipe.train
+        samples = self.held_out[: settings.eval_samples]
+        parts = shard(len(samples), self.comm.rank, self.comm.world_size, settings.micro_batch_size)
+        return evaluation_loss(self.engine, self._batches(samples, parts), response_loss)
+
+    def _evaluate(self) -> dict[str, float]:
+        result = {"loss": self._evaluation_loss()}
+        count = self.recipe.train.exact_match_samples
+        if count:
+            data = self.recipe.data
+            result["exact_match"] = exact_match(
+                self.engine, self.tokenizer, data.task, self.held_out[:count], data.max_new_tokens
+            )
+        log.info("evaluation: %s", ", ".join(f"{key} {value:.4f}" for key, value in result.items()))
+        return result
+
+    def _summary(self) -> Summary:
+        shapes = self.engine.trained_shapes()
+        layers = {name: layer.shape for name, layer in self.attached.layers.items()}
+        rank = self.recipe.method.rank
+        config = self.recipe.deepspeed or {}
+        board = config.get("tensorboard", {}).get("enabled")
+        return Summary(
+            self.run_dir,
+            None,
+            trained=sum(torch.Size(shape).numel() for shape in shapes.values()),
+            lora_trained=lora_parameters(layers, rank),
+            rank=rank,
+            steps=self.steps,
+            tensorboard=str(self.run_dir / "tensorboard") if board else None,
+        )
+
+
+def probe_samples(setting: float, available: int) -> int:
+    """How many samples `samples` stands for: itself, or below 1 that share of the training set, of which at least 25."""
+    wanted = max(FEWEST_PROBE_SAMPLES, round(setting * available)) if setting < 1 else int(setting)
+    return min(wanted, available)
+
+
+def _device(topology: Topology) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", topology.local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+def _make_engine(comm: Comm, recipe: Recipe, config) -> Engine:
+    """The only place that chooses between the engines."""
+    if recipe.deepspeed is None:
+        return LocalEngine(comm, getattr(torch, recipe.model.dtype), recipe.train.clip)
+    from distlora.zero import ZeroEngine  # imported late: DeepSpeed takes seconds, and the plain engine does without it
+
+    hidden = getattr(config.get_text_config(decoder=True), "hidden_size", None)
+    resolved, lines = resolve_deepspeed(recipe, comm.world_size, hidden)
+    for line in lines:
+        log.info("%s", line)
+    return ZeroEngine(comm, resolved)
+
+
+def _together(comm: Comm, work: Callable[[], Result]) -> Result:
+    """Work that every rank does for itself; an error of any ends all of them with its sentence."""
+    result, failure = None, None
+    try:
+        result = work()
+    except (UserError, OSError) as error:
+        failure = error
+    comm.agree(failure)
+    return result

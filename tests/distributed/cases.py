@@ -1,0 +1,226 @@
+"""What the ranks of a distributed test do, by name. Every case runs on any engine, and answers with tensors.
+
+`reference` runs the same case on LocalEngine in the test's own process: that is the meaning which ZeRO must reproduce.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from distlora import checkpoint as checkpoints
+from distlora.comm import Comm
+from distlora.compose import ProbeData, assign_owners, initialise, install_gradient_maps
+from distlora.data import collate, collate_prompts, shard
+from distlora.engine import Engine
+from distlora.model import generate, response_loss
+from distlora.optimizer import OptimizerSpec
+from distlora.probe import mean_gradients
+from distlora.step import accumulate, evaluation_loss, train_step
+from tests.distributed.world import build, samples, share, write_random_factors
+
+Results = dict[str, Tensor]
+RATE = 1e-2
+GLOBAL_BATCH = 12
+
+
+class Setting:
+    """One engine to be tried: where it runs, how samples are cut up, and what is trained."""
+
+    def __init__(self, engine: Engine, directory: Path, work: Path, micro_batch: int = 1, clip: float = 0.0, **build_settings):
+        self.engine, self.comm, self.work = engine, engine.comm, work
+        self.micro_batch = micro_batch
+        self.accumulation = GLOBAL_BATCH // (micro_batch * engine.comm.world_size)
+        self.attached = build(engine, directory, **build_settings)
+
+    def batches(self, seed: int, count: int = GLOBAL_BATCH):
+        return share(self.comm, samples(count, seed), self.micro_batch, self.accumulation)
+
+    def steps(self, first: int, last: int) -> tuple[list[float], list[float]]:
+        losses, norms = [], []
+        for step in range(first, last):
+            loss, info = train_step(self.engine, self.batches(step), response_loss, RATE)
+            losses.append(loss)
+            norms.append(info.grad_norm)
+        return losses, norms
+
+    def evaluation(self, count: int = 10) -> float:
+        rows = samples(count, 99)
+        parts = shard(count, self.comm.rank, self.comm.world_size, self.micro_batch)
+        batches = [collate([rows[i] for i in part], 0, self.comm.device) for part in parts]
+        return evaluation_loss(self.engine, batches, response_loss)
+
+    def start_from_random_factors(self) -> None:
+        write_random_factors(self.engine, self.attached)
+        install_gradient_maps(self.engine, self.attached)
+
+    def factors(self) -> Results:
+        return {
+            f"{name}.{factor}": value.float().cpu().clone()
+            for name, layer in self.attached.layers.items()
+            for factor, value in self.engine.read(layer).items()
+        }
+
+    def probe_data(self, count: int, micro_batch: int) -> ProbeData:
+        rows = samples(count, 7)
+        parts = shard(count, self.comm.rank, self.comm.world_size, micro_batch)
+        batches = [collate([rows[i] for i in part], 0, self.comm.device) for part in parts]
+        return ProbeData(lambda: iter(batches), lambda: iter(batches), count, response_loss)
+
+
+def _curve(losses: list[float], norms: list[float], *rest: float) -> Results:
+    return {"losses": torch.tensor([*losses, *rest]), "norms": torch.tensor(norms)}
+
+
+def curve(setting: Setting, steps: int = 20) -> Results:
+    """Training from factors that are not zero, past the first step, then an evaluation."""
+    if setting.attached.layers:
+        setting.start_from_random_factors()
+    losses, norms = setting.steps(0, steps)
+    return _curve(losses, norms, setting.evaluation()) | setting.factors()
+
+
+def short_batch(setting: Setting) -> Results:
+    """Global batches that leave ranks without a sample: weight-zero passes."""
+    setting.start_from_random_factors()
+    losses = [train_step(setting.engine, setting.batches(step, count), response_loss, RATE)[0] for step, count in enumerate((1, 5, 2))]
+    return _curve(losses, [], setting.evaluation(1), setting.evaluation(50))
+
+
+def writing(setting: Setting) -> Results:
+    """Writes between two forward passes without a backward between them, and between two steps."""
+    setting.start_from_random_factors()
+    losses = [setting.evaluation()]
+    for layer in setting.attached.layers.values():
+        factors = setting.engine.read(layer)
+        setting.engine.write(layer, {"R": -2 * factors["R"].float(), "B": 0.5 * factors["B"].float()})
+    losses.append(setting.evaluation())
+    losses += setting.steps(0, 3)[0]
+    for layer in setting.attached.layers.values():
+        setting.engine.write(layer, {"R": 1.5 * setting.engine.read(layer)["R"]})
+    losses += setting.steps(3, 6)[0]
+    return _curve(losses, [], setting.evaluation()) | setting.factors()
+
+
+def replacing_gradients(setting: Setting) -> Results:
+    """Other gradients between the last backward and the step, with clipping: losses and the reported norm follow them."""
+    setting.start_from_random_factors()
+    layers = list(setting.attached.layers.values())
+
+    def change(layer, gradients):
+        return {name: 3 * gradient + gradient.flip(0) for name, gradient in gradients.items()}
+
+    losses, norms = [], []
+    for step in range(5):
+        setting.engine.set_rate(RATE)
+        losses.append(accumulate(setting.engine, setting.batches(step), response_loss))
+        setting.engine.map_gradients(layers[::2], change)
+        norms.append(setting.engine.step().grad_norm)
+    return _curve(losses, norms, setting.evaluation()) | setting.factors()
+
+
+def initialising(setting: Setting, count: int = 10, probe_micro_batch: int = 1) -> Results:
+    """The whole initialisation, then a few steps."""
+    data = setting.probe_data(count, probe_micro_batch)
+    report = initialise(setting.engine, setting.attached, seed=3, first_rate=RATE, data=data)
+    updates = {}
+    for name, layer in setting.attached.layers.items():
+        pair = setting.attached.method.delta(setting.engine.read(layer))
+        updates[f"update.{name}"] = (pair.left.float() @ pair.right.float()).cpu()
+    losses, norms = setting.steps(0, 3)
+    return _curve(losses, norms) | updates | {"eta": torch.tensor(report.scalars.get("eta", 0.0))}
+
+
+def probing(setting: Setting, count: int = 5, probe_micro_batch: int = 1, block_elements: int = 700) -> Results:
+    """The probe's gradients, and a training curve with a probe in the middle."""
+    setting.start_from_random_factors()
+    losses = setting.steps(0, 2)[0]
+    layers, comm = setting.attached.layers, setting.comm
+    owners = assign_owners(layers, setting.attached.method, comm.world_size)
+    data = setting.probe_data(count, probe_micro_batch)
+    found = mean_gradients(
+        setting.engine, layers, owners, data.batches(), count, data.loss, block_elements=block_elements
+    )
+    gradients = {}
+    for name, layer in layers.items():
+        whole = found.get(name, torch.zeros(layer.shape))
+        gradients[f"gradient.{name}"] = comm.broadcast(whole.contiguous(), owners[name])
+    losses += setting.steps(2, 5)[0]
+    return _curve(losses, []) | gradients
+
+
+def generating(setting: Setting) -> Results:
+    """Generation in the middle of training, over the whole model."""
+    setting.start_from_random_factors()
+    losses = setting.steps(0, 2)[0]
+    setting.engine.train_mode(False)
+    batch = collate_prompts(samples(4, 11), 0, setting.comm.device)
+    with setting.engine.whole_model() as gathered:
+        answers = generate(setting.engine.module, batch, 6, eos_id=96, pad_id=0, partitioned=not gathered)
+    setting.engine.train_mode(True)
+    losses += setting.steps(2, 4)[0]
+    padded = torch.tensor([answer + [0] * (6 - len(answer)) for answer in answers])
+    return _curve(losses, []) | {"answers": padded}
+
+
+def naming_silent_tensors(setting: Setting) -> Results:
+    """A tensor whose gradient is zero is named; the others are not."""
+    setting.start_from_random_factors()
+    quiet = list(setting.attached.layers)[4]
+    layer = setting.attached.layers[quiet]
+    setting.engine.write(layer, {"B": torch.zeros(layer.out_features, 7)})
+    accumulate(setting.engine, setting.batches(0), response_loss)
+    silent = setting.engine.silent_tensors()
+    setting.engine.step()
+    return {"right": torch.tensor(silent == {f"{quiet}.R": "zero"})}
+
+
+def saving(setting: Setting) -> Results:
+    """Three steps, a checkpoint in `work`, three more."""
+    setting.start_from_random_factors()
+    losses = setting.steps(0, 3)[0]
+    checkpoints.save(setting.engine, setting.attached, setting.work, 3, {"a": 1})
+    losses += setting.steps(3, 6)[0]
+    return _curve(losses, []) | setting.factors()
+
+
+def resuming(setting: Setting) -> Results:
+    """The last three of those steps, from the newest checkpoint in `work`."""
+    found = checkpoints.newest(setting.work, setting.comm)
+    checkpoints.restore(setting.engine, setting.attached, found)
+    install_gradient_maps(setting.engine, setting.attached)
+    return _curve(setting.steps(3, 6)[0], []) | setting.factors()
+
+
+def storing(setting: Setting) -> Results:
+    """How many elements of the frozen weights this group holds between passes, as a multiple of the model's size."""
+    held = whole = 0
+    for parameter in setting.engine.module.parameters():
+        shard_of = getattr(parameter, "ds_tensor", parameter)
+        held += shard_of.numel()
+        whole += getattr(parameter, "ds_numel", parameter.numel())
+    (total,) = setting.comm.sum(held)
+    return {"copies": torch.tensor(total / whole)}
+
+
+CASES: dict[str, Callable[..., Results]] = {
+    case.__name__: case
+    for case in (
+        curve, short_batch, writing, replacing_gradients, initialising, probing, generating, naming_silent_tensors, saving,
+        resuming, storing,
+    )
+}  # fmt: skip
+
+
+def run(name: str, engine: Engine, directory: Path, work: Path, arguments: dict, **setting) -> Results:
+    """One case on one engine. A spec may be given as its name."""
+    if setting.get("spec") == "sgd":
+        setting["spec"] = OptimizerSpec("sgd", lr=RATE, momentum=0.9)
+    return CASES[name](Setting(engine, directory, work, **setting), **arguments)
+
+
+def solo() -> Comm:
+    from distlora.comm import Topology
+
+    return Comm(Topology(), torch.device("cpu"), distributed=False)

@@ -1,0 +1,74 @@
+"""ZeroEngine at stage s on n ranks gives what LocalEngine gives on one.
+
+Same model, same samples, same global batches, rows of very different length. The ranks of each world are started once.
+"""
+
+import json
+
+import pytest
+import torch
+
+from distlora.engine import LocalEngine
+from tests.distributed.cases import run, solo
+from tests.distributed.launch import launch, results_of
+from tests.distributed.plan import Entry, entries
+from tests.distributed.world import save_model
+
+PLAN = entries()
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("model")
+    save_model(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def worlds(model, tmp_path_factory, request):
+    """Starts the ranks of a world for the cases that were selected, the first time that one is asked for."""
+    wanted = {item.callspec.params["entry"].key for item in request.session.items if "entry" in getattr(item, "callspec", _NONE).params}
+    started = {}
+
+    def results(entry: Entry):
+        if entry.world not in started:
+            started[entry.world] = tmp_path_factory.mktemp(f"world{entry.world}")
+            chosen = [e.for_worker() for e in PLAN if e.world == entry.world and e.key in wanted]
+            launch(entry.world, model, started[entry.world], chosen)
+        return results_of(started[entry.world], entry.key)
+
+    return results
+
+
+class _NONE:
+    params: dict = {}
+
+
+@pytest.fixture(scope="session")
+def reference(model, tmp_path_factory):
+    """The same case on LocalEngine, once for all stages and worlds that share it."""
+    known = {}
+
+    def results(entry: Entry):
+        shared = {k: v for k, v in entry.setting.items() if k not in ("micro_batch", "checkpointing")}
+        key = json.dumps([entry.case, entry.dtype, shared, entry.arguments], sort_keys=True)
+        if key not in known:
+            engine = LocalEngine(solo(), getattr(torch, entry.dtype), shared.get("clip") or None)
+            work = tmp_path_factory.mktemp("local")
+            known[key] = run(entry.case, engine, model, work, entry.arguments, **shared)
+        return known[key]
+
+    return results
+
+
+@pytest.mark.parametrize("entry", PLAN, ids=lambda entry: entry.key)
+def test_zero_gives_what_the_plain_engine_gives(entry, worlds, reference):
+    there, here = worlds(entry), reference(entry)
+    assert there.keys() == here.keys()
+    if "losses" in here:
+        assert torch.isfinite(here["losses"]).all()
+        torch.testing.assert_close(there["losses"][0], here["losses"][0], rtol=entry.loss / 10, atol=0)
+        torch.testing.assert_close(there["losses"], here["losses"], rtol=entry.loss, atol=0)
+    for name in here.keys() - {"losses"}:
+        scale = float(here[name].abs().max()) if here[name].is_floating_point() else 0.0
+        torch.testing.assert_close(there[name], here[name], rtol=0, atol=entry.tensors * scale, msg=lambda text: f"{name}: {text}")

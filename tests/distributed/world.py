@@ -1,0 +1,120 @@
+"""What every rank of a distributed test builds: a small model with all the shapes that shards stumble over, and its data."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from distlora.attach import Attached, attach
+from distlora.comm import Comm
+from distlora.config import ModelSection
+from distlora.data import Sample, collate, micro_batches
+from distlora.engine import Engine
+from distlora.methods import registry
+from distlora.model import load_model
+from distlora.optimizer import OptimizerSpec
+
+VOCABULARY = 97
+
+
+def save_model(directory: Path) -> None:
+    """Three blocks, biases, tied embeddings, grouped key/value heads, and sizes such as 60 × 131 that no world divides."""
+    config = Qwen2Config(
+        vocab_size=VOCABULARY, hidden_size=60, intermediate_size=131, num_hidden_layers=3, num_attention_heads=6,
+        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=True, initializer_range=0.2,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Qwen2ForCausalLM(config)
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(directory)
+
+
+def samples(count: int, seed: int = 0) -> list[Sample]:
+    """Rows of very different length: 3 to 40 tokens, of which 1 to 25 are a response."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(low: int, high: int) -> int:
+        return int(torch.randint(low, high, (1,), generator=generator))
+
+    rows = []
+    for _ in range(count):
+        prompt, response = draw(2, 16), draw(1, 25)
+        ids = torch.randint(1, VOCABULARY, (prompt + response,), generator=generator).tolist()
+        rows.append(Sample(ids, [-100] * prompt + ids[prompt:], ids[:prompt], None))
+    return rows
+
+
+def share(comm: Comm, rows: list[Sample], micro_batch: int, accumulation: int) -> list[dict[str, torch.Tensor]]:
+    """This rank's micro-batches of a global batch."""
+    indices = micro_batches(range(len(rows)), comm.rank, comm.world_size, micro_batch, accumulation)
+    return [collate([rows[i] for i in part], 0, comm.device) for part in indices]
+
+
+def build(
+    engine: Engine,
+    directory: Path,
+    method: str = "lora_sb",
+    checkpointing: bool = False,
+    targets: str | list[str] = "all-linear",
+    spec: OptimizerSpec | None = None,
+    **settings,
+) -> Attached:
+    """Loads, attaches and starts, as the training program does."""
+    section = ModelSection(
+        path=str(directory), dtype=str(engine.dtype).removeprefix("torch."), gradient_checkpointing=checkpointing
+    )
+    with engine.loading():
+        model, _ = load_model(section)
+    with engine.attaching():
+        attached = attach(model, registry()[method](**{"rank": 7, **settings} if method != "full" else settings), targets)
+    engine.start(model, spec or OptimizerSpec(lr=1e-2))
+    engine.train_mode(True)
+    return attached
+
+
+def random_factors(attached: Attached, seed: int = 5) -> dict[str, dict[str, torch.Tensor]]:
+    """Factors of which none is zero: at B = 0 or R = 0 most errors are invisible."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: {
+            factor: torch.randn(shape, generator=generator) * 0.1
+            for factor, shape in attached.method.shapes(*layer.shape).items()
+        }
+        for name, layer in attached.layers.items()
+    }
+
+
+def write_random_factors(engine: Engine, attached: Attached) -> None:
+    for name, factors in random_factors(attached).items():
+        engine.write(attached.layers[name], {k: v.to(engine.comm.device) for k, v in factors.items()})
+
+
+def deepspeed_config(
+    stage: int,
+    world_size: int,
+    micro_batch: int,
+    accumulation: int,
+    dtype: str = "float32",
+    clip: float = 0.0,
+    grad_accum_dtype: str | None = None,
+    **zero,
+) -> dict:
+    config = {
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "train_batch_size": micro_batch * accumulation * world_size,
+        "gradient_clipping": clip,
+        "zero_optimization": {"stage": stage, **zero},
+        # DeepSpeed's own CPU Adam would be compiled first.
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,
+    }
+    if dtype == "bfloat16":
+        config["bf16"] = {"enabled": True}
+    if grad_accum_dtype:
+        config["data_types"] = {"grad_accum_dtype": grad_accum_dtype}
+    return config

@@ -1,0 +1,133 @@
+"""One process: who it is, and collectives that need no group."""
+
+import os
+
+import pytest
+import torch
+import torch.distributed
+
+from distlora.comm import Comm, Topology
+from distlora.errors import UserError
+
+LAUNCHER_VARIABLES = [
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+    *("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+    *("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+    *("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE", "SLURM_STEP_ID"),
+]
+
+
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch):
+    """No launcher's variables, and none left behind."""
+    for name in LAUNCHER_VARIABLES:
+        monkeypatch.setenv(name, "")  # so that the end of the test restores what was, absence included
+        monkeypatch.delenv(name)
+
+
+def _environment(monkeypatch, **variables):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, str(value))
+
+
+def _comm(**fields):
+    return Comm(Topology(**fields), torch.device("cpu"), distributed=False)
+
+
+# ---------------------------------------------------------------------- who this process is
+
+
+def test_without_a_launcher_there_is_one_process():
+    assert Topology.from_environment() == Topology(0, 1, 0)
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"RANK": 3, "WORLD_SIZE": 4, "LOCAL_RANK": 1},
+        {"OMPI_COMM_WORLD_RANK": 3, "OMPI_COMM_WORLD_SIZE": 4, "OMPI_COMM_WORLD_LOCAL_RANK": 1},
+        {"PMI_RANK": 3, "PMI_SIZE": 4, "MPI_LOCALRANKID": 1},
+        {"SLURM_PROCID": 3, "SLURM_NTASKS": 4, "SLURM_LOCALID": 1, "SLURM_STEP_ID": 0},
+    ],
+    ids=lambda variables: next(iter(variables)),
+)
+def test_each_launcher_is_understood(monkeypatch, variables):
+    _environment(monkeypatch, MASTER_ADDR="node0", **variables)
+    assert Topology.from_environment() == Topology(rank=3, world_size=4, local_rank=1)
+
+
+def test_the_most_explicit_launcher_wins(monkeypatch):
+    """torchrun inside a SLURM job step: SLURM counts nodes there, torchrun ranks."""
+    _environment(monkeypatch, MASTER_ADDR="node0", SLURM_PROCID=1, SLURM_NTASKS=2, SLURM_STEP_ID=0, RANK=5, WORLD_SIZE=8)
+    assert Topology.from_environment() == Topology(rank=5, world_size=8)
+
+
+def test_an_interactive_slurm_shell_is_one_process(monkeypatch):
+    _environment(monkeypatch, SLURM_PROCID=0, SLURM_NTASKS=8)
+    assert Topology.from_environment() == Topology()
+
+
+def test_several_processes_without_an_address_are_refused(monkeypatch):
+    _environment(monkeypatch, OMPI_COMM_WORLD_RANK=0, OMPI_COMM_WORLD_SIZE=4)
+    with pytest.raises(UserError, match="MASTER_ADDR"):
+        Topology.from_environment()
+    _environment(monkeypatch, OMPI_COMM_WORLD_SIZE=1)  # a single one needs none
+    assert Topology.from_environment() == Topology()
+
+
+# ---------------------------------------------------------------------- a group of one
+
+
+def test_several_ranks_without_a_group_are_refused():
+    with pytest.raises(UserError, match="deepspeed"):
+        _comm(rank=1, world_size=2)
+
+
+def test_no_group_is_made_unless_asked_for():
+    comm = _comm()
+    assert not torch.distributed.is_initialized()
+    assert (comm.rank, comm.world_size, comm.local_rank, comm.is_main) == (0, 1, 0, True)
+    assert not _comm(rank=0).rank and comm.device == torch.device("cpu")
+    comm.barrier()
+    comm.close()
+
+
+def test_tensors_of_a_group_of_one_come_back_as_they_are():
+    comm, tensor = _comm(), torch.tensor([1.0, 2.0])
+    for result in (comm.all_reduce(tensor), comm.reduce_to(tensor, 0), comm.broadcast(tensor, 0)):
+        assert result is tensor and tensor.tolist() == [1.0, 2.0]
+    for parts in (comm.gather_to(tensor, 0), comm.all_gather(tensor)):
+        assert len(parts) == 1 and torch.equal(parts[0], tensor)
+
+
+def test_sums_are_exact_in_float64():
+    assert _comm().sum(1.0, 2**53 - 1, 0.1) == (1.0, 2**53 - 1, 0.1)
+
+
+def test_values_are_shared():
+    value = {"path": "run/ü", "steps": [1, 2], "loss": None}
+    assert _comm().share(value) == value
+
+
+def test_agreement_raises_the_error_itself_or_nothing():
+    comm, error = _comm(), UserError("no such file")
+    comm.agree(None)
+    with pytest.raises(UserError) as raised:
+        comm.agree(error)
+    assert raised.value is error
+
+
+def test_one_process_can_be_a_real_group_and_leaves_none_behind():
+    """What DeepSpeed needs on one process; the address and a free port are found."""
+    comm = Comm(Topology(), torch.device("cpu"))
+    try:
+        assert torch.distributed.is_initialized() and torch.distributed.get_world_size() == 1
+        assert os.environ["MASTER_ADDR"] == "127.0.0.1" and int(os.environ["MASTER_PORT"]) > 0
+        assert (os.environ["RANK"], os.environ["WORLD_SIZE"], os.environ["LOCAL_RANK"]) == ("0", "1", "0")
+        assert comm.sum(2.0) == (2.0,)
+        borrowed = Comm(Topology(), torch.device("cpu"))  # joins the group that is there, and does not own it
+        borrowed.close()
+        assert torch.distributed.is_initialized()
+    finally:
+        comm.close()
+    assert not torch.distributed.is_initialized()

@@ -1,0 +1,369 @@
+"""What every method promises. The methods are found by the registry: a new one is tested without a line here."""
+
+import copy
+import gc
+import random
+import weakref
+from pathlib import Path
+
+import numpy as np
+import pydantic
+import pytest
+import torch
+
+from distlora import methods
+from distlora.attach import attach
+from distlora.layer import AdapterLinear
+from distlora.methods import Method, registry
+from distlora.methods.base import Init, LayerInit
+
+RANK = 6
+SHAPES = [(60, 131), (131, 60)]  # (out, in): odd, so that no usual divisor fits
+
+ALL = sorted(registry())
+ADAPTING = [name for name in ALL if registry()[name].path]
+
+#: Methods that do not preserve the function at the start, and why. All others must.
+CHANGES_THE_FUNCTION = {"lora_sb": "its initialisation is the first step"}
+#: ‖ΔW‖ at the start over r·‖W‖₂ where it is not exactly zero.
+NEARLY_ZERO_AT_START = {"lora_xs": 2e-5}  # the core is N(0, 1e-5²)
+
+
+def make(name: str, **fields) -> Method:
+    return registry()[name](**{"rank": RANK, **fields})
+
+
+def source_for(method: Method, shape, seed=1):
+    """A weight-like or gradient-like matrix, if the method wants one."""
+    if method.source_matrix() is None:
+        return None
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) / shape[1] ** 0.5
+
+
+def initialise(method: Method, shape, seed=0, dtype=torch.float32, source=None) -> Init:
+    source = source_for(method, shape) if source is None else source
+    return method.initialise(LayerInit(shape, source, torch.Generator().manual_seed(seed), dtype, eta=1e-2))
+
+
+def random_factors(method: Method, shape, dtype=torch.float32, seed=2):
+    """Factors of which none is zero: at B = 0 or R = 0 most errors are invisible."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: (torch.randn(size, generator=generator, dtype=torch.float64) / max(size) ** 0.5).to(dtype)
+        for name, size in method.shapes(*shape).items()
+    }
+
+
+def adapter(method: Method, shape, factors=None, dtype=torch.float32) -> AdapterLinear:
+    """A layer that holds these factors, or the method's own initial ones."""
+    out_features, in_features = shape
+    linear = torch.nn.Linear(in_features, out_features, dtype=dtype)
+    generator = torch.Generator().manual_seed(11)
+    with torch.no_grad():
+        for parameter in linear.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) / in_features**0.5)
+            parameter.requires_grad_(False)
+    layer = AdapterLinear(linear, method, "layer")
+    source = linear.weight.detach().float() if method.source_matrix() == "weight" else None
+    values = initialise(method, shape, source=source).factors if factors is None else factors
+    with torch.no_grad():
+        for name, value in values.items():
+            getattr(layer, name).copy_(value)
+    return layer
+
+
+def inputs(shape, dtype=torch.float32, seed=3, tokens=(2, 7)):
+    return torch.randn(*tokens, shape[1], generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+every_method = pytest.mark.parametrize("name", ALL)
+every_adapter = pytest.mark.parametrize("name", ADAPTING)
+every_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
+
+
+# ---------------------------------------------------------------------- the registry and the recipe section
+
+
+def test_every_file_is_a_method_under_its_own_name():
+    files = {path.stem for path in Path(methods.__file__).parent.glob("*.py")} - {"__init__", "base"}
+    assert files == set(ALL)
+    assert all(registry()[name].__module__ == f"distlora.methods.{name}" for name in ALL)
+    assert {"lora", "lora_xs", "lora_sb", "full"} <= set(ALL)
+
+
+@every_method
+def test_declarations(name):
+    method = make(name)
+    assert method.name == name and method.summary and method.source
+    assert set(method.trains) <= set(method.path)
+    assert set(method.zero_gradient_at_start) < set(method.trains) or not method.zero_gradient_at_start
+    assert bool(method.path) != method.trains_weight
+    assert method.proportional_to_eta() in (None, *method.path)
+    assert (method.source_matrix() == "gradient") == (method.probe_settings() is not None)
+    assert registry()[name](**method.model_dump()) == method
+    assert registry()[name].model_validate_json(method.model_dump_json()) == method
+
+
+@every_method
+@pytest.mark.parametrize(
+    "wrong", [{"rnak": 8}, {"rank": 0}, {"rank": 1.5}, {"dropout": 1.0}, {"dropout": -0.1}, {"alpha": 0}], ids=str
+)
+def test_wrong_fields_are_refused(name, wrong):
+    with pytest.raises(pydantic.ValidationError):
+        make(name, **wrong)
+
+
+@every_method
+def test_a_method_is_frozen(name):
+    with pytest.raises(pydantic.ValidationError):
+        make(name).rank = 3
+
+
+# ---------------------------------------------------------------------- initialisation
+
+
+@every_adapter
+@every_shape
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_initial_factors_have_the_declared_shapes_and_dtypes(name, shape, dtype):
+    method = make(name)
+    factors = initialise(method, shape, dtype=dtype).factors
+    assert {key: tuple(value.shape) for key, value in factors.items()} == method.shapes(*shape)
+    for key, value in factors.items():
+        assert value.device.type == "cpu" and value.isfinite().all() and not value.requires_grad
+        assert value.dtype == torch.float32 or (key not in method.trains and value.dtype == dtype)
+
+
+@every_adapter
+@every_shape
+def test_initialisation_is_deterministic_and_touches_no_global_state(name, shape):
+    method = make(name)
+    before = torch.get_rng_state(), random.getstate(), copy.deepcopy(np.random.get_state())
+    source = source_for(method, shape)
+    kept = None if source is None else source.clone()
+    first = initialise(method, shape, source=source)
+    assert torch.equal(torch.get_rng_state(), before[0]) and random.getstate() == before[1]
+    assert all(np.array_equal(a, b) for a, b in zip(np.random.get_state(), before[2], strict=True))
+    assert source is None or torch.equal(source, kept)
+    torch.rand(3)  # the global generator has moved on: no matter
+    second = initialise(method, shape, source=source)
+    assert all(torch.equal(first.factors[key], second.factors[key]) for key in method.path)
+    assert first.report == second.report
+
+
+@every_adapter
+@every_shape
+def test_the_function_is_preserved_at_the_start(name, shape):
+    method = make(name)
+    layer = adapter(method, shape)
+    delta = method.export_low_rank(layer.factors())
+    change = (delta.left @ delta.right).norm()
+    scale = method.rank * torch.linalg.matrix_norm(layer.weight, 2)
+    if name in CHANGES_THE_FUNCTION:
+        assert change > 1e-3 * scale
+        return
+    assert change <= NEARLY_ZERO_AT_START.get(name, 0.0) * scale
+    x = inputs(shape)
+    expected = torch.nn.functional.linear(x, layer.weight, layer.bias)
+    if name in NEARLY_ZERO_AT_START:
+        torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-3)
+    else:
+        assert torch.equal(layer(x), expected)
+
+
+@every_adapter
+@every_shape
+def test_at_the_start_exactly_the_declared_tensors_have_no_gradient(name, shape):
+    method = make(name)
+    layer = adapter(method, shape)
+    layer(inputs(shape)).square().sum().backward()
+    assert {key for key in method.trains if not getattr(layer, key).grad.any()} == set(method.zero_gradient_at_start)
+
+
+@every_adapter
+@every_shape
+def test_a_rank_above_the_smaller_side_is_refused(name, shape):
+    assert make(name, rank=1).problem_with(*shape) is None
+    problem = make(name, rank=61).problem_with(*shape)
+    assert problem and "61" in problem and "60" in problem
+
+
+@every_adapter
+def test_scaling_is_a_positive_number_that_alpha_sets(name):
+    assert make(name).scaling > 0
+    assert make(name, alpha=6.0).scaling * 2 == pytest.approx(make(name, alpha=12.0).scaling)
+
+
+# ---------------------------------------------------------------------- the layer's mathematics
+
+
+@every_adapter
+@every_shape
+@pytest.mark.parametrize("alpha", [None, 15.0])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_forward_is_a_linear_layer_with_the_merged_weight(name, shape, alpha, with_bias):
+    method = make(name, alpha=alpha)
+    factors = random_factors(method, shape, torch.float64)
+    generator = torch.Generator().manual_seed(4)
+    weight = torch.randn(shape, generator=generator, dtype=torch.float64)
+    bias = torch.randn(shape[0], generator=generator, dtype=torch.float64) if with_bias else None
+    delta = method.delta(factors)
+    assert delta.left.shape[0] == shape[0] and delta.right.shape[1] == shape[1] and delta.left.dtype == torch.float64
+    assert (delta.left @ delta.right).norm() > 0.1
+    x = inputs(shape, torch.float64)
+    y = method.forward(x, weight, bias, factors, training=False)
+    torch.testing.assert_close(y, torch.nn.functional.linear(x, weight + delta.left @ delta.right, bias))
+
+
+@every_adapter
+@pytest.mark.parametrize("alpha", [None, 15.0])
+def test_delta_is_scaling_times_the_product_of_the_factors(name, alpha):
+    method = make(name, alpha=alpha)
+    factors = random_factors(method, SHAPES[0], torch.float64)
+    product = factors[method.path[0]]
+    for key in method.path[1:]:
+        product = factors[key] @ product
+    delta = method.delta(factors)
+    torch.testing.assert_close(delta.left @ delta.right, method.scaling * product)
+
+
+@every_adapter
+@pytest.mark.parametrize("alpha", [None, 2.0])
+def test_gradcheck(name, alpha):
+    method = make(name, rank=2, alpha=alpha)
+    shape = (4, 5)
+    factors = random_factors(method, shape, torch.float64)
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    bias = torch.randn(shape[0], generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+    leaves = [inputs(shape, torch.float64, tokens=(2, 3)).requires_grad_()]
+    leaves += [factors[key].requires_grad_() for key in method.trains]
+
+    def forward(x, *trained):
+        return method.forward(x, weight, bias, {**factors, **dict(zip(method.trains, trained, strict=True))}, training=True)
+
+    assert torch.autograd.gradcheck(forward, leaves)
+
+
+@every_adapter
+@every_shape
+def test_only_the_declared_factors_train(name, shape):
+    method = make(name)
+    layer = adapter(method, shape, random_factors(method, shape))
+    x = inputs(shape).requires_grad_()
+    layer(x).square().sum().backward()
+    assert {key for key, p in layer.named_parameters() if p.requires_grad} == set(method.trains)
+    assert {key for key, p in layer.named_parameters() if p.grad is not None} == set(method.trains)
+    assert all(getattr(layer, key).grad.any() for key in method.trains)
+    assert x.grad.any()
+
+
+@every_adapter
+def test_the_input_is_kept_only_where_the_first_factor_trains(name):
+    """Frozen W and frozen A need of x nothing but the r-wide x Aᵀ."""
+    method = make(name)
+    layer = adapter(method, SHAPES[0], random_factors(method, SHAPES[0]))
+    x = inputs(SHAPES[0]).requires_grad_() + 1
+    alive = weakref.ref(x)
+    y = layer(x)
+    del x
+    gc.collect()
+    assert y.requires_grad
+    assert (alive() is not None) == (method.path[0] in method.trains)
+
+
+@every_adapter
+@every_shape
+def test_bfloat16_is_close_to_float32(name, shape):
+    method = make(name)
+    factors = random_factors(method, shape)
+    exact, half = adapter(method, shape, factors), adapter(method, shape, factors, torch.bfloat16)
+    x = inputs(shape)
+    y, expected = half(x.bfloat16()), exact(x)
+    assert y.dtype == torch.bfloat16
+    assert (y.float() - expected).norm() < 0.02 * expected.norm()
+    for layer, value in ((half, y), (exact, expected)):
+        value.float().square().sum().backward()
+        assert all(getattr(layer, key).grad.dtype == value.dtype for key in method.trains)
+    for key in method.trains:
+        reference = getattr(exact, key).grad
+        assert (getattr(half, key).grad.float() - reference).norm() < 0.05 * reference.norm()
+
+
+@every_adapter
+def test_dropout_acts_in_training_only_and_is_right_on_average(name):
+    shape = SHAPES[0]
+    factors = random_factors(make(name), shape)
+    with_dropout, without = (adapter(make(name, dropout=p), shape, factors) for p in (0.3, 0.0))
+    x = inputs(shape, tokens=(1,))
+    with torch.no_grad():
+        assert torch.equal(with_dropout.eval()(x), without.eval()(x))
+        base = torch.nn.functional.linear(x, without.weight, without.bias)
+        update = without.train()(x) - base
+        draws = 4000
+        with torch.random.fork_rng():
+            torch.manual_seed(7)
+            noisy = with_dropout.train()(x.expand(draws, -1)) - base
+    assert (noisy - update).abs().max() > 0.1 * update.abs().max()
+    assert (noisy.mean(0) - update).norm() < 0.05 * (noisy - update).norm(dim=1).mean()
+
+
+@every_adapter
+def test_dropout_leaves_the_pretrained_part_alone(name):
+    """W x is never dropped: with zero factors training and evaluation agree."""
+    method = make(name, dropout=0.5)
+    zeros = {key: torch.zeros(size) for key, size in method.shapes(*SHAPES[0]).items()}
+    layer = adapter(method, SHAPES[0], zeros).train()
+    x = inputs(SHAPES[0])
+    assert torch.equal(layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias))
+
+
+# ---------------------------------------------------------------------- gradients and exports
+
+
+@every_adapter
+@pytest.mark.parametrize("alpha", [None, 15.0])
+def test_gradient_maps_are_float32_and_fit_the_trained_factors(name, alpha):
+    method = make(name, alpha=alpha)
+    for dtype in (torch.float32, torch.bfloat16):
+        for key, (p, q) in method.gradient_map(random_factors(method, SHAPES[0], dtype)).items():
+            assert key in method.trains
+            rows, columns = method.shapes(*SHAPES[0])[key]
+            assert (p.shape, q.shape) == ((rows, rows), (columns, columns))
+            assert p.dtype == q.dtype == torch.float32
+
+
+@every_adapter
+@pytest.mark.parametrize("alpha", [None, 15.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_export_is_what_the_factors_add_to_the_weight(name, alpha, dtype):
+    method = make(name, alpha=alpha)
+    factors = random_factors(method, SHAPES[0], dtype)
+    pair = method.export_low_rank(factors)
+    assert pair.left.dtype == pair.right.dtype == torch.float32
+    exact = method.delta({key: value.double() for key, value in factors.items()})
+    torch.testing.assert_close(pair.left @ pair.right, (exact.left @ exact.right).float(), rtol=1e-4, atol=1e-5)
+
+
+@every_method
+def test_a_trained_step_reaches_every_method_through_attach(name):
+    """The whole round: attach, a backward pass, a step; the loss falls and nothing but the declared moves."""
+    generator = torch.Generator().manual_seed(8)
+    net = torch.nn.Sequential(
+        torch.nn.Linear(131, 60), torch.nn.Tanh(), torch.nn.Linear(60, 31), torch.nn.Linear(31, 17)
+    ).double()
+    attached = attach(net, make(name), ["0", "2"])
+    for layer in attached.layers.values():
+        for key, value in random_factors(attached.method, layer.shape).items():
+            getattr(layer, key).data.copy_(value)
+    x, target = (torch.randn(9, width, generator=generator, dtype=torch.float64) for width in (131, 17))
+    before = {key: p.detach().clone() for key, p in net.named_parameters()}
+
+    def loss():
+        return (net(x) - target).square().mean()
+
+    start = loss()
+    start.backward()
+    torch.optim.SGD([p for p in net.parameters() if p.requires_grad], 1e-3).step()
+    assert {key for key, p in net.named_parameters() if not torch.equal(p, before[key])} == set(attached.trained)
+    assert attached.trained and all(key.startswith(("0.", "2.")) for key in attached.trained)
+    assert loss() < start

@@ -1,0 +1,150 @@
+"""Samples: which tokens, which labels, what is cut and what is dropped."""
+
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from distlora.data import IGNORE, load_split
+from distlora.errors import UserError
+
+DATA = Path(os.environ.get("DISTLORA_TEST_DATA", "../shared/data"))
+TEXTS = ["Q: 1+1?\nAnswer: 2", "the answer is not long\n", "<user> hello <bot> hi there", "0123456789"] * 9
+
+
+def make_tokenizer(bos=False, **options):
+    """A byte-level BPE tokenizer that pads with its <eos>, as SmolLM2's; with `bos` it starts every text, as Llama's."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = ["<eos>", "<bos>"]
+    trainer = trainers.BpeTrainer(vocab_size=340, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    core.train_from_iterator(TEXTS, trainer)
+    if bos:
+        core.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", pad_token="<eos>", bos_token="<bos>", **options)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer()
+
+
+def load(tmp_path, tokenizer, pairs, template=None, max_length=64, split="train"):
+    file = tmp_path / "rows.json"
+    file.write_text(json.dumps([{"q": prompt, "a": response} for prompt, response in pairs]))
+    fields = {"prompt": "q", "response": "a"}
+    section = SimpleNamespace(task="text", path=str(file), fields=fields, template=template, max_length=max_length)
+    return load_split(section, split, tokenizer)
+
+
+def trained_text(sample, tokenizer):
+    return tokenizer.decode([label for label in sample.labels if label != IGNORE])
+
+
+def test_loss_is_on_the_response_and_the_real_end_only(tmp_path, tokenizer):
+    encoded = load(tmp_path, tokenizer, [("Q: 1+1?\n", "2 <eos> 3"), ("the", "answer")])
+    first, second = encoded.samples
+    assert tokenizer.decode(first.input_ids) == "Q: 1+1?\n2 <eos> 3<eos>"
+    assert trained_text(first, tokenizer) == "2 <eos> 3<eos>"
+    assert trained_text(second, tokenizer) == " answer<eos>"
+    for sample in encoded.samples:
+        assert len(sample.labels) == len(sample.input_ids)
+        assert sample.input_ids[: len(sample.prompt_ids)] == sample.prompt_ids
+        assert sample.labels == [IGNORE] * len(sample.prompt_ids) + sample.input_ids[len(sample.prompt_ids) :]
+        assert sample.labels[-1] == tokenizer.eos_token_id == tokenizer.pad_token_id
+    assert (encoded.truncated, encoded.dropped) == (0, 0)
+    assert second.answer == "answer"
+
+
+SEAMS = [("a\n", "\nb"), ("hel", "lo"), ("the ", " answer"), ("the ", "answer"), ("x", "y\u20ac")]
+
+
+@pytest.mark.parametrize("prompt, response", SEAMS)
+def test_tokens_give_back_the_text_whatever_meets_at_the_seam(tmp_path, tokenizer, prompt, response):
+    (sample,) = load(tmp_path, tokenizer, [(prompt, response)]).samples
+    assert sample.prompt_ids == tokenizer(prompt)["input_ids"], "the prompt is what generation will present"
+    seam = "" if prompt[-1].isspace() else " "
+    assert tokenizer.decode(sample.input_ids) == prompt + seam + response + "<eos>"
+
+
+def test_bos_is_there_exactly_if_the_tokenizer_adds_it(tmp_path, tokenizer):
+    assert load(tmp_path, tokenizer, [("Q", "2")]).samples[0].input_ids[0] != tokenizer.bos_token_id
+    with_bos = make_tokenizer(bos=True)
+    (sample,) = load(tmp_path, with_bos, [("Q", "2")]).samples
+    assert sample.prompt_ids == with_bos("Q")["input_ids"]
+    assert sample.input_ids.count(with_bos.bos_token_id) == 1
+
+
+def test_truncation_and_dropping_are_counted_apart(tmp_path, tokenizer):
+    pairs = [("the", "answer"), ("the", "answer is not long"), ("the answer is not long " * 3, "2")]
+    lengths = [len(sample.input_ids) for sample in load(tmp_path, tokenizer, pairs).samples]
+    encoded = load(tmp_path, tokenizer, pairs, max_length=lengths[0])
+    assert (len(encoded.samples), encoded.truncated, encoded.dropped) == (2, 1, 1)
+    whole, cut = encoded.samples
+    assert whole.labels[-1] == tokenizer.eos_token_id
+    assert len(cut.input_ids) == lengths[0] and cut.labels[-1] not in (IGNORE, tokenizer.eos_token_id)
+
+
+def test_prompt_that_fills_the_length_leaves_no_response(tmp_path, tokenizer):
+    (sample,) = load(tmp_path, tokenizer, [("the answer", "2")]).samples
+    length = len(sample.prompt_ids)
+    assert len(load(tmp_path, tokenizer, [("the answer", "2")], max_length=length + 1).samples) == 1
+    with pytest.raises(UserError, match="none of the 1 samples .* within"):
+        load(tmp_path, tokenizer, [("the answer", "2")], max_length=length)
+
+
+def test_first_token_has_no_loss_even_without_a_prompt(tmp_path, tokenizer):
+    (sample,) = load(tmp_path, tokenizer, [("", "the answer")]).samples
+    assert sample.prompt_ids == [] and sample.labels == [IGNORE] + sample.input_ids[1:]
+
+
+def test_chunks_do_not_show(tmp_path, tokenizer, monkeypatch):
+    pairs = [(f"Q: {i}", str(i)) for i in range(10)]
+    whole = load(tmp_path, tokenizer, pairs)
+    monkeypatch.setattr("distlora.data.encode._CHUNK", 3)
+    assert load(tmp_path, tokenizer, pairs) == whole and len(whole.samples) == 10
+    assert load(tmp_path, tokenizer, pairs, split="train[2:5]").samples == whole.samples[2:5]
+
+
+CHAT_TEMPLATE = (
+    "<bos>{% for m in messages %}<{{m.role}}> {{m.content}} {% endfor %}{% if add_generation_prompt %}<bot> {% endif %}"
+)
+
+
+def test_chat_template_of_the_tokenizer(tmp_path):
+    tokenizer = make_tokenizer(bos=True, chat_template=CHAT_TEMPLATE)
+    (sample,) = load(tmp_path, tokenizer, [("hello", "hi there")], template="chat").samples
+    assert tokenizer.decode(sample.input_ids) == "<bos><user> hello <bot> hi there<eos>", "one BOS, the template's own"
+    assert trained_text(sample, tokenizer) == "hi there<eos>"
+
+
+def test_missing_chat_template_and_missing_eos_are_errors(tmp_path, tokenizer):
+    with pytest.raises(UserError, match="data.template: the tokenizer has no chat template"):
+        load(tmp_path, tokenizer, [("a", "b")], template="chat")
+    endless = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
+    with pytest.raises(UserError, match="set its eos_token"):
+        load(tmp_path, endless, [("a", "b")])
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason=f"no real data in {DATA}")
+@pytest.mark.parametrize(
+    "task, path, rows, first_answer",
+    [
+        ("gsm8k", "gsm8k", 7473, "72"),
+        ("metamath", "metamathqa_sample/sample.jsonl", 10, "91"),
+        ("instruct", "math_instructions/math_data.json", 3260, "4.0"),
+        ("commonsense", "commonsense/boolq", 9427, "true"),
+    ],
+)
+def test_presets_read_the_real_files(tokenizer, task, path, rows, first_answer):
+    section = SimpleNamespace(task=task, path=str(DATA / path), fields=None, template=None, max_length=4096)
+    encoded = load_split(section, "train[:200]", tokenizer)
+    assert len(encoded.samples) == min(rows, 200) and encoded.dropped == 0
+    assert encoded.samples[0].answer == first_answer
+    assert all(sample.answer for sample in encoded.samples)

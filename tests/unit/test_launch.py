@@ -1,0 +1,218 @@
+"""The launch scripts, up to where they would install something: arguments, and what they refuse."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+LAUNCH = ROOT / "launch"
+SCRIPTS = sorted(LAUNCH.glob("*.sh"))
+
+#: What the scripts call before they look at the machine.
+COMMON_TOOLS = ["bash", "basename", "cat", "dirname", "env", "sed", "uname"]
+
+
+def start(script, *arguments, **variables):
+    return subprocess.run(
+        ["bash", str(script), *arguments], capture_output=True, text=True, timeout=60, env={**os.environ, **variables}
+    )
+
+
+@pytest.fixture
+def machine(tmp_path):
+    """A machine with a few tools only; `machine(name, text)` adds a program. Nothing can be installed there."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for tool in COMMON_TOOLS:
+        (programs / tool).symlink_to(shutil.which(tool))
+
+    def add(name, text):
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
+
+    add.variables = {"PATH": str(programs), "DISTLORA_VENV": str(tmp_path / "venv")}
+    add.venv = tmp_path / "venv"
+    return add
+
+
+def assert_refused(result, *parts):
+    """Exit code 2, one sentence, and nothing else."""
+    assert result.returncode == 2, result.stderr
+    assert result.stdout == ""
+    assert len(result.stderr.splitlines()) == 1
+    for part in parts:
+        assert part in result.stderr
+
+
+def test_there_are_scripts():
+    assert {"quickstart.sh", "test.sh", "_environment.sh"} <= {path.name for path in SCRIPTS}
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, ROOT / ".ci" / "run"], ids=lambda path: path.name)
+def test_bash_can_read_it(script):
+    result = subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_ci_runs_the_test_script():
+    assert "bash launch/test.sh" in (ROOT / ".ci" / "run").read_text()
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
+
+
+@pytest.mark.parametrize("name", ["quickstart.sh", "test.sh"])
+def test_help(name):
+    result = start(LAUNCH / name, "--help")
+    assert result.returncode == 0
+    assert result.stdout.startswith(f"usage: bash launch/{name}")
+    assert result.stderr == ""
+
+
+def test_help_lists_every_option_that_is_read():
+    text = (LAUNCH / "quickstart.sh").read_text()
+    usage = start(LAUNCH / "quickstart.sh", "--help").stdout
+    read = next(line for line in text.splitlines() if line.strip().startswith("--method | --stage"))
+    options = read.strip().rstrip(")").split(" | ")
+    assert len(options) == 7
+    assert all(option in usage for option in options)
+
+
+@pytest.mark.parametrize("name", ["quickstart.sh", "test.sh"])
+def test_a_path_with_spaces_and_another_directory(tmp_path, name):
+    copy = tmp_path / "a path with 'signs'"
+    shutil.copytree(LAUNCH, copy / "launch")
+    result = subprocess.run(["bash", str(copy / "launch" / name), "--help"], capture_output=True, text=True, cwd=tmp_path)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.startswith("usage:")
+
+
+@pytest.mark.parametrize(
+    "arguments, parts",
+    [
+        (["--stages", "3"], ["--stages", "--help"]),
+        (["--stages=3"], ["--stages", "--help"]),
+        (["-x"], ["-x", "--help"]),
+        (["lora_sb"], ["lora_sb", "dotted.key=value"]),
+        (["--stage", "4"], ["--stage", "'4'"]),
+        (["--stage=-1"], ["--stage", "'-1'"]),
+        (["--ranks", "0"], ["--ranks", "'0'"]),
+        (["--ranks", "two"], ["--ranks", "'two'"]),
+        (["--steps", "1.5"], ["--steps", "'1.5'"]),
+        (["--seed", "-1"], ["--seed", "'-1'"]),
+        (["--method", "LoRA SB"], ["--method", "'LoRA SB'"]),
+        (["--output="], ["--output"]),
+        (["train.lr=1", "--ranks"], ["--ranks", "value"]),
+    ],
+)
+def test_a_mistake_is_one_sentence(machine, arguments, parts):
+    assert_refused(start(LAUNCH / "quickstart.sh", *arguments, **machine.variables), *parts)
+
+
+@pytest.mark.parametrize("name", ["quickstart.sh", "test.sh"])
+def test_an_old_python_is_refused(machine, name):
+    machine("python3", "#!/usr/bin/env bash\necho 3.9\n")
+    machine("c++", "#!/usr/bin/env bash\n")
+    assert_refused(start(LAUNCH / name, **machine.variables), "Python 3.9 is too old", "3.11 or newer")
+    assert not machine.venv.exists()
+
+
+def test_no_python_is_refused(machine):
+    assert_refused(start(LAUNCH / "quickstart.sh", **machine.variables), "no Python", "3.11 or newer")
+
+
+@pytest.mark.parametrize("missing", ["python3-venv", "python3-dev"])
+def test_half_a_python_is_refused(machine, missing):
+    answer = "echo 3.12" if missing == "python3-venv" else "echo 3.13"
+    machine("python3", f'#!/usr/bin/env bash\n[[ $2 == *version_info* ]] && {answer} || echo "the package {missing}"\n')
+    machine("c++", "#!/usr/bin/env bash\n")
+    assert_refused(start(LAUNCH / "quickstart.sh", **machine.variables), "lacks", missing)
+
+
+def test_a_missing_compiler_is_refused(machine):
+    machine("python3", f'#!/usr/bin/env bash\n[[ $2 == *version_info* ]] && exec "{sys.executable}" "$@"\n')
+    assert_refused(start(LAUNCH / "quickstart.sh", CXX="", **machine.variables), "no C++ compiler", "g++")
+    assert not machine.venv.exists()
+
+
+def shell(text, **variables):
+    """Runs lines with the functions of _environment.sh."""
+    return subprocess.run(
+        ["bash", "-c", f'. "{LAUNCH}/_environment.sh"\n{text}'],
+        capture_output=True, text=True, timeout=60, env={**os.environ, **variables},
+    )  # fmt: skip
+
+
+def test_an_environment_that_stands_is_not_touched(tmp_path):
+    """The stamp is the whole check: no pip call, and it names constraints, setup.py, repository and place."""
+    venv = tmp_path / "venv"
+    (venv / "bin").mkdir(parents=True)
+    (venv / "bin" / "python").symlink_to(shutil.which("true"))
+    lines = """
+        find_python() { echo python3; }
+        require_compiler() { :; }
+        make_venv() { echo MADE; exit 5; }
+        stamp="$(cat "$REPOSITORY/constraints.txt" "$REPOSITORY/setup.py" | cksum) $REPOSITORY $VENV"
+    """
+    use = "prepare_environment quickstart; command -v python"
+    first = shell(f"{lines}\n{use}", DISTLORA_VENV=str(venv))
+    assert (first.returncode, first.stdout) == (5, "MADE\n")
+    second = shell(f'{lines}\necho "$stamp" >"$VENV/.distlora-quickstart"\n{use}', DISTLORA_VENV=str(venv))
+    assert (second.returncode, second.stdout) == (0, f"{venv}/bin/python\n")
+    other = shell(f'{lines}\necho "$stamp changed" >"$VENV/.distlora-quickstart"\n{use}', DISTLORA_VENV=str(venv))
+    assert other.returncode == 5
+
+
+def test_a_foreign_directory_is_never_cleared(tmp_path):
+    (tmp_path / "precious").write_text("x")
+    result = shell("make_venv python3", DISTLORA_VENV=str(tmp_path))
+    assert_refused(result, str(tmp_path), "not a working virtual environment")
+    assert (tmp_path / "precious").read_text() == "x"
+
+
+def test_a_venv_path_that_the_linker_cannot_take_is_refused(tmp_path):
+    result = shell("choose_venv_place", DISTLORA_VENV=str(tmp_path / "a venv"))
+    assert_refused(result, "DISTLORA_VENV", "a venv")
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="processes are looked up in /proc")
+def test_only_a_lock_without_a_living_build_is_removed(tmp_path):
+    lock = tmp_path / "lock"
+    with lock.open("w"):
+        assert shell(f'remove_stale_lock "{tmp_path}"').stdout == ""
+        assert lock.exists()
+    assert "removing the lock" in shell(f'remove_stale_lock "{tmp_path}"').stdout
+    assert not lock.exists()
+
+
+def test_a_failed_step_shows_its_output_and_passes_its_status(tmp_path):
+    result = shell("with_progress 'a step' bash -c 'echo the reason; exit 7'", DISTLORA_VENV=str(tmp_path))
+    assert result.returncode == 7
+    assert "a step … failed" in result.stdout
+    assert "the reason" in result.stderr and "this failed: a step" in result.stderr
+
+
+def test_a_stopped_script_takes_its_children_along(tmp_path):
+    """A grandchild too: DeepSpeed's launcher is the child, the ranks are the grandchildren."""
+    script = f"""
+        start_child bash -c 'sleep 120 & echo $! >"{tmp_path}/pid"; wait'
+        until [[ -s "{tmp_path}/pid" ]]; do sleep 0.05; done
+        kill -TERM $$
+        wait_for_child
+    """
+    result = shell(script)
+    assert result.returncode == 143
+    grandchild = int((tmp_path / "pid").read_text())
+    assert not is_running(grandchild)
+
+
+def is_running(process):
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    # In a container without an init process the dead stay as zombies.
+    status = Path(f"/proc/{process}/stat")
+    return not status.exists() or status.read_text().rsplit(")", 1)[1].split()[0] != "Z"

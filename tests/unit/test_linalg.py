@@ -1,0 +1,189 @@
+"""Truncated SVD, captured energy and Gram inverse, on the matrices that training produces."""
+
+import pytest
+import torch
+
+from distlora import linalg
+from distlora.linalg import captured_energy, gram_inverse, truncated_svd
+
+
+def _generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def _normal(*shape, seed=0):
+    return torch.randn(*shape, generator=_generator(seed))
+
+
+def _low_rank(out, inner, rank, seed=0):
+    return _normal(out, rank, seed=seed) @ _normal(rank, inner, seed=seed + 1)
+
+
+def _assert_triplets(matrix, rank, u, s, vt, tolerance=1e-4):
+    """Orthonormal factors, descending values, and `M v = σ u`."""
+    identity = torch.eye(rank)
+    assert (u.shape, s.shape, vt.shape) == ((matrix.shape[0], rank), (rank,), (rank, matrix.shape[1]))
+    assert {u.dtype, s.dtype, vt.dtype} == {torch.float32}
+    assert (u.T @ u - identity).abs().max() < 1e-5
+    assert (vt @ vt.T - identity).abs().max() < 1e-5
+    assert (s.diff() <= 0).all() and (s >= 0).all()
+    if s[0] > 0:
+        assert (matrix @ vt.T - u * s).norm() <= tolerance * s[0] * rank**0.5
+
+
+@pytest.fixture
+def always_iterate(monkeypatch):
+    """Takes the iterative path for small matrices too."""
+    monkeypatch.setattr(linalg, "EXACT_SIDE", 0)
+
+
+# ---------------------------------------------------------------------- exact
+
+
+@pytest.mark.parametrize("shape", [(60, 131), (131, 60), (64, 64)], ids=str)
+@pytest.mark.parametrize("rank", [1, 8, 60])
+def test_exact_path(shape, rank):
+    matrix = _normal(*shape)
+    u, s, vt = truncated_svd(matrix, rank, _generator())
+    _assert_triplets(matrix, rank, u, s, vt)
+    torch.testing.assert_close(s, torch.linalg.svdvals(matrix.double())[:rank].float(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("iterate", [False, True])
+def test_signs_are_fixed_by_the_largest_entry_of_u(iterate, monkeypatch):
+    if iterate:
+        monkeypatch.setattr(linalg, "EXACT_SIDE", 0)
+    matrix = _low_rank(60, 131, rank=8)
+    for candidate in (matrix, -matrix):
+        u, s, vt = truncated_svd(candidate, 8, _generator())
+        assert (u.gather(0, u.abs().argmax(0, keepdim=True)) > 0).all()
+        torch.testing.assert_close((u * s) @ vt, _best(candidate, 8), rtol=0, atol=1e-3)
+
+
+def _best(matrix, rank):
+    u, s, vt = torch.linalg.svd(matrix.double(), full_matrices=False)
+    return ((u[:, :rank] * s[:rank]) @ vt[:rank]).float()
+
+
+def test_bfloat16_input_is_factorised_in_float32():
+    matrix = _normal(60, 131).bfloat16()
+    u, s, vt = truncated_svd(matrix, 8, _generator())
+    _assert_triplets(matrix.float(), 8, u, s, vt)
+
+
+# ---------------------------------------------------------------------- iterative
+
+
+def test_the_iterative_path_captures_the_energy_of_a_flat_spectrum():
+    """sign(G) is the hard case: two or four passes of the customary randomised SVD lose about 1 %."""
+    matrix = torch.sign(_normal(1100, 1200) + 0.05 * _low_rank(1100, 1200, 4))
+    u, s, vt = truncated_svd(matrix, 16, _generator())
+    _assert_triplets(matrix, 16, u, s, vt, tolerance=0.2)  # single directions of a flat spectrum are ill-defined ...
+    exact = torch.linalg.svdvals(matrix)[:16].square().sum()
+    captured = ((u.T @ matrix) @ vt.T).diagonal().square().sum()
+    for energy in (s.square().sum(), captured):  # ... but not their energy
+        assert 1 - 1e-4 < energy / exact < 1 + 1e-5
+
+
+def test_large_matrices_take_the_iterative_path_and_small_ones_do_not(monkeypatch):
+    taken = []
+    original = linalg._subspace_svd
+    monkeypatch.setattr(linalg, "_subspace_svd", lambda *args: taken.append(args[0].shape) or original(*args))
+    truncated_svd(_normal(60, 131), 4, _generator())
+    assert taken == []
+    truncated_svd(_low_rank(1100, 1030, 6), 4, _generator())
+    assert taken == [(1100, 1030)]
+
+
+@pytest.mark.parametrize("shape", [(60, 131), (131, 60)], ids=str)
+def test_iterative_equals_exact_where_the_spectrum_has_gaps(shape, always_iterate):
+    matrix = _low_rank(*shape, rank=8) + 1e-3 * _normal(*shape, seed=5)
+    u, s, vt = truncated_svd(matrix, 8, _generator())
+    _assert_triplets(matrix, 8, u, s, vt)
+    torch.testing.assert_close(s, torch.linalg.svdvals(matrix)[:8], rtol=1e-4, atol=0)
+    torch.testing.assert_close((u * s) @ vt, _best(matrix, 8), rtol=0, atol=1e-3)
+
+
+def test_iteration_is_deterministic_by_its_generator_and_touches_no_other(always_iterate):
+    matrix = torch.sign(_normal(90, 131))
+    before = torch.get_rng_state()
+    first, again = truncated_svd(matrix, 8, _generator(3)), truncated_svd(matrix, 8, _generator(3))
+    other = truncated_svd(matrix, 8, _generator(4))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not torch.equal(first[0], other[0])  # the start is really drawn from the generator
+
+
+@pytest.mark.parametrize("iterate", [False, True])
+class TestDegenerate:
+    @pytest.fixture(autouse=True)
+    def _path(self, iterate, monkeypatch):
+        if iterate:
+            monkeypatch.setattr(linalg, "EXACT_SIDE", 0)
+
+    def test_rank_deficient(self):
+        matrix = _low_rank(60, 131, rank=3)
+        u, s, vt = truncated_svd(matrix, 8, _generator())
+        _assert_triplets(matrix, 8, u, s, vt)
+        assert s[3:].max() < 1e-5 * s[0]
+
+    def test_zero(self):
+        u, s, vt = truncated_svd(torch.zeros(60, 131), 8, _generator())
+        _assert_triplets(torch.zeros(60, 131), 8, u, s, vt)
+        assert not s.any()
+
+    @pytest.mark.parametrize("scale", [1e-8, 1e-12, 1e6])
+    def test_scale_does_not_matter(self, scale):
+        """Gradients of a converged model are tiny; their first step is −η·mean g under SGD."""
+        matrix = _low_rank(60, 131, rank=5) + 0.01 * _normal(60, 131, seed=9)
+        u, s, vt = truncated_svd(matrix, 5, _generator())
+        u2, s2, vt2 = truncated_svd(matrix * scale, 5, _generator())
+        torch.testing.assert_close(s2, s * scale, rtol=1e-4, atol=0)
+        torch.testing.assert_close((u2 * s2) @ vt2 / scale, (u * s) @ vt, rtol=0, atol=1e-3)
+        assert captured_energy(matrix * scale, s2) == pytest.approx(captured_energy(matrix, s), abs=1e-4)
+
+
+# ---------------------------------------------------------------------- energy and Gram
+
+
+def test_captured_energy_is_the_share_of_the_squared_norm():
+    matrix = torch.diag(torch.tensor([4.0, 2.0, 2.0, 1.0]))
+    assert captured_energy(matrix, torch.tensor([4.0])) == pytest.approx(16 / 25)
+    assert captured_energy(matrix, torch.tensor([4.0, 2.0, 2.0, 1.0])) == pytest.approx(1.0)
+    assert captured_energy(torch.zeros(3, 4), torch.zeros(2)) == 1.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [1e-8, 1.0, 1e8])
+def test_gram_inverse_of_a_full_rank_factor(dtype, scale):
+    factor = _normal(60, 8).to(dtype) * scale
+    gram = factor.T @ factor
+    inverse = gram_inverse(gram)
+    assert inverse.dtype == dtype
+    torch.testing.assert_close(inverse @ gram, torch.eye(8, dtype=dtype), rtol=0, atol=1e-4)
+    torch.testing.assert_close(inverse, torch.linalg.pinv(gram.double(), hermitian=True).to(dtype), rtol=1e-4, atol=0)
+
+
+def test_gram_inverse_of_a_rank_deficient_factor_is_the_pseudo_inverse():
+    factor = _low_rank(60, 8, rank=5).double()
+    gram = factor.T @ factor
+    expected = torch.linalg.pinv(gram, hermitian=True, rtol=1e-7)
+    torch.testing.assert_close(gram_inverse(gram), expected, rtol=1e-6, atol=1e-9)
+
+
+def test_gram_inverse_of_zero_is_zero():
+    assert torch.equal(gram_inverse(torch.zeros(4, 4)), torch.zeros(4, 4))
+
+
+def test_gram_inverse_keeps_an_ill_conditioned_direction():
+    """No damping: a component a thousand times smaller than the largest is inverted exactly, not smeared."""
+    gram = torch.diag(torch.tensor([1.0, 1e-6], dtype=torch.float64))
+    torch.testing.assert_close(gram_inverse(gram), torch.diag(torch.tensor([1.0, 1e6], dtype=torch.float64)))
+
+
+def test_gram_inverse_of_an_ill_conditioned_float32_matrix_is_computed_in_float64():
+    basis = torch.linalg.qr(_normal(8, 8).double()).Q
+    gram = (basis * torch.logspace(0, -5, 8, dtype=torch.float64)) @ basis.T
+    gram = ((gram + gram.T) / 2).float()
+    expected = torch.linalg.inv(gram.double())
+    assert (gram_inverse(gram) - expected).norm() < 1e-5 * expected.norm()

@@ -1,0 +1,140 @@
+"""Every file under configs/: parsed, resolved, accepted by DeepSpeed, and saying what the experiment says."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from distlora.config import dump_recipe, load_recipe, plan_batches, resolve_deepspeed
+from distlora.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted((ROOT / "configs" / "recipes").glob("*.yaml"))
+ZEROS = sorted((ROOT / "configs" / "zero").glob("*.json"))
+QUICKSTART = ROOT / "configs" / "recipes" / "quickstart.yaml"
+
+
+def by_name(path):
+    return path.stem
+
+
+def test_the_shipped_files():
+    assert {path.stem for path in RECIPES} >= {
+        "quickstart", "smollm2-gsm8k", "mistral-7b-metamath", "gemma2-9b-metamath", "llama3.2-3b-commonsense170k",
+    }  # fmt: skip
+    assert {path.stem for path in ZEROS} >= {
+        "zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload", "zero3_hpz",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("world", [1, 2, 8])
+@pytest.mark.parametrize("path", RECIPES, ids=by_name)
+def test_recipe_resolves(path, world):
+    recipe = load_recipe(path)
+    if recipe.train.global_batch_size % (recipe.train.micro_batch_size * world):
+        with pytest.raises(UserError, match="is not divisible by"):
+            resolve_deepspeed(recipe, world, 2048)
+        return
+    config, lines = resolve_deepspeed(recipe, world, 2048)
+    assert '"auto"' not in json.dumps(config)
+    assert config["train_batch_size"] == recipe.train.global_batch_size
+    assert config["gradient_accumulation_steps"] == plan_batches(recipe, world)
+    assert any(line.endswith("(auto)") for line in lines)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=by_name)
+def test_recipe_round_trip(path, tmp_path):
+    recipe = load_recipe(path)
+    dumped = tmp_path / "recipe.yaml"
+    dumped.write_text(dump_recipe(recipe), encoding="utf-8")
+    assert load_recipe(dumped) == recipe
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=by_name)
+def test_recipe_says_what_it_reproduces(path):
+    comments = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
+    assert 2 <= len(comments) <= 6
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=by_name)
+@pytest.mark.parametrize("method", ["lora", "lora_xs", "full"])
+def test_recipe_with_another_method(path, method):
+    recipe = load_recipe(path, [f"method.name={method}"])
+    assert recipe.method.name == method and recipe.method.rank == load_recipe(path).method.rank
+    assert "method.init" in recipe.notes[0]
+
+
+def paper(name):
+    recipe = load_recipe(ROOT / "configs" / "recipes" / f"{name}.yaml")
+    train = recipe.train
+    settings = (
+        recipe.method.name, recipe.method.rank, recipe.method.dropout, recipe.method.init.samples, recipe.targets,
+        recipe.model.dtype, recipe.data.split, recipe.data.max_length, train.epochs, train.steps, train.micro_batch_size,
+        plan_batches(recipe, 1), train.lr, train.schedule, train.warmup_ratio,
+    )  # fmt: skip
+    return recipe, settings
+
+
+@pytest.mark.parametrize(
+    "name, model", [("mistral-7b-metamath", "mistralai/Mistral-7B-v0.1"), ("gemma2-9b-metamath", "google/gemma-2-9b")]
+)
+def test_settings_of_the_arithmetic_experiment(name, model):
+    recipe, settings = paper(name)
+    assert settings == (
+        "lora_sb", 96, 0.0, 0.001, "all-linear", "bfloat16", "train[:50000]", 512, 1, None, 1, 32, 1e-4, "cosine", 0.02,
+    )  # fmt: skip
+    assert (recipe.model.path, recipe.data.task, recipe.data.path) == (model, "metamath", "meta-math/MetaMathQA")
+
+
+def test_settings_of_the_commonsense_experiment():
+    recipe, settings = paper("llama3.2-3b-commonsense170k")
+    assert settings == (
+        "lora_sb", 96, 0.05, 0.001, "all-linear", "bfloat16", "train", 256, 2, None, 6, 24, 2e-3, "linear", 0.02,
+    )  # fmt: skip
+    assert (recipe.model.path, recipe.data.task) == ("meta-llama/Llama-3.2-3B", "commonsense")
+
+
+# ---------------------------------------------------------------------- DeepSpeed configs
+
+
+@pytest.mark.parametrize("world", [1, 2, 8])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("path", ZEROS, ids=by_name)
+def test_zero_config_resolves(path, dtype, world, tmp_path):
+    recipe = load_recipe(
+        QUICKSTART, [f"deepspeed={path}", f"model.dtype={dtype}", "train.global_batch_size=64", f"output_dir={tmp_path}/run"]
+    )
+    config, _ = resolve_deepspeed(recipe, world, 576)
+    assert '"auto"' not in json.dumps(config)
+    assert config["train_batch_size"] == 64 and config["gradient_clipping"] == 1.0
+    assert config["bf16"] == {"enabled": dtype == "bfloat16"}
+    assert config["tensorboard"] == {"enabled": True, "output_path": f"{tmp_path}/run/tensorboard", "job_name": "."}
+
+
+@pytest.mark.parametrize("path", ZEROS, ids=by_name)
+def test_zero_config_is_accepted_by_deepspeed(path, tmp_path):
+    """DeepSpeed ignores unknown keys at the top, and only there: the sections are checked by its own classes."""
+    runtime = pytest.importorskip("deepspeed.runtime.config")
+    recipe = load_recipe(QUICKSTART, [f"deepspeed={path}", f"output_dir={tmp_path}/run"])
+    given, _ = resolve_deepspeed(recipe, 1, 576)
+    parsed = runtime.DeepSpeedConfig(dict(given))
+    section = given["zero_optimization"]
+    assert parsed.zero_optimization_stage == section["stage"] == int(path.stem[4])
+    assert parsed.zero_config.reduce_bucket_size == section.get("reduce_bucket_size", 500_000_000)
+    assert bool(parsed.zero_config.offload_optimizer) == ("offload" in path.stem)
+    assert bool(parsed.zero_config.offload_param) == (path.stem == "zero3_offload")
+    assert parsed.zero_config.zero_hpz_partition_size == (8 if path.stem == "zero3_hpz" else 1)
+    assert parsed.zero_config.memory_efficient_linear == (section["stage"] != 3)
+    assert parsed.bfloat16_config.enabled and parsed.gradient_clipping == 1.0
+    assert parsed.monitor_config.tensorboard.enabled
+    assert (parsed.train_batch_size, parsed.train_micro_batch_size_per_gpu, parsed.gradient_accumulation_steps) == (16, 8, 2)
+
+
+@pytest.mark.parametrize("path", ZEROS, ids=by_name)
+def test_zero_config_keys_are_known(path):
+    """A mistyped key at the top would be ignored in silence."""
+    known = {
+        "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "bf16",
+        "zero_optimization", "zero_force_ds_cpu_optimizer", "tensorboard",
+    }  # fmt: skip
+    assert set(json.loads(path.read_text(encoding="utf-8"))) <= known
