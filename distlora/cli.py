@@ -4,6 +4,7 @@ import argparse
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -114,6 +115,8 @@ def _topology():
     from distlora.comm import Topology
 
     topology = Topology.from_environment()
+    # DeepSpeed calls collectives by names that torch has since replaced; every rank would say so.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     _log_to_terminal(shown=topology.rank == 0)
     return topology
 

@@ -55,11 +55,11 @@ class Comm:
         """Joins the group. device: where this rank computes; gloo on a CPU, NCCL on an NVIDIA GPU."""
         self.rank, self.world_size = topology.rank, topology.world_size
         self.local_rank, self.device = topology.local_rank, device
+        self.backend = "nccl" if device.type == "cuda" else "gloo"
         self._mine = False
         if distributed and not dist.is_initialized():
             self._publish(topology)
-            backend = "nccl" if device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=datetime.timedelta(minutes=timeout_minutes))
+            dist.init_process_group(self.backend, timeout=datetime.timedelta(minutes=timeout_minutes))
             self._mine = True
         if not distributed and self.world_size > 1:
             raise UserError("several ranks need DeepSpeed; set deepspeed: to a ZeRO config, or start one process")
@@ -129,14 +129,7 @@ class Comm:
 
     def share(self, value: Any) -> Any:
         """Rank 0's JSON-able value, on every rank."""
-        if self.world_size == 1:
-            return value
-        data = json.dumps(value).encode() if self.rank == 0 else b""
-        size = self.broadcast(torch.tensor(len(data), device=self.device), 0)
-        buffer = torch.zeros(int(size), dtype=torch.uint8, device=self.device)
-        if self.rank == 0:
-            buffer.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
-        return json.loads(bytes(self.broadcast(buffer, 0).cpu().tolist()))
+        return value if self.world_size == 1 else self._share_from(0, value)
 
     def agree(self, error: Exception | None) -> None:
         """Raises on every rank if any rank brings an error, so that none is left waiting in a later collective.
@@ -152,19 +145,17 @@ class Comm:
         first = int(mine)
         if first == self.world_size:
             return
-        if first == self.rank:
-            self._share_from(first, str(error))
-            raise error
-        sentence = self._share_from(first, None)
-        raise UserError(sentence)
+        sentence = self._share_from(first, str(error) if first == self.rank else None)
+        raise error if first == self.rank else UserError(sentence)
 
-    def _share_from(self, source: int, text: str | None) -> str:
-        data = text.encode() if text is not None else b""
+    def _share_from(self, source: int, value: Any) -> Any:
+        """The JSON-able value of rank `source`, on every rank."""
+        data = json.dumps(value).encode() if self.rank == source else b""
         size = self.broadcast(torch.tensor(len(data), device=self.device), source)
         buffer = torch.zeros(int(size), dtype=torch.uint8, device=self.device)
-        if text is not None:
+        if self.rank == source:
             buffer.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
-        return bytes(self.broadcast(buffer, source).cpu().tolist()).decode()
+        return json.loads(bytes(self.broadcast(buffer, source).cpu().tolist()))
 
 
 def _free_port() -> int:

@@ -19,7 +19,7 @@ from distlora.probe import Batch, Loss, mean_gradients, sample_weights
 log = logging.getLogger(__name__)
 
 #: The line search over eta: exponents of ten of the root mean square of ΔW, every half decade.
-SEARCH_FROM, SEARCH_TO = -6.5, -1.0
+SEARCH_FROM, SEARCH_TO = -6.0, -1.0
 SEARCH_PATIENCE = 2
 SEARCH_REFINEMENTS = (0.25, 0.125)
 
@@ -61,10 +61,12 @@ def initialise(engine: Engine, attached: Attached, seed: int, first_rate: float,
     settings = method.probe_settings()
     gradients: dict[str, Tensor] = {}
     if settings is not None:
+        log.info("probing the full gradients of %d layers on %d samples", len(layers), data.samples)
         gradients = mean_gradients(engine, layers, owners, data.batches(), data.samples, data.loss, settings.sums)
         report.scalars["samples"] = data.samples
     eta = {"search": 1.0, "schedule": first_rate, None: 1.0}.get(settings and settings.eta, settings and settings.eta)
 
+    log.info("initialising the factors of %d layers", len(layers))
     scalars: dict[str, dict[str, float]] = {}
     for turn in _turns(layers, owners):
         found = _factorise(engine, method, turn, owners, gradients, seed, eta)

@@ -31,17 +31,23 @@ def check_run_dir(recipe: Recipe, resume: bool | None) -> None:
     difference = _first_difference(run_identity(load_recipe(run_dir / RECIPE)), run_identity(recipe))
     if difference:
         raise UserError(f"output_dir: {run_dir} holds the run of another recipe ({difference}); name another directory")
-    if resume and newest(run_dir) is None:
-        raise UserError(f"--resume: {run_dir} holds no complete checkpoint; start it without --resume")
 
 
 def open_run_dir(recipe: Recipe, resume: bool | None) -> None:
-    """Makes the directory with its `recipe.yaml`; forgets what was there if the run is to begin anew. For rank 0."""
+    """Makes the directory with its `recipe.yaml`; forgets what was there if the run is to begin anew. For rank 0.
+
+    Raises UserError where there is nothing whole to continue from, though the run was begun or a checkpoint is demanded.
+    """
     run_dir = Path(recipe.output_dir)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         if resume is False:
             _forget(run_dir)
+        elif newest(run_dir) is None:
+            if resume:
+                raise UserError(f"--resume: {run_dir} holds no complete checkpoint; start it without --resume")
+            if any(run_dir.glob("checkpoint-*")):
+                raise UserError(f"{run_dir}: every checkpoint is broken; --no-resume removes them and begins anew")
         (run_dir / RECIPE).write_text(dump_recipe(recipe), encoding="utf-8")
     except OSError as error:
         raise UserError(f"output_dir: {run_dir} cannot be written ({error.strerror}); name another directory") from None

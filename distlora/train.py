@@ -208,8 +208,8 @@ class _Run:
 
     def _tell_init(self, report: InitReport, seconds: float) -> None:
         log.info(
-            "initialised %d layers in %.1f s%s", len(self.attached.layers), seconds,
-            "".join(f", {key} {value:.4g}" for key, value in report.scalars.items()),
+            "initialised %d layers in %.1f s%s%s", len(self.attached.layers), seconds, ": " if report.scalars else "",
+            ", ".join(f"{key} {value:.4g}" for key, value in report.scalars.items()),
         )  # fmt: skip
         self.monitor.write(0, {f"init/{key}": value for key, value in report.scalars.items()} | {"init/seconds": seconds})
 

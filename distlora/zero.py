@@ -83,6 +83,9 @@ class ZeroEngine:
         # DeepSpeed's own CPU Adam is faster but has to be compiled; the config says whether it must be used.
         self._cpu_adam = self._offload and config.get("zero_force_ds_cpu_optimizer", True)
         _refuse_layouts(zero)
+        # Before the first zero.Init, which would otherwise read the config as for one rank. The process group is there already.
+        with contextlib.redirect_stdout(io.StringIO()):  # every rank would print that an operator was built
+            deepspeed.init_distributed(comm.backend, auto_mpi_discovery=False, verbose=False)
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
     # ------------------------------------------------------------------ coming to life
@@ -95,23 +98,25 @@ class ZeroEngine:
         del partitioned
 
     def attaching(self) -> AbstractContextManager:
-        if self.stage < 3:
+        # With hpZ the groups of ranks may be made only once, which loading has done; `start` partitions the factors then.
+        if self.stage < 3 or self._config["zero_optimization"].get("zero_hpz_partition_size", 1) > 1:
             return nullcontext()
         return deepspeed.zero.Init(config_dict_or_path=self._config, dtype=self.dtype)
 
     def start(self, model: nn.Module, optimizer: OptimizerSpec) -> None:
         self.module, self._spec = model, optimizer
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        with contextlib.redirect_stdout(io.StringIO()):  # every rank would print that an operator was built
-            self._engine, *_ = deepspeed.initialize(
-                model=_Runner(model), optimizer=self._build(optimizer, trained), config=self._config, dist_init_required=False
-            )
+        self._engine, *_ = deepspeed.initialize(
+            model=_Runner(model), optimizer=self._build(optimizer, trained), config=self._config, dist_init_required=False
+        )
         self._parameters = dict(model.named_parameters())
         self._trained = {name: p for name, p in self._parameters.items() if p.requires_grad}
         self._slices = self._locate()
         # Under stage 0 in float32 DeepSpeed keeps no wrapper, and `optimizer` is the base optimizer itself.
         wrapper = self._engine.optimizer
         self._optimizer = wrapper if isinstance(wrapper, torch.optim.Optimizer) else wrapper.optimizer
+        # FP16_UnfusedOptimizer takes a step with zero gradients when it is made, which would put Adam's count one off.
+        self._optimizer.state.clear()
 
     def _build(self, spec: OptimizerSpec, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         if not self._cpu_adam:

@@ -1,0 +1,369 @@
+"""Initialisation of whole models: the same for every division of labour, and a first step of the right size."""
+
+import math
+
+import pytest
+import torch
+
+from distlora.compose import ProbeData, assign_owners, initialise, install_gradient_maps, layer_generator
+from distlora.data import collate, shard
+from distlora.engine import LocalEngine
+from distlora.errors import UserError
+from distlora.functional import linear
+from distlora.layer import AdapterLinear
+from distlora.methods import registry
+from distlora.methods.lora_sb import LoRASB
+from distlora.model import response_loss
+from distlora.probe import mean_gradients, sample_weights
+from distlora.step import accumulate
+from tests.distributed.cases import solo
+from tests.distributed.world import build, samples
+from tests.tiny_models import tiny_model_dir
+
+COUNT, RANK = 6, 7
+ADAPTERS = [name for name, method in registry().items() if not method.trains_weight]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return tiny_model_dir("qwen2", tmp_path_factory.mktemp("models"))
+
+
+def started(directory, dtype=torch.float32, **settings):
+    engine = LocalEngine(solo(), dtype)
+    return engine, build(engine, directory, **settings)
+
+
+def probe_data(size=1) -> ProbeData:
+    rows = samples(COUNT, 7)
+
+    def batches(size):
+        return (collate([rows[i] for i in part], 0) for part in shard(COUNT, 0, 1, size))
+
+    return ProbeData(lambda: batches(size), lambda: batches(3), COUNT, response_loss)
+
+
+def initialised(directory, seed=3, first_rate=1e-2, dtype=torch.float32, **settings):
+    engine, attached = started(directory, dtype, **settings)
+    report = initialise(engine, attached, seed, first_rate, probe_data())
+    return engine, attached, report
+
+
+def factors_of(engine, attached):
+    return {f"{name}.{f}": v for name, layer in attached.layers.items() for f, v in engine.read(layer).items()}
+
+
+def update(method, factors):
+    """s·B·(R·)A in float64."""
+    pair = method.delta({name: factor.double() for name, factor in factors.items()})
+    return pair.left @ pair.right
+
+
+def probe_loss(engine) -> float:
+    """The probe's own loss, computed here once more: mean over the samples of their mean loss."""
+    total = 0.0
+    engine.train_mode(False)
+    for batch in probe_data().batches():
+        total += response_loss(engine.module, batch, sample_weights(batch))[0].item()
+    engine.train_mode(True)
+    return total / COUNT
+
+
+# ---------------------------------------------------------------------- every method
+
+
+@pytest.mark.parametrize("method", ADAPTERS)
+def test_every_layer_gets_what_the_method_makes_of_it(method, directory):
+    """Each layer alone, straight from the method, from the same seed: nothing is mixed up between layers."""
+    settings = {"init": {"eta": 1e-3}} if method == "lora_sb" else {}
+    engine, attached, _ = initialised(directory, method=method, **settings)
+    plain, of_plain = started(directory, method=method, **settings)
+    gradients = mean_gradients(
+        plain, of_plain.layers, dict.fromkeys(of_plain.layers, 0), probe_data().batches(), COUNT, response_loss
+    )
+    from distlora.methods.base import LayerInit
+
+    for name, layer in attached.layers.items():
+        source = {"weight": layer.weight.detach().float(), "gradient": gradients[name], None: None}
+        told = LayerInit(
+            layer.shape, source[attached.method.source_matrix()], layer_generator(3, name), torch.float32, eta=1e-3
+        )
+        wanted = attached.method.initialise(told).factors
+        for factor, value in engine.read(layer).items():
+            torch.testing.assert_close(value, wanted[factor], rtol=0, atol=1e-6 * float(wanted[factor].abs().max()))
+
+
+@pytest.mark.parametrize("method", ADAPTERS)
+def test_equal_seeds_give_equal_factors_and_other_seeds_others(method, directory):
+    first, second = (factors_of(*initialised(directory, method=method)[:2]) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert all(value.isfinite().all() for value in first.values())
+    if method in ("lora", "lora_xs"):
+        other = factors_of(*initialised(directory, method=method, seed=4)[:2])
+        drawn = [name for name in first if name.endswith(".A" if method == "lora" else ".R")]
+        assert drawn and not any(torch.equal(first[name], other[name]) for name in drawn)
+
+
+@pytest.mark.parametrize("method", ADAPTERS)
+def test_the_programs_random_numbers_are_left_alone(method, directory):
+    engine, attached = started(directory, method=method)
+    state = torch.get_rng_state()
+    initialise(engine, attached, 3, 1e-2, probe_data())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_method_without_layers_has_nothing_to_initialise(directory):
+    engine, attached = started(directory, method="full")
+    before = {name: p.detach().clone() for name, p in engine.module.named_parameters()}
+    report = initialise(engine, attached, 3, 1e-2)
+    assert report.scalars == {} and report.search == []
+    assert all(torch.equal(before[name], p) for name, p in engine.module.named_parameters())
+
+
+def test_a_method_that_fails_says_so(directory, monkeypatch):
+    engine, attached = started(directory, method="lora")
+
+    def broken(self, layer):
+        raise UserError("method lora: no")
+
+    monkeypatch.setattr(type(attached.method), "initialise", broken)
+    with pytest.raises(UserError, match="method lora: no"):
+        initialise(engine, attached, 3, 1e-2)
+
+
+# ---------------------------------------------------------------------- division of labour
+
+
+def _layers(shapes):
+    linears = {f"l{i}": torch.nn.Linear(inner, out, device="meta") for i, (out, inner) in enumerate(shapes)}
+    return {name: AdapterLinear(linear, LoRASB(rank=2), name) for name, linear in linears.items()}
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_work_is_balanced_up_to_one_layer(seed):
+    generator = torch.Generator().manual_seed(seed)
+    count, world = (int(torch.randint(1, high, (1,), generator=generator)) for high in (40, 9))
+    shapes = torch.randint(2, 400, (count, 2), generator=generator).tolist()
+    layers = _layers(shapes)
+    owners = assign_owners(layers, LoRASB(rank=2), world)
+    assert list(owners) == list(layers) and set(owners.values()) <= set(range(world))
+    jobs = {name: layer.out_features * layer.in_features for name, layer in layers.items()}
+    work = [sum(jobs[name] for name in layers if owners[name] == rank) for rank in range(world)]
+    assert max(work) <= min(work) + max(jobs.values())
+
+
+def test_a_layers_draw_depends_on_seed_and_name_only():
+    def draw(seed, name):
+        return torch.randn(5, generator=layer_generator(seed, name)).tolist()
+
+    wanted = draw(1, "model.layers.0.q_proj")
+    draw(1, "another"), torch.randn(3, generator=layer_generator(2, "x"))
+    assert draw(1, "model.layers.0.q_proj") == wanted
+    others = [draw(2, "model.layers.0.q_proj"), draw(1, "model.layers.1.q_proj"), draw(11, ""), draw(1, "1")]
+    assert all(other != wanted for other in others) and others[2] != others[3]
+
+
+def test_layers_of_a_subset_start_as_in_the_whole_model(directory):
+    """No layer's draw depends on which others are adapted."""
+    whole = factors_of(*initialised(directory, method="lora")[:2])
+    part = factors_of(*initialised(directory, method="lora", targets=["v_proj"])[:2])
+    assert part and all(torch.equal(part[name], whole[name]) for name in part)
+
+
+# ---------------------------------------------------------------------- the size of the first step
+
+
+def rms_of_update(engine, attached):
+    """Root mean square of ΔW = s·B·R·A of each layer, beside that of its best rank-r approximation at eta = 1."""
+    return {
+        name: float(update(attached.method, engine.read(layer)).square().mean().sqrt())
+        for name, layer in attached.layers.items()
+    }
+
+
+@pytest.mark.parametrize("step", ["adamw", "sgd"])
+def test_a_number_and_the_schedule_are_what_they_say(step, directory):
+    number = initialised(directory, init={"step": step, "eta": 2e-3}, first_rate=0.5)
+    schedule = initialised(directory, init={"step": step, "eta": "schedule"}, first_rate=2e-3)
+    double = initialised(directory, init={"step": step, "eta": 4e-3})
+    assert number[2].scalars["eta"] == schedule[2].scalars["eta"] == 2e-3 and double[2].scalars["eta"] == 4e-3
+    assert not number[2].search and not schedule[2].search
+    small, same, large = (factors_of(engine, attached) for engine, attached, _ in (number, schedule, double))
+    for name in small:
+        assert torch.equal(small[name], same[name])
+        if name.endswith(".R"):
+            torch.testing.assert_close(2 * small[name], large[name], rtol=1e-5, atol=1e-5 * float(large[name].abs().max()))
+
+
+def test_the_update_is_the_best_copy_of_the_first_step(directory):
+    engine, attached, _ = initialised(directory, init={"eta": 1e-3})
+    gradients = mean_gradients(
+        engine, attached.layers, dict.fromkeys(attached.layers, 0), probe_data().batches(), COUNT, response_loss
+    )
+    for name, layer in attached.layers.items():
+        step = -1e-3 * gradients[name].double().sign()
+        rest = torch.linalg.svdvals(step)[RANK:].square().sum().sqrt()
+        error = torch.linalg.matrix_norm(update(attached.method, engine.read(layer)) - step)
+        assert abs(float(error / rest) - 1) < 1e-3, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("init", [{}, {"step": "sgd"}, {"orthonormal": False}], ids=["adamw", "sgd", "skewed"])
+def test_the_search_finds_the_least_loss_that_it_saw(init, dtype, directory):
+    engine, attached, report = initialised(directory, dtype=dtype, init={"eta": "search", **init})
+    scalars, losses = report.scalars, dict(report.search)
+    assert len(report.search) >= 5 and len(losses) == len(report.search), "an eta was tried twice"
+    assert scalars["loss_after"] == min(losses.values()) < scalars["loss_before"] - 0.01
+    assert losses[scalars["eta"]] == scalars["loss_after"]
+    # What was written is what was tried, up to the rounding of the written factor.
+    assert probe_loss(engine) == pytest.approx(scalars["loss_after"], abs=1e-5 if dtype == torch.float32 else 0.05)
+
+
+def test_the_search_brackets_its_minimum_and_refines_it(directory):
+    _, _, report = initialised(directory)
+    exponents = [round(8 * math.log10(eta * report.scalars["step_rms"])) for eta, _ in report.search]
+    coarse = [e for e in exponents if e % 4 == 0]
+    # Half decades one after another, ended by the upper limit or by two losses above the least.
+    assert coarse == list(range(-52, -52 + 4 * len(coarse), 4))
+    losses = [loss for _, loss in report.search[: len(coarse)]]
+    assert coarse[-1] == -8 or min(losses[-2:]) > min(losses)
+    best = coarse[losses.index(min(losses))]
+    assert exponents[len(coarse) : len(coarse) + 2] == [best - 2, best + 2]
+    assert len(exponents) == len(coarse) + 4
+
+
+@pytest.mark.parametrize(("init", "factor"), [({}, "R"), ({"orthonormal": False}, "B")], ids=["orthonormal", "skewed"])
+def test_the_search_scales_one_factor_of_the_start_at_eta_1(init, factor, directory):
+    engine, attached, report = initialised(directory, init={"eta": "search", **init})
+    unit, of_unit, _ = initialised(directory, init={"eta": 1.0, **init})
+    eta, found, start = report.scalars["eta"], factors_of(engine, attached), factors_of(unit, of_unit)
+    for name in start:
+        wanted = start[name] * eta if name.endswith(f".{factor}") else start[name]
+        assert torch.equal(found[name], wanted), name
+
+
+def test_nothing_of_the_search_stays_switched_on(directory):
+    engine, attached, _ = initialised(directory)
+    assert all(layer._trial is None for layer in attached.layers.values())
+    assert all(module.training for module in engine.module.modules())
+
+
+def test_a_search_that_breaks_off_leaves_no_trial_behind(directory):
+    engine, attached = started(directory)
+    data, passes = probe_data(), []
+
+    def loss(model, batch, weights):
+        passes.append(1)
+        if len(passes) > COUNT + 5:  # past the gradients, in the middle of the search
+            raise RuntimeError("broke")
+        return response_loss(model, batch, weights)
+
+    with pytest.raises(RuntimeError, match="broke"):
+        initialise(engine, attached, 3, 1e-2, ProbeData(data.batches, data.forward_batches, COUNT, loss))
+    assert all(layer._trial is None and layer._tap is None for layer in attached.layers.values())
+
+
+def test_the_search_does_not_depend_on_how_samples_are_grouped(directory):
+    engine, attached, report = initialised(directory)
+    other, of_other = started(directory)
+    again = initialise(other, of_other, 3, 1e-2, probe_data(size=3))
+    assert again.scalars["eta"] == pytest.approx(report.scalars["eta"], rel=1e-5)
+    assert again.scalars["loss_after"] == pytest.approx(report.scalars["loss_after"], rel=1e-3)
+
+
+# ---------------------------------------------------------------------- the report
+
+
+def test_the_report_has_numbers_worth_logging(directory):
+    engine, attached, report = initialised(directory)
+    wanted = {"samples", "captured_energy", "captured_energy_min", "step_rms", "step_rms_min", "loss_before", "loss_after", "eta"}
+    assert report.scalars.keys() == wanted
+    assert report.scalars["samples"] == COUNT
+    assert all(math.isfinite(value) for value in report.scalars.values())
+    engine, attached = started(directory)
+    assert report.scalars["loss_before"] == pytest.approx(probe_loss(engine), abs=1e-5)  # every factor is zero
+
+
+def test_reported_numbers_are_means_and_least_values_over_the_layers(directory):
+    engine, attached, report = initialised(directory, init={"eta": 1.0})
+    energies = []
+    for layer in attached.layers.values():
+        step = layer.out_features * layer.in_features  # ‖sign(g)‖²
+        energies.append(float(torch.linalg.matrix_norm(update(attached.method, engine.read(layer))) ** 2 / step))
+    assert report.scalars["captured_energy"] == pytest.approx(sum(energies) / len(energies), rel=1e-4)
+    assert report.scalars["captured_energy_min"] == pytest.approx(min(energies), rel=1e-4)
+    assert report.scalars["step_rms"] == pytest.approx(1.0, abs=1e-3)
+
+
+def test_methods_without_a_probe_report_no_step(directory):
+    assert initialised(directory, method="lora")[2].scalars == {}
+    assert initialised(directory, method="lora_xs")[2].scalars.keys() == {"captured_energy", "captured_energy_min"}
+
+
+# ---------------------------------------------------------------------- corrected gradients
+
+
+def gradients_of_cores(engine, attached):
+    accumulate(engine, list(probe_data().batches()), response_loss)
+    return {name: layer.R.grad.clone() for name, layer in attached.layers.items()}
+
+
+def plain_core_gradients(engine, attached):
+    """s·Bᵀ g Aᵀ, from the whole gradient g of W: what would arrive without a correction."""
+    inputs, found, hooks = {}, {}, []
+    for name, layer in attached.layers.items():
+        layer.map_gradients({})
+    return gradients_of_cores(engine, attached)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("alpha", [None, 21.0], ids=["s=1", "s=3"])
+def test_a_resumed_run_corrects_gradients_as_the_first_one_did(alpha, dtype, directory):
+    engine, attached, _ = initialised(directory, dtype=dtype, alpha=alpha, init={"eta": 1e-3})
+    resumed, of_resumed = started(directory, dtype, alpha=alpha, init={"eta": 1e-3})
+    for name, layer in attached.layers.items():
+        resumed.write(of_resumed.layers[name], engine.read(layer))
+    without = gradients_of_cores(resumed, of_resumed)
+    for layer in of_resumed.layers.values():
+        layer.R.grad = None
+    install_gradient_maps(resumed, of_resumed)
+    wanted, found = gradients_of_cores(engine, attached), gradients_of_cores(resumed, of_resumed)
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    changed = [name for name in wanted if not torch.equal(without[name], wanted[name])]
+    # With s = 1 and float32 factors the plain gradient is optimal already; else every layer's is corrected.
+    assert len(changed) == (0 if alpha is None and dtype == torch.float32 else len(wanted))
+
+
+def test_the_corrected_gradient_is_the_optimal_one(directory):
+    engine, attached, _ = initialised(directory, alpha=21.0, init={"eta": 1e-3})
+    corrected = gradients_of_cores(engine, attached)
+    for layer in attached.layers.values():
+        layer.R.grad = None
+        layer.map_gradients({})
+    plain = gradients_of_cores(engine, attached)
+    for name, layer in attached.layers.items():
+        b, a = (engine.read(layer)[factor].double() for factor in ("B", "A"))
+        wanted = torch.linalg.inv(b.T @ b) @ plain[name].double() @ torch.linalg.inv(a @ a.T) / 9
+        torch.testing.assert_close(corrected[name].double(), wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
+
+
+def test_maps_are_of_the_factors_as_the_forward_uses_them(directory):
+    """In bfloat16 the Gram matrices are those of the rounded factors."""
+    engine, attached, _ = initialised(directory, dtype=torch.bfloat16, init={"eta": 1e-3})
+    layer = next(iter(attached.layers.values()))
+    rounded = {name: factor.detach() for name, factor in layer.factors().items()}
+    p, q = attached.method.gradient_map(rounded)["R"]
+    accumulate(engine, list(probe_data().batches())[:1], response_loss)
+    with_map = layer.R.grad.clone()
+    layer.R.grad = None
+    layer.map_gradients({"R": (p, q)})
+    accumulate(engine, list(probe_data().batches())[:1], response_loss)
+    assert torch.equal(layer.R.grad, with_map)
+
+
+def test_the_layers_function_is_w_plus_the_update(directory):
+    engine, attached, _ = initialised(directory)
+    name, layer = list(attached.layers.items())[9]
+    x = torch.randn(3, layer.in_features, generator=torch.Generator().manual_seed(0))
+    weight = layer.weight + update(attached.method, engine.read(layer)).float()
+    torch.testing.assert_close(layer(x), linear(x, weight, layer.bias), rtol=1e-4, atol=1e-4)
