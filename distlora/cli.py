@@ -2,8 +2,8 @@
 
 import argparse
 import logging
-import os
 import sys
+import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,11 +11,13 @@ from pathlib import Path
 from distlora.errors import TrainingError, UserError
 
 USER_ERROR, TRAINING_ERROR = 2, 1
+#: Seconds that the other ranks give rank 0 to say what is wrong.
+PATIENCE = 3.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one verb; returns the exit code: 0, 1 (training broke) or 2 (a mistake of the user's, in one sentence)."""
-    options = _parser().parse_args(arguments)
+    options = _parse(arguments)
     try:
         options.run(options)
     except UserError as error:
@@ -25,6 +27,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """As argparse does, but overrides may also stand behind an option: `train RECIPE --resume train.lr=1e-3`."""
+    parser = _parser()
+    options, left = parser.parse_known_args(arguments)
+    if left and (not hasattr(options, "overrides") or any(word.startswith("-") for word in left)):
+        parser.error(f"unrecognized arguments: {' '.join(left)}")
+    if left:
+        options.overrides = [*options.overrides, *left]
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -132,8 +145,18 @@ def _log_to_terminal(shown: bool) -> None:
 
 
 def _sentence(error: Exception, code: int) -> int:
-    if int(os.environ.get("RANK", os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("SLURM_PROCID", 0)))) == 0:
+    """The error once, from rank 0."""
+    from distlora.comm import Topology
+
+    try:
+        rank = Topology.from_environment().rank
+    except UserError:  # the environment is the mistake: nobody knows who is first
+        rank = 0
+    if rank == 0:
         print(f"distlora: {error}", file=sys.stderr, flush=True)
+    else:
+        # Launchers end all ranks as soon as one has ended: rank 0 must have spoken by then.
+        time.sleep(PATIENCE)
     return code
 
 

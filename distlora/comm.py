@@ -51,15 +51,19 @@ class Topology:
 class Comm:
     """The process group, or a group of one without torch.distributed. All calls are collective unless said otherwise."""
 
-    def __init__(self, topology: Topology, device: torch.device, timeout_minutes: float = 30, distributed: bool = True):
-        """Joins the group. device: where this rank computes; gloo on a CPU, NCCL on an NVIDIA GPU."""
+    def __init__(self, topology: Topology, device: torch.device, timeout_minutes: float | None = None, distributed: bool = True):
+        """Joins the group. device: where this rank computes; gloo on a CPU, NCCL on an NVIDIA GPU.
+
+        timeout_minutes: how long a collective waits for a silent rank; DEEPSPEED_TIMEOUT, or 30, if it is not given.
+        """
+        minutes = float(os.environ.get("DEEPSPEED_TIMEOUT", 30)) if timeout_minutes is None else timeout_minutes
         self.rank, self.world_size = topology.rank, topology.world_size
         self.local_rank, self.device = topology.local_rank, device
         self.backend = "nccl" if device.type == "cuda" else "gloo"
         self._mine = False
         if distributed and not dist.is_initialized():
             self._publish(topology)
-            dist.init_process_group(self.backend, timeout=datetime.timedelta(minutes=timeout_minutes))
+            dist.init_process_group(self.backend, timeout=datetime.timedelta(minutes=minutes))
             self._mine = True
         if not distributed and self.world_size > 1:
             raise UserError("several ranks need DeepSpeed; set deepspeed: to a ZeRO config, or start one process")

@@ -67,6 +67,22 @@ def initialise(engine: Engine, attached: Attached, seed: int, first_rate: float,
     eta = {"search": 1.0, "schedule": first_rate, None: 1.0}.get(settings and settings.eta, settings and settings.eta)
 
     log.info("initialising the factors of %d layers", len(layers))
+    report.scalars |= factorise_all(engine, attached, owners, gradients, seed, eta)
+    if settings is not None:
+        if settings.eta == "search":
+            eta = search_eta(engine, layers, method.proportional_to_eta(), data, report)
+        report.scalars["eta"] = eta
+    return report
+
+
+def factorise_all(
+    engine: Engine, attached: Attached, owners: dict[str, int], gradients: dict[str, Tensor], seed: int, eta: float
+) -> dict[str, float]:
+    """Factors for every layer, from its weight or gradient, written into the engine; returns mean and least value of what was reported.
+
+    gradients: of the layers that this rank owns, where the method asks for them; each is taken out as it is used.
+    """
+    method, layers = attached.method, attached.layers
     scalars: dict[str, dict[str, float]] = {}
     for turn in _turns(layers, owners):
         found = _factorise(engine, method, turn, owners, gradients, seed, eta)
@@ -75,12 +91,7 @@ def initialise(engine: Engine, attached: Attached, seed: int, first_rate: float,
             engine.write(layer, factors)
             layer.map_gradients(method.gradient_map({key: factor.to(engine.dtype) for key, factor in factors.items()}))
         scalars |= {name: init.report for name, init in found.items()}
-    report.scalars |= _means(engine.comm, scalars, list(layers))
-    if settings is not None:
-        if settings.eta == "search":
-            eta = _search(engine, layers, method.proportional_to_eta(), data, report)
-        report.scalars["eta"] = eta
-    return report
+    return _means(engine.comm, scalars, list(layers))
 
 
 def install_gradient_maps(engine: Engine, attached: Attached) -> None:
@@ -169,7 +180,7 @@ def _means(comm: Comm, scalars: dict[str, dict[str, float]], names: list[str]) -
     return result
 
 
-def _search(
+def search_eta(
     engine: Engine, layers: dict[str, AdapterLinear], factor: str, data: ProbeData, report: InitReport
 ) -> float:
     """The eta with the least loss on the probe's samples: half decades upwards until the loss has risen twice, then finer.

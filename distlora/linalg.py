@@ -6,6 +6,9 @@ from torch import Tensor
 #: Up to this smaller side the whole SVD is computed (0.1 s for 1536 × 576 on one core); above, the leading part is iterated.
 EXACT_SIDE = 1024
 
+#: Elements of a matrix that are worked on at once where a copy of all would be in the way: 8 MiB in float64.
+BLOCK_ELEMENTS = 1 << 20
+
 
 def truncated_svd(matrix: Tensor, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     """The `rank` largest singular triplets of `matrix` (m, n): U (m, rank), S (rank,) descending, Vᵀ (rank, n), float32.
@@ -46,8 +49,14 @@ def _subspace_svd(matrix: Tensor, rank: int, generator: torch.Generator, toleran
 
 def captured_energy(matrix: Tensor, singular_values: Tensor) -> float:
     """Share of ‖matrix‖²_F that the given singular values carry, 0 … 1 (1 for a zero matrix)."""
-    total = matrix.float().square().sum()
-    return float(singular_values.square().sum() / total) if total > 0 else 1.0
+    total = squared_norm(matrix)
+    return float(singular_values.square().sum()) / total if total > 0 else 1.0
+
+
+def squared_norm(matrix: Tensor) -> float:
+    """‖matrix‖²_F in float64, a block of rows at a time: its squares all at once would take as much memory again."""
+    rows = max(1, BLOCK_ELEMENTS // matrix.shape[1])
+    return float(torch.stack([block.double().square().sum() for block in matrix.split(rows)]).sum())
 
 
 def gram_inverse(gram: Tensor, cutoff: float = 1e-7) -> Tensor:

@@ -20,11 +20,11 @@ class Monitor:
 
     def __init__(self, engine: Engine, run_dir: Path, resumed_at: int = 0):
         self._engine, self._path = engine, run_dir / "metrics.jsonl"
-        if engine.comm.is_main:
-            _keep_until(self._path, resumed_at)
+        self._told = _keep_until(self._path, resumed_at) if engine.comm.is_main else set()
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
-        if not self._engine.comm.is_main:
+        scalars = {tag: value for tag, value in scalars.items() if (step, tag) not in self._told}
+        if not self._engine.comm.is_main or not scalars:
             return
         line = {"step": step, **{tag: _jsonable(value) for tag, value in scalars.items()}}
         with self._path.open("a", encoding="utf-8") as file:
@@ -32,11 +32,14 @@ class Monitor:
         self._engine.write_events([(tag, value, step) for tag, value in scalars.items()])
 
 
-def _keep_until(path: Path, step: int) -> None:
-    """Forgets lines of steps that a resumed run is going to make again, and a line that a crash cut short."""
+def _keep_until(path: Path, step: int) -> set[tuple[int, str]]:
+    """Forgets lines of steps that a resumed run is going to make again, and a line that a crash cut short.
+
+    Returns the (step, tag) of all that is kept: a finished run that is started again has its last evaluation already.
+    """
     if not path.exists():
-        return
-    kept = []
+        return set()
+    kept, told = [], set()
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             record = json.loads(line)
@@ -44,7 +47,9 @@ def _keep_until(path: Path, step: int) -> None:
             continue
         if step and record["step"] <= step:
             kept.append(line + "\n")
+            told |= {(record["step"], tag) for tag in record}
     path.write_text("".join(kept), encoding="utf-8")
+    return told
 
 
 def _jsonable(value: float) -> float | str:

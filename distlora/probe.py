@@ -1,7 +1,7 @@
 """Full-weight gradients of the target layers, layer by layer, from activations, while every weight stays frozen.
 
 LoRA-SB and LoRA-GA start from the gradient that full fine-tuning would see. Backpropagation forms `g = dyᵀ x` of a linear layer
-from two things that pass by anyway: its input x and the gradient dy of its output. So g is formed in blocks of rows the
+from two things that pass by anyway: its input x and the gradient dy of its output. So g is formed in blocks the
 moment dy is there, each block is reduced to the rank that owns the layer, added to that rank's sum, and forgotten: beyond the
 pass itself no rank ever holds more than one block on its device.
 """
@@ -17,8 +17,10 @@ from distlora.comm import Comm
 from distlora.engine import Engine
 from distlora.layer import AdapterLinear
 
-#: Elements of a row block: 16 MiB in float32.
-BLOCK_ELEMENTS = 1 << 22
+#: Elements of a block: 8 MiB in float32, of which three are alive while two travel to the host.
+BLOCK_ELEMENTS = 1 << 21
+#: Columns of a block at most, so that the part of x that is cast to float32 at a time stays small for the widest layers too.
+BLOCK_COLUMNS = 1 << 12
 
 Batch = dict[str, Tensor]
 #: (model, batch, per-sample weights) to (weighted sum of the loss over response tokens, number of tokens).
@@ -67,13 +69,16 @@ def sample_weights(batch: Batch) -> Tensor:
 
 def _tap(comm: Comm, owner: int, add: Callable | None, name: str, block_elements: int) -> Callable[[Tensor, Tensor], None]:
     def tap(dy: Tensor, x: Tensor) -> None:
-        x = x.float()
-        rows = max(1, block_elements // x.shape[1])
-        for first in range(0, dy.shape[1], rows):
-            block = dy[:, first : first + rows].float().T @ x
-            comm.reduce_to(block, owner)
-            if add is not None:
-                add(name, first, block)
+        # All ranks must cut alike, so the blocks do not depend on the number of tokens.
+        columns = min(x.shape[1], BLOCK_COLUMNS)
+        rows = max(1, block_elements // columns)
+        for left in range(0, x.shape[1], columns):
+            part = x[:, left : left + columns].float()
+            for top in range(0, dy.shape[1], rows):
+                block = dy[:, top : top + rows].float().T @ part
+                comm.reduce_to(block, owner)
+                if add is not None:
+                    add(name, top, left, block)
 
     return tap
 
@@ -88,10 +93,12 @@ class _DeviceSums:
     def open(self, name: str, shape: tuple[int, int]) -> None:
         self._shapes[name] = shape
 
-    def add(self, name: str, first: int, block: Tensor) -> None:
+    def add(self, name: str, top: int, left: int, block: Tensor) -> None:
+        """Adds a block whose first element belongs to row `top` and column `left` of the layer's sum."""
         if name not in self._sums:
             self._sums[name] = torch.zeros(self._shapes[name], device=self._device(block))
-        self._sums[name][first : first + block.shape[0]] += block
+        rows, columns = block.shape
+        self._sums[name][top : top + rows, left : left + columns] += block
 
     def _device(self, block: Tensor) -> torch.device:
         return block.device
@@ -109,11 +116,11 @@ class _HostSums(_DeviceSums):
     def __init__(self, device: torch.device):
         super().__init__()
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._staged: list[tuple[str, int, Tensor, torch.cuda.Event]] = []
+        self._staged: list[tuple[str, int, int, Tensor, torch.cuda.Event]] = []
 
-    def add(self, name: str, first: int, block: Tensor) -> None:
+    def add(self, name: str, top: int, left: int, block: Tensor) -> None:
         if self._stream is None:
-            super().add(name, first, block)
+            super().add(name, top, left, block)
             return
         if len(self._staged) == 2:
             self._land()
@@ -122,12 +129,12 @@ class _HostSums(_DeviceSums):
         with torch.cuda.stream(self._stream):
             staging.copy_(block, non_blocking=True)
             block.record_stream(self._stream)
-            self._staged.append((name, first, staging, self._stream.record_event()))
+            self._staged.append((name, top, left, staging, self._stream.record_event()))
 
     def _land(self) -> None:
-        name, first, staging, copied = self._staged.pop(0)
+        name, top, left, staging, copied = self._staged.pop(0)
         copied.synchronize()
-        super().add(name, first, staging)
+        super().add(name, top, left, staging)
 
     def close(self) -> dict[str, Tensor]:
         while self._staged:

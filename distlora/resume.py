@@ -11,7 +11,7 @@ from distlora.rundir import newest
 
 log = logging.getLogger(__name__)
 
-RECIPE, METRICS = "recipe.yaml", "metrics.jsonl"
+RECIPE, METRICS, ADAPTER = "recipe.yaml", "metrics.jsonl", "adapter"
 
 
 def check_run_dir(recipe: Recipe, resume: bool | None) -> None:
@@ -28,6 +28,8 @@ def check_run_dir(recipe: Recipe, resume: bool | None) -> None:
         if run_dir.exists() and any(run_dir.glob("checkpoint-*")):
             raise UserError(f"output_dir: {run_dir} holds checkpoints but no {RECIPE}; name another directory")
         return
+    if not (run_dir / METRICS).exists() and not any(run_dir.glob("checkpoint-*")):
+        return  # a start that was refused: its recipe binds nobody
     difference = _first_difference(run_identity(load_recipe(run_dir / RECIPE)), run_identity(recipe))
     if difference:
         raise UserError(f"output_dir: {run_dir} holds the run of another recipe ({difference}); name another directory")
@@ -54,9 +56,12 @@ def open_run_dir(recipe: Recipe, resume: bool | None) -> None:
 
 
 def _forget(run_dir: Path) -> None:
-    for checkpoint in run_dir.glob("checkpoint-*"):
+    # Killed between two renames, one lies under another name, from which runs go on too.
+    for checkpoint in [*run_dir.glob("checkpoint-*"), *run_dir.glob(".checkpoint-*")]:
         log.info("beginning anew: removing %s", checkpoint)
         shutil.rmtree(checkpoint)
+    # An export takes the adapter if it is of a later step than every checkpoint.
+    shutil.rmtree(run_dir / ADAPTER, ignore_errors=True)
     (run_dir / METRICS).unlink(missing_ok=True)
 
 

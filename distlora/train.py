@@ -4,6 +4,7 @@
 """
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from distlora.attach import Attached, attach, lora_parameters
 from distlora.comm import Comm, Topology
 from distlora.compose import InitReport, ProbeData, initialise, install_gradient_maps
 from distlora.config import Recipe, plan_batches, resolve_deepspeed, run_identity
-from distlora.data import Encoded, Sample, TrainOrder, collate, download, load_split, micro_batches, shard
+from distlora.data import Encoded, Sample, TrainOrder, check_columns, collate, download, load_split, micro_batches, shard
 from distlora.engine import Engine, LocalEngine
 from distlora.errors import TrainingError, UserError
 from distlora.evaluate import exact_match
@@ -36,6 +37,9 @@ log = logging.getLogger(__name__)
 
 #: Fewest samples that a fraction of the training set stands for (LoRA-SB's Table 5: quality is flat above).
 FEWEST_PROBE_SAMPLES = 25
+
+#: DeepSpeed's monitors, by their sections in its config.
+MONITORS = ("tensorboard", "wandb", "csv_monitor", "comet")
 
 Result = TypeVar("Result")
 
@@ -68,8 +72,8 @@ def check(recipe: Recipe, topology: Topology, resume: bool | None) -> None:
         resolve_deepspeed(recipe, topology.world_size, hidden_size=1)
     if Path(recipe.model.path).expanduser().is_dir() or recipe.model.path[0] in "./~":
         load_config(recipe.model)
-    if recipe.data.path and (Path(recipe.data.path).expanduser().exists() or recipe.data.path[0] in "./~"):
-        download(recipe.data, recipe.data.split)
+    for split in filter(None, (recipe.data.split, recipe.data.eval_split)):
+        check_columns(recipe.data, split)
 
 
 def train(recipe: Recipe, topology: Topology, resume: bool | None = None) -> Summary:
@@ -82,21 +86,25 @@ def train(recipe: Recipe, topology: Topology, resume: bool | None = None) -> Sum
     comm = Comm(topology, device, distributed=recipe.deepspeed is not None)
     with own_random_state(recipe.train.seed, device):
         try:
-            return _Run(comm, recipe, resume).finish()
+            on_main(comm, recipe.output_dir, lambda: open_run_dir(recipe, resume))
+            return _Run(comm, recipe, checkpoints.newest(recipe.output_dir, comm)).finish()
         finally:
             comm.close()
 
 
 def evaluate(recipe: Recipe, topology: Topology) -> dict[str, float]:
-    """Evaluates the newest checkpoint of the recipe's run on all of its evaluation split: "loss" and, where the recipe asks for
-    it, "exact_match". Like `train`, after `check`, on every rank."""
+    """Evaluates the newest checkpoint of the recipe's run on its evaluation samples: "loss" and, where the recipe asks for it,
+    "exact_match". Like `train`, after `check`, on every rank; writes nothing."""
     if recipe.data.eval_split is None:
         raise UserError("data.eval_split is null, so there is nothing to evaluate on; name a split")
     device = _device(topology)
     comm = Comm(topology, device, distributed=recipe.deepspeed is not None)
     with own_random_state(recipe.train.seed, device):
         try:
-            return _Run(comm, recipe, resume=True).evaluate_checkpoint()
+            checkpoint = checkpoints.newest(recipe.output_dir, comm)
+            if checkpoint is None:
+                raise UserError(f"{recipe.output_dir} holds no complete checkpoint; train first")
+            return _Run(comm, _without_monitors(recipe), checkpoint).evaluate_checkpoint()
         finally:
             comm.close()
 
@@ -104,10 +112,10 @@ def evaluate(recipe: Recipe, topology: Topology) -> dict[str, float]:
 class _Run:
     """The state of one run, in the order in which it comes about."""
 
-    def __init__(self, comm: Comm, recipe: Recipe, resume: bool | None):
-        self.comm, self.recipe, self.run_dir = comm, recipe, Path(recipe.output_dir)
-        on_main(comm, self.run_dir, lambda: open_run_dir(recipe, resume))
-        self.checkpoint = checkpoints.newest(self.run_dir, comm)
+    def __init__(self, comm: Comm, recipe: Recipe, checkpoint: checkpoints.Checkpoint | None):
+        """checkpoint: to continue from, or to evaluate. Nothing is written to the run directory before `finish`."""
+        self.comm, self.recipe, self.checkpoint = comm, recipe, checkpoint
+        self.run_dir = Path(recipe.output_dir)
         self._fetch()
         self.tokenizer = _together(comm, lambda: load_tokenizer(recipe.model))
         self.training = _together(comm, lambda: self._read(recipe.data.split))
@@ -122,7 +130,6 @@ class _Run:
         config = load_config(recipe.model)
         self.engine = _make_engine(comm, recipe, config)
         self.attached = self._load_and_attach()
-        self.monitor = Monitor(self.engine, self.run_dir, self.checkpoint.step if self.checkpoint else 0)
         self.summary = self._summary()
 
     # ------------------------------------------------------------------ data
@@ -136,10 +143,9 @@ class _Run:
             for split in filter(None, (recipe.data.split, recipe.data.eval_split)):
                 download(recipe.data, split)
 
-        waiting = self.comm.local_rank != 0
-        if waiting:
-            log.info("waiting for local rank 0 to bring the model and the data")
-        _together(self.comm, lambda: None if waiting else bring())
+        if self.comm.world_size > 1:
+            log.info("model and data: one process a node brings what its cache lacks, the others wait")
+        _together(self.comm, lambda: bring() if self.comm.local_rank == 0 else None)
 
     def _read(self, split: str) -> list[Sample]:
         encoded: Encoded = load_split(self.recipe.data, split, self.tokenizer)
@@ -217,6 +223,7 @@ class _Run:
 
     def finish(self) -> Summary:
         """Everything from the first step, or the checkpoint's, to the exported adapter."""
+        self.monitor = Monitor(self.engine, self.run_dir, self.checkpoint.step if self.checkpoint else 0)
         state = self._start()
         first, extra = state["step"], state["extra"]
         self.summary.before, self.summary.init_seconds = extra["before"], extra["init_seconds"]
@@ -238,12 +245,13 @@ class _Run:
     def _train(self, first: int, extra: dict[str, Any]) -> None:
         settings = self.recipe.train
         progress = Progress(self.steps, first, self.comm.is_main)
-        saved = self.checkpoint.path if self.checkpoint else None
+        saved = good = self.checkpoint.path if self.checkpoint else None
         began = time.perf_counter()
         self.engine.train_mode(True)
         try:
             for step in range(first, self.steps):
                 self._step(step, progress, just_started=step == first)
+                good = saved  # the loss of its weights, or of later ones, has just turned out finite
                 done = step + 1
                 if settings.eval_every and done % settings.eval_every == 0 and done < self.steps and self.held_out:
                     self.monitor.write(done, {"eval/loss": self._evaluation_loss()})
@@ -253,7 +261,8 @@ class _Run:
                         settings.keep_checkpoints,
                     )  # fmt: skip
         except TrainingError as error:
-            raise TrainingError(f"{error}; the last good checkpoint: {saved or 'none yet'}") from error
+            there = good if good and good.exists() else "none"
+            raise TrainingError(f"{error}; the last good checkpoint: {there}") from error
         finally:
             progress.close()
         self.summary.step_seconds = (time.perf_counter() - began) / max(1, self.steps - first)
@@ -275,7 +284,7 @@ class _Run:
         speed = progress.advance(loss, rate, int(tokens))
         scalars = {"loss": loss, "learning_rate": rate, "grad_norm": info.grad_norm, "tokens_per_second": speed}
         self.monitor.write(step + 1, {f"train/{key}": value for key, value in scalars.items()})
-        if info.skipped:
+        if info.skipped or not math.isfinite(info.grad_norm):
             raise TrainingError(f"the optimizer refused step {step + 1}: its gradient is not finite")
 
     def _check_gradients(self, step: int) -> None:
@@ -327,6 +336,13 @@ def probe_samples(setting: float, available: int) -> int:
     return min(wanted, available)
 
 
+def _without_monitors(recipe: Recipe) -> Recipe:
+    """The recipe with a DeepSpeed config that turns no monitor on."""
+    if not isinstance(recipe.deepspeed, dict):
+        return recipe
+    return recipe.model_copy(update={"deepspeed": {k: v for k, v in recipe.deepspeed.items() if k not in MONITORS}})
+
+
 def _device(topology: Topology) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
@@ -353,7 +369,9 @@ def _together(comm: Comm, work: Callable[[], Result]) -> Result:
     result, failure = None, None
     try:
         result = work()
-    except (UserError, OSError) as error:
+    except UserError as error:
         failure = error
+    except OSError as error:
+        failure = UserError(f"{error.filename or 'a file'}: {error.strerror or error}")
     comm.agree(failure)
     return result

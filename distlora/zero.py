@@ -122,7 +122,10 @@ class ZeroEngine:
         if not self._cpu_adam:
             return spec.build(parameters)
         if spec.name != "adamw":
-            raise UserError(f"train.optimizer.name={spec.name} has no CPU form; use adamw, or set zero_force_ds_cpu_optimizer to false in the DeepSpeed config")
+            raise UserError(
+                f"train.optimizer.name={spec.name} has no CPU form; use adamw, or set zero_force_ds_cpu_optimizer to false in the "
+                "DeepSpeed config"
+            )
         return DeepSpeedCPUAdam(
             parameters, spec.lr, betas=spec.betas, eps=spec.eps, weight_decay=spec.weight_decay, adamw_mode=True
         )
@@ -350,7 +353,7 @@ class ZeroEngine:
         moments = self._spec.moments() if self._optimizer.state else ()
         whole = {"master": self._collect(name, lambda own: own.master)}
         for key in moments:
-            whole[key] = self._collect(name, lambda own: own.moment(self._optimizer, key))
+            whole[key] = self._collect(name, lambda own, key=key: own.moment(self._optimizer, key))
         return whole if self.comm.is_main else None
 
     def _collect(self, name: str, part: Callable[[Slice], Tensor]) -> Tensor:

@@ -5,7 +5,7 @@
 
 from distlora.data.batches import TrainOrder, collate, collate_prompts, micro_batches, shard
 from distlora.data.encode import IGNORE, Encoded, Sample, load_split
-from distlora.data.examples import download
+from distlora.data.examples import check_columns, download
 from distlora.data.tasks import TASKS, is_correct
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "Encoded",
     "Sample",
     "TrainOrder",
+    "check_columns",
     "collate",
     "collate_prompts",
     "download",

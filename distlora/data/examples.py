@@ -66,6 +66,13 @@ def download(section: DataSection, split: str) -> None:
         sources.fetch(_path(section), split)
 
 
+def check_columns(section: DataSection, split: str) -> None:
+    """Raise UserError for all that is wrong with the section, files and columns of a split that is no data set of the hub."""
+    path = section.path or get_task(section.task).path
+    if get_task(section.task).embedded or path is None or sources.is_local(path):
+        Examples(section, split)
+
+
 def load_rows(section: DataSection, split: str) -> Sequence[Row]:
     """The rows of a split expression. Raises UserError, also where there is none."""
     if get_task(section.task).embedded:

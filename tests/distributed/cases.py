@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from distlora import checkpoint as checkpoints
 from distlora.comm import Comm
@@ -32,7 +32,24 @@ class Setting:
         self.engine, self.comm, self.work = engine, engine.comm, work
         self.micro_batch = micro_batch
         self.accumulation = GLOBAL_BATCH // (micro_batch * engine.comm.world_size)
-        self.attached = build(engine, directory, **build_settings)
+        self.loaded_copies = 0.0
+        self.attached = build(engine, directory, when_loaded=self._count, **build_settings)
+
+    def _count(self, model: nn.Module) -> None:
+        self.loaded_copies = self.copies(model)
+
+    def copies(self, model: nn.Module) -> float:
+        """How many elements this group of ranks holds, as a multiple of the model's size."""
+        held = whole = 0
+        for parameter in model.parameters():
+            held += parameter.numel() + (parameter.ds_tensor.numel() if hasattr(parameter, "ds_tensor") else 0)
+            whole += getattr(parameter, "ds_numel", parameter.numel())
+        (total,) = self.comm.sum(held)
+        return total / whole
+
+    def rate(self, step: int) -> float:
+        """Never the one that the optimizer was made with."""
+        return RATE * (0.5 if step % 2 else 1.5)
 
     def batches(self, seed: int, count: int = GLOBAL_BATCH):
         return share(self.comm, samples(count, seed), self.micro_batch, self.accumulation)
@@ -40,7 +57,7 @@ class Setting:
     def steps(self, first: int, last: int) -> tuple[list[float], list[float]]:
         losses, norms = [], []
         for step in range(first, last):
-            loss, info = train_step(self.engine, self.batches(step), response_loss, RATE)
+            loss, info = train_step(self.engine, self.batches(step), response_loss, self.rate(step))
             losses.append(loss)
             norms.append(info.grad_norm)
         return losses, norms
@@ -55,12 +72,29 @@ class Setting:
         write_random_factors(self.engine, self.attached)
         install_gradient_maps(self.engine, self.attached)
 
+    def gradients(self) -> Results:
+        """The averaged gradients of all trained factors, of a step that changes nothing."""
+        found = {}
+
+        def look(layer, gradients):
+            found.update({f"{layer.name}.{factor}": gradient.cpu().clone() for factor, gradient in gradients.items()})
+            return {}
+
+        self.engine.set_rate(0.0)
+        accumulate(self.engine, self.batches(0), response_loss)
+        self.engine.map_gradients(list(self.attached.layers.values()), look)
+        self.engine.step()
+        return found
+
     def factors(self) -> Results:
         return {
             f"{name}.{factor}": value.float().cpu().clone()
             for name, layer in self.attached.layers.items()
             for factor, value in self.engine.read(layer).items()
         }
+
+    def state(self) -> Results:
+        return self.factors() | {"steps_taken": torch.tensor(self.engine.steps_taken())}
 
     def probe_data(self, count: int, micro_batch: int) -> ProbeData:
         rows = samples(count, 7)
@@ -78,13 +112,16 @@ def curve(setting: Setting, steps: int = 20) -> Results:
     if setting.attached.layers:
         setting.start_from_random_factors()
     losses, norms = setting.steps(0, steps)
-    return _curve(losses, norms, setting.evaluation()) | setting.factors()
+    return _curve(losses, norms, setting.evaluation()) | setting.state()
 
 
 def short_batch(setting: Setting) -> Results:
     """Global batches that leave ranks without a sample: weight-zero passes."""
     setting.start_from_random_factors()
-    losses = [train_step(setting.engine, setting.batches(step, count), response_loss, RATE)[0] for step, count in enumerate((1, 5, 2))]
+    losses = [
+        train_step(setting.engine, setting.batches(step, count), response_loss, RATE)[0]
+        for step, count in enumerate((1, 5, 2))
+    ]
     return _curve(losses, [], setting.evaluation(1), setting.evaluation(50))
 
 
@@ -113,7 +150,7 @@ def replacing_gradients(setting: Setting) -> Results:
 
     losses, norms = [], []
     for step in range(5):
-        setting.engine.set_rate(RATE)
+        setting.engine.set_rate(setting.rate(step))
         losses.append(accumulate(setting.engine, setting.batches(step), response_loss))
         setting.engine.map_gradients(layers[::2], change)
         norms.append(setting.engine.step().grad_norm)
@@ -129,7 +166,8 @@ def initialising(setting: Setting, count: int = 10, probe_micro_batch: int = 1) 
         pair = setting.attached.method.delta(setting.engine.read(layer))
         updates[f"update.{name}"] = (pair.left.float() @ pair.right.float()).cpu()
     losses, norms = setting.steps(0, 3)
-    return _curve(losses, norms) | updates | {"eta": torch.tensor(report.scalars.get("eta", 0.0))}
+    told = {key: torch.tensor(value) for key, value in report.scalars.items()}
+    return _curve(losses, norms) | updates | told
 
 
 def probing(setting: Setting, count: int = 5, probe_micro_batch: int = 1, block_elements: int = 700) -> Results:
@@ -182,7 +220,7 @@ def saving(setting: Setting) -> Results:
     losses = setting.steps(0, 3)[0]
     checkpoints.save(setting.engine, setting.attached, setting.work, 3, {"a": 1})
     losses += setting.steps(3, 6)[0]
-    return _curve(losses, []) | setting.factors()
+    return _curve(losses, []) | setting.state()
 
 
 def resuming(setting: Setting) -> Results:
@@ -190,25 +228,37 @@ def resuming(setting: Setting) -> Results:
     found = checkpoints.newest(setting.work, setting.comm)
     checkpoints.restore(setting.engine, setting.attached, found)
     install_gradient_maps(setting.engine, setting.attached)
-    return _curve(setting.steps(3, 6)[0], []) | setting.factors()
+    return _curve(setting.steps(3, 6)[0], []) | setting.state()
+
+
+def correcting(setting: Setting) -> Results:
+    """With the maps installed the optimizer is given the optimal gradient of R (Theorem 3), checked here by plain inverses."""
+    setting.start_from_random_factors()
+    corrected = setting.gradients()
+    for layer in setting.attached.layers.values():
+        layer.map_gradients({})
+    plain = setting.gradients()
+    for name, layer in setting.attached.layers.items():
+        b, a = (setting.engine.read(layer)[factor].double().cpu() for factor in ("B", "A"))
+        optimal = torch.linalg.inv(b.T @ b) @ plain[f"{name}.R"].double() @ torch.linalg.inv(a @ a.T)
+        optimal /= setting.attached.method.scaling**2
+        error = (corrected[f"{name}.R"] - optimal).abs().max() / optimal.abs().max()
+        assert error < 1e-3, f"{name}: off by {error:.3g}"
+    return corrected
 
 
 def storing(setting: Setting) -> Results:
-    """How many elements of the frozen weights this group holds between passes, as a multiple of the model's size."""
-    held = whole = 0
-    for parameter in setting.engine.module.parameters():
-        shard_of = getattr(parameter, "ds_tensor", parameter)
-        held += shard_of.numel()
-        whole += getattr(parameter, "ds_numel", parameter.numel())
-    (total,) = setting.comm.sum(held)
-    return {"copies": torch.tensor(total / whole)}
+    """Under ZeRO-3 the group holds the model once, from the moment that it was loaded; at other stages once a rank."""
+    wanted = 1 if getattr(setting.engine, "stage", 0) == 3 else setting.comm.world_size
+    assert setting.loaded_copies < wanted + 0.05, f"{setting.loaded_copies:.2f} copies of the model after loading"
+    return {"kept": torch.tensor(setting.copies(setting.engine.module) / wanted)}
 
 
 CASES: dict[str, Callable[..., Results]] = {
     case.__name__: case
     for case in (
-        curve, short_batch, writing, replacing_gradients, initialising, probing, generating, naming_silent_tensors, saving,
-        resuming, storing,
+        curve, short_batch, writing, replacing_gradients, initialising, probing, generating, naming_silent_tensors, correcting,
+        storing, saving, resuming,
     )
 }  # fmt: skip
 

@@ -12,9 +12,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+#: Seconds after which the ranks of one world are given up. A broken collective only ends so.
+PATIENCE = float(os.environ.get("DISTLORA_TEST_PATIENCE", 420))
 
 
-def launch(world_size: int, model: Path, out: Path, cases: list[dict], timeout: float = 420) -> None:
+def launch(world_size: int, model: Path, out: Path, cases: list[dict], timeout: float = PATIENCE) -> None:
     """Runs the cases on `world_size` ranks; results lie in `out` afterwards, whatever failed."""
     out.mkdir(parents=True, exist_ok=True)
     plan = out / "plan.json"

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 FP32, BF16 = "float32", "bfloat16"
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
+NOTHING: dict = {}
 
 
 @dataclass(frozen=True)
@@ -37,52 +38,81 @@ class Entry:
 
 
 def entries() -> list[Entry]:
+    return [*_every_stage(), *_bfloat16(), *_methods_and_settings(), *_zero_options()]
+
+
+def _every_stage() -> list[Entry]:
+    """Float32, in which a curve is followed closely."""
     plan = []
-    for world in (1, 2, 3):
-        for stage in (0, 1, 2, 3):
-            plan.append(Entry(world, "curve", stage, setting={"clip": 0.5}))
-            if world > 1:
-                plan.append(Entry(world, "writing", stage, setting={"micro_batch": 2}))
-                plan.append(Entry(world, "replacing_gradients", stage, setting={"clip": 0.5, "micro_batch": 2}))
-                plan.append(Entry(world, "probing", stage))
-                plan.append(Entry(world, "short_batch", stage, setting={"micro_batch": 2}))
     for stage in (0, 1, 2, 3):
-        # bfloat16 rounds every product: the curves agree to the third digit, not the factors.
-        plan.append(Entry(2, "curve", stage, BF16, setting={"micro_batch": 2}, arguments={"steps": 6}, loss=5e-3, first_loss=2e-3, tensors=0.3))
-        plan.append(Entry(2, "writing", stage, BF16, setting={"micro_batch": 2}, loss=5e-3, first_loss=2e-3, tensors=0.3))
-        for method in ("lora", "lora_xs", "full"):
-            plan.append(
-                Entry(2, "curve", stage, setting={"method": method, "micro_batch": 2, "clip": 0.5}, arguments={"steps": 6})
-            )
-        plan.append(Entry(3, "initialising", stage, setting={"method": "lora_sb", "micro_batch": 2}, tensors=5e-2))
+        for world in (1, 2, 3):
+            plan.append(Entry(world, "curve", stage, setting={"clip": 0.5}))
+        # At stage 0 nothing is cut up and stage 1 cuts as stage 2 does, so three ranks show nothing new there.
+        for world in (2, 3) if stage > 1 else (2,):
+            plan.append(Entry(world, "writing", stage, setting={"micro_batch": 2}))
+            plan.append(Entry(world, "replacing_gradients", stage, setting={"clip": 0.5, "micro_batch": 2}))
+            plan.append(Entry(world, "probing", stage))
+            plan.append(Entry(world, "short_batch", stage, setting={"micro_batch": 2}))
         plan.append(Entry(2, "naming_silent_tensors", stage, setting={"micro_batch": 2}))
-        plan.append(Entry(2, "saving", stage, setting={"micro_batch": 2}))
-    zero3 = {"stage3_param_persistence_threshold": 0}
-    plan += [
+        # Signs of gradients near zero differ, and every sign is an element of the factorised matrix.
+        world = 3 if stage == 3 else 2
+        plan.append(Entry(world, "initialising", stage, setting={"method": "lora_sb", "micro_batch": 2}, tensors=5e-2))
+    return plan
+
+
+def _bfloat16() -> list[Entry]:
+    """bfloat16 rounds every product: the curves agree to the third digit, and the factors hardly."""
+
+    def entry(case: str, stage: int, zero: dict = NOTHING, arguments: dict = NOTHING, note: str = "", **setting) -> Entry:
+        setting = {"micro_batch": 2, **setting}
+        return Entry(2, case, stage, BF16, zero, setting, arguments, loss=5e-3, first_loss=2e-3, tensors=0.3, note=note)
+
+    # Stage 1 with float32 accumulation is a wrapper of its own, BF16_Optimizer.
+    fp32grads = {"grad_accum_dtype": "fp32"}
+    plan = [
+        entry("writing", 1, fp32grads, note="fp32grads"),
+        entry("replacing_gradients", 1, fp32grads, note="fp32grads", clip=0.5),
+    ]
+    for stage in (0, 1, 2, 3):
+        plan += [entry("curve", stage, arguments={"steps": 6}), entry("writing", stage)]
+    return plan
+
+
+def _methods_and_settings() -> list[Entry]:
+    plan = []
+    for method, stages in {"lora": (0, 1, 2, 3), "lora_xs": (3,), "full": (0, 2, 3)}.items():
+        setting = {"method": method, "micro_batch": 2, "clip": 0.5}
+        plan += [Entry(2, "curve", stage, setting=setting, arguments={"steps": 6}) for stage in stages]
+    for stage in (2, 3):
+        plan.append(Entry(2, "correcting", stage, setting={"micro_batch": 2}))
+        plan.append(Entry(2, "generating", stage, setting={"micro_batch": 2}))
+        plan.append(Entry(2, "curve", stage, setting={"checkpointing": True, "micro_batch": 2}, arguments={"steps": 6}))
+        # R has one element: some ranks own nothing of it.
+        plan.append(Entry(2, "replacing_gradients", stage, setting={"rank": 1, "clip": 0.5, "micro_batch": 2}))
+    return plan + [
+        Entry(3, "writing", 3, setting={"rank": 1, "micro_batch": 2}),
+        Entry(3, "generating", 3, setting={"micro_batch": 2}),
         Entry(2, "initialising", 3, setting={"method": "lora_xs", "micro_batch": 2}),
         Entry(2, "initialising", 2, setting={"method": "lora", "micro_batch": 2}),
-        Entry(3, "curve", 3, zero=zero3, arguments={"steps": 6}, note="persist0"),
-        Entry(3, "writing", 3, zero=zero3, setting={"micro_batch": 2}, note="persist0"),
-        Entry(3, "probing", 3, zero=zero3, setting={"checkpointing": True}, note="persist0"),
         Entry(2, "probing", 3, setting={"micro_batch": 2}, arguments={"probe_micro_batch": 2}),
-        Entry(2, "curve", 3, setting={"checkpointing": True, "micro_batch": 2}, arguments={"steps": 6}),
-        Entry(2, "curve", 2, setting={"checkpointing": True, "micro_batch": 2}, arguments={"steps": 6}),
-        # Stage 1 in bfloat16 with float32 accumulation is a wrapper of its own, BF16_Optimizer.
-        Entry(2, "writing", 1, BF16, {"grad_accum_dtype": "fp32"}, {"micro_batch": 2}, loss=5e-3, first_loss=2e-3, tensors=0.3, note="fp32grads"),
-        Entry(
-            2, "replacing_gradients", 1, BF16, {"grad_accum_dtype": "fp32"}, {"micro_batch": 2, "clip": 0.5},
-            loss=5e-3, first_loss=2e-3, tensors=0.3, note="fp32grads",
-        ),
         Entry(2, "curve", 3, setting={"spec": "sgd", "micro_batch": 2}, arguments={"steps": 6}),
-        Entry(2, "generating", 3, setting={"micro_batch": 2}),
-        Entry(3, "generating", 3, setting={"micro_batch": 2}),
-        Entry(2, "generating", 2, setting={"micro_batch": 2}),
+    ]
+
+
+def _zero_options() -> list[Entry]:
+    never_persistent = {"stage3_param_persistence_threshold": 0}
+    secondary = {"zero_hpz_partition_size": 2}
+    everything = {**OFFLOAD, "offload_param": {"device": "cpu"}}
+    plan = [
+        Entry(2, "storing", 3, zero=never_persistent, setting={"micro_batch": 2}, tensors=2e-2, note="persist0"),
+        Entry(2, "writing", 3, zero=never_persistent, setting={"micro_batch": 2}, note="persist0"),
+        Entry(3, "curve", 3, zero=never_persistent, arguments={"steps": 6}, note="persist0"),
+        Entry(3, "probing", 3, zero=never_persistent, setting={"checkpointing": True}, note="persist0"),
+        Entry(2, "writing", 3, zero=secondary, setting={"micro_batch": 2}, note="hpz"),
+        Entry(2, "writing", 3, zero=everything, setting={"micro_batch": 2}, note="offloadall"),
     ]
     for stage in (2, 3):
-        plan.append(Entry(2, "replacing_gradients", stage, zero=OFFLOAD, setting={"clip": 0.5, "micro_batch": 2}, note="offload"))
+        clipped = {"clip": 0.5, "micro_batch": 2}
+        plan.append(Entry(2, "replacing_gradients", stage, zero=OFFLOAD, setting=clipped, note="offload"))
         plan.append(Entry(2, "writing", stage, zero=OFFLOAD, setting={"micro_batch": 2}, note="offload"))
-    plan.append(Entry(2, "writing", 3, zero={"zero_hpz_partition_size": 2}, setting={"micro_batch": 2}, note="hpz"))
-    plan.append(
-        Entry(2, "writing", 3, zero={**OFFLOAD, "offload_param": {"device": "cpu"}}, setting={"micro_batch": 2}, note="offloadall")
-    )
     return plan

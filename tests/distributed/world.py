@@ -1,5 +1,6 @@
 """What every rank of a distributed test builds: a small model with all the shapes that shards stumble over, and its data."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -61,14 +62,16 @@ def build(
     checkpointing: bool = False,
     targets: str | list[str] = "all-linear",
     spec: OptimizerSpec | None = None,
+    when_loaded: Callable[[nn.Module], None] = lambda model: None,
     **settings,
 ) -> Attached:
-    """Loads, attaches and starts, as the training program does."""
+    """Loads, attaches and starts, as the training program does. when_loaded: shown the model before anything is attached."""
     section = ModelSection(
         path=str(directory), dtype=str(engine.dtype).removeprefix("torch."), gradient_checkpointing=checkpointing
     )
     with engine.loading():
         model, _ = load_model(section)
+    when_loaded(model)
     with engine.attaching():
         attached = attach(model, registry()[method](**{"rank": 7, **settings} if method != "full" else settings), targets)
     engine.start(model, spec or OptimizerSpec(lr=1e-2))

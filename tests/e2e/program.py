@@ -10,7 +10,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,7 +88,7 @@ def call(*arguments: object) -> Outcome:
     logger = logging.getLogger("distlora")
     before = logger.handlers[:], logger.level, logger.propagate
     try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), warnings.catch_warnings():
             code = main([str(argument) for argument in arguments])
     finally:
         logger.handlers[:], logger.level, logger.propagate = before
@@ -125,11 +126,16 @@ def started(*command: object, **environment: str) -> Iterator[subprocess.Popen]:
 _LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_", "OMPI_", "PMI_", "SLURM_", "TORCHELASTIC_")
 
 
-def run(*command: object, timeout: float = 150, **environment: str) -> Outcome:
+def finish(process: subprocess.Popen, seconds: float) -> Outcome:
+    """Waits for the process and for all that write into its pipes."""
+    out, err = process.communicate(timeout=seconds)
+    return Outcome(process.returncode, out, err)
+
+
+def run(*command: object, **environment: str) -> Outcome:
     """The command to its end."""
     with started(*command, **environment) as process:
-        out, err = process.communicate(timeout=timeout)
-        return Outcome(process.returncode, out, err)
+        return finish(process, 150)
 
 
 def python(*arguments: object) -> tuple[object, ...]:
@@ -143,12 +149,25 @@ def free_port() -> str:
         return str(listener.getsockname()[1])
 
 
-def wait_until(condition, seconds: float, what: str) -> None:
-    """Polls, because nothing else tells one process how far another has come."""
+def wait_until(condition: Callable[[], bool], seconds: float, what: str, process: subprocess.Popen) -> None:
+    """Polls, because nothing else tells how far another process has come. Fails if that ends first."""
     deadline = time.monotonic() + seconds
     while not condition():
+        assert process.poll() is None, f"ended before {what}: {finish(process, 10).err}"
         assert time.monotonic() < deadline, f"{what}: not within {seconds:.0f} s"
         time.sleep(0.02)
+
+
+def processes_with(**environment: str) -> dict[int, dict[str, str]]:
+    """The running processes whose environment holds these variables: process id -> environment."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # gone meanwhile, or another user's
+            pairs = (folder / "environ").read_bytes().decode(errors="replace").split("\0")
+            variables = dict(pair.split("=", 1) for pair in pairs if "=" in pair)
+            if environment.items() <= variables.items():
+                found[int(folder.name)] = variables
+    return found
 
 
 # ---------------------------------------------------------------------- what comes out

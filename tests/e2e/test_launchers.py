@@ -3,22 +3,20 @@
 A start with DeepSpeed takes many seconds, so each has to show several things.
 """
 
-import csv
 import os
 import shutil
 import signal
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.e2e.program import (
-    Outcome,
     curve,
+    finish,
     free_port,
     metrics,
+    processes_with,
     python,
     recipe_of,
     run,
@@ -34,8 +32,6 @@ STEPS = 24
 #: Seconds within which the ranks of a group must have followed one that died.
 FAREWELL = 60
 
-MONITORS = {name: {"enabled": True, "output_path": "auto", "job_name": "auto"} for name in ("tensorboard", "csv_monitor")}
-
 
 class Bench:
     """A recipe, and the plain engine's run of it: what all others must be like."""
@@ -43,21 +39,24 @@ class Bench:
     def __init__(self, folder: Path):
         self.folder = folder
         content = recipe_of(tiny_model_dir("llama", folder), write_rows(folder / "data"), folder / "plain")
-        content["train"] |= {"steps": STEPS, "lr": 0.002, "save_every": 4, "eval_every": 6}
+        # One number for η spares the line search: that is a hundred gathers of the model under ZeRO-3.
+        content["method"]["init"]["eta"] = 0.01
+        content["targets"] = ["q_proj", "v_proj", "down_proj"]
+        content["train"] |= {"steps": STEPS, "lr": 0.005, "save_every": 4, "eval_every": 6}
         self.recipe = write_recipe(folder / "recipe.yaml", content)
         succeed("train", self.recipe)
         self.losses, self.evaluations = curve(folder / "plain"), curve(folder / "plain", "eval/loss")
 
-    def arguments(self, name: str, stage: int, *overrides: str, **zero) -> list[str]:
+    def train(self, name: str, stage: int, *overrides: str) -> list[str]:
         """`train RECIPE …` at a ZeRO stage, into the run directory `name`."""
-        settings = f"{{zero_optimization: {{stage: {stage}}}}}"
-        return ["train", str(self.recipe), f"deepspeed={settings}", f"output_dir={self.folder / name}", *overrides]
+        settings = f"deepspeed={{zero_optimization: {{stage: {stage}}}}}"
+        return ["train", str(self.recipe), settings, f"output_dir={self.folder / name}", *overrides]
 
-    def same_curve(self, name: str, steps: int = STEPS) -> None:
-        found = curve(self.folder / name)
+    def expect_same_curve(self, name: str, steps: int = STEPS) -> None:
+        found, evaluations = curve(self.folder / name), curve(self.folder / name, "eval/loss")
         assert list(found) == list(range(1, steps + 1))
         assert found == pytest.approx({step: self.losses[step] for step in found}, rel=1e-4)
-        evaluations = curve(self.folder / name, "eval/loss")
+        assert max(evaluations) == steps
         assert evaluations == pytest.approx({step: self.evaluations[step] for step in evaluations}, rel=1e-4)
 
 
@@ -66,18 +65,93 @@ def bench(tmp_path_factory) -> Bench:
     return Bench(tmp_path_factory.mktemp("launchers"))
 
 
-def deepspeed(*arguments: str) -> list[str]:
-    return ["deepspeed", "--hostfile", os.devnull, "--num_gpus", "2", "--master_port", free_port(), "--module", "distlora", *arguments]
+def under_deepspeed(*arguments: str) -> list[str]:
+    options = ["--hostfile", os.devnull, "--num_gpus", "2", "--master_port", free_port()]
+    return ["deepspeed", *options, "--module", "distlora", *arguments]
+
+
+def under_torchrun(*arguments: str) -> list[str]:
+    return ["torchrun", "--nproc-per-node", "2", "--master-port", free_port(), "-m", "distlora", *arguments]
 
 
 # ---------------------------------------------------------------------- the same run
 
 
-def test_deepspeed_with_its_monitors(bench):
-    arguments = bench.arguments("deepspeed", 3, "deepspeed.tensorboard={enabled: true, output_path: auto, job_name: auto}",
-                                "deepspeed.csv_monitor={enabled: true, output_path: auto, job_name: auto}",
-                                "deepspeed.zero_optimization.stage3_param_persistence_threshold=auto", "train.steps=6")
-    outcome = run(*deepspeed(*arguments))
+def test_deepspeed_and_its_monitors(bench):
+    monitors = [f"deepspeed.{name}={{enabled: true, output_path: auto, job_name: auto}}" for name in ("tensorboard", "csv_monitor")]
+    persistence = "deepspeed.zero_optimization.stage3_param_persistence_threshold=auto"
+    outcome = run(*under_deepspeed(*bench.train("deepspeed", 3, *monitors, persistence, "train.steps=6")))
     assert outcome.code == 0, outcome.err
-    print(outcome.out, outcome.err)
-    bench.same_curve("deepspeed", 6)
+    bench.expect_same_curve("deepspeed", 6)
+    assert "deepspeed.zero_optimization.stage3_param_persistence_threshold = 600 (auto)" in outcome.err
+    assert outcome.out.count("trained parameters") == 1, "one rank shows the table"
+    assert outcome.err.count("data: 20 samples") == 1, "one rank tells what happens"
+
+    run_dir = bench.folder / "deepspeed"
+    events = EventAccumulator(str(run_dir / "tensorboard")).Reload()
+    for tag in ("train/loss", "train/learning_rate", "train/grad_norm", "eval/loss", "init/seconds"):
+        written = {event.step: event.value for event in events.Scalars(tag)}
+        assert written == pytest.approx(curve(run_dir, tag), rel=1e-6), tag
+    (table,) = (run_dir / "csv_monitor").rglob("*train_loss.csv")
+    assert len(table.read_text().splitlines()) == 7, "a header and six steps"
+
+
+def test_a_rank_that_dies_under_torchrun_and_one_process_that_goes_on(bench):
+    mark = {"DISTLORA_TEST_MARK": str(bench.folder / "torchrun")}
+    ranks = {}
+    with started(*under_torchrun(*bench.train("torchrun", 2)), **mark) as launcher:
+        wait_until(lambda: (bench.folder / "torchrun" / "checkpoint-8").exists(), 120, "the checkpoint of step 8", launcher)
+        ranks = {variables["RANK"]: pid for pid, variables in processes_with(**mark).items() if "RANK" in variables}
+        os.kill(ranks["1"], signal.SIGKILL)
+        outcome = finish(launcher, FAREWELL)
+        assert outcome.code != 0
+        assert processes_with(**mark) == {}, "no rank is left"
+    assert max(curve(bench.folder / "torchrun")) < STEPS, "the run was not finished"
+
+    outcome = run(*python(*bench.train("torchrun", 3)))
+    assert outcome.code == 0, outcome.err
+    assert f"continuing from {bench.folder / 'torchrun'}" in outcome.err
+    bench.expect_same_curve("torchrun")
+
+
+def test_srun_sets_only_its_own_variables(bench):
+    common = {"SLURM_NTASKS": "2", "SLURM_STEP_ID": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    command = python(*bench.train("srun", 1, "train.steps=6"))
+    with (
+        started(*command, SLURM_PROCID="0", SLURM_LOCALID="0", **common) as first,
+        started(*command, SLURM_PROCID="1", SLURM_LOCALID="1", **common) as second,
+    ):
+        outcomes = [finish(process, 120) for process in (first, second)]
+    assert [outcome.code for outcome in outcomes] == [0, 0], outcomes[0].err
+    bench.expect_same_curve("srun", 6)
+    assert "trained parameters" in outcomes[0].out and outcomes[1].out == ""
+
+
+@pytest.mark.skipif(shutil.which("mpirun") is None, reason="there is no mpirun")
+def test_mpirun(bench):
+    mpirun = ["mpirun", "-np", "2", "--allow-run-as-root", "--oversubscribe"]
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    outcome = run(*mpirun, *python(*bench.train("mpirun", 3, "train.steps=6")), **address)
+    assert outcome.code == 0, outcome.err
+    bench.expect_same_curve("mpirun", 6)
+    assert outcome.out.count("trained parameters") == 1
+
+
+# ---------------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize(
+    ("mistake", "sentence"),
+    [
+        ("train.lrr=1", "distlora: override train.lrr: unknown key, did you mean lr?"),
+        ("method.rank=50", "rank 50 "),  # above min(out, in) of a layer, which shows when all ranks have met
+    ],
+)
+def test_deepspeed_passes_a_mistake_on_as_one_sentence(bench, mistake, sentence):
+    mark = {"DISTLORA_TEST_MARK": f"{bench.folder}/{mistake}"}
+    with started(*under_deepspeed(*bench.train("mistake", 3, mistake)), **mark) as launcher:
+        outcome = finish(launcher, 120)
+        assert processes_with(**mark) == {}, "no rank is left"
+    assert outcome.code == 2, outcome.err
+    assert len(outcome.sentences) == 1 and sentence in outcome.sentences[0]
+    assert "Traceback" not in outcome.err + outcome.out

@@ -5,13 +5,24 @@ import math
 import pytest
 import torch
 
-from distlora.compose import ProbeData, assign_owners, initialise, install_gradient_maps, layer_generator
+from distlora.compose import (
+    SEARCH_FROM,
+    SEARCH_PATIENCE,
+    SEARCH_REFINEMENTS,
+    SEARCH_TO,
+    ProbeData,
+    assign_owners,
+    initialise,
+    install_gradient_maps,
+    layer_generator,
+)
 from distlora.data import collate, shard
 from distlora.engine import LocalEngine
 from distlora.errors import UserError
 from distlora.functional import linear
 from distlora.layer import AdapterLinear
 from distlora.methods import registry
+from distlora.methods.base import LayerInit
 from distlora.methods.lora_sb import LoRASB
 from distlora.model import response_loss
 from distlora.probe import mean_gradients, sample_weights
@@ -49,6 +60,12 @@ def initialised(directory, seed=3, first_rate=1e-2, dtype=torch.float32, **setti
     return engine, attached, report
 
 
+@pytest.fixture(scope="module")
+def searched(directory):
+    """The default initialisation, with a search; not to be changed."""
+    return initialised(directory)
+
+
 def factors_of(engine, attached):
     return {f"{name}.{f}": v for name, layer in attached.layers.items() for f, v in engine.read(layer).items()}
 
@@ -81,8 +98,6 @@ def test_every_layer_gets_what_the_method_makes_of_it(method, directory):
     gradients = mean_gradients(
         plain, of_plain.layers, dict.fromkeys(of_plain.layers, 0), probe_data().batches(), COUNT, response_loss
     )
-    from distlora.methods.base import LayerInit
-
     for name, layer in attached.layers.items():
         source = {"weight": layer.weight.detach().float(), "gradient": gradients[name], None: None}
         told = LayerInit(
@@ -94,22 +109,16 @@ def test_every_layer_gets_what_the_method_makes_of_it(method, directory):
 
 
 @pytest.mark.parametrize("method", ADAPTERS)
-def test_equal_seeds_give_equal_factors_and_other_seeds_others(method, directory):
+def test_equal_seeds_give_equal_factors_and_leave_the_programs_random_numbers_alone(method, directory):
+    state = torch.get_rng_state()
     first, second = (factors_of(*initialised(directory, method=method)[:2]) for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert all(value.isfinite().all() for value in first.values())
     if method in ("lora", "lora_xs"):
         other = factors_of(*initialised(directory, method=method, seed=4)[:2])
         drawn = [name for name in first if name.endswith(".A" if method == "lora" else ".R")]
         assert drawn and not any(torch.equal(first[name], other[name]) for name in drawn)
-
-
-@pytest.mark.parametrize("method", ADAPTERS)
-def test_the_programs_random_numbers_are_left_alone(method, directory):
-    engine, attached = started(directory, method=method)
-    state = torch.get_rng_state()
-    initialise(engine, attached, 3, 1e-2, probe_data())
-    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_a_method_without_layers_has_nothing_to_initialise(directory):
@@ -173,14 +182,6 @@ def test_layers_of_a_subset_start_as_in_the_whole_model(directory):
 # ---------------------------------------------------------------------- the size of the first step
 
 
-def rms_of_update(engine, attached):
-    """Root mean square of ΔW = s·B·R·A of each layer, beside that of its best rank-r approximation at eta = 1."""
-    return {
-        name: float(update(attached.method, engine.read(layer)).square().mean().sqrt())
-        for name, layer in attached.layers.items()
-    }
-
-
 @pytest.mark.parametrize("step", ["adamw", "sgd"])
 def test_a_number_and_the_schedule_are_what_they_say(step, directory):
     number = initialised(directory, init={"step": step, "eta": 2e-3}, first_rate=0.5)
@@ -207,8 +208,11 @@ def test_the_update_is_the_best_copy_of_the_first_step(directory):
         assert abs(float(error / rest) - 1) < 1e-3, name
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("init", [{}, {"step": "sgd"}, {"orthonormal": False}], ids=["adamw", "sgd", "skewed"])
+@pytest.mark.parametrize(
+    ("init", "dtype"),
+    [({}, torch.float32), ({"step": "sgd"}, torch.float32), ({"orthonormal": False}, torch.bfloat16)],
+    ids=["adamw", "sgd", "skewed-bf16"],
+)
 def test_the_search_finds_the_least_loss_that_it_saw(init, dtype, directory):
     engine, attached, report = initialised(directory, dtype=dtype, init={"eta": "search", **init})
     scalars, losses = report.scalars, dict(report.search)
@@ -219,17 +223,18 @@ def test_the_search_finds_the_least_loss_that_it_saw(init, dtype, directory):
     assert probe_loss(engine) == pytest.approx(scalars["loss_after"], abs=1e-5 if dtype == torch.float32 else 0.05)
 
 
-def test_the_search_brackets_its_minimum_and_refines_it(directory):
-    _, _, report = initialised(directory)
-    exponents = [round(8 * math.log10(eta * report.scalars["step_rms"])) for eta, _ in report.search]
-    coarse = [e for e in exponents if e % 4 == 0]
-    # Half decades one after another, ended by the upper limit or by two losses above the least.
-    assert coarse == list(range(-52, -52 + 4 * len(coarse), 4))
-    losses = [loss for _, loss in report.search[: len(coarse)]]
-    assert coarse[-1] == -8 or min(losses[-2:]) > min(losses)
-    best = coarse[losses.index(min(losses))]
-    assert exponents[len(coarse) : len(coarse) + 2] == [best - 2, best + 2]
-    assert len(exponents) == len(coarse) + 4
+def test_the_search_brackets_its_minimum_and_refines_it(searched):
+    """Half decades upwards, ended by the upper limit or by losses that rise; then ever smaller steps around the best."""
+    report = searched[2]
+    exponents = [math.log10(eta * report.scalars["step_rms"]) for eta, _ in report.search]
+    losses = [loss for _, loss in report.search]
+    coarse = len(losses) - 2 * len(SEARCH_REFINEMENTS)
+    assert exponents[:coarse] == pytest.approx([SEARCH_FROM + i / 2 for i in range(coarse)], abs=1e-6)
+    assert exponents[coarse - 1] > SEARCH_TO - 0.4 or losses.index(min(losses[:coarse])) == coarse - 1 - SEARCH_PATIENCE
+    for turn, width in enumerate(SEARCH_REFINEMENTS):
+        tried = coarse + 2 * turn
+        best = exponents[losses.index(min(losses[:tried]))]
+        assert exponents[tried : tried + 2] == pytest.approx([best - width, best + width], abs=1e-6)
 
 
 @pytest.mark.parametrize(("init", "factor"), [({}, "R"), ({"orthonormal": False}, "B")], ids=["orthonormal", "skewed"])
@@ -242,8 +247,8 @@ def test_the_search_scales_one_factor_of_the_start_at_eta_1(init, factor, direct
         assert torch.equal(found[name], wanted), name
 
 
-def test_nothing_of_the_search_stays_switched_on(directory):
-    engine, attached, _ = initialised(directory)
+def test_nothing_of_the_search_stays_switched_on(searched):
+    engine, attached, _ = searched
     assert all(layer._trial is None for layer in attached.layers.values())
     assert all(module.training for module in engine.module.modules())
 
@@ -263,8 +268,8 @@ def test_a_search_that_breaks_off_leaves_no_trial_behind(directory):
     assert all(layer._trial is None and layer._tap is None for layer in attached.layers.values())
 
 
-def test_the_search_does_not_depend_on_how_samples_are_grouped(directory):
-    engine, attached, report = initialised(directory)
+def test_the_search_does_not_depend_on_how_samples_are_grouped(directory, searched):
+    report = searched[2]
     other, of_other = started(directory)
     again = initialise(other, of_other, 3, 1e-2, probe_data(size=3))
     assert again.scalars["eta"] == pytest.approx(report.scalars["eta"], rel=1e-5)
@@ -274,13 +279,13 @@ def test_the_search_does_not_depend_on_how_samples_are_grouped(directory):
 # ---------------------------------------------------------------------- the report
 
 
-def test_the_report_has_numbers_worth_logging(directory):
-    engine, attached, report = initialised(directory)
-    wanted = {"samples", "captured_energy", "captured_energy_min", "step_rms", "step_rms_min", "loss_before", "loss_after", "eta"}
-    assert report.scalars.keys() == wanted
+def test_the_report_has_numbers_worth_logging(directory, searched):
+    report = searched[2]
+    of_layers = {"captured_energy", "captured_energy_min", "step_rms", "step_rms_min"}
+    assert report.scalars.keys() == of_layers | {"samples", "loss_before", "loss_after", "eta"}
     assert report.scalars["samples"] == COUNT
     assert all(math.isfinite(value) for value in report.scalars.values())
-    engine, attached = started(directory)
+    engine, _ = started(directory)
     assert report.scalars["loss_before"] == pytest.approx(probe_loss(engine), abs=1e-5)  # every factor is zero
 
 
@@ -306,14 +311,6 @@ def test_methods_without_a_probe_report_no_step(directory):
 def gradients_of_cores(engine, attached):
     accumulate(engine, list(probe_data().batches()), response_loss)
     return {name: layer.R.grad.clone() for name, layer in attached.layers.items()}
-
-
-def plain_core_gradients(engine, attached):
-    """s·Bᵀ g Aᵀ, from the whole gradient g of W: what would arrive without a correction."""
-    inputs, found, hooks = {}, {}, []
-    for name, layer in attached.layers.items():
-        layer.map_gradients({})
-    return gradients_of_cores(engine, attached)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -361,8 +358,8 @@ def test_maps_are_of_the_factors_as_the_forward_uses_them(directory):
     assert torch.equal(layer.R.grad, with_map)
 
 
-def test_the_layers_function_is_w_plus_the_update(directory):
-    engine, attached, _ = initialised(directory)
+def test_the_layers_function_is_w_plus_the_update(searched):
+    engine, attached, _ = searched
     name, layer = list(attached.layers.items())[9]
     x = torch.randn(3, layer.in_features, generator=torch.Generator().manual_seed(0))
     weight = layer.weight + update(attached.method, engine.read(layer)).float()

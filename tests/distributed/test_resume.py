@@ -1,0 +1,130 @@
+"""A checkpoint knows neither world nor stage: any continues any other's curve, and its own to the last bit.
+
+Two ranks write and read at every stage, three ranks and the plain engine go on from what the two left, and the other way round.
+"""
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+
+from distlora.engine import LocalEngine
+from tests.distributed.cases import run as run_case
+from tests.distributed.cases import solo
+from tests.distributed.launch import launch, results_of
+from tests.distributed.world import save_model
+
+FP32, BF16 = "float32", "bfloat16"
+LOCAL = "local"
+
+
+@dataclass(frozen=True)
+class Run:
+    """Six steps with a checkpoint after the third; or, of `source`, the last three."""
+
+    world: int
+    stage: int
+    dtype: str = FP32
+    setting: dict = field(default_factory=dict, hash=False)
+    source: "Run | str | None" = None
+
+    @property
+    def key(self) -> str:
+        key = "-".join([f"world{self.world}-stage{self.stage}-{self.dtype}", *self.setting])
+        return f"{key}-from-{getattr(self.source, 'key', self.source)}" if self.source else key
+
+
+DROPOUT = {"dropout": 0.3}
+WRITTEN = [
+    *(Run(2, stage) for stage in (0, 1, 2, 3)),
+    Run(2, 0, BF16),
+    Run(2, 3, BF16),
+    Run(2, 2, setting=DROPOUT),
+]
+CONTINUED = [Run(run.world, run.stage, run.dtype, run.setting, source=run) for run in WRITTEN]
+MOVED = [
+    Run(2, 2, source=Run(2, 3)),
+    Run(2, 3, source=Run(2, 1)),
+    Run(2, 3, source=LOCAL),
+    Run(3, 3, source=Run(2, 2)),
+    Run(3, 1, source=Run(2, 3)),
+]
+OF_THREE = Run(3, 3)
+LEFT_TO_ONE = [Run(2, 0), Run(2, 2), Run(2, 3), OF_THREE]
+ALL = [*WRITTEN, *CONTINUED, *MOVED, OF_THREE]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where model, checkpoints and results of this file lie: what a run saves is in `folder / its key`."""
+    folder = tmp_path_factory.mktemp("resume")
+    save_model(folder / "model")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def local(folder):
+    """The six steps on the plain engine."""
+    return run_case("saving", LocalEngine(solo()), folder / "model", folder / LOCAL, {})
+
+
+@pytest.fixture(scope="module")
+def results(folder, local, request):
+    """What a run answered; the ranks of a world are started when one of its runs is first asked for."""
+    wanted = set()
+    for item in request.session.items:
+        if item.path == request.path:
+            wanted |= {each for run in item.callspec.params.values() for each in (run, run.source) if isinstance(each, Run)}
+
+    def of(run: Run):
+        out = folder / f"world{run.world}"
+        if not out.exists():
+            runs = [each for each in ALL if each.world == run.world and each in wanted]
+            for source in {each.source for each in runs if isinstance(each.source, Run)}:
+                if source.world != run.world:
+                    of(source)
+            launch(run.world, folder / "model", out, list(map(case, runs)))
+        return results_of(out, run.key)
+
+    def case(run: Run) -> dict:
+        return {
+            "key": run.key,
+            "case": "resuming" if run.source else "saving",
+            "engine": {"stage": run.stage, "dtype": run.dtype},
+            "setting": {"micro_batch": 2, **run.setting},
+            "arguments": {},
+            "work": str(folder / getattr(run.source or run, "key", LOCAL)),
+        }
+
+    return of
+
+
+def assert_continues(there, whole, tolerance, of_factors):
+    """The last three of six losses, and the factors, are those of the run that was never interrupted."""
+    torch.testing.assert_close(there["losses"][-3:], whole["losses"][-3:], rtol=tolerance, atol=0)
+    assert int(there["steps_taken"]) == int(whole["steps_taken"]) == 6
+    for name in whole.keys() - {"losses", "norms", "steps_taken"}:
+        allowed = of_factors * float(whole[name].abs().max())
+        torch.testing.assert_close(there[name], whole[name], rtol=0, atol=allowed, msg=lambda text: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("run", [*WRITTEN[:4], OF_THREE], ids=lambda run: run.key)
+def test_saving_disturbs_nothing(run, results, local):
+    assert_continues(results(run), local, tolerance=1e-4, of_factors=1e-3)
+
+
+@pytest.mark.parametrize("run", CONTINUED, ids=lambda run: run.key)
+def test_at_the_same_layout_to_the_last_bit(run, results):
+    assert_continues(results(run), results(run.source), tolerance=0, of_factors=0)
+
+
+@pytest.mark.parametrize("run", MOVED, ids=lambda run: run.key)
+def test_at_another_layout_the_same_curve(run, results, local):
+    assert_continues(results(run), local, tolerance=1e-4, of_factors=1e-3)
+
+
+@pytest.mark.parametrize("source", LEFT_TO_ONE, ids=lambda run: run.key)
+def test_on_the_plain_engine_the_same_curve(source, results, local, folder):
+    results(source)
+    found = run_case("resuming", LocalEngine(solo()), folder / "model", folder / source.key, {})
+    assert_continues(found, local, tolerance=1e-4, of_factors=1e-3)

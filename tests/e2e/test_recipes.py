@@ -1,0 +1,80 @@
+"""Every shipped recipe takes steps with a tiny model of its class and rows in its task's format; so does every class there is."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from distlora.config import load_recipe
+from tests.e2e.program import REPOSITORY, curve, recipe_of, succeed, write_recipe
+from tests.tiny_models import NAMES, tiny_model_dir
+
+RECIPES = sorted((REPOSITORY / "configs" / "recipes").glob("*.yaml"))
+#: What stands in a hub name, and the tiny model of the same class.
+CLASSES = {"mistral": "mistral", "gemma": "gemma2", "llama": "llama", "smollm2": "llama"}
+#: Columns of the data sets that the recipes name, and a row of each.
+ROWS = {
+    "metamath": {"query": "What is 2 + {n}?", "response": "Add them. The answer is: {n}", "type": "GSM_Rephrased"},
+    "gsm8k": {"question": "What is 2 + {n}?", "answer": "Add them.\n#### {n}"},
+    "commonsense": {"instruction": "Is {n} even? true/false", "input": "", "output": "the correct answer is true", "answer": "true"},
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("classes")
+
+
+def write_rows_of(task: str, folder: Path) -> Path:
+    folder.mkdir()
+    for split in ("train", "test"):
+        rows = [{key: text.format(n=number) for key, text in ROWS[task].items()} for number in range(8)]
+        (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_shipped_recipe_takes_steps(path, models, tmp_path):
+    shipped = load_recipe(path)
+    (name,) = {tiny for word, tiny in CLASSES.items() if word in shipped.model.path.lower()}
+    task = shipped.data.task
+    small = [
+        f"model.path={tiny_model_dir(name, models)}", f"output_dir={tmp_path / 'run'}", "deepspeed=null", "method.rank=4",
+        "method.init.samples=2", "data.split=train[:8]", "data.max_length=256", "train.steps=2", "train.global_batch_size=2",
+        "train.micro_batch_size=1", "train.eval_samples=2",
+    ]  # fmt: skip
+    if task != "arithmetic":  # which makes its own
+        small.append(f"data.path={write_rows_of(task, tmp_path / 'rows')}")
+    if shipped.train.exact_match_samples:
+        small.append("train.exact_match_samples=2")
+    outcome = succeed("train", path, *small)
+    assert "data: 8 samples of split train" in outcome.err
+    losses = curve(tmp_path / "run")
+    assert list(losses) == [1, 2] and all(math.isfinite(loss) for loss in losses.values())
+    assert load_recipe(tmp_path / "run" / "recipe.yaml").model.dtype == shipped.model.dtype == "bfloat16"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", NAMES)
+def test_class_trains_with_checkpointing(name, dtype, models, data, tmp_path):
+    """Gradient checkpointing changes no number; in bfloat16 the curve is that of float32, coarsely."""
+    content = recipe_of(tiny_model_dir(name, models), data, tmp_path / "plain")
+    content["train"] |= {"steps": 3, "eval_every": 0}
+    content["model"]["dtype"] = dtype
+    content["method"]["init"]["eta"] = 0.01
+    recipe = write_recipe(tmp_path / "recipe.yaml", content)
+    succeed("train", recipe)
+    checkpointed = ["model.gradient_checkpointing=true", f"output_dir={tmp_path / 'checkpointed'}"]
+    succeed("train", recipe, *checkpointed)
+    assert curve(tmp_path / "checkpointed") == pytest.approx(curve(tmp_path / "plain"), rel=1e-6)
+    losses = curve(tmp_path / "plain", "eval/loss")
+    assert losses[3] < losses[0]
+    trained = load_file(tmp_path / "plain" / "checkpoint-3" / "adapter.safetensors")
+    assert {tensor.dtype for tensor in trained.values()} == {getattr(torch, dtype)}
+    if dtype == "bfloat16":
+        exact = ["model.dtype=float32", f"output_dir={tmp_path / 'exact'}"]
+        succeed("train", recipe, *exact)
+        assert curve(tmp_path / "plain") == pytest.approx(curve(tmp_path / "exact"), rel=0.03)

@@ -1,0 +1,187 @@
+"""A whole run on the plain engine: what it says, what it leaves behind, and what the other verbs make of that."""
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from distlora.config import load_recipe
+from distlora.data import collate, load_split
+from distlora.methods import registry
+from distlora.model import load_tokenizer, response_loss
+from tests.e2e.program import call, curve, files_of, metrics, recipe_of, succeed, write_recipe
+from tests.tiny_models import CHAT_TEMPLATE, tiny_model_dir
+
+
+def mean_loss(model, recipe) -> float:
+    """The loss of the evaluation split by a model that other software has loaded."""
+    tokenizer = load_tokenizer(recipe.model)
+    samples = load_split(recipe.data, recipe.data.eval_split, tokenizer).samples
+    with torch.no_grad():
+        loss, tokens = response_loss(model, collate(samples, tokenizer.pad_token_id, torch.device("cpu")))
+    return float(loss) / tokens
+
+
+# ---------------------------------------------------------------------- what a run leaves
+
+
+def test_files(finished):
+    _, run_dir = finished
+    found = {path.name for path in run_dir.iterdir()}
+    assert found == {"recipe.yaml", "metrics.jsonl", "checkpoint-3", "checkpoint-6", "adapter"}
+    kinds = {path.suffix for path in run_dir.rglob("*") if path.is_file()}
+    assert kinds == {".yaml", ".jsonl", ".json", ".safetensors"}
+
+
+def test_metrics(finished):
+    _, run_dir = finished
+    every_step = list(range(1, 7))
+    for tag in ("train/loss", "train/learning_rate", "train/grad_norm", "train/tokens_per_second"):
+        assert list(curve(run_dir, tag)) == every_step
+    assert curve(run_dir, "train/learning_rate") == dict.fromkeys(every_step, 0.02)
+    assert list(curve(run_dir, "eval/loss")) == [0, 2, 4, 6]
+    assert list(curve(run_dir, "eval/exact_match")) == [0, 6], "answers are generated before and after training"
+    tags = {tag for line in metrics(run_dir) for tag in line}
+    assert {"init/seconds", "init/samples", "init/captured_energy", "init/eta"} <= tags
+    assert [line["step"] for line in metrics(run_dir)] == sorted(line["step"] for line in metrics(run_dir))
+    losses = curve(run_dir, "eval/loss")
+    assert losses[6] < losses[0], "it learns"
+
+
+def test_what_is_said(finished):
+    outcome, run_dir = finished
+    losses = curve(run_dir, "eval/loss")
+    assert re.search(rf"loss +{losses[0]:.4f} +{losses[6]:.4f}", outcome.out)
+    assert re.search(r"exact match +0\.0% +\d+\.\d%", outcome.out)
+    # Seven projections in three layers, one 4 x 4 core each.
+    assert re.search(rf"trained parameters +{7 * 3 * 16} .*LoRA's 11,676 at rank 4", outcome.out)
+    for place in ("adapter", "metrics.jsonl"):
+        assert str(run_dir / place) in outcome.out
+    assert "data: 20 samples of split train, 4 truncated to 48 tokens, 2 dropped" in outcome.err
+    assert re.search(r"training: 100%.* 6/6 .*loss .*lr 2.00e-02.*tokens/s", outcome.err)
+
+
+def test_the_resolved_recipe_reproduces_the_run(finished, tmp_path):
+    _, run_dir = finished
+    succeed("train", run_dir / "recipe.yaml", f"output_dir={tmp_path / 'again'}")
+    assert curve(tmp_path / "again") == curve(run_dir)
+    assert curve(tmp_path / "again", "eval/loss") == curve(run_dir, "eval/loss")
+    again = (tmp_path / "again" / "recipe.yaml").read_text()
+    assert again.replace(str(tmp_path / "again"), str(run_dir)) == (run_dir / "recipe.yaml").read_text()
+
+
+def test_the_adapter_is_a_peft_adapter_with_the_runs_loss(finished):
+    _, run_dir = finished
+    recipe = load_recipe(run_dir / "recipe.yaml")
+    base = AutoModelForCausalLM.from_pretrained(recipe.model.path, dtype=torch.float32)
+    before = mean_loss(base, recipe)
+    merged = PeftModel.from_pretrained(base, run_dir / "adapter").merge_and_unload()
+    losses = curve(run_dir, "eval/loss")
+    assert before == pytest.approx(losses[0], rel=1e-5)
+    assert mean_loss(merged, recipe) == pytest.approx(losses[6], rel=1e-5)
+
+
+# ---------------------------------------------------------------------- the other verbs
+
+
+def test_eval_tells_the_runs_loss_and_changes_nothing(finished, tmp_path):
+    _, run_dir = finished
+    copy = shutil.copytree(run_dir, tmp_path / "copy")
+    before = files_of(copy)
+    outcome = succeed("eval", copy)
+    said = dict(line.split() for line in outcome.out.splitlines())
+    assert float(said["eval/loss"]) == pytest.approx(curve(run_dir, "eval/loss")[6], abs=1e-6)
+    assert float(said["eval/exact_match"]) == pytest.approx(curve(run_dir, "eval/exact_match")[6], abs=1e-6)
+    assert files_of(copy) == before
+
+
+def test_eval_of_an_interrupted_run_keeps_its_metrics(finished, tmp_path):
+    _, run_dir = finished
+    copy = shutil.copytree(run_dir, tmp_path / "copy")
+    shutil.rmtree(copy / "checkpoint-6")
+    before = files_of(copy)
+    succeed("eval", copy, "train.micro_batch_size=1")
+    assert files_of(copy) == before
+
+
+def test_exports_agree(finished, tmp_path):
+    _, run_dir = finished
+    recipe = load_recipe(run_dir / "recipe.yaml")
+    for kind in ("peft", "merged"):
+        assert succeed("export", run_dir, "--format", kind, "--out", tmp_path / kind).out.strip() == str(tmp_path / kind)
+    base = AutoModelForCausalLM.from_pretrained(recipe.model.path, dtype=torch.float32)
+    adapted = PeftModel.from_pretrained(base, tmp_path / "peft").eval()
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    tokens = torch.arange(3, 40).view(1, -1)
+    with torch.no_grad():
+        torch.testing.assert_close(merged(tokens).logits, adapted(tokens).logits, rtol=1e-4, atol=1e-5)
+    assert mean_loss(merged, recipe) == pytest.approx(curve(run_dir, "eval/loss")[6], rel=1e-5)
+    assert json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["base_model_name_or_path"] == recipe.model.path
+
+
+def test_export_of_an_earlier_checkpoint(finished, tmp_path):
+    _, run_dir = finished
+    succeed("export", run_dir, "--format", "merged", "--out", tmp_path / "early", "--step", "3")
+    recipe = load_recipe(run_dir / "recipe.yaml")
+    early = AutoModelForCausalLM.from_pretrained(tmp_path / "early", dtype=torch.float32).eval()
+    losses = curve(run_dir, "eval/loss")
+    assert losses[4] < mean_loss(early, recipe) < losses[2]
+
+
+def test_methods_are_listed():
+    outcome = succeed("methods")
+    heading, *lines = outcome.out.splitlines()
+    assert heading.split() == ["method", "trains", "starts", "from", "published"]
+    assert [line.split()[0] for line in lines] == list(registry())
+
+
+# ---------------------------------------------------------------------- other runs
+
+
+def test_full_fine_tuning_has_no_adapter_and_exports_merged(recipe, tmp_path):
+    outcome = succeed("train", recipe, "method.name=full", "train.lr=0.001", "train.steps=2")
+    run_dir = tmp_path / "run"
+    assert not (run_dir / "adapter").exists() and "none: the weights themselves were trained" in outcome.out
+    succeed("export", run_dir, "--format", "merged", "--out", tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    assert mean_loss(merged, load_recipe(recipe)) == pytest.approx(curve(run_dir, "eval/loss")[2], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["mistral", "llama"])
+def test_chat_template_with_a_tokenizer_without_a_pad_token(name, data, tmp_path):
+    model = tiny_model_dir(name, tmp_path)
+    recipe = write_recipe(tmp_path / "recipe.yaml", recipe_of(model, data, tmp_path / "run"))
+    succeed("train", recipe, "data.template=chat", "data.max_length=64", "train.steps=2")
+    losses = curve(tmp_path / "run")
+    tokenizer = load_tokenizer(load_recipe(recipe).model)
+    assert json.loads((model / "tokenizer_config.json").read_text()).get("pad_token") is None
+    assert tokenizer.chat_template == CHAT_TEMPLATE
+    # The rows of the data are prompted by the template: another prompt gives another loss.
+    succeed("train", recipe, "data.max_length=64", "train.steps=2", f"output_dir={tmp_path / 'plain'}")
+    assert len(losses) == 2 and losses[1] != curve(tmp_path / "plain")[1]
+
+
+def test_nothing_is_evaluated_or_saved_where_the_recipe_says_so(recipe, tmp_path):
+    overrides = ["data.eval_split=null", "train.exact_match_samples=0", "train.eval_every=0", "train.save_every=null"]
+    outcome = succeed("train", recipe, *overrides)
+    run_dir = tmp_path / "run"
+    assert not any(tag.startswith("eval/") for line in metrics(run_dir) for tag in line)
+    assert [path.name for path in run_dir.glob("checkpoint-*")] == ["checkpoint-6"], "the end is always saved"
+    assert "before" not in outcome.out
+    assert call("eval", run_dir).sentences == [
+        "distlora: data.eval_split is null, so there is nothing to evaluate on; name a split"
+    ]
+
+
+def test_micro_batches_and_the_recipes_epochs(recipe, tmp_path):
+    """20 samples in batches of 6: four steps an epoch, the last of two samples; how they are cut into passes is all one."""
+    sizes = ["train.steps=null", "train.epochs=2", "train.global_batch_size=6"]
+    succeed("train", recipe, *sizes, "train.micro_batch_size=3", f"output_dir={tmp_path / 'three'}")
+    succeed("train", recipe, *sizes, "train.micro_batch_size=1", f"output_dir={tmp_path / 'one'}")
+    losses = curve(tmp_path / "one")
+    assert list(losses) == list(range(1, 9))
+    assert curve(tmp_path / "three") == pytest.approx(losses, rel=1e-4)

@@ -1,0 +1,431 @@
+"""Shows that each distributed test fails when the property that it stands for is broken.
+
+    python -m tests.mutations [WORD …]        only the mutations whose name contains one of the words
+
+Each mutation leaves out or spoils one thing in a copy of the working tree and names the cheapest tests that must notice. All
+those tests are run on the unspoiled copy first. Takes about half a minute a mutation; exit code 1 if one survives.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+ZERO, COMPOSE, PROBE, STEP = (f"distlora/{name}.py" for name in ("zero", "compose", "probe", "step"))
+PARITY = "tests/distributed/test_parity.py::test_zero_gives_what_the_plain_engine_gives"
+SAME_LAYOUT = "tests/distributed/test_resume.py::test_at_the_same_layout_to_the_last_bit"
+OTHER_LAYOUT = "tests/distributed/test_resume.py::test_at_another_layout_the_same_curve"
+TO_ONE = "tests/distributed/test_resume.py::test_on_the_plain_engine_the_same_curve"
+#: Seconds after which ranks that wait for each other are given up, and after which a whole run of pytest is.
+PATIENCE, LIMIT = 90, 600
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """In `file` the text `old`, which is there exactly once, becomes `new`; then each of `tests` must fail."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+def parity(*keys: str) -> tuple[str, ...]:
+    return tuple(f"{PARITY}[{key}]" for key in keys)
+
+
+MUTATIONS = [
+    # ------------------------------------------------------------------ writing: every copy
+    Mutation(
+        "low-precision copy not written",
+        ZERO,
+        "        self._write_low_precision(self._parameters[name], value)\n",
+        "",
+        parity("writing-world2-stage2-float32-micro_batch=2", "writing-world2-stage3-bfloat16-micro_batch=2"),
+    ),
+    Mutation(
+        "master not written",
+        ZERO,
+        "            own.master.copy_(value.reshape(-1)[own.start : own.start + own.length])\n\n    def _write_low",
+        "            pass\n\n    def _write_low",
+        parity("writing-world2-stage2-float32-micro_batch=2", "writing-world2-stage0-bfloat16-micro_batch=2"),
+    ),
+    Mutation(
+        "no re-gather before a write at stage 3",
+        ZERO,
+        "            # Persistent, or left gathered by a forward pass: the next one would read the gathered copy, not the shard.\n"
+        "            self._settle()\n",
+        "            pass\n",
+        parity("writing-world2-stage3-float32-micro_batch=2", "writing-world2-stage3-float32-micro_batch=2-persist0"),
+    ),
+    Mutation(
+        "secondary copy (hpZ) not forgotten",
+        ZERO,
+        "        parameter.ds_secondary_tensor = None\n",
+        "",
+        parity("writing-world2-stage3-float32-micro_batch=2-hpz"),
+    ),
+    Mutation(
+        "shards not cut at the tensor's end",
+        ZERO,
+        "        return start, min(size, parameter.ds_numel - start)\n",
+        "        return start, size\n",
+        parity("curve-world2-stage3-float32-clip=0_5"),
+    ),
+    Mutation(
+        "padding not cut off after a gather",
+        ZERO,
+        "        return torch.cat(shards)[: parameter.ds_numel].view(parameter.ds_shape)\n\n    def write(",
+        "        return torch.cat(shards)[-parameter.ds_numel :].view(parameter.ds_shape)\n\n    def write(",
+        parity("correcting-world2-stage3-float32-micro_batch=2"),
+    ),
+    Mutation(
+        "shards are taken to begin at 0 on every rank",
+        ZERO,
+        "        start = min(self.comm.rank * size, parameter.ds_numel)\n",
+        "        start = 0\n",
+        parity("curve-world2-stage3-float32-clip=0_5"),
+    ),
+    # ------------------------------------------------------------------ reading
+    Mutation(
+        "masters not summed over ranks when read",
+        ZERO,
+        "            return self.comm.all_reduce(flat).view(self._shape(name))\n",
+        "            return flat.view(self._shape(name))\n",
+        parity("curve-world2-stage2-float32-clip=0_5", "curve-world2-stage3-float32-clip=0_5"),
+    ),
+    Mutation(
+        "at stage 0 every rank adds its whole copy",
+        ZERO,
+        "        if own is not None and (self.stage > 0 or self.comm.is_main):\n            flat[own",
+        "        if own is not None:\n            flat[own",
+        parity("curve-world2-stage0-float32-clip=0_5"),
+    ),
+    # ------------------------------------------------------------------ gradients
+    Mutation(
+        "gradient scale without the world",
+        ZERO,
+        "loss * (self._engine.gradient_accumulation_steps() * self.comm.world_size)",
+        "loss * self._engine.gradient_accumulation_steps()",
+        parity("curve-world2-stage0-float32-clip=0_5", "curve-world2-stage2-float32-clip=0_5"),
+    ),
+    Mutation(
+        "gradient scale without the accumulation",
+        ZERO,
+        "loss * (self._engine.gradient_accumulation_steps() * self.comm.world_size)",
+        "loss * self.comm.world_size",
+        parity("curve-world2-stage0-float32-clip=0_5", "curve-world2-stage3-float32-clip=0_5"),
+    ),
+    Mutation(
+        "R's gradient not corrected after a restore",
+        COMPOSE,
+        "        layer.map_gradients(attached.method.gradient_map(factors))\n",
+        "        pass\n",
+        parity("correcting-world2-stage2-float32-micro_batch=2", "correcting-world2-stage3-float32-micro_batch=2"),
+    ),
+    Mutation(
+        "R's gradient corrected on rank 0 only",
+        COMPOSE,
+        "        layer.map_gradients(attached.method.gradient_map(factors))\n",
+        "        layer.map_gradients(attached.method.gradient_map(factors) if engine.comm.is_main else {})\n",
+        parity("curve-world2-stage2-float32-clip=0_5", "correcting-world2-stage3-float32-micro_batch=2"),
+    ),
+    Mutation(
+        "gradients to be replaced not summed over ranks",
+        ZERO,
+        "        self.comm.all_reduce(flat)\n",
+        "",
+        parity("replacing_gradients-world2-stage2-float32-clip=0_5-micro_batch=2"),
+    ),
+    Mutation(
+        "replaced gradients not kept",
+        ZERO,
+        '                self._set_gradient(f"{layer.name}.{factor}", gradient.float())\n',
+        "                pass\n",
+        parity("replacing_gradients-world2-stage0-float32-clip=0_5-micro_batch=2"),
+    ),
+    Mutation(
+        "stage 3: replaced gradient without its padding",
+        ZERO,
+        "            safe_set_local_grad(parameter, padded)\n",
+        "            safe_set_local_grad(parameter, part)\n",
+        parity("replacing_gradients-world2-stage3-float32-clip=0_5-micro_batch=2"),
+    ),
+    Mutation(
+        "offload: the norm not renewed",
+        ZERO,
+        "                wrapper.norm_for_param_grads[wrapper.get_param_id(parameter)] = part.double().norm(2)\n",
+        "                pass\n",
+        parity("replacing_gradients-world2-stage2-float32-clip=0_5-micro_batch=2-offload"),
+    ),
+    Mutation(
+        "BF16_Optimizer: the fragment taken for the own slice",
+        ZERO,
+        "        return fragment.narrow(0, own.start, own.length) if fragment.numel() == parameter.numel() else fragment\n",
+        "        return fragment\n",
+        parity("replacing_gradients-world2-stage1-bfloat16-micro_batch=2-clip=0_5-fp32grads"),
+    ),
+    Mutation(
+        "silent tensors judged by rank 0 alone",
+        ZERO,
+        "zip(self._trained, self.comm.all_reduce(counts).tolist())",
+        "zip(self._trained, counts.tolist())",
+        parity("naming_silent_tensors-world2-stage2-float32-micro_batch=2"),
+    ),
+    Mutation(
+        "stage 0 in float32: the norm of one tensor only",
+        ZERO,
+        "[p.grad for p in self._trained.values() if p.grad is not None])",
+        "[p.grad for p in self._trained.values() if p.grad is not None][:1])",
+        parity("curve-world2-stage0-float32-clip=0_5"),
+    ),
+    # ------------------------------------------------------------------ the step
+    Mutation(
+        "tokens not counted over ranks",
+        STEP,
+        "    (tokens,) = engine.comm.sum(sum(map(response_tokens, batches)))\n",
+        "    tokens = sum(map(response_tokens, batches)) * engine.comm.world_size\n",
+        parity("curve-world2-stage0-float32-clip=0_5"),
+    ),
+    Mutation(
+        "loss not summed over ranks",
+        STEP,
+        "    value = float(engine.comm.all_reduce(total)) / tokens\n",
+        "    value = float(total) / tokens * engine.comm.world_size\n",
+        parity("curve-world2-stage0-float32-clip=0_5"),
+    ),
+    Mutation(
+        "evaluation loss not summed over ranks",
+        STEP,
+        "    total, tokens = engine.comm.sum(total, tokens)\n",
+        "",
+        parity("writing-world2-stage0-float32-micro_batch=2"),
+    ),
+    Mutation(
+        "no training pass of weight zero",
+        STEP,
+        "    for batch in batches:\n        loss, _ = engine.run(loss_sum, batch)\n",
+        "    for batch in filter(response_tokens, batches):\n        loss, _ = engine.run(loss_sum, batch)\n",
+        parity("short_batch-world2-stage3-float32-micro_batch=2"),
+    ),
+    Mutation(
+        "no evaluation pass of weight zero",
+        STEP,
+        "    for batch in batches:\n        loss, count = engine.run(loss_sum, batch)\n",
+        "    for batch in filter(response_tokens, batches):\n        loss, count = engine.run(loss_sum, batch)\n",
+        parity("short_batch-world2-stage3-float32-micro_batch=2"),
+    ),
+    Mutation(
+        "learning rate not set",
+        ZERO,
+        "        set_rate(self._optimizer, rate)\n",
+        "        pass\n",
+        parity("curve-world2-stage0-float32-clip=0_5", "curve-world2-stage2-float32-clip=0_5"),
+    ),
+    Mutation(
+        "the wrapper's dummy step not forgotten",
+        ZERO,
+        "        self._optimizer.state.clear()\n",
+        "        pass\n",
+        parity("curve-world2-stage0-bfloat16-micro_batch=2-steps=6"),
+    ),
+    # ------------------------------------------------------------------ probe and initialisation
+    Mutation(
+        "probe not reduced over ranks",
+        PROBE,
+        "            comm.reduce_to(block, owner)\n",
+        "",
+        parity("probing-world2-stage0-float32"),
+    ),
+    Mutation(
+        "no probe pass of weight zero",
+        PROBE,
+        "            for batch in batches:\n",
+        '            for batch in (batch for batch in batches if batch["labels"].max() >= 0):\n',
+        parity("probing-world2-stage0-float32"),
+    ),
+    Mutation(
+        "probe leaves weights gathered",
+        ZERO,
+        "        # A frozen embedding stays marked active after a backward pass that did not go through the engine.\n"
+        "        self._settle()\n",
+        "",
+        parity("probing-world2-stage3-float32"),
+    ),
+    Mutation(
+        "probe's loss not summed over ranks",
+        COMPOSE,
+        "    return float(engine.comm.all_reduce(total)) / data.samples\n",
+        "    return float(total) / data.samples\n",
+        parity("initialising-world2-stage0-float32-method=lora_sb-micro_batch=2"),
+    ),
+    Mutation(
+        "factors stay on their owner",
+        COMPOSE,
+        "        factors[name] = comm.broadcast(value, owner)\n",
+        "        factors[name] = value\n",
+        parity("initialising-world2-stage2-float32-method=lora-micro_batch=2"),
+    ),
+    Mutation(
+        "reported numbers of the own layers only",
+        COMPOSE,
+        "    comm.all_reduce(table)\n",
+        "",
+        parity("initialising-world2-stage0-float32-method=lora_sb-micro_batch=2"),
+    ),
+    Mutation(
+        "weight for the owner assembled from its own shard",
+        ZERO,
+        "        return torch.cat(shards)[: weight.ds_numel].view(weight.ds_shape).float() if self.comm.rank == owner else None\n",
+        "        whole = torch.cat([shards[0]] * len(shards)) if shards else None\n"
+        "        return whole[: weight.ds_numel].view(weight.ds_shape).float() if self.comm.rank == owner else None\n",
+        parity("initialising-world2-stage3-float32-method=lora_xs-micro_batch=2"),
+    ),
+    # ------------------------------------------------------------------ the whole model
+    Mutation(
+        "whole model with ZeRO's hooks on",
+        ZERO,
+        "        with deepspeed.zero.GatheredParameters(list(self._parameters.values())), _without_hooks(self._engine.module):\n",
+        "        with deepspeed.zero.GatheredParameters(list(self._parameters.values())):\n",
+        parity("generating-world2-stage3-float32-micro_batch=2"),
+    ),
+    Mutation(
+        "whole model not settled before it is gathered",
+        ZERO,
+        "            yield True\n            return\n        self._settle()\n",
+        "            yield True\n            return\n",
+        parity("generating-world2-stage3-float32-micro_batch=2"),
+    ),
+    Mutation(
+        "hooks not put back",
+        ZERO,
+        "        for module, table, hooks in kept:\n            setattr(module, table, hooks)\n",
+        "        pass\n",
+        parity("generating-world2-stage3-float32-micro_batch=2"),
+    ),
+    Mutation(
+        "model loaded whole on every rank",
+        ZERO,
+        "HfDeepSpeedConfig(self._config) if self.stage == 3 else None",
+        "None",
+        parity("storing-world2-stage3-float32-micro_batch=2-persist0"),
+    ),
+    # ------------------------------------------------------------------ checkpoints
+    Mutation(
+        "moments not saved",
+        ZERO,
+        "        moments = self._spec.moments() if self._optimizer.state else ()\n",
+        "        moments = ()\n",
+        (f"{SAME_LAYOUT}[world2-stage2-float32-from-world2-stage2-float32]",),
+    ),
+    Mutation(
+        "moments not restored",
+        ZERO,
+        "                own.moment(self._optimizer, key).copy_(value[own.start : own.start + own.length])\n",
+        "                pass\n",
+        (
+            f"{SAME_LAYOUT}[world2-stage0-float32-from-world2-stage0-float32]",
+            f"{OTHER_LAYOUT}[world2-stage2-float32-from-world2-stage3-float32]",
+        ),
+    ),
+    Mutation(
+        "step count not restored",
+        ZERO,
+        "            restore_state(self._optimizer, own.flat, moments, steps)\n",
+        "            restore_state(self._optimizer, own.flat, moments, 0)\n",
+        (f"{OTHER_LAYOUT}[world2-stage2-float32-from-world2-stage3-float32]",),
+    ),
+    Mutation(
+        "only rank 0's part is saved",
+        ZERO,
+        "        return self.comm.reduce_to(flat, 0).view(self._shape(name)).cpu()\n",
+        "        return flat.view(self._shape(name)).cpu()\n",
+        (f"{OTHER_LAYOUT}[world2-stage2-float32-from-world2-stage3-float32]", f"{TO_ONE}[world2-stage2-float32]"),
+    ),
+    Mutation(
+        "only rank 0 restores",
+        ZERO,
+        "        return self.comm.broadcast(value, 0)\n",
+        "        return value\n",
+        (f"{OTHER_LAYOUT}[world2-stage3-float32-from-local]",),
+    ),
+    Mutation(
+        "frozen factors not restored",
+        ZERO,
+        "        self._overwrite(name, self.comm.broadcast(whole, 0))\n",
+        "        self.comm.broadcast(whole, 0)\n",
+        (f"{OTHER_LAYOUT}[world2-stage3-float32-from-local]",),
+    ),
+    Mutation(
+        "random-number states not restored",
+        "distlora/checkpoint.py",
+        '    torch.set_rng_state(own["cpu"])\n',
+        "    pass\n",
+        (f"{SAME_LAYOUT}[world2-stage2-float32-dropout-from-world2-stage2-float32-dropout]",),
+    ),
+]
+
+
+def main(words: list[str]) -> int:
+    chosen = [m for m in MUTATIONS if not words or any(word in m.name for word in words)]
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder, "tree")
+        shutil.copytree(REPOSITORY, copy, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__", ".*_cache"))
+        for mutation in chosen:
+            count = (copy / mutation.file).read_text().count(mutation.old)
+            if count != 1:
+                print(f"{mutation.name}: its text is {count} times in {mutation.file}, and should be once")
+                return 1
+        verdict, why = _run(copy, sorted({test for mutation in chosen for test in mutation.tests}), patience=LIMIT)
+        print(f"without a mutation: {verdict} {why}", flush=True)
+        if verdict != "passed":
+            return 1
+        outcomes = [_try(copy, mutation) for mutation in chosen]
+    survived = sum("SURVIVED" in outcome for outcome in outcomes)
+    print(f"{len(chosen)} mutations, {survived} survived")
+    return 1 if survived else 0
+
+
+def _try(copy: Path, mutation: Mutation) -> str:
+    """One line of the table, printed and returned."""
+    file, began = copy / mutation.file, time.monotonic()
+    text = file.read_text()
+    file.write_text(text.replace(mutation.old, mutation.new))
+    try:
+        verdicts = [_run(copy, [test]) for test in mutation.tests]
+    finally:
+        file.write_text(text)
+    passed = [test for test, (verdict, _) in zip(mutation.tests, verdicts) if verdict != "failed"]
+    outcome = "SURVIVED " + ", ".join(map(_short, passed)) if passed else f"caught   {verdicts[0][1]}"
+    line = f"{mutation.name:55} {time.monotonic() - began:5.0f} s  {outcome}"
+    print(line, flush=True)
+    return line
+
+
+def _run(copy: Path, tests: list[str], patience: float = PATIENCE) -> tuple[str, str]:
+    """("passed" or "failed", why) of these tests in the copy; anything else is a mistake in the list, and ends the program."""
+    environment = os.environ | {
+        "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1", "DISTLORA_TEST_PATIENCE": str(patience),
+    }  # fmt: skip
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", *tests]
+    done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, timeout=LIMIT + 60)
+    if done.returncode not in (0, 1):
+        raise SystemExit(f"pytest ended with {done.returncode} over {tests}:\n{done.stdout}{done.stderr}")
+    # The innermost sentence: of an assertion in the test, else of the traceback that the ranks left.
+    said = re.findall(r"^(?:E\s+)?((?:\w+\.)*\w*(?:Error|Exception)\b.*|the ranks were still running.*)", done.stdout, re.MULTILINE)
+    return ("failed", said[-1][:90] if said else "no result") if done.returncode else ("passed", "")
+
+
+def _short(test: str) -> str:
+    return test[test.index("[") + 1 : -1]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

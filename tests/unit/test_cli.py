@@ -1,0 +1,169 @@
+"""The command line itself: words into options, errors into one sentence and an exit code, a summary into a table."""
+
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from distlora import cli
+from distlora.errors import TrainingError, UserError
+from distlora.train import Summary
+
+
+@pytest.fixture(autouse=True)
+def logger_as_before():
+    """The program takes hold of its logger, which other tests listen to."""
+    logger = logging.getLogger("distlora")
+    before = logger.handlers[:], logger.level, logger.propagate
+    yield logger
+    logger.handlers[:], logger.level, logger.propagate = before
+
+
+@pytest.fixture
+def naps(monkeypatch) -> list[float]:
+    """Seconds that the program slept, without sleeping."""
+    slept = []
+    monkeypatch.setattr("distlora.cli.time.sleep", slept.append)
+    return slept
+
+
+# ---------------------------------------------------------------------- words into options
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--local_rank=1", "train", "x.yaml", "train.lr=1", "train.seed=2"],  # as DeepSpeed's launcher injects it
+        ["train", "x.yaml", "train.lr=1", "train.seed=2", "--local_rank", "1"],
+        ["train", "--local-rank", "1", "x.yaml", "train.lr=1", "train.seed=2"],
+        ["train", "x.yaml", "train.lr=1", "--local_rank=1", "train.seed=2"],
+        ["train", "x.yaml", "--local_rank=1", "train.lr=1", "train.seed=2"],
+    ],
+)
+def test_overrides_and_an_injected_rank_in_any_order(words):
+    options = cli._parse(words)
+    assert (options.recipe, options.overrides) == ("x.yaml", ["train.lr=1", "train.seed=2"])
+
+
+@pytest.mark.parametrize(("words", "resume"), [([], None), (["--resume"], True), (["--no-resume"], False)])
+def test_resume_has_three_values(words, resume):
+    for order in ([*words, "a.b=1"], ["a.b=1", *words]):
+        options = cli._parse(["train", "x.yaml", *order])
+        assert options.resume is resume and options.overrides == ["a.b=1"]
+
+
+def test_export_and_eval():
+    options = cli._parse(["export", "runs/x", "--format", "peft", "--out", "y", "--step", "5"])
+    assert (options.run_dir, options.format, options.out, options.step) == (Path("runs/x"), "peft", Path("y"), 5)
+    assert cli._parse(["eval", "runs/x", "a.b=1"]).overrides == ["a.b=1"]
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        ([], "required: VERB"),
+        (["trian", "x.yaml"], "invalid choice: 'trian'"),
+        (["train"], "required: recipe"),
+        (["train", "x.yaml", "--resum3"], "unrecognized arguments: --resum3"),
+        (["train", "x.yaml", "--resume", "a.b=1", "--fast"], "--fast"),
+        (["methods", "more"], "unrecognized arguments: more"),
+        (["export", "runs/x", "--out", "y"], "required: --format"),
+        (["export", "runs/x", "--format", "onnx", "--out", "y"], "invalid choice: 'onnx'"),
+    ],
+)
+def test_misspelt_command(words, complaint, capsys):
+    with pytest.raises(SystemExit) as ending:
+        cli.main(words)
+    assert ending.value.code == 2
+    assert complaint in capsys.readouterr().err.splitlines()[-1]
+
+
+# ---------------------------------------------------------------------- errors into sentences
+
+
+def raising(error):
+    def verb(options):
+        raise error
+
+    return verb
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (UserError("x is wrong"), 2, "distlora: x is wrong\n"),
+        (TrainingError("the loss is nan"), 1, "distlora: the loss is nan\n"),
+        (KeyboardInterrupt(), 130, ""),
+    ],
+)
+def test_exit_codes(error, code, said, monkeypatch, capsys, naps):
+    monkeypatch.setattr(cli, "_methods", raising(error))
+    assert cli.main(["methods"]) == code
+    assert capsys.readouterr() == ("", said)
+    assert naps == []
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr(cli, "_methods", raising(ZeroDivisionError()))
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["methods"])
+
+
+@pytest.mark.parametrize("launcher", [("RANK", "WORLD_SIZE"), ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"), ("PMI_RANK", "PMI_SIZE")])
+def test_other_ranks_are_silent_and_leave_later(launcher, monkeypatch, capsys, naps):
+    """A launcher ends rank 0 as soon as another rank has ended."""
+    for name, value in zip(launcher, ("1", "2")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setattr(cli, "_methods", raising(UserError("x is wrong")))
+    assert cli.main(["methods"]) == 2
+    assert capsys.readouterr() == ("", "")
+    assert naps == [cli.PATIENCE]
+
+
+def test_log_of_rank_0_and_of_others(capsys):
+    for shown in (True, False):
+        cli._log_to_terminal(shown)
+        logging.getLogger("distlora.train").info("told")
+        logging.getLogger("distlora.train").error("wrong")
+    assert capsys.readouterr() == ("", "told\nwrong\nwrong\n")
+
+
+def test_a_mistyped_command_does_not_wait_for_torch():
+    """It takes seconds to import, on every rank."""
+    code = "import sys, distlora.cli; distlora.cli._parse(['train', 'x']); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0
+
+
+# ---------------------------------------------------------------------- the table
+
+
+def summary(**values) -> Summary:
+    known = dict(run_dir=Path("runs/x"), adapter=Path("runs/x/adapter"), trained=100, lora_trained=1500, rank=4, steps=7)
+    return Summary(**known | values)
+
+
+def test_table_of_a_run_with_everything():
+    told = {"loss": 2.5, "exact_match": 0.125}
+    text = cli._table(
+        summary(before=told, after={"loss": 1.25, "exact_match": 0.5}, init_seconds=3.21, step_seconds=0.456, tensorboard="tb")
+    )
+    rows = [line.split() for line in text.splitlines() if line]
+    assert rows[:3] == [["before", "after"], ["loss", "2.5000", "1.2500"], ["exact", "match", "12.5%", "50.0%"]]
+    assert "100 (15.0 times fewer than LoRA's 1,500 at rank 4)" in text
+    assert "3.2 s" in text and "0.46 s (mean of 7)" in text
+    assert [line.split()[-1] for line in text.splitlines()[-3:]] == ["runs/x/adapter", "tb", "runs/x/metrics.jsonl"]
+
+
+def test_table_of_a_run_without_evaluation_or_adapter():
+    text = cli._table(summary(adapter=None, lora_trained=0, trained=1234567))
+    assert "before" not in text and "LoRA" not in text
+    assert "1,234,567" in text
+    assert "none: the weights themselves were trained; see distlora export" in text
+    assert "none: the DeepSpeed config turns no tensorboard section on" in text
+
+
+def test_table_does_not_praise_what_is_not_smaller():
+    assert "1,500 (beside LoRA's 1,500 at rank 4)" in cli._table(summary(trained=1500))

@@ -1,0 +1,122 @@
+"""metrics.jsonl, the monitors' events and the progress bar."""
+
+import json
+import math
+import re
+
+import pytest
+import torch
+
+from distlora.comm import Comm, Topology
+from distlora.monitor import Monitor, Progress
+
+
+class Engine:
+    """The part of an engine that a monitor talks to."""
+
+    def __init__(self, rank=0):
+        self.comm = Comm(Topology(), torch.device("cpu"), distributed=False)
+        self.comm.rank = rank
+        self.events = []
+
+    def write_events(self, events):
+        self.events += events
+
+
+def lines(directory):
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_one_object_a_line_with_step_and_tags(tmp_path):
+    engine = Engine()
+    monitor = Monitor(engine, tmp_path)
+    monitor.write(0, {"init/eta": 1e-4})
+    monitor.write(1, {"train/loss": 2.5, "train/learning_rate": 1e-3})
+    assert lines(tmp_path) == [
+        {"step": 0, "init/eta": 1e-4},
+        {"step": 1, "train/loss": 2.5, "train/learning_rate": 1e-3},
+    ]
+    assert engine.events == [("init/eta", 1e-4, 0), ("train/loss", 2.5, 1), ("train/learning_rate", 1e-3, 1)]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_json_does_not_know_is_a_string(value, tmp_path):
+    engine = Engine()
+    Monitor(engine, tmp_path).write(3, {"train/loss": value, "train/grad_norm": 1.0})
+    text = (tmp_path / "metrics.jsonl").read_text()
+    strict = json.loads(text, parse_constant=pytest.fail)  # NaN and Infinity are no JSON
+    assert strict == {"step": 3, "train/loss": str(value), "train/grad_norm": 1.0}
+    assert engine.events[0][1] is value
+
+
+def test_other_ranks_write_nothing(tmp_path):
+    engine = Engine(rank=1)
+    Monitor(engine, tmp_path).write(1, {"train/loss": 2.5})
+    assert not (tmp_path / "metrics.jsonl").exists() and engine.events == []
+
+
+def test_other_ranks_forget_nothing(tmp_path):
+    Monitor(Engine(), tmp_path).write(1, {"train/loss": 2.5})
+    Monitor(Engine(rank=1), tmp_path)
+    assert len(lines(tmp_path)) == 1
+
+
+def test_a_resumed_run_forgets_what_it_makes_again(tmp_path):
+    monitor = Monitor(Engine(), tmp_path)
+    for step in range(6):
+        monitor.write(step, {"train/loss": float(step)})
+    monitor.write(4, {"eval/loss": 9.0})
+    again = Monitor(Engine(), tmp_path, resumed_at=4)
+    assert [line["step"] for line in lines(tmp_path)] == [0, 1, 2, 3, 4, 4]
+    again.write(5, {"train/loss": 50.0})
+    assert lines(tmp_path)[-1] == {"step": 5, "train/loss": 50.0}
+    assert [line["step"] for line in lines(tmp_path)] == [0, 1, 2, 3, 4, 4, 5]
+
+
+@pytest.mark.parametrize("length", [1, 10, 29])
+def test_a_line_that_a_crash_cut_is_forgotten(length, tmp_path):
+    monitor = Monitor(Engine(), tmp_path)
+    for step in (1, 2, 3):
+        monitor.write(step, {"train/loss": float(step)})
+    path = tmp_path / "metrics.jsonl"
+    *whole, last = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(whole) + last[:length])
+    resumed = Monitor(Engine(), tmp_path, resumed_at=2)
+    resumed.write(3, {"train/loss": 30.0})
+    assert lines(tmp_path) == [{"step": n, "train/loss": loss} for n, loss in ((1, 1.0), (2, 2.0), (3, 30.0))]
+
+
+def test_a_run_that_begins_anew_begins_a_new_file(tmp_path):
+    Monitor(Engine(), tmp_path).write(0, {"init/eta": 1.0})
+    Monitor(Engine(), tmp_path).write(0, {"init/eta": 2.0})
+    assert lines(tmp_path) == [{"step": 0, "init/eta": 2.0}]
+
+
+# ---------------------------------------------------------------------- the progress bar
+
+
+def test_the_bar_shows_loss_rate_speed_and_time_left(capsys):
+    progress = Progress(steps=4, start=1, shown=True)
+    speeds = [progress.advance(loss, 2e-3, tokens=100) for loss in (1.5, 1.25, 1.125)]
+    progress.close()
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    last = re.split(r"[\r\n]+", captured.err.strip())[-1]
+    assert "4/4" in last and "loss 1.1250" in last and "lr 2.00e-03" in last and "tokens/s" in last
+    assert all(speed > 0 for speed in speeds)
+
+
+def test_speed_is_tokens_over_the_time_since_the_start(monkeypatch):
+    clock = iter([10.0, 12.0, 15.0])
+    monkeypatch.setattr("distlora.monitor.time.perf_counter", lambda: next(clock))
+    progress = Progress(steps=2, start=0, shown=False)
+    assert progress.advance(1.0, 1e-3, 100) == 50.0
+    assert progress.advance(1.0, 1e-3, 300) == 80.0
+
+
+def test_other_ranks_show_nothing(capsys):
+    progress = Progress(steps=2, start=0, shown=False)
+    assert progress.advance(1.0, 1e-3, 10) > 0
+    progress.close()
+    captured = capsys.readouterr()
+    assert captured.out == captured.err == ""

@@ -1,0 +1,148 @@
+"""The run: what is checked before it starts, and how it ends where it must not go on. The rest is in tests/e2e."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from distlora import train
+from distlora.comm import Comm, Topology
+from distlora.config import load_recipe
+from distlora.engine import LocalEngine, StepInfo
+from distlora.errors import TrainingError, UserError
+from tests.tiny_models import tiny_model_dir
+
+CPU = torch.device("cpu")
+ALONE = Comm(Topology(), CPU, distributed=False)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return tiny_model_dir("llama", tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture
+def recipe(model, tmp_path):
+    """Makes the recipe of a short run, with overrides."""
+    rows = [json.dumps({"question": f"What is {n}?", "answer": f"It is {n}"}) for n in range(6)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    content = {
+        "model": {"path": str(model), "dtype": "float32", "gradient_checkpointing": False},
+        "method": {"name": "lora_xs", "rank": 4},
+        "data": {"task": "gsm8k", "path": str(tmp_path / "rows.jsonl"), "template": "{prompt}\n", "max_length": 32},
+        "train": {"steps": 3, "global_batch_size": 2, "save_every": 1, "keep_checkpoints": 1, "lr": 0.01},
+        "output_dir": str(tmp_path / "run"),
+    }
+    (tmp_path / "recipe.yaml").write_text(json.dumps(content))  # JSON is YAML
+    return lambda *overrides: load_recipe(tmp_path / "recipe.yaml", overrides)
+
+
+# ---------------------------------------------------------------------- before the start
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["data.path=/none/rows.jsonl"], "/none/rows.jsonl does not exist"),
+        (["data.fields={prompt: quession}"], "did you mean question?"),
+        (["data.split=train[:0]"], "has no rows"),
+        (["data.eval_split=test"], "has no split 'test'"),
+        (["data.task=gsm"], "unknown task 'gsm'"),
+        (["data.task=arithmetic", "data.path=null", "data.split=trian"], "has no split 'trian'"),
+        (["model.path=/none"], "there is no such directory"),
+        (["model.attention=flush"], "has only auto"),
+        (["train.global_batch_size=3", "train.micro_batch_size=2"], "is not divisible"),
+        (["deepspeed={train_batch_size: 7}"], "contradicts train_batch_size=7"),
+    ],
+)
+def test_what_needs_no_weights_is_found_before_anything_happens(recipe, overrides, expected, tmp_path):
+    with pytest.raises(UserError, match="^[^\n]+$") as caught:
+        train.check(recipe(*overrides), Topology(), None)
+    assert expected in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_good_recipe_passes_and_hub_names_are_left_for_later(recipe, monkeypatch):
+    train.check(recipe(), Topology(), None)
+    monkeypatch.setattr("distlora.hub.snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
+    monkeypatch.setattr("distlora.data.sources._hub_split", lambda *_: pytest.fail("asked the hub"))
+    train.check(recipe("model.path=someone/model", "data.path=someone/rows"), Topology(), None)
+
+
+def test_ranks_need_deepspeed_and_a_batch_for_each(recipe):
+    two = Topology(rank=1, world_size=2)
+    with pytest.raises(UserError, match="2 ranks need DeepSpeed"):
+        train.check(recipe(), two, None)
+    train.check(recipe("deepspeed={}"), two, None)
+    with pytest.raises(UserError, match="not divisible by train.micro_batch_size=2 times 2 ranks"):
+        train.check(recipe("deepspeed={}", "train.micro_batch_size=2"), two, None)
+
+
+@pytest.mark.parametrize(
+    ("setting", "available", "count"),
+    [(0.001, 50_000, 50), (0.001, 4000, 25), (0.001, 10, 10), (0.5, 100, 50), (48, 1000, 48), (48, 30, 30), (1, 30, 1)],
+)
+def test_samples_of_the_probe(setting, available, count):
+    assert train.probe_samples(setting, available) == count
+
+
+# ---------------------------------------------------------------------- the end, before its time
+
+
+def test_a_gradient_that_is_no_number_ends_the_run_before_anything_is_saved(recipe, monkeypatch):
+    """The loss can be finite still. Adam would spread the NaN over the weights, and a checkpoint would keep it."""
+    plain, steps = LocalEngine.step, iter([1.0, math.nan])
+    monkeypatch.setattr(LocalEngine, "step", lambda self: StepInfo(plain(self).grad_norm * next(steps)))
+    made = recipe("train.keep_checkpoints=2")
+    with pytest.raises(TrainingError, match="^the optimizer refused step 2: its gradient is not finite; the last good"):
+        train.train(made, Topology())
+    assert [path.name for path in Path(made.output_dir).glob("checkpoint-*")] == ["checkpoint-1"]
+
+
+def test_a_checkpoint_that_was_removed_is_not_recommended(recipe, monkeypatch):
+    """Of one checkpoint that is kept, nobody knows yet whether its weights are good."""
+    losses = iter([1.0, 1.0, math.nan])
+
+    def accumulate(engine, batches, loss_sum):
+        value = next(losses)
+        if math.isnan(value):
+            raise TrainingError("the training loss is nan")
+        return plain(engine, batches, loss_sum)
+
+    plain = train.accumulate
+    monkeypatch.setattr(train, "accumulate", accumulate)
+    with pytest.raises(TrainingError, match="nan at step 3; the last good checkpoint: none$"):
+        train.train(recipe(), Topology())
+
+
+def test_an_unreadable_file_is_a_users_matter():
+    def work():
+        raise PermissionError(13, "Permission denied", "rows.jsonl")
+
+    with pytest.raises(UserError, match="rows.jsonl: Permission denied"):
+        train._together(ALONE, work)
+
+
+def test_evaluation_turns_the_monitors_off_and_keeps_the_rest(recipe):
+    monitors = {name: {"enabled": True} for name in ("tensorboard", "csv_monitor", "wandb", "comet")}
+    loud = recipe(f"deepspeed={json.dumps(monitors | {'zero_optimization': {'stage': 2}})}")
+    quiet = train._without_monitors(loud)
+    assert quiet.deepspeed == {"zero_optimization": {"stage": 2}}
+    assert quiet.model_copy(update={"deepspeed": loud.deepspeed}) == loud
+    assert quiet.deepspeed_source == loud.deepspeed_source
+    assert train._without_monitors(recipe()) == recipe()
+
+
+def test_evaluation_wants_a_split_and_a_checkpoint(recipe):
+    with pytest.raises(UserError, match="data.eval_split is null"):
+        train.evaluate(recipe(), Topology())
+    with pytest.raises(UserError, match="holds no complete checkpoint; train first"):
+        train.evaluate(recipe("data.eval_split=train[:2]"), Topology())
+
+
+def test_the_callers_random_numbers_are_as_before(recipe):
+    before = torch.get_rng_state()
+    train.train(recipe("train.steps=1", "method.dropout=0.5"), Topology())
+    assert torch.equal(torch.get_rng_state(), before)
