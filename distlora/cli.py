@@ -96,7 +96,8 @@ def _evaluate(options: argparse.Namespace) -> None:
 
     if not (options.run_dir / RECIPE).exists():
         raise UserError(f"{options.run_dir} holds no run: it has no {RECIPE}")
-    recipe = load_recipe(options.run_dir / RECIPE, [*options.overrides, f"output_dir={options.run_dir}"])
+    own_name = str(options.run_dir).replace("'", "''")  # a text, whatever YAML would take it for
+    recipe = load_recipe(options.run_dir / RECIPE, [*options.overrides, f"output_dir='{own_name}'"])
     from distlora import train
 
     train.check(recipe, topology, resume=True)

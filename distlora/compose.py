@@ -19,9 +19,9 @@ from distlora.probe import Batch, Loss, mean_gradients, sample_weights
 log = logging.getLogger(__name__)
 
 #: The line search over eta: exponents of ten of the root mean square of ΔW, every half decade.
-SEARCH_FROM, SEARCH_TO = -6.0, -1.0
+SEARCH_FROM, SEARCH_TO = -5.5, -1.0
 SEARCH_PATIENCE = 2
-SEARCH_REFINEMENTS = (0.25, 0.125)
+SEARCH_REFINEMENTS = (0.25,)
 
 
 @dataclass(frozen=True)

@@ -33,8 +33,8 @@ def _subspace_svd(matrix: Tensor, rank: int, generator: torch.Generator, toleran
     (measured on 1536 × 576, rank 32: 1.1 % after two, 0.004 % after sixteen). So the number of passes is not fixed.
     """
     width = min(2 * rank + 8, min(matrix.shape))
-    start = torch.randn(matrix.shape[1], width, generator=generator).to(matrix.device)
-    q = torch.linalg.qr(matrix @ start).Q
+    q = torch.randn(matrix.shape[1], width, generator=generator).to(matrix.device)
+    q = torch.linalg.qr(matrix @ q).Q
     energy = torch.zeros((), device=matrix.device)
     for _ in range(most):
         z, triangle = torch.linalg.qr(matrix.T @ q)

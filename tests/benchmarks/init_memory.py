@@ -1,14 +1,15 @@
 """Peak memory of LoRA-SB's initialisation beside that of the training step that follows, and beside the naive way.
 
-    python -m tests.benchmarks.init_memory [--model smollm2|mistral-7b|gemma2-9b|all] [--ranks 1,2,8] [--explain]
+    python -m tests.benchmarks.init_memory [--model smollm2|mistral-7b|gemma2-9b|all] [--ranks 1,2,8]
+        [--response TOKENS] [--explain]
 
 How to read the table. Every figure is the largest sum of live tensor bytes on one rank's compute device, in GiB, weights
 included; in parentheses, its ratio to the training step. At most 1.000 means: whoever can train can initialise. Each figure
 comes from a process of its own.
 
     idle      weights, adapters and the optimizer's float32 masters, between passes
-    training  the first full step: two micro-batches, clipping, AdamW with its state
-    probe     gradients of all target layers, formed in row blocks, summed on the host
+    training  the first full step: forward, backward, clipping, AdamW with its state
+    probe     gradients of all target layers, formed in blocks, summed on the host
     SVDs      factors of all layers from these sums, one layer at a time
     search    the line search for the size of the first step
     naive     one backward pass that keeps the gradients of all target weights (under ZeRO-3: of each the rank's own part)
@@ -23,11 +24,11 @@ allocator keeps in its cache, and DeepSpeed's prefetched parameters and gradient
 """
 
 import argparse
-import json
 import resource
-import subprocess
-import sys
 import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 
 from tests.benchmarks.live_bytes import DEVICE, HOST
 from tests.benchmarks.phases import PHASES
@@ -44,49 +45,40 @@ def measure(model: str, world_size: int, phase: str, response: int | None = None
         run = PHASES[phase](under_test)
         counter.reset_peak()
         run()
-        peak, host, largest = counter.peak[DEVICE], counter.peak[HOST], counter.largest_at_peak(30)
+        peak, host, largest = counter.peak[DEVICE], counter.peak[HOST], counter.largest_at_peak(20)
     process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {"idle": idle, "peak": peak, "host": host, "process": process, "largest": largest}
 
 
-def measure_apart(model: str, world_size: int, phase: str, response: int | None) -> dict:
-    """`measure` in a process of its own."""
-    command = [sys.executable, "-m", "tests.benchmarks.init_memory", "--one", model, str(world_size), phase]
-    command += [] if response is None else ["--response", str(response)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise SystemExit(f"{model}, {world_size} ranks, {phase}:\n{done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
+def measure_apart(*arguments) -> dict:
+    """`measure` in a process of its own, which starts from a server that has only imported the libraries."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["tests.benchmarks.subjects"])
+    with ProcessPoolExecutor(1, mp_context=context) as processes:
+        return processes.submit(measure, *arguments).result()
 
 
-def table(model: str, ranks: list[int], response: int | None, explain: bool) -> str:
-    """The figures of one model, one line for each number of ranks."""
+def table(model: str, ranks: list[int], response: int | None, explain: bool) -> Iterator[str]:
+    """The figures of one model, one line for each number of ranks, as they come."""
     real = model == REAL
     tokens, rank = (REAL_TOKENS, REAL_RANK) if real else (SHAPES_TOKENS, SHAPES_RANK)
     kind = "real run on the CPU" if real else "one rank of ZeRO-3, shapes without memory"
-    lines = [
-        f"{model}, {kind}: bfloat16, micro-batch 1, {tokens} tokens, checkpointed, all projections, rank {rank}",
-        f"{'all' if response is None else response} tokens with a loss; GiB on the device (ratio to training)",
-        f"{'ranks':>5} {'idle':>7}" + "".join(f"{phase:>17}" for phase in PHASES) + f"{'host':>8}",
-    ]
-    notes = []
+    yield f"{model}, {kind}: bfloat16, micro-batch 1, {tokens} tokens, checkpointed, all projections, rank {rank}"
+    yield f"{'all' if response is None else response} tokens with a loss; GiB on the device (ratio to training)"
+    yield f"{'ranks':>5} {'idle':>7}" + "".join(f"{phase:>17}" for phase in PHASES) + f"{'host':>8}"
     for world_size in [1] if real else ranks:
         found = {phase: measure_apart(model, world_size, phase, response) for phase in PHASES}
         step = found["training"]["peak"]
         cells = "".join(f"{f['peak'] / GIB:>9.3f} ({f['peak'] / step:5.3f})" for f in found.values())
-        lines.append(f"{world_size:>5} {found['training']['idle'] / GIB:>7.3f}{cells}{found['probe']['host'] / GIB:>8.3f}")
-        if real:
-            lines.append(f"{'process':>13}" + "".join(f"{f['process'] / GIB:>9.3f}        " for f in found.values()))
         above = [phase for phase in ("probe", "SVDs", "search") if found[phase]["peak"] > step]
-        notes.append(f"{world_size} ranks: " + (f"above training: {', '.join(above)}" if above else "nothing above training"))
+        verdict = f"above training: {', '.join(above)}" if above else "nothing above training"
+        yield f"{world_size:>5} {found['training']['idle'] / GIB:>7.3f}{cells}{found['probe']['host'] / GIB:>8.3f}  {verdict}"
+        if real:
+            yield f"{'process':>13}" + "".join(f"{f['process'] / GIB:>9.3f}{'':8}" for f in found.values())
         if explain:
-            notes += [line for phase, f in found.items() for line in _explained(phase, f)]
-    return "\n".join(lines + notes)
-
-
-def _explained(phase: str, found: dict) -> list[str]:
-    lines = [f"    at the peak of {phase}:"]
-    return lines + [f"        {size / GIB:8.3f} GiB  {count:>5} × {what}" for what, count, size in found["largest"]]
+            for phase, figures in found.items():
+                yield f"    at the peak of {phase}:"
+                yield from (f"    {size / GIB:10.3f} GiB  {count:>5} x {what}" for what, count, size in figures["largest"])
 
 
 def main() -> None:
@@ -95,16 +87,12 @@ def main() -> None:
     parser.add_argument("--ranks", default="1,2,8", help="world sizes for the shapes without memory")
     parser.add_argument("--response", type=int, help="tokens that have a loss; default: all but the first")
     parser.add_argument("--explain", action="store_true", help="list the largest tensors at each peak")
-    parser.add_argument("--one", nargs=3, metavar=("MODEL", "RANKS", "PHASE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.one:
-        model, world_size, phase = options.one
-        print(json.dumps(measure(model, int(world_size), phase, options.response)))
-        return
     ranks = [int(world_size) for world_size in options.ranks.split(",")]
     began = time.perf_counter()
     for model in MODELS if options.model == "all" else [options.model]:
-        print(table(model, ranks, options.response, options.explain), flush=True)
+        for line in table(model, ranks, options.response, options.explain):
+            print(line, flush=True)
         print()
     print(f"{time.perf_counter() - began:.0f} s")
 

@@ -79,8 +79,8 @@ class OneRankOfZero3:
     its config. They are left out: they are the same in every pass.
     """
 
-    def __init__(self, comm: SilentComm, dtype: torch.dtype):
-        self.comm, self.dtype = comm, dtype
+    def __init__(self, comm: SilentComm, dtype: torch.dtype, persistent: int = PERSISTENT_ELEMENTS):
+        self.comm, self.dtype, self._persistent = comm, dtype, persistent
 
     def start(self, model: nn.Module, optimizer: OptimizerSpec) -> None:
         self.module = model
@@ -89,7 +89,7 @@ class OneRankOfZero3:
         self._shards = {
             parameter: torch.empty(self._share(parameter), dtype=parameter.dtype)
             for parameter in self._parameters.values()
-            if self.comm.world_size > 1 and parameter.numel() > PERSISTENT_ELEMENTS
+            if self.comm.world_size > 1 and parameter.numel() > self._persistent
         }
         self._left_whole: set[nn.Module] = set()
         for parameter in self._shards:

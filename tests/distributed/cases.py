@@ -28,7 +28,9 @@ GLOBAL_BATCH = 12
 class Setting:
     """One engine to be tried: where it runs, how samples are cut up, and what is trained."""
 
-    def __init__(self, engine: Engine, directory: Path, work: Path, micro_batch: int = 1, clip: float = 0.0, **build_settings):
+    def __init__(
+        self, engine: Engine, directory: Path, work: Path, micro_batch: int = 1, clip: float = 0.0, **build_settings
+    ):
         self.engine, self.comm, self.work = engine, engine.comm, work
         self.micro_batch = micro_batch
         self.accumulation = GLOBAL_BATCH // (micro_batch * engine.comm.world_size)
@@ -189,9 +191,9 @@ def probing(setting: Setting, count: int = 5, probe_micro_batch: int = 1, block_
 
 
 def generating(setting: Setting) -> Results:
-    """Generation in the middle of training, over the whole model."""
+    """Generation in the middle of training, over the whole model, after an evaluation that left weights gathered."""
     setting.start_from_random_factors()
-    losses = setting.steps(0, 2)[0]
+    losses = [*setting.steps(0, 2)[0], setting.evaluation()]
     setting.engine.train_mode(False)
     batch = collate_prompts(samples(4, 11), 0, setting.comm.device)
     with setting.engine.whole_model() as gathered:
@@ -232,7 +234,7 @@ def resuming(setting: Setting) -> Results:
 
 
 def correcting(setting: Setting) -> Results:
-    """With the maps installed the optimizer is given the optimal gradient of R (Theorem 3), checked here by plain inverses."""
+    """With the maps installed the optimizer is given the optimal gradient of R (Theorem 3), here by plain inverses."""
     setting.start_from_random_factors()
     corrected = setting.gradients()
     for layer in setting.attached.layers.values():
@@ -257,8 +259,8 @@ def storing(setting: Setting) -> Results:
 CASES: dict[str, Callable[..., Results]] = {
     case.__name__: case
     for case in (
-        curve, short_batch, writing, replacing_gradients, initialising, probing, generating, naming_silent_tensors, correcting,
-        storing, saving, resuming,
+        curve, short_batch, writing, replacing_gradients, initialising, probing, generating, naming_silent_tensors,
+        correcting, storing, saving, resuming,
     )
 }  # fmt: skip
 

@@ -11,7 +11,7 @@ NOTHING: dict = {}
 class Entry:
     """One case on one world. The same case with the same setting runs on LocalEngine for comparison.
 
-    loss, first_loss: relative tolerance of the losses, and of the first. tensors: of everything else, relative to its largest.
+    loss, first_loss: relative tolerance of the losses, and of the first. tensors: of all else, relative to its largest.
     """
 
     world: int
@@ -109,6 +109,7 @@ def _zero_options() -> list[Entry]:
         Entry(3, "curve", 3, zero=never_persistent, arguments={"steps": 6}, note="persist0"),
         Entry(3, "probing", 3, zero=never_persistent, setting={"checkpointing": True}, note="persist0"),
         Entry(2, "writing", 3, zero=secondary, setting={"micro_batch": 2}, note="hpz"),
+        Entry(2, "generating", 3, zero=secondary, setting={"micro_batch": 2}, note="hpz"),
         Entry(2, "writing", 3, zero=everything, setting={"micro_batch": 2}, note="offloadall"),
     ]
     for stage in (2, 3):

@@ -27,7 +27,8 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="session")
 def worlds(model, tmp_path_factory, request):
     """Starts the ranks of a world for the cases that were selected, the first time that one is asked for."""
-    wanted = {item.callspec.params["entry"].key for item in request.session.items if "entry" in getattr(item, "callspec", _NONE).params}
+    selected = [item for item in request.session.items if item.path == request.path]
+    wanted = {item.callspec.params["entry"].key for item in selected}
     started = {}
 
     def results(entry: Entry):
@@ -38,10 +39,6 @@ def worlds(model, tmp_path_factory, request):
         return results_of(started[entry.world], entry.key)
 
     return results
-
-
-class _NONE:
-    params: dict = {}
 
 
 @pytest.fixture(scope="session")

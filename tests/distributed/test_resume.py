@@ -1,6 +1,6 @@
 """A checkpoint knows neither world nor stage: any continues any other's curve, and its own to the last bit.
 
-Two ranks write and read at every stage, three ranks and the plain engine go on from what the two left, and the other way round.
+Two ranks write and read at every stage; three ranks and the plain engine go on from what they left, and the other way round.
 """
 
 from dataclasses import dataclass, field
@@ -105,7 +105,8 @@ def assert_continues(there, whole, tolerance, of_factors):
     assert int(there["steps_taken"]) == int(whole["steps_taken"]) == 6
     for name in whole.keys() - {"losses", "norms", "steps_taken"}:
         allowed = of_factors * float(whole[name].abs().max())
-        torch.testing.assert_close(there[name], whole[name], rtol=0, atol=allowed, msg=lambda text: f"{name}: {text}")
+        error = float((there[name] - whole[name]).abs().max())
+        assert error <= allowed, f"{name}: off by {error:.3g}, and {allowed:.3g} is allowed"
 
 
 @pytest.mark.parametrize("run", [*WRITTEN[:4], OF_THREE], ids=lambda run: run.key)

@@ -21,6 +21,8 @@ from distlora.cli import main
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 NAMES = ("Tom", "Anna", "Benjamin", "Li")
+#: Seconds for what takes some ten on a quiet machine.
+PATIENCE = 240
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Outcome:
 
 
 def write_rows(folder: Path, train: int = 22, test: int = 7) -> Path:
-    """A folder with `train.jsonl` and `test.jsonl` in GSM8K's columns: texts of very different length. Returns the folder."""
+    """A folder with `train.jsonl` and `test.jsonl` in GSM8K's columns: texts of different length. Returns the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for split, count in (("train", train), ("test", test)):
         lines = [json.dumps(_row(number if split == "train" else number + 1000)) for number in range(count)]
@@ -135,7 +137,7 @@ def finish(process: subprocess.Popen, seconds: float) -> Outcome:
 def run(*command: object, **environment: str) -> Outcome:
     """The command to its end."""
     with started(*command, **environment) as process:
-        return finish(process, 150)
+        return finish(process, PATIENCE)
 
 
 def python(*arguments: object) -> tuple[object, ...]:

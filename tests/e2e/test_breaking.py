@@ -31,7 +31,7 @@ def test_a_loss_that_is_no_number_names_the_step_and_the_last_good_checkpoint(re
 
 
 def test_the_last_good_checkpoint_is_one_whose_loss_was_a_number(recipe, model, tmp_path):
-    """A run is stopped, its weights are ruined behind its back after checkpoint 3: with that one the loss is a number still."""
+    """Weights that are ruined behind the run's back after checkpoint 3: it, at least, had a loss that was a number."""
     base = shutil.copytree(model, tmp_path / "base")
     own = f"model.path={base}"
     run_dir = tmp_path / "run"

@@ -12,10 +12,10 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.e2e.program import (
+    PATIENCE,
     curve,
     finish,
     free_port,
-    metrics,
     processes_with,
     python,
     recipe_of,
@@ -78,7 +78,8 @@ def under_torchrun(*arguments: str) -> list[str]:
 
 
 def test_deepspeed_and_its_monitors(bench):
-    monitors = [f"deepspeed.{name}={{enabled: true, output_path: auto, job_name: auto}}" for name in ("tensorboard", "csv_monitor")]
+    enabled = "{enabled: true, output_path: auto, job_name: auto}"
+    monitors = [f"deepspeed.tensorboard={enabled}", f"deepspeed.csv_monitor={enabled}"]
     persistence = "deepspeed.zero_optimization.stage3_param_persistence_threshold=auto"
     outcome = run(*under_deepspeed(*bench.train("deepspeed", 3, *monitors, persistence, "train.steps=6")))
     assert outcome.code == 0, outcome.err
@@ -97,20 +98,20 @@ def test_deepspeed_and_its_monitors(bench):
 
 
 def test_a_rank_that_dies_under_torchrun_and_one_process_that_goes_on(bench):
-    mark = {"DISTLORA_TEST_MARK": str(bench.folder / "torchrun")}
-    ranks = {}
+    run_dir = bench.folder / "torchrun"
+    mark = {"DISTLORA_TEST_MARK": str(run_dir)}
     with started(*under_torchrun(*bench.train("torchrun", 2)), **mark) as launcher:
-        wait_until(lambda: (bench.folder / "torchrun" / "checkpoint-8").exists(), 120, "the checkpoint of step 8", launcher)
+        wait_until((run_dir / "checkpoint-8").exists, PATIENCE, "the checkpoint of step 8", launcher)
         ranks = {variables["RANK"]: pid for pid, variables in processes_with(**mark).items() if "RANK" in variables}
         os.kill(ranks["1"], signal.SIGKILL)
         outcome = finish(launcher, FAREWELL)
         assert outcome.code != 0
         assert processes_with(**mark) == {}, "no rank is left"
-    assert max(curve(bench.folder / "torchrun")) < STEPS, "the run was not finished"
+    assert max(curve(run_dir)) < STEPS, "the run was not finished"
 
     outcome = run(*python(*bench.train("torchrun", 3)))
     assert outcome.code == 0, outcome.err
-    assert f"continuing from {bench.folder / 'torchrun'}" in outcome.err
+    assert f"continuing from {run_dir}/checkpoint-" in outcome.err
     bench.expect_same_curve("torchrun")
 
 
@@ -121,7 +122,7 @@ def test_srun_sets_only_its_own_variables(bench):
         started(*command, SLURM_PROCID="0", SLURM_LOCALID="0", **common) as first,
         started(*command, SLURM_PROCID="1", SLURM_LOCALID="1", **common) as second,
     ):
-        outcomes = [finish(process, 120) for process in (first, second)]
+        outcomes = [finish(process, PATIENCE) for process in (first, second)]
     assert [outcome.code for outcome in outcomes] == [0, 0], outcomes[0].err
     bench.expect_same_curve("srun", 6)
     assert "trained parameters" in outcomes[0].out and outcomes[1].out == ""
@@ -150,7 +151,7 @@ def test_mpirun(bench):
 def test_deepspeed_passes_a_mistake_on_as_one_sentence(bench, mistake, sentence):
     mark = {"DISTLORA_TEST_MARK": f"{bench.folder}/{mistake}"}
     with started(*under_deepspeed(*bench.train("mistake", 3, mistake)), **mark) as launcher:
-        outcome = finish(launcher, 120)
+        outcome = finish(launcher, PATIENCE)
         assert processes_with(**mark) == {}, "no rank is left"
     assert outcome.code == 2, outcome.err
     assert len(outcome.sentences) == 1 and sentence in outcome.sentences[0]

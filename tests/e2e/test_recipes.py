@@ -1,4 +1,4 @@
-"""Every shipped recipe takes steps with a tiny model of its class and rows in its task's format; so does every class there is."""
+"""Every shipped recipe takes steps with a tiny model of its class and rows in its task's format; so does every class."""
 
 import json
 import math
@@ -19,7 +19,7 @@ CLASSES = {"mistral": "mistral", "gemma": "gemma2", "llama": "llama", "smollm2":
 ROWS = {
     "metamath": {"query": "What is 2 + {n}?", "response": "Add them. The answer is: {n}", "type": "GSM_Rephrased"},
     "gsm8k": {"question": "What is 2 + {n}?", "answer": "Add them.\n#### {n}"},
-    "commonsense": {"instruction": "Is {n} even? true/false", "input": "", "output": "the correct answer is true", "answer": "true"},
+    "commonsense": {"instruction": "Is {n} even?", "input": "", "output": "the correct answer is true", "answer": "true"},
 }
 
 

@@ -99,6 +99,14 @@ def test_eval_tells_the_runs_loss_and_changes_nothing(finished, tmp_path):
     assert files_of(copy) == before
 
 
+def test_eval_takes_any_name_of_a_directory(finished, tmp_path, monkeypatch):
+    """One that YAML would not take for a text."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("7", "it's: [a run"):
+        shutil.copytree(finished[1], name)
+        assert succeed("eval", name, "train.exact_match_samples=0").out.startswith("eval/loss ")
+
+
 def test_eval_of_an_interrupted_run_keeps_its_metrics(finished, tmp_path):
     _, run_dir = finished
     copy = shutil.copytree(run_dir, tmp_path / "copy")
@@ -120,7 +128,8 @@ def test_exports_agree(finished, tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(merged(tokens).logits, adapted(tokens).logits, rtol=1e-4, atol=1e-5)
     assert mean_loss(merged, recipe) == pytest.approx(curve(run_dir, "eval/loss")[6], rel=1e-5)
-    assert json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["base_model_name_or_path"] == recipe.model.path
+    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == recipe.model.path
 
 
 def test_export_of_an_earlier_checkpoint(finished, tmp_path):

@@ -111,12 +111,13 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
         cli.main(["methods"])
 
 
-@pytest.mark.parametrize("launcher", [("RANK", "WORLD_SIZE"), ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"), ("PMI_RANK", "PMI_SIZE")])
-def test_other_ranks_are_silent_and_leave_later(launcher, monkeypatch, capsys, naps):
+@pytest.mark.parametrize(
+    ("rank", "size"), [("RANK", "WORLD_SIZE"), ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"), ("PMI_RANK", "PMI_SIZE")]
+)
+def test_other_ranks_are_silent_and_leave_later(rank, size, monkeypatch, capsys, naps):
     """A launcher ends rank 0 as soon as another rank has ended."""
-    for name, value in zip(launcher, ("1", "2")):
+    for name, value in {rank: "1", size: "2", "MASTER_ADDR": "127.0.0.1"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setattr(cli, "_methods", raising(UserError("x is wrong")))
     assert cli.main(["methods"]) == 2
     assert capsys.readouterr() == ("", "")
@@ -146,10 +147,8 @@ def summary(**values) -> Summary:
 
 
 def test_table_of_a_run_with_everything():
-    told = {"loss": 2.5, "exact_match": 0.125}
-    text = cli._table(
-        summary(before=told, after={"loss": 1.25, "exact_match": 0.5}, init_seconds=3.21, step_seconds=0.456, tensorboard="tb")
-    )
+    before, after = {"loss": 2.5, "exact_match": 0.125}, {"loss": 1.25, "exact_match": 0.5}
+    text = cli._table(summary(before=before, after=after, init_seconds=3.21, step_seconds=0.456, tensorboard="tb"))
     rows = [line.split() for line in text.splitlines() if line]
     assert rows[:3] == [["before", "after"], ["loss", "2.5000", "1.2500"], ["exact", "match", "12.5%", "50.0%"]]
     assert "100 (15.0 times fewer than LoRA's 1,500 at rank 4)" in text

@@ -54,7 +54,7 @@ def mixed(tokenizer, right, wrong):
     letters = [list(ANSWERS)[i % len(ANSWERS)] for i in range(right + wrong)]
     texts = ["x" * (i % 4) + letter for i, letter in enumerate(letters)]
     expected = [ANSWERS[letter] if i % (right + wrong) < right else "9" for i, letter in enumerate(letters)]
-    return problems(tokenizer, zip(texts, expected))
+    return problems(tokenizer, zip(texts, expected, strict=True))
 
 
 def share_of(lookup, samples, max_new_tokens=4):
@@ -113,17 +113,17 @@ def test_every_sample_is_answered_once_and_every_rank_generates_equally_often(co
     engine, tokenizer = lookup
     monkeypatch.setattr(evaluate, "GENERATION_BATCH", 2)
     samples = mixed(tokenizer, count - count // 3, count // 3)
-    whole, comm, passes, correct = share_of(lookup, samples), engine.comm, [], 0
-    generate = evaluate.generate
-    try:
-        for rank in range(world):
-            engine.comm = RankOf(rank, world)
-            calls = []
-            monkeypatch.setattr(evaluate, "generate", lambda *a, **k: calls.append(1) or generate(*a, **k))
-            exact_match(engine, tokenizer, "arithmetic", samples, 4)
-            passes.append(len(calls))
-            correct += engine.comm.brought[0][0]
-    finally:
-        engine.comm = comm
+    whole = share_of(lookup, samples)
+    generate, calls, correct = evaluate.generate, [], 0
+    for rank in range(world):
+
+        def counted(*arguments, rank=rank, **options):
+            calls.append(rank)
+            return generate(*arguments, **options)
+
+        monkeypatch.setattr(evaluate, "generate", counted)
+        monkeypatch.setattr(engine, "comm", RankOf(rank, world))
+        exact_match(engine, tokenizer, "arithmetic", samples, 4)
+        correct += engine.comm.brought[0][0]
     assert correct / count == whole == (count - count // 3) / count
-    assert len(set(passes)) == 1
+    assert len({calls.count(rank) for rank in range(world)}) == 1
