@@ -18,6 +18,8 @@ setup(
         "numpy>=2.4,<3",
         "pydantic>=2.14,<3",
         "PyYAML>=6.0,<7",
+        "huggingface_hub>=2.0,<3",
+        "pyarrow>=20,<27",
         "tensorboard>=2.21,<3",
         "tqdm>=4.70,<5",
     ],
@@ -27,7 +29,7 @@ setup(
         "quickstart": ["gguf>=0.19,<1"],
         "bnb": ["bitsandbytes>=0.50,<1"],
         "mpi": ["mpi4py>=4.1,<5"],
-        "test": ["pytest>=9.2,<10", "peft>=0.21,<1", "bitsandbytes>=0.50,<1", "matplotlib>=3.11,<4"],
+        "test": ["pytest>=9.2,<10", "peft>=0.21,<1"],
     },
     entry_points={"console_scripts": ["distlora = distlora.cli:main"]},
 )

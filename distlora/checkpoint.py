@@ -69,9 +69,7 @@ def save(
         "extra": extra or {},
         "rng": _gather_random_states(engine.comm),
     }
-    stream_to_main(
-        engine.comm, final, _tensors(engine, attached), lambda tensors: _write(final, tensors, state, split_bytes)
-    )
+    stream_to_main(engine.comm, final, _tensors(engine, attached), lambda tensors: _write(final, tensors, state, split_bytes))
     on_main(engine.comm, final, lambda: prune(final, keep))
     return final
 
@@ -154,9 +152,7 @@ def restore(engine: Engine, attached: Attached, checkpoint: Checkpoint) -> dict[
 def _open_fitting(checkpoint: Checkpoint, attached: Attached, shapes: dict, trained: dict):
     """The adapter's files, the optimizer's, and the keys of each trained tensor, once all names and shapes are right."""
     if checkpoint.state["method"] != attached.method.name:
-        raise UserError(
-            f"{checkpoint.path} is of method {checkpoint.state['method']}, and the run of {attached.method.name}"
-        )
+        raise UserError(f"{checkpoint.path} is of method {checkpoint.state['method']}, and the run of {attached.method.name}")
     adapter, optimizer = TensorFiles(checkpoint.path, ADAPTER), TensorFiles(checkpoint.path, OPTIMIZER)
     keys = sorted({"master"} | {name.rpartition("/")[2] for name in optimizer.names})
     _compare(checkpoint.path, adapter, shapes)
@@ -187,8 +183,7 @@ def _gather_random_states(comm: Comm) -> dict[str, list[str]] | None:
     if not comm.is_main:
         return None
     return {
-        kind: [base64.b64encode(bytes(state.cpu().numpy())).decode() for state in of_ranks]
-        for kind, of_ranks in gathered.items()
+        kind: [base64.b64encode(bytes(state.cpu().numpy())).decode() for state in of_ranks] for kind, of_ranks in gathered.items()
     }
 
 

@@ -2,17 +2,18 @@
 
 import argparse
 import logging
+import socket
 import sys
 import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from distlora.errors import TrainingError, UserError
+from distlora.errors import Ending, TrainingError, UserError
 
 USER_ERROR, TRAINING_ERROR = 2, 1
-#: Seconds that the other ranks give rank 0 to say what is wrong.
-PATIENCE = 3.0
+#: Seconds that the other ranks give rank 0 to say what is wrong, and its launcher to end them.
+PATIENCE = 5.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -145,8 +146,8 @@ def _log_to_terminal(shown: bool) -> None:
     logger.propagate = False
 
 
-def _sentence(error: Exception, code: int) -> int:
-    """The error once, from rank 0."""
+def _sentence(error: Ending, code: int) -> int:
+    """The error once, from rank 0; from another rank only if that one is alone with it and still alive after a while."""
     from distlora.comm import Topology
 
     try:
@@ -158,6 +159,8 @@ def _sentence(error: Exception, code: int) -> int:
     else:
         # Launchers end all ranks as soon as one has ended: rank 0 must have spoken by then.
         time.sleep(PATIENCE)
+        if not error.agreed:
+            print(f"distlora (rank {rank} on {socket.gethostname()}): {error}", file=sys.stderr, flush=True)
     return code
 
 
@@ -167,7 +170,8 @@ def _table(summary) -> str:
     rows = [("", "before", "after")] if summary.after else []
     for key, form in (("loss", "{:.4f}"), ("exact_match", "{:.1%}")):
         if key in summary.after:
-            rows.append((key.replace("_", " "), form.format(summary.before[key]), form.format(summary.after[key])))
+            before = form.format(summary.before[key]) if key in summary.before else "-"
+            rows.append((key.replace("_", " "), before, form.format(summary.after[key])))
     lines = [f"  {name:<24}{before:>10}{after:>10}" for name, before, after in rows]
     lora = f"({ratio} LoRA's {summary.lora_trained:,} at rank {summary.rank})" if summary.lora_trained else ""
     facts = [

@@ -13,13 +13,15 @@ from torch import Tensor
 
 from distlora.errors import UserError
 
-#: Where each launcher puts (rank, world size, local rank, local world size), most explicit first.
+#: Where each launcher puts rank and world size, most explicit first.
 _LAUNCHERS = [
-    ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
-    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
-    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
-    ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"),
+    ("RANK", "WORLD_SIZE"),
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+    ("PMI_RANK", "PMI_SIZE"),
+    ("SLURM_PROCID", "SLURM_NTASKS"),
 ]
+#: Where the rank within the node is. Apart from the above: SLURM's PMI gives ranks under PMI's names, the local one under its own.
+_LOCAL_RANKS = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID")
 
 
 @dataclass(frozen=True)
@@ -33,12 +35,13 @@ class Topology:
     @classmethod
     def from_environment(cls) -> "Topology":
         """Raises UserError where a launcher left several processes without a common address."""
-        for rank, world_size, local_rank, _ in _LAUNCHERS:
+        local_rank = next((int(os.environ[name]) for name in _LOCAL_RANKS if name in os.environ), 0)
+        for rank, world_size in _LAUNCHERS:
             # An interactive SLURM shell sets SLURM_PROCID=0 without being a step of several tasks: then one process is right.
             if rank in os.environ and world_size in os.environ:
                 if rank == "SLURM_PROCID" and "SLURM_STEP_ID" not in os.environ:
                     continue
-                found = cls(int(os.environ[rank]), int(os.environ[world_size]), int(os.environ.get(local_rank, 0)))
+                found = cls(int(os.environ[rank]), int(os.environ[world_size]), local_rank)
                 if found.world_size > 1 and "MASTER_ADDR" not in os.environ:
                     raise UserError(
                         f"{found.world_size} processes were started through {rank}, but MASTER_ADDR is not set; "
@@ -62,19 +65,25 @@ class Comm:
         self.backend = "nccl" if device.type == "cuda" else "gloo"
         self._mine = False
         if distributed and not dist.is_initialized():
-            self._publish(topology)
+            self._publish(topology, device)
             dist.init_process_group(self.backend, timeout=datetime.timedelta(minutes=minutes))
             self._mine = True
         if not distributed and self.world_size > 1:
             raise UserError("several ranks need DeepSpeed; set deepspeed: to a ZeRO config, or start one process")
 
     @staticmethod
-    def _publish(topology: Topology) -> None:
-        """The variables that torch and DeepSpeed read; launchers that set others have been understood by now."""
+    def _publish(topology: Topology, device: torch.device) -> None:
+        """The variables that torch and DeepSpeed read; launchers that set others have been understood by now.
+
+        DeepSpeed takes LOCAL_RANK for the number of the GPU, which it is not where each task sees one GPU only.
+        """
+        local_rank = str(device.index if device.type == "cuda" else topology.local_rank)
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", str(_free_port()) if topology.world_size == 1 else "29500")
         os.environ["RANK"], os.environ["WORLD_SIZE"] = str(topology.rank), str(topology.world_size)
-        os.environ["LOCAL_RANK"] = str(topology.local_rank)
+        os.environ["LOCAL_RANK"] = local_rank
+        if "OMPI_COMM_WORLD_LOCAL_RANK" in os.environ:
+            os.environ["OMPI_COMM_WORLD_LOCAL_RANK"] = local_rank
 
     @property
     def is_main(self) -> bool:
@@ -150,7 +159,9 @@ class Comm:
         if first == self.world_size:
             return
         sentence = self._share_from(first, str(error) if first == self.rank else None)
-        raise error if first == self.rank else UserError(sentence)
+        failure = error if first == self.rank else UserError(sentence)
+        failure.agreed = True
+        raise failure
 
     def _share_from(self, source: int, value: Any) -> Any:
         """The JSON-able value of rank `source`, on every rank."""

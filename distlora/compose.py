@@ -147,7 +147,7 @@ def _factorise(
         for name, source in sources.items():
             source = source if source is None else source.to(engine.comm.device)
             generator = layer_generator(seed, name)
-            found[name] = method.initialise(LayerInit(turn[name].shape, source, generator, engine.dtype, eta))
+            found[name] = method.initialise(LayerInit(turn[name].shape, source, generator, engine.dtype, eta, engine.comm.device))
     except Exception as error:  # the others wait in a broadcast: tell them before this rank leaves
         failure = error
     engine.comm.agree(failure)
@@ -180,9 +180,7 @@ def _means(comm: Comm, scalars: dict[str, dict[str, float]], names: list[str]) -
     return result
 
 
-def search_eta(
-    engine: Engine, layers: dict[str, AdapterLinear], factor: str, data: ProbeData, report: InitReport
-) -> float:
+def search_eta(engine: Engine, layers: dict[str, AdapterLinear], factor: str, data: ProbeData, report: InitReport) -> float:
     """The eta with the least loss on the probe's samples: half decades upwards until the loss has risen twice, then finer.
 
     Only a scale changes, so one try is one forward pass, and nothing is written before the choice is made.

@@ -286,7 +286,7 @@ def run_identity(recipe: Recipe) -> dict:
         del content[key]
     ignored = {
         "model": ("gradient_checkpointing", "attention"),
-        "data": ("max_new_tokens",),
+        "data": ("max_new_tokens", "eval_split"),
         "train": ("micro_batch_size", "eval_every", "save_every", "keep_checkpoints", "eval_samples", "exact_match_samples"),
     }
     for section, keys in ignored.items():

@@ -1,15 +1,24 @@
 """The two ways a run ends early on purpose."""
 
 
-class UserError(Exception):
+class Ending(Exception):
+    """Base of both. agreed: every rank ends with this sentence, so rank 0 alone says it."""
+
+    agreed: bool = False
+
+
+class UserError(Ending):
     """A mistake of the user's, in one sentence: what is wrong, where, and what to do.
 
-    The command line prints the sentence once, from rank 0, and exits with code 2. No traceback is shown.
+    The command line prints the sentence once and exits with code 2. No traceback is shown.
     """
 
 
-class TrainingError(Exception):
+class TrainingError(Ending):
     """A run that must not go on (a NaN loss, a tensor that does not train), in one sentence.
 
-    The command line prints the sentence once, from rank 0, and exits with code 1.
+    Raised from numbers that are reduced over ranks, so all ranks raise it alike. The command line prints the sentence once and
+    exits with code 1.
     """
+
+    agreed = True

@@ -53,7 +53,7 @@ def export(
     Errors: UserError for a directory that is no run, one without a complete checkpoint, an `out` that is not empty, and a
     format that the method cannot have.
     """
-    run_dir, out = Path(run_dir), Path(out)
+    run_dir, out = Path(run_dir), Path(out).absolute()
     if format not in ("peft", "merged"):
         raise UserError(f"format is {format}; wanted peft or merged")
     if not (run_dir / "recipe.yaml").is_file():
@@ -102,9 +102,7 @@ def base_name(path: str) -> str:
 
 def _refuse_full(method: Method) -> None:
     if method.trains_weight:
-        raise UserError(
-            f"method {method.name} trains the weights themselves, which is no adapter; export with --format merged"
-        )
+        raise UserError(f"method {method.name} trains the weights themselves, which is no adapter; export with --format merged")
 
 
 # ---------------------------------------------------------------------- what is exported

@@ -78,6 +78,13 @@ def _attention(section: "ModelSection", config: PreTrainedConfig) -> str:
     return section.attention
 
 
+def bare_model(section: "ModelSection") -> PreTrainedModel:
+    """The model's modules with the right shapes and no memory behind them (on the meta device)."""
+    config = load_config(section)
+    with torch.device("meta"), _explained(section.path):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+
+
 def load_model(section: "ModelSection") -> tuple[PreTrainedModel, set[str]]:
     """The model with its weights in `section.dtype` (rotary and other buffers in their own), in eval mode.
 
@@ -162,9 +169,7 @@ def _explained(path: str) -> Iterator[None]:
     except RuntimeError as error:
         if "ignore_mismatched_sizes" not in str(error):
             raise
-        raise UserError(
-            f"model.path={path}: the sizes of the weights are not those of config.json; fetch it again"
-        ) from error
+        raise UserError(f"model.path={path}: the sizes of the weights are not those of config.json; fetch it again") from error
 
 
 @contextmanager

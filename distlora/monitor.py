@@ -9,6 +9,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from distlora.engine import Engine
+from distlora.tensorfile import write_text
 
 
 class Monitor:
@@ -48,7 +49,7 @@ def _keep_until(path: Path, step: int) -> set[tuple[int, str]]:
         if step and record["step"] <= step:
             kept.append(line + "\n")
             told |= {(record["step"], tag) for tag in record}
-    path.write_text("".join(kept), encoding="utf-8")
+    write_text(path, "".join(kept))
     return told
 
 

@@ -1,13 +1,15 @@
 """A run directory: who it belongs to, what is in it, and how a run is continued or begun anew."""
 
 import logging
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 from distlora.config import Recipe, dump_recipe, load_recipe, run_identity
 from distlora.errors import UserError
-from distlora.rundir import newest
+from distlora.rundir import Checkpoint, newest
+from distlora.tensorfile import write_text
 
 log = logging.getLogger(__name__)
 
@@ -35,24 +37,34 @@ def check_run_dir(recipe: Recipe, resume: bool | None) -> None:
         raise UserError(f"output_dir: {run_dir} holds the run of another recipe ({difference}); name another directory")
 
 
-def open_run_dir(recipe: Recipe, resume: bool | None) -> None:
-    """Makes the directory with its `recipe.yaml`; forgets what was there if the run is to begin anew. For rank 0.
+def find_checkpoint(recipe: Recipe, resume: bool | None) -> Checkpoint | None:
+    """The checkpoint to continue from, and a directory that can be written. For rank 0; removes nothing.
 
     Raises UserError where there is nothing whole to continue from, though the run was begun or a checkpoint is demanded.
     """
     run_dir = Path(recipe.output_dir)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        if resume is False:
-            _forget(run_dir)
-        elif newest(run_dir) is None:
-            if resume:
-                raise UserError(f"--resume: {run_dir} holds no complete checkpoint; start it without --resume")
-            if any(run_dir.glob("checkpoint-*")):
-                raise UserError(f"{run_dir}: every checkpoint is broken; --no-resume removes them and begins anew")
-        (run_dir / RECIPE).write_text(dump_recipe(recipe), encoding="utf-8")
     except OSError as error:
-        raise UserError(f"output_dir: {run_dir} cannot be written ({error.strerror}); name another directory") from None
+        raise UserError(f"output_dir: {run_dir} cannot be made ({error.strerror}); name another directory") from None
+    if not os.access(run_dir, os.W_OK):
+        raise UserError(f"output_dir: {run_dir} cannot be written; name another directory")
+    if resume is False:
+        return None
+    found = newest(run_dir)
+    if found is None and resume:
+        raise UserError(f"--resume: {run_dir} holds no complete checkpoint; start it without --resume")
+    if found is None and any(run_dir.glob("checkpoint-*")):
+        raise UserError(f"{run_dir}: every checkpoint is broken; --no-resume removes them and begins anew")
+    return found
+
+
+def claim_run_dir(recipe: Recipe, resume: bool | None) -> None:
+    """Writes the recipe into the directory, which from now on is this run's; forgets an earlier one that is not resumed."""
+    run_dir = Path(recipe.output_dir)
+    if resume is False:
+        _forget(run_dir)
+    write_text(run_dir / RECIPE, dump_recipe(recipe))
 
 
 def _forget(run_dir: Path) -> None:

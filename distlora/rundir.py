@@ -49,7 +49,11 @@ def newest(run_dir: str | os.PathLike, comm: Comm | None = None) -> Checkpoint |
     """
     if comm is None:
         return _newest(Path(run_dir))
-    found = on_main(comm, run_dir, lambda: _newest(Path(run_dir)))
+    return share_checkpoint(comm, on_main(comm, run_dir, lambda: _newest(Path(run_dir))))
+
+
+def share_checkpoint(comm: Comm, found: Checkpoint | None) -> Checkpoint | None:
+    """What rank 0 has found, on every rank."""
     shared = comm.share(found and {"path": str(found.path), "step": found.step, "state": found.state})
     return shared and Checkpoint(Path(shared["path"]), shared["step"], shared["state"])
 

@@ -1,5 +1,6 @@
 """One optimizer step over a global batch, whatever engine runs it. The loss of this project is defined here, once."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -33,15 +34,22 @@ def accumulate(engine: Engine, batches: Sequence[Batch], loss_sum: LossSum) -> f
         engine.backward(loss / tokens)
         total += loss.detach()
     value = float(engine.comm.all_reduce(total)) / tokens
-    if not torch.isfinite(torch.tensor(value)):
+    if not math.isfinite(value):
         raise TrainingError(f"the training loss is {value}")
     return value
 
 
-def train_step(engine: Engine, batches: Sequence[Batch], loss_sum: LossSum, rate: float) -> tuple[float, StepInfo]:
-    """`accumulate`, then one step of the optimizer at this learning rate; returns the loss before the step."""
+def train_step(
+    engine: Engine, batches: Sequence[Batch], loss_sum: LossSum, rate: float, inspect: Callable[[], None] | None = None
+) -> tuple[float, StepInfo]:
+    """`accumulate`, then one step of the optimizer at this learning rate; returns the loss before the step.
+
+    inspect: called between the two, when all gradients are there.
+    """
     engine.set_rate(rate)
     loss = accumulate(engine, batches, loss_sum)
+    if inspect is not None:
+        inspect()
     return loss, engine.step()
 
 

@@ -28,8 +28,7 @@ class _Loader(yaml.SafeLoader):
     """SafeLoader that reads `1e-4` as a number, keeps dates as text, and refuses a key that is given twice."""
 
     yaml_implicit_resolvers = {
-        first: [pair for pair in pairs if pair[0] != _TIMESTAMP]
-        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+        first: [pair for pair in pairs if pair[0] != _TIMESTAMP] for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
     def construct_mapping(self, node, deep=False):

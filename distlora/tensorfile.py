@@ -180,6 +180,16 @@ def write_json(path: Path, value) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def write_text(path: Path, text: str) -> None:
+    """Replaces a file so that a crash leaves the old content or the new one, never a part."""
+    draft = path.with_name(f".{path.name}.partial")
+    with draft.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(draft, path)
+
+
 def sha256_of(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

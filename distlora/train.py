@@ -1,8 +1,9 @@
 """A training run, from a recipe to an adapter.
 
-    recipe -> model -> attach -> engine -> initialise (or resume) -> steps -> export
+recipe -> model -> attach -> engine -> initialise (or resume) -> steps -> export
 """
 
+import functools
 import logging
 import math
 import time
@@ -20,18 +21,19 @@ from distlora.compose import InitReport, ProbeData, initialise, install_gradient
 from distlora.config import Recipe, plan_batches, resolve_deepspeed, run_identity
 from distlora.data import Encoded, Sample, TrainOrder, check_columns, collate, download, load_split, micro_batches, shard
 from distlora.engine import Engine, LocalEngine
-from distlora.errors import TrainingError, UserError
+from distlora.errors import Ending, TrainingError, UserError
 from distlora.evaluate import exact_match
 from distlora.export import export_peft_from_engine
 from distlora.hub import resolve_path
 from distlora.methods.base import ProbeSettings
-from distlora.model import load_config, load_model, load_tokenizer, response_loss
+from distlora.model import bare_model, load_config, load_model, load_tokenizer, response_loss
 from distlora.monitor import Monitor, Progress
 from distlora.optimizer import OptimizerSpec, Schedule
 from distlora.rankzero import on_main
-from distlora.resume import check_run_dir, open_run_dir
+from distlora.resume import check_run_dir, claim_run_dir, find_checkpoint
 from distlora.rng import own_random_state, reseed
-from distlora.step import accumulate, evaluation_loss, response_tokens
+from distlora.rundir import share_checkpoint
+from distlora.step import evaluation_loss, train_step
 
 log = logging.getLogger(__name__)
 
@@ -70,10 +72,15 @@ def check(recipe: Recipe, topology: Topology, resume: bool | None) -> None:
     if recipe.deepspeed is not None:
         # The sizes that depend on the model's width are of no interest here; contradictions are.
         resolve_deepspeed(recipe, topology.world_size, hidden_size=1)
-    if Path(recipe.model.path).expanduser().is_dir() or recipe.model.path[0] in "./~":
-        load_config(recipe.model)
+    if recipe.model.path.startswith("pypi:") or Path(recipe.model.path).expanduser().is_dir() or recipe.model.path[0] in "./~":
+        check_targets(recipe)
     for split in filter(None, (recipe.data.split, recipe.data.eval_split)):
         check_columns(recipe.data, split)
+
+
+def check_targets(recipe: Recipe) -> None:
+    """Attaches the method to the model without weights: what is wrong with targets or rank shows before anything is loaded."""
+    attach(bare_model(recipe.model), recipe.method, recipe.targets)
 
 
 def train(recipe: Recipe, topology: Topology, resume: bool | None = None) -> Summary:
@@ -86,10 +93,16 @@ def train(recipe: Recipe, topology: Topology, resume: bool | None = None) -> Sum
     comm = Comm(topology, device, distributed=recipe.deepspeed is not None)
     with own_random_state(recipe.train.seed, device):
         try:
-            on_main(comm, recipe.output_dir, lambda: open_run_dir(recipe, resume))
-            return _Run(comm, recipe, checkpoints.newest(recipe.output_dir, comm)).finish()
-        finally:
-            comm.close()
+            checkpoint = share_checkpoint(comm, on_main(comm, recipe.output_dir, lambda: find_checkpoint(recipe, resume)))
+            run = _Run(comm, recipe, checkpoint)
+            on_main(comm, recipe.output_dir, lambda: claim_run_dir(recipe, resume))
+            summary = run.finish()
+        except Ending as error:
+            if error.agreed:
+                comm.close()
+            raise
+    comm.close()
+    return summary
 
 
 def evaluate(recipe: Recipe, topology: Topology) -> dict[str, float]:
@@ -104,9 +117,13 @@ def evaluate(recipe: Recipe, topology: Topology) -> dict[str, float]:
             checkpoint = checkpoints.newest(recipe.output_dir, comm)
             if checkpoint is None:
                 raise UserError(f"{recipe.output_dir} holds no complete checkpoint; train first")
-            return _Run(comm, _without_monitors(recipe), checkpoint).evaluate_checkpoint()
-        finally:
-            comm.close()
+            result = _Run(comm, _without_monitors(recipe), checkpoint).evaluate_checkpoint()
+        except Ending as error:
+            if error.agreed:
+                comm.close()
+            raise
+    comm.close()
+    return result
 
 
 class _Run:
@@ -117,6 +134,7 @@ class _Run:
         self.comm, self.recipe, self.checkpoint = comm, recipe, checkpoint
         self.run_dir = Path(recipe.output_dir)
         self._fetch()
+        _together(comm, lambda: check_targets(recipe))
         self.tokenizer = _together(comm, lambda: load_tokenizer(recipe.model))
         self.training = _together(comm, lambda: self._read(recipe.data.split))
         self.held_out = self._held_out()
@@ -127,8 +145,8 @@ class _Run:
         self.steps = settings.steps or max(1, round(settings.epochs * self.order.steps_per_epoch))
         self.schedule = Schedule(settings.schedule, settings.lr, self.steps, settings.warmup_ratio)
 
-        config = load_config(recipe.model)
-        self.engine = _make_engine(comm, recipe, config)
+        config = _together(comm, lambda: load_config(recipe.model))
+        self.engine, self.tensorboard = _together(comm, lambda: _make_engine(comm, recipe, config))
         self.attached = self._load_and_attach()
         self.summary = self._summary()
 
@@ -158,8 +176,7 @@ class _Run:
     def _held_out(self) -> list[Sample]:
         if self.recipe.data.eval_split is None:
             return []
-        samples = _together(self.comm, lambda: self._read(self.recipe.data.eval_split))
-        return samples
+        return _together(self.comm, lambda: self._read(self.recipe.data.eval_split))
 
     def _batches(self, samples: list[Sample], parts: list[list[int]]) -> Iterator[dict[str, torch.Tensor]]:
         for indices in parts:
@@ -188,9 +205,7 @@ class _Run:
         optimizer = settings.optimizer
         self.engine.start(
             model,
-            OptimizerSpec(
-                optimizer.name, settings.lr, optimizer.betas, optimizer.eps, optimizer.momentum, settings.weight_decay
-            ),
+            OptimizerSpec(optimizer.name, settings.lr, optimizer.betas, optimizer.eps, optimizer.momentum, settings.weight_decay),
         )
         # From here on ranks may draw different numbers (dropout); new heads were drawn alike.
         reseed(settings.seed + self.comm.rank, self.comm.device)
@@ -246,11 +261,13 @@ class _Run:
         settings = self.recipe.train
         progress = Progress(self.steps, first, self.comm.is_main)
         saved = good = self.checkpoint.path if self.checkpoint else None
-        began = time.perf_counter()
         self.engine.train_mode(True)
+        seconds = 0.0
         try:
             for step in range(first, self.steps):
+                began = time.perf_counter()
                 self._step(step, progress, just_started=step == first)
+                seconds += time.perf_counter() - began
                 good = saved  # the loss of its weights, or of later ones, has just turned out finite
                 done = step + 1
                 if settings.eval_every and done % settings.eval_every == 0 and done < self.steps and self.held_out:
@@ -265,23 +282,22 @@ class _Run:
             raise TrainingError(f"{error}; the last good checkpoint: {there}") from error
         finally:
             progress.close()
-        self.summary.step_seconds = (time.perf_counter() - began) / max(1, self.steps - first)
+        if first < self.steps:
+            self.summary.step_seconds = seconds / (self.steps - first)
 
     def _step(self, step: int, progress: Progress, just_started: bool) -> None:
         micro = self.recipe.train.micro_batch_size
         parts = micro_batches(self.order.indices(step), self.comm.rank, self.comm.world_size, micro, self.accumulation)
         batches = list(self._batches(self.training, parts))
         rate = self.schedule.rate(step)
-        self.engine.set_rate(rate)
+        inspect = functools.partial(self._check_gradients, step) if just_started or step == 1 else None
         try:
-            loss = accumulate(self.engine, batches, response_loss)
+            loss, info = train_step(self.engine, batches, response_loss, rate, inspect)
         except TrainingError as error:
             raise TrainingError(f"{error} at step {step + 1}") from error
-        if just_started or step == 1:
-            self._check_gradients(step)
-        info = self.engine.step()
-        (tokens,) = self.comm.sum(sum(map(response_tokens, batches)))
-        speed = progress.advance(loss, rate, int(tokens))
+        # Of all ranks, whose shares are alike up to one sample: exact enough for a speed, and no collective.
+        tokens = sum(int(batch["attention_mask"].sum()) for batch in batches) * self.comm.world_size
+        speed = progress.advance(loss, rate, tokens)
         scalars = {"loss": loss, "learning_rate": rate, "grad_norm": info.grad_norm, "tokens_per_second": speed}
         self.monitor.write(step + 1, {f"train/{key}": value for key, value in scalars.items()})
         if info.skipped or not math.isfinite(info.grad_norm):
@@ -292,7 +308,7 @@ class _Run:
         excused = self.attached.method.zero_gradient_at_start if step == 0 else ()
         for name, verdict in self.engine.silent_tensors().items():
             if verdict != "zero" or name.rpartition(".")[2] not in excused:
-                raise TrainingError(f"the gradient of {name} is {verdict} at step {step + 1}, so it would not be trained")
+                raise TrainingError(f"the gradient of {name} is {verdict}, so it would not be trained,")
 
     # ------------------------------------------------------------------ looking on
 
@@ -307,9 +323,7 @@ class _Run:
         count = self.recipe.train.exact_match_samples
         if count:
             data = self.recipe.data
-            result["exact_match"] = exact_match(
-                self.engine, self.tokenizer, data.task, self.held_out[:count], data.max_new_tokens
-            )
+            result["exact_match"] = exact_match(self.engine, self.tokenizer, data.task, self.held_out[:count], data.max_new_tokens)
         log.info("evaluation: %s", ", ".join(f"{key} {value:.4f}" for key, value in result.items()))
         return result
 
@@ -317,8 +331,6 @@ class _Run:
         shapes = self.engine.trained_shapes()
         layers = {name: layer.shape for name, layer in self.attached.layers.items()}
         rank = self.recipe.method.rank
-        config = self.recipe.deepspeed or {}
-        board = config.get("tensorboard", {}).get("enabled")
         return Summary(
             self.run_dir,
             None,
@@ -326,7 +338,7 @@ class _Run:
             lora_trained=lora_parameters(layers, rank),
             rank=rank,
             steps=self.steps,
-            tensorboard=str(self.run_dir / "tensorboard") if board else None,
+            tensorboard=self.tensorboard,
         )
 
 
@@ -351,17 +363,19 @@ def _device(topology: Topology) -> torch.device:
     return device
 
 
-def _make_engine(comm: Comm, recipe: Recipe, config) -> Engine:
-    """The only place that chooses between the engines."""
+def _make_engine(comm: Comm, recipe: Recipe, config) -> tuple[Engine, str | None]:
+    """The only place that chooses between the engines. Also returns where TensorBoard's log will lie, if there is to be one."""
     if recipe.deepspeed is None:
-        return LocalEngine(comm, getattr(torch, recipe.model.dtype), recipe.train.clip)
+        return LocalEngine(comm, getattr(torch, recipe.model.dtype), recipe.train.clip), None
     from distlora.zero import ZeroEngine  # imported late: DeepSpeed takes seconds, and the plain engine does without it
 
     hidden = getattr(config.get_text_config(decoder=True), "hidden_size", None)
     resolved, lines = resolve_deepspeed(recipe, comm.world_size, hidden)
     for line in lines:
         log.info("%s", line)
-    return ZeroEngine(comm, resolved)
+    board = resolved.get("tensorboard", {})
+    place = Path(board.get("output_path", ""), board.get("job_name", "")) if board.get("enabled") else None
+    return ZeroEngine(comm, resolved), place and str(place)
 
 
 def _together(comm: Comm, work: Callable[[], Result]) -> Result:

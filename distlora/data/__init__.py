@@ -1,6 +1,6 @@
 """Data: rows from files, the hub or a generator, made into samples, batches and answers.
 
-    sources ─► examples (tasks, arithmetic) ─► encode ─► batches        answers: judging what a model generated
+sources ─► examples (tasks, arithmetic) ─► encode ─► batches        answers: judging what a model generated
 """
 
 from distlora.data.batches import TrainOrder, collate, collate_prompts, micro_batches, shard

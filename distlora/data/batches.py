@@ -38,9 +38,7 @@ class TrainOrder:
         return self._permutation[start : start + self.global_batch_size].tolist()
 
 
-def micro_batches(
-    indices: Sequence[int], rank: int, world_size: int, micro_batch_size: int, accumulation: int
-) -> list[list[int]]:
+def micro_batches(indices: Sequence[int], rank: int, world_size: int, micro_batch_size: int, accumulation: int) -> list[list[int]]:
     """One rank's share of a global batch as `accumulation` passes, the last of which may be empty (weight zero).
 
     The shares of the ranks are disjoint, cover the batch and differ by at most one sample.

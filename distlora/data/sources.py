@@ -233,8 +233,7 @@ def _hub_split(path: str, split: str):
     except ConnectionError as error:
         if datasets.config.HF_HUB_OFFLINE:
             raise UserError(
-                f"data.path: {name} is not in the local cache and HF_HUB_OFFLINE is set, unset it to download, "
-                "or name local files"
+                f"data.path: {name} is not in the local cache and HF_HUB_OFFLINE is set, unset it to download, or name local files"
             ) from error
         raise UserError(f"data.path: the hub cannot be reached for {name}, check the network or name local files") from error
     except Exception as error:  # whatever a download may raise, from HTTP clients too: the user needs one sentence

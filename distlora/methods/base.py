@@ -39,7 +39,7 @@ class LayerInit:
     shape: (out, in). source: what `Method.source_matrix` asked for, (out, in) float32 (for "gradient": the mean over the
     probe's samples), or None. generator: the layer's own, on the CPU, seeded by the recipe's seed and the layer's name; the
     global one is never touched. dtype: in which the forward pass will use the factors. eta: size of the first step, where the
-    method takes one.
+    method takes one. device: where large matrices are factorised.
     """
 
     shape: tuple[int, int]
@@ -47,6 +47,7 @@ class LayerInit:
     generator: torch.Generator
     dtype: torch.dtype = torch.float32
     eta: float = 1.0
+    device: torch.device = torch.device("cpu")
 
 
 @dataclass(frozen=True)

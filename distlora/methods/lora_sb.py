@@ -80,7 +80,7 @@ class LoRASB(Method):
         """ΔW (out, in), float32: what the first step of full fine-tuning would add to W."""
         if self.init.matrix == "kaiming":
             bound = 1 / math.sqrt(layer.shape[1])
-            step = (torch.rand(layer.shape, generator=layer.generator) * 2 - 1) * bound
+            step = ((torch.rand(layer.shape, generator=layer.generator) * 2 - 1) * bound).to(layer.device)
         elif self.init.step == "adamw":
             step = -layer.eta * torch.sign(layer.source)
         else:

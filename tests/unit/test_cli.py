@@ -1,6 +1,7 @@
 """The command line itself: words into options, errors into one sentence and an exit code, a summary into a table."""
 
 import logging
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -114,14 +115,19 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
 @pytest.mark.parametrize(
     ("rank", "size"), [("RANK", "WORLD_SIZE"), ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"), ("PMI_RANK", "PMI_SIZE")]
 )
-def test_other_ranks_are_silent_and_leave_later(rank, size, monkeypatch, capsys, naps):
-    """A launcher ends rank 0 as soon as another rank has ended."""
+def test_other_ranks_leave_it_to_rank_0_and_leave_later(rank, size, monkeypatch, capsys, naps):
+    """A launcher ends rank 0 as soon as another rank has ended. One that nobody has ended is alone with its mistake."""
     for name, value in {rank: "1", size: "2", "MASTER_ADDR": "127.0.0.1"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(cli, "_methods", raising(UserError("x is wrong")))
+    shared, lonely = UserError("x is wrong"), UserError("y is missing here")
+    shared.agreed = True
+    monkeypatch.setattr(cli, "_methods", raising(shared))
     assert cli.main(["methods"]) == 2
     assert capsys.readouterr() == ("", "")
     assert naps == [cli.PATIENCE]
+    monkeypatch.setattr(cli, "_methods", raising(lonely))
+    assert cli.main(["methods"]) == 2
+    assert re.fullmatch(r"distlora \(rank 1 on \S+\): y is missing here\n", capsys.readouterr().err)
 
 
 def test_log_of_rank_0_and_of_others(capsys):

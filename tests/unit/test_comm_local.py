@@ -48,6 +48,8 @@ def test_without_a_launcher_there_is_one_process():
         {"OMPI_COMM_WORLD_RANK": 3, "OMPI_COMM_WORLD_SIZE": 4, "OMPI_COMM_WORLD_LOCAL_RANK": 1},
         {"PMI_RANK": 3, "PMI_SIZE": 4, "MPI_LOCALRANKID": 1},
         {"SLURM_PROCID": 3, "SLURM_NTASKS": 4, "SLURM_LOCALID": 1, "SLURM_STEP_ID": 0},
+        # SLURM's PMI plugin speaks PMI's names, but keeps the local rank under its own.
+        {"PMI_SIZE": 4, "PMI_RANK": 3, "SLURM_PROCID": 3, "SLURM_NTASKS": 4, "SLURM_LOCALID": 1, "SLURM_STEP_ID": 0},
     ],
     ids=lambda variables: next(iter(variables)),
 )

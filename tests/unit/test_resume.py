@@ -8,7 +8,7 @@ import pytest
 
 from distlora.config import load_recipe
 from distlora.errors import UserError
-from distlora.resume import check_run_dir, open_run_dir
+from distlora.resume import check_run_dir, claim_run_dir, find_checkpoint
 from distlora.rundir import MANIFEST, STATE, newest
 from distlora.tensorfile import write_json
 
@@ -35,6 +35,13 @@ def checkpoint(run_dir: Path, step: int, name: str | None = None) -> Path:
     entry = {"bytes": (path / STATE).stat().st_size, "sha256": digest}
     write_json(path / MANIFEST, {"format": 1, "step": step, "files": {STATE: entry}})
     return path
+
+
+def open_run_dir(given, resume):
+    """What a run does, in its order: look first, and write once it is sure to run."""
+    found = find_checkpoint(given, resume)
+    claim_run_dir(given, resume)
+    return found
 
 
 def begun(tmp_path, *steps, **more):
@@ -166,7 +173,7 @@ def test_the_recipe_in_the_directory_is_the_one_last_run(tmp_path):
 def test_a_run_with_a_whole_checkpoint_goes_on(resume, tmp_path):
     given, run_dir = begun(tmp_path, 5, 10)
     (run_dir / "metrics.jsonl").write_text("{}\n")
-    open_run_dir(given, resume)
+    assert open_run_dir(given, resume).step == 10
     assert newest(run_dir).step == 10 and (run_dir / "metrics.jsonl").exists()
 
 
@@ -217,4 +224,4 @@ def test_beginning_anew_forgets_what_a_crash_left_aside(tmp_path):
 def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path):
     (tmp_path / "file").write_text("")
     given = recipe(tmp_path, output_dir=str(tmp_path / "file" / "run"))
-    refused(lambda: open_run_dir(given, None), "output_dir", "cannot be written", "name another directory")
+    refused(lambda: open_run_dir(given, None), "output_dir", "cannot be made", "name another directory")

@@ -102,7 +102,7 @@ def test_settings_of_the_commonsense_experiment():
 @pytest.mark.parametrize("path", ZEROS, ids=by_name)
 def test_zero_config_resolves(path, dtype, world, tmp_path):
     recipe = load_recipe(
-        QUICKSTART, [f"deepspeed={path}", f"model.dtype={dtype}", "train.global_batch_size=64", f"output_dir={tmp_path}/run"]
+        QUICKSTART, [f"deepspeed={path}", f"model.dtype={dtype}", "train.global_batch_size=64", "train.micro_batch_size=8", f"output_dir={tmp_path}/run"]
     )
     config, _ = resolve_deepspeed(recipe, world, 576)
     assert '"auto"' not in json.dumps(config)
@@ -127,7 +127,7 @@ def test_zero_config_is_accepted_by_deepspeed(path, tmp_path):
     assert parsed.zero_config.memory_efficient_linear == (section["stage"] != 3)
     assert parsed.bfloat16_config.enabled and parsed.gradient_clipping == 1.0
     assert parsed.monitor_config.tensorboard.enabled
-    assert (parsed.train_batch_size, parsed.train_micro_batch_size_per_gpu, parsed.gradient_accumulation_steps) == (16, 8, 2)
+    assert (parsed.train_batch_size, parsed.train_micro_batch_size_per_gpu, parsed.gradient_accumulation_steps) == (32, 16, 2)
 
 
 @pytest.mark.parametrize("path", ZEROS, ids=by_name)
