@@ -77,9 +77,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _train(options: argparse.Namespace) -> None:
     topology = _topology()
-    from distlora.config import load_recipe
-
-    recipe = load_recipe(options.recipe, options.overrides)
+    recipe = _recipe(options.recipe, options.overrides)
     from distlora import train
 
     for note in recipe.notes:
@@ -90,15 +88,25 @@ def _train(options: argparse.Namespace) -> None:
         print(_table(summary))
 
 
+def _recipe(path: str | Path, overrides: Sequence[str]):
+    """The recipe. A mistake in a text that is there is the same on every rank; a file that is missing may be so on one node."""
+    from distlora.config import load_recipe
+
+    try:
+        return load_recipe(path, overrides)
+    except UserError as error:
+        error.agreed = Path(path).exists()
+        raise
+
+
 def _evaluate(options: argparse.Namespace) -> None:
     topology = _topology()
-    from distlora.config import load_recipe
     from distlora.resume import RECIPE
 
     if not (options.run_dir / RECIPE).exists():
         raise UserError(f"{options.run_dir} holds no run: it has no {RECIPE}")
     own_name = str(options.run_dir).replace("'", "''")  # a text, whatever YAML would take it for
-    recipe = load_recipe(options.run_dir / RECIPE, [*options.overrides, f"output_dir='{own_name}'"])
+    recipe = _recipe(options.run_dir / RECIPE, [*options.overrides, f"output_dir='{own_name}'"])
     from distlora import train
 
     train.check(recipe, topology, resume=True)

@@ -78,7 +78,8 @@ def initialise(engine: Engine, attached: Attached, seed: int, first_rate: float,
 def factorise_all(
     engine: Engine, attached: Attached, owners: dict[str, int], gradients: dict[str, Tensor], seed: int, eta: float
 ) -> dict[str, float]:
-    """Factors for every layer, from its weight or gradient, written into the engine; returns mean and least value of what was reported.
+    """Factors for every layer, from its weight or gradient, written into the engine; returns the means and the least values of
+    what the method reported.
 
     gradients: of the layers that this rank owns, where the method asks for them; each is taken out as it is used.
     """
@@ -87,9 +88,7 @@ def factorise_all(
     for turn in _turns(layers, owners):
         found = _factorise(engine, method, turn, owners, gradients, seed, eta)
         for name, layer in turn.items():
-            factors = _broadcast(engine.comm, layer, owners[name], found.get(name))
-            engine.write(layer, factors)
-            layer.map_gradients(method.gradient_map({key: factor.to(engine.dtype) for key, factor in factors.items()}))
+            _install(engine, layer, owners[name], found.get(name))
         scalars |= {name: init.report for name, init in found.items()}
     return _means(engine.comm, scalars, list(layers))
 
@@ -152,6 +151,13 @@ def _factorise(
         failure = error
     engine.comm.agree(failure)
     return found
+
+
+def _install(engine: Engine, layer: AdapterLinear, owner: int, init: Init | None) -> None:
+    """The owner's factors into the layer on every rank, with the correction of gradients that goes with them."""
+    factors = _broadcast(engine.comm, layer, owner, init)
+    engine.write(layer, factors)
+    layer.map_gradients(layer.method.gradient_map({name: factor.to(engine.dtype) for name, factor in factors.items()}))
 
 
 def _broadcast(comm: Comm, layer: AdapterLinear, owner: int, init: Init | None) -> Factors:

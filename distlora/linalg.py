@@ -6,8 +6,8 @@ from torch import Tensor
 #: Up to this smaller side the whole SVD is computed (0.1 s for 1536 × 576 on one core); above, the leading part is iterated.
 EXACT_SIDE = 1024
 
-#: Elements of a matrix that are worked on at once where a copy of all would be in the way: 8 MiB in float64.
-BLOCK_ELEMENTS = 1 << 20
+#: Elements of a matrix that are worked on at once where a copy of all would be in the way: 2 MiB in float64.
+BLOCK_ELEMENTS = 1 << 18
 
 
 def truncated_svd(matrix: Tensor, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -37,9 +37,9 @@ def _subspace_svd(matrix: Tensor, rank: int, generator: torch.Generator, toleran
     q = torch.linalg.qr(matrix @ q).Q
     energy = torch.zeros((), device=matrix.device)
     for _ in range(most):
-        z, triangle = torch.linalg.qr(matrix.T @ q)
+        q, triangle = torch.linalg.qr(matrix.T @ q)
         now = torch.linalg.svdvals(triangle)[:rank].square().sum()
-        q = torch.linalg.qr(matrix @ z).Q
+        q = torch.linalg.qr(matrix @ q).Q
         if now - energy <= tolerance * now:
             break
         energy = now

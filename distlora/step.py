@@ -39,17 +39,10 @@ def accumulate(engine: Engine, batches: Sequence[Batch], loss_sum: LossSum) -> f
     return value
 
 
-def train_step(
-    engine: Engine, batches: Sequence[Batch], loss_sum: LossSum, rate: float, inspect: Callable[[], None] | None = None
-) -> tuple[float, StepInfo]:
-    """`accumulate`, then one step of the optimizer at this learning rate; returns the loss before the step.
-
-    inspect: called between the two, when all gradients are there.
-    """
+def train_step(engine: Engine, batches: Sequence[Batch], loss_sum: LossSum, rate: float) -> tuple[float, StepInfo]:
+    """`accumulate`, then one step of the optimizer at this learning rate; returns the loss before the step."""
     engine.set_rate(rate)
     loss = accumulate(engine, batches, loss_sum)
-    if inspect is not None:
-        inspect()
     return loss, engine.step()
 
 

@@ -3,7 +3,6 @@
 recipe -> model -> attach -> engine -> initialise (or resume) -> steps -> export
 """
 
-import functools
 import logging
 import math
 import time
@@ -33,7 +32,7 @@ from distlora.rankzero import on_main
 from distlora.resume import check_run_dir, claim_run_dir, find_checkpoint
 from distlora.rng import own_random_state, reseed
 from distlora.rundir import share_checkpoint
-from distlora.step import evaluation_loss, train_step
+from distlora.step import accumulate, evaluation_loss
 
 log = logging.getLogger(__name__)
 
@@ -290,11 +289,14 @@ class _Run:
         parts = micro_batches(self.order.indices(step), self.comm.rank, self.comm.world_size, micro, self.accumulation)
         batches = list(self._batches(self.training, parts))
         rate = self.schedule.rate(step)
-        inspect = functools.partial(self._check_gradients, step) if just_started or step == 1 else None
+        self.engine.set_rate(rate)
         try:
-            loss, info = train_step(self.engine, batches, response_loss, rate, inspect)
+            loss = accumulate(self.engine, batches, response_loss)
         except TrainingError as error:
             raise TrainingError(f"{error} at step {step + 1}") from error
+        if just_started or step == 1:
+            self._check_gradients(step)
+        info = self.engine.step()
         # Of all ranks, whose shares are alike up to one sample: exact enough for a speed, and no collective.
         tokens = sum(int(batch["attention_mask"].sum()) for batch in batches) * self.comm.world_size
         speed = progress.advance(loss, rate, tokens)
@@ -308,7 +310,7 @@ class _Run:
         excused = self.attached.method.zero_gradient_at_start if step == 0 else ()
         for name, verdict in self.engine.silent_tensors().items():
             if verdict != "zero" or name.rpartition(".")[2] not in excused:
-                raise TrainingError(f"the gradient of {name} is {verdict}, so it would not be trained,")
+                raise TrainingError(f"the gradient of {name} is {verdict} at step {step + 1}, so it would not be trained")
 
     # ------------------------------------------------------------------ looking on
 

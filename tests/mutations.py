@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,19 +23,25 @@ PARITY = "tests/distributed/test_parity.py::test_zero_gives_what_the_plain_engin
 SAME_LAYOUT = "tests/distributed/test_resume.py::test_at_the_same_layout_to_the_last_bit"
 OTHER_LAYOUT = "tests/distributed/test_resume.py::test_at_another_layout_the_same_curve"
 TO_ONE = "tests/distributed/test_resume.py::test_on_the_plain_engine_the_same_curve"
-#: Seconds after which ranks that wait for each other are given up, and after which a whole run of pytest is.
-PATIENCE, LIMIT = 90, 600
+#: Seconds after which ranks that wait for each other for ever are given up, and those of any other run.
+PATIENCE, LIMIT = 120, 1800
+#: How a run that ended only by a time limit says so.
+WAITED = ("the ranks were still running", "Timed out waiting")
 
 
 @dataclass(frozen=True)
 class Mutation:
-    """In `file` the text `old`, which is there exactly once, becomes `new`; then each of `tests` must fail."""
+    """In `file` the text `old`, which is there exactly once, becomes `new`; then each of `tests` must fail.
+
+    hangs: it fails because ranks wait for each other for ever, which only a time limit ends.
+    """
 
     name: str
     file: str
     old: str
     new: str
     tests: tuple[str, ...]
+    hangs: bool = False
 
 
 def parity(*keys: str) -> tuple[str, ...]:
@@ -98,7 +105,7 @@ MUTATIONS = [
         ZERO,
         "            return self.comm.all_reduce(flat).view(self._shape(name))\n",
         "            return flat.view(self._shape(name))\n",
-        parity("curve-world2-stage2-float32-clip=0_5", "curve-world2-stage3-float32-clip=0_5"),
+        parity("curve-world2-stage2-float32-clip=0_5"),
     ),
     Mutation(
         "at stage 0 every rank adds its whole copy",
@@ -113,28 +120,28 @@ MUTATIONS = [
         ZERO,
         "loss * (self._engine.gradient_accumulation_steps() * self.comm.world_size)",
         "loss * self._engine.gradient_accumulation_steps()",
-        parity("curve-world2-stage0-float32-clip=0_5", "curve-world2-stage2-float32-clip=0_5"),
+        parity("curve-world2-stage0-float32-clip=0_5"),
     ),
     Mutation(
         "gradient scale without the accumulation",
         ZERO,
         "loss * (self._engine.gradient_accumulation_steps() * self.comm.world_size)",
         "loss * self.comm.world_size",
-        parity("curve-world2-stage0-float32-clip=0_5", "curve-world2-stage3-float32-clip=0_5"),
+        parity("curve-world2-stage3-float32-clip=0_5"),
     ),
     Mutation(
         "R's gradient not corrected after a restore",
         COMPOSE,
         "        layer.map_gradients(attached.method.gradient_map(factors))\n",
         "        pass\n",
-        parity("correcting-world2-stage2-float32-micro_batch=2", "correcting-world2-stage3-float32-micro_batch=2"),
+        parity("correcting-world2-stage3-float32-micro_batch=2"),
     ),
     Mutation(
         "R's gradient corrected on rank 0 only",
         COMPOSE,
         "        layer.map_gradients(attached.method.gradient_map(factors))\n",
         "        layer.map_gradients(attached.method.gradient_map(factors) if engine.comm.is_main else {})\n",
-        parity("curve-world2-stage2-float32-clip=0_5", "correcting-world2-stage3-float32-micro_batch=2"),
+        parity("curve-world2-stage2-float32-clip=0_5"),
     ),
     Mutation(
         "gradients to be replaced not summed over ranks",
@@ -213,6 +220,7 @@ MUTATIONS = [
         "    for batch in batches:\n        loss, _ = engine.run(loss_sum, batch)\n",
         "    for batch in filter(response_tokens, batches):\n        loss, _ = engine.run(loss_sum, batch)\n",
         parity("short_batch-world2-stage3-float32-micro_batch=2"),
+        hangs=True,
     ),
     Mutation(
         "no evaluation pass of weight zero",
@@ -220,13 +228,14 @@ MUTATIONS = [
         "    for batch in batches:\n        loss, count = engine.run(loss_sum, batch)\n",
         "    for batch in filter(response_tokens, batches):\n        loss, count = engine.run(loss_sum, batch)\n",
         parity("short_batch-world2-stage3-float32-micro_batch=2"),
+        hangs=True,
     ),
     Mutation(
         "learning rate not set",
         ZERO,
         "        set_rate(self._optimizer, rate)\n",
         "        pass\n",
-        parity("curve-world2-stage0-float32-clip=0_5", "curve-world2-stage2-float32-clip=0_5"),
+        parity("curve-world2-stage2-float32-clip=0_5"),
     ),
     Mutation(
         "the wrapper's dummy step not forgotten",
@@ -249,6 +258,7 @@ MUTATIONS = [
         "            for batch in batches:\n",
         '            for batch in (batch for batch in batches if batch["labels"].max() >= 0):\n',
         parity("probing-world2-stage0-float32"),
+        hangs=True,
     ),
     Mutation(
         "probe leaves weights gathered",
@@ -345,7 +355,7 @@ MUTATIONS = [
         ZERO,
         "        return self.comm.reduce_to(flat, 0).view(self._shape(name)).cpu()\n",
         "        return flat.view(self._shape(name)).cpu()\n",
-        (f"{OTHER_LAYOUT}[world2-stage2-float32-from-world2-stage3-float32]", f"{TO_ONE}[world2-stage2-float32]"),
+        (f"{TO_ONE}[world2-stage2-float32]",),
     ),
     Mutation(
         "only rank 0 restores",
@@ -381,45 +391,53 @@ def main(words: list[str]) -> int:
             if count != 1:
                 print(f"{mutation.name}: its text is {count} times in {mutation.file}, and should be once")
                 return 1
-        verdict, why = _run(copy, sorted({test for mutation in chosen for test in mutation.tests}), patience=LIMIT)
+        verdict, why = _run(copy, sorted({test for mutation in chosen for test in mutation.tests}), LIMIT)
         print(f"without a mutation: {verdict} {why}", flush=True)
         if verdict != "passed":
             return 1
         outcomes = [_try(copy, mutation) for mutation in chosen]
-    survived = sum("SURVIVED" in outcome for outcome in outcomes)
-    print(f"{len(chosen)} mutations, {survived} survived")
-    return 1 if survived else 0
+    caught = outcomes.count("caught")
+    print(f"{len(chosen)} mutations, {caught} caught")
+    return 0 if caught == len(chosen) else 1
 
 
 def _try(copy: Path, mutation: Mutation) -> str:
-    """One line of the table, printed and returned."""
+    """Prints one line of the table, and returns its verdict: "caught", "SURVIVED" or "UNDECIDED"."""
     file, began = copy / mutation.file, time.monotonic()
     text = file.read_text()
+    patience = PATIENCE if mutation.hangs else LIMIT
+    # A busy machine may need as long as a hang: then the unspoiled code is not in time either.
+    in_time = not mutation.hangs or _run(copy, mutation.tests, patience)[0] == "passed"
     file.write_text(text.replace(mutation.old, mutation.new))
     try:
-        verdicts = [_run(copy, [test]) for test in mutation.tests]
+        verdicts = [_run(copy, [test], patience) for test in mutation.tests]
     finally:
         file.write_text(text)
-    passed = [test for test, (verdict, _) in zip(mutation.tests, verdicts, strict=True) if verdict != "failed"]
-    outcome = "SURVIVED " + ", ".join(map(_short, passed)) if passed else f"caught   {verdicts[0][1]}"
-    line = f"{mutation.name:55} {time.monotonic() - began:5.0f} s  {outcome}"
-    print(line, flush=True)
-    return line
+    passed = [test for test, (verdict, _) in zip(mutation.tests, verdicts, strict=True) if verdict == "passed"]
+    waited = any(word in why for _, why in verdicts for word in WAITED)
+    if passed:
+        verdict, why = "SURVIVED", ", ".join(map(_short, passed))
+    elif waited and not (mutation.hangs and in_time):
+        verdict, why = "UNDECIDED", verdicts[0][1]
+    else:
+        verdict, why = "caught", verdicts[0][1]
+    print(f"{mutation.name:53} {time.monotonic() - began:5.0f} s  {verdict:9} {why}", flush=True)
+    return verdict
 
 
-def _run(copy: Path, tests: list[str], patience: float = PATIENCE) -> tuple[str, str]:
+def _run(copy: Path, tests: Sequence[str], patience: float) -> tuple[str, str]:
     """("passed" or "failed", why) of these tests in the copy; any other end is a mistake in the list."""
     environment = os.environ | {
         "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1", "DISTLORA_TEST_PATIENCE": str(patience),
     }  # fmt: skip
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", *tests]
-    done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, timeout=LIMIT + 60)
+    done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
     if done.returncode not in (0, 1):
         raise SystemExit(f"pytest ended with {done.returncode} over {tests}:\n{done.stdout}{done.stderr}")
     # The innermost sentence: of an assertion in the test, else of the traceback that the ranks left.
     sentence = r"^(?:E\s+)?((?:\w+\.)*\w*(?:Error|Exception)\b.*|the ranks were still running.*)"
     said = re.findall(sentence, done.stdout, re.MULTILINE)
-    return ("failed", said[-1][:90] if said else "no result") if done.returncode else ("passed", "")
+    return ("failed", said[-1][:100] if said else "no result") if done.returncode else ("passed", "")
 
 
 def _short(test: str) -> str:

@@ -19,7 +19,7 @@ from distlora.probe import mean_gradients
 from distlora.step import train_step
 from tests.benchmarks.live_bytes import LiveBytes
 
-#: Blocks that are on their way to the host while the next one is formed, as long as the copy takes: `probe._HostSums` has two buffers.
+#: Blocks that are on their way to the host while the next one is formed: `probe._HostSums` has two buffers.
 BLOCKS_UNDER_WAY = 2
 #: Micro-batches of every phase. With more, the training step would hold its accumulated gradients in the later ones: 4 MiB for
 #: Mistral-7B, which are left out in training's disfavour.

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from distlora.comm import Comm
 from distlora.engine import StepInfo
@@ -26,22 +27,26 @@ PERSISTENT_ELEMENTS = 100_000
 class Guesses(TorchDispatchMode):
     """Answers where a program asks for values that fake tensors do not have.
 
-    Comparisons are false (an iteration that waits for convergence runs to its limit), each number read is larger than the last
-    (a search for the least loss ends soon), and `nonzero` finds `response` elements (the tokens that have a loss).
+    `a <= b` holds (an iteration that waits for convergence ends) and no other comparison does, each number read is larger than
+    the last (a search for the least loss ends soon), and `nonzero` finds `response` elements (the tokens that have a loss).
     """
 
     def __init__(self, response: int):
         super().__init__()
         self._response, self._numbers = response, 0.0
+        self._holding = WeakTensorKeyDictionary()
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         if operation is torch.ops.aten.nonzero.default:
             return args[0].new_zeros((self._response, args[0].ndim), dtype=torch.int64)
         try:
-            return operation(*args, **(kwargs or {}))
+            result = operation(*args, **(kwargs or {}))
+            if operation is torch.ops.aten.le.Tensor:
+                self._holding[result] = True
+            return result
         except DataDependentOutputException:
             if args[0].dtype == torch.bool:
-                return False
+                return args[0] in self._holding
             self._numbers += 1
             return int(self._numbers) if not args[0].dtype.is_floating_point else self._numbers
 

@@ -32,6 +32,11 @@ class Entry:
         extras = [f"{k}={v}" for k, v in {**self.setting, **self.arguments}.items()] + ([self.note] if self.note else [])
         return "-".join([name, *extras]).replace("/", "_").replace(" ", "").replace(".", "_")
 
+    @property
+    def group(self) -> tuple[int, str]:
+        """Cases of one group share a start of the ranks. DeepSpeed makes the groups of hpZ only once in a process."""
+        return self.world, self.key if "zero_hpz_partition_size" in self.zero else ""
+
     def for_worker(self) -> dict:
         engine = {"stage": self.stage, "dtype": self.dtype, **self.zero}
         return {"key": self.key, "case": self.case, "engine": engine, "setting": self.setting, "arguments": self.arguments}

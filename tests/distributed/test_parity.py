@@ -17,14 +17,14 @@ from tests.distributed.world import save_model
 PLAN = entries()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def model(tmp_path_factory):
     directory = tmp_path_factory.mktemp("model")
     save_model(directory)
     return directory
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def worlds(model, tmp_path_factory, request):
     """Starts the ranks of a world for the cases that were selected, the first time that one is asked for."""
     selected = [item for item in request.session.items if item.path == request.path]
@@ -32,16 +32,16 @@ def worlds(model, tmp_path_factory, request):
     started = {}
 
     def results(entry: Entry):
-        if entry.world not in started:
-            started[entry.world] = tmp_path_factory.mktemp(f"world{entry.world}")
-            chosen = [e.for_worker() for e in PLAN if e.world == entry.world and e.key in wanted]
-            launch(entry.world, model, started[entry.world], chosen)
-        return results_of(started[entry.world], entry.key)
+        if entry.group not in started:
+            started[entry.group] = tmp_path_factory.mktemp(f"world{entry.world}")
+            chosen = [e.for_worker() for e in PLAN if e.group == entry.group and e.key in wanted]
+            launch(entry.world, model, started[entry.group], chosen)
+        return results_of(started[entry.group], entry.key)
 
     return results
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def reference(model, tmp_path_factory):
     """The same case on LocalEngine, once for all stages and worlds that share it."""
     known = {}

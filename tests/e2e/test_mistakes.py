@@ -127,7 +127,7 @@ def test_deepspeed_config(recipe, tmp_path):
 def test_run_directory(recipe, tmp_path):
     (tmp_path / "file").write_text("")
     assert f"{tmp_path}/file is a file; name a directory" in refused("train", recipe, f"output_dir={tmp_path}/file")
-    assert refused("train", recipe, "output_dir=/proc/none/run").startswith("output_dir: /proc/none/run cannot be written")
+    assert refused("train", recipe, "output_dir=/proc/none/run").startswith("output_dir: /proc/none/run cannot be made")
 
 
 def test_other_verbs(finished, model, tmp_path):

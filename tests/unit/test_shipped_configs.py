@@ -102,7 +102,8 @@ def test_settings_of_the_commonsense_experiment():
 @pytest.mark.parametrize("path", ZEROS, ids=by_name)
 def test_zero_config_resolves(path, dtype, world, tmp_path):
     recipe = load_recipe(
-        QUICKSTART, [f"deepspeed={path}", f"model.dtype={dtype}", "train.global_batch_size=64", "train.micro_batch_size=8", f"output_dir={tmp_path}/run"]
+        QUICKSTART, [f"deepspeed={path}", f"model.dtype={dtype}", "train.global_batch_size=64", "train.micro_batch_size=8",
+                     f"output_dir={tmp_path}/run"]
     )
     config, _ = resolve_deepspeed(recipe, world, 576)
     assert '"auto"' not in json.dumps(config)
