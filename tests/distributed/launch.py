@@ -13,7 +13,7 @@ from torch import Tensor
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 #: Seconds after which the ranks of one world are given up. A broken collective only ends so.
-PATIENCE = float(os.environ.get("DISTLORA_TEST_PATIENCE", 420))
+PATIENCE = float(os.environ.get("DISTLORA_TEST_PATIENCE", 1500))
 
 
 def launch(world_size: int, model: Path, out: Path, cases: list[dict], timeout: float = PATIENCE) -> None:

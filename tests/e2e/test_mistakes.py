@@ -112,8 +112,7 @@ def test_deepspeed_config(recipe, tmp_path):
     assert refused(*given).startswith(f"{file} is not JSON: ")
     file.write_text('{"train_batch_size": 64}')
     assert refused(*given) == (
-        f"recipe train.global_batch_size=4 contradicts train_batch_size=64 in {file}; "
-        "set the latter to auto or make them equal"
+        f"recipe train.global_batch_size=4 contradicts train_batch_size=64 in {file}; set the latter to auto or make them equal"
     )
     file.write_text('{"bf16": {"enabled": true}}')
     assert refused(*given).startswith(f"recipe model.dtype=float32 contradicts bf16.enabled=true in {file}")

@@ -7,7 +7,19 @@ import signal
 
 import pytest
 
-from tests.e2e.program import call, curve, files_of, metrics, python, recipe_of, started, succeed, wait_until, write_recipe
+from tests.e2e.program import (
+    PATIENCE,
+    call,
+    curve,
+    files_of,
+    metrics,
+    python,
+    recipe_of,
+    started,
+    succeed,
+    wait_until,
+    write_recipe,
+)
 
 #: So many that a run cannot end between its first checkpoint and the moment when this is seen.
 LONG = 40
@@ -16,14 +28,14 @@ LONG = 40
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(model, data, tmp_path):
     content = recipe_of(model, data, tmp_path / "killed")
     content["method"]["dropout"] = 0.1  # drawn anew at every step: the states of the generators matter
-    content["method"]["init"]["orthonormal"] = False  # the gradient of R is then replaced, before and after
+    content["method"]["alpha"] = 6.0  # the gradient of R is then replaced, before and after
     content["train"] |= {"steps": LONG, "lr": 0.005, "eval_every": 7, "exact_match_samples": 0}
     recipe = write_recipe(tmp_path / "recipe.yaml", content)
     succeed("train", recipe, f"output_dir={tmp_path / 'whole'}")
 
     killed = tmp_path / "killed"
     with started(*python("train", recipe)) as process:
-        wait_until(lambda: (killed / "checkpoint-3").exists(), 60, "the checkpoint of step 3", process)
+        wait_until((killed / "checkpoint-3").exists, PATIENCE, "the checkpoint of step 3", process)
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
     assert not (killed / f"checkpoint-{LONG}").exists(), "the run was over before it was killed"
