@@ -135,9 +135,11 @@ def writing(setting: Setting) -> Results:
         factors = setting.engine.read(layer)
         setting.engine.write(layer, {"R": -2 * factors["R"].float(), "B": 0.5 * factors["B"].float()})
     losses.append(setting.evaluation())
-    losses += setting.steps(0, 3)[0]
+    # Once DeepSpeed has seen a backward pass it keeps every weight gathered for it, after an evaluation too.
+    losses += [*setting.steps(0, 3)[0], setting.evaluation()]
     for layer in setting.attached.layers.values():
         setting.engine.write(layer, {"R": 1.5 * setting.engine.read(layer)["R"]})
+    losses.append(setting.evaluation())
     losses += setting.steps(3, 6)[0]
     return _curve(losses, [], setting.evaluation()) | setting.factors()
 
