@@ -9,6 +9,7 @@ from torch import nn
 
 from distlora.errors import UserError
 from distlora.layer import AdapterLinear
+from distlora.ledger import Ledger
 from distlora.methods import Method
 
 ALL_LINEAR = "all-linear"
@@ -16,12 +17,14 @@ ALL_LINEAR = "all-linear"
 
 @dataclass
 class Attached:
-    """What `attach` did. layers: by name in the bare model. trained: names of all trained parameters, in the model's order."""
+    """What `attach` did. layers: by name in the bare model. trained: names of all trained parameters, in the model's order.
+    ledger: what has been added to the layers' frozen weights since, once there is an engine to do it."""
 
     method: Method
     layers: dict[str, AdapterLinear] = field(default_factory=dict)
     targets: list[str] = field(default_factory=list)
     trained: list[str] = field(default_factory=list)
+    ledger: Ledger | None = None
 
 
 def attach(model: nn.Module, method: Method, targets: str | list[str], new_parameters: Collection[str] = ()) -> Attached:

@@ -14,6 +14,8 @@ from distlora.errors import Ending, TrainingError, UserError
 USER_ERROR, TRAINING_ERROR = 2, 1
 #: Seconds that the other ranks give rank 0 to say what is wrong, and its launcher to end them.
 PATIENCE = 5.0
+#: Scores between 0 and 1 that are shown in per cent.
+SHARES = ("accuracy", "f1", "exact_match")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -68,6 +70,16 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--format", choices=("peft", "merged"), required=True)
     export.add_argument("--out", type=Path, required=True, help="a directory that does not exist yet")
     export.add_argument("--step", type=int, help="of the checkpoint; default: the newest")
+    export.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="default: float32 (peft), as the pretrained weights (merged)"
+    )
+    export.add_argument("--compress-rank", type=int, metavar="K", help="peft: at most K columns a layer, by an SVD of its update")
+    export.add_argument(
+        "--max-error",
+        type=float,
+        metavar="E",
+        help="peft: the smallest rank of each layer whose update is off by at most E, relative, in the Frobenius norm",
+    )
     export.set_defaults(run=_export)
 
     methods = verbs.add_parser("methods", help="list the methods")
@@ -117,9 +129,22 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 def _export(options: argparse.Namespace) -> None:
     _log_to_terminal(shown=True)
+    import torch
+
     from distlora.export import export
 
-    print(export(options.run_dir, options.format, options.out, options.step))
+    done = export(
+        options.run_dir,
+        options.format,
+        options.out,
+        options.step,
+        options.dtype and getattr(torch, options.dtype),
+        options.compress_rank,
+        options.max_error,
+    )
+    print(done.path)
+    if done.compression:
+        print(done.compression)
 
 
 def _methods(options: argparse.Namespace) -> None:
@@ -158,10 +183,7 @@ def _sentence(error: Ending, code: int) -> int:
     """The error once, from rank 0; from another rank only if that one is alone with it and still alive after a while."""
     from distlora.comm import Topology
 
-    try:
-        rank = Topology.from_environment().rank
-    except UserError:  # the environment is the mistake: nobody knows who is first
-        rank = 0
+    rank = Topology.own_rank()
     if rank == 0:
         print(f"distlora: {error}", file=sys.stderr, flush=True)
     else:
@@ -176,10 +198,10 @@ def _table(summary) -> str:
     """The run on one screen."""
     ratio = f"{summary.lora_trained / summary.trained:.1f} times fewer than" if summary.trained < summary.lora_trained else "beside"
     rows = [("", "before", "after")] if summary.after else []
-    for key, form in (("loss", "{:.4f}"), ("exact_match", "{:.1%}")):
-        if key in summary.after:
-            before = form.format(summary.before[key]) if key in summary.before else "-"
-            rows.append((key.replace("_", " "), before, form.format(summary.after[key])))
+    for key, value in summary.after.items():
+        form = "{:.1%}" if key in SHARES else "{:.4f}"
+        before = form.format(summary.before[key]) if key in summary.before else "-"
+        rows.append((key.replace("_", " "), before, form.format(value)))
     lines = [f"  {name:<24}{before:>10}{after:>10}" for name, before, after in rows]
     lora = f"({ratio} LoRA's {summary.lora_trained:,} at rank {summary.rank})" if summary.lora_trained else ""
     facts = [

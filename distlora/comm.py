@@ -34,21 +34,33 @@ class Topology:
 
     @classmethod
     def from_environment(cls) -> "Topology":
-        """Raises UserError where a launcher left several processes without a common address."""
+        """Raises UserError, agreed by all ranks, where a launcher left several processes without a common address."""
+        found, variable = cls._found()
+        if found.world_size > 1 and "MASTER_ADDR" not in os.environ:
+            error = UserError(
+                f"{found.world_size} processes were started through {variable}, but MASTER_ADDR is not set; "
+                "export MASTER_ADDR (the host of rank 0) and MASTER_PORT"
+            )
+            error.agreed = True
+            raise error
+        return found
+
+    @classmethod
+    def own_rank(cls) -> int:
+        """The rank, even where the environment lacks what else is needed."""
+        return cls._found()[0].rank
+
+    @classmethod
+    def _found(cls) -> tuple["Topology", str]:
+        """What the launcher says, and by which variable it says the rank."""
         local_rank = next((int(os.environ[name]) for name in _LOCAL_RANKS if name in os.environ), 0)
         for rank, world_size in _LAUNCHERS:
             # An interactive SLURM shell sets SLURM_PROCID=0 without being a step of several tasks: then one process is right.
             if rank in os.environ and world_size in os.environ:
                 if rank == "SLURM_PROCID" and "SLURM_STEP_ID" not in os.environ:
                     continue
-                found = cls(int(os.environ[rank]), int(os.environ[world_size]), local_rank)
-                if found.world_size > 1 and "MASTER_ADDR" not in os.environ:
-                    raise UserError(
-                        f"{found.world_size} processes were started through {rank}, but MASTER_ADDR is not set; "
-                        "export MASTER_ADDR (the host of rank 0) and MASTER_PORT"
-                    )
-                return found
-        return cls()
+                return cls(int(os.environ[rank]), int(os.environ[world_size]), local_rank), rank
+        return cls(), ""
 
 
 class Comm:
@@ -115,6 +127,14 @@ class Comm:
         """Overwrites `tensor` with the one of rank `source`."""
         if self.world_size > 1:
             dist.broadcast(tensor, source)
+        return tensor
+
+    def move(self, tensor: Tensor, source: int, target: int) -> Tensor:
+        """The tensor of rank `source` on rank `target`, which brings one of its shape to be overwritten; elsewhere undefined."""
+        if source != target and self.rank == source:
+            dist.send(tensor, target)
+        if source != target and self.rank == target:
+            dist.recv(tensor, source)
         return tensor
 
     def gather_to(self, tensor: Tensor, owner: int) -> list[Tensor] | None:

@@ -12,7 +12,8 @@ from distlora.attach import Attached
 from distlora.comm import Comm
 from distlora.engine import Engine
 from distlora.layer import AdapterLinear
-from distlora.methods import Factors, Init, Method
+from distlora.ledger import Ledger
+from distlora.methods import Factors, Init, LowRank, Method
 from distlora.methods.base import LayerInit
 from distlora.probe import Batch, Loss, mean_gradients, sample_weights
 
@@ -40,23 +41,42 @@ class ProbeData:
 
 @dataclass
 class InitReport:
-    """What initialisation did. scalars: for logging under `init/`. search: (eta, probe loss) in the order tried."""
+    """What initialisation did. scalars: for logging under `init/`. search: (eta, probe loss) in the order tried.
+    reserves: components for later, of the layers that this rank owns."""
 
     scalars: dict[str, float] = field(default_factory=dict)
     search: list[tuple[float, float]] = field(default_factory=list)
+    reserves: dict[str, LowRank] = field(default_factory=dict)
 
 
-def initialise(engine: Engine, attached: Attached, seed: int, first_rate: float, data: ProbeData | None = None) -> InitReport:
+def open_ledger(engine: Engine, attached: Attached, seed: int) -> None:
+    """An empty ledger for the attached layers. seed: of the recipe."""
+    owners = assign_owners(attached.layers, attached.method, engine.comm.world_size)
+    attached.ledger = Ledger(engine.comm, owners, seed)
+
+
+def initialise(
+    engine: Engine,
+    attached: Attached,
+    seed: int,
+    first_rate: float,
+    data: ProbeData | None = None,
+    number: int = 0,
+    keep_function: bool = False,
+) -> InitReport:
     """Gives every layer its factors, the same for every world size and ZeRO stage.
 
     seed: of the recipe. first_rate: the schedule's first learning rate that is not zero (for `eta: schedule`).
-    data: the probe's samples, needed where the method starts from gradients.
+    data: the probe's samples, needed where the method starts from gradients. number: 0 at the start of a run, j for the j-th
+    time that the adapter starts anew. keep_function: the factor that eta scales stays zero.
     Layer i is factorised by its owner alone (`assign_owners`); everyone else receives the factors.
     """
     method, layers = attached.method, attached.layers
     report = InitReport()
     if not layers:
         return report
+    if attached.ledger is None:
+        open_ledger(engine, attached, seed)
     owners = assign_owners(layers, method, engine.comm.world_size)
     settings = method.probe_settings()
     gradients: dict[str, Tensor] = {}
@@ -64,33 +84,51 @@ def initialise(engine: Engine, attached: Attached, seed: int, first_rate: float,
         log.info("probing the full gradients of %d layers on %d samples", len(layers), data.samples)
         gradients = mean_gradients(engine, layers, owners, data.batches(), data.samples, data.loss, settings.sums)
         report.scalars["samples"] = data.samples
-    eta = {"search": 1.0, "schedule": first_rate, None: 1.0}.get(settings and settings.eta, settings and settings.eta)
+    eta = 1.0
+    if settings is not None and settings.eta != "search" and not keep_function:
+        eta = first_rate if settings.eta == "schedule" else settings.eta
 
     log.info("initialising the factors of %d layers", len(layers))
-    report.scalars |= factorise_all(engine, attached, owners, gradients, seed, eta)
+    report.scalars |= factorise_all(engine, attached, owners, gradients, _draw_seed(seed, number), eta, report.reserves)
     if settings is not None:
-        if settings.eta == "search":
+        if keep_function:
+            eta = 0.0
+            _scale(engine, layers, method.proportional_to_eta(), eta)
+        elif settings.eta == "search":
             eta = search_eta(engine, layers, method.proportional_to_eta(), data, report)
         report.scalars["eta"] = eta
     return report
 
 
 def factorise_all(
-    engine: Engine, attached: Attached, owners: dict[str, int], gradients: dict[str, Tensor], seed: int, eta: float
+    engine: Engine,
+    attached: Attached,
+    owners: dict[str, int],
+    gradients: dict[str, Tensor],
+    seed: int | str,
+    eta: float,
+    reserves: dict[str, LowRank] | None = None,
 ) -> dict[str, float]:
     """Factors for every layer, from its weight or gradient, written into the engine; returns the means and the least values of
     what the method reported.
 
     gradients: of the layers that this rank owns, where the method asks for them; each is taken out as it is used.
+    reserves: where to put the reserves of the layers that this rank owns.
     """
     method, layers = attached.method, attached.layers
     scalars: dict[str, dict[str, float]] = {}
     for turn in _turns(layers, owners):
         found = _factorise(engine, method, turn, owners, gradients, seed, eta)
         for name, layer in turn.items():
-            _install(engine, layer, owners[name], found.get(name))
+            _install(engine, attached.ledger, layer, owners[name], found.get(name))
         scalars |= {name: init.report for name, init in found.items()}
+        if reserves is not None:
+            reserves |= {name: init.reserve for name, init in found.items() if init.reserve is not None}
     return _means(engine.comm, scalars, list(layers))
+
+
+def _draw_seed(seed: int, number: int) -> int | str:
+    return seed if number == 0 else f"{seed}.{number}"
 
 
 def install_gradient_maps(engine: Engine, attached: Attached) -> None:
@@ -111,7 +149,7 @@ def assign_owners(layers: dict[str, AdapterLinear], method: Method, world_size: 
     return owners
 
 
-def layer_generator(seed: int, name: str) -> torch.Generator:
+def layer_generator(seed: int | str, name: str) -> torch.Generator:
     """A generator of the layer's own, so that no layer's draw depends on which rank drew before it."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
@@ -132,7 +170,7 @@ def _factorise(
     turn: dict[str, AdapterLinear],
     owners: dict[str, int],
     gradients: dict[str, Tensor],
-    seed: int,
+    seed: int | str,
     eta: float,
 ) -> dict[str, Init]:
     """The own layers of this turn, with their factors."""
@@ -144,7 +182,6 @@ def _factorise(
     found, failure = {}, None
     try:
         for name, source in sources.items():
-            source = source if source is None else source.to(engine.comm.device)
             generator = layer_generator(seed, name)
             found[name] = method.initialise(LayerInit(turn[name].shape, source, generator, engine.dtype, eta, engine.comm.device))
     except Exception as error:  # the others wait in a broadcast: tell them before this rank leaves
@@ -153,10 +190,14 @@ def _factorise(
     return found
 
 
-def _install(engine: Engine, layer: AdapterLinear, owner: int, init: Init | None) -> None:
-    """The owner's factors into the layer on every rank, with the correction of gradients that goes with them."""
+def _install(engine: Engine, ledger: Ledger, layer: AdapterLinear, owner: int, init: Init | None) -> None:
+    """The owner's factors into the layer on every rank, with the update of the weight and the correction of gradients that go
+    with them."""
     factors = _broadcast(engine.comm, layer, owner, init)
     engine.write(layer, factors)
+    update = broadcast_pair(engine.comm, layer.shape, owner, init and init.base_update)
+    if update is not None:
+        ledger.apply(engine, layer, 0, "nearest", update)
     layer.map_gradients(layer.method.gradient_map({name: factor.to(engine.dtype) for name, factor in factors.items()}))
 
 
@@ -169,6 +210,19 @@ def _broadcast(comm: Comm, layer: AdapterLinear, owner: int, init: Init | None) 
             value.copy_(init.factors[name])
         factors[name] = comm.broadcast(value, owner)
     return factors
+
+
+def broadcast_pair(comm: Comm, shape: tuple[int, int], owner: int, pair: LowRank | None) -> LowRank | None:
+    """The owner's pair for a weight of this shape (out, in), on every rank in float32 on the device; None if it has none."""
+    columns = torch.tensor(0 if pair is None else pair.right.shape[0], device=comm.device)
+    count = int(comm.broadcast(columns, owner))
+    if count == 0:
+        return None
+    sides = torch.zeros(shape[0], count, device=comm.device), torch.zeros(count, shape[1], device=comm.device)
+    if pair is not None:
+        sides[0].copy_(pair.left)
+        sides[1].copy_(pair.right)
+    return LowRank(*(comm.broadcast(side, owner) for side in sides))
 
 
 def _means(comm: Comm, scalars: dict[str, dict[str, float]], names: list[str]) -> dict[str, float]:
@@ -223,9 +277,13 @@ def search_eta(engine: Engine, layers: dict[str, AdapterLinear], factor: str, da
     best = min(losses, key=losses.get)
     eta = 10**best / unit
     report.scalars["loss_after"] = losses[best]
-    for layer in layers.values():
-        engine.write(layer, {factor: engine.read(layer)[factor] * eta})
+    _scale(engine, layers, factor, eta)
     return eta
+
+
+def _scale(engine: Engine, layers: dict[str, AdapterLinear], factor: str, scale: float) -> None:
+    for layer in layers.values():
+        engine.write(layer, {factor: engine.read(layer)[factor] * scale})
 
 
 @torch.no_grad()

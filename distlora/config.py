@@ -70,13 +70,14 @@ class OptimizerSection(Section):
 
 
 class DataSection(Section):
-    task: Text = Field(description="how rows become prompts and answers")
+    task: Text = Field(description="how rows become prompts and answers, or texts and labels")
     path: Text | None = Field(None, description="a hub data set, a local file or folder; null: the task's own")
     split: Text = Field("train", description='as in the datasets library: "train", "train[:1000]"')
     eval_split: Text | None = Field(None, description="null: no evaluation")
     fields: dict[str, Text] | None = Field(None, description="the task's field name -> the column of the data")
+    labels: list[Text] | None = Field(None, description="task classification: names in the order of their numbers, from 0 on")
     template: Text | None = Field(None, description="prompt with {field} placeholders, or chat; null: the task's own")
-    max_length: int = Field(512, ge=2, description="tokens of prompt and answer; longer samples are truncated, and counted")
+    max_length: int = Field(512, ge=2, description="tokens of a sample; longer ones are truncated, and counted")
     max_new_tokens: Count = Field(8, description="tokens generated for an exact-match answer")
 
 

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from distlora.comm import Comm
+from distlora.fusing import add_low_rank
 from distlora.layer import AdapterLinear
-from distlora.methods import Factors
+from distlora.methods import Factors, LowRank
 from distlora.optimizer import OptimizerSpec, restore_state, set_rate, steps_taken
+from distlora.rounding import Rounding
 
 #: A change of gradients: `{name: gradient}` of one layer's trained factors to the same, whole tensors in float32.
 GradientMap = Callable[[AdapterLinear, Factors], Factors]
@@ -30,12 +32,29 @@ class StepInfo:
     skipped: bool = False
 
 
+@dataclass(frozen=True)
+class Part:
+    """The part of one trained tensor that lies on this rank: elements [start, start + n) of the row-major tensor.
+
+    counted: whether a sum over ranks counts it (where every rank holds the whole, rank 0's counts). master: (n,) float32 view
+    of what the optimizer steps from. gradient: (n,) float32, averaged, not yet clipped; None unless asked for. moments: (n,)
+    views of the optimizer's state, empty before its first step. Views may be changed in place.
+    """
+
+    start: int
+    counted: bool
+    master: Tensor
+    gradient: Tensor | None
+    moments: dict[str, Tensor]
+
+
 class Engine(Protocol):
     """See the module's docstring. Every method is collective: all ranks call it, in the same order, with equal arguments."""
 
     module: nn.Module
     comm: Comm
     dtype: torch.dtype
+    optimizer: OptimizerSpec
 
     def loading(self) -> AbstractContextManager:
         """Under which pretrained weights are read (ZeRO-3: each rank keeps its part only)."""
@@ -69,6 +88,15 @@ class Engine(Protocol):
     def map_gradients(self, layers: list[AdapterLinear], change: GradientMap) -> None:
         """Replaces averaged gradients after the last backward, before the step; clipping sees the new ones."""
 
+    def clip_factor(self) -> float:
+        """After the last backward, before the step: what clipping is going to multiply every gradient by."""
+
+    def parts(self, layer: AdapterLinear, gradients: bool = False) -> dict[str, Part]:
+        """This rank's parts of a layer's trained factors; a factor of which it holds nothing is left out. Not collective.
+
+        gradients: with their gradients, which are there after the last backward, before the step.
+        """
+
     def probe_pass(self) -> AbstractContextManager:
         """Around forward and backward passes that train nothing; no counter of the engine moves."""
 
@@ -82,11 +110,20 @@ class Engine(Protocol):
     def write_events(self, events: list[tuple[str, float, int]]) -> None:
         """(tag, value, step) to the engine's monitors; rank 0's are kept."""
 
+    def write_image(self, tag: str, image: Tensor, step: int) -> None:
+        """image: (height, width, 3) uint8, to the engine's monitors that take pictures; rank 0's is kept."""
+
     def read(self, layer: AdapterLinear) -> Factors:
         """All factors, whole, on every rank: float32 masters of the trained ones, the others as the forward uses them."""
 
     def write(self, layer: AdapterLinear, factors: Factors) -> None:
         """Writes whole factors into every copy: what the next forward reads, and what the optimizer steps from."""
+
+    def add_low_rank(self, layer: AdapterLinear, update: LowRank, rounding: Rounding, key: int) -> float:
+        """`W ← round(W + left @ right)` of the layer's frozen weight: every rank works on its own part, no part of W travels.
+
+        key: of the draws of stochastic rounding. Returns this rank's share of the squared rounding error; the shares add up.
+        """
 
     def weight_at_owner(self, layer: AdapterLinear, owner: int) -> Tensor | None:
         """W (out, in) in float32 on rank `owner`, None elsewhere."""
@@ -134,7 +171,7 @@ class LocalEngine:
         self._masters = {
             name: p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for name, p in self._trained.items()
         }
-        self._spec = optimizer
+        self.optimizer = optimizer
         self._optimizer = optimizer.build(self._masters.values())
 
     def train_mode(self, on: bool) -> None:
@@ -179,6 +216,19 @@ class LocalEngine:
             for name, gradient in change(layer, {name: p.grad.float() for name, p in factors.items()}).items():
                 factors[name].grad.copy_(gradient)
 
+    def clip_factor(self) -> float:
+        gradients = [p.grad.float() for p in self._trained.values() if p.grad is not None]
+        return clip_factor(float(torch.nn.utils.get_total_norm(gradients)), self.clip)
+
+    def parts(self, layer: AdapterLinear, gradients: bool = False) -> dict[str, Part]:
+        return {factor: self._part(f"{layer.name}.{factor}", gradients) for factor in layer.method.trains}
+
+    def _part(self, name: str, gradients: bool) -> Part:
+        gradient, master = self._trained[name].grad if gradients else None, self._masters[name]
+        state = self._optimizer.state.get(master, {})
+        moments = {key: state[key].view(-1) for key in self.optimizer.moments() if key in state}
+        return Part(0, True, master.detach().view(-1), None if gradient is None else gradient.float().view(-1), moments)
+
     @contextmanager
     def probe_pass(self) -> Iterator[None]:
         yield
@@ -190,6 +240,9 @@ class LocalEngine:
     def write_events(self, events: list[tuple[str, float, int]]) -> None:
         """The plain engine has no monitor beyond the run's own metrics file."""
 
+    def write_image(self, tag: str, image: Tensor, step: int) -> None:
+        """See `write_events`."""
+
     # ------------------------------------------------------------------ reading and writing
 
     def read(self, layer: AdapterLinear) -> Factors:
@@ -200,6 +253,9 @@ class LocalEngine:
         for name, value in factors.items():
             self._overwrite(f"{layer.name}.{name}", value)
 
+    def add_low_rank(self, layer: AdapterLinear, update: LowRank, rounding: Rounding, key: int) -> float:
+        return add_low_rank(layer.weight.detach().view(-1), 0, update, rounding, key, self.comm.device)
+
     def weight_at_owner(self, layer: AdapterLinear, owner: int) -> Tensor | None:
         return layer.weight.detach().float()
 
@@ -208,14 +264,14 @@ class LocalEngine:
 
     def read_trained(self, name: str) -> dict[str, Tensor] | None:
         state = self._optimizer.state.get(self._masters[name], {})
-        moments = {key: state[key] for key in self._spec.moments() if key in state}
+        moments = {key: state[key] for key in self.optimizer.moments() if key in state}
         tensors = {"master": self._masters[name], **moments}
         return {key: tensor.detach().to("cpu", torch.float32, copy=True) for key, tensor in tensors.items()}
 
     @torch.no_grad()
     def write_trained(self, name: str, tensors: dict[str, Tensor] | None, steps: int) -> None:
         self._overwrite(name, tensors["master"])
-        moments = [key for key in self._spec.moments() if key in tensors]
+        moments = [key for key in self.optimizer.moments() if key in tensors]
         state = restore_state(self._optimizer, self._masters[name], moments, steps)
         for key in moments:
             state[key].copy_(tensors[key])
@@ -237,6 +293,11 @@ class LocalEngine:
         self._parameters[name].copy_(value)
         if name in self._masters:
             self._masters[name].copy_(value)
+
+
+def clip_factor(norm: float, clip: float | None) -> float:
+    """What clipping to the norm `clip` multiplies gradients of this norm by, in torch's and DeepSpeed's form."""
+    return min(1.0, clip / (norm + 1e-6)) if clip else 1.0
 
 
 def _verdict(gradient: Tensor | None) -> str | None:

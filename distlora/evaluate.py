@@ -1,12 +1,14 @@
-"""Answers to held-out problems: generated greedily, judged by the task's own rule."""
+"""Held-out samples: answers generated greedily and judged by the task's own rule, and labels predicted by a classifier."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
-from distlora.data import Sample, collate_prompts, is_correct, shard
+from distlora.data import LabelledSample, Sample, collate_labelled, collate_prompts, is_correct, shard
 from distlora.engine import Engine
-from distlora.model import generate
+from distlora.loss import label_cross_entropy
+from distlora.metrics import METRICS
+from distlora.model import generate, label_logits
 
 #: Prompts that are answered at once.
 GENERATION_BATCH = 32
@@ -34,3 +36,24 @@ def exact_match(engine: Engine, tokenizer, task: str, samples: Sequence[Sample],
     engine.train_mode(True)
     (total,) = comm.sum(correct)
     return total / len(samples)
+
+
+@torch.no_grad()
+def label_scores(
+    engine: Engine, samples: Sequence[LabelledSample], pad_id: int, batch_size: int, metrics: Iterable[str]
+) -> dict[str, float]:
+    """The mean cross-entropy over the samples as "loss", and the `distlora.metrics` of these names; one pass, spread over the
+    ranks."""
+    comm = engine.comm
+    loss = torch.zeros((), dtype=torch.float64, device=comm.device)
+    predicted = torch.zeros(len(samples), dtype=torch.int64, device=comm.device)
+    engine.train_mode(False)
+    for indices in shard(len(samples), comm.rank, comm.world_size, batch_size):
+        batch = collate_labelled([samples[i] for i in indices], pad_id, comm.device)
+        logits = engine.run(label_logits, batch)
+        loss += label_cross_entropy(logits, batch["labels"])
+        predicted[indices] = logits.argmax(-1)[: len(indices)]
+    engine.train_mode(True)
+    expected = torch.tensor([sample.label for sample in samples])
+    predicted = comm.all_reduce(predicted).cpu()
+    return {"loss": float(comm.all_reduce(loss)) / len(samples)} | {name: METRICS[name](predicted, expected) for name in metrics}

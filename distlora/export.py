@@ -4,18 +4,20 @@ Both are written tensor by tensor, under a temporary name that becomes the final
 """
 
 import json
+import logging
 import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from distlora.adapters import PREFIX, AdapterSource, CheckpointSource, EngineSource, Source
+from distlora.adapters import PREFIX, AdapterSource, CheckpointSource, Compressed, EngineSource, Source, check_compression
 from distlora.attach import Attached
 from distlora.checkpoint import newest, of_step
 from distlora.config import load_recipe
@@ -38,6 +40,21 @@ _TASKS = {
     "ForTokenClassification": "TOKEN_CLS",
 }
 
+#: Names under which PEFT looks for a classifier's head.
+_CLASSIFIERS = ("classifier", "score")
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written where. errors: relative Frobenius error of the update of every layer whose pair was compressed.
+    compression: the same in one sentence, None where nothing was compressed."""
+
+    path: Path
+    errors: dict[str, float] = field(default_factory=dict)
+    compression: str | None = None
+
 
 def export(
     run_dir: str | os.PathLike,
@@ -45,29 +62,36 @@ def export(
     out: str | os.PathLike,
     checkpoint: int | None = None,
     dtype: torch.dtype | None = None,
-) -> Path:
-    """Writes what a run has trained to the new directory `out` and returns it. Works on files alone, without an engine.
+    compress_rank: int | None = None,
+    max_error: float | None = None,
+) -> Exported:
+    """Writes what a run has trained to the new directory `out`. Works on files alone, without an engine.
 
     checkpoint: the step; None for the last state that the run has left. dtype: None for float32 ("peft") or that of the
     pretrained weights ("merged": the sum is made in float32 and cast once).
-    Errors: UserError for a directory that is no run, one without a complete checkpoint, an `out` that is not empty, and a
-    format that the method cannot have.
+    compress_rank: the most columns of a layer's pair. max_error: of a layer's update, relative, in the Frobenius norm; each layer
+    has the smallest rank that meets it. Without both, what is exported is exact, except that a stack of updates is compressed
+    where it is wider than the matrix, or is going to be rounded to `dtype`.
+    Errors: UserError for a directory that is no run, one without a complete checkpoint, an `out` that is not empty, a format that
+    the method cannot have, and a compression that makes no sense.
     """
     run_dir, out = Path(run_dir), Path(out).absolute()
     if format not in ("peft", "merged"):
         raise UserError(f"format is {format}; wanted peft or merged")
+    check_compression(format, compress_rank, max_error)
     if not (run_dir / "recipe.yaml").is_file():
         raise UserError(f"{run_dir} is no run directory: it has no recipe.yaml")
     recipe = load_recipe(run_dir / "recipe.yaml")
     with file_errors_explained(out), _new_directory(out) as draft:
         source = _last_state(run_dir, recipe.method) if checkpoint is None else _of_step(run_dir, checkpoint, recipe.method)
-        if format == "peft":
-            _refuse_full(recipe.method)
-            config = _peft_config(source, base_name(recipe.model.path), recipe.method.dropout)
-            _write_peft(draft, source, _peft_tensors(source), config, dtype or torch.float32)
-        else:
+        if format == "merged":
             _write_merged(draft, resolve_path(recipe.model.path), source, dtype)
-    return out
+            return Exported(out)
+        _refuse_full(recipe.method)
+        compressed = Compressed(source, dtype or torch.float32, compress_rank, max_error)
+        config = _peft_config(compressed, base_name(recipe.model.path), recipe.method.dropout)
+        _write_peft(draft, compressed, _peft_tensors(compressed), config, dtype or torch.float32)
+    return Exported(out, compressed.errors, compressed.compression())
 
 
 def export_peft_from_engine(
@@ -80,15 +104,19 @@ def export_peft_from_engine(
 ) -> Path:
     """The live adapter as PEFT's files in `out`, which may hold an earlier such export. Collective, layer by layer.
 
+    Exact, with the two exceptions of `export`; what they cost is logged.
+
     base_model_path: the recipe's `model.path`. Errors: UserError on all ranks.
     """
     _refuse_full(attached.method)
-    out, source = Path(out), EngineSource(engine, attached, step)
+    out, source = Path(out), Compressed(EngineSource(engine, attached, step), dtype)
 
     def write(tensors: Iterable[tuple[str, Tensor]]) -> None:
         config = _peft_config(source, base_name(base_model_path), attached.method.dropout)
         with _new_directory(out, may_hold={ADAPTER_WEIGHTS, ADAPTER_CONFIG}) as draft:
             _write_peft(draft, source, tensors, config, dtype)
+        if source.compression():
+            _log.info("%s: %s", out, source.compression())
 
     stream_to_main(engine.comm, out, _peft_tensors(source), write)
     return out
@@ -159,7 +187,7 @@ def _write_peft(draft: Path, source: Source, tensors: Iterable, config: dict[str
         plan[f"{PREFIX}{layer}.lora_A.weight"] = dtype, (rank, in_features)
         plan[f"{PREFIX}{layer}.lora_B.weight"] = dtype, (out_features, rank)
     plan |= {PREFIX + name: (dtype, shape) for name, shape in source.heads.items()}
-    about = {"distlora": json.dumps({"step": source.step, "model": source.model})}
+    about = {"distlora": json.dumps({"step": source.step, "model": source.model, "stacked": sorted(source.stacked)})}
     with TensorWriter(draft / ADAPTER_WEIGHTS, plan, about) as writer:
         for name, tensor in tensors:
             writer.write(name, tensor.to(dtype))
@@ -185,12 +213,19 @@ def _peft_config(source: Source, base: str, dropout: float) -> dict[str, Any]:
         "use_dora": False,
         "lora_dropout": dropout,
         "target_modules": list(ranks),
-        "modules_to_save": sorted({name.rpartition(".")[0] for name in source.heads}) or None,
+        "modules_to_save": sorted({_saved_module(name) for name in source.heads}) or None,
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
         "inference_mode": True,
     }
+
+
+def _saved_module(head: str) -> str:
+    """The module that PEFT is to restore: the parameter's own, or a classifier around it, which PEFT restores in any case."""
+    parts = head.split(".")[:-1]
+    ends = [position for position, part in enumerate(parts, 1) if part in _CLASSIFIERS]
+    return ".".join(parts[: ends[0]] if ends else parts)
 
 
 # ---------------------------------------------------------------------- merged
@@ -200,11 +235,12 @@ def _write_merged(draft: Path, base: Path, source: Source, dtype: torch.dtype | 
     """The pretrained files again, under the same names, with the trained weights in their places."""
     files = TensorFiles(base, "model")
     new_heads = _check_names(base, files, source)
-    updated = {f"{layer}.weight": layer for layer in source.layers}
+    updated = {_stored(files, f"{layer}.weight"): layer for layer in source.layers}
+    heads = {_stored(files, name): name for name in source.heads}
 
     def value(name: str) -> Tensor:
-        if name in source.heads:
-            return source.read(name)
+        if name in heads:
+            return source.read(heads[name])
         if name in updated:
             pair = source.low_rank(updated[name])
             return torch.addmm(files.read(name).float(), pair.left.float(), pair.right.float())
@@ -218,33 +254,42 @@ def _write_merged(draft: Path, base: Path, source: Source, dtype: torch.dtype | 
     shards[list(shards)[-1]].extend(new_heads)
     total_bytes = 0
     for shard, names in shards.items():
-        shapes = {name: source.heads.get(name) or files.shape(name) for name in names}
+        shapes = {name: source.heads[heads[name]] if name in heads else files.shape(name) for name in names}
         plan = {name: (dtype_of(name), shape) for name, shape in shapes.items()}
         with TensorWriter(draft / shard, plan, files.metadata(shard)) as writer:
             for name in writer.order:
                 writer.write(name, value(name).to(plan[name][0]))
         total_bytes += sum(kind.itemsize * math.prod(shape) for kind, shape in plan.values())
     _write_index(draft, base, shards, total_bytes)
-    _copy_companions(draft, base, _config_changes(source, new_heads, dtype))
+    resized = [name for name, head in heads.items() if name in files and files.shape(name) != source.heads[head]]
+    _copy_companions(draft, base, _config_changes(source, new_heads + resized, dtype))
+
+
+def _stored(files: TensorFiles, name: str) -> str:
+    """The parameter's name in the pretrained files. Those of a base model lack the prefix that it has in a model with a head."""
+    inner = name.partition(".")[2]
+    return inner if name not in files and inner in files else name
 
 
 def _check_names(base: Path, files: TensorFiles, source: Source) -> list[str]:
     """The heads that the pretrained files lack. Raises UserError where they lack a target or hold it in another shape."""
     for layer, (_, *shape) in source.layers.items():
-        if f"{layer}.weight" in files and files.shape(f"{layer}.weight") != tuple(shape):
-            raise UserError(f"{base}: {layer}.weight has shape {files.shape(f'{layer}.weight')}, the adapter {tuple(shape)}")
+        name = _stored(files, f"{layer}.weight")
+        if name in files and files.shape(name) != tuple(shape):
+            raise UserError(f"{base}: {name} has shape {files.shape(name)}, the adapter {tuple(shape)}")
     weights = [f"{layer}.weight" for layer in source.layers]
     weights += [name for name in source.heads if name.rpartition(".")[0] in source.targets]
     for name in weights:
-        if name not in files:
+        if _stored(files, name) not in files:
             raise UserError(
                 f"{base}: the weights files hold no {name}; a layer that shares its weight with another, or is stored "
                 "under another name, cannot be merged: export with --format peft"
             )
-    return [name for name in source.heads if name not in files]
+    return [name for name in source.heads if _stored(files, name) not in files]
 
 
 def _config_changes(source: Source, new_heads: list[str], dtype: torch.dtype | None) -> dict[str, Any]:
+    """new_heads: those that the files lacked, or held in another size."""
     changes: dict[str, Any] = {}
     if dtype is not None:
         changes["dtype"] = str(dtype).removeprefix("torch.")

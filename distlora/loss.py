@@ -47,6 +47,15 @@ def cross_entropy(head: nn.Module, hidden: Tensor, targets: Tensor, weights: Ten
     return (losses * weights).sum()
 
 
+def label_cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
+    """The weighted sum of the cross-entropies of n classified rows, a float32 scalar (float64 for a model in float64).
+
+    logits: (n, labels). labels: (n,) int64; -100 for a row without a loss. weights: (n,) float32.
+    """
+    losses = F.cross_entropy(logits.to(_exact(logits.dtype)), labels, reduction="none")
+    return (losses if weights is None else losses * weights).sum()
+
+
 class _HeadCrossEntropy(torch.autograd.Function):
     """sum_i weights[i] · (logsumexp(z[i]) - z[i, targets[i]]) with z = capped(hidden Wᵀ + b), block by block.
 

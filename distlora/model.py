@@ -1,6 +1,6 @@
 """Models and tokenizers: loading, the training loss, and greedy generation. The home of `transformers`."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -10,19 +10,24 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+)
 from transformers.utils import is_flash_attn_2_available
 from transformers.utils import logging as transformers_logging
 
 from distlora.errors import UserError
 from distlora.hub import first_line, resolve_path
-from distlora.loss import OutputHead, cross_entropy
+from distlora.loss import OutputHead, cross_entropy, label_cross_entropy
 
 if TYPE_CHECKING:
     from distlora.config import ModelSection
@@ -36,29 +41,45 @@ PAD_NAMES = ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>")
 #: Config keys of models that scale their logits; their loss would be silently wrong here.
 UNKNOWN_LOGIT_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier")
 
+_MISFIT = "the sizes of the weights are not those of config.json; fetch it again"
+
 # ---------------------------------------------------------------------- loading
+#
+# In what follows `labels` are the names that a classifier tells apart; without any, the model is a causal language model.
 
 
-def load_config(section: "ModelSection") -> PreTrainedConfig:
+def load_config(section: "ModelSection", labels: Sequence[str] = ()) -> PreTrainedConfig:
     """The model's config, once it is clear that the model can be trained here. Reads no weights."""
     directory = resolve_path(section.path)
     with _explained(section.path):
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     text = config.get_text_config(decoder=True)
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise UserError(f"model.path={section.path}: the type {config.model_type} is no causal language model")
+    if labels:
+        if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+            raise UserError(f"model.path={section.path}: the type {config.model_type} has no classifier, which data.task wants")
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {name: number for number, name in enumerate(labels)}
+        config.use_cache = False  # a classifier generates nothing
+    elif _is_encoder(config) or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        hint = "; a data.task with labels, such as rte, trains it as a classifier" if _is_encoder(config) else ""
+        raise UserError(f"model.path={section.path}: the type {config.model_type} is no causal language model{hint}")
     if getattr(config, "quantization_config", None):
         raise UserError(f"model.path={section.path}: the weights are already quantised; give the original model")
     for key in UNKNOWN_LOGIT_SCALES:
         if getattr(text, key, None) not in (None, 1.0):
             raise UserError(f"model.path={section.path}: models that scale their logits ({key}) are not supported")
-    _attention(section, config)
+    _attention(section, config, labels)
     return config
 
 
-def _attention(section: "ModelSection", config: PreTrainedConfig) -> str:
+def _is_encoder(config: PreTrainedConfig) -> bool:
+    """Whether its tokens see those that follow. transformers has causal classes for such types too, for use as a decoder."""
+    return type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
+
+
+def _attention(section: "ModelSection", config: PreTrainedConfig, labels: Sequence[str] = ()) -> str:
     """The attention implementation for `model.attention`: the fastest that class, dtype and machine allow for "auto"."""
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    model_class = (MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING if labels else MODEL_FOR_CAUSAL_LM_MAPPING)[type(config)]
     able = {
         "flash_attention_2": model_class._supports_flash_attn,
         "sdpa": model_class._supports_sdpa,
@@ -78,40 +99,67 @@ def _attention(section: "ModelSection", config: PreTrainedConfig) -> str:
     return section.attention
 
 
-def bare_model(section: "ModelSection") -> PreTrainedModel:
+def _auto_class(labels: Sequence[str]) -> type:
+    return AutoModelForSequenceClassification if labels else AutoModelForCausalLM
+
+
+def bare_model(section: "ModelSection", labels: Sequence[str] = ()) -> PreTrainedModel:
     """The model's modules with the right shapes and no memory behind them (on the meta device)."""
-    config = load_config(section)
+    config = load_config(section, labels)
     with torch.device("meta"), _explained(section.path):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        return _auto_class(labels).from_config(config, trust_remote_code=False)
 
 
-def load_model(section: "ModelSection") -> tuple[PreTrainedModel, set[str]]:
+def head_parameters(model: PreTrainedModel) -> set[str]:
+    """What stands behind the base model: of a classifier, the parameters of its head."""
+    within = {id(parameter) for parameter in model.base_model.parameters()}
+    return {name for name, parameter in model.named_parameters() if id(parameter) not in within}
+
+
+def position_limit(model: PreTrainedModel) -> int | None:
+    """The length of the longest text that a model with a table of positions has a row for; None without such a table."""
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            # RoBERTa counts from the row behind that of padding on.
+            return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+    return None
+
+
+def load_model(section: "ModelSection", labels: Sequence[str] = ()) -> tuple[PreTrainedModel, set[str]]:
     """The model with its weights in `section.dtype` (rotary and other buffers in their own), in eval mode.
 
     Under ZeRO-3 call it inside `engine.loading()`: every rank then gets its own part only. Also returns the names of the
-    parameters that the weights lack, and that therefore start random (never those tied to one that is there).
+    parameters that the weights lack, and that therefore start random (never those tied to one that is there). A classifier's
+    head is new too where the weights hold one for another number of labels.
     """
-    config = load_config(section)
+    config = load_config(section, labels)
     directory = resolve_path(section.path)
     if not any(directory.glob("*.safetensors")):
         raise UserError(f"model.path={section.path}: no *.safetensors in {directory}; only this format is loaded")
-    with _explained(section.path), _no_progress_bars():
-        model, info = AutoModelForCausalLM.from_pretrained(
+    if labels and config.get_text_config(decoder=True).pad_token_id is None:
+        # A decoder classifies by the last token that is no padding.
+        config.get_text_config(decoder=True).pad_token_id = load_tokenizer(section).pad_token_id
+    with _explained(section.path), _quiet():
+        model, info = _auto_class(labels).from_pretrained(
             directory,
             config=config,
             dtype=getattr(torch, section.dtype),
-            attn_implementation=_attention(section, config),
+            attn_implementation=_attention(section, config, labels),
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
+            ignore_mismatched_sizes=bool(labels),
         )
+    misfits = {name for name, *_ in info["mismatched_keys"]}
+    if not misfits <= head_parameters(model):
+        raise UserError(f"model.path={section.path}: {_MISFIT}")
     if section.gradient_checkpointing:
         # Non-reentrant: with reentrant checkpoints nothing trains while the embeddings are frozen.
         model.activation_checkpointing_enable({"use_reentrant": False})
     head = model.get_output_embeddings()
     if type(head) is nn.Linear:
         model.set_output_embeddings(OutputHead(head))
-    return model, _new_parameters(model, set(info["missing_keys"]))
+    return model, _new_parameters(model, info["missing_keys"] | misfits)
 
 
 def _new_parameters(model: PreTrainedModel, missing: set[str]) -> set[str]:
@@ -169,22 +217,24 @@ def _explained(path: str) -> Iterator[None]:
     except RuntimeError as error:
         if "ignore_mismatched_sizes" not in str(error):
             raise
-        raise UserError(f"model.path={path}: the sizes of the weights are not those of config.json; fetch it again") from error
+        raise UserError(f"model.path={path}: {_MISFIT}") from error
 
 
 @contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """Every rank would draw its own."""
-    shown = transformers_logging.is_progress_bar_enabled()
+def _quiet() -> Iterator[None]:
+    """No progress bar, and no table of new or left-out heads: every rank would draw its own."""
+    shown, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
     try:
         yield
     finally:
+        transformers_logging.set_verbosity(level)
         if shown:
             transformers_logging.enable_progress_bar()
 
 
-# ---------------------------------------------------------------------- the loss
+# ---------------------------------------------------------------------- the losses
 
 
 def response_loss(model: PreTrainedModel, batch: dict[str, Tensor], weights: Tensor | None = None) -> tuple[Tensor, int]:
@@ -203,6 +253,20 @@ def response_loss(model: PreTrainedModel, batch: dict[str, Tensor], weights: Ten
     softcap = getattr(model.config.get_text_config(decoder=True), "final_logit_softcapping", None)
     loss = cross_entropy(model.get_output_embeddings(), hidden, following[rows, columns], factors, softcap)
     return loss, len(rows)
+
+
+def label_logits(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
+    """The classifier's logits, (batch, labels). batch: `input_ids`, `attention_mask`, perhaps `token_type_ids`; and `labels`."""
+    return model(**{name: value for name, value in batch.items() if name != "labels"}).logits
+
+
+def label_loss(model: PreTrainedModel, batch: dict[str, Tensor], weights: Tensor | None = None) -> tuple[Tensor, int]:
+    """Sum of the cross-entropies of the rows with a label, and how many there are; as `response_loss` otherwise.
+
+    batch: as for `label_logits`, with `labels` int64 (batch,), -100 for a row without one.
+    """
+    labels = batch["labels"]
+    return label_cross_entropy(label_logits(model, batch), labels, weights), int((labels != IGNORE).sum())
 
 
 # ---------------------------------------------------------------------- generation

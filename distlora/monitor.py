@@ -9,6 +9,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from distlora.engine import Engine
+from distlora.resume import METRICS, RECOMPOSITIONS
+from distlora.swapreport import SwapReport
 from distlora.tensorfile import write_text
 
 
@@ -20,8 +22,10 @@ class Monitor:
     """
 
     def __init__(self, engine: Engine, run_dir: Path, resumed_at: int = 0):
-        self._engine, self._path = engine, run_dir / "metrics.jsonl"
+        self._engine, self._path = engine, run_dir / METRICS
         self._told = _keep_until(self._path, resumed_at) if engine.comm.is_main else set()
+        if engine.comm.is_main:
+            _keep_until(self._path.with_name(RECOMPOSITIONS), resumed_at)
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         scalars = {tag: value for tag, value in scalars.items() if (step, tag) not in self._told}
@@ -31,6 +35,16 @@ class Monitor:
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         self._engine.write_events([(tag, value, step) for tag, value in scalars.items()])
+
+    def tell_swap(self, report: SwapReport) -> None:
+        """A decision about recomposition: scalars, the importances as a picture, and all of it in `recompositions.jsonl`."""
+        self.write(report.step, report.all_scalars())
+        picture = report.picture()
+        if picture is not None:
+            self._engine.write_image("recompose/importance", picture, report.step)
+        if self._engine.comm.is_main:
+            with self._path.with_name(RECOMPOSITIONS).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(report.record()) + "\n")
 
 
 def _keep_until(path: Path, step: int) -> set[tuple[int, str]]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from distlora.comm import Comm
 from distlora.engine import Engine
 from distlora.layer import AdapterLinear
+from distlora.step import targets_per_row
 
 #: Elements of a block: 8 MiB in float32, of which three are alive while two travel to the host.
 BLOCK_ELEMENTS = 1 << 21
@@ -23,7 +24,7 @@ BLOCK_ELEMENTS = 1 << 21
 BLOCK_COLUMNS = 1 << 12
 
 Batch = dict[str, Tensor]
-#: (model, batch, per-sample weights) to (weighted sum of the loss over response tokens, number of tokens).
+#: (model, batch, per-sample weights) to (weighted sum of the loss over its targets, their number).
 Loss = Callable[[nn.Module, Batch, Tensor], tuple[Tensor, int]]
 
 
@@ -36,11 +37,13 @@ def mean_gradients(
     loss: Loss,
     sums: Literal["host", "device"] = "host",
     block_elements: int = BLOCK_ELEMENTS,
+    adapted: bool = False,
 ) -> dict[str, Tensor]:
     """`(1/n) Σ_i g_i` of every layer that this rank owns, (out, in) float32; g_i is the gradient of sample i's own mean loss.
 
-    batches: this rank's, equally many on every rank; a batch without response tokens counts nothing. samples: n, over all
-    ranks. The adapters are left out of the passes, no parameter collects a gradient, no counter of the engine moves.
+    batches: this rank's, equally many on every rank; a batch without targets counts nothing. samples: n, over all
+    ranks. adapted: at the adapted weight, else the adapters are left out of the passes. No parameter collects a gradient, no
+    counter of the engine moves.
     """
     store = _HostSums(engine.comm.device) if sums == "host" else _DeviceSums()
     anchor = torch.zeros((), device=engine.comm.device, requires_grad=True)
@@ -48,7 +51,7 @@ def mean_gradients(
         mine = owners[name] == engine.comm.rank
         if mine:
             store.open(name, layer.shape)
-        layer.tap(anchor, _tap(engine.comm, owners[name], store.add if mine else None, name, block_elements))
+        layer.tap(anchor, _tap(engine.comm, owners[name], store.add if mine else None, name, block_elements), adapted)
     try:
         with engine.probe_pass(), _checkpointed(engine.module):
             for batch in batches:
@@ -61,9 +64,8 @@ def mean_gradients(
 
 
 def sample_weights(batch: Batch) -> Tensor:
-    """(batch,) float32: 1 / number of response tokens of each sample, so that grouping samples changes nothing; 0 without any."""
-    # The first position is never predicted, so a label there is no response token.
-    counts = (batch["labels"][:, 1:] != -100).sum(1).float()
+    """(batch,) float32: 1 / number of targets of each sample, so that grouping samples changes nothing; 0 without any."""
+    counts = targets_per_row(batch).float()
     return torch.where(counts > 0, 1 / counts.clamp(min=1), torch.zeros_like(counts))
 
 

@@ -13,7 +13,7 @@ from distlora.tensorfile import write_text
 
 log = logging.getLogger(__name__)
 
-RECIPE, METRICS, ADAPTER = "recipe.yaml", "metrics.jsonl", "adapter"
+RECIPE, METRICS, RECOMPOSITIONS, ADAPTER = "recipe.yaml", "metrics.jsonl", "recompositions.jsonl", "adapter"
 
 
 def check_run_dir(recipe: Recipe, resume: bool | None) -> None:
@@ -74,7 +74,8 @@ def _forget(run_dir: Path) -> None:
         shutil.rmtree(checkpoint)
     # An export takes the adapter if it is of a later step than every checkpoint.
     shutil.rmtree(run_dir / ADAPTER, ignore_errors=True)
-    (run_dir / METRICS).unlink(missing_ok=True)
+    for name in (METRICS, RECOMPOSITIONS):
+        (run_dir / name).unlink(missing_ok=True)
 
 
 def _first_difference(there: Any, here: Any, key: str = "") -> str | None:

@@ -10,30 +10,39 @@ from distlora.engine import Engine, StepInfo
 from distlora.errors import TrainingError
 
 Batch = dict[str, Tensor]
-#: (model, batch) to (sum of the cross-entropy over the batch's response tokens, their number).
+#: (model, batch) to (sum of the cross-entropy over the batch's targets, their number).
 LossSum = Callable[[nn.Module, Batch], tuple[Tensor, int]]
 
 
-def response_tokens(batch: Batch) -> int:
-    """Number of tokens that the loss is taken over. The first position of a row is never predicted."""
-    return int((batch["labels"][:, 1:] != -100).sum())
+def targets_per_row(batch: Batch) -> Tensor:
+    """(batch,) int64: how many predictions of each row the loss is taken over.
+
+    `labels` (batch, length) are one a token: the row's response tokens, without the first position, which is never predicted.
+    `labels` (batch,) are one a row: 1, or 0 for a row without a label.
+    """
+    labels = batch["labels"]
+    return (labels[:, 1:] != -100).sum(1) if labels.ndim == 2 else (labels != -100).long()
+
+
+def count_targets(batch: Batch) -> int:
+    return int(targets_per_row(batch).sum())
 
 
 def accumulate(engine: Engine, batches: Sequence[Batch], loss_sum: LossSum) -> float:
     """Forward and backward over this rank's micro-batches of one global batch; returns the loss.
 
-    The loss is the sum over the response tokens of the *global* batch divided by their number. Their number is known before the
-    first backward pass (one all-reduce), so each micro-batch's share is exact whatever the micro-batch size, the accumulation
-    and the world size; an average of micro-batch means would not be. Every rank brings equally many micro-batches; one
-    without response tokens has weight zero. Raises TrainingError if the loss is not finite.
+    The loss is the sum over the targets of the *global* batch (response tokens, or rows with a label) divided by their number.
+    Their number is known before the first backward pass (one all-reduce), so each micro-batch's share is exact whatever the
+    micro-batch size, the accumulation and the world size; an average of micro-batch means would not be. Every rank brings
+    equally many micro-batches; one without targets has weight zero. Raises TrainingError if the loss is not finite.
     """
-    (tokens,) = engine.comm.sum(sum(map(response_tokens, batches)))
+    (targets,) = engine.comm.sum(sum(map(count_targets, batches)))
     total = torch.zeros((), dtype=torch.float64, device=engine.comm.device)
     for batch in batches:
         loss, _ = engine.run(loss_sum, batch)
-        engine.backward(loss / tokens)
+        engine.backward(loss / targets)
         total += loss.detach()
-    value = float(engine.comm.all_reduce(total)) / tokens
+    value = float(engine.comm.all_reduce(total)) / targets
     if not math.isfinite(value):
         raise TrainingError(f"the training loss is {value}")
     return value
@@ -48,12 +57,12 @@ def train_step(engine: Engine, batches: Sequence[Batch], loss_sum: LossSum, rate
 
 @torch.no_grad()
 def evaluation_loss(engine: Engine, batches: Sequence[Batch], loss_sum: LossSum) -> float:
-    """Mean cross-entropy over all response tokens of all ranks' batches; equally many batches on every rank."""
+    """Mean cross-entropy over all targets of all ranks' batches; equally many batches on every rank."""
     engine.train_mode(False)
-    total, tokens = 0.0, 0
+    total, targets = 0.0, 0
     for batch in batches:
         loss, count = engine.run(loss_sum, batch)
-        total, tokens = total + float(loss), tokens + count
-    total, tokens = engine.comm.sum(total, tokens)
+        total, targets = total + float(loss), targets + count
+    total, targets = engine.comm.sum(total, targets)
     engine.train_mode(True)
-    return total / tokens
+    return total / targets

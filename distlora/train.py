@@ -16,23 +16,25 @@ import torch
 from distlora import checkpoint as checkpoints
 from distlora.attach import Attached, attach, lora_parameters
 from distlora.comm import Comm, Topology
-from distlora.compose import InitReport, ProbeData, initialise, install_gradient_maps
+from distlora.compose import InitReport, ProbeData, initialise, install_gradient_maps, open_ledger
 from distlora.config import Recipe, plan_batches, resolve_deepspeed, run_identity
-from distlora.data import Encoded, Sample, TrainOrder, check_columns, collate, download, load_split, micro_batches, shard
+from distlora.data import Encoded, TrainOrder, download, micro_batches, shard
 from distlora.engine import Engine, LocalEngine
 from distlora.errors import Ending, TrainingError, UserError
-from distlora.evaluate import exact_match
 from distlora.export import export_peft_from_engine
+from distlora.heads import draw_heads
 from distlora.hub import resolve_path
 from distlora.methods.base import ProbeSettings
-from distlora.model import bare_model, load_config, load_model, load_tokenizer, response_loss
+from distlora.model import load_tokenizer
 from distlora.monitor import Monitor, Progress
+from distlora.objective import Objective, objective_of
 from distlora.optimizer import OptimizerSpec, Schedule
 from distlora.rankzero import on_main
+from distlora.recompose import Recomposer
 from distlora.resume import check_run_dir, claim_run_dir, find_checkpoint
 from distlora.rng import own_random_state, reseed
 from distlora.rundir import share_checkpoint
-from distlora.step import accumulate, evaluation_loss
+from distlora.step import accumulate
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +49,8 @@ Result = TypeVar("Result")
 
 @dataclass
 class Summary:
-    """What a run came to. before, after: "loss" and, where it was asked for, "exact_match" (0 … 1), on the evaluation set."""
+    """What a run came to. before, after, on the evaluation set: "loss", a classifier's metrics, and "exact_match" (0 … 1) where it
+    was asked for."""
 
     run_dir: Path
     adapter: Path | None
@@ -65,21 +68,32 @@ class Summary:
 def check(recipe: Recipe, topology: Topology, resume: bool | None) -> None:
     """Everything that can be wrong with a recipe and needs neither weights nor other ranks. Raises UserError."""
     check_run_dir(recipe, resume)
+    objective = objective_of(recipe)
     plan_batches(recipe, topology.world_size)
+    if recipe.train.steps:
+        check_length(recipe, recipe.train.steps)
     if recipe.deepspeed is None and topology.world_size > 1:
         raise UserError(f"{topology.world_size} ranks need DeepSpeed; set deepspeed: to a ZeRO config, or start one process")
     if recipe.deepspeed is not None:
         # The sizes that depend on the model's width are of no interest here; contradictions are.
         resolve_deepspeed(recipe, topology.world_size, hidden_size=1)
     if recipe.model.path.startswith("pypi:") or Path(recipe.model.path).expanduser().is_dir() or recipe.model.path[0] in "./~":
-        check_targets(recipe)
+        check_targets(recipe, objective)
     for split in filter(None, (recipe.data.split, recipe.data.eval_split)):
-        check_columns(recipe.data, split)
+        objective.check_split(split)
 
 
-def check_targets(recipe: Recipe) -> None:
+def check_targets(recipe: Recipe, objective: Objective) -> None:
     """Attaches the method to the model without weights: what is wrong with targets or rank shows before anything is loaded."""
-    attach(bare_model(recipe.model), recipe.method, recipe.targets)
+    model = objective.bare_model()
+    attach(model, recipe.method, recipe.targets, objective.head(model))
+
+
+def check_length(recipe: Recipe, steps: int) -> None:
+    """Whether the method can do with a run of so many steps."""
+    problem = recipe.method.problem_with_training(steps, recipe.train.weight_decay)
+    if problem:
+        raise UserError(problem)
 
 
 def train(recipe: Recipe, topology: Topology, resume: bool | None = None) -> Summary:
@@ -105,8 +119,8 @@ def train(recipe: Recipe, topology: Topology, resume: bool | None = None) -> Sum
 
 
 def evaluate(recipe: Recipe, topology: Topology) -> dict[str, float]:
-    """Evaluates the newest checkpoint of the recipe's run on its evaluation samples: "loss" and, where the recipe asks for it,
-    "exact_match". Like `train`, after `check`, on every rank; writes nothing."""
+    """Evaluates the newest checkpoint of the recipe's run on its evaluation samples: see `Summary.after`. Like
+    `train`, after `check`, on every rank; writes nothing."""
     if recipe.data.eval_split is None:
         raise UserError("data.eval_split is null, so there is nothing to evaluate on; name a split")
     device = _device(topology)
@@ -132,8 +146,9 @@ class _Run:
         """checkpoint: to continue from, or to evaluate. Nothing is written to the run directory before `finish`."""
         self.comm, self.recipe, self.checkpoint = comm, recipe, checkpoint
         self.run_dir = Path(recipe.output_dir)
+        self.objective = objective_of(recipe)
         self._fetch()
-        _together(comm, lambda: check_targets(recipe))
+        _together(comm, lambda: check_targets(recipe, self.objective))
         self.tokenizer = _together(comm, lambda: load_tokenizer(recipe.model))
         self.training = _together(comm, lambda: self._read(recipe.data.split))
         self.held_out = self._held_out()
@@ -143,8 +158,9 @@ class _Run:
         self.accumulation = plan_batches(recipe, comm.world_size)
         self.steps = settings.steps or max(1, round(settings.epochs * self.order.steps_per_epoch))
         self.schedule = Schedule(settings.schedule, settings.lr, self.steps, settings.warmup_ratio)
+        check_length(recipe, self.steps)
 
-        config = _together(comm, lambda: load_config(recipe.model))
+        config = _together(comm, self.objective.load_config)
         self.engine, self.tensorboard = _together(comm, lambda: _make_engine(comm, recipe, config))
         self.attached = self._load_and_attach()
         self.summary = self._summary()
@@ -164,56 +180,60 @@ class _Run:
             log.info("model and data: one process a node brings what its cache lacks, the others wait")
         _together(self.comm, lambda: bring() if self.comm.local_rank == 0 else None)
 
-    def _read(self, split: str) -> list[Sample]:
-        encoded: Encoded = load_split(self.recipe.data, split, self.tokenizer)
+    def _read(self, split: str) -> list:
+        encoded: Encoded = self.objective.read(split, self.tokenizer)
         log.info(
-            "data: %d samples of split %s, %d truncated to %d tokens, %d dropped because no response was left",
-            len(encoded.samples), split, encoded.truncated, self.recipe.data.max_length, encoded.dropped,
+            "data: %d samples of split %s, %d truncated to %d tokens, %d dropped because %s",
+            len(encoded.samples), split, encoded.truncated, self.recipe.data.max_length, encoded.dropped, encoded.why_dropped,
         )  # fmt: skip
         return encoded.samples
 
-    def _held_out(self) -> list[Sample]:
+    def _held_out(self) -> list:
         if self.recipe.data.eval_split is None:
             return []
         return _together(self.comm, lambda: self._read(self.recipe.data.eval_split))
 
-    def _batches(self, samples: list[Sample], parts: list[list[int]]) -> Iterator[dict[str, torch.Tensor]]:
+    def _batches(self, samples: list, parts: list[list[int]]) -> Iterator[dict[str, torch.Tensor]]:
         for indices in parts:
-            yield collate([samples[i] for i in indices], self.tokenizer.pad_token_id, self.comm.device)
+            yield self.objective.collate([samples[i] for i in indices], self.tokenizer.pad_token_id, self.comm.device)
 
-    def _probe_data(self, settings: ProbeSettings) -> ProbeData:
-        """The same training samples for every world size, drawn by the recipe's seed."""
+    def _probe_data(self, settings: ProbeSettings, number: int = 0) -> ProbeData:
+        """The same training samples for every world size, drawn by the recipe's seed; others for every number of a probe."""
         count = probe_samples(settings.samples, len(self.training))
-        generator = torch.Generator().manual_seed(self.recipe.train.seed)
+        generator = torch.Generator().manual_seed(self.recipe.train.seed + number)
         chosen = [self.training[i] for i in torch.randperm(len(self.training), generator=generator)[:count].tolist()]
 
         def batches(size: int) -> Iterator[dict[str, torch.Tensor]]:
             return self._batches(chosen, shard(count, self.comm.rank, self.comm.world_size, size))
 
         forward_size = max(settings.micro_batch_size, self.recipe.train.micro_batch_size)
-        return ProbeData(lambda: batches(settings.micro_batch_size), lambda: batches(forward_size), count, response_loss)
+        return ProbeData(lambda: batches(settings.micro_batch_size), lambda: batches(forward_size), count, self.objective.loss)
 
     # ------------------------------------------------------------------ model
 
     def _load_and_attach(self) -> Attached:
         recipe, settings = self.recipe, self.recipe.train
         with self.engine.loading():
-            model, new = load_model(recipe.model)
+            model, new = self.objective.load_model()
         with self.engine.attaching():
-            attached = attach(model, recipe.method, recipe.targets, new)
+            attached = attach(model, recipe.method, recipe.targets, new | self.objective.head(model))
         optimizer = settings.optimizer
         self.engine.start(
             model,
             OptimizerSpec(optimizer.name, settings.lr, optimizer.betas, optimizer.eps, optimizer.momentum, settings.weight_decay),
         )
+        draw_heads(self.engine, new, settings.seed)
         # From here on ranks may draw different numbers (dropout); new heads were drawn alike.
         reseed(settings.seed + self.comm.rank, self.comm.device)
         return attached
 
     def _start(self) -> dict[str, Any]:
         """Initialises, or restores the checkpoint. Returns the caller's part of the checkpoint's state."""
+        seed = self.recipe.train.seed
+        open_ledger(self.engine, self.attached, seed)
         if self.checkpoint is not None:
-            state = checkpoints.restore(self.engine, self.attached, self.checkpoint)
+            self.recomposer = self._recomposer()
+            state = checkpoints.restore(self.engine, self.attached, self.checkpoint, self.recomposer)
             install_gradient_maps(self.engine, self.attached)
             log.info("continuing from %s", self.checkpoint.path)
             return state
@@ -221,10 +241,23 @@ class _Run:
         began = time.perf_counter()
         settings = self.recipe.method.probe_settings()
         data = self._probe_data(settings) if settings else None
-        report = initialise(self.engine, self.attached, self.recipe.train.seed, self.schedule.rate(0), data)
+        report = initialise(self.engine, self.attached, seed, self.schedule.rate(0), data)
+        self.recomposer = self._recomposer(report)
         seconds = time.perf_counter() - began
         self._tell_init(report, seconds)
         return {"step": 0, "extra": {"before": before, "init_seconds": seconds}}
+
+    def _recomposer(self, report: InitReport | None = None) -> Recomposer:
+        method = self.recipe.method
+        settings = method.refill_probe() or method.probe_settings()
+        recomposer = Recomposer(
+            self.engine, self.attached, self.recipe.train.seed, self.steps, report and report.reserves,
+            lambda number: self._probe_data(settings, number), self.schedule.rate,
+        )  # fmt: skip
+        held = recomposer.reserve_bytes()
+        if held:
+            log.info("the reserve of new components takes %.1f MiB of host memory, on the rank with the most", held / 2**20)
+        return recomposer
 
     def _tell_init(self, report: InitReport, seconds: float) -> None:
         log.info(
@@ -270,11 +303,11 @@ class _Run:
                 good = saved  # the loss of its weights, or of later ones, has just turned out finite
                 done = step + 1
                 if settings.eval_every and done % settings.eval_every == 0 and done < self.steps and self.held_out:
-                    self.monitor.write(done, {"eval/loss": self._evaluation_loss()})
+                    self.monitor.write(done, {f"eval/{key}": value for key, value in self._scores().items()})
                 if done == self.steps or (settings.save_every and done % settings.save_every == 0):
                     saved = checkpoints.save(
                         self.engine, self.attached, self.run_dir, done, run_identity(self.recipe), extra,
-                        settings.keep_checkpoints,
+                        settings.keep_checkpoints, recomposer=self.recomposer,
                     )  # fmt: skip
         except TrainingError as error:
             there = good if good and good.exists() else "none"
@@ -291,11 +324,12 @@ class _Run:
         rate = self.schedule.rate(step)
         self.engine.set_rate(rate)
         try:
-            loss = accumulate(self.engine, batches, response_loss)
+            loss = accumulate(self.engine, batches, self.objective.loss)
         except TrainingError as error:
             raise TrainingError(f"{error} at step {step + 1}") from error
         if just_started or step == 1:
             self._check_gradients(step)
+        self.recomposer.on_gradient()
         info = self.engine.step()
         # Of all ranks, whose shares are alike up to one sample: exact enough for a speed, and no collective.
         tokens = sum(int(batch["attention_mask"].sum()) for batch in batches) * self.comm.world_size
@@ -304,6 +338,9 @@ class _Run:
         self.monitor.write(step + 1, {f"train/{key}": value for key, value in scalars.items()})
         if info.skipped or not math.isfinite(info.grad_norm):
             raise TrainingError(f"the optimizer refused step {step + 1}: its gradient is not finite")
+        decided = self.recomposer.after_step(step + 1, loss)
+        if decided is not None:
+            self.monitor.tell_swap(decided)
 
     def _check_gradients(self, step: int) -> None:
         """Every trained tensor must have a finite gradient that is not zero, or it silently does not train."""
@@ -314,18 +351,12 @@ class _Run:
 
     # ------------------------------------------------------------------ looking on
 
-    def _evaluation_loss(self) -> float:
-        settings = self.recipe.train
-        samples = self.held_out[: settings.eval_samples]
-        parts = shard(len(samples), self.comm.rank, self.comm.world_size, settings.micro_batch_size)
-        return evaluation_loss(self.engine, self._batches(samples, parts), response_loss)
+    def _scores(self) -> dict[str, float]:
+        return self.objective.evaluate(self.engine, self.tokenizer, self.held_out[: self.recipe.train.eval_samples])
 
     def _evaluate(self) -> dict[str, float]:
-        result = {"loss": self._evaluation_loss()}
-        count = self.recipe.train.exact_match_samples
-        if count:
-            data = self.recipe.data
-            result["exact_match"] = exact_match(self.engine, self.tokenizer, data.task, self.held_out[:count], data.max_new_tokens)
+        """The scores, and what takes longer."""
+        result = self._scores() | self.objective.generate(self.engine, self.tokenizer, self.held_out)
         log.info("evaluation: %s", ", ".join(f"{key} {value:.4f}" for key, value in result.items()))
         return result
 

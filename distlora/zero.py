@@ -34,11 +34,13 @@ from torch import Tensor, nn
 from transformers.integrations import HfDeepSpeedConfig
 
 from distlora.comm import Comm
-from distlora.engine import GradientMap, StepInfo
+from distlora.engine import GradientMap, Part, StepInfo, clip_factor
 from distlora.errors import UserError
+from distlora.fusing import add_low_rank
 from distlora.layer import AdapterLinear
-from distlora.methods import Factors
+from distlora.methods import Factors, LowRank
 from distlora.optimizer import OptimizerSpec, restore_state, set_rate, steps_taken
+from distlora.rounding import Rounding
 
 #: Elements of gradients that are made whole by one collective when they are to be replaced.
 GRADIENT_BUCKET = 1 << 24
@@ -104,7 +106,7 @@ class ZeroEngine:
         return deepspeed.zero.Init(config_dict_or_path=self._config, dtype=self.dtype)
 
     def start(self, model: nn.Module, optimizer: OptimizerSpec) -> None:
-        self.module, self._spec = model, optimizer
+        self.module, self.optimizer = model, optimizer
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._engine, *_ = deepspeed.initialize(
             model=_Runner(model), optimizer=self._build(optimizer, trained), config=self._config, dist_init_required=False
@@ -204,6 +206,25 @@ class ZeroEngine:
                 verdicts[name] = "not finite" if broken else "zero"
         return verdicts
 
+    def clip_factor(self) -> float:
+        squares = [self._gradient(name).double().square().sum() for name in self._trained if self._speaks_for(name)]
+        (total,) = self.comm.sum(float(sum(squares)))
+        return clip_factor(total**0.5, self._config.get("gradient_clipping"))
+
+    def _speaks_for(self, name: str) -> bool:
+        """Whether this rank's part counts in a sum over ranks: at stage 0 every rank holds everything, and rank 0 speaks."""
+        return self._slices[name] is not None and (self.stage > 0 or self.comm.is_main)
+
+    def parts(self, layer: AdapterLinear, gradients: bool = False) -> dict[str, Part]:
+        names = {factor: f"{layer.name}.{factor}" for factor in layer.method.trains}
+        return {factor: self._part(name, gradients) for factor, name in names.items() if self._slices[name] is not None}
+
+    def _part(self, name: str, gradients: bool) -> Part:
+        own, gradient = self._slices[name], self._gradient(name) if gradients else None
+        keys = self.optimizer.moments() if own.flat in self._optimizer.state else ()
+        moments = {key: own.moment(self._optimizer, key) for key in keys}
+        return Part(own.start, self._speaks_for(name), own.master, None if gradient is None else gradient.float(), moments)
+
     def map_gradients(self, layers: list[AdapterLinear], change: GradientMap) -> None:
         for bucket in _buckets(layers, GRADIENT_BUCKET):
             self._map_bucket(bucket, change)
@@ -215,9 +236,9 @@ class ZeroEngine:
         flat = torch.zeros(sum(sizes), device=self.comm.device)
         views = dict(zip(names, flat.split(sizes)))
         for name in names:
-            own, gradient = self._slices[name], self._gradient(name)
-            if own is not None and (self.stage > 0 or self.comm.is_main):
-                views[name][own.start : own.start + own.length] = gradient
+            if self._speaks_for(name):
+                own = self._slices[name]
+                views[name][own.start : own.start + own.length] = self._gradient(name)
         self.comm.all_reduce(flat)
         for layer in layers:
             factors = {f: views[f"{layer.name}.{f}"].view(self._shape(f"{layer.name}.{f}")) for f in layer.method.trains}
@@ -308,7 +329,7 @@ class ZeroEngine:
         parameter = self._parameters[name]
         flat = torch.zeros(self._size(name), dtype=torch.float32, device=self.comm.device)
         if name in self._trained:
-            self._place(flat, self._slices[name], lambda own: own.master)
+            self._place(flat, name, lambda own: own.master)
             return self.comm.all_reduce(flat).view(self._shape(name))
         if self.stage < 3:
             return parameter.detach().clone()
@@ -331,13 +352,28 @@ class ZeroEngine:
         if self.stage < 3:
             parameter.data.copy_(value)
             return
+        with self._shard_for_writing(parameter) as (start, shard):
+            shard.copy_(value.reshape(-1)[start : start + shard.numel()])
+
+    @contextmanager
+    def _shard_for_writing(self, parameter: nn.Parameter) -> Iterator[tuple[int, Tensor]]:
+        """(first element, the own ZeRO-3 shard without padding), such that the next forward pass reads what is written."""
         if parameter.ds_status != ZeroParamStatus.NOT_AVAILABLE:
             # Persistent, or left gathered by a forward pass: the next one would read the gathered copy, not the shard.
             self._settle()
         start, length = self._shard(parameter)
-        parameter.ds_tensor.data[:length].copy_(value.reshape(-1)[start : start + length])
+        yield start, parameter.ds_tensor.data[:length]
         # hpZ gathers a frozen parameter from its secondary copy, which only a trained one renews by itself.
         parameter.ds_secondary_tensor = None
+
+    @torch.no_grad()
+    def add_low_rank(self, layer: AdapterLinear, update: LowRank, rounding: Rounding, key: int) -> float:
+        weight, device = layer.weight, self.comm.device
+        if self.stage < 3:
+            error = add_low_rank(weight.data.view(-1), 0, update, rounding, key, device)
+            return error if self.comm.is_main else 0.0
+        with self._shard_for_writing(weight) as (start, shard):
+            return add_low_rank(shard, start, update, rounding, key, device)
 
     def weight_at_owner(self, layer: AdapterLinear, owner: int) -> Tensor | None:
         weight = layer.weight
@@ -350,7 +386,7 @@ class ZeroEngine:
         return {name: self._shape(name) for name in self._trained}
 
     def read_trained(self, name: str) -> dict[str, Tensor] | None:
-        moments = self._spec.moments() if self._optimizer.state else ()
+        moments = self.optimizer.moments() if self._optimizer.state else ()
         whole = {"master": self._collect(name, lambda own: own.master)}
         for key in moments:
             whole[key] = self._collect(name, lambda own, key=key: own.moment(self._optimizer, key))
@@ -359,18 +395,19 @@ class ZeroEngine:
     def _collect(self, name: str, part: Callable[[Slice], Tensor]) -> Tensor:
         """One whole float32 tensor from everyone's slices; what other ranks than 0 get is undefined."""
         flat = torch.zeros(self._size(name), dtype=torch.float32, device=self.comm.device)
-        self._place(flat, self._slices[name], part)
+        self._place(flat, name, part)
         return self.comm.reduce_to(flat, 0).view(self._shape(name)).cpu()
 
-    def _place(self, flat: Tensor, own: Slice | None, part: Callable[[Slice], Tensor]) -> None:
-        """Copies the own part to its place, once in the group: at stage 0 every rank holds everything, and rank 0 speaks."""
-        if own is not None and (self.stage > 0 or self.comm.is_main):
+    def _place(self, flat: Tensor, name: str, part: Callable[[Slice], Tensor]) -> None:
+        """Copies the own part to its place, once in the group."""
+        if self._speaks_for(name):
+            own = self._slices[name]
             flat[own.start : own.start + own.length] = part(own).reshape(-1)
 
     @torch.no_grad()
     def write_trained(self, name: str, tensors: dict[str, Tensor] | None, steps: int) -> None:
         keys = self.comm.share(list(tensors) if self.comm.is_main else None)
-        moments = [key for key in self._spec.moments() if key in keys]
+        moments = [key for key in self.optimizer.moments() if key in keys]
         self._overwrite(name, self._from_main(name, tensors, "master"))
         own = self._slices[name]
         if own is not None:
@@ -407,6 +444,12 @@ class ZeroEngine:
         """(tag, value, step) to whatever monitors the DeepSpeed config turns on."""
         if self._engine.monitor.enabled:
             self._engine.monitor.write_events(events)
+
+    def write_image(self, tag: str, image: Tensor, step: int) -> None:
+        board = self._engine.monitor.tb_monitor  # None where it is off, and on other ranks
+        if board is not None:
+            board.summary_writer.add_image(tag, image.numpy(), step, dataformats="HWC")
+            board.flush()
 
     def _shape(self, name: str) -> tuple[int, ...]:
         parameter = self._parameters[name]

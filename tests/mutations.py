@@ -22,6 +22,12 @@ ZERO, COMPOSE, PROBE, STEP = (f"distlora/{name}.py" for name in ("zero", "compos
 PARITY = "tests/distributed/test_parity.py::test_zero_gives_what_the_plain_engine_gives"
 SAME_LAYOUT = "tests/distributed/test_resume.py::test_at_the_same_layout_to_the_last_bit"
 OTHER_LAYOUT = "tests/distributed/test_resume.py::test_at_another_layout_the_same_curve"
+#: Keys of cases with swaps.
+RECOMPOSE = "distlora/recompose.py"
+SWAPS = "float32-method=srlora-target_rank=16-gamma=0_5-interval=2-clip=0_5-micro_batch=2"
+SWAPPED = "tests/distributed/test_resume.py::test_after_swaps_at_the_same_layout_to_the_last_bit"
+_KEY = "world2-stage3-bfloat16-srlora-20-0.5-2-0.5-stochastic-at8"
+KEPT = f"{_KEY}-from-{_KEY}"
 TO_ONE = "tests/distributed/test_resume.py::test_on_the_plain_engine_the_same_curve"
 #: Seconds after which ranks that wait for each other for ever are given up, and those of any other run.
 PATIENCE, LIMIT = 120, 1800
@@ -67,8 +73,8 @@ MUTATIONS = [
     Mutation(
         "no re-gather before a write at stage 3",
         ZERO,
-        "            self._settle()\n        start, length = self._shard(parameter)\n",
-        "            pass\n        start, length = self._shard(parameter)\n",
+        "            self._settle()\n        start, length = self._shard(parameter)\n        yield start",
+        "            pass\n        start, length = self._shard(parameter)\n        yield start",
         parity("writing-world2-stage3-float32-micro_batch=2", "writing-world2-stage3-float32-micro_batch=2-persist0"),
     ),
     Mutation(
@@ -110,8 +116,8 @@ MUTATIONS = [
     Mutation(
         "at stage 0 every rank adds its whole copy",
         ZERO,
-        "        if own is not None and (self.stage > 0 or self.comm.is_main):\n            flat[own",
-        "        if own is not None:\n            flat[own",
+        "        return self._slices[name] is not None and (self.stage > 0 or self.comm.is_main)\n",
+        "        return self._slices[name] is not None\n",
         parity("curve-world2-stage0-float32-clip=0_5"),
     ),
     # ------------------------------------------------------------------ gradients
@@ -194,23 +200,23 @@ MUTATIONS = [
     ),
     # ------------------------------------------------------------------ the step
     Mutation(
-        "tokens not counted over ranks",
+        "targets not counted over ranks",
         STEP,
-        "    (tokens,) = engine.comm.sum(sum(map(response_tokens, batches)))\n",
-        "    tokens = sum(map(response_tokens, batches)) * engine.comm.world_size\n",
+        "    (targets,) = engine.comm.sum(sum(map(count_targets, batches)))\n",
+        "    targets = sum(map(count_targets, batches)) * engine.comm.world_size\n",
         parity("curve-world2-stage0-float32-clip=0_5"),
     ),
     Mutation(
         "loss not summed over ranks",
         STEP,
-        "    value = float(engine.comm.all_reduce(total)) / tokens\n",
-        "    value = float(total) / tokens * engine.comm.world_size\n",
+        "    value = float(engine.comm.all_reduce(total)) / targets\n",
+        "    value = float(total) / targets * engine.comm.world_size\n",
         parity("curve-world2-stage0-float32-clip=0_5"),
     ),
     Mutation(
         "evaluation loss not summed over ranks",
         STEP,
-        "    total, tokens = engine.comm.sum(total, tokens)\n",
+        "    total, targets = engine.comm.sum(total, targets)\n",
         "",
         parity("writing-world2-stage0-float32-micro_batch=2"),
     ),
@@ -218,7 +224,7 @@ MUTATIONS = [
         "no training pass of weight zero",
         STEP,
         "    for batch in batches:\n        loss, _ = engine.run(loss_sum, batch)\n",
-        "    for batch in filter(response_tokens, batches):\n        loss, _ = engine.run(loss_sum, batch)\n",
+        "    for batch in filter(count_targets, batches):\n        loss, _ = engine.run(loss_sum, batch)\n",
         parity("short_batch-world2-stage3-float32-micro_batch=2"),
         hangs=True,
     ),
@@ -226,7 +232,7 @@ MUTATIONS = [
         "no evaluation pass of weight zero",
         STEP,
         "    for batch in batches:\n        loss, count = engine.run(loss_sum, batch)\n",
-        "    for batch in filter(response_tokens, batches):\n        loss, count = engine.run(loss_sum, batch)\n",
+        "    for batch in filter(count_targets, batches):\n        loss, count = engine.run(loss_sum, batch)\n",
         parity("short_batch-world2-stage3-float32-micro_batch=2"),
         hangs=True,
     ),
@@ -296,6 +302,84 @@ MUTATIONS = [
         "        return torch.cat(shards[:1] * len(shards))[: weight.ds_numel].view",
         parity("initialising-world2-stage3-float32-method=lora_xs-micro_batch=2"),
     ),
+    # ------------------------------------------------------------------ recomposition
+    Mutation(
+        "swap: second moments keep the old age",
+        RECOMPOSE,
+        "                    own_age(",
+        "                    (lambda *_: None)(",
+        parity(f"swapping-world2-stage2-{SWAPS}"),
+    ),
+    Mutation(
+        "swap: first moments not forgotten",
+        RECOMPOSE,
+        "                    part.moments[key][mask.to(part.moments[key].device)] = 0.0\n",
+        "                    pass\n",
+        parity(f"swapping-world2-stage2-{SWAPS}"),
+    ),
+    Mutation(
+        "swap: the reserve's pointer stays",
+        RECOMPOSE,
+        "            self._taken[name] = last = first + len(components)\n",
+        "            last = first + len(components)\n",
+        parity(f"swapping-world2-stage1-{SWAPS}"),
+    ),
+    Mutation(
+        "swap: scores not summed over ranks",
+        RECOMPOSE,
+        "        return self._comm.all_reduce(table).cpu()\n",
+        "        return table.cpu()\n",
+        parity(f"swapping-world3-stage3-{SWAPS}"),
+    ),
+    Mutation(
+        "swap: scores not forgotten",
+        RECOMPOSE,
+        "        if self._elements:\n            self._forget_scores()\n\n    # ---",
+        "\n    # ---",
+        parity(f"swapping-world2-stage0-{SWAPS}"),
+    ),
+    Mutation(
+        "swap: the weight is not updated",
+        "distlora/ledger.py",
+        "        return engine.add_low_rank(layer, update, rounding, rounding_key(self._seed, layer.name, number))\n",
+        "        return 0.0\n",
+        parity(f"swapping-world2-stage2-{SWAPS}"),
+    ),
+    Mutation(
+        "swap: every shard takes the first rows",
+        ZERO,
+        "            return add_low_rank(shard, start, update, rounding, key, device)\n",
+        "            return add_low_rank(shard, 0, update, rounding, key, device)\n",
+        parity(f"swapping-world3-stage3-{SWAPS}"),
+    ),
+    Mutation(
+        "swap: secondary copy (hpZ) not forgotten",
+        ZERO,
+        "        parameter.ds_secondary_tensor = None\n",
+        "",
+        parity(f"swapping-world2-stage3-{SWAPS}-hpz"),
+    ),
+    Mutation(
+        "swap: W gathered on the way",
+        RECOMPOSE,
+        "        self._engine.write(layer, answer.factors)\n",
+        "        self._engine.write(layer, answer.factors)\n        self._engine.weight_at_owner(layer, 0)\n",
+        parity(f"swap_traffic-world2-stage3-{SWAPS.replace('interval=2', 'interval=9')}-steps=8"),
+    ),
+    Mutation(
+        "ledger: replayed in another order",
+        "distlora/ledger.py",
+        "            for index, fields in enumerate(entries):\n",
+        "            for index, fields in reversed(list(enumerate(entries))):\n",
+        (f"{SWAPPED}[{KEPT}]",),
+    ),
+    Mutation(
+        "ledger: another seed at the replay",
+        "distlora/ledger.py",
+        "                engine.add_low_rank(layer, update, entry.rounding, rounding_key(self._seed, name, entry.number))\n",
+        "                engine.add_low_rank(layer, update, entry.rounding, rounding_key(self._seed + 1, name, entry.number))\n",
+        (f"{SWAPPED}[{KEPT}]",),
+    ),
     # ------------------------------------------------------------------ the whole model
     Mutation(
         "whole model with ZeRO's hooks on",
@@ -329,7 +413,7 @@ MUTATIONS = [
     Mutation(
         "moments not saved",
         ZERO,
-        "        moments = self._spec.moments() if self._optimizer.state else ()\n",
+        "        moments = self.optimizer.moments() if self._optimizer.state else ()\n",
         "        moments = ()\n",
         (f"{SAME_LAYOUT}[world2-stage2-float32-from-world2-stage2-float32]",),
     ),
@@ -377,6 +461,21 @@ MUTATIONS = [
         '    torch.set_rng_state(own["cpu"])\n',
         "    pass\n",
         (f"{SAME_LAYOUT}[world2-stage2-float32-dropout-from-world2-stage2-float32-dropout]",),
+    ),
+    # ------------------------------------------------------------------ classifiers
+    Mutation(
+        "new heads stay as the model's class drew them",
+        "distlora/heads.py",
+        "        if name in names and len(shape) > 1:\n",
+        "        if False:\n",
+        parity("classifying-world2-stage3-float32-method=lora-labels=3-clip=0_5-micro_batch=2"),
+    ),
+    Mutation(
+        "predicted labels not brought together",
+        "distlora/evaluate.py",
+        "    predicted = comm.all_reduce(predicted).cpu()\n",
+        "    predicted = predicted.cpu()\n",
+        parity("classifying-world2-stage3-float32-method=lora-labels=3-clip=0_5-micro_batch=2"),
     ),
 ]
 

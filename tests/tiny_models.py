@@ -7,15 +7,20 @@ generator, biases and norms included: whatever starts at zero or one in a fresh 
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    BertConfig,
+    DebertaV2Config,
     Gemma2Config,
     LlamaConfig,
     MistralConfig,
     PreTrainedConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    RobertaConfig,
 )
 
 VOCAB_SIZE = 331
@@ -101,6 +106,65 @@ def tiny_tokenizer(name: str) -> PreTrainedTokenizerFast:
     tokenizer.train_from_iterator(_TEXT, trainer)
     named = {role: token for role, token in roles.items() if role != "reserved"}
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=CHAT_TEMPLATE, **named)
+
+
+# ---------------------------------------------------------------------- encoders
+
+ENCODERS = ("bert", "roberta", "deberta")
+
+
+def tiny_encoder_config(name: str, **more) -> PreTrainedConfig:
+    """The config of one of ENCODERS, without dropout: two runs of a test are to have the same numbers."""
+    sizes = dict(
+        vocab_size=VOCAB_SIZE, hidden_size=60, intermediate_size=131, num_hidden_layers=3, num_attention_heads=6,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, initializer_range=0.05, pad_token_id=1,
+    )  # fmt: skip
+    if name == "bert":
+        return BertConfig(**sizes, max_position_embeddings=64, **more)
+    if name == "roberta":  # positions are counted from behind the padding token's
+        return RobertaConfig(**sizes, max_position_embeddings=66, type_vocab_size=1, bos_token_id=0, eos_token_id=2, **more)
+    if name == "deberta":  # relative positions only, as in version 3
+        relative = dict(relative_attention=True, position_buckets=8, pos_att_type=["p2c", "c2p"], share_att_key=True)
+        norm = dict(norm_rel_ebd="layer_norm", position_biased_input=False, type_vocab_size=0, max_position_embeddings=64)
+        return DebertaV2Config(**sizes, **relative, **norm, pooler_hidden_size=60, **more)
+    raise KeyError(name)
+
+
+def tiny_encoder_dir(name: str, parent: Path) -> Path:
+    """Saves one of ENCODERS with its tokenizer to `parent / name`, unless it is there, and returns the directory.
+
+    As they are published: BERT with its pooler and DeBERTa without, under the base model's own names; RoBERTa under the names of
+    the masked language model, with a head that a classifier does not have.
+    """
+    directory = Path(parent) / name
+    if not directory.exists():
+        model = (AutoModelForMaskedLM if name == "roberta" else AutoModel).from_config(tiny_encoder_config(name))
+        _draw_parameters(model, torch.Generator().manual_seed(len(name)))
+        model.save_pretrained(directory)
+        tiny_encoder_tokenizer(name).save_pretrained(directory)
+    return directory
+
+
+def tiny_encoder_tokenizer(name: str) -> PreTrainedTokenizerFast:
+    """Bytes between the special tokens of the real ones; BERT's tells the second text of a pair by segments."""
+    start, end = ("<s>", "</s>") if name == "roberta" else ("[CLS]", "[SEP]")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = [start, "<pad>", end]
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE - 20,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_TEXT, trainer)
+    roberta = name == "roberta"
+    tokenizer.post_processor = (processors.RobertaProcessing if roberta else processors.BertProcessing)((end, 2), (start, 0))
+    inputs = ["input_ids", "attention_mask"] if roberta else ["input_ids", "token_type_ids", "attention_mask"]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", cls_token=start, sep_token=end, model_input_names=inputs
+    )
 
 
 @torch.no_grad()

@@ -72,9 +72,9 @@ def collate(samples: Sequence[Sample], pad_id: int, device: torch.device | str =
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.full_like(ids, IGNORE)}
     ids = [sample.input_ids for sample in samples]
     return {
-        "input_ids": _pad(ids, pad_id, device),
-        "attention_mask": _pad([[1] * len(row) for row in ids], 0, device),
-        "labels": _pad([sample.labels for sample in samples], IGNORE, device),
+        "input_ids": pad_rows(ids, pad_id, device),
+        "attention_mask": pad_rows([[1] * len(row) for row in ids], 0, device),
+        "labels": pad_rows([sample.labels for sample in samples], IGNORE, device),
     }
 
 
@@ -85,12 +85,12 @@ def collate_prompts(samples: Sequence[Sample], pad_id: int, device: torch.device
         return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
     prompts = [sample.prompt_ids for sample in samples]
     return {
-        "input_ids": _pad(prompts, pad_id, device, left=True),
-        "attention_mask": _pad([[1] * len(row) for row in prompts], 0, device, left=True),
+        "input_ids": pad_rows(prompts, pad_id, device, left=True),
+        "attention_mask": pad_rows([[1] * len(row) for row in prompts], 0, device, left=True),
     }
 
 
-def _pad(rows: list[list[int]], value: int, device: torch.device | str, left: bool = False) -> Tensor:
+def pad_rows(rows: list[list[int]], value: int, device: torch.device | str, left: bool = False) -> Tensor:
     """Rows of different length as one int64 tensor (len(rows), longest), filled up with `value` on the right or left."""
     longest = max(map(len, rows))
     fill = [[value] * (longest - len(row)) for row in rows]

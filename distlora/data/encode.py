@@ -18,7 +18,7 @@ from distlora.errors import UserError
 IGNORE = -100
 
 #: Texts given to the tokenizer at once: enough for its threads, few enough to stay small.
-_CHUNK = 1000
+CHUNK = 1000
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,12 @@ class Sample:
 
 @dataclass
 class Encoded:
-    """The samples of a split, in its order; how many were cut to the maximal length; how many had no response token left."""
+    """The samples of a split, in its order; how many were cut to the maximal length; how many were left out, and why."""
 
-    samples: list[Sample]
+    samples: list
     truncated: int
     dropped: int
+    why_dropped: str = "no response was left"
 
 
 def load_split(section: DataSection, split: str, tokenizer) -> Encoded:
@@ -111,7 +112,7 @@ def encode(examples: Iterable[Example], prompts: _Prompts, max_length: int) -> E
 def _tokenised(examples: Iterable[Example], prompts: _Prompts) -> Iterator[tuple[list[int], list[int], str | None]]:
     """For each example the tokens of its prompt, those of its response with EOS, and its answer."""
     stream = iter(examples)
-    while chunk := list(islice(stream, _CHUNK)):
+    while chunk := list(islice(stream, CHUNK)):
         prompt_texts = [prompts.render(example.prompt) for example in chunk]
         responses = [_separator(prompt, example.response) + example.response for prompt, example in zip(prompt_texts, chunk)]
         heads = prompts.tokens(prompt_texts)

@@ -66,11 +66,10 @@ def download(section: DataSection, split: str) -> None:
         sources.fetch(_path(section), split)
 
 
-def check_columns(section: DataSection, split: str) -> None:
-    """Raise UserError for all that is wrong with the section, files and columns of a split that is no data set of the hub."""
+def is_at_hand(section: DataSection) -> bool:
+    """Whether the rows can be read without the hub (or it is wrong that they cannot)."""
     path = section.path or get_task(section.task).path
-    if get_task(section.task).embedded or path is None or sources.is_local(path):
-        Examples(section, split)
+    return get_task(section.task).embedded or path is None or sources.is_local(path)
 
 
 def load_rows(section: DataSection, split: str) -> Sequence[Row]:
@@ -80,7 +79,7 @@ def load_rows(section: DataSection, split: str) -> Sequence[Row]:
             raise UserError(f"data.path: the task {section.task} makes its own data, remove the path or choose another task")
         rows = sources.select(sources.parse_split(split), arithmetic.rows)
     else:
-        rows = sources.load_rows(_path(section), split)
+        rows = sources.load_rows(_path(section), split, get_task(section.task).header)
     if len(rows) == 0:
         raise UserError(f"data: {origin(section, split)} has no rows, choose another split or another file")
     return rows
@@ -90,6 +89,30 @@ def origin(section: DataSection, split: str) -> str:
     """The data set as error messages name it."""
     path = section.path or get_task(section.task).path or section.task
     return f"{path}, split {split}"
+
+
+def columns_of(rows: Sequence[Row]) -> list[str]:
+    """The columns of a data set; those of the first row where rows may differ (JSON)."""
+    columns = getattr(rows, "column_names", None)
+    return list(rows[0]) if columns is None else columns
+
+
+def require_column(rows: Sequence[Row], column: str, where: str, origin: str) -> None:
+    """UserError if there is no such column. where: what asks for it."""
+    available = columns_of(rows)
+    if column not in available:
+        hint = nearest(column, available) or ", name another in data.fields"
+        columns = ", ".join(map(str, available))
+        raise UserError(f"{where}: {origin} has no column {column!r}{hint} (it has {columns})")
+
+
+def cell_text(row: Row, column: str, position: int, origin: str) -> str:
+    """A cell as text. Raises UserError, which names row `position` of `origin`, where it holds neither text nor number."""
+    value = row.get(column)
+    if not isinstance(value, str | int | float):
+        found = "no value" if value is None else f"a {type(value).__name__}"
+        raise UserError(f"data: row {position} of {origin} has {found} in column {column!r}, make it text or a number")
+    return str(value)
 
 
 def _path(section: DataSection) -> str:
@@ -116,12 +139,6 @@ class Examples:
     def __iter__(self) -> Iterator[Example]:
         for position, row in enumerate(self.rows):
             yield self._example(row, position)
-
-    @property
-    def available(self) -> list[str]:
-        """The columns of the data set; those of the first row where rows may differ (JSON)."""
-        columns = getattr(self.rows, "column_names", None)
-        return list(self.rows[0]) if columns is None else columns
 
     def _assign_columns(self, fields: dict[str, str]) -> dict[str, str]:
         """The column of each role that has one."""
@@ -161,10 +178,7 @@ class Examples:
         self._require(column, f"data.template: {{{name}}}" if explicit else f"{name} of the task {self._section.task}")
 
     def _require(self, column: str, where: str) -> None:
-        if column not in self.available:
-            hint = nearest(column, self.available) or ", name another in data.fields"
-            columns = ", ".join(map(str, self.available))
-            raise UserError(f"{where}: {self.origin} has no column {column!r}{hint} (it has {columns})")
+        require_column(self.rows, column, where, self.origin)
 
     def _example(self, row: Row, position: int) -> Example:
         has_input = bool(self._text(row, self._columns.get("input"), position, optional=True).strip())
@@ -176,11 +190,6 @@ class Examples:
 
     def _text(self, row: Row, column: str | None, position: int, optional: bool = False) -> str:
         """A cell as text. An optional one may be missing or null, and is then empty."""
-        value = None if column is None else row.get(column)
-        if value is None and optional:
+        if optional and (column is None or row.get(column) is None):
             return ""
-        if not isinstance(value, str | int | float):
-            found = "no value" if value is None else f"a {type(value).__name__}"
-            where = f"row {position} of {self.origin}"
-            raise UserError(f"data: {where} has {found} in column {column!r}, make it text or a number")
-        return str(value)
+        return cell_text(row, column, position, self.origin)

@@ -1,4 +1,4 @@
-"""Where rows come from: local JSON, JSONL, CSV or parquet files, or a data set of the Hugging Face hub.
+"""Where rows come from: local JSON, JSONL, CSV, TSV or parquet files, or a data set of the Hugging Face hub.
 
 A row is a mapping from column to value. A *split expression* is a split name with an optional slice, in the hub's syntax:
 `train`, `train[:50000]`, `train[10%:20%]`, `train[-500:]`, and several of these joined by `+`. The slices mean exactly what
@@ -23,6 +23,9 @@ Row = dict[str, Any]
 _PART = re.compile(r"(?P<name>[\w.\-]+)(?:\[(?P<slice>[^\]]*)\])?")
 _SLICE = re.compile(r"(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?")
 _SHARD = re.compile(r"-\d+-of-\d+$")
+
+#: What local files may call a split that has another name on the hub.
+_LOCAL_NAMES = {"validation": "dev"}
 
 
 @dataclass(frozen=True)
@@ -64,16 +67,17 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f", did you mean {matches[0]}?" if matches else ""
 
 
-def load_rows(path: str, split: str) -> Sequence[Row]:
+def load_rows(path: str, split: str, header: Sequence[str] | None = None) -> Sequence[Row]:
     """The rows of a split expression, from a local path if there is one, else from the hub (then memory-mapped, not copied).
 
+    header: the columns of TSV files whose first line is a row already.
     path: a file; a directory with one file a split (`train.jsonl`; shards `train-00000-of-00002.parquet`); or a data set of
     the hub, with its configuration after a colon if it has several (`openai/gsm8k:main`).
     Raises UserError, in one sentence, for whatever is missing, unreadable or out of reach.
     """
     parts = parse_split(split)
     if is_local(path):
-        return select(parts, partial(_read_local, Path(path).expanduser()))
+        return select(parts, partial(_read_local, Path(path).expanduser(), header))
     return _select_hub(path, parts)
 
 
@@ -100,8 +104,8 @@ def select(parts: list[SplitPart], read_split: Callable[[str], list[Row]]) -> li
     return [whole[part.name][position] for part in parts for position in part.rows(len(whole[part.name]))]
 
 
-def _read_local(path: Path, split: str) -> list[Row]:
-    return list(chain.from_iterable(read_file(file) for file in _split_files(path, split)))
+def _read_local(path: Path, header: Sequence[str] | None, split: str) -> list[Row]:
+    return list(chain.from_iterable(read_file(file, header) for file in _split_files(path, split)))
 
 
 def _split_files(path: Path, split: str) -> list[Path]:
@@ -121,6 +125,8 @@ def _split_files(path: Path, split: str) -> list[Path]:
         if file.suffix.lower() in READERS and file.is_file():
             found.setdefault(_SHARD.sub("", file.stem), []).append(file)
     if split not in found:
+        split = _LOCAL_NAMES.get(split, split)
+    if split not in found:
         have = f"it has {', '.join(found)}" if found else f"it has no {', '.join(READERS)} file"
         raise UserError(f"data: no file for split {split!r} in {path}{nearest(split, found) or ':'} ({have})")
     files = found[split]
@@ -130,13 +136,13 @@ def _split_files(path: Path, split: str) -> list[Path]:
     return files
 
 
-def read_file(file: Path) -> list[Row]:
+def read_file(file: Path, header: Sequence[str] | None = None) -> list[Row]:
     """All rows of one local file, by its suffix. Raises UserError that names the file, and the line where there is one."""
     reader = READERS.get(file.suffix.lower())
     if reader is None:
         raise UserError(f"data.path: {file} is none of {', '.join(READERS)}, convert it to one of these")
     try:
-        return reader(file)
+        return reader(file, header) if reader is _read_tsv else reader(file)
     except UnicodeDecodeError:
         raise UserError(f"data.path: {file} is not UTF-8 text, convert it to UTF-8") from None
     except OSError as error:
@@ -181,6 +187,20 @@ def _read_csv(file: Path) -> list[Row]:
             rows = list(table)
         except csv.Error as error:
             raise UserError(f"data.path: {file} is not valid CSV (line {table.line_num}: {error}), correct it") from None
+    return _of_equal_length(rows, file)
+
+
+def _read_tsv(file: Path, header: Sequence[str] | None = None) -> list[Row]:
+    """GLUE's format: cells between tabs, quotation marks are text. header: the columns, if the first line is a row."""
+    layout = dict(delimiter="\t", quoting=csv.QUOTE_NONE)
+    with file.open(encoding="utf-8-sig", newline="") as lines:
+        if header is not None and set(header) & set(next(csv.reader(lines, **layout), [])):
+            header = None  # a copy of the data set that does name them
+        lines.seek(0)
+        return _of_equal_length(list(csv.DictReader(lines, header, **layout)), file)
+
+
+def _of_equal_length(rows: list[Row], file: Path) -> list[Row]:
     for position, row in enumerate(rows):
         # DictReader files surplus cells under None, and gives None to the cells that a short line lacks.
         if None in row or None in row.values():
@@ -198,10 +218,11 @@ def _read_parquet(file: Path) -> list[Row]:
         raise UserError(f"data.path: {file} is not a parquet file, or is damaged ({_first_line(error)})") from None
 
 
-READERS: dict[str, Callable[[Path], list[Row]]] = {
+READERS: dict[str, Callable[..., list[Row]]] = {
     ".jsonl": _read_json_lines,
     ".json": _read_json,
     ".csv": _read_csv,
+    ".tsv": _read_tsv,
     ".parquet": _read_parquet,
 }
 

@@ -11,6 +11,7 @@ a recipe. Adding a method is adding one file to this package: the recipe, the co
 contract tests find it by its `name`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -19,8 +20,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from distlora.functional import linear
+from distlora.importance import ElementScores
+from distlora.rounding import Rounding
+from distlora.switching import Switching
 
 Factors = dict[str, Tensor]
+Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -37,9 +42,9 @@ class LayerInit:
     """What a method is told about the layer that it initialises.
 
     shape: (out, in). source: what `Method.source_matrix` asked for, (out, in) float32 (for "gradient": the mean over the
-    probe's samples), or None. generator: the layer's own, on the CPU, seeded by the recipe's seed and the layer's name; the
-    global one is never touched. dtype: in which the forward pass will use the factors. eta: size of the first step, where the
-    method takes one. device: where large matrices are factorised.
+    probe's samples), or None; it may lie in host memory, and is not to be changed. generator: the layer's own, on the CPU,
+    seeded by the recipe's seed and the layer's name; the global one is never touched. dtype: in which the forward pass will use
+    the factors. eta: size of the first step, where the method takes one. device: where large matrices are factorised.
     """
 
     shape: tuple[int, int]
@@ -56,10 +61,30 @@ class Init:
 
     factors: on the CPU; a trained one in float32, a frozen one in float32 or already in the layer's dtype.
     report: numbers worth logging under `init/`.
+    base_update: what is added to the frozen weight, so that the adapted one stays what it was; made of factors that were cast
+    to the layer's dtype first, because pairs nearly cancel.
+    reserve: components for later, in the order of their use: column i of left (out, n) and row i of right (n, in) are the B and
+    A of one. On the CPU, in the layer's dtype.
     """
 
     factors: Factors
     report: dict[str, float] = field(default_factory=dict)
+    base_update: LowRank | None = None
+    reserve: LowRank | None = None
+
+
+@dataclass(frozen=True)
+class Recomposition:
+    """What `Method.fuse` answers for one layer.
+
+    factors: whole, float32, the replaced components new and the others as they were. base_update: what is added to the frozen
+    weight; its columns are first what was fused and then, negated, the new components, both in the order of `replaced` (with
+    nothing new: what was fused alone). replaced: numbers of the components that are new.
+    """
+
+    factors: Factors
+    base_update: LowRank
+    replaced: tuple[int, ...]
 
 
 class ProbeSettings(BaseModel):
@@ -139,9 +164,11 @@ class Method(BaseModel):
 
     # ------------------------------------------------------------------ the layer's mathematics
 
-    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors, training: bool) -> Tensor:
-        """The adapted layer. x: (…, in). Returns (…, out): `x Wᵀ + b + s·(…(x Aᵀ)…)Bᵀ`."""
-        y = linear(x, weight, bias)
+    def forward(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors, training: bool, base: Linear = linear
+    ) -> Tensor:
+        """The adapted layer. x: (…, in). Returns (…, out): `x Wᵀ + b + s·(…(x Aᵀ)…)Bᵀ`. base: computes `x Wᵀ + b`."""
+        y = base(x, weight, bias)
         u = torch.nn.functional.dropout(x, self.dropout, training) if self.dropout else x
         *inner, last = self.path
         for name in inner:
@@ -163,6 +190,58 @@ class Method(BaseModel):
         factors: as the forward pass uses them (cast), computed here in float32. {} for no correction.
         """
         return {}
+
+    # ------------------------------------------------------------------ training
+
+    def problem_with_training(self, steps: int, weight_decay: float) -> str | None:
+        """Why a run of so many optimizer steps cannot use this method, as a sentence that begins with a key of the recipe and
+        says what to set; None if it can."""
+        return None
+
+    def switching(self, steps: int) -> Switching | None:
+        """When components are replaced in a run of so many steps; None for never."""
+        return None
+
+    def element_scores(self) -> ElementScores | None:
+        """How the importance of single elements is followed through training; None where nothing depends on it."""
+        return None
+
+    def refill_from(self) -> Literal["reserve", "gradient", "restart"]:
+        """Where new components come from: `Init.reserve`, the mean gradient of a new probe, or a new `initialise` of the whole
+        adapter after all of it was fused."""
+        return "reserve"
+
+    def keeps_function_at_restart(self) -> bool:
+        """Whether a restarted adapter begins as no change at all, instead of with a step of its own."""
+        return False
+
+    def refill_probe(self) -> ProbeSettings | None:
+        """How the gradient for new components is to be sampled; None where `refill_from` is not "gradient"."""
+        return None
+
+    def new_components(self, layer: LayerInit, magnitude: float, count: int) -> LowRank:
+        """Components made of a gradient (`layer.source`), cast to `layer.dtype`: B's as columns, A's as rows.
+
+        magnitude: of each, as the singular value of its s·B·A.
+        """
+        raise TypeError(f"{self.name} makes no components of gradients")
+
+    def update_rounding(self) -> Rounding:
+        """How the frozen weight is rounded at a recomposition."""
+        return "nearest"
+
+    def choose(self, scores: Tensor | None) -> tuple[int, ...]:
+        """Numbers of the components to be replaced, ascending. scores: (r,) importance of each, where there are element scores."""
+        raise TypeError(f"{self.name} replaces no components")
+
+    def fuse(self, factors: Factors, used: Factors, replaced: tuple[int, ...], new: LowRank | None) -> Recomposition:
+        """Fuses components of one layer into its frozen weight, and puts new ones in their places.
+
+        factors: whole, the optimizer's float32 values. used: the same as the forward pass uses them (cast), in float32: what is
+        fused are these. new: left (out, k), right (k, in), the B and A of the new components, cast; None for `restart`, where
+        the fused factors become zero and `initialise` follows.
+        """
+        raise TypeError(f"{self.name} replaces no components")
 
     def export_low_rank(self, factors: Factors) -> LowRank:
         """The update of W0 as an ordinary LoRA pair with scaling 1: `W_trained = W0 + left @ right`, float32."""

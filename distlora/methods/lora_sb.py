@@ -7,11 +7,13 @@ import math
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
-from distlora.linalg import captured_energy, gram_inverse, truncated_svd
-from distlora.methods.base import Factors, Init, LayerInit, Method, ProbeSettings
+from distlora.linalg import captured_energy, gram_inverse, squared_norm, truncated_svd
+from distlora.methods.base import Factors, Init, LayerInit, LowRank, Method, ProbeSettings, Recomposition
+from distlora.rounding import Rounding
+from distlora.switching import FixedSwitching, Switching, every_steps, fixed_steps
 
 
 class FirstStep(ProbeSettings):
@@ -33,9 +35,48 @@ class FirstStep(ProbeSettings):
         return self
 
 
+class Restart(BaseModel):
+    """At intervals `s·B R A` is fused into W, and the adapter starts anew from the gradients of then: SRLoRA's idea for LoRA-SB.
+
+    One trained core thus explores more than one subspace of r dimensions.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    times: int | None = Field(None, ge=1, description="restarts, spread evenly over the run")
+    interval: int | None = Field(None, ge=1, description="steps between two restarts, instead of times")
+    start: Literal["step", "zero"] = Field(
+        "step", description="step: with an approximated step, as at first; zero: with R = 0, so that the function is kept"
+    )
+    rounding: Rounding = Field("nearest", description="of the frozen weight: nearest, or stochastic, which is unbiased")
+
+    @model_validator(mode="after")
+    def _one_schedule(self):
+        if (self.times is None) == (self.interval is None):
+            raise ValueError("set either times or interval")
+        return self
+
+    def steps(self, total: int) -> tuple[int, ...]:
+        """The steps after which the adapter starts anew, in a run of `total`; never the last one."""
+        return fixed_steps(total, self.times) if self.times else every_steps(total, self.interval)
+
+
 class LoRASB(Method):
     name: Literal["lora_sb"] = "lora_sb"
     init: FirstStep = FirstStep()
+    recompose: Restart | None = Field(None, description="null: the adapter starts once")
+
+    @model_validator(mode="after")
+    def _restarts_from_gradients(self):
+        if self.recompose is None:
+            return self
+        if self.init.matrix != "gradient":
+            raise ValueError(f"recompose starts anew from gradients: set init.matrix to gradient, not {self.init.matrix}")
+        if self.recompose.start == "zero" and (self.init.noise_std > 0 or not self.init.orthonormal):
+            raise ValueError(
+                "recompose.start=zero needs orthonormal factors without noise: set init.orthonormal to true, noise_std to 0"
+            )
+        return self
 
     summary: ClassVar[str] = "train R; B, R, A start as the best rank-r copy of the first full step"
     source: ClassVar[str] = "arXiv 2411.19557"
@@ -57,7 +98,7 @@ class LoRASB(Method):
         """B = U_r, A = V_rᵀ, R = Σ_r/s of ΔW = U Σ Vᵀ (Eq. 9–10), refitted to the factors as they will be stored."""
         step = self._first_step(layer)
         u, s, vt = truncated_svd(step, self.rank, layer.generator)
-        report = {"captured_energy": captured_energy(step, s), "step_rms": float(step.square().mean().sqrt())}
+        report = {"captured_energy": captured_energy(step, s), "step_rms": math.sqrt(squared_norm(step) / step.numel())}
         if not self.init.orthonormal:
             b, r, a = u * s, torch.eye(self.rank) / self.scaling, vt
         else:
@@ -76,15 +117,43 @@ class LoRASB(Method):
             return {}
         return {"R": (gram_inverse(left) / self.scaling**2, gram_inverse(right))}
 
+    def problem_with_training(self, steps: int, weight_decay: float) -> str | None:
+        wanted = self.recompose.steps(steps) if self.recompose else (1,)
+        if wanted and 0 not in wanted and len(set(wanted)) == len(wanted):
+            return None
+        return f"method.recompose does not fit into a run of {steps} steps; lower times or interval, or set more steps"
+
+    def switching(self, steps: int) -> Switching | None:
+        return FixedSwitching(self.recompose.steps(steps)) if self.recompose else None
+
+    def refill_from(self) -> Literal["reserve", "gradient", "restart"]:
+        return "restart"
+
+    def keeps_function_at_restart(self) -> bool:
+        return self.recompose.start == "zero"
+
+    def update_rounding(self) -> Rounding:
+        return self.recompose.rounding
+
+    def choose(self, scores: Tensor | None) -> tuple[int, ...]:
+        return tuple(range(self.rank))
+
+    def fuse(self, factors: Factors, used: Factors, replaced: tuple[int, ...], new: LowRank | None) -> Recomposition:
+        """All of `s·B R A` goes into W, and R becomes zero."""
+        return Recomposition(factors | {"R": torch.zeros_like(factors["R"])}, self.delta(used), replaced)
+
     def _first_step(self, layer: LayerInit) -> Tensor:
-        """ΔW (out, in), float32: what the first step of full fine-tuning would add to W."""
+        """ΔW (out, in), float32, on the device: what the first step of full fine-tuning would add to W.
+
+        Made in place: a second matrix of this size would lift the peak above the training step's.
+        """
         if self.init.matrix == "kaiming":
             bound = 1 / math.sqrt(layer.shape[1])
             step = ((torch.rand(layer.shape, generator=layer.generator) * 2 - 1) * bound).to(layer.device)
         elif self.init.step == "adamw":
-            step = -layer.eta * torch.sign(layer.source)
+            step = layer.source.to(layer.device, copy=True).sign_().mul_(-layer.eta)
         else:
-            step = -layer.eta * layer.source
+            step = layer.source.to(layer.device, copy=True).mul_(-layer.eta)
         if self.init.noise_std > 0:
             noise = torch.randn(layer.shape, generator=layer.generator)
             step = step + self.init.noise_std * noise.to(step.device)

@@ -69,9 +69,9 @@ def svds(subject: Subject) -> Callable[[], object]:
     """The factors of all layers, from gradients on the host; the values do not matter for the memory."""
     owners, generator = subject.owners(), torch.Generator().manual_seed(0)
     with subject.counter.on_host():
-        gradients = _FromHost(
-            {name: torch.randn(layer.shape, generator=generator) for name, layer in subject.layers.items() if owners[name] == 0}
-        )
+        gradients = {
+            name: torch.randn(layer.shape, generator=generator) for name, layer in subject.layers.items() if owners[name] == 0
+        }
     return lambda: factorise_all(subject.engine, subject.attached, owners, gradients, seed=0, eta=1.0)
 
 
@@ -118,13 +118,6 @@ def _give_factors(subject: Subject) -> None:
         shapes = layer.method.shapes(*layer.shape)
         subject.engine.write(layer, {name: torch.randn(shape, generator=generator) * 0.01 for name, shape in shapes.items()})
     install_gradient_maps(subject.engine, subject.attached)
-
-
-class _FromHost(dict):
-    """Gradients of which each is copied to the device when it is taken."""
-
-    def pop(self, name: str, *default) -> Tensor:
-        return super().pop(name).clone()
 
 
 @contextmanager

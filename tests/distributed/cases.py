@@ -12,13 +12,15 @@ from torch import Tensor, nn
 from distlora import checkpoint as checkpoints
 from distlora.comm import Comm
 from distlora.compose import ProbeData, assign_owners, initialise, install_gradient_maps
-from distlora.data import collate, collate_prompts, shard
+from distlora.data import collate, collate_labelled, collate_prompts, micro_batches, shard
 from distlora.engine import Engine
-from distlora.model import generate, response_loss
+from distlora.evaluate import label_scores
+from distlora.model import generate, label_loss, response_loss
 from distlora.optimizer import OptimizerSpec
 from distlora.probe import mean_gradients
 from distlora.step import accumulate, evaluation_loss, train_step
-from tests.distributed.world import build, samples, share, write_random_factors
+from tests.distributed.swap_cases import swap_resuming, swap_saving, swap_traffic, swapping
+from tests.distributed.world import build, labelled_samples, samples, share, write_random_factors
 
 Results = dict[str, Tensor]
 RATE = 1e-2
@@ -28,9 +30,7 @@ GLOBAL_BATCH = 12
 class Setting:
     """One engine to be tried: where it runs, how samples are cut up, and what is trained."""
 
-    def __init__(
-        self, engine: Engine, directory: Path, work: Path, micro_batch: int = 1, clip: float = 0.0, **build_settings
-    ):
+    def __init__(self, engine: Engine, directory: Path, work: Path, micro_batch: int = 1, clip: float = 0.0, **build_settings):
         self.engine, self.comm, self.work = engine, engine.comm, work
         self.micro_batch = micro_batch
         self.accumulation = GLOBAL_BATCH // (micro_batch * engine.comm.world_size)
@@ -121,8 +121,7 @@ def short_batch(setting: Setting) -> Results:
     """Global batches that leave ranks without a sample: weight-zero passes."""
     setting.start_from_random_factors()
     losses = [
-        train_step(setting.engine, setting.batches(step, count), response_loss, RATE)[0]
-        for step, count in enumerate((1, 5, 2))
+        train_step(setting.engine, setting.batches(step, count), response_loss, RATE)[0] for step, count in enumerate((1, 5, 2))
     ]
     return _curve(losses, [], setting.evaluation(1), setting.evaluation(50))
 
@@ -181,9 +180,7 @@ def probing(setting: Setting, count: int = 5, probe_micro_batch: int = 1, block_
     layers, comm = setting.attached.layers, setting.comm
     owners = assign_owners(layers, setting.attached.method, comm.world_size)
     data = setting.probe_data(count, probe_micro_batch)
-    found = mean_gradients(
-        setting.engine, layers, owners, data.batches(), count, data.loss, block_elements=block_elements
-    )
+    found = mean_gradients(setting.engine, layers, owners, data.batches(), count, data.loss, block_elements=block_elements)
     gradients = {}
     for name, layer in layers.items():
         whole = found.get(name, torch.zeros(layer.shape))
@@ -216,6 +213,28 @@ def naming_silent_tensors(setting: Setting) -> Results:
     silent = setting.engine.silent_tensors()
     setting.engine.step()
     return {"right": torch.tensor(silent == {f"{quiet}.R": "zero"})}
+
+
+def classifying(setting: Setting, steps: int = 4, labels: int = 3) -> Results:
+    """A classifier's new head as it is drawn, training with a last batch that leaves ranks without a row, and the scores."""
+    engine, comm = setting.engine, setting.comm
+    drawn = {}
+    for name in engine.trained_shapes():
+        if name.startswith(("classifier", "bert.pooler")):
+            master, used = engine.read_trained(name), engine.read_parameter(name)
+            if comm.is_main:
+                drawn |= {f"drawn.{name}": master["master"], f"used.{name}": used.float().clone()}
+    setting.start_from_random_factors()
+    losses, norms = [], []
+    for step in range(steps):
+        rows = labelled_samples(GLOBAL_BATCH if step + 1 < steps else 1, labels, step)
+        parts = micro_batches(range(len(rows)), comm.rank, comm.world_size, setting.micro_batch, setting.accumulation)
+        batches = [collate_labelled([rows[i] for i in part], 0, comm.device) for part in parts]
+        loss, info = train_step(engine, batches, label_loss, setting.rate(step))
+        losses.append(loss)
+        norms.append(info.grad_norm)
+    scores = label_scores(engine, labelled_samples(10, labels, 99), 0, setting.micro_batch, ["accuracy"])
+    return _curve(losses, norms, scores["loss"]) | drawn | {"accuracy": torch.tensor(scores["accuracy"])}
 
 
 def saving(setting: Setting) -> Results:
@@ -262,7 +281,7 @@ CASES: dict[str, Callable[..., Results]] = {
     case.__name__: case
     for case in (
         curve, short_batch, writing, replacing_gradients, initialising, probing, generating, naming_silent_tensors,
-        correcting, storing, saving, resuming,
+        correcting, storing, classifying, saving, resuming, swapping, swap_traffic, swap_saving, swap_resuming,
     )
 }  # fmt: skip
 

@@ -43,7 +43,7 @@ class Entry:
 
 
 def entries() -> list[Entry]:
-    return [*_every_stage(), *_bfloat16(), *_methods_and_settings(), *_zero_options()]
+    return [*_every_stage(), *_bfloat16(), *_methods_and_settings(), *_zero_options(), *_swaps(), *_classifiers()]
 
 
 def _every_stage() -> list[Entry]:
@@ -122,3 +122,39 @@ def _zero_options() -> list[Entry]:
         plan.append(Entry(2, "replacing_gradients", stage, zero=OFFLOAD, setting=clipped, note="offload"))
         plan.append(Entry(2, "writing", stage, zero=OFFLOAD, setting={"micro_batch": 2}, note="offload"))
     return plan
+
+
+def _swaps() -> list[Entry]:
+    """Weights that change while DeepSpeed owns them."""
+    srlora = {"method": "srlora", "target_rank": 16, "gamma": 0.5, "interval": 2, "clip": 0.5, "micro_batch": 2}
+    one_at_a_time = {**srlora, "gamma": 0.15, "target_rank": 10}
+    plan = []
+
+    def swapping(stage: int, setting: dict = srlora, world: int = 2, **rest) -> Entry:
+        # The first step of a new component is the sign of its gradient, and signs of gradients near zero differ.
+        return Entry(world, "swapping", stage, setting=setting, **{"tensors": 3e-2, **rest})
+
+    for stage in (0, 1, 2, 3):
+        plan.append(swapping(stage, world=3 if stage == 3 else 2))
+        plan.append(Entry(2, "swap_traffic", stage, setting={**srlora, "interval": 9}, arguments={"steps": 8}))
+    plan += [
+        swapping(3, {"method": "pissa", "micro_batch": 2}, arguments={"steps": 4}),
+        swapping(2, one_at_a_time),
+        swapping(3, {**srlora, "refill": "gradient"}),
+        swapping(3, {**srlora, "checkpointing": True}, zero={"stage3_param_persistence_threshold": 0}, note="persist0"),
+        swapping(3, zero={"zero_hpz_partition_size": 2}, note="hpz"),
+        swapping(3, zero={**OFFLOAD, "offload_param": {"device": "cpu"}}, note="offloadall"),
+        swapping(2, zero=OFFLOAD, note="offload"),
+    ]
+    restarting = {"method": "lora_sb", "recompose": {"times": 2}, "init": {"eta": 1e-3}, "micro_batch": 2}
+    plan.append(swapping(3, restarting, loss=1e-2, tensors=0.1))
+    return plan
+
+
+def _classifiers() -> list[Entry]:
+    """An encoder whose head and pooler the weights lack."""
+    setting = {"method": "lora", "labels": 3, "clip": 0.5, "micro_batch": 2}
+    plan = [Entry(2, "classifying", stage, setting=setting) for stage in (0, 1, 2, 3)]
+    for stage in (0, 3):
+        plan.append(Entry(2, "classifying", stage, BF16, setting=setting, loss=2e-2, first_loss=1e-2, tensors=0.3))
+    return [*plan, Entry(3, "classifying", 3, setting=setting), Entry(1, "classifying", 3, setting=setting)]

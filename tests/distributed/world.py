@@ -5,15 +5,16 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import BertConfig, BertModel, Qwen2Config, Qwen2ForCausalLM
 
 from distlora.attach import Attached, attach
 from distlora.comm import Comm
 from distlora.config import ModelSection
-from distlora.data import Sample, collate, micro_batches
+from distlora.data import LabelledSample, Sample, collate, micro_batches
 from distlora.engine import Engine
+from distlora.heads import draw_heads
 from distlora.methods import registry
-from distlora.model import load_model
+from distlora.model import head_parameters, load_model
 from distlora.optimizer import OptimizerSpec
 
 VOCABULARY = 97
@@ -32,6 +33,18 @@ def save_model(directory: Path) -> None:
             if name.endswith("bias"):
                 nn.init.normal_(parameter, std=0.2)
     model.save_pretrained(directory)
+    save_encoder(directory / "encoder")
+
+
+def save_encoder(directory: Path) -> None:
+    """A BERT as it is published, but without its pooler: a classifier's head and the pooler are new, and tensors are small."""
+    config = BertConfig(
+        vocab_size=VOCABULARY, hidden_size=60, intermediate_size=131, num_hidden_layers=3, num_attention_heads=6,
+        max_position_embeddings=64, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, initializer_range=0.1,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        BertModel(config, add_pooling_layer=False).save_pretrained(directory)
 
 
 def samples(count: int, seed: int = 0) -> list[Sample]:
@@ -49,6 +62,15 @@ def samples(count: int, seed: int = 0) -> list[Sample]:
     return rows
 
 
+def labelled_samples(count: int, labels: int, seed: int = 0) -> list[LabelledSample]:
+    """Rows of 3 to 40 tokens in two segments, and a label that depends on a token."""
+    rows = []
+    for sample in samples(count, seed):
+        ids, first = sample.input_ids, len(sample.prompt_ids)
+        rows.append(LabelledSample(ids, [0] * first + [1] * (len(ids) - first), ids[first] % labels))
+    return rows
+
+
 def share(comm: Comm, rows: list[Sample], micro_batch: int, accumulation: int) -> list[dict[str, torch.Tensor]]:
     """This rank's micro-batches of a global batch."""
     indices = micro_batches(range(len(rows)), comm.rank, comm.world_size, micro_batch, accumulation)
@@ -63,18 +85,23 @@ def build(
     targets: str | list[str] = "all-linear",
     spec: OptimizerSpec | None = None,
     when_loaded: Callable[[nn.Module], None] = lambda model: None,
+    labels: int = 0,
     **settings,
 ) -> Attached:
-    """Loads, attaches and starts, as the training program does. when_loaded: shown the model before anything is attached."""
+    """Loads, attaches and starts, as the training program does. when_loaded: shown the model before anything is attached.
+    labels: how many the encoder tells apart; 0 for the language model."""
+    directory = directory / "encoder" if labels else directory
     section = ModelSection(
         path=str(directory), dtype=str(engine.dtype).removeprefix("torch."), gradient_checkpointing=checkpointing
     )
     with engine.loading():
-        model, _ = load_model(section)
+        model, new = load_model(section, [f"label {number}" for number in range(labels)])
     when_loaded(model)
     with engine.attaching():
-        attached = attach(model, registry()[method](**{"rank": 7, **settings} if method != "full" else settings), targets)
+        chosen = registry()[method](**{"rank": 7, **settings} if method != "full" else settings)
+        attached = attach(model, chosen, targets, new | head_parameters(model) if labels else new)
     engine.start(model, spec or OptimizerSpec(lr=1e-2))
+    draw_heads(engine, new, seed=3)
     engine.train_mode(True)
     return attached
 
@@ -84,8 +111,7 @@ def random_factors(attached: Attached, seed: int = 5) -> dict[str, dict[str, tor
     generator = torch.Generator().manual_seed(seed)
     return {
         name: {
-            factor: torch.randn(shape, generator=generator) * 0.1
-            for factor, shape in attached.method.shapes(*layer.shape).items()
+            factor: torch.randn(shape, generator=generator) * 0.1 for factor, shape in attached.method.shapes(*layer.shape).items()
         }
         for name, layer in attached.layers.items()
     }

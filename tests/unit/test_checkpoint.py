@@ -16,20 +16,25 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from safetensors.torch import save as save_bytes
 from torch import nn
 
 from distlora.attach import attach
 from distlora.checkpoint import newest, of_step, restore, save
 from distlora.comm import Comm, Topology
+from distlora.compose import assign_owners, initialise, open_ledger
 from distlora.engine import LocalEngine
 from distlora.errors import UserError
-from distlora.methods import registry
+from distlora.methods import LowRank, registry
 from distlora.optimizer import OptimizerSpec
+from distlora.recompose import Recomposer
 from distlora.rng import own_random_state
-from distlora.tensorfile import TensorFiles, TensorWriter
+from distlora.tensorfile import TensorFiles, TensorWriter, sha256_of
 
 CPU = torch.device("cpu")
 IDENTITY = {"method": {"name": "lora_sb", "rank": 5}, "train": {"lr": 0.01, "betas": [0.9, 0.999]}}
+#: What a method needs beside rank and alpha on so small a model.
+SETTINGS = {"srlora": {"target_rank": 9}}
 FORK_SERVER = multiprocessing.get_context("forkserver")
 FORK_SERVER.set_forkserver_preload(["distlora.checkpoint", "pytest", "torch._dynamo"])
 
@@ -53,7 +58,9 @@ def build(method="lora_sb", dtype=torch.float32, rank=5, seed=0, targets=("first
     """An engine over `Net` that has started, all parameters random (factors too)."""
     generator = torch.Generator().manual_seed(seed)
     model = Net().to(dtype)
-    attached = attach(model, registry()[method](rank=rank, alpha=7.0), list(targets), {"head.weight", "head.bias"})
+    attached = attach(
+        model, registry()[method](rank=rank, alpha=7.0, **SETTINGS.get(method, {})), list(targets), {"head.weight", "head.bias"}
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5)
@@ -68,6 +75,36 @@ def train(engine, steps):
         x = torch.randn(4, 13, generator=torch.Generator().manual_seed(step)).to(engine.dtype)
         engine.backward(engine.module(x).float().square().mean())
         engine.step()
+
+
+def update_weights(engine, attached, numbers, rounding="nearest"):
+    """Low-rank updates of all frozen weights, the j-th of j + 1 columns; some have numbers that bfloat16 does not hold."""
+    for number in numbers:
+        generator = torch.Generator().manual_seed(number)
+        for layer in attached.layers.values():
+            left = torch.randn(layer.out_features, number + 1, generator=generator) * 0.1
+            right = torch.randn(number + 1, layer.in_features, generator=generator)
+            if number % 2:
+                left, right = left.bfloat16().float(), right.bfloat16().float()
+            attached.ledger.apply(engine, layer, number, rounding, LowRank(left, right))
+
+
+def build_with_ledger(*arguments, updates=(), **options):
+    """As `build`, with an empty ledger, or one with these updates of the weights."""
+    engine, attached = build(*arguments, **options)
+    open_ledger(engine, attached, seed=5)
+    update_weights(engine, attached, updates)
+    return engine, attached
+
+
+@torch.no_grad()
+def other_factors(engine, attached):
+    """What a new process has before it restores: the pretrained weights, and nothing else that was there."""
+    generator = torch.Generator().manual_seed(77)
+    factors = [f"{layer.name}.{factor}" for layer in attached.layers.values() for factor in layer.factors()]
+    for name in {*attached.trained, *factors}:
+        parameter = engine.module.get_parameter(name)
+        parameter.copy_(torch.randn(parameter.shape, generator=generator))
 
 
 def everything(engine):
@@ -145,9 +182,7 @@ def test_files_and_names(run_dir):
     assert set(optimizer) == {f"{name}/{key}" for name in attached.trained for key in keys}
     assert all(value.dtype == torch.float32 for value in optimizer.values())
     state = json.loads((path / "state.json").read_text())
-    assert (
-        state["step"] == state["optimizer_steps"] == 2 and state["method"] == "lora_sb" and state["extra"] == {"epoch": 0.5}
-    )
+    assert state["step"] == state["optimizer_steps"] == 2 and state["method"] == "lora_sb" and state["extra"] == {"epoch": 0.5}
     assert "rng" not in newest(run_dir).state
 
 
@@ -210,9 +245,11 @@ def damaged(path, kind):
 
 
 @pytest.mark.parametrize("kind", ["missing", "truncated", "empty", "flipped"])
-@pytest.mark.parametrize("name", ["adapter.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
+@pytest.mark.parametrize(
+    "name", ["adapter.safetensors", "ledger.safetensors", "optimizer.safetensors", "state.json", "manifest.json"]
+)
 def test_broken_checkpoint_is_named_and_skipped(run_dir, caplog, kind, name):
-    engine, attached = build()
+    engine, attached = build_with_ledger(updates=(0,))
     save(engine, attached, run_dir, 1, IDENTITY)
     damaged(save(engine, attached, run_dir, 2, IDENTITY) / name, kind)
     with caplog.at_level(logging.WARNING):
@@ -282,12 +319,237 @@ def test_run_directory_that_cannot_be(tmp_path):
         save(*build(), tmp_path / "file", 1, IDENTITY)
 
 
+# ---------------------------------------------------------------------- updates of frozen weights
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("method", ["lora", "lora_xs", "pissa"])
+def test_every_byte_of_an_updated_weight_comes_back(run_dir, method, dtype, rounding):
+    def go_on(engine, attached, steps):
+        for step in steps:
+            train(engine, [step])
+            update_weights(engine, attached, [step], rounding)
+
+    with own_random_state(1, CPU):
+        engine, attached = build_with_ledger(method, dtype)
+        pretrained = engine.module.first.weight.clone()
+        go_on(engine, attached, range(5))
+        expected, entries = everything(engine), attached.ledger.describe()
+    with own_random_state(1, CPU):
+        engine, attached = build_with_ledger(method, dtype)
+        go_on(engine, attached, range(3))
+        save(engine, attached, run_dir, 3, IDENTITY, split_bytes=1500)
+        saved = everything(engine)
+    with own_random_state(2, CPU):
+        engine, attached = build_with_ledger(method, dtype)
+        other_factors(engine, attached)
+        assert torch.equal(engine.module.first.weight, pretrained)
+        restore(engine, attached, newest(run_dir))
+        assert_same(everything(engine), saved)
+        assert not torch.equal(engine.module.first.weight, pretrained)
+        go_on(engine, attached, range(3, 5))
+        assert_same(everything(engine), expected)
+    assert attached.ledger.describe() == entries
+    save(engine, attached, run_dir, 5, IDENTITY)
+    assert newest(run_dir).state["ledger"] == entries, "a resumed run saves what came before it as well"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_frozen_weight_is_never_in_a_checkpoint(run_dir, dtype):
+    engine, attached = build_with_ledger("pissa", dtype, updates=range(4))
+    train(engine, range(2))
+    path = save(engine, attached, run_dir, 2, IDENTITY)
+    tensors = {file.name: load_file(file) for file in path.glob("*.safetensors")}
+    names = {f"{layer}/{index}/{side}" for layer in attached.layers for index in range(4) for side in ("left", "right")}
+    assert set(tensors["ledger.safetensors"]) == names
+    shapes = {tuple(tensor.shape) for group in tensors.values() for tensor in group.values()}
+    frozen = {layer.shape for layer in attached.layers.values()}
+    assert not shapes & (frozen | {shape[::-1] for shape in frozen})
+    weights = {layer.weight.detach().flatten()[:8].view(torch.uint8).numpy().tobytes() for layer in attached.layers.values()}
+    assert not any(weight in file.read_bytes() for weight in weights for file in path.iterdir())
+    kinds = [tensors["ledger.safetensors"][f"first/{index}/left"].dtype for index in range(4)]
+    low = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+    assert kinds == [torch.float32, low, torch.float32, low], "as narrow as nothing is lost"
+
+
+def test_without_updates_there_is_no_file_of_them(run_dir):
+    path = save(*build_with_ledger("lora"), run_dir, 1, IDENTITY)
+    assert {file.name for file in path.glob("*.safetensors")} == {"adapter.safetensors", "optimizer.safetensors"}
+    state = newest(run_dir).state
+    assert state["ledger"] == {} and state["recompose"] is None
+    restore(*build("lora"), newest(run_dir))
+
+
+def test_checkpoint_of_a_time_before_ledgers(run_dir):
+    path = save(*build("lora"), run_dir, 1, IDENTITY)
+    state = json.loads((path / "state.json").read_text())
+    del state["ledger"], state["recompose"]
+    rewrite(path, "state.json", json.dumps(state).encode())
+    engine, attached = build_with_ledger("lora", seed=3)
+    restore(engine, attached, newest(run_dir), Remembering(active=False))
+    with pytest.raises(UserError, match="does not say how far recomposition was"):
+        restore(engine, attached, newest(run_dir), Remembering())
+
+
+def rewrite(path, name, data):
+    """Another content of one file, with a manifest that fits."""
+    (path / name).write_bytes(data)
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["files"][name] = {"bytes": len(data), "sha256": sha256_of(path / name)}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+
+
+def change_ledger(path, change):
+    tensors = load_file(path / "ledger.safetensors")
+    change(tensors)
+    rewrite(path, "ledger.safetensors", save_bytes(tensors))
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda tensors: tensors.pop("second/1/right"), "tensor second/1/right is missing; it was written with another model"),
+        (
+            lambda tensors: tensors.update({"third/0/left": torch.zeros(11, 2)}),
+            r"tensor third/0/left has shape \(11, 2\), and the run's is \(11, 1\)",
+        ),
+        (lambda tensors: tensors.update({"third/7/left": torch.zeros(2)}), "the run has no tensor third/7/left"),
+        (
+            lambda tensors: tensors.update({"first/1/left": torch.zeros(31, 2).half()}),
+            "tensor first/1/left is of torch.float16, and state.json says torch.float32",
+        ),
+    ],
+    ids=["missing", "shape", "surplus", "dtype"],
+)
+def test_wrong_tensor_of_the_ledger_is_named(run_dir, change, sentence):
+    path = save(*build_with_ledger(updates=(0, 1)), run_dir, 1, IDENTITY)
+    change_ledger(path, change)
+    engine, attached = build_with_ledger(seed=3)
+    before = everything(engine)
+    with pytest.raises(UserError, match=f"checkpoint-1: {sentence}"):
+        restore(engine, attached, newest(run_dir))
+    assert_same(everything(engine), before)
+    assert attached.ledger.describe() == {}
+
+
+def test_updates_that_the_run_cannot_have(run_dir):
+    save(*build_with_ledger("lora", updates=(0,)), run_dir, 1, IDENTITY)
+    with pytest.raises(UserError, match="holds updates of frozen weights, and the run of lora keeps no ledger"):
+        restore(*build("lora"), newest(run_dir))
+    path = run_dir / "checkpoint-1"
+    state = json.loads((path / "state.json").read_text())
+    state["ledger"]["fourth"] = state["ledger"].pop("third")
+    rewrite(path, "state.json", json.dumps(state).encode())
+    with pytest.raises(UserError, match="the run has no layer fourth"):
+        restore(*build_with_ledger("lora"), newest(run_dir))
+
+
+# ---------------------------------------------------------------------- recomposition
+
+
+class Remembering:
+    """What a recomposer is to a checkpoint. calls: what was restored, in order, as the engine and this have seen it."""
+
+    def __init__(self, value=None, active=True, calls=None):
+        self.value, self.active, self.calls = value, active, [] if calls is None else calls
+
+    def state(self):
+        return {"swaps": 2}
+
+    def tensors(self):
+        if self.value is not None:
+            yield "first/scores", self.value
+
+    def restore(self, state, read):
+        self.calls.append("recomposer")
+        self.given, self.read = state, read
+
+
+class Watched(LocalEngine):
+    def add_low_rank(self, layer, update, rounding, key):
+        self.calls.append("weight")
+        return super().add_low_rank(layer, update, rounding, key)
+
+    def write_parameter(self, name, value):
+        self.calls.append("factor")
+        super().write_parameter(name, value)
+
+    def write_trained(self, name, tensors, steps):
+        self.calls.append("trained")
+        super().write_trained(name, tensors, steps)
+
+
+def test_order_of_restoring(run_dir):
+    value = torch.arange(6.0).view(2, 3)
+    path = save(*build_with_ledger(updates=(0, 1)), run_dir, 1, IDENTITY, recomposer=Remembering(value))
+    assert_same(load_file(path / "recompose.safetensors"), {"first/scores": value})
+    engine, attached = build_with_ledger()
+    engine.__class__, engine.calls = Watched, []
+    recomposer = Remembering(calls=engine.calls)
+    restore(engine, attached, newest(run_dir), recomposer)
+    assert torch.equal(recomposer.read("first/scores"), value) and recomposer.given == {"swaps": 2}
+    first_seen = list(dict.fromkeys(engine.calls))
+    assert first_seen == ["weight", "factor", "trained", "recomposer"]
+    assert engine.calls == sorted(engine.calls, key=first_seen.index), "weights before factors, and the recomposer last"
+    with pytest.raises(UserError, match="checkpoint-1: tensor second/scores is missing"):
+        recomposer.read("second/scores")
+
+
+def test_recomposer_without_tensors(run_dir):
+    path = save(*build(), run_dir, 1, IDENTITY, recomposer=Remembering())
+    assert not (path / "recompose.safetensors").exists()
+    recomposer = Remembering()
+    restore(*build(), newest(run_dir), recomposer)
+    assert recomposer.given == {"swaps": 2}
+    with pytest.raises(UserError, match="checkpoint-1: tensor first/scores is missing"):
+        recomposer.read("first/scores")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("saved_at", [2, 4, 5], ids=lambda step: f"after step {step}")
+def test_srlora_goes_on_as_if_nothing_had_happened(run_dir, dtype, saved_at):
+    """Two swaps, after steps 2 and 5: a checkpoint right before the second, right after each, and in between."""
+
+    def start(report=None):
+        engine, attached = build_with_ledger("srlora", dtype)
+        report = initialise(engine, attached, 7, 0.01) if report else None
+        return engine, attached, Recomposer(engine, attached, 7, 8, report and report.reserves)
+
+    def go_on(engine, recomposer, steps):
+        engine.train_mode(True)
+        swapped = []
+        for step in steps:
+            x = torch.randn(4, 13, generator=torch.Generator().manual_seed(step)).to(engine.dtype)
+            engine.backward(engine.module(x).float().square().mean())
+            recomposer.on_gradient()
+            engine.step()
+            decided = recomposer.after_step(step + 1, 1.0)
+            swapped += [step + 1] if decided is not None and decided.swapped else []
+        return swapped
+
+    with own_random_state(1, CPU):
+        engine, attached, recomposer = start(report=True)
+        assert go_on(engine, recomposer, range(8)) == [2, 5]
+        expected, entries = everything(engine), attached.ledger.describe()
+    with own_random_state(1, CPU):
+        engine, attached, recomposer = start(report=True)
+        go_on(engine, recomposer, range(saved_at))
+        save(engine, attached, run_dir, saved_at, IDENTITY, recomposer=recomposer)
+    with own_random_state(2, CPU):
+        engine, attached, recomposer = start()
+        restore(engine, attached, newest(run_dir), recomposer)
+        go_on(engine, recomposer, range(saved_at, 8))
+    assert_same(everything(engine), expected)
+    assert attached.ledger.describe() == entries
+
+
 # ---------------------------------------------------------------------- crashes
 
 
 def save_and_die(run_dir, step, operation):
     """Saves, and ends without any clean-up just before its n-th change to the file system."""
-    engine, attached = build()
+    engine, attached = build_with_ledger(updates=(0, 1))
     count = 0
 
     def watch(event, arguments):
@@ -305,7 +567,7 @@ def save_and_die(run_dir, step, operation):
 
 @pytest.mark.parametrize("step", [4, 3], ids=["next step", "same step"])
 def test_crash_before_every_file_operation(tmp_path, step):
-    engine, attached = build()
+    engine, attached = build_with_ledger(updates=(0, 1))
     before = everything(engine)
     save(engine, attached, tmp_path / "template", 3, IDENTITY, {"new": False})
     operation, died = 0, 7
@@ -322,16 +584,17 @@ def test_crash_before_every_file_operation(tmp_path, step):
         found = newest(run_dir)
         assert found is not None and found.step in (3, step)
         seen.add(found.extra["new"])
-        other, other_attached = build(seed=4)
+        other, other_attached = build_with_ledger()
+        other_factors(other, other_attached)
         restore(other, other_attached, found)
-        assert torch.equal(everything(other)["first.A"], before["first.A"])
+        assert_same(everything(other), before)
         save(other, other_attached, run_dir, 5, IDENTITY, keep=1)  # the next save clears the debris away
         assert [path.name for path in run_dir.iterdir()] == ["checkpoint-5"]
     assert operation > 10 and seen == {True, False}
 
 
 def save_forever(run_dir, first):
-    engine, attached = build()
+    engine, attached = build_with_ledger(updates=(0, 1))
     for step in range(first, 10**9):
         save(engine, attached, run_dir, step, IDENTITY, split_bytes=1000)
 
@@ -350,7 +613,7 @@ def test_killed_at_random_moments(run_dir):
         interrupted += any(run_dir.glob(".checkpoint-*"))
         found = newest(run_dir)
         assert found.step > last
-        restore(*build(), found)
+        restore(*build_with_ledger(), found)
         last = found.step
     assert interrupted, "no kill fell into a save"
 
@@ -380,19 +643,30 @@ class Replica(LocalEngine):
             super().write_trained(name, tensors, steps)
 
 
+def frozen_weights(attached):
+    return [layer.weight.detach().clone() for layer in attached.layers.values()]
+
+
 def two_ranks(rank, run_dir, results):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     os.environ.update(MASTER_PORT=(run_dir.parent / "port").read_text())
     comm = Comm(Topology(rank, 2, rank), CPU, timeout_minutes=1)
-    engine, attached = build(comm=comm)
+    engine, attached = build_with_ledger(comm=comm)
     engine.__class__ = Replica
+    owners = set(assign_owners(attached.layers, attached.method, 2).values())
+    update_weights(engine, attached, (0, 1))
+    updated = frozen_weights(attached)
     torch.set_rng_state(torch.Generator().manual_seed(100 + rank).get_state())
     save(engine, attached, run_dir, 1, IDENTITY, split_bytes=1000)
     drawn = torch.rand(2)
     torch.rand(50)
     found = newest(run_dir, comm)
+    engine, attached = build_with_ledger(comm=comm)
+    engine.__class__ = Replica
+    other_factors(engine, attached)
     state = restore(engine, attached, found)
-    same = torch.equal(torch.rand(2), drawn) and state["step"] == 1
+    same = torch.equal(torch.rand(2), drawn) and state["step"] == 1 and owners == {0, 1}
+    same &= all(map(torch.equal, frozen_weights(attached), updated))
     sentences = []
     for action in (
         lambda: save(engine, attached, run_dir / "checkpoint-1" / "state.json", 2, IDENTITY),
@@ -423,7 +697,7 @@ def test_two_ranks_save_restore_and_fail_together(run_dir):
     first, second = (json.loads((run_dir.parent / str(rank)).read_text()) for rank in range(2))
     assert first == second and first[0], "each rank has its own random numbers back"
     assert "state.json" in first[1][0] and "is of method lora" in first[1][1]
-    engine, attached = build()
+    engine, attached = build_with_ledger()
     drawn = torch.get_rng_state()
     restore(engine, attached, newest(run_dir))
     assert torch.equal(torch.get_rng_state(), drawn), "two ranks' random numbers are not one's"

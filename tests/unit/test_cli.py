@@ -58,6 +58,10 @@ def test_resume_has_three_values(words, resume):
 def test_export_and_eval():
     options = cli._parse(["export", "runs/x", "--format", "peft", "--out", "y", "--step", "5"])
     assert (options.run_dir, options.format, options.out, options.step) == (Path("runs/x"), "peft", Path("y"), 5)
+    assert options.dtype is options.compress_rank is options.max_error is None
+    options = cli._parse(["export", "x", "--format", "peft", "--out", "y", "--max-error", "1e-2", "--dtype", "bfloat16"])
+    assert (options.max_error, options.dtype) == (0.01, "bfloat16")
+    assert cli._parse(["export", "x", "--format", "peft", "--out", "y", "--compress-rank", "8"]).compress_rank == 8
     assert cli._parse(["eval", "runs/x", "a.b=1"]).overrides == ["a.b=1"]
 
 
@@ -72,6 +76,9 @@ def test_export_and_eval():
         (["methods", "more"], "unrecognized arguments: more"),
         (["export", "runs/x", "--out", "y"], "required: --format"),
         (["export", "runs/x", "--format", "onnx", "--out", "y"], "invalid choice: 'onnx'"),
+        (["export", "runs/x", "--format", "peft", "--out", "y", "--compress-rank", "few"], "invalid int value: 'few'"),
+        (["export", "runs/x", "--format", "peft", "--out", "y", "--max-error", "1%"], "invalid float value: '1%'"),
+        (["export", "runs/x", "--format", "peft", "--out", "y", "--dtype", "int8"], "invalid choice: 'int8'"),
     ],
 )
 def test_misspelt_command(words, complaint, capsys):

@@ -71,10 +71,16 @@ def test_an_interactive_slurm_shell_is_one_process(monkeypatch):
 
 def test_several_processes_without_an_address_are_refused(monkeypatch):
     _environment(monkeypatch, OMPI_COMM_WORLD_RANK=0, OMPI_COMM_WORLD_SIZE=4)
-    with pytest.raises(UserError, match="MASTER_ADDR"):
+    with pytest.raises(UserError, match="MASTER_ADDR") as refused:
         Topology.from_environment()
+    assert refused.value.agreed, "every rank sees it, so rank 0 alone says it"
     _environment(monkeypatch, OMPI_COMM_WORLD_SIZE=1)  # a single one needs none
     assert Topology.from_environment() == Topology()
+
+
+def test_the_rank_is_known_without_an_address(monkeypatch):
+    _environment(monkeypatch, OMPI_COMM_WORLD_RANK=3, OMPI_COMM_WORLD_SIZE=4)
+    assert Topology.own_rank() == 3
 
 
 # ---------------------------------------------------------------------- a group of one

@@ -12,16 +12,18 @@ from distlora.compose import (
     SEARCH_TO,
     ProbeData,
     assign_owners,
+    broadcast_pair,
     initialise,
     install_gradient_maps,
     layer_generator,
+    open_ledger,
 )
 from distlora.data import collate, shard
 from distlora.engine import LocalEngine
 from distlora.errors import UserError
 from distlora.functional import linear
 from distlora.layer import AdapterLinear
-from distlora.methods import registry
+from distlora.methods import LowRank, registry
 from distlora.methods.base import LayerInit
 from distlora.methods.lora_sb import LoRASB
 from distlora.model import response_loss
@@ -33,6 +35,8 @@ from tests.tiny_models import tiny_model_dir
 
 COUNT, RANK = 6, 7
 ADAPTERS = [name for name, method in registry().items() if not method.trains_weight]
+#: The smallest layer is 20 × 60; four swaps of three components each.
+SRLORA = {"method": "srlora", "target_rank": 19}
 
 
 @pytest.fixture(scope="module")
@@ -92,14 +96,14 @@ def probe_loss(engine) -> float:
 @pytest.mark.parametrize("method", ADAPTERS)
 def test_every_layer_gets_what_the_method_makes_of_it(method, directory):
     """Each layer alone, straight from the method, from the same seed: nothing is mixed up between layers."""
-    settings = {"init": {"eta": 1e-3}} if method == "lora_sb" else {}
+    settings = {"init": {"eta": 1e-3}} if method == "lora_sb" else {"target_rank": 19} if method == "srlora" else {}
     engine, attached, _ = initialised(directory, method=method, **settings)
     plain, of_plain = started(directory, method=method, **settings)
     gradients = mean_gradients(
         plain, of_plain.layers, dict.fromkeys(of_plain.layers, 0), probe_data().batches(), COUNT, response_loss
     )
     for name, layer in attached.layers.items():
-        source = {"weight": layer.weight.detach().float(), "gradient": gradients[name], None: None}
+        source = {"weight": of_plain.layers[name].weight.detach(), "gradient": gradients[name], None: None}
         told = LayerInit(
             layer.shape, source[attached.method.source_matrix()], layer_generator(3, name), torch.float32, eta=1e-3
         )
@@ -110,8 +114,8 @@ def test_every_layer_gets_what_the_method_makes_of_it(method, directory):
 
 @pytest.mark.parametrize("method", ADAPTERS)
 def test_equal_seeds_give_equal_factors_and_leave_the_programs_random_numbers_alone(method, directory):
-    state = torch.get_rng_state()
-    first, second = (factors_of(*initialised(directory, method=method)[:2]) for _ in range(2))
+    state, settings = torch.get_rng_state(), {"target_rank": 19} if method == "srlora" else {}
+    first, second = (factors_of(*initialised(directory, method=method, **settings)[:2]) for _ in range(2))
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert all(value.isfinite().all() for value in first.values())
@@ -138,6 +142,106 @@ def test_a_method_that_fails_says_so(directory, monkeypatch):
     monkeypatch.setattr(type(attached.method), "initialise", broken)
     with pytest.raises(UserError, match="method lora: no"):
         initialise(engine, attached, 3, 1e-2)
+
+
+# ---------------------------------------------------------------------- the frozen weight, and what is kept for later
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("settings", [{"method": "pissa"}, SRLORA, {"method": "pissa", "alpha": 20.0}], ids=str)
+def test_what_the_factors_add_is_taken_from_the_weight(settings, dtype, directory):
+    engine, attached, report = initialised(directory, dtype=dtype, **settings)
+    _, of_plain = started(directory, dtype, **settings)
+    assert sorted(attached.ledger.entries) == sorted(attached.layers)
+    for name, layer in attached.layers.items():
+        before = of_plain.layers[name].weight.double()
+        used = update(attached.method, {factor: value.detach() for factor, value in layer.factors().items()})
+        # Each element once to the nearest: half a unit in the last place.
+        missed = layer.weight.double() + used - before
+        assert missed.norm() <= (1e-6 if dtype == torch.float32 else 1.001 * 2**-8) * before.norm(), name
+        (entry,) = attached.ledger.entries[name]
+        assert (entry.number, entry.rounding, entry.columns) == (0, "nearest", RANK)
+        pair = attached.ledger.pair(name, 0)
+        torch.testing.assert_close(pair.left.double() @ pair.right.double(), -used, rtol=0, atol=1e-6)
+        assert used.norm() > 0.3 * before.norm()
+
+
+@pytest.mark.parametrize("settings", [{"method": "pissa"}, SRLORA], ids=["pissa", "srlora"])
+def test_the_networks_function_is_kept(settings, directory):
+    engine, _, _ = initialised(directory, **settings)
+    plain, _ = started(directory, **settings)  # its factors are zero
+    batch = next(probe_data(COUNT).batches())
+
+    @torch.no_grad()
+    def logits(engine):
+        engine.train_mode(False)
+        return engine.module(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+
+    wanted = logits(plain)
+    assert (logits(engine) - wanted).norm() < 1e-5 * wanted.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_reserves_are_reported_for_every_layer(dtype, directory):
+    _, attached, report = initialised(directory, dtype=dtype, **SRLORA)
+    assert list(report.reserves) == list(attached.layers)
+    for name, pair in report.reserves.items():
+        out, inner = attached.layers[name].shape
+        assert (tuple(pair.left.shape), tuple(pair.right.shape)) == ((out, 19 - RANK), (19 - RANK, inner))
+        assert pair.left.dtype == pair.right.dtype == dtype and pair.left.device.type == "cpu"
+    assert initialised(directory, method="pissa")[2].reserves == {}
+
+
+def test_methods_that_leave_the_weight_alone_write_nothing_down(directory, searched):
+    _, attached, report = searched
+    _, of_plain = started(directory)
+    assert attached.ledger.describe() == {} and report.reserves == {}
+    assert all(torch.equal(layer.weight, of_plain.layers[name].weight) for name, layer in attached.layers.items())
+
+
+def test_an_open_ledger_is_gone_on_with(directory):
+    engine, attached = started(directory, method="pissa")
+    open_ledger(engine, attached, 3)
+    ledger = attached.ledger
+    initialise(engine, attached, 3, 1e-2)
+    assert attached.ledger is ledger and len(ledger.entries) == len(attached.layers)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_pair_arrives_in_float32_or_not_at_all(dtype):
+    assert broadcast_pair(solo(), (5, 7), 0, None) is None
+    sent = LowRank(torch.randn(5, 2).to(dtype), torch.randn(2, 7).to(dtype))
+    found = broadcast_pair(solo(), (5, 7), 0, sent)
+    assert found.left.dtype == found.right.dtype == torch.float32
+    assert torch.equal(found.left, sent.left.float()) and torch.equal(found.right, sent.right.float())
+
+
+# ---------------------------------------------------------------------- starting anew
+
+
+@pytest.mark.parametrize("eta", ["search", 1e-3])
+def test_keeping_the_function_leaves_the_scaled_factor_at_zero(eta, directory):
+    engine, attached = started(directory, init={"eta": eta})
+    report = initialise(engine, attached, 3, 1e-2, probe_data(), number=2, keep_function=True)
+    assert report.scalars["eta"] == 0.0 and report.search == []
+    stepped = factors_of(*initialised(directory, init={"eta": 1e-3})[:2])
+    for name, value in factors_of(engine, attached).items():
+        if name.endswith(".R"):
+            assert not value.any()
+        else:  # the directions are those of a step of any size
+            torch.testing.assert_close(value, stepped[name], rtol=0, atol=1e-4)
+
+
+def test_every_start_draws_anew(directory):
+    draws = []
+    for number in (0, 1, 2, 1):
+        engine, attached = started(directory, method="lora")
+        initialise(engine, attached, 3, 1e-2, number=number)
+        draws.append(factors_of(engine, attached))
+    first = next(name for name in draws[0] if name.endswith(".A"))
+    assert torch.equal(draws[1][first], draws[3][first])
+    assert not any(torch.equal(draws[i][first], draws[j][first]) for i, j in ((0, 1), (1, 2), (0, 2)))
+    assert torch.equal(draws[0][first], factors_of(*initialised(directory, method="lora")[:2])[first])
 
 
 # ---------------------------------------------------------------------- division of labour

@@ -15,7 +15,7 @@ from distlora import methods
 from distlora.attach import attach
 from distlora.layer import AdapterLinear
 from distlora.methods import Method, registry
-from distlora.methods.base import Init, LayerInit
+from distlora.methods.base import Init, LayerInit, LowRank
 
 RANK = 6
 SHAPES = [(60, 131), (131, 60)]  # (out, in): odd, so that no usual divisor fits
@@ -29,8 +29,13 @@ CHANGES_THE_FUNCTION = {"lora_sb": "its initialisation is the first step"}
 NEARLY_ZERO_AT_START = {"lora_xs": 2e-5}  # the core is N(0, 1e-5²)
 
 
+#: Fields that must go with a rank, of methods whose defaults suit only some ranks.
+GOES_WITH_RANK = {"srlora": lambda rank: {"target_rank": 2 * rank, "gamma": max(0.5, 1 / max(1, rank))}}
+
+
 def make(name: str, **fields) -> Method:
-    return registry()[name](**{"rank": RANK, **fields})
+    fields = {"rank": RANK, **fields}
+    return registry()[name](**GOES_WITH_RANK.get(name, lambda rank: {})(fields["rank"]), **fields)
 
 
 def source_for(method: Method, shape, seed=1):
@@ -55,7 +60,21 @@ def random_factors(method: Method, shape, dtype=torch.float32, seed=2):
 
 
 def adapter(method: Method, shape, factors=None, dtype=torch.float32) -> AdapterLinear:
-    """A layer that holds these factors, or the method's own initial ones."""
+    """A layer that holds these factors, or the method's own initial ones with the change of the weight that goes with them."""
+    linear = plain(shape, dtype)
+    layer = AdapterLinear(linear, method, "layer")
+    source = linear.weight.detach().float() if method.source_matrix() == "weight" else None
+    init = initialise(method, shape, dtype=dtype, source=source) if factors is None else Init(factors)
+    with torch.no_grad():
+        for name, value in init.factors.items():
+            getattr(layer, name).copy_(value)
+        if init.base_update is not None:
+            layer.weight.copy_(layer.weight.float() + init.base_update.left @ init.base_update.right)
+    return layer
+
+
+def plain(shape, dtype=torch.float32) -> torch.nn.Linear:
+    """The pretrained layer that `adapter` starts from."""
     out_features, in_features = shape
     linear = torch.nn.Linear(in_features, out_features, dtype=dtype)
     generator = torch.Generator().manual_seed(11)
@@ -63,13 +82,7 @@ def adapter(method: Method, shape, factors=None, dtype=torch.float32) -> Adapter
         for parameter in linear.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) / in_features**0.5)
             parameter.requires_grad_(False)
-    layer = AdapterLinear(linear, method, "layer")
-    source = linear.weight.detach().float() if method.source_matrix() == "weight" else None
-    values = initialise(method, shape, source=source).factors if factors is None else factors
-    with torch.no_grad():
-        for name, value in values.items():
-            getattr(layer, name).copy_(value)
-    return layer
+    return linear
 
 
 def inputs(shape, dtype=torch.float32, seed=3, tokens=(2, 7)):
@@ -88,7 +101,7 @@ def test_every_file_is_a_method_under_its_own_name():
     files = {path.stem for path in Path(methods.__file__).parent.glob("*.py")} - {"__init__", "base"}
     assert files == set(ALL)
     assert all(registry()[name].__module__ == f"distlora.methods.{name}" for name in ALL)
-    assert {"lora", "lora_xs", "lora_sb", "full"} <= set(ALL)
+    assert {"lora", "lora_xs", "lora_sb", "full", "pissa", "srlora"} <= set(ALL)
 
 
 @every_method
@@ -154,21 +167,39 @@ def test_initialisation_is_deterministic_and_touches_no_global_state(name, shape
 @every_adapter
 @every_shape
 def test_the_function_is_preserved_at_the_start(name, shape):
-    method = make(name)
+    """W + base_update + delta = W, or the method is in one of the two lists above."""
+    method, original = make(name), plain(shape)
     layer = adapter(method, shape)
     delta = method.export_low_rank(layer.factors())
-    change = (delta.left @ delta.right).norm()
-    scale = method.rank * torch.linalg.matrix_norm(layer.weight, 2)
+    change = (layer.weight.double() + delta.left.double() @ delta.right.double() - original.weight).norm()
+    scale = method.rank * torch.linalg.matrix_norm(original.weight, 2)
+    x = inputs(shape)
     if name in CHANGES_THE_FUNCTION:
         assert change > 1e-3 * scale
+    elif name in NEARLY_ZERO_AT_START:
+        assert change <= NEARLY_ZERO_AT_START[name] * scale
+        torch.testing.assert_close(layer(x), original(x), rtol=0, atol=1e-3)
+    elif torch.equal(layer.weight, original.weight):
+        assert torch.equal(layer(x), original(x))
+    else:  # taken from the weight and added again: equal to float32
+        assert change <= 1e-6 * scale
+        torch.testing.assert_close(layer(x), original(x), rtol=1e-5, atol=1e-5)
+
+
+@every_adapter
+@every_shape
+@pytest.mark.parametrize("alpha", [None, 15.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_changes_the_weight_at_the_start_is_made_of_the_cast_factors(name, shape, alpha, dtype):
+    """In bfloat16 too the two cancel to float32: a later cast would leave 1e-2 of it."""
+    method = make(name, alpha=alpha)
+    init = initialise(method, shape, dtype=dtype)
+    if init.base_update is None:
         return
-    assert change <= NEARLY_ZERO_AT_START.get(name, 0.0) * scale
-    x = inputs(shape)
-    expected = torch.nn.functional.linear(x, layer.weight, layer.bias)
-    if name in NEARLY_ZERO_AT_START:
-        torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-3)
-    else:
-        assert torch.equal(layer(x), expected)
+    assert init.base_update.left.dtype == init.base_update.right.dtype == torch.float32
+    delta = method.delta({key: value.to(dtype).float() for key, value in init.factors.items()})
+    total = init.base_update.left.double() @ init.base_update.right.double() + delta.left.double() @ delta.right.double()
+    assert total.abs().max() <= 1e-6 * (delta.left @ delta.right).abs().max()
 
 
 @every_adapter
@@ -317,6 +348,36 @@ def test_dropout_leaves_the_pretrained_part_alone(name):
     assert torch.equal(layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias))
 
 
+# ---------------------------------------------------------------------- recomposition
+
+
+@pytest.mark.parametrize("name", [name for name in ADAPTING if make(name).switching(100) is not None])
+@every_shape
+@pytest.mark.parametrize("alpha", [None, 15.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_recomposition_preserves_the_adapted_weight(name, shape, alpha, dtype):
+    """base_update + delta after = delta before, as the forward pass uses them; all that is not replaced keeps every bit."""
+    method = make(name, alpha=alpha)
+    factors = random_factors(method, shape)
+    used = {key: value.to(dtype).float() for key, value in factors.items()}
+    scores = torch.rand(method.rank, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    replaced = method.choose(scores if method.element_scores() else None)
+    assert list(replaced) == sorted(set(replaced)) and replaced and set(replaced) <= set(range(method.rank))
+    reserve = initialise(method, shape, dtype=dtype).reserve
+    new = LowRank(reserve.left[:, : len(replaced)], reserve.right[: len(replaced)])
+    answer = method.fuse(factors, used, replaced, new)
+    assert answer.replaced == replaced
+    before, after = (method.delta(f) for f in (used, {key: v.to(dtype).float() for key, v in answer.factors.items()}))
+    change = answer.base_update
+    assert change.left.dtype == change.right.dtype == torch.float32 and change.right.shape[0] == 2 * len(replaced)
+    total = change.left.double() @ change.right.double() + after.left.double() @ after.right.double()
+    expected = before.left.double() @ before.right.double()
+    assert (total - expected).abs().max() <= 1e-6 * expected.abs().max()
+    kept = [k for k in range(method.rank) if k not in replaced]
+    assert torch.equal(answer.factors["B"][:, kept], factors["B"][:, kept])
+    assert torch.equal(answer.factors["A"][kept], factors["A"][kept])
+
+
 # ---------------------------------------------------------------------- gradients and exports
 
 
@@ -348,9 +409,7 @@ def test_the_export_is_what_the_factors_add_to_the_weight(name, alpha, dtype):
 def test_a_trained_step_reaches_every_method_through_attach(name):
     """The whole round: attach, a backward pass, a step; the loss falls and nothing but the declared moves."""
     generator = torch.Generator().manual_seed(8)
-    net = torch.nn.Sequential(
-        torch.nn.Linear(131, 60), torch.nn.Tanh(), torch.nn.Linear(60, 31), torch.nn.Linear(31, 17)
-    ).double()
+    net = torch.nn.Sequential(torch.nn.Linear(131, 60), torch.nn.Tanh(), torch.nn.Linear(60, 31), torch.nn.Linear(31, 17)).double()
     attached = attach(net, make(name), ["0", "2"])
     for layer in attached.layers.values():
         for key, value in random_factors(attached.method, layer.shape).items():

@@ -107,7 +107,7 @@ def test_first_token_has_no_loss_even_without_a_prompt(tmp_path, tokenizer):
 def test_chunks_do_not_show(tmp_path, tokenizer, monkeypatch):
     pairs = [(f"Q: {i}", str(i)) for i in range(10)]
     whole = load(tmp_path, tokenizer, pairs)
-    monkeypatch.setattr("distlora.data.encode._CHUNK", 3)
+    monkeypatch.setattr("distlora.data.encode.CHUNK", 3)
     assert load(tmp_path, tokenizer, pairs) == whole and len(whole.samples) == 10
     assert load(tmp_path, tokenizer, pairs, split="train[2:5]").samples == whole.samples[2:5]
 

@@ -30,9 +30,9 @@ HOMES = {
 #: `attach`: there modules may use each other, but never in a circle.
 FLOORS = [
     {"errors"},
-    {"functional", "linalg"},
+    {"functional", "linalg", "rounding", "importance", "moments", "switching"},
     {"methods"},
-    {"layer", "comm", "optimizer"},
+    {"layer", "comm", "optimizer", "fusing"},
     {"engine"},
     set(),
     {"zero"},
@@ -174,8 +174,14 @@ def test_imports_go_downwards(module):
 
 @pytest.mark.parametrize("module", [m for m in MODULES if m.startswith("distlora.methods.")])
 def test_a_method_knows_no_module_rank_device_or_engine(module):
-    allowed = ("distlora.functional", "distlora.linalg", "distlora.errors", "distlora.methods")
+    names = ("functional", "linalg", "rounding", "importance", "switching", "errors", "methods")
+    allowed = [f"distlora.{name}" for name in names]
     assert all(any(_within(target, a) for a in allowed) for target in _own_imports(module, _tree(module)))
+
+
+@pytest.mark.parametrize("module", [f"distlora.{name}" for name in sorted(FLOORS[1])])
+def test_mathematics_imports_nothing_of_the_house(module):
+    assert _own_imports(module, _tree(module)) <= {"distlora.errors"}
 
 
 def test_only_training_chooses_the_engine():

@@ -137,6 +137,38 @@ def test_a_tapped_layer_leaves_the_adapter_out_and_untapping_brings_it_back():
     assert seen == [] and layer.R.grad is not None
 
 
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("method", [LoRASB(rank=RANK, alpha=6.0), LoRA(rank=RANK, dropout=0.5)], ids=lambda m: m.name)
+def test_tapped_with_its_adapter_it_shows_the_gradient_of_the_adapted_weight(method, checkpointed):
+    layer, x = _layer(method).eval(), _input()
+    pair = method.delta({name: factor.detach() for name, factor in layer.factors().items()})
+    weight = (layer.weight + pair.left @ pair.right).detach().requires_grad_()
+    torch.nn.functional.linear(x, weight, layer.bias).square().sum().backward()
+    plain = layer(x).detach()
+
+    seen, anchor = [], torch.zeros((), requires_grad=True, dtype=torch.float64)
+    layer.tap(anchor, lambda dy, x: seen.append(dy.T @ x), adapted=True)
+    layer.train()  # its own mode must not bring dropout back
+    y = checkpoint(layer, x, use_reentrant=False) if checkpointed else layer(x)
+    torch.testing.assert_close(y.detach(), plain)
+    y.square().sum().backward()  # of everything, not of the anchor alone
+    torch.testing.assert_close(sum(seen), weight.grad)
+    assert len(seen) == 1
+    assert all(p.grad is None for p in layer.parameters())
+
+
+def test_tapping_with_the_adapter_reaches_the_layers_below_through_it():
+    """dL/dx is that of the adapted layer, or gradients of earlier layers would leave this one's adapter out."""
+    layer, x = _layer(), _input().requires_grad_()
+    (wanted,) = torch.autograd.grad(layer(x).square().sum(), x)
+    layer.tap(torch.zeros((), requires_grad=True, dtype=torch.float64), lambda dy, x: None, adapted=True)
+    (found,) = torch.autograd.grad(layer(x).square().sum(), x)
+    torch.testing.assert_close(found, wanted)
+    layer.tap(torch.zeros((), requires_grad=True, dtype=torch.float64), lambda dy, x: None)
+    (bare,) = torch.autograd.grad(layer(x).square().sum(), x)
+    assert not torch.allclose(bare, wanted)
+
+
 # ---------------------------------------------------------------------- gradient maps
 
 

@@ -8,10 +8,12 @@ import torch
 
 from distlora.attach import attach
 from distlora.comm import Comm, Topology
-from distlora.engine import LocalEngine
+from distlora.engine import LocalEngine, clip_factor
+from distlora.methods import LowRank
 from distlora.methods.lora import LoRA
 from distlora.methods.lora_sb import LoRASB
 from distlora.optimizer import OptimizerSpec, Schedule
+from distlora.rounding import rounding_key
 
 FP32, BF16 = torch.float32, torch.bfloat16
 BOTH = pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
@@ -287,6 +289,116 @@ def test_mapping_gradients_happens_after_accumulation():
     )
     assert len(calls) == 1 and torch.equal(calls[0], total)
     assert torch.equal(engine.module.second.B.grad, torch.sign(total))
+
+
+@BOTH
+@pytest.mark.parametrize("clip", [None, 0.05, 1e3])
+def test_the_clip_factor_is_what_the_step_multiplies_by(dtype, clip):
+    engine, _ = _engine(dtype, OptimizerSpec("sgd", 1.0), clip)
+    before = _masters(engine)
+    for seed in (0, 1):
+        engine.backward(_loss(engine.module, _batch(seed, dtype)))
+    gradients = {name: p.grad.float().clone() for name, p in engine.module.named_parameters() if p.requires_grad}
+    factor = engine.clip_factor()
+    assert (factor < 0.9) == (clip == 0.05) and (factor == 1.0) == (clip != 0.05)
+    engine.step()
+    for name, value in _masters(engine).items():
+        torch.testing.assert_close(before[name] - value, factor * gradients[name], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("norm", "clip", "factor"), [(5.0, None, 1.0), (5.0, 0.0, 1.0), (0.0, 1.0, 1.0), (0.5, 1.0, 1.0), (4.0, 1.0, 0.25)]
+)
+def test_clip_factors(norm, clip, factor):
+    assert clip_factor(norm, clip) == pytest.approx(factor, rel=1e-6)
+
+
+# ---------------------------------------------------------------------- parts
+
+
+@BOTH
+def test_parts_are_whole_tensors_on_one_process_and_views_of_what_the_optimizer_has(dtype):
+    engine, attached = _engine(dtype, SPECS["adamw"])
+    layer = attached.layers["first"]
+    before = engine.parts(layer)
+    assert before.keys() == {"A", "B"} and all(part.moments == {} and part.gradient is None for part in before.values())
+    _train(engine, range(2))
+    parts = engine.parts(layer)
+    for factor, part in parts.items():
+        trained = engine.read_trained(f"first.{factor}")
+        assert (part.start, part.counted, part.gradient) == (0, True, None)
+        assert part.moments.keys() == {"exp_avg", "exp_avg_sq"}
+        assert torch.equal(part.master, trained["master"].view(-1)) and part.master.dtype == FP32
+        assert all(torch.equal(value, trained[key].view(-1)) for key, value in part.moments.items())
+    parts["A"].moments["exp_avg"][3:9] = 0.0
+    parts["B"].moments["exp_avg_sq"][7] = 9.0
+    assert not engine.read_trained("first.A")["exp_avg"].view(-1)[3:9].any()
+    assert engine.read_trained("first.B")["exp_avg_sq"].view(-1)[7] == 9.0
+    assert engine.read_trained("first.A")["exp_avg"].view(-1)[9] != 0.0
+
+
+def test_parts_know_the_momentum_of_sgd():
+    engine, attached = _engine(spec=SPECS["momentum"])
+    assert engine.parts(attached.layers["second"])["B"].moments == {}
+    _train(engine, [0])
+    part = engine.parts(attached.layers["second"])["B"]
+    assert part.moments.keys() == {"momentum_buffer"} and part.moments["momentum_buffer"].any()
+    plain, attached = _engine(spec=SGD)
+    _train(plain, [0])
+    assert plain.parts(attached.layers["second"])["B"].moments == {}
+
+
+@BOTH
+def test_gradients_of_parts_are_summed_over_micro_batches_and_not_clipped(dtype):
+    engine, attached = _engine(dtype, clip=1e-3)
+    for seed in (0, 1):
+        engine.backward(_loss(engine.module, _batch(seed, dtype)))
+    assert engine.clip_factor() < 0.5
+    for name, layer in attached.layers.items():
+        for factor, part in engine.parts(layer, gradients=True).items():
+            wanted = dict(engine.module.named_parameters())[f"{name}.{factor}"].grad
+            assert part.gradient.dtype == FP32 and torch.equal(part.gradient, wanted.float().view(-1)) and wanted.any()
+
+
+def test_parts_are_of_trained_factors_only_and_one_without_a_pass_has_no_gradient():
+    engine, attached = _engine(method=LoRASB(rank=5))
+    assert engine.parts(attached.layers["first"]).keys() == {"R"}
+    engine.backward(_loss(lambda x: torch.tanh(engine.module.first(x))[:, :7], _batch(0)))
+    assert engine.parts(attached.layers["first"], gradients=True)["R"].gradient is not None
+    assert engine.parts(attached.layers["second"], gradients=True)["R"].gradient is None
+
+
+# ---------------------------------------------------------------------- adding to a frozen weight
+
+
+@BOTH
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_add_low_rank_changes_the_frozen_weight_and_nothing_else(rounding, dtype):
+    engine, attached = _engine(dtype, SPECS["adamw"])
+    _train(engine, [0])
+    layer, generator = attached.layers["first"], torch.Generator().manual_seed(4)
+    update = LowRank(torch.randn(60, 3, generator=generator), torch.randn(3, 131, generator=generator))
+    before, exact = _live(engine), layer.weight.double() + update.left.double() @ update.right.double()
+    error = engine.add_low_rank(layer, update, rounding, rounding_key(1, "first", 1))
+    after = _live(engine)
+    assert {name for name in after if not torch.equal(after[name], before[name])} == {"first.weight"}
+    missed = float((after["first.weight"].double() - exact).norm())
+    unit = 1e-6 if dtype == FP32 else 2**-8 if rounding == "nearest" else 2**-7
+    assert missed <= unit * float(exact.norm())
+    assert error == (0.0 if dtype == FP32 else pytest.approx(missed**2, rel=1e-3))
+    x, _ = _batch(1, dtype)
+    assert torch.equal(layer(x), layer.method.forward(x, after["first.weight"], layer.bias, layer.factors(), True))
+    assert not layer.weight.requires_grad and layer.weight.grad is None
+
+
+def test_add_low_rank_draws_by_its_key():
+    update = LowRank(torch.full((60, 1), 1e-3), torch.ones(1, 131))
+    found = []
+    for key in (5, 5, 6):
+        engine, attached = _engine(BF16)
+        engine.add_low_rank(attached.layers["first"], update, "stochastic", key)
+        found.append(attached.layers["first"].weight.detach().clone())
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
 
 
 # ---------------------------------------------------------------------- reading and writing layers

@@ -14,6 +14,7 @@ from distlora.methods.lora import LoRA
 from distlora.methods.lora_sb import LoRASB
 from distlora.methods.lora_xs import LoRAXS
 from distlora.optimizer import OptimizerSpec
+from tests.tiny_runs import BF16, FP32, PROBE_SAMPLES, Run, change, equal, relative, samples
 
 OUT, IN, RANK = 60, 131, 8
 
@@ -323,6 +324,136 @@ def test_the_map_takes_effect_in_a_bfloat16_layer():
     assert layer.R.grad.dtype == torch.bfloat16
 
 
+# ---------------------------------------------------------------------- starting anew
+
+RESTART = {"name": "lora_sb", "rank": 4, "init": {"eta": 1e-2}}
+BOTH = pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
+
+
+def _restarting(dtype=FP32, alpha=None, init=None, **recompose):
+    return Run(RESTART | {"alpha": alpha, "recompose": {"times": 3} | recompose} | ({"init": init} if init else {}), dtype)
+
+
+def _gradients_at(weights, run, number):
+    """dL/dW of the number-th probe's mean loss for these dense weights, by autograd."""
+    weights = {name: value.clone().requires_grad_() for name, value in weights.items()}
+    first, head = run.layers["first"], run.engine.module.head
+    batch = samples(500 + number, FP32, PROBE_SAMPLES)
+    hidden = torch.tanh(torch.nn.functional.linear(batch["x"].double(), weights["first"], first.bias.double()))
+    hidden = torch.tanh(torch.nn.functional.linear(hidden, weights["second"]))
+    logits = torch.nn.functional.linear(hidden, head.weight.double(), head.bias.double())
+    loss = torch.nn.functional.cross_entropy(logits, batch["labels"])
+    return dict(zip(weights, torch.autograd.grad(loss, list(weights.values()))))
+
+
+@BOTH
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("alpha", [None, 10.0])
+def test_a_restart_at_zero_keeps_the_function_and_fuses_all_that_was_learned(alpha, rounding, dtype):
+    """In bfloat16 up to half a unit in the last place of W, or a whole one where draws decide."""
+    run = _restarting(dtype, alpha, start="zero", rounding=rounding)
+    unit = 1e-6 if dtype == FP32 else 2.0**-8 if rounding == "nearest" else 2.0**-7
+    for _ in range(3):
+        run.to_swap()
+        before = {name: run.adapted(name) for name in run.layers}
+        moved, report = change(run, run.decide)
+        assert report.swapped and moved < (1e-5 if dtype == FP32 else 0.02)
+        for name, layer in run.layers.items():
+            assert not layer.R.any() and not run.engine.read(layer)["R"].any()
+            assert relative(layer.weight.double(), before[name]) <= 1.001 * unit
+            assert report.layers[name].components == (0, 1, 2, 3)
+    assert run.ledger.columns("first") == 3 * 4 and run.probes == [1, 2, 3]
+    assert {entry.rounding for entry in run.ledger.entries["first"]} == {rounding}
+    assert run.total - run.done == 5 and run.train()[0][-1] < 10
+
+
+def test_a_restart_takes_its_directions_from_the_gradients_of_then():
+    """B and A are the leading singular directions of sign(g) at the fused weights, for the samples of that restart."""
+    run = _restarting(start="zero")
+    for number in (1, 2, 3):
+        run.to_swap()
+        gradients = _gradients_at({name: run.adapted(name) for name in run.layers}, run, number)
+        run.decide()
+        for name, layer in run.layers.items():
+            u, _, vt = torch.linalg.svd(-gradients[name].sign())
+            b, a = layer.B.detach().double(), layer.A.detach().double()
+            torch.testing.assert_close(b @ b.T, u[:, :4] @ u[:, :4].T, rtol=0, atol=1e-4)
+            torch.testing.assert_close(a.T @ a, vt[:4].T @ vt[:4], rtol=0, atol=1e-4)
+
+
+@BOTH
+def test_a_restart_with_a_step_makes_the_best_copy_of_it(dtype):
+    run = _restarting(dtype)
+    for number in (1, 2, 3):
+        run.to_swap()
+        before = {name: run.adapted(name) for name in run.layers}
+        moved, report = change(run, run.decide)
+        gradients = _gradients_at({name: layer.weight.detach().double() for name, layer in run.layers.items()}, run, number)
+        assert moved > 1e-3 and report.scalars["init/eta"] == 1e-2
+        for name, layer in run.layers.items():
+            # What was learned is in W, and the step comes on top.
+            assert relative(layer.weight.double(), before[name]) <= (1e-6 if dtype == FP32 else 1.001 * 2**-8)
+            step = run.adapted(name) - layer.weight.detach().double()
+            if dtype == FP32:
+                u, sigma, vt = torch.linalg.svd(-1e-2 * gradients[name].sign())
+                assert relative(step, u[:, :4] * sigma[:4] @ vt[:4]) < 1e-3
+            assert (step * gradients[name]).sum() < 0
+    assert run.probes == [1, 2, 3]
+
+
+def test_restarts_let_a_core_explore_more_than_its_rank():
+    once, thrice = Run(RESTART), _restarting(start="zero")
+    once.train()
+    reports = [report for report in thrice.train()[1] if report.swapped]
+    assert [report.step for report in reports] == [5, 10, 15]
+    for name in thrice.layers:
+        total = thrice.adapted(name) - thrice.first_weights[name].double()
+        assert torch.linalg.matrix_rank(total, rtol=1e-4) > 8
+        assert torch.linalg.matrix_rank(once.adapted(name) - once.first_weights[name].double(), rtol=1e-4) == 4
+        ranks = [report.layers[name].effective_rank for report in reports]
+        assert ranks == sorted(ranks) and ranks[-1] > ranks[0] + 1
+    assert equal(once.weights(), once.first_weights), "without a restart the weight is left alone"
+
+
+@BOTH
+def test_after_a_restart_gradients_are_corrected_for_the_new_factors(dtype):
+    """Theorem 3 with the factors of now: the optimizer is given (1/s²)(BᵀB)⁻¹ g_R (AAᵀ)⁻¹."""
+    run = _restarting(dtype, alpha=10.0, start="zero")
+    run.train(6)
+    run.backward()
+    found = {name: layer.R.grad.double() for name, layer in run.layers.items()}
+    for layer in run.layers.values():
+        layer.map_gradients({})
+        layer.R.grad = None
+    run.backward()
+    for name, layer in run.layers.items():
+        b, a = run.used(name)["B"], run.used(name)["A"]
+        wanted = torch.linalg.inv(b.T @ b) @ layer.R.grad.double() @ torch.linalg.inv(a @ a.T) / 2.5**2
+        torch.testing.assert_close(found[name], wanted, rtol=0, atol=(1e-4 if dtype == FP32 else 2e-2) * float(wanted.abs().max()))
+
+
+def test_after_a_restart_the_core_trains_as_a_young_one():
+    """First moments start at zero, second ones have their own age: no step above one and a half rates, late in training too."""
+    run = _restarting(start="zero", times=None, interval=10)
+    run.train(9)
+    run.step(swap=False)
+    squares = run.moments("exp_avg_sq")
+    run.decide()
+    for name in run.layers:
+        assert not run.moments("exp_avg")[f"{name}.R"].any()
+        assert torch.equal(run.moments("exp_avg_sq")[f"{name}.R"], squares[f"{name}.R"])
+    gradients = {}
+
+    def look():
+        factor = run.engine.clip_factor()
+        gradients.update({name: layer.R.grad * factor for name, layer in run.layers.items()})
+
+    run.step(look=look)
+    for name, gradient in gradients.items():
+        found = run.moments("exp_avg_sq")[f"{name}.R"] / (1 - 0.999**11)
+        torch.testing.assert_close(found, gradient.square(), rtol=1e-3, atol=1e-14)
+
+
 # ---------------------------------------------------------------------- the paper's ablations
 
 
@@ -502,3 +633,13 @@ def test_the_attached_layer_trains_r_squared_parameters():
     net = torch.nn.Sequential(torch.nn.Linear(IN, OUT), torch.nn.Linear(OUT, IN))
     attach(net, LoRASB(rank=RANK), "all-linear")
     assert sum(p.numel() for p in net.parameters() if p.requires_grad) == 2 * RANK**2
+
+
+@pytest.mark.parametrize(
+    "init, start",
+    [({"matrix": "kaiming"}, "step"), ({"eta": 1e-2, "noise_std": 1e-4}, "zero"), ({"orthonormal": False}, "zero")],
+    ids=["kaiming", "noise", "skewed"],
+)
+def test_restarts_that_make_no_sense_are_refused(init, start):
+    with pytest.raises(pydantic.ValidationError, match="recompose"):
+        LoRASB(init=init, recompose={"times": 1, "start": start})

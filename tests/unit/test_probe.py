@@ -63,9 +63,14 @@ def probe(engine, attached, data=None, count=COUNT, owners=None, **settings):
     return mean_gradients(engine, attached.layers, owners, data or batches(), count, response_loss, **settings)
 
 
-def autograds(directory, names, rows=None) -> dict[str, torch.Tensor]:
-    """Mean over the samples of the weights' gradients of transformers' own mean loss, in a plain model, unpadded."""
+def autograds(directory, names, rows=None, updates=None) -> dict[str, torch.Tensor]:
+    """Mean over the samples of the weights' gradients of transformers' own mean loss, in a plain model, unpadded.
+
+    updates: what is added to weights first, by layer."""
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for name, update in (updates or {}).items():
+            model.get_parameter(f"{name}.weight").add_(update)
     rows = samples(COUNT, 7) if rows is None else rows
     for row in rows:
         if any(label != -100 for label in row.labels[1:]):
@@ -152,6 +157,59 @@ def test_dropout_of_the_base_is_off(models, tmp_path):
         trained = [engine.run(response_loss, batches()[0])[0].item() for _ in range(2)]
     assert trained[0] != trained[1], "the test's model has no dropout"
     assert_near(probe(engine, attached), autograds(plain, attached.layers))
+
+
+# ---------------------------------------------------------------------- at the adapted weights
+
+
+def updates_of(engine, attached):
+    """s·B·(R·)A of every layer."""
+    pairs = {name: attached.method.delta(engine.read(layer)) for name, layer in attached.layers.items()}
+    return {name: pair.left @ pair.right for name, pair in pairs.items()}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
+@pytest.mark.parametrize(("name", "method"), [("qwen2", "lora_sb"), ("mistral", "pissa"), ("gemma2", "lora")])
+def test_adapted_the_gradients_are_those_of_the_merged_model(name, method, checkpointing, models):
+    directory = tiny_model_dir(name, models)
+    engine, attached = started(directory, method=method, alpha=14.0, checkpointing=checkpointing)
+    updates = updates_of(engine, attached)
+    found = probe(engine, attached, adapted=True)
+    assert_near(found, autograds(directory, attached.layers, updates=updates))
+    bare = probe(engine, attached)
+    assert all((found[n] - bare[n]).norm() > 0.1 * bare[n].norm() for n in bare), "the adapters make a difference"
+
+
+def test_adapted_dropout_of_the_adapters_is_off(models):
+    directory = tiny_model_dir("qwen2", models)
+    engine, attached = started(directory, method="pissa", dropout=0.5, checkpointing=True)
+    found = probe(engine, attached, adapted=True)
+    assert_near(found, autograds(directory, attached.layers, updates=updates_of(engine, attached)))
+
+
+def test_adapted_no_factor_collects_a_gradient_and_training_goes_on(models):
+    curves = []
+    for probed in (False, True):
+        engine, attached = started(tiny_model_dir("qwen2", models), method="pissa")
+        losses = []
+        for step in range(4):
+            if probed and step == 2:
+                before = traces(engine)
+                probe(engine, attached, adapted=True)
+                assert [name for name, p in engine.module.named_parameters() if p.grad is not None and p.grad.any()] == []
+                assert traces(engine) == before
+            losses.append(train_step(engine, batches(2), response_loss, 1e-2)[0])
+        curves.append(losses)
+    assert curves[0] == curves[1]
+
+
+def test_adapted_waiting_gradients_stay(models):
+    engine, attached = started(tiny_model_dir("qwen2", models), method="pissa")
+    accumulate(engine, batches(), response_loss)
+    waiting = {name: p.grad.clone() for name, p in engine.module.named_parameters() if p.grad is not None}
+    probe(engine, attached, adapted=True)
+    assert waiting.keys() == set(attached.trained)
+    assert all(torch.equal(engine.module.get_parameter(name).grad, gradient) for name, gradient in waiting.items())
 
 
 # ---------------------------------------------------------------------- what it leaves behind

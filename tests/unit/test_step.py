@@ -7,7 +7,7 @@ from distlora.data import Sample, collate, micro_batches, shard
 from distlora.engine import LocalEngine
 from distlora.errors import TrainingError
 from distlora.model import response_loss
-from distlora.step import accumulate, evaluation_loss, response_tokens, train_step
+from distlora.step import accumulate, count_targets, evaluation_loss, train_step
 from tests.distributed.cases import solo
 from tests.distributed.world import build, samples, write_random_factors
 from tests.tiny_models import tiny_model_dir
@@ -88,9 +88,9 @@ def test_a_mean_of_means_would_be_another_number(size, engine):
 def test_the_count_is_of_predicted_tokens_only():
     full = Sample([1, 2, 3], [1, 2, 3], [1], None)  # nothing predicts the first token
     none = Sample([1, 2, 3], [-100] * 3, [1, 2, 3], None)
-    assert response_tokens(collate([full, none], 0)) == 2
-    assert response_tokens(collate([], 0)) == 0
-    assert response_tokens(collate(rows(), 0)) == sum(label != -100 for row in rows() for label in row.labels[1:])
+    assert count_targets(collate([full, none], 0)) == 2
+    assert count_targets(collate([], 0)) == 0
+    assert count_targets(collate(rows(), 0)) == sum(label != -100 for row in rows() for label in row.labels[1:])
 
 
 def test_the_loss_is_the_one_before_the_step_and_the_rate_is_used(engine):
@@ -176,7 +176,7 @@ class OneOf:
 def test_each_ranks_share_is_divided_by_the_tokens_of_all(engine):
     """The shares of three ranks, two with samples and one with nothing but empty passes, add up to the loss."""
     wanted = whole_loss(engine).item()
-    tokens = response_tokens(collate(rows(), 0))
+    tokens = count_targets(collate(rows(), 0))
     shares = []
     for rank in range(3):
         parts = micro_batches(range(COUNT), rank, 3, 2, 2)

@@ -1,0 +1,76 @@
+"""Which components matter: scores of single elements, followed through training, and their means over a component.
+
+Component k of `B·A` is column k of B (out, r) and row k of A (r, in). A *part* is a flat piece of one factor, as a rank of a
+partitioned model holds it: elements `start … start + length − 1` of the row-major factor. It may begin and end inside a row.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+#: "mean" and "uncertainty", each like the part that they follow.
+ScoreState = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class ElementScores:
+    """Smoothed sensitivity times its uncertainty (Zhang et al., "AdaLoRA", arXiv 2303.10512, as SRLoRA uses it).
+
+    `I = |w·g|`, `Ī ← β₁Ī + (1−β₁)I`, `Ū ← β₂Ū + (1−β₂)|I − Ī|` with the new Ī, `s(w) = Ī·Ū`. Elementwise, so any part of a
+    factor is followed on its own.
+    """
+
+    beta1: float = 0.85
+    beta2: float = 0.85
+
+    def start(self, part: Tensor) -> ScoreState:
+        """The state before the first update: zeros in float32, of the part's shape and on its device."""
+        return {key: torch.zeros_like(part, dtype=torch.float32) for key in ("mean", "uncertainty")}
+
+    @torch.no_grad()
+    def update(self, state: ScoreState, weight: Tensor, gradient: Tensor) -> None:
+        """Counts one optimizer step, in place. gradient: averaged and unscaled, as the optimizer will use it."""
+        sensitivity = (weight.float() * gradient.float()).abs_()
+        state["mean"].lerp_(sensitivity, 1 - self.beta1)
+        state["uncertainty"].lerp_(sensitivity.sub_(state["mean"]).abs_(), 1 - self.beta2)
+
+    def scores(self, state: ScoreState) -> Tensor:
+        """s(w) of every element of the part."""
+        return state["mean"] * state["uncertainty"]
+
+
+def group_sums(factor: Literal["A", "B"], scores: Tensor, start: int, shape: tuple[int, int]) -> Tensor:
+    """A part's share of the means in `S_k = mean_i s(B_ik) + mean_j s(A_kj)`: (r,) float64.
+
+    scores: of the part's elements, flat. shape: of the whole factor. Sums over the part are divided by the component's full
+    length, so that adding up the answers of all parts of both factors gives S.
+    """
+    rows, columns = shape
+    # Whole rows, padded with zeros where the part leaves off: no index per element, and the same order of sums everywhere.
+    before, after = start % columns, -(start + scores.numel()) % columns
+    whole = torch.nn.functional.pad(scores.reshape(-1), (before, after)).view(-1, columns)
+    if factor == "B":
+        return whole.sum(0, dtype=torch.float64) / rows
+    sums = torch.zeros(rows, dtype=torch.float64, device=scores.device)
+    first = start // columns
+    sums[first : first + whole.shape[0]] = whole.sum(1, dtype=torch.float64) / columns
+    return sums
+
+
+def component_of(
+    factor: Literal["A", "B"], start: int, length: int, shape: tuple[int, int], device: torch.device | None = None
+) -> Tensor:
+    """Number of the component that each element of a part belongs to: (length,) int64. shape: of the whole factor."""
+    index = torch.arange(start, start + length, device=device)
+    return index % shape[1] if factor == "B" else index // shape[1]
+
+
+def low_half_share(scores: Tensor) -> float:
+    """Share of the total score that the ⌊r/2⌋ components with the lowest carry, 0 … 0.5. scores: (r,), not negative.
+
+    Where every score is zero, all components are alike, and so are their shares.
+    """
+    half, total = scores.numel() // 2, float(scores.sum())
+    return float(scores.sort().values[:half].sum()) / total if total > 0 else half / scores.numel()

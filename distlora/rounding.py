@@ -1,0 +1,80 @@
+"""From float32 to a stored dtype: to the nearest value, or at random so that the mean is exact.
+
+Stochastic rounding draws from a counter-based generator: the random bits of an element are a hash of a key and of its flat index
+in the whole matrix. So every cut of the matrix into shards, every device and every repetition draws the same.
+"""
+
+import hashlib
+import json
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Rounding = Literal["nearest", "stochastic"]
+
+#: Elements that are rounded at once: the hash works on int64, and several of them would outweigh a large shard.
+BLOCK_ELEMENTS = 1 << 20
+
+#: Bits that bfloat16 drops from float32.
+_DROPPED = 16
+
+
+def rounding_key(seed: int, layer: str, number: int) -> int:
+    """Key of one rounding of one layer's weight, 0 … 2⁶³−1. number: of the write, so that no two draw the same bits."""
+    text = json.dumps([seed, layer, number])
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def rounded(exact: Tensor, dtype: torch.dtype, rounding: Rounding, key: int, first: int) -> Tensor:
+    """A flat piece of a matrix in the dtype that it is stored in.
+
+    exact: (n,) float32. key: of `rounding_key`; only stochastic rounding uses it. first: index of exact[0] in the whole matrix,
+    `row·in + column`. Float32 is returned as it is. Values that `dtype` can represent stay what they are, under either rounding.
+    Stochastic rounding goes up or down to a neighbour with the probability that makes the mean exact.
+    """
+    if dtype == torch.float32:
+        return exact
+    if rounding == "nearest":
+        return exact.to(dtype)
+    if dtype != torch.bfloat16:
+        raise ValueError(f"stochastic rounding is for bfloat16, not {dtype}")
+    result = torch.empty_like(exact, dtype=dtype)
+    for begin in range(0, exact.numel(), BLOCK_ELEMENTS):
+        block = slice(begin, begin + BLOCK_ELEMENTS)
+        result[block] = _stochastic_bfloat16(exact[block], key, first + begin)
+    return result
+
+
+def _stochastic_bfloat16(exact: Tensor, key: int, first: int) -> Tensor:
+    """(n,) float32 to bfloat16: random bits are added below the kept ones, then the lower half is cut off.
+
+    A float's bits are sign and magnitude, so the magnitude grows with the probability that the cut-off part has of one unit.
+    """
+    draws = _random_bits(key, first, exact.numel(), exact.device)
+    bits = (exact.contiguous().view(torch.int32) + draws.to(torch.int32)) & -(1 << _DROPPED)
+    # A NaN's bits are no number that could be added to: it might become infinite, or zero.
+    return torch.where(exact.isfinite(), bits.view(torch.float32), exact).to(torch.bfloat16)
+
+
+def _random_bits(key: int, first: int, count: int, device: torch.device) -> Tensor:
+    """Uniform integers 0 … 2¹⁶−1 for counters first … first+count−1: (count,) int64.
+
+    SplitMix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number generators", 2014) at these positions of the sequence
+    that starts from `key`; the upper bits, as they are the best mixed. Integer operations alone, so all devices agree.
+    """
+    z = torch.arange(first + 1, first + count + 1, device=device)
+    z.mul_(_signed(0x9E3779B97F4A7C15)).add_(key)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        z.bitwise_xor_(_shifted_right(z, shift)).mul_(_signed(factor))
+    return _shifted_right(z.bitwise_xor_(_shifted_right(z, 31)), 64 - _DROPPED)
+
+
+def _shifted_right(z: Tensor, shift: int) -> Tensor:
+    """A shift that fills with zeros; the one on int64 repeats the sign."""
+    return (z >> shift).bitwise_and_((1 << (64 - shift)) - 1)
+
+
+def _signed(word: int) -> int:
+    """An unsigned 64-bit word as the int64 with the same bits."""
+    return word - (1 << 64) if word >> 63 else word

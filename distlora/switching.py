@@ -1,0 +1,177 @@
+"""When components are replaced. Plain arithmetic on steps and losses: deterministic, and its state is JSON.
+
+A swap comes *after* an optimizer step, and `done` counts the steps finished by then. Equal arguments give equal decisions, so
+every rank decides alike without asking the others.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class Decision:
+    """swap: replace components now. reason: why, or why not, with the numbers; one line for the log."""
+
+    swap: bool
+    reason: str
+
+
+class Switching(Protocol):
+    """When components are replaced in one run."""
+
+    def after_step(self, done: int, loss: float, low_share: Callable[[], float]) -> Decision | None:
+        """Called once after every step; None where nothing was to be decided.
+
+        done: steps finished. loss: of the step just made, the same on all ranks. low_share: the share of the total importance
+        that the lower half of the components carries, 0 … 0.5; collective, so whether it is called depends on the other
+        arguments and the state alone.
+        """
+
+    def state(self) -> dict:
+        """What a resumed run needs to go on with the same decisions, as JSON."""
+
+    def restore(self, state: dict) -> None:
+        """Takes back what `state` gave."""
+
+
+# ---------------------------------------------------------------------- at steps known beforehand
+
+
+def fixed_steps(total: int, count: int) -> tuple[int, ...]:
+    """`count` swaps spread over a run of `total` steps: the j-th after step ⌊j·total/(count+1)⌋.
+
+    Needs total ≥ count + 1; then the steps are distinct, none is 0 and none the last.
+    """
+    return tuple(j * total // (count + 1) for j in range(1, count + 1))
+
+
+def every_steps(total: int, interval: int) -> tuple[int, ...]:
+    """A swap after every `interval` steps of a run of `total`, never after the last one."""
+    return tuple(range(interval, total, interval))
+
+
+class FixedSwitching:
+    """Swaps after the given steps (ascending). most: how many of them at most; what is left out is said, once."""
+
+    def __init__(self, steps: tuple[int, ...], most: int | None = None):
+        self.steps, self.most = steps, len(steps) if most is None else min(most, len(steps))
+
+    def after_step(self, done: int, loss: float, low_share: Callable[[], float]) -> Decision | None:
+        if done not in self.steps:
+            return None
+        number = self.steps.index(done) + 1
+        if number <= self.most:
+            return Decision(True, f"swap {number} of {self.most}")
+        return Decision(False, _all_made(self.most)) if number == self.most + 1 else None
+
+    def state(self) -> dict:
+        return {}
+
+    def restore(self, state: dict) -> None:
+        """Nothing: the steps alone decide."""
+
+
+# ---------------------------------------------------------------------- from what is measured
+
+
+def freeze_start(total: int, freeze_fraction: float) -> int:
+    """The step from which on nothing is replaced: where the last `freeze_fraction` of `total` steps begins, at most the last."""
+    return total - int(freeze_fraction * total + 1e-9)
+
+
+@dataclass
+class _Progress:
+    """What an adaptive schedule remembers.
+
+    losses: of the last steps, two windows at most, none from before the last swap. next: no decision before so many steps.
+    interval: steps between a swap and the next decision. swaps: made so far. judge: step at which the last swap is judged, 0
+    for none. before: mean loss of the window before the last swap. ended: the last word was said.
+    """
+
+    next: int
+    interval: int
+    losses: list[float] = field(default_factory=list)
+    swaps: int = 0
+    judge: int = 0
+    before: float = 0.0
+    ended: bool = False
+
+
+class AdaptiveSwitching:
+    """Swaps when the loss has stopped improving and the lower half of the components hardly matters.
+
+    total: steps of the run. most: swaps at most. window: steps over which losses are averaged. improvement: the loss has stopped
+    improving when the mean of the last window is no more than this share below the mean of the window before. share: swap only
+    while the lower half of the components carries less than this of the total importance. freeze_fraction: no swap in this last
+    share of the run, and none after its last step. interval: steps before the first decision and from each swap to the next
+    one; at least two windows, so that a decision never compares losses from both sides of a swap.
+
+    One window after a swap its effect is judged: where the mean loss is more than `improvement` above the mean before the swap,
+    the interval doubles. A decision against a swap is reconsidered after another window.
+    """
+
+    def __init__(
+        self, total: int, most: int, window: int, improvement: float, share: float, freeze_fraction: float, interval: int = 0
+    ):
+        self.total, self.most, self.window = total, most, window
+        self.improvement, self.share = improvement, share
+        self.freeze_from = freeze_start(total, freeze_fraction)
+        interval = max(interval, 2 * window)
+        self._now = _Progress(next=interval, interval=interval)
+
+    def after_step(self, done: int, loss: float, low_share: Callable[[], float]) -> Decision | None:
+        now = self._now
+        if now.ended:
+            return None
+        now.losses = [*now.losses, loss][-2 * self.window :]
+        if done >= self.freeze_from:
+            now.ended = True
+            return Decision(False, f"frozen: no swap from step {self.freeze_from} of {self.total} on; {now.swaps} were made")
+        if now.judge:
+            return self._judge(done) if done == now.judge else None
+        if now.swaps >= self.most:
+            now.ended = True
+            return Decision(False, _all_made(self.most))
+        return self._decide(done, low_share) if done >= now.next and len(now.losses) == 2 * self.window else None
+
+    def state(self) -> dict:
+        return asdict(self._now)
+
+    def restore(self, state: dict) -> None:
+        self._now = _Progress(**state)
+
+    def _decide(self, done: int, low_share: Callable[[], float]) -> Decision:
+        now = self._now
+        earlier, later = _mean(now.losses[: self.window]), _mean(now.losses[self.window :])
+        losses = f"mean loss {earlier:.4g} → {later:.4g} over two windows of {self.window} steps"
+        now.next = done + self.window
+        if earlier - later > self.improvement * abs(earlier):
+            return Decision(False, f"keep: {losses}, still improving by more than {self.improvement:.3g} of it")
+        carried = low_share()
+        importance = f"the lower half carries {carried:.3g} of the importance"
+        if carried >= self.share:
+            return Decision(False, f"keep: {losses}, but {importance}, not below {self.share:.3g}")
+        now.swaps += 1
+        now.next, now.judge, now.before, now.losses = done + now.interval, done + self.window, later, []
+        losses += f", improving by no more than {self.improvement:.3g} of it"
+        return Decision(True, f"swap {now.swaps} of at most {self.most}: {losses}; {importance}, below {self.share:.3g}")
+
+    def _judge(self, done: int) -> Decision:
+        now = self._now
+        after, swapped = _mean(now.losses), done - self.window
+        losses = f"mean loss {now.before:.4g} before the swap at step {swapped}, {after:.4g} in the {self.window} steps after"
+        now.judge = 0
+        if after <= now.before + self.improvement * abs(now.before):
+            return Decision(False, f"recovered: {losses}; the interval stays {now.interval}")
+        now.interval *= 2
+        now.next = swapped + now.interval
+        return Decision(False, f"back off: {losses}; the interval doubles to {now.interval}")
+
+
+def _all_made(most: int) -> str:
+    return f"ended: all {most} swaps that target_rank allows were made"
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,145 @@
+"""Recomposition on ranks: what `cases` does for plain training, for methods that change frozen weights."""
+
+from collections import Counter
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from distlora import checkpoint as checkpoints
+from distlora.compose import initialise, install_gradient_maps, open_ledger
+from distlora.model import response_loss
+from distlora.recompose import Recomposer
+from distlora.step import accumulate
+
+SEED = 3
+PROBE_SAMPLES = 6
+
+
+class Recomposing:
+    """A setting whose adapters are initialised from its weights and recomposed while it trains."""
+
+    def __init__(self, setting, steps: int, begin: bool = True):
+        self.setting, self.engine, self.attached = setting, setting.engine, setting.attached
+        self.losses: list[float] = []
+        self.found: dict[str, Tensor] = {}
+        open_ledger(self.engine, self.attached, SEED)
+        reserves = None
+        if begin:
+            data = setting.probe_data(PROBE_SAMPLES, 1)
+            reserves = initialise(self.engine, self.attached, SEED, setting.rate(0), data).reserves
+        self.recomposer = Recomposer(
+            self.engine, self.attached, SEED, steps, reserves, lambda number: setting.probe_data(PROBE_SAMPLES, 1)
+        )
+
+    def steps(self, first: int, last: int) -> None:
+        """Training with everything that happens around a step; each swap must keep the function."""
+        for step in range(first, last):
+            self.engine.set_rate(0.1 * self.setting.rate(step))
+            self.losses.append(accumulate(self.engine, self.setting.batches(step), response_loss))
+            self.recomposer.on_gradient()
+            self.engine.step()
+            before = self.setting.evaluation()
+            report = self.recomposer.after_step(step + 1, self.losses[-1])
+            if report is None:
+                continue
+            if report.scores is not None:
+                self.found[f"scores.{step + 1}"] = report.scores.float()
+            for name, layer in report.layers.items():
+                self.found[f"replaced.{step + 1}.{name}"] = torch.tensor(layer.components)
+            after = self.setting.evaluation()
+            self.losses.append(after)
+            if not self.attached.method.refill_from() == "restart":
+                tolerance = 1e-5 if self.engine.dtype == torch.float32 else 2e-2
+                assert abs(after - before) <= tolerance * before, f"a swap moved the loss from {before} to {after}"
+
+    def weights(self) -> dict[str, Tensor]:
+        """The frozen weights as the forward pass reads them, on rank 0."""
+        return {f"weight.{name}": self.weight(name) for name in self.attached.layers}
+
+    def weight(self, name: str) -> Tensor:
+        found = self.engine.read_parameter(f"{name}.weight")
+        return torch.zeros(0) if found is None else found
+
+    def results(self) -> dict[str, Tensor]:
+        return {"losses": torch.tensor([*self.losses, self.setting.evaluation()])} | self.setting.state() | self.found
+
+
+def swapping(setting, steps: int = 8) -> dict[str, Tensor]:
+    """Training through several swaps: losses, scores, choices, factors and weights."""
+    run = Recomposing(setting, steps)
+    run.steps(0, steps)
+    return run.results() | run.weights()
+
+
+class _Collectives(TorchDispatchMode):
+    """Counts what the ranks send each other, whoever asks for it, by kind and in bytes."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        if function.namespace == "c10d":
+            self.bytes[function._opname] += sum(map(_nbytes, arguments))
+        return function(*arguments, **(keywords or {}))
+
+
+def _nbytes(argument) -> int:
+    if isinstance(argument, Tensor):
+        return argument.nbytes
+    return sum(map(_nbytes, argument)) if isinstance(argument, (list, tuple)) else 0
+
+
+def swap_traffic(setting, steps: int = 3) -> dict[str, Tensor]:
+    """Of what crosses the network at a swap, not one byte is W's: it is the factors, the new components and a few numbers."""
+    run = Recomposing(setting, steps + 1)
+    run.steps(0, steps)
+    run.engine.set_rate(0.1 * setting.rate(steps))
+    loss = accumulate(run.engine, setting.batches(steps), response_loss)
+    run.recomposer.on_gradient()
+    run.engine.step()
+    setting.evaluation()  # leaves weights gathered, as in a real run
+    layers, method = run.attached.layers, run.attached.method
+    table = 8 * len(layers)
+    with _Collectives() as seen:
+        run.recomposer._swap(_report(run, loss))
+    sides = sum(layer.in_features + layer.out_features for layer in layers.values())
+    expected = {
+        # Scores; the factors; at the end the rounding error and three norms of every layer.
+        "allreduce_": method.rank * table + 4 * method.rank * sides + 4 * table,
+        "broadcast_": 4 * method.replaced_at_once * sides + table,  # new components, and how many there are
+    }
+    alone = setting.comm.world_size == 1
+    assert alone or dict(seen.bytes) == expected, f"{dict(seen.bytes)} and not {expected}"
+    assert sum(expected.values()) < sum(4 * layer.in_features * layer.out_features for layer in layers.values())
+    return {"losses": torch.tensor([loss, setting.evaluation()])}
+
+
+def _report(run: Recomposing, loss: float):
+    from distlora.swapreport import SwapReport
+
+    layers = list(run.attached.layers)
+    return SwapReport(1, True, "asked for", run.recomposer._group_scores(), layers)
+
+
+def swap_saving(setting, steps: int = 10, at: int = 8) -> dict[str, Tensor]:
+    """Training with a checkpoint after step `at`."""
+    run = Recomposing(setting, steps)
+    run.steps(0, at)
+    checkpoints.save(setting.engine, setting.attached, setting.work, at, {}, recomposer=run.recomposer)
+    saved = {f"saved.{name}": weight for name, weight in run.weights().items()}
+    run.losses.clear()
+    run.steps(at, steps)
+    return run.results() | run.weights() | saved
+
+
+def swap_resuming(setting, steps: int = 10, at: int = 8) -> dict[str, Tensor]:
+    """The steps after that checkpoint, from the pretrained weights and what it holds."""
+    run = Recomposing(setting, steps, begin=False)
+    found = checkpoints.newest(setting.work, setting.comm)
+    checkpoints.restore(setting.engine, setting.attached, found, run.recomposer)
+    install_gradient_maps(setting.engine, setting.attached)
+    saved = {f"saved.{name}": weight for name, weight in run.weights().items()}
+    run.steps(at, steps)
+    return run.results() | run.weights() | saved

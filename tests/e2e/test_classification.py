@@ -1,0 +1,105 @@
+"""Encoders as classifiers, from the official files of GLUE's tasks to what other software loads."""
+
+import csv
+import math
+import shutil
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch.nn import functional as F
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from tests.e2e.program import curve, recipe_of, succeed, write_recipe
+from tests.tiny_models import ENCODERS, tiny_encoder_dir
+
+LABELS = ("entailment", "not_entailment")
+
+
+def rte_row(number: int) -> tuple[str, str, int]:
+    have = number % 7 + 1
+    first = f"Tom has {have} apples. " + 'He says "no".' * (number % 3)
+    return first, f"Tom has {have + number % 2} apples.", number % 2
+
+
+def write_rte(folder, train=22, dev=9):
+    """A folder with `train.tsv` and `dev.tsv` as in GLUE's RTE: quotation marks are text."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, count in (("train", train), ("dev", dev)):
+        lines = ["index\tsentence1\tsentence2\tlabel"]
+        for number in range(count):
+            *texts, label = rte_row(number if split == "train" else number + 1000)
+            lines.append("\t".join([str(number), *texts, LABELS[label]]))
+        (folder / f"{split}.tsv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    return tmp_path_factory.mktemp("encoders")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_rte(tmp_path_factory.mktemp("rte"))
+
+
+def recipe(model, data, folder, **train):
+    content = recipe_of(model, data, folder / "run")
+    content["data"] = {"task": "rte", "path": str(data), "eval_split": "validation", "max_length": 60}
+    content["train"] |= {"exact_match_samples": 0, "eval_samples": None} | train
+    return write_recipe(folder / "recipe.yaml", content)
+
+
+@torch.no_grad()
+def scores(model, tokenizer, data):
+    """Loss and accuracy on the evaluation split, row by row, by nothing of ours."""
+    with (data / "dev.tsv").open(newline="") as lines:
+        rows = list(csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
+    loss = right = 0.0
+    for row in rows:
+        logits = model.eval()(**tokenizer(row["sentence1"], row["sentence2"], return_tensors="pt")).logits
+        label = LABELS.index(row["label"])
+        loss += float(F.cross_entropy(logits, torch.tensor([label])))
+        right += int(logits.argmax()) == label
+    return loss / len(rows), right / len(rows)
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_a_classifier_is_trained_evaluated_and_loaded_by_others(name, models, data, tmp_path):
+    base = tiny_encoder_dir(name, models)
+    outcome = succeed("train", recipe(base, data, tmp_path))
+    run = tmp_path / "run"
+    assert "data: 9 samples of split validation" in outcome.err and "accuracy" in outcome.out
+    losses, accuracies = curve(run, "eval/loss"), curve(run, "eval/accuracy")
+    assert list(losses) == list(accuracies) == [0, 2, 4, 6]
+    assert all(math.isfinite(loss) for loss in losses.values()) and losses[6] != losses[0]
+
+    last = {"loss": losses[6], "accuracy": accuracies[6]}
+    printed = dict(line.split() for line in succeed("eval", run).out.splitlines())
+    assert {f"eval/{key}": f"{value:.6f}" for key, value in last.items()} == printed
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    plain = AutoModelForSequenceClassification.from_pretrained(base, num_labels=2)
+    adapted = PeftModel.from_pretrained(plain, run / "adapter")
+    assert scores(adapted, tokenizer, data) == pytest.approx(tuple(last.values()), rel=1e-4)
+    succeed("export", run, "--format", "merged", "--out", tmp_path / "merged")
+    merged, info = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not info["missing_keys"] and not info["mismatched_keys"]
+    assert scores(merged, tokenizer, data) == pytest.approx(tuple(last.values()), rel=1e-4)
+
+
+def test_the_head_is_in_checkpoints_and_a_resumed_run_goes_on_with_it(models, data, tmp_path):
+    path = recipe(tiny_encoder_dir("bert", models), data, tmp_path)
+    succeed("train", path)
+    heads = [load_file(tmp_path / "run" / f"checkpoint-{step}" / "adapter.safetensors") for step in (3, 6)]
+    for name in ("classifier.weight", "classifier.bias"):
+        assert not torch.equal(heads[0][name], heads[1][name])
+    whole = curve(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoint-6")
+    shutil.rmtree(tmp_path / "run" / "adapter")
+    succeed("train", path, "--resume")
+    again = load_file(tmp_path / "run" / "checkpoint-6" / "adapter.safetensors")
+    assert all(torch.equal(again[name], heads[1][name]) for name in again)
+    assert curve(tmp_path / "run") == whole
