@@ -32,13 +32,17 @@ def attach(model: nn.Module, method: Method, targets: str | list[str], new_param
 
     targets: "all-linear" (every `nn.Linear` but output embeddings and new heads), or a list of layer names, last parts of
     names (`q_proj`) and patterns (`*.layers.1?.mlp.*`). new_parameters: parameters that the pretrained weights did not
-    contain, such as a classification head; they are trained fully.
+    contain, such as a classification head; they are trained fully, and their layers are no targets whatever their names.
     Raises UserError for a target that matches no linear layer, and for a layer whose shape the method refuses.
     """
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linears = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and f"{name}.weight" not in new_parameters
+    }
     if not linears:
         raise UserError(f"{type(model).__name__} has no linear layer to adapt")
-    chosen = _match(model, linears, targets, new_parameters)
+    chosen = _match(model, linears, targets)
     if not chosen:
         raise UserError(f"targets: {targets} leaves no layer of {type(model).__name__} to adapt; name some")
     for name in chosen:
@@ -63,10 +67,10 @@ def attach(model: nn.Module, method: Method, targets: str | list[str], new_param
     return attached
 
 
-def _match(model: nn.Module, linears: dict[str, nn.Linear], targets: str | list[str], new_parameters: Collection[str]):
+def _match(model: nn.Module, linears: dict[str, nn.Linear], targets: str | list[str]) -> list[str]:
     """Names of the layers to adapt, in the model's order."""
     if targets == ALL_LINEAR:
-        return _all_linear(model, linears, new_parameters)
+        return _all_linear(model, linears)
     matched: set[str] = set()
     for target in targets:
         hits = {name for name in linears if _matches(name, target)}
@@ -83,14 +87,10 @@ def _matches(name: str, target: str) -> bool:
     return name == target or name.endswith("." + target) or fnmatch.fnmatchcase(name, target)
 
 
-def _all_linear(model: nn.Module, linears: dict[str, nn.Linear], new_parameters: Collection[str]) -> list[str]:
+def _all_linear(model: nn.Module, linears: dict[str, nn.Linear]) -> list[str]:
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    return [
-        name
-        for name, linear in linears.items()
-        if linear is not output and id(linear.weight) not in embeddings and f"{name}.weight" not in new_parameters
-    ]
+    return [name for name, linear in linears.items() if linear is not output and id(linear.weight) not in embeddings]
 
 
 def _replace(model: nn.Module, name: str, layer: AdapterLinear) -> AdapterLinear:

@@ -26,7 +26,7 @@ OTHER_LAYOUT = "tests/distributed/test_resume.py::test_at_another_layout_the_sam
 RECOMPOSE = "distlora/recompose.py"
 SWAPS = "float32-method=srlora-target_rank=16-gamma=0_5-interval=2-clip=0_5-micro_batch=2"
 SWAPPED = "tests/distributed/test_resume.py::test_after_swaps_at_the_same_layout_to_the_last_bit"
-_KEY = "world2-stage3-bfloat16-srlora-20-0.5-2-0.5-stochastic-at8"
+_KEY = "world2-stage3-bfloat16-srlora-20-0_5-2-0_5-stochastic-at8"
 KEPT = f"{_KEY}-from-{_KEY}"
 TO_ONE = "tests/distributed/test_resume.py::test_on_the_plain_engine_the_same_curve"
 #: Seconds after which ranks that wait for each other for ever are given up, and those of any other run.
@@ -460,7 +460,7 @@ MUTATIONS = [
         "distlora/checkpoint.py",
         '    torch.set_rng_state(own["cpu"])\n',
         "    pass\n",
-        (f"{SAME_LAYOUT}[world2-stage2-float32-dropout-from-world2-stage2-float32-dropout]",),
+        (f"{SAME_LAYOUT}[world2-stage2-float32-0_3-from-world2-stage2-float32-0_3]",),
     ),
     # ------------------------------------------------------------------ classifiers
     Mutation(

@@ -59,7 +59,7 @@ class Recomposing:
 
     def weight(self, name: str) -> Tensor:
         found = self.engine.read_parameter(f"{name}.weight")
-        return torch.zeros(0) if found is None else found
+        return torch.zeros(0) if found is None else found.clone()  # on a CPU it may be the live one
 
     def results(self) -> dict[str, Tensor]:
         return {"losses": torch.tensor([*self.losses, self.setting.evaluation()])} | self.setting.state() | self.found

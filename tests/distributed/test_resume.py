@@ -36,7 +36,7 @@ class Run:
 
     @property
     def key(self) -> str:
-        key = "-".join([f"world{self.world}-stage{self.stage}-{self.dtype}", *map(str, self.setting.values())])
+        key = "-".join([f"world{self.world}-stage{self.stage}-{self.dtype}", *map(str, self.setting.values())]).replace(".", "_")
         key += f"-at{self.at}" if self.swaps else ""
         return f"{key}-from-{getattr(self.source, 'key', self.source)}" if self.source else key
 

@@ -185,6 +185,13 @@ def test_the_head_trains_where_other_layers_are_named():
     assert NEW_HEAD < set(attached.trained) and set(attached.trained) == set(_trained(model))
 
 
+def test_a_new_head_is_no_target_even_if_a_pattern_matches_it():
+    attached = attach(_bert(), LoRA(rank=3), ["*"], NEW_HEAD)
+    assert "classifier" not in attached.layers and NEW_HEAD < set(attached.trained)
+    with pytest.raises(UserError, match="classifier matches no linear layer"):
+        attach(_bert(), LoRA(rank=3), ["classifier"], NEW_HEAD)
+
+
 # ---------------------------------------------------------------------- what is refused
 
 
