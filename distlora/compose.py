@@ -95,7 +95,8 @@ def initialise(
             eta = 0.0
             _scale(engine, layers, method.proportional_to_eta(), eta)
         elif settings.eta == "search":
-            eta = search_eta(engine, layers, method.proportional_to_eta(), data, report)
+            factor = method.proportional_to_eta()
+            eta = search_eta(engine, layers, factor, data, report, may_stay=number > 0 and factor in method.trains)
         report.scalars["eta"] = eta
     return report
 
@@ -240,9 +241,12 @@ def _means(comm: Comm, scalars: dict[str, dict[str, float]], names: list[str]) -
     return result
 
 
-def search_eta(engine: Engine, layers: dict[str, AdapterLinear], factor: str, data: ProbeData, report: InitReport) -> float:
+def search_eta(
+    engine: Engine, layers: dict[str, AdapterLinear], factor: str, data: ProbeData, report: InitReport, may_stay: bool = False
+) -> float:
     """The eta with the least loss on the probe's samples: half decades upwards until the loss has risen twice, then finer.
 
+    may_stay: answer 0 where no step lowers the loss, as happens late in a run.
     Only a scale changes, so one try is one forward pass, and nothing is written before the choice is made.
     """
     unit = report.scalars["step_rms"]  # of ΔW at eta = 1: 1 under AdamW, the gradient's own under SGD
@@ -277,6 +281,8 @@ def search_eta(engine: Engine, layers: dict[str, AdapterLinear], factor: str, da
     best = min(losses, key=losses.get)
     eta = 10**best / unit
     report.scalars["loss_after"] = losses[best]
+    if may_stay and losses[best] >= report.scalars["loss_before"]:
+        eta, report.scalars["loss_after"] = 0.0, report.scalars["loss_before"]
     _scale(engine, layers, factor, eta)
     return eta
 

@@ -200,7 +200,7 @@ class _Run:
     def _probe_data(self, settings: ProbeSettings, number: int = 0) -> ProbeData:
         """The same training samples for every world size, drawn by the recipe's seed; others for every number of a probe."""
         count = probe_samples(settings.samples, len(self.training))
-        generator = torch.Generator().manual_seed(self.recipe.train.seed + number)
+        generator = torch.Generator().manual_seed(self.recipe.train.seed + (number << 32))
         chosen = [self.training[i] for i in torch.randperm(len(self.training), generator=generator)[:count].tolist()]
 
         def batches(size: int) -> Iterator[dict[str, torch.Tensor]]:

@@ -5,11 +5,13 @@ import math
 import pytest
 import torch
 
+from distlora import compose
 from distlora.compose import (
     SEARCH_FROM,
     SEARCH_PATIENCE,
     SEARCH_REFINEMENTS,
     SEARCH_TO,
+    InitReport,
     ProbeData,
     assign_owners,
     broadcast_pair,
@@ -349,6 +351,17 @@ def test_the_search_scales_one_factor_of_the_start_at_eta_1(init, factor, direct
     for name in start:
         wanted = start[name] * eta if name.endswith(f".{factor}") else start[name]
         assert torch.equal(found[name], wanted), name
+
+
+@pytest.mark.parametrize("may_stay", [False, True])
+def test_a_search_without_a_better_step_may_take_none(directory, may_stay, monkeypatch):
+    engine, attached, _ = initialised(directory, init={"eta": 1e-3})
+    losses = iter([1.0, *(2.0 + tried for tried in range(20))])
+    monkeypatch.setattr(compose, "_probe_loss", lambda *_: next(losses))
+    report = InitReport({"step_rms": 1.0})
+    eta = compose.search_eta(engine, attached.layers, "R", probe_data(), report, may_stay)
+    at_rest = all(not engine.read(layer)["R"].any() for layer in attached.layers.values())
+    assert (eta == 0.0, at_rest, report.scalars["loss_after"] == 1.0) == (may_stay,) * 3
 
 
 def test_nothing_of_the_search_stays_switched_on(searched):
