@@ -48,7 +48,7 @@ def attach(model: nn.Module, method: Method, targets: str | list[str], new_param
     for name in chosen:
         problem = method.problem_with(linears[name].out_features, linears[name].in_features)
         if problem:
-            raise UserError(f"method {method.name}: layer {name}: {problem}; lower method.rank or name other targets")
+            raise UserError(f"method {method.name}: layer {name}: {problem} or name other targets")
 
     for parameter in model.parameters():
         parameter.requires_grad_(False)

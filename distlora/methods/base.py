@@ -139,9 +139,9 @@ class Method(BaseModel):
         return {name: full[name] for name in self.path}
 
     def problem_with(self, out_features: int, in_features: int) -> str | None:
-        """Why a layer of this shape cannot be adapted, as the end of a sentence; None if it can."""
+        """Why a layer of this shape cannot be adapted, and what to set instead, as the end of a sentence; None if it can."""
         if self.path and self.rank > min(out_features, in_features):
-            return f"rank {self.rank} is above min(out, in) = {min(out_features, in_features)}"
+            return f"rank {self.rank} is above min(out, in) = {min(out_features, in_features)}; lower method.rank"
         return None
 
     # ------------------------------------------------------------------ initialisation

@@ -81,7 +81,7 @@ class SRLoRA(PiSSA):
     def problem_with(self, out_features: int, in_features: int) -> str | None:
         least = min(out_features, in_features)
         if self._has_reserve and self.target_rank > least >= self.rank:
-            return f"target_rank {self.target_rank} is above min(out, in) = {least}"
+            return f"target_rank {self.target_rank} is above min(out, in) = {least}; lower method.target_rank"
         return super().problem_with(out_features, in_features)
 
     # ------------------------------------------------------------------ initialisation

@@ -111,7 +111,7 @@ def test_a_first_step_for_the_refill_is_refused():
 def test_a_reserve_larger_than_the_layer_is_refused():
     assert _method(target_rank=60).problem_with(OUT, IN) is None
     for shape in SHAPES:
-        assert _method(target_rank=61).problem_with(*shape) == "target_rank 61 is above min(out, in) = 60"
+        assert _method(target_rank=61).problem_with(*shape) == "target_rank 61 is above min(out, in) = 60; lower method.target_rank"
     assert "rank 61 is above" in _method(rank=61, target_rank=99).problem_with(OUT, IN)
 
 
