@@ -85,12 +85,13 @@ def initialise(
         gradients = mean_gradients(engine, layers, owners, data.batches(), data.samples, data.loss, settings.sums)
         report.scalars["samples"] = data.samples
     eta = 1.0
-    if settings is not None and settings.eta != "search" and not keep_function:
+    takes_step = settings is not None and settings.eta is not None
+    if takes_step and settings.eta != "search" and not keep_function:
         eta = first_rate if settings.eta == "schedule" else settings.eta
 
     log.info("initialising the factors of %d layers", len(layers))
     report.scalars |= factorise_all(engine, attached, owners, gradients, _draw_seed(seed, number), eta, report.reserves)
-    if settings is not None:
+    if takes_step:
         if keep_function:
             eta = 0.0
             _scale(engine, layers, method.proportional_to_eta(), eta)

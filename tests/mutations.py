@@ -235,7 +235,7 @@ MUTATIONS = [
         STEP,
         "    for batch in batches:\n        loss, count = engine.run(loss_sum, batch)\n",
         "    for batch in filter(count_targets, batches):\n        loss, count = engine.run(loss_sum, batch)\n",
-        parity("short_batch-world2-stage3-float32-micro_batch=2"),
+        parity("short_batch-world2-stage3-float32-micro_batch=2-persist0"),
         hangs=True,
     ),
     Mutation(
@@ -256,7 +256,7 @@ MUTATIONS = [
     Mutation(
         "probe not reduced over ranks",
         PROBE,
-        "            comm.reduce_to(block, owner)\n",
+        "                comm.reduce_to(block, owner)\n",
         "",
         parity("probing-world2-stage0-float32"),
     ),

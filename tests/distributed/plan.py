@@ -111,6 +111,8 @@ def _zero_options() -> list[Entry]:
     plan = [
         Entry(2, "storing", 3, zero=never_persistent, setting={"micro_batch": 2}, tensors=2e-2, note="persist0"),
         Entry(2, "writing", 3, zero=never_persistent, setting={"micro_batch": 2}, note="persist0"),
+        # With gathers in every forward pass: ranks that make fewer passes than others are noticed in an evaluation too.
+        Entry(2, "short_batch", 3, zero=never_persistent, setting={"micro_batch": 2}, note="persist0"),
         Entry(3, "curve", 3, zero=never_persistent, arguments={"steps": 6}, note="persist0"),
         Entry(3, "probing", 3, zero=never_persistent, setting={"checkpointing": True}, note="persist0"),
         Entry(2, "writing", 3, zero=secondary, setting={"micro_batch": 2}, note="hpz"),
@@ -139,6 +141,7 @@ def _swaps() -> list[Entry]:
         plan.append(Entry(2, "swap_traffic", stage, setting={**srlora, "interval": 9}, arguments={"steps": 8}))
     plan += [
         swapping(3, {"method": "pissa", "micro_batch": 2}, arguments={"steps": 4}),
+        swapping(2, {"method": "lora_ga", "alpha": 2, "micro_batch": 2}, arguments={"steps": 4}),
         swapping(2, one_at_a_time),
         swapping(3, {**srlora, "refill": "gradient"}),
         swapping(3, {**srlora, "checkpointing": True}, zero={"stage3_param_persistence_threshold": 0}, note="persist0"),

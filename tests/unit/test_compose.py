@@ -127,6 +127,18 @@ def test_equal_seeds_give_equal_factors_and_leave_the_programs_random_numbers_al
         assert drawn and not any(torch.equal(first[name], other[name]) for name in drawn)
 
 
+def test_a_probe_without_a_first_step_reports_no_size_of_one(directory):
+    """`eta: null`: LoRA-GA takes directions from the gradient, and nothing is searched or scaled."""
+    engine, attached, report = initialised(directory, method="lora_ga")
+    assert attached.method.probe_settings().eta is None
+    assert report.scalars["samples"] == COUNT and "eta" not in report.scalars and report.search == []
+    assert all(isinstance(value, (int, float)) for value in report.scalars.values())
+    plain, _ = started(directory, method="lora_ga")
+    x = {"input_ids": torch.arange(12).reshape(2, 6)}
+    with torch.no_grad():
+        torch.testing.assert_close(engine.module(**x).logits, plain.module(**x).logits, rtol=0, atol=2e-4)
+
+
 def test_a_method_without_layers_has_nothing_to_initialise(directory):
     engine, attached = started(directory, method="full")
     before = {name: p.detach().clone() for name, p in engine.module.named_parameters()}

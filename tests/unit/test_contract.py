@@ -101,7 +101,7 @@ def test_every_file_is_a_method_under_its_own_name():
     files = {path.stem for path in Path(methods.__file__).parent.glob("*.py")} - {"__init__", "base"}
     assert files == set(ALL)
     assert all(registry()[name].__module__ == f"distlora.methods.{name}" for name in ALL)
-    assert {"lora", "lora_xs", "lora_sb", "full", "pissa", "srlora"} <= set(ALL)
+    assert {"lora", "lora_xs", "lora_sb", "full", "pissa", "srlora", "rslora", "lora_ga"} <= set(ALL)
 
 
 @every_method
