@@ -49,6 +49,10 @@ def attach(model: nn.Module, method: Method, targets: str | list[str], new_param
         problem = method.problem_with(linears[name].out_features, linears[name].in_features)
         if problem:
             raise UserError(f"method {method.name}: layer {name}: {problem} or name other targets")
+        if method.changes_weight and _uses(model, linears[name].weight) > 1:
+            raise UserError(
+                f"targets: {name} shares its weight with another layer, which would change too under {method.name}; leave it out"
+            )
 
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -65,6 +69,11 @@ def attach(model: nn.Module, method: Method, targets: str | list[str], new_param
         if parameter.requires_grad:
             attached.trained.append(name)
     return attached
+
+
+def _uses(model: nn.Module, weight: nn.Parameter) -> int:
+    """How many modules have this very parameter."""
+    return sum(parameter is weight for module in model.modules() for parameter in module.parameters(recurse=False))
 
 
 def _match(model: nn.Module, linears: dict[str, nn.Linear], targets: str | list[str]) -> list[str]:

@@ -129,14 +129,6 @@ class Comm:
             dist.broadcast(tensor, source)
         return tensor
 
-    def move(self, tensor: Tensor, source: int, target: int) -> Tensor:
-        """The tensor of rank `source` on rank `target`, which brings one of its shape to be overwritten; elsewhere undefined."""
-        if source != target and self.rank == source:
-            dist.send(tensor, target)
-        if source != target and self.rank == target:
-            dist.recv(tensor, source)
-        return tensor
-
     def gather_to(self, tensor: Tensor, owner: int) -> list[Tensor] | None:
         """Equal-sized tensors of all ranks, in rank order, on the owner; None elsewhere."""
         if self.world_size == 1:

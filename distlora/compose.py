@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -13,6 +14,7 @@ from distlora.comm import Comm
 from distlora.engine import Engine
 from distlora.layer import AdapterLinear
 from distlora.ledger import Ledger
+from distlora.linalg import low_rank_norm
 from distlora.methods import Factors, Init, LowRank, Method
 from distlora.methods.base import LayerInit
 from distlora.probe import Batch, Loss, mean_gradients, sample_weights
@@ -119,14 +121,20 @@ def factorise_all(
     """
     method, layers = attached.method, attached.layers
     scalars: dict[str, dict[str, float]] = {}
+    rounded_away = added = 0.0  # squares, of the whole model
     for turn in _turns(layers, owners):
         found = _factorise(engine, method, turn, owners, gradients, seed, eta)
         for name, layer in turn.items():
-            _install(engine, attached.ledger, layer, owners[name], found.get(name))
+            error, norm = _install(engine, attached.ledger, layer, owners[name], found.get(name))
+            rounded_away, added = rounded_away + error, added + norm**2
         scalars |= {name: init.report for name, init in found.items()}
         if reserves is not None:
             reserves |= {name: init.reserve for name, init in found.items() if init.reserve is not None}
-    return _means(engine.comm, scalars, list(layers))
+    report = _means(engine.comm, scalars, list(layers))
+    if added:
+        (error,) = engine.comm.sum(rounded_away)
+        report["rounding_loss"] = math.sqrt(error / added)
+    return report
 
 
 def _draw_seed(seed: int, number: int) -> int | str:
@@ -192,15 +200,16 @@ def _factorise(
     return found
 
 
-def _install(engine: Engine, ledger: Ledger, layer: AdapterLinear, owner: int, init: Init | None) -> None:
+def _install(engine: Engine, ledger: Ledger, layer: AdapterLinear, owner: int, init: Init | None) -> tuple[float, float]:
     """The owner's factors into the layer on every rank, with the update of the weight and the correction of gradients that go
-    with them."""
+    with them. Returns this rank's share of the squared rounding error of the update, and the update's norm."""
     factors = _broadcast(engine.comm, layer, owner, init)
     engine.write(layer, factors)
-    update = broadcast_pair(engine.comm, layer.shape, owner, init and init.base_update)
-    if update is not None:
-        ledger.apply(engine, layer, 0, "nearest", update)
     layer.map_gradients(layer.method.gradient_map({name: factor.to(engine.dtype) for name, factor in factors.items()}))
+    update = broadcast_pair(engine.comm, layer.shape, owner, init and init.base_update)
+    if update is None:
+        return 0.0, 0.0
+    return ledger.apply(engine, layer, 0, "nearest", update), low_rank_norm(update.left, update.right)
 
 
 def _broadcast(comm: Comm, layer: AdapterLinear, owner: int, init: Init | None) -> Factors:

@@ -38,7 +38,8 @@ class Part:
 
     counted: whether a sum over ranks counts it (where every rank holds the whole, rank 0's counts). master: (n,) float32 view
     of what the optimizer steps from. gradient: (n,) float32, averaged, not yet clipped; None unless asked for. moments: (n,)
-    views of the optimizer's state, empty before its first step. Views may be changed in place.
+    views of the optimizer's state, empty before its first step. All on one device (the host where the optimizer is offloaded).
+    Views may be changed in place.
     """
 
     start: int

@@ -127,8 +127,9 @@ class Ledger:
         if pair is None:
             left, right = (out_features, entry.columns), (entry.columns, in_features)
             pair = LowRank(torch.empty(left, dtype=dtype, device=device), torch.empty(right, dtype=dtype, device=device))
-        moved = [self._comm.move(side.to(device), owner, 0).cpu() for side in (pair.left, pair.right)]
-        return LowRank(*moved) if self._comm.is_main else None
+        # A broadcast, though only rank 0 needs it: sending from rank to rank would open a communicator for every pair of them.
+        moved = [self._comm.broadcast(side.to(device), owner) for side in (pair.left, pair.right)]
+        return LowRank(*(side.cpu() for side in moved)) if self._comm.is_main else None
 
 
 def _lossless(update: LowRank, dtype: torch.dtype) -> torch.dtype:

@@ -64,6 +64,13 @@ def factorised(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return u.float(), s.float(), vt.float()
 
 
+def product_singular_values(left: Tensor, right: Tensor) -> Tensor:
+    """Singular values of `left @ right`, (out, k) and (k, in), descending: what `factorised` finds, without the vectors."""
+    r_left = torch.linalg.qr(left.double(), mode="r").R
+    r_right = torch.linalg.qr(right.double().T, mode="r").R
+    return torch.linalg.svdvals(r_left @ r_right.T).float()
+
+
 def effective_rank(singular_values: Tensor) -> float:
     """exp of the entropy of σ/Σσ (Roy & Vetterli, EUSIPCO 2007): 1 … the number of equal ones; 0 for a zero matrix."""
     total = singular_values.double().sum()

@@ -17,7 +17,7 @@ from distlora.engine import Engine, Part
 from distlora.importance import ScoreState, component_of, group_sums, low_half_share
 from distlora.layer import AdapterLinear
 from distlora.ledger import Ledger
-from distlora.linalg import effective_rank, factorised, low_rank_norm
+from distlora.linalg import effective_rank, low_rank_norm, product_singular_values
 from distlora.methods import Factors, LowRank, Recomposition
 from distlora.methods.base import LayerInit
 from distlora.moments import AGE_LIMIT, own_age
@@ -61,7 +61,8 @@ class Recomposer:
         self._reserves = dict(reserves or {})
         #: Components of every layer's reserve, of which the first `_taken` are used.
         self._reserve_sizes = self._count_reserves()
-        self._swaps = 0
+        #: Swaps made, and optimizer steps. Not the optimizer's own count, which a rank without a part of any tensor lacks.
+        self._swaps, self._done = 0, 0
         #: No further replacement, whatever the schedule says; young components are still looked after.
         self._ended = False
         rank = self._method.rank
@@ -96,8 +97,10 @@ class Recomposer:
         of their own age."""
         if not self.active:
             return
-        step = self._engine.steps_taken() + 1
+        step = self._done + 1
         young = {name for name, born in self._born.items() if any(b != NEVER and step - b <= AGE_LIMIT for b in born)}
+        if "exp_avg_sq" not in self._engine.optimizer.moments():
+            young = set()
         clip = self._engine.clip_factor() if young else 1.0
         for name, layer in self._layers.items():
             if not self._elements and name not in young:
@@ -122,6 +125,7 @@ class Recomposer:
     @torch.no_grad()
     def after_step(self, done: int, loss: float) -> SwapReport | None:
         """done: finished steps. loss: of the last one, the same on all ranks. Returns what was decided, if anything was."""
+        self._done = done
         if not self.active or self._ended:
             return None
         table: list[Tensor] = []
@@ -147,7 +151,8 @@ class Recomposer:
             shapes = self._method.shapes(*layer.shape)
             for factor, part in self._engine.parts(layer).items():
                 if part.counted:
-                    row += group_sums(factor, self._elements.scores(self._scores[name][factor]), part.start, shapes[factor])
+                    scores = self._elements.scores(self._scores[name][factor])
+                    row += group_sums(factor, scores, part.start, shapes[factor]).to(row.device)
         return self._comm.all_reduce(table).cpu()
 
     def _swap(self, report: SwapReport) -> None:
@@ -277,7 +282,7 @@ class Recomposer:
                 if key in part.moments:
                     part.moments[key][mask.to(part.moments[key].device)] = 0.0
         for component in answer.replaced:
-            self._born[layer.name][component] = self._engine.steps_taken()
+            self._born[layer.name][component] = self._done
         return error
 
     def _owns(self, name: str) -> bool:
@@ -313,7 +318,7 @@ class Recomposer:
             device = self._comm.device
             left = torch.cat([pair.left.to(device, torch.float32) for pair in pairs], 1)
             right = torch.cat([pair.right.to(device, torch.float32) for pair in pairs], 0)
-            _, singular_values, _ = factorised(left, right)
+            singular_values = product_singular_values(left, right)
             seen.delta_norm, seen.effective_rank = float(singular_values.norm()), effective_rank(singular_values)
         return seen
 
@@ -329,7 +334,7 @@ class Recomposer:
         if not self.active:
             return None
         return {
-            "swaps": self._swaps, "born": self._born, "origin": self._origin,
+            "swaps": self._swaps, "done": self._done, "born": self._born, "origin": self._origin,
             "reserves": {name: self._reserve_left(name) for name in self._layers},
             "ended": self._ended, "switching": self._switching.state() if self._switching else {},
         }  # fmt: skip
@@ -366,13 +371,13 @@ class Recomposer:
         else:
             left, right = (layer.out_features, count), (count, layer.in_features)
             sides = torch.empty(left, dtype=dtype, device=device), torch.empty(right, dtype=dtype, device=device)
-        sides = tuple(self._comm.move(side, self._owners[name], 0).cpu() for side in sides)
+        sides = tuple(self._comm.broadcast(side, self._owners[name]).cpu() for side in sides)
         return sides if self._comm.is_main else (None, None)
 
     def restore(self, state: dict[str, Any], read: Callable[[str], Tensor | None]) -> None:
         """Goes on from what `state` and `tensors` gave, at any stage and world size. Collective. read: the tensor of a name, on
         rank 0; collective."""
-        self._swaps, self._born = state["swaps"], state["born"]
+        self._swaps, self._done, self._born = state["swaps"], state["done"], state["born"]
         # Of the reserves only what is unused was written.
         self._reserve_sizes, self._taken = state["reserves"], dict.fromkeys(self._layers, 0)
         self._origin = {name: [tuple(place) for place in places] for name, places in state["origin"].items()}

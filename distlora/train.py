@@ -158,7 +158,7 @@ class _Run:
         self.accumulation = plan_batches(recipe, comm.world_size)
         self.steps = settings.steps or max(1, round(settings.epochs * self.order.steps_per_epoch))
         self.schedule = Schedule(settings.schedule, settings.lr, self.steps, settings.warmup_ratio)
-        check_length(recipe, self.steps)
+        _together(comm, lambda: check_length(recipe, self.steps))
 
         config = _together(comm, self.objective.load_config)
         self.engine, self.tensorboard = _together(comm, lambda: _make_engine(comm, recipe, config))

@@ -223,7 +223,9 @@ class ZeroEngine:
         own, gradient = self._slices[name], self._gradient(name) if gradients else None
         keys = self.optimizer.moments() if own.flat in self._optimizer.state else ()
         moments = {key: own.moment(self._optimizer, key) for key in keys}
-        return Part(own.start, self._speaks_for(name), own.master, None if gradient is None else gradient.float(), moments)
+        if gradient is not None:  # at stage 3 DeepSpeed answers on the accelerator, wherever the master lies
+            gradient = gradient.to(own.master.device, torch.float32)
+        return Part(own.start, self._speaks_for(name), own.master, gradient, moments)
 
     def map_gradients(self, layers: list[AdapterLinear], change: GradientMap) -> None:
         for bucket in _buckets(layers, GRADIENT_BUCKET):

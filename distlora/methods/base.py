@@ -144,6 +144,11 @@ class Method(BaseModel):
             return f"rank {self.rank} is above min(out, in) = {min(out_features, in_features)}; lower method.rank"
         return None
 
+    @property
+    def changes_weight(self) -> bool:
+        """Whether the frozen weight of a layer is ever written, at the start or later."""
+        return False
+
     # ------------------------------------------------------------------ initialisation
 
     def source_matrix(self) -> Literal["weight", "gradient", None]:

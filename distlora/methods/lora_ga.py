@@ -46,6 +46,10 @@ class LoRAGA(RSLoRA):
             )
         return None
 
+    @property
+    def changes_weight(self) -> bool:
+        return True
+
     def source_matrix(self) -> Literal["weight", "gradient", None]:
         return "gradient"
 

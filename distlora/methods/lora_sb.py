@@ -83,6 +83,10 @@ class LoRASB(Method):
     path: ClassVar[tuple[str, ...]] = ("A", "R", "B")
     trains: ClassVar[tuple[str, ...]] = ("R",)
 
+    @property
+    def changes_weight(self) -> bool:
+        return self.recompose is not None
+
     def source_matrix(self) -> Literal["weight", "gradient", None]:
         return "gradient" if self.init.matrix == "gradient" else None
 

@@ -17,6 +17,10 @@ class PiSSA(Method):
     summary: ClassVar[str] = "train the leading singular directions of W"
     source: ClassVar[str] = "arXiv 2404.02948"
 
+    @property
+    def changes_weight(self) -> bool:
+        return True
+
     def source_matrix(self) -> Literal["weight", "gradient", None]:
         return "weight"
 

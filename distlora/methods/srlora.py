@@ -61,6 +61,9 @@ class SRLoRA(PiSSA):
         if self.replaced_at_once < 1:
             least = math.ceil(1000 / self.rank) / 1000
             raise ValueError(f"gamma={self.gamma:g} of rank {self.rank} is no component: set it to at least {least:g}")
+        if self.schedule == "adaptive" and self.interval is not None and self.interval < 2 * self.adaptive.window:
+            least = 2 * self.adaptive.window
+            raise ValueError(f"interval={self.interval} is shorter than two windows of adaptive.window: set it to at least {least}")
         least = self.rank + self.replaced_at_once
         if self.target_rank < least:
             raise ValueError(f"target_rank={self.target_rank} leaves nothing to replace with: set it to at least {least}")

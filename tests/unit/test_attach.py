@@ -7,6 +7,7 @@ import transformers
 from distlora.attach import attach, lora_parameters
 from distlora.errors import UserError
 from distlora.layer import AdapterLinear
+from distlora.methods import registry
 from distlora.methods.full import Full
 from distlora.methods.lora import LoRA
 from distlora.methods.lora_sb import LoRASB
@@ -260,3 +261,17 @@ def test_parameters_of_an_ordinary_lora():
     attached = attach(model, LoRA(rank=4), "all-linear")
     shapes = {name: layer.shape for name, layer in attached.layers.items()}
     assert lora_parameters(shapes, 4) == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("name", ["pissa", "srlora", "lora_ga", "lora"])
+def test_a_weight_that_is_used_twice_is_not_changed(name):
+    """A tied embedding would change with the output head."""
+    model = torch.nn.Module()
+    model.embedding, model.head = torch.nn.Embedding(40, 30), torch.nn.Linear(30, 40, bias=False)
+    model.head.weight = model.embedding.weight
+    method = registry()[name](rank=4, **({"target_rank": 8} if name == "srlora" else {}))
+    if method.changes_weight:
+        with pytest.raises(UserError, match="head shares its weight"):
+            attach(model, method, ["head"])
+    else:
+        assert list(attach(model, method, ["head"]).layers) == ["head"]

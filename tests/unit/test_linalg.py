@@ -4,7 +4,15 @@ import pytest
 import torch
 
 from distlora import linalg
-from distlora.linalg import captured_energy, effective_rank, factorised, gram_inverse, low_rank_norm, truncated_svd
+from distlora.linalg import (
+    captured_energy,
+    effective_rank,
+    factorised,
+    gram_inverse,
+    low_rank_norm,
+    product_singular_values,
+    truncated_svd,
+)
 
 
 def _generator(seed=0):
@@ -280,3 +288,8 @@ def test_gram_inverse_of_an_ill_conditioned_float32_matrix_is_computed_in_float6
     gram = ((gram + gram.T) / 2).float()
     expected = torch.linalg.inv(gram.double())
     assert (gram_inverse(gram) - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_the_singular_values_of_a_product_are_those_of_its_factorisation():
+    left, right = torch.randn(50, 9, generator=_generator(1)), torch.randn(9, 31, generator=_generator(2))
+    torch.testing.assert_close(product_singular_values(left, right), factorised(left, right)[1])
