@@ -137,7 +137,8 @@ def deepspeed_config(
         "gradient_accumulation_steps": accumulation,
         "train_batch_size": micro_batch * accumulation * world_size,
         "gradient_clipping": clip,
-        "zero_optimization": {"stage": stage, **zero},
+        # DeepSpeed's own linear map at stage 3 stays installed in the process: what other cases compute would depend on the order.
+        "zero_optimization": {"stage": stage, "memory_efficient_linear": False, **zero},
         # DeepSpeed's own CPU Adam would be compiled first.
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,
