@@ -4,6 +4,8 @@ The optimizer's count of steps belongs to a whole tensor. A component that start
 would be corrected by 1 − β₂^t ≈ 1, and its updates are 2 to 6.6 times the learning rate.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -37,6 +39,7 @@ def own_age(exp_avg_sq: Tensor, gradient: Tensor, ages: Tensor, step: int, beta2
     exp_avg_sq.copy_(keep.mul_(exp_avg_sq).addcmul_(gain, squared).where(index > 0, exp_avg_sq))
 
 
+@functools.lru_cache(maxsize=1)  # the same for all factors of a step
 def _coefficients(step: int, beta2: float) -> tuple[list[float], list[float]]:
     """What v and g² are multiplied by, for ages 0 … AGE_LIMIT; in double precision, as differences of near numbers."""
     now, last = 1 - beta2**step, 1 - beta2 ** (step - 1)

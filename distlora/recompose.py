@@ -80,6 +80,11 @@ class Recomposer:
         """Whether components may still be replaced, or young ones still need looking after."""
         return self._switching is not None
 
+    @property
+    def _following(self) -> bool:
+        """Whether scores of elements are still needed, for a swap that may come."""
+        return self._elements is not None and not self._ended and not self._switching.finished(self._done)
+
     def _count_reserves(self) -> dict[str, int]:
         counts = [self._reserves[name].right.shape[0] if name in self._reserves else 0 for name in self._layers]
         return dict(zip(self._layers, map(int, self._comm.sum(*counts)))) if counts else {}
@@ -103,12 +108,12 @@ class Recomposer:
             young = set()
         clip = self._engine.clip_factor() if young else 1.0
         for name, layer in self._layers.items():
-            if not self._elements and name not in young:
+            if not self._following and name not in young:
                 continue
             for factor, part in self._engine.parts(layer, gradients=True).items():
                 if part.gradient is None:
                     continue
-                if self._elements:
+                if self._following:
                     self._elements.update(self._scores[name][factor], part.master, part.gradient)
                 if name in young and "exp_avg_sq" in part.moments:
                     ages = self._ages(name, step)[_component(factor, part, layer)]
@@ -125,7 +130,7 @@ class Recomposer:
     @torch.no_grad()
     def after_step(self, done: int, loss: float) -> SwapReport | None:
         """done: finished steps. loss: of the last one, the same on all ranks. Returns what was decided, if anything was."""
-        self._done = done
+        followed, self._done = self._following, done
         if not self.active or self._ended:
             return None
         table: list[Tensor] = []
@@ -139,7 +144,7 @@ class Recomposer:
         if decision is None:
             return None
         log.info("step %d: %s: %s", done, "recomposition" if decision.swap else "no recomposition", decision.reason)
-        report = SwapReport(done, decision.swap, decision.reason, scores() if self._elements else None, list(self._layers))
+        report = SwapReport(done, decision.swap, decision.reason, scores() if followed else None, list(self._layers))
         if decision.swap:
             self._swap(report)
         return report
@@ -160,8 +165,10 @@ class Recomposer:
             self._restart(report)
         else:
             self._replace(report)
-        if self._elements:
+        if self._following:
             self._forget_scores()
+        else:
+            self._scores.clear()
 
     # ------------------------------------------------------------------ some components
 
@@ -344,7 +351,7 @@ class Recomposer:
         if not self.active:
             return
         for name, layer in self._layers.items():
-            if self._elements:
+            if self._following:
                 yield from self._score_tensors(layer)
             count = self._reserve_left(name)
             if count:
@@ -386,7 +393,7 @@ class Recomposer:
             return
         self._switching.restore(state["switching"])
         for name, layer in self._layers.items():
-            if self._elements:
+            if self._following:
                 self._restore_scores(layer, read)
             if self._reserve_left(name):
                 self._restore_reserve(layer, read)

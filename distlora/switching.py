@@ -28,6 +28,9 @@ class Switching(Protocol):
         arguments and the state alone.
         """
 
+    def finished(self, done: int) -> bool:
+        """Whether no swap can come after a later step than `done`: nothing need be measured for one any more."""
+
     def state(self) -> dict:
         """What a resumed run needs to go on with the same decisions, as JSON."""
 
@@ -64,6 +67,9 @@ class FixedSwitching:
         if number <= self.most:
             return Decision(True, f"swap {number} of {self.most}")
         return Decision(False, _all_made(self.most)) if number == self.most + 1 else None
+
+    def finished(self, done: int) -> bool:
+        return self.most == 0 or done >= self.steps[self.most - 1]
 
     def state(self) -> dict:
         return {}
@@ -134,6 +140,9 @@ class AdaptiveSwitching:
             now.ended = True
             return Decision(False, _all_made(self.most))
         return self._decide(done, low_share) if done >= now.next and len(now.losses) == 2 * self.window else None
+
+    def finished(self, done: int) -> bool:
+        return self._now.ended or self._now.swaps >= self.most
 
     def state(self) -> dict:
         return asdict(self._now)

@@ -537,7 +537,7 @@ def test_what_is_saved_of_the_recomposer():
     assert state["swaps"] == 2 and state["reserves"] == {"first": 4, "second": 4} and state["ended"] is False
     assert state["born"].keys() == state["origin"].keys() == set(run.layers)
     run.train()
-    assert not any("reserve" in name for name in copies(run.recomposer.tensors())), "all of it is used"
+    assert copies(run.recomposer.tensors()) == {}, "the reserve is used up, and no swap is left to be scored for"
 
 
 # ---------------------------------------------------------------------- what is told of a swap

@@ -212,3 +212,9 @@ def test_a_state_is_a_copy():
     kept = json.dumps(state)
     _walk(switching, FLAT[7:30], first=8)
     assert json.dumps(state) == kept
+
+
+def test_a_schedule_is_finished_with_its_last_swap():
+    fixed = FixedSwitching((4, 8, 12), most=2)
+    assert [fixed.finished(done) for done in (0, 4, 7, 8, 20)] == [False, False, False, True, True]
+    assert FixedSwitching(()).most == 0 and FixedSwitching(()).finished(0)
