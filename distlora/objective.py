@@ -1,5 +1,6 @@
 """What is learned: a language model's responses or a classifier's labels. The kind of the recipe's task is looked at only here."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,7 +29,7 @@ from distlora.model import bare_model, head_parameters, label_loss, load_config,
 from distlora.step import Batch, evaluation_loss
 
 
-class Objective:
+class Objective(ABC):
     """What the kinds share. labels: the names that a classifier tells apart; empty for a language model.
 
     loss: (model, batch, weights of the rows) to (sum over the targets, their number); see `distlora.step`.
@@ -47,16 +48,17 @@ class Objective:
         if is_at_hand(self.recipe.data):
             self._rows(split)
 
+    @abstractmethod
     def _rows(self, split: str) -> Any:
-        raise NotImplementedError
+        """The rows of a split, checked as they are read."""
 
+    @abstractmethod
     def read(self, split: str, tokenizer) -> Encoded:
         """The samples of a split."""
-        raise NotImplementedError
 
+    @abstractmethod
     def collate(self, samples: Sequence, pad_id: int, device: torch.device) -> Batch:
         """Samples of `read` as a batch for `loss`; none as one of weight zero."""
-        raise NotImplementedError
 
     # ------------------------------------------------------------------ model
 
@@ -77,9 +79,9 @@ class Objective:
 
     # ------------------------------------------------------------------ looking on
 
+    @abstractmethod
     def evaluate(self, engine: Engine, tokenizer, samples: Sequence) -> dict[str, float]:
         """The "loss" and whatever else one forward pass tells, on samples of `read`; collective."""
-        raise NotImplementedError
 
     def generate(self, engine: Engine, tokenizer, samples: Sequence) -> dict[str, float]:
         """What needs generated answers, where the recipe asks for it; collective."""
