@@ -274,7 +274,7 @@ MUTATIONS = [
         "        # A frozen embedding stays marked active after a backward pass that did not go through the engine.\n"
         "        self._settle()\n",
         "",
-        parity("probing-world2-stage3-float32"),
+        parity("probing-world3-stage3-float32-checkpointing=True-released=True-persist0"),
     ),
     Mutation(
         "probe's loss not summed over ranks",

@@ -49,6 +49,13 @@ class Setting:
         (total,) = self.comm.sum(held)
         return total / whole
 
+    def wanted_copies(self) -> int:
+        return 1 if getattr(self.engine, "stage", 0) == 3 else self.comm.world_size
+
+    def kept(self) -> Tensor:
+        """Copies of the model that this group of ranks holds now, as a multiple of what it should."""
+        return torch.tensor(self.copies(self.engine.module) / self.wanted_copies())
+
     def rate(self, step: int) -> float:
         """Never the one that the optimizer was made with."""
         return RATE * (0.5 if step % 2 else 1.5)
@@ -173,14 +180,21 @@ def initialising(setting: Setting, count: int = 10, probe_micro_batch: int = 1) 
     return _curve(losses, norms) | updates | told
 
 
-def probing(setting: Setting, count: int = 5, probe_micro_batch: int = 1, block_elements: int = 700) -> Results:
-    """The probe's gradients, and a training curve with a probe in the middle."""
+def probing(
+    setting: Setting, count: int = 5, probe_micro_batch: int = 1, block_elements: int = 700, released: bool = False
+) -> Results:
+    """The probe's gradients, and a training curve with a probe in the middle.
+
+    released: nothing may be left gathered after it.
+    """
     setting.start_from_random_factors()
     losses = setting.steps(0, 2)[0]
     layers, comm = setting.attached.layers, setting.comm
     owners = assign_owners(layers, setting.attached.method, comm.world_size)
     data = setting.probe_data(count, probe_micro_batch)
     found = mean_gradients(setting.engine, layers, owners, data.batches(), count, data.loss, block_elements=block_elements)
+    if released:
+        assert setting.kept() < 1.05, f"{setting.kept():.2f} copies of the model after the probe"
     gradients = {}
     for name, layer in layers.items():
         whole = found.get(name, torch.zeros(layer.shape))
@@ -272,9 +286,8 @@ def correcting(setting: Setting) -> Results:
 
 def storing(setting: Setting) -> Results:
     """Under ZeRO-3 the group holds the model once, from the moment that it was loaded; at other stages once a rank."""
-    wanted = 1 if getattr(setting.engine, "stage", 0) == 3 else setting.comm.world_size
-    assert setting.loaded_copies < wanted + 0.05, f"{setting.loaded_copies:.2f} copies of the model after loading"
-    return {"kept": torch.tensor(setting.copies(setting.engine.module) / wanted)}
+    assert setting.loaded_copies < setting.wanted_copies() + 0.05, f"{setting.loaded_copies:.2f} copies after loading"
+    return {"kept": setting.kept()}
 
 
 CASES: dict[str, Callable[..., Results]] = {

@@ -114,7 +114,9 @@ def _zero_options() -> list[Entry]:
         # With gathers in every forward pass: ranks that make fewer passes than others are noticed in an evaluation too.
         Entry(2, "short_batch", 3, zero=never_persistent, setting={"micro_batch": 2}, note="persist0"),
         Entry(3, "curve", 3, zero=never_persistent, arguments={"steps": 6}, note="persist0"),
-        Entry(3, "probing", 3, zero=never_persistent, setting={"checkpointing": True}, note="persist0"),
+        Entry(
+            3, "probing", 3, zero=never_persistent, setting={"checkpointing": True}, arguments={"released": True}, note="persist0"
+        ),
         Entry(2, "writing", 3, zero=secondary, setting={"micro_batch": 2}, note="hpz"),
         Entry(2, "generating", 3, zero=secondary, setting={"micro_batch": 2}, note="hpz"),
         Entry(2, "writing", 3, zero=everything, setting={"micro_batch": 2}, note="offloadall"),
