@@ -320,15 +320,15 @@ MUTATIONS = [
         (f"{UNIT}::test_first_moments_of_the_replaced_are_zero_and_nothing_else_is_touched",),
     ),
     Mutation(
-        "swap: the reserve's pointer stays",
-        RECOMPOSE,
-        "            self._taken[name] = last = first + len(components)\n",
-        "            last = first + len(components)\n",
+        "swap: the reserve gives the same components again",
+        "distlora/reserve.py",
+        "LowRank(pair.left[:, count:].clone(memory_format=torch.contiguous_format), pair.right[count:].clone())",
+        "pair",
         (f"{UNIT}::test_the_reserve_is_used_in_descending_order_and_never_twice",),
     ),
     Mutation(
         "swap: scores not summed over ranks",
-        RECOMPOSE,
+        "distlora/scores.py",
         "        return self._comm.all_reduce(table).cpu()\n",
         "        return table.cpu()\n",
         parity(f"swapping-world3-stage3-{SWAPS}"),
@@ -336,8 +336,8 @@ MUTATIONS = [
     Mutation(
         "swap: scores not forgotten",
         RECOMPOSE,
-        "        if self._elements:\n            self._forget_scores()\n\n    # ---",
-        "\n    # ---",
+        "            self._scores.start()\n",
+        "            pass\n",
         (f"{UNIT}::test_scores_are_the_papers_and_start_anew_after_a_swap",),
     ),
     Mutation(
