@@ -382,6 +382,20 @@ MUTATIONS = [
         "                engine.add_low_rank(layer, update, entry.rounding, rounding_key(self._seed + 1, name, entry.number))\n",
         (f"{SWAPPED}[{KEPT}]",),
     ),
+    Mutation(
+        "restart: what a core learned counts from nothing",
+        "distlora/origins.py",
+        "        return [LowRank(-pair.left, pair.right)]\n",
+        "        return []\n",
+        ("tests/unit/test_lora_sb.py::test_what_a_core_learned_is_what_it_gained_since_its_start",),
+    ),
+    Mutation(
+        "restart: starts not brought together",
+        "distlora/parts.py",
+        "    return comm.reduce_to(flat, owner).view(shape)\n",
+        "    return flat.view(shape)\n",
+        parity("swapping-world2-stage3-float32-method=lora_sb-recompose={'times':2}-init={'eta':0_001}-micro_batch=2"),
+    ),
     # ------------------------------------------------------------------ the whole model
     Mutation(
         "whole model with ZeRO's hooks on",
@@ -484,6 +498,9 @@ MUTATIONS = [
 
 def main(words: list[str]) -> int:
     chosen = [m for m in MUTATIONS if not words or any(word in m.name for word in words)]
+    if not chosen:
+        print(f"no mutation has {' or '.join(words)} in its name")
+        return 1
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder, "tree")
         shutil.copytree(REPOSITORY, copy, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__", ".*_cache"))
