@@ -34,7 +34,7 @@ from distlora.rankzero import on_main, stream_to_main
 from distlora.rundir import FORMAT, MANIFEST, STATE, Checkpoint, newest, of_step, prune, put_in_place
 from distlora.tensorfile import TensorFiles, flush_directory, sha256_of, write_json, write_split
 
-__all__ = ["Checkpoint", "Recomposer", "describe_model", "ledger_files", "newest", "of_step", "restore", "save"]
+__all__ = ["Checkpoint", "Stateful", "describe_model", "ledger_files", "newest", "of_step", "restore", "save"]
 
 SPLIT_BYTES = 2 << 30
 ADAPTER, LEDGER, RECOMPOSE, OPTIMIZER = "adapter", "ledger", "recompose", "optimizer"
@@ -42,7 +42,7 @@ ADAPTER, LEDGER, RECOMPOSE, OPTIMIZER = "adapter", "ledger", "recompose", "optim
 _log = logging.getLogger(__name__)
 
 
-class Recomposer(Protocol):
+class Stateful(Protocol):
     """What a run that recomposes has to remember beside factors and ledger. `tensors` and `restore` are collective."""
 
     @property
@@ -71,7 +71,7 @@ def save(
     extra: dict | None = None,
     keep: int = 2,
     split_bytes: int = SPLIT_BYTES,
-    recomposer: Recomposer | None = None,
+    recomposer: Stateful | None = None,
 ) -> Path:
     """Writes `run_dir/checkpoint-<step>` and returns it; then removes all but the newest `keep` of the steps up to this one.
 
@@ -106,7 +106,7 @@ def describe_model(engine: Engine) -> dict[str, Any]:
     return {"class": type(engine.module).__name__, "num_labels": getattr(config, "num_labels", None)}
 
 
-def _tensors(engine: Engine, attached: Attached, recomposer: Recomposer | None) -> Iterator[tuple[str, str, Tensor | None]]:
+def _tensors(engine: Engine, attached: Attached, recomposer: Stateful | None) -> Iterator[tuple[str, str, Tensor | None]]:
     """(group, name, tensor) of everything to be saved, the tensors on rank 0 only. Collective."""
     for name in _adapter_shapes(engine, attached):
         yield ADAPTER, name, engine.read_parameter(name)
@@ -158,7 +158,7 @@ def _verified(directory: Path, digests: dict[str, str]) -> dict[str, dict]:
 # ---------------------------------------------------------------------- restoring
 
 
-def restore(engine: Engine, attached: Attached, checkpoint: Checkpoint, recomposer: Recomposer | None = None) -> dict[str, Any]:
+def restore(engine: Engine, attached: Attached, checkpoint: Checkpoint, recomposer: Stateful | None = None) -> dict[str, Any]:
     """Writes a checkpoint into an engine that has started, and returns its state (step, identity, extra, …). Collective.
 
     Where there is a ledger, the engine must hold the pretrained weights, and `attached.ledger` be empty: the frozen weights are
@@ -236,7 +236,7 @@ class _Files:
         return self.recompose.read(name)
 
 
-def _open_fitting(checkpoint: Checkpoint, attached: Attached, shapes: dict, trained: dict, recomposer: Recomposer | None) -> _Files:
+def _open_fitting(checkpoint: Checkpoint, attached: Attached, shapes: dict, trained: dict, recomposer: Stateful | None) -> _Files:
     """The checkpoint's files, once all names and shapes are right."""
     path, state = checkpoint.path, checkpoint.state
     if state["method"] != attached.method.name:

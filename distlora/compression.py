@@ -21,15 +21,26 @@ def compress(pair: LowRank, rank: int, dtype: torch.dtype = torch.float32) -> tu
 def compress_within(pair: LowRank, max_error: float, dtype: torch.dtype = torch.float32) -> tuple[LowRank, float]:
     """Like `compress`, with the smallest rank whose error is at most `max_error`.
 
-    Where the rounding to `dtype` alone costs more, the answer is of full rank and its error says so.
+    Where the rounding to `dtype` alone costs more, the answer is of full rank and its error says so. With every further rank the
+    error falls, up to rounding: within that of `dtype`, a smaller rank may meet the bound by chance, and is not looked for.
     """
     triplets = factorised(pair.left, pair.right)
-    full = triplets[1].numel()
-    for rank in range(_smallest_rank(triplets[1], max_error), full + 1):
-        found, error = _cut(triplets, rank, dtype)
-        if error <= max_error:
-            break
-    return found, error
+    low, high = _smallest_rank(triplets[1], max_error), triplets[1].numel()
+    found = _cut(triplets, low, dtype)
+    if found[1] <= max_error or low == high:  # where the rounding does not count
+        return found
+    best = _cut(triplets, high, dtype)
+    if best[1] > max_error:
+        return best
+    # `low` misses the bound, and `high`, of which `best` is made, meets it.
+    while high - low > 1:
+        middle = (low + high) // 2
+        found = _cut(triplets, middle, dtype)
+        if found[1] <= max_error:
+            high, best = middle, found
+        else:
+            low = middle
+    return best
 
 
 def _smallest_rank(sigma: Tensor, max_error: float) -> int:

@@ -111,6 +111,9 @@ class Engine(Protocol):
     def write_events(self, events: list[tuple[str, float, int]]) -> None:
         """(tag, value, step) to the engine's monitors; rank 0's are kept."""
 
+    def write_details(self, events: list[tuple[str, float, int]]) -> None:
+        """The same for a tag of every layer, to TensorBoard alone: other monitors keep a file or a chart for each tag."""
+
     def write_image(self, tag: str, image: Tensor, step: int) -> None:
         """image: (height, width, 3) uint8, to the engine's monitors that take pictures; rank 0's is kept."""
 
@@ -240,6 +243,8 @@ class LocalEngine:
 
     def write_events(self, events: list[tuple[str, float, int]]) -> None:
         """The plain engine has no monitor beyond the run's own metrics file."""
+
+    write_details = write_events
 
     def write_image(self, tag: str, image: Tensor, step: int) -> None:
         """See `write_events`."""

@@ -37,8 +37,10 @@ class Monitor:
         self._engine.write_events([(tag, value, step) for tag, value in scalars.items()])
 
     def tell_swap(self, report: SwapReport) -> None:
-        """A decision about recomposition: scalars, the importances as a picture, and all of it in `recompositions.jsonl`."""
-        self.write(report.step, report.all_scalars())
+        """A decision about recomposition: means, every layer's own numbers and the importances as a picture where they are easy
+        to look at, and all of it in `recompositions.jsonl`."""
+        self.write(report.step, report.means())
+        self._engine.write_details([(tag, value, report.step) for tag, value in report.by_layer().items()])
         picture = report.picture()
         if picture is not None:
             self._engine.write_image("recompose/importance", picture, report.step)

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from distlora.comm import Comm
+from distlora.linalg import effective_rank, low_rank_norm, product_singular_values
+from distlora.methods import LowRank
 
 #: Side of the square that one component of one layer has in the picture, in pixels.
 PIXELS = 8
@@ -39,8 +41,8 @@ class LayerSwap:
 
 
 #: Of a layer, known to its owner alone.
-OWNED = ("learned_norm", "delta_norm", "effective_rank")
-#: Of a layer, for TensorBoard.
+OWNED = ("update_norm", "learned_norm", "delta_norm", "effective_rank")
+#: Of a layer, beside the largest `sigma`: what is worth a curve.
 SHOWN = ("low_half_share", "rounding_loss", "rounding_loss_of_learned", "delta_norm", "effective_rank", "reserve_left")
 
 
@@ -57,20 +59,21 @@ class SwapReport:
     layers: dict[str, LayerSwap] = field(default_factory=dict)
     scalars: dict[str, float] = field(default_factory=dict)
 
-    def all_scalars(self) -> dict[str, float]:
-        """By tag, under `recompose/`: each quantity's mean over the layers, and every layer's own."""
+    def means(self) -> dict[str, float]:
+        """By tag, under `recompose/`: what concerns the swap as a whole, and each quantity's mean over the layers."""
         found = {f"recompose/{key}": value for key, value in self.scalars.items()} | {"recompose/swapped": float(self.swapped)}
-        for quantity in SHOWN:
-            values = {name: getattr(layer, quantity) for name, layer in self.layers.items()}
-            values = {name: float(value) for name, value in values.items() if value is not None}
-            if values:
-                found[f"recompose/{quantity}"] = sum(values.values()) / len(values)
-                found |= {f"recompose/{quantity}/{name}": value for name, value in values.items()}
-        largest = {name: max(layer.sigma) for name, layer in self.layers.items() if layer.sigma}
-        if largest:
-            found["recompose/sigma"] = sum(largest.values()) / len(largest)
-            found |= {f"recompose/sigma/{name}": value for name, value in largest.items()}
-        return found
+        return found | {f"recompose/{key}": sum(by.values()) / len(by) for key, by in self._quantities().items()}
+
+    def by_layer(self) -> dict[str, float]:
+        """By tag, `recompose/<quantity>/<layer>`."""
+        return {f"recompose/{key}/{name}": value for key, by in self._quantities().items() for name, value in by.items()}
+
+    def _quantities(self) -> dict[str, dict[str, float]]:
+        """Numbers by quantity and layer, as far as they are known."""
+        found = {key: {name: getattr(layer, key) for name, layer in self.layers.items()} for key in SHOWN}
+        found["sigma"] = {name: max(layer.sigma, default=None) for name, layer in self.layers.items()}
+        known = {key: {name: float(value) for name, value in by.items() if value is not None} for key, by in found.items()}
+        return {key: by for key, by in known.items() if by}
 
     def record(self) -> dict:
         """All of it, as JSON."""
@@ -91,6 +94,26 @@ class SwapReport:
         colours = torch.tensor(COLOURS, dtype=level.dtype)
         mixed = torch.lerp(colours[low], colours[low + 1], (level - low).unsqueeze(-1))
         return (mixed * 255).round().to(torch.uint8).repeat_interleave(PIXELS, 0).repeat_interleave(PIXELS, 1)
+
+
+def measure(layer: LayerSwap, update: LowRank, begun: list[LowRank], total: list[LowRank], device: torch.device) -> None:
+    """Computes what the owner of a layer tells of it. Every pair (out, k), (k, in); the norms are taken on `device`.
+
+    update: what was added to W; its first columns are what was fused, one for each replaced component. begun: add up to the same
+    components as they were put in place, negated. total: add up to the whole update of W0.
+    """
+    count = len(layer.components)
+    fused = LowRank(update.left[:, :count], update.right[:count])
+    layer.update_norm = low_rank_norm(*_stacked([update], device))
+    layer.learned_norm = low_rank_norm(*_stacked([fused, *begun], device))
+    singular_values = product_singular_values(*_stacked(total, device))
+    layer.delta_norm, layer.effective_rank = float(singular_values.norm()), effective_rank(singular_values)
+
+
+def _stacked(pairs: list[LowRank], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The sum of pairs as one: (out, Σk), (Σk, in), float32."""
+    left = torch.cat([pair.left.to(device, torch.float32) for pair in pairs], 1)
+    return left, torch.cat([pair.right.to(device, torch.float32) for pair in pairs], 0)
 
 
 def complete(comm: Comm, report: SwapReport, errors: dict[str, float]) -> None:

@@ -70,6 +70,9 @@ def check(recipe: Recipe, topology: Topology, resume: bool | None) -> None:
     check_run_dir(recipe, resume)
     objective = objective_of(recipe)
     plan_batches(recipe, topology.world_size)
+    problem = recipe.method.problem_with_decay(recipe.train.weight_decay)
+    if problem:
+        raise UserError(problem)
     if recipe.train.steps:
         check_length(recipe, recipe.train.steps)
     if recipe.deepspeed is None and topology.world_size > 1:
@@ -91,7 +94,7 @@ def check_targets(recipe: Recipe, objective: Objective) -> None:
 
 def check_length(recipe: Recipe, steps: int) -> None:
     """Whether the method can do with a run of so many steps."""
-    problem = recipe.method.problem_with_training(steps, recipe.train.weight_decay)
+    problem = recipe.method.problem_with_length(steps)
     if problem:
         raise UserError(problem)
 
@@ -229,14 +232,23 @@ class _Run:
 
     def _start(self) -> dict[str, Any]:
         """Initialises, or restores the checkpoint. Returns the caller's part of the checkpoint's state."""
-        seed = self.recipe.train.seed
-        open_ledger(self.engine, self.attached, seed)
-        if self.checkpoint is not None:
+        if self.checkpoint is None:
+            state = self._initialise()
+        else:
+            open_ledger(self.engine, self.attached, self.recipe.train.seed)
             self.recomposer = self._recomposer()
             state = checkpoints.restore(self.engine, self.attached, self.checkpoint, self.recomposer)
             install_gradient_maps(self.engine, self.attached)
             log.info("continuing from %s", self.checkpoint.path)
-            return state
+        held = self.recomposer.reserve_bytes()
+        if held:
+            log.info("the reserve of new components takes %.1f MiB of host memory, on the rank with the most", held / 2**20)
+        return state
+
+    def _initialise(self) -> dict[str, Any]:
+        """The state of a run that begins."""
+        seed = self.recipe.train.seed
+        open_ledger(self.engine, self.attached, seed)
         before = self._evaluate() if self.held_out else {}
         began = time.perf_counter()
         settings = self.recipe.method.probe_settings()
@@ -250,14 +262,10 @@ class _Run:
     def _recomposer(self, report: InitReport | None = None) -> Recomposer:
         method = self.recipe.method
         settings = method.refill_probe() or method.probe_settings()
-        recomposer = Recomposer(
+        return Recomposer(
             self.engine, self.attached, self.recipe.train.seed, self.steps, report and report.reserves,
             lambda number: self._probe_data(settings, number), self.schedule.rate,
         )  # fmt: skip
-        held = recomposer.reserve_bytes()
-        if held:
-            log.info("the reserve of new components takes %.1f MiB of host memory, on the rank with the most", held / 2**20)
-        return recomposer
 
     def _tell_init(self, report: InitReport, seconds: float) -> None:
         log.info(
@@ -286,7 +294,8 @@ class _Run:
         return self.summary
 
     def evaluate_checkpoint(self) -> dict[str, float]:
-        self._start()
+        open_ledger(self.engine, self.attached, self.recipe.train.seed)
+        checkpoints.restore(self.engine, self.attached, self.checkpoint)  # nothing of what only further training needs
         return self._evaluate()
 
     def _train(self, first: int, extra: dict[str, Any]) -> None:

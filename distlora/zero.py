@@ -447,8 +447,13 @@ class ZeroEngine:
         if self._engine.monitor.enabled:
             self._engine.monitor.write_events(events)
 
-    def write_image(self, tag: str, image: Tensor, step: int) -> None:
+    def write_details(self, events: list[tuple[str, float, int]]) -> None:
         board = self._engine.monitor.tb_monitor  # None where it is off, and on other ranks
+        if board is not None:
+            board.write_events(events)
+
+    def write_image(self, tag: str, image: Tensor, step: int) -> None:
+        board = self._engine.monitor.tb_monitor
         if board is not None:
             board.summary_writer.add_image(tag, image.numpy(), step, dataformats="HWC")
             board.flush()

@@ -320,15 +320,15 @@ MUTATIONS = [
         (f"{UNIT}::test_first_moments_of_the_replaced_are_zero_and_nothing_else_is_touched",),
     ),
     Mutation(
-        "swap: the reserve's pointer stays",
-        RECOMPOSE,
-        "            self._taken[name] = last = first + len(components)\n",
-        "            last = first + len(components)\n",
+        "swap: the reserve gives the same components again",
+        "distlora/reserve.py",
+        "LowRank(pair.left[:, count:].clone(memory_format=torch.contiguous_format), pair.right[count:].clone())",
+        "pair",
         (f"{UNIT}::test_the_reserve_is_used_in_descending_order_and_never_twice",),
     ),
     Mutation(
         "swap: scores not summed over ranks",
-        RECOMPOSE,
+        "distlora/scores.py",
         "        return self._comm.all_reduce(table).cpu()\n",
         "        return table.cpu()\n",
         parity(f"swapping-world3-stage3-{SWAPS}"),
@@ -336,8 +336,8 @@ MUTATIONS = [
     Mutation(
         "swap: scores not forgotten",
         RECOMPOSE,
-        "        if self._elements:\n            self._forget_scores()\n\n    # ---",
-        "\n    # ---",
+        "            self._scores.start()\n",
+        "            pass\n",
         (f"{UNIT}::test_scores_are_the_papers_and_start_anew_after_a_swap",),
     ),
     Mutation(
@@ -381,6 +381,20 @@ MUTATIONS = [
         "                engine.add_low_rank(layer, update, entry.rounding, rounding_key(self._seed, name, entry.number))\n",
         "                engine.add_low_rank(layer, update, entry.rounding, rounding_key(self._seed + 1, name, entry.number))\n",
         (f"{SWAPPED}[{KEPT}]",),
+    ),
+    Mutation(
+        "restart: what a core learned counts from nothing",
+        "distlora/origins.py",
+        "        return [LowRank(-pair.left, pair.right)]\n",
+        "        return []\n",
+        ("tests/unit/test_lora_sb.py::test_what_a_core_learned_is_what_it_gained_since_its_start",),
+    ),
+    Mutation(
+        "restart: starts not brought together",
+        "distlora/parts.py",
+        "    return comm.reduce_to(flat, owner).view(shape)\n",
+        "    return flat.view(shape)\n",
+        parity("swapping-world2-stage3-float32-method=lora_sb-recompose={'times':2}-init={'eta':0_001}-micro_batch=2"),
     ),
     # ------------------------------------------------------------------ the whole model
     Mutation(
@@ -484,6 +498,9 @@ MUTATIONS = [
 
 def main(words: list[str]) -> int:
     chosen = [m for m in MUTATIONS if not words or any(word in m.name for word in words)]
+    if not chosen:
+        print(f"no mutation has {' or '.join(words)} in its name")
+        return 1
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder, "tree")
         shutil.copytree(REPOSITORY, copy, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__", ".*_cache"))

@@ -198,9 +198,13 @@ class Method(BaseModel):
 
     # ------------------------------------------------------------------ training
 
-    def problem_with_training(self, steps: int, weight_decay: float) -> str | None:
-        """Why a run of so many optimizer steps cannot use this method, as a sentence that begins with a key of the recipe and
-        says what to set; None if it can."""
+    def problem_with_decay(self, weight_decay: float) -> str | None:
+        """Why this method must not be trained with weight decay, as a sentence that begins with a key of the recipe and says
+        what to set; None if it may."""
+        return None
+
+    def problem_with_length(self, steps: int) -> str | None:
+        """Why a run of so many optimizer steps cannot use this method, as such a sentence; None if it can."""
         return None
 
     def switching(self, steps: int) -> Switching | None:
@@ -251,3 +255,27 @@ class Method(BaseModel):
     def export_low_rank(self, factors: Factors) -> LowRank:
         """The update of W0 as an ordinary LoRA pair with scaling 1: `W_trained = W0 + left @ right`, float32."""
         return self.delta({name: factor.float() for name, factor in factors.items()})
+
+
+class TakenFromWeight(Method):
+    """Base of methods whose factors begin as something that is taken out of the weight: `W − s·B₀·A₀ + s·B·A`.
+
+    Weight decay pulls such factors towards zero, and the adapted weight away from W.
+    """
+
+    decay_pretrained: bool = Field(False, description="allow weight decay, which here draws layers away from W")
+
+    #: What weight decay does to the factors, as a verb and its object.
+    under_decay: ClassVar[str]
+
+    @property
+    def changes_weight(self) -> bool:
+        return True
+
+    def problem_with_decay(self, weight_decay: float) -> str | None:
+        if weight_decay > 0 and not self.decay_pretrained:
+            return (
+                f"train.weight_decay={weight_decay:g} {self.under_decay} under {self.name}: "
+                "set it to 0, or method.decay_pretrained to true"
+            )
+        return None

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from distlora.linalg import captured_energy, truncated_svd
-from distlora.methods.base import Init, LayerInit, LowRank, ProbeSettings
+from distlora.methods.base import Init, LayerInit, LowRank, ProbeSettings, TakenFromWeight
 from distlora.methods.rslora import RSLoRA
 
 
@@ -19,14 +19,14 @@ class GradientProbe(ProbeSettings):
     eta: None = Field(None, description="always null: only directions are taken from the gradient, so there is no first step")
 
 
-class LoRAGA(RSLoRA):
+class LoRAGA(TakenFromWeight, RSLoRA):
     name: Literal["lora_ga"] = "lora_ga"
     gamma: float = Field(16.0, gt=0, description="the paper's γ: both factors start at out^(1/4)/sqrt(gamma)")
     probe: GradientProbe = GradientProbe()
-    decay_pretrained: bool = Field(False, description="allow weight decay, which here draws layers away from W")
 
     summary: ClassVar[str] = "train A and B; both start as singular directions of the first full gradient"
     source: ClassVar[str] = "arXiv 2407.05000"
+    under_decay: ClassVar[str] = "shrinks factors whose start was taken out of the weight"
     zero_gradient_at_start: ClassVar[tuple[str, ...]] = ()
 
     def problem_with(self, out_features: int, in_features: int) -> str | None:
@@ -37,18 +37,6 @@ class LoRAGA(RSLoRA):
                 f"above min(out, in) = {least}; lower method.rank"
             )
         return None
-
-    def problem_with_training(self, steps: int, weight_decay: float) -> str | None:
-        if weight_decay > 0 and not self.decay_pretrained:
-            return (
-                f"train.weight_decay={weight_decay:g} shrinks factors whose start was taken out of the weight under {self.name}: "
-                "set it to 0, or method.decay_pretrained to true"
-            )
-        return None
-
-    @property
-    def changes_weight(self) -> bool:
-        return True
 
     def source_matrix(self) -> Literal["weight", "gradient", None]:
         return "gradient"

@@ -121,7 +121,7 @@ class LoRASB(Method):
             return {}
         return {"R": (gram_inverse(left) / self.scaling**2, gram_inverse(right))}
 
-    def problem_with_training(self, steps: int, weight_decay: float) -> str | None:
+    def problem_with_length(self, steps: int) -> str | None:
         wanted = self.recompose.steps(steps) if self.recompose else (1,)
         if wanted and 0 not in wanted and len(set(wanted)) == len(wanted):
             return None

@@ -3,23 +3,18 @@
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from distlora.linalg import captured_energy, truncated_svd
-from distlora.methods.base import Init, LayerInit, LowRank, Method
+from distlora.methods.base import Init, LayerInit, LowRank, TakenFromWeight
 
 
-class PiSSA(Method):
+class PiSSA(TakenFromWeight):
     name: Literal["pissa"] = "pissa"
-    decay_pretrained: bool = Field(False, description="allow weight decay, which here shrinks pretrained directions")
 
     summary: ClassVar[str] = "train the leading singular directions of W"
     source: ClassVar[str] = "arXiv 2404.02948"
-
-    @property
-    def changes_weight(self) -> bool:
-        return True
+    under_decay: ClassVar[str] = "decays pretrained directions"
 
     def source_matrix(self) -> Literal["weight", "gradient", None]:
         return "weight"
@@ -28,14 +23,6 @@ class PiSSA(Method):
         """B = U√(σ/s), A = √(σ/s)Vᵀ of the r leading triplets of W; W becomes W − s·B·A (Eq. 2–4)."""
         u, sigma, vt = truncated_svd(layer.source.to(layer.device), self.rank, layer.generator)
         return self._begin(balanced(u, sigma, vt, self.scaling, layer.dtype), captured_energy(layer.source, sigma))
-
-    def problem_with_training(self, steps: int, weight_decay: float) -> str | None:
-        if weight_decay > 0 and not self.decay_pretrained:
-            return (
-                f"train.weight_decay={weight_decay:g} decays pretrained directions under {self.name}: "
-                "set it to 0, or method.decay_pretrained to true"
-            )
-        return None
 
     def _begin(self, leading: LowRank, energy: float, reserve: LowRank | None = None) -> Init:
         """leading: the first B and A, already cast, so that what is taken from W is what the forward pass adds again."""

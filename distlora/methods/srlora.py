@@ -104,10 +104,9 @@ class SRLoRA(PiSSA):
 
     # ------------------------------------------------------------------ when to replace, and what
 
-    def problem_with_training(self, steps: int, weight_decay: float) -> str | None:
-        problem = super().problem_with_training(steps, weight_decay)
-        if problem or self.schedule == "none":
-            return problem
+    def problem_with_length(self, steps: int) -> str | None:
+        if self.schedule == "none":
+            return None
         # Replacements come after steps 1 … last: never after the run's last step, and not where an adaptive schedule is frozen.
         adaptive = self.schedule == "adaptive"
         last = (freeze_start(steps, self.adaptive.freeze_fraction) if adaptive else steps) - 1

@@ -151,6 +151,10 @@ def _swaps() -> list[Entry]:
         swapping(3, zero={**OFFLOAD, "offload_param": {"device": "cpu"}}, note="offloadall"),
         swapping(2, zero=OFFLOAD, note="offload"),
     ]
+    # BF16_Optimizer. All components at once: in bfloat16 which ones have the least importance is a matter of digits.
+    all_at_once = {**srlora, "rank": 5, "gamma": 1.0, "target_rank": 15, "interval": 3}
+    loose = {"dtype": BF16, "loss": 5e-3, "first_loss": 1e-3, "tensors": 0.1}
+    plan.append(swapping(1, all_at_once, zero={"grad_accum_dtype": "fp32"}, note="fp32grads", **loose))
     restarting = {"method": "lora_sb", "recompose": {"times": 2}, "init": {"eta": 1e-3}, "micro_batch": 2}
     plan.append(swapping(3, restarting, loss=1e-2, tensors=0.1))
     return plan

@@ -47,6 +47,7 @@ class Recomposing:
                 self.found[f"scores.{step + 1}"] = report.scores.float()
             for name, layer in report.layers.items():
                 self.found[f"replaced.{step + 1}.{name}"] = torch.tensor(layer.components)
+                self.found[f"learned.{step + 1}.{name}"] = torch.tensor(layer.learned_norm)
             after = self.setting.evaluation()
             self.losses.append(after)
             if not self.attached.method.refill_from() == "restart":
@@ -106,8 +107,8 @@ def swap_traffic(setting, steps: int = 3) -> dict[str, Tensor]:
         run.recomposer._swap(_report(run, loss))
     sides = sum(layer.in_features + layer.out_features for layer in layers.values())
     expected = {
-        # Scores; the factors; at the end the rounding error and three norms of every layer.
-        "allreduce_": method.rank * table + 4 * method.rank * sides + 4 * table,
+        # Scores; the factors; at the end whether an owner failed, the rounding error and four norms of every layer.
+        "allreduce_": method.rank * table + 4 * method.rank * sides + 8 + 5 * table,
         "broadcast_": 4 * method.replaced_at_once * sides + table,  # new components, and how many there are
     }
     alone = setting.comm.world_size == 1
@@ -120,7 +121,7 @@ def _report(run: Recomposing, loss: float):
     from distlora.swapreport import SwapReport
 
     layers = list(run.attached.layers)
-    return SwapReport(1, True, "asked for", run.recomposer._group_scores(), layers)
+    return SwapReport(1, True, "asked for", run.recomposer._scores.table(), layers)
 
 
 def swap_saving(setting, steps: int = 10, at: int = 8) -> dict[str, Tensor]:

@@ -160,6 +160,36 @@ def test_full_fine_tuning_has_no_adapter_and_exports_merged(recipe, tmp_path):
     assert mean_loss(merged, load_recipe(recipe)) == pytest.approx(curve(run_dir, "eval/loss")[2], rel=1e-5)
 
 
+def test_a_run_with_recompositions(recipe, tmp_path, monkeypatch):
+    """Swaps after steps 2 and 4: what is told of them, resume between them, evaluation and both exports."""
+    run_dir = tmp_path / "run"
+    method = ["method.name=srlora", "method.target_rank=8", "train.lr=0.001"]
+    outcome = succeed("train", recipe, *method)
+    assert "the reserve of new components takes" in outcome.err
+    told, losses = (run_dir / "recompositions.jsonl").read_text(), curve(run_dir)
+    swaps = [json.loads(line) for line in told.splitlines()]
+    assert [(swap["step"], swap["reason"]) for swap in swaps] == [(2, "swap 1 of 2"), (4, "swap 2 of 2")]
+    assert all(len(layer["components"]) == 2 and layer["learned_norm"] > 0 for swap in swaps for layer in swap["layers"].values())
+    assert list(curve(run_dir, "recompose/seconds")) == list(curve(run_dir, "recompose/rounding_loss")) == [2, 4]
+
+    shutil.rmtree(run_dir / "checkpoint-6")
+    resumed = succeed("train", recipe, *method)
+    assert "continuing from" in resumed.err and "the reserve of new components takes" in resumed.err
+    assert (run_dir / "recompositions.jsonl").read_text() == told and curve(run_dir) == losses
+
+    final = pytest.approx(curve(run_dir, "eval/loss")[6], rel=1e-5)
+    base = AutoModelForCausalLM.from_pretrained(load_recipe(recipe).model.path, dtype=torch.float32)
+    adapted = PeftModel.from_pretrained(base, run_dir / "adapter").merge_and_unload()
+    assert mean_loss(adapted, load_recipe(recipe)) == final
+    succeed("export", run_dir, "--format", "merged", "--out", tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    assert mean_loss(merged, load_recipe(recipe)) == final
+    # An evaluation recomposes nothing, so it reads neither scores nor reserve.
+    monkeypatch.setattr("distlora.train.Recomposer", lambda *_: pytest.fail("a recomposer was made"))
+    said = dict(line.split() for line in succeed("eval", run_dir).out.splitlines())
+    assert float(said["eval/loss"]) == pytest.approx(curve(run_dir, "eval/loss")[6], abs=1e-6)
+
+
 @pytest.mark.parametrize("name", ["mistral", "llama"])
 def test_chat_template_with_a_tokenizer_without_a_pad_token(name, data, tmp_path):
     model = tiny_model_dir(name, tmp_path)

@@ -14,6 +14,7 @@ from distlora.methods.lora_sb import LoRASB
 from distlora.optimizer import OptimizerSpec
 from tests.benchmarks.live_bytes import DEVICE, HOST, LiveBytes
 from tests.benchmarks.phases import PHASES, Subject
+from tests.benchmarks.rebuild_drift import table
 from tests.benchmarks.simulated import Guesses, OneRankOfZero3, SilentComm
 from tests.tiny_models import tiny_config
 
@@ -151,3 +152,11 @@ def test_a_simulated_rank_gathers_one_module_at_a_time():
         PHASES["training"](subject)()
         assert len(seen) == 2 * len(weights) and all(seen)  # forward and recomputation
         assert all(weight.numel() == 0 for weight in weights.values())
+
+
+def test_roundings_of_swaps_add_up_like_independent_errors():
+    """The start and three swaps: four roundings, of which stochastic ones cost the square root of two more."""
+    weight = torch.randn(120, 96, generator=torch.Generator().manual_seed(0)) / 10
+    number, nearest, stochastic, *_ = list(table({"weight": weight}, rank=4, swaps=3, learned=0.1))[-1].split()
+    assert number == "3"
+    assert float(nearest) == pytest.approx(4**0.5, rel=0.05) and float(stochastic) == pytest.approx(7**0.5, rel=0.05)

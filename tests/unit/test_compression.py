@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from distlora import compression
 from distlora.compression import compress, compress_within
 from distlora.methods import LowRank
 
@@ -80,6 +81,18 @@ def test_rounding_counts():
     bound = compress(pair, 10)[1] * (1 + 1e-4)
     assert compress_within(pair, bound)[0].right.shape[0] == 10
     assert compress_within(pair, bound, torch.bfloat16)[0].right.shape[0] == 11
+
+
+@pytest.mark.parametrize("max_error", [1e-5, 2.7e-3, 2.8e-3, 2.9e-3, 3.2e-3, 0.01, 0.5])
+def test_few_ranks_are_tried(max_error, monkeypatch):
+    """Each costs two decompositions of the stack. Bounds from below what rounding costs at full rank to far above it."""
+    tried, cut = [], compression._cut
+    monkeypatch.setattr(compression, "_cut", lambda triplets, rank, dtype: (tried.append(rank), cut(triplets, rank, dtype))[1])
+    pair = pair_of(rank=200, out=230, in_features=210, decay=0.97)
+    found, error = compress_within(pair, max_error, torch.bfloat16)
+    rank, tries = found.right.shape[0], len(tried)
+    assert tries <= 2 + 8 and (error <= max_error or rank == 200)
+    assert rank == 1 or compress(pair, rank - 1, torch.bfloat16)[1] > max_error
 
 
 def test_a_bound_below_the_rounding_cannot_be_met():

@@ -214,13 +214,13 @@ def test_a_rank_above_half_the_smaller_side_is_refused():
 
 
 def test_weight_decay_is_refused_unless_asked_for_by_name():
-    problem = LoRAGA().problem_with_training(100, 0.01)
+    problem = LoRAGA().problem_with_decay(0.01)
     assert problem == (
         "train.weight_decay=0.01 shrinks factors whose start was taken out of the weight under lora_ga: "
         "set it to 0, or method.decay_pretrained to true"
     )
-    assert LoRAGA().problem_with_training(100, 0.0) is None
-    assert LoRAGA(decay_pretrained=True).problem_with_training(100, 0.01) is None
+    assert LoRAGA().problem_with_decay(0.0) is None
+    assert LoRAGA(decay_pretrained=True).problem_with_decay(0.01) is None
 
 
 def test_the_probe_has_no_first_step():

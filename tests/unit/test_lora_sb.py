@@ -401,6 +401,29 @@ def test_a_restart_with_a_step_makes_the_best_copy_of_it(dtype):
     assert run.probes == [1, 2, 3]
 
 
+@BOTH
+@pytest.mark.parametrize("start", ["step", "zero"])
+def test_what_a_core_learned_is_what_it_gained_since_its_start(start, dtype):
+    """Neither the first step nor that of a restart was learned: s·B (R − R_start) A, of the numbers that the forward pass used."""
+    run = _restarting(dtype, alpha=10.0, start=start)
+    begun = {name: run.used(name)["R"] for name in run.layers}
+    for _ in range(3):
+        run.to_swap()
+        before, weights = {name: run.used(name) for name in run.layers}, run.weights()
+        report = run.decide()
+        for name, layer in report.layers.items():
+            now = before[name]
+            learned = 2.5 * now["B"] @ (now["R"] - begun[name]) @ now["A"]
+            fused = 2.5 * now["B"] @ now["R"] @ now["A"]
+            assert layer.learned_norm == pytest.approx(float(learned.norm()), rel=1e-4)
+            assert layer.update_norm == pytest.approx(float(fused.norm()), rel=1e-4)
+            if dtype == BF16:
+                error = (weights[name].double() + fused - run.layers[name].weight.double()).norm()
+                assert layer.rounding_loss_of_learned == pytest.approx(float(error / learned.norm()), rel=1e-3)
+            assert (layer.learned_norm == pytest.approx(layer.update_norm, rel=1e-3)) is not begun[name].any().item()
+            begun[name] = run.used(name)["R"]
+
+
 def test_restarts_let_a_core_explore_more_than_its_rank():
     once, thrice = Run(RESTART), _restarting(start="zero")
     once.train()

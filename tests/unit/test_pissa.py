@@ -107,12 +107,12 @@ def test_nothing_is_replaced():
 
 
 def test_weight_decay_is_refused_unless_asked_for_by_name():
-    problem = PiSSA().problem_with_training(100, 0.01)
+    problem = PiSSA().problem_with_decay(0.01)
     assert problem == (
         "train.weight_decay=0.01 decays pretrained directions under pissa: set it to 0, or method.decay_pretrained to true"
     )
-    assert PiSSA().problem_with_training(100, 0.0) is None
-    assert PiSSA(decay_pretrained=True).problem_with_training(100, 0.01) is None
+    assert PiSSA().problem_with_decay(0.0) is None
+    assert PiSSA(decay_pretrained=True).problem_with_decay(0.01) is None
 
 
 def test_the_initial_factors_equal_pefts():

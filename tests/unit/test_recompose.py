@@ -1,12 +1,14 @@
 """Recomposition in a training run: what a swap changes, what it must not change, and that a run can leave off anywhere."""
 
 import logging
+import weakref
 
 import pytest
 import torch
 
 from distlora import recompose
 from distlora.methods import LowRank
+from distlora.methods.srlora import SRLoRA
 from distlora.moments import AGE_LIMIT
 from distlora.optimizer import OptimizerSpec
 from distlora.recompose import NEVER, USED_UP, Recomposer
@@ -374,6 +376,18 @@ def test_the_reserve_lies_on_the_host_and_its_size_is_told():
     assert Run(GRADIENT).recomposer.reserve_bytes() == 0
 
 
+def test_components_that_are_used_leave_host_memory():
+    run = Run(SRLORA, BF16)
+    run.report.reserves.clear()  # the training program does not keep them either
+    sides = sum(sum(layer.shape) for layer in run.layers.values())
+    for left, (_, report) in zip((6, 4, 2, 0), _swaps(run), strict=True):
+        assert {layer.reserve_left for layer in report.layers.values()} == {left}
+        assert run.recomposer.reserve_bytes() == 2 * left * sides
+        pairs = run.recomposer._reserve._pairs.values()
+        held = sum(side.untyped_storage().nbytes() for pair in pairs for side in (pair.left, pair.right))
+        assert held == 2 * left * sides, "a view would keep all of it"
+
+
 # ---------------------------------------------------------------------- new components of the gradient
 
 
@@ -407,6 +421,21 @@ def test_refill_from_the_gradient_takes_its_leading_directions_at_the_present_we
             wanted = magnitude * u[:, :2] @ vt[:2]
             assert relative(s * after["B"][:, chosen] @ after["A"][chosen], wanted) < 1e-3
     assert run.probes == [1, 2, 3], "every swap has its own samples"
+
+
+def test_gradients_of_a_refill_are_freed_one_by_one(monkeypatch):
+    seen, plain = [], SRLoRA.new_components
+
+    def look(self, layer, magnitude, count):
+        assert all(gradient() is None for gradient in seen), "an earlier layer's gradient is still there"
+        seen.append(weakref.ref(layer.source))
+        return plain(self, layer, magnitude, count)
+
+    monkeypatch.setattr(SRLoRA, "new_components", look)
+    run = Run(GRADIENT)
+    run.to_swap()
+    run.decide()
+    assert len(seen) == 2
 
 
 def test_the_probe_of_a_refill_leaves_no_gradient_behind():
@@ -571,6 +600,24 @@ def test_losses_and_sizes_are_those_of_dense_matrices(alpha, refill):
             assert layer.effective_rank == pytest.approx(float(torch.special.entr(share).sum().exp()), rel=2e-2)
             for factor, columns in (("B", (slice(None), chosen)), ("A", chosen)):
                 start[factor][columns] = new[factor][columns]
+
+
+def test_numbers_are_computed_when_the_swap_is_made_and_a_failure_is_everyones(monkeypatch):
+    """On several ranks each layer's owner computes them, and the others would wait for one that fails."""
+    agreed = []
+
+    def measure(*_):
+        raise RuntimeError("no convergence")
+
+    run = Run(SRLORA)
+    monkeypatch.setattr(recompose, "measure", measure)
+    monkeypatch.setattr(run.engine.comm, "agree", agreed.append)
+    monkeypatch.setattr(recompose, "complete", lambda *_: None)
+    run.to_swap()
+    moved, report = change(run, run.decide)
+    assert [str(error) for error in agreed] == ["no convergence"]
+    assert moved < 1e-5 and [len(entries) for entries in run.ledger.entries.values()] == [2, 2]
+    assert report.scalars["seconds"] > 0
 
 
 def test_the_loss_is_of_real_batches():

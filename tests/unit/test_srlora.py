@@ -88,7 +88,7 @@ def test_a_target_rank_without_room_is_refused_with_one_that_works():
 def test_without_a_schedule_the_other_sizes_do_not_matter():
     method = SRLoRA(rank=64, gamma=0.001, schedule="none")
     assert method.most_swaps == 0 and method.problem_with(64, 64) is None
-    assert method.problem_with_training(1, 0.0) is None
+    assert method.problem_with_length(1) is None
 
 
 @pytest.mark.parametrize(
@@ -122,8 +122,8 @@ def test_components_from_gradients_need_no_reserve_and_so_no_room():
 
 
 def test_weight_decay_is_refused_under_its_own_name():
-    assert _method().problem_with_training(100, 0.1).startswith("train.weight_decay=0.1 decays pretrained directions under srlora")
-    assert _method(decay_pretrained=True).problem_with_training(100, 0.1) is None
+    assert _method().problem_with_decay(0.1).startswith("train.weight_decay=0.1 decays pretrained directions under srlora")
+    assert _method(decay_pretrained=True).problem_with_decay(0.1) is None
 
 
 #: A recipe key, and methods of which one value of it is the largest for a run of 20 steps, and the next one too large.
@@ -143,23 +143,23 @@ def test_what_does_not_fit_into_the_run_is_refused_with_the_largest_value_that_d
         inner = {section[0]: {**fields.get(section[0], {}), name: value}} if section else {name: value}
         return _method(**{**fields, **inner})
 
-    assert method(largest).problem_with_training(20, 0.0) is None
-    problem = method(largest + 1).problem_with_training(20, 0.0)
+    assert method(largest).problem_with_length(20) is None
+    problem = method(largest + 1).problem_with_length(20)
     assert problem.startswith(f"method.{key}={largest + 1} ") and f"set it to at most {largest}," in problem
     assert "20 steps" in problem or "of 20" in problem
 
 
 @pytest.mark.parametrize(("schedule", "steps"), [("fixed", 1), ("adaptive", 2)])
 def test_a_run_too_short_for_any_swap_is_refused(schedule, steps):
-    problem = _method(schedule=schedule, target_rank=9, adaptive={"window": 1}).problem_with_training
-    assert problem(steps, 0.0).startswith(f"method.schedule={schedule} has no room in a run of {steps} steps")
-    assert problem(steps + 1, 0.0) is None
+    problem = _method(schedule=schedule, target_rank=9, adaptive={"window": 1}).problem_with_length
+    assert problem(steps).startswith(f"method.schedule={schedule} has no room in a run of {steps} steps")
+    assert problem(steps + 1) is None
 
 
 @pytest.mark.parametrize("fields", [{"interval": 7}, {}, {"schedule": "adaptive"}], ids=str)
 def test_what_is_accepted_can_really_swap(fields):
     method = _method(**fields)
-    shortest = next(steps for steps in range(1, 200) if method.problem_with_training(steps, 0.0) is None)
+    shortest = next(steps for steps in range(1, 200) if method.problem_with_length(steps) is None)
     switching = method.switching(shortest)
     decisions = [switching.after_step(done, 1.0, lambda: 0.0) for done in range(1, shortest + 1)]
     assert any(decision and decision.swap for decision in decisions)

@@ -55,6 +55,9 @@ def recipe(model, tmp_path):
         (["model.attention=flush"], "has only auto"),
         (["train.global_batch_size=3", "train.micro_batch_size=2"], "is not divisible"),
         (["deepspeed={train_batch_size: 7}"], "contradicts train_batch_size=7"),
+        (["method.name=srlora", "method.interval=3"], "method.interval=3 passes step 2"),
+        # What does not depend on the length is found where the length is not known yet.
+        (["method.name=pissa", "train.weight_decay=0.1", "train.steps=null", "train.epochs=1"], "decays pretrained directions"),
     ],
 )
 def test_what_needs_no_weights_is_found_before_anything_happens(recipe, overrides, expected, tmp_path):
