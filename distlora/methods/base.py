@@ -145,6 +145,11 @@ class Method(BaseModel):
         return None
 
     @property
+    def left_factor(self) -> str | None:
+        """The trained factor that LoRA+ gives a learning rate of its own; None where B is frozen or absent."""
+        return "B" if "B" in self.trains else None
+
+    @property
     def changes_weight(self) -> bool:
         """Whether the frozen weight of a layer is ever written, at the start or later."""
         return False
