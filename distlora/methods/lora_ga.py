@@ -28,6 +28,7 @@ class LoRAGA(RSLoRA):
     summary: ClassVar[str] = "train A and B; both start as singular directions of the first full gradient"
     source: ClassVar[str] = "arXiv 2407.05000"
     zero_gradient_at_start: ClassVar[tuple[str, ...]] = ()
+    decomposes: ClassVar[bool] = True
 
     def problem_with(self, out_features: int, in_features: int) -> str | None:
         least = min(out_features, in_features)
@@ -49,6 +50,11 @@ class LoRAGA(RSLoRA):
     @property
     def changes_weight(self) -> bool:
         return True
+
+    @property
+    def export_rank(self) -> int:
+        """2r: what is trained, and what was taken from W for it."""
+        return 2 * self.rank
 
     def source_matrix(self) -> Literal["weight", "gradient", None]:
         return "gradient"
