@@ -35,16 +35,8 @@ def attach(model: nn.Module, method: Method, targets: str | list[str], new_param
     contain, such as a classification head; they are trained fully, and their layers are no targets whatever their names.
     Raises UserError for a target that matches no linear layer, and for a layer whose shape the method refuses.
     """
-    linears = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and f"{name}.weight" not in new_parameters
-    }
-    if not linears:
-        raise UserError(f"{type(model).__name__} has no linear layer to adapt")
-    chosen = _match(model, linears, targets)
-    if not chosen:
-        raise UserError(f"targets: {targets} leaves no layer of {type(model).__name__} to adapt; name some")
+    linears = target_linears(model, targets, new_parameters)
+    chosen = list(linears)
     for name in chosen:
         problem = method.problem_with(linears[name].out_features, linears[name].in_features)
         if problem:
@@ -69,6 +61,21 @@ def attach(model: nn.Module, method: Method, targets: str | list[str], new_param
         if parameter.requires_grad:
             attached.trained.append(name)
     return attached
+
+
+def target_linears(model: nn.Module, targets: str | list[str], new_parameters: Collection[str] = ()) -> dict[str, nn.Linear]:
+    """The layers that `attach` adapts, in the model's order. Raises UserError where there is none, or a target is no layer."""
+    linears = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and f"{name}.weight" not in new_parameters
+    }
+    if not linears:
+        raise UserError(f"{type(model).__name__} has no linear layer to adapt")
+    chosen = _match(model, linears, targets)
+    if not chosen:
+        raise UserError(f"targets: {targets} leaves no layer of {type(model).__name__} to adapt; name some")
+    return {name: linears[name] for name in chosen}
 
 
 def _uses(model: nn.Module, weight: nn.Parameter) -> int:

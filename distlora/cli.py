@@ -82,7 +82,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     export.set_defaults(run=_export)
 
-    methods = verbs.add_parser("methods", help="list the methods")
+    methods = verbs.add_parser(
+        "methods",
+        help="compare the methods",
+        description="Every method in a line: what it trains, how much that is, what it needs, and what its result can become. "
+        "With a recipe or a model the numbers are those of the model, from its config alone; no weight is loaded.",
+    )
+    methods.add_argument("recipe", nargs="?", help="whose model, targets, rank and optimizer are taken")
+    methods.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="changes to the recipe")
+    methods.add_argument("--rank", type=int, metavar="R", help="of all methods; default: the recipe's, or 8")
+    methods.add_argument("--model", metavar="PATH", help="in place of the recipe's: a directory, a hub name, or pypi:<package>")
     methods.set_defaults(run=_methods)
     return parser
 
@@ -148,15 +157,9 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _methods(options: argparse.Namespace) -> None:
-    from distlora.methods import registry
+    from distlora.methods_table import methods_table
 
-    rows = [("method", "trains", "starts from", "published", "")]
-    for name, method in registry().items():
-        trains = "W" if method.trains_weight else ", ".join(method.trains)
-        rows.append((name, trains, method().source_matrix() or "-", method.source, method.summary))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+    print(methods_table(options.recipe, options.overrides, options.rank, options.model))
 
 
 def _topology():

@@ -25,6 +25,7 @@ from pydantic import (
 from distlora.deepspeed_config import plan_batches, read_deepspeed, resolve_deepspeed
 from distlora.errors import UserError
 from distlora.methods import Method, registry
+from distlora.optimizer import OptimizerName
 from distlora.strict import Place, check_keys, dotted, dump_yaml, parse_yaml, show, unknown_keys, validate, validate_values
 
 __all__ = ["DataSection", "ModelSection", "OptimizerSection", "Recipe", "TrainSection", "dump_recipe", "load_recipe",
@@ -55,10 +56,11 @@ class ModelSection(Section):
 
 
 class OptimizerSection(Section):
-    name: Literal["adamw", "sgd"] = "adamw"
-    betas: tuple[NotNegative, NotNegative] = Field((0.9, 0.999), description="adamw only")
-    eps: Positive = Field(1e-8, description="adamw only")
+    name: OptimizerName = Field("adamw", description="those with 8bit or paged in their names are of bitsandbytes")
+    betas: tuple[NotNegative, NotNegative] = Field((0.9, 0.999), description="not for sgd")
+    eps: Positive = Field(1e-8, description="not for sgd")
     momentum: NotNegative = Field(0.0, lt=1, description="sgd only")
+    lora_plus_ratio: Positive | None = Field(None, description="LoRA+: learning rate of B over that of the rest; null: the same")
 
     @model_validator(mode="after")
     def _consistent(self):
@@ -144,6 +146,12 @@ class Recipe(Section):
         if self.train.exact_match_samples and not self.data.eval_split:
             asked = f"train.exact_match_samples={self.train.exact_match_samples}"
             raise ValueError(f"{asked} needs data.eval_split; name the split or set it to 0")
+        ratio = self.train.optimizer.lora_plus_ratio
+        if ratio is not None and self.method.left_factor is None:
+            raise ValueError(
+                f"train.optimizer.lora_plus_ratio={ratio:g} is for methods that train B, and {self.method.name} trains "
+                f"{', '.join(self.method.trains) or 'W'}; set it to null"
+            )
         return self
 
 

@@ -36,7 +36,7 @@ _NEUTRAL_PARAMS = {
     "nesterov": (False,),
 }
 #: Optimizer types of DeepSpeed that are the recipe's. Its "Adam" is AdamW unless `adam_w_mode` is false.
-_OPTIMIZER_TYPES = {"adamw": ("adamw", "adam"), "sgd": ("sgd",)}
+_OPTIMIZER_TYPES = {"adamw": ("adamw", "adam")}
 _SCHEDULER_TYPES = {"linear": "WarmupDecayLR", "cosine": "WarmupCosineLR", "constant": "WarmupLR"}
 _MAPPINGS = (
     "amp", "bf16", "bfloat16", "csv_monitor", "data_types", "fp16", "optimizer", "optimizer.params", "scheduler",
@@ -216,10 +216,10 @@ def _optimizer(r: _Resolution, recipe: "Recipe") -> None:
     if "optimizer" in r.config:
         r.fill("optimizer.type", own.name)
         kind = r.get("optimizer.type")
-        if kind is not None and str(kind).lower() not in _OPTIMIZER_TYPES[own.name]:
+        if kind is not None and str(kind).lower() not in _OPTIMIZER_TYPES.get(own.name, (own.name,)):
             raise r.contradiction("optimizer.type", f"train.optimizer.name={own.name}")
         values = {"lr": ("train.lr", train.lr), "weight_decay": ("train.weight_decay", train.weight_decay)}
-        names = ("betas", "eps") if own.name == "adamw" else ("momentum",)
+        names = ("momentum",) if own.name == "sgd" else ("betas", "eps")
         values |= {name: (f"train.optimizer.{name}", getattr(own, name)) for name in names}
         for name, given in (r.get("optimizer.params") or {}).items():
             if name in values:
@@ -232,8 +232,23 @@ def _optimizer(r: _Resolution, recipe: "Recipe") -> None:
                     f"train.optimizer ({own.name}); remove it"
                 )
         r.remove("optimizer", "removed, the optimizer is the recipe's")
-    if own.name != "adamw" and "zero_allow_untested_optimizer" not in r.config:
-        r.set("zero_allow_untested_optimizer", True, f"for {own.name}")
+    if own.name != "adamw":
+        _untested_optimizer(r, own.name)
+
+
+def _untested_optimizer(r: _Resolution, name: str) -> None:
+    """DeepSpeed knows AdamW best; for the others two of its keys must say that they are meant."""
+    key, untested = "zero_allow_untested_optimizer", f"train.optimizer.name={name}"
+    if r.get(key, AUTO) == AUTO:
+        r.set(key, True, f"for {name}")
+    if not r.get(key) and r.get("zero_optimization.stage", 0) > 0:
+        raise UserError(f"{key}=false in {r.source} forbids {untested}; set it to true or auto, or use adamw")
+    offloaded = r.get("zero_optimization.offload_optimizer.device") == "cpu"
+    if offloaded and r.get("zero_force_ds_cpu_optimizer", True):
+        raise UserError(
+            f"{untested} has no form in DeepSpeed for zero_optimization.offload_optimizer in {r.source}; use adamw, or set "
+            "zero_force_ds_cpu_optimizer to false there"
+        )
 
 
 def _scheduler(r: _Resolution, recipe: "Recipe") -> None:

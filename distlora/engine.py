@@ -5,7 +5,7 @@ laid out. `loss` handed to `backward` is this micro-batch's share of the loss of
 micro-batches and ranks, and nothing is divided afterwards.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
@@ -17,7 +17,7 @@ from distlora.comm import Comm
 from distlora.fusing import add_low_rank
 from distlora.layer import AdapterLinear
 from distlora.methods import Factors, LowRank
-from distlora.optimizer import OptimizerSpec, restore_state, set_rate, steps_taken
+from distlora.optimizer import OptimizerSpec, moment_of, restore_state, set_rate, steps_taken
 from distlora.rounding import Rounding
 
 #: A change of gradients: `{name: gradient}` of one layer's trained factors to the same, whole tensors in float32.
@@ -38,8 +38,8 @@ class Part:
 
     counted: whether a sum over ranks counts it (where every rank holds the whole, rank 0's counts). master: (n,) float32 view
     of what the optimizer steps from. gradient: (n,) float32, averaged, not yet clipped; None unless asked for. moments: (n,)
-    views of the optimizer's state, empty before its first step. All on one device (the host where the optimizer is offloaded).
-    Views may be changed in place.
+    views of the optimizer's state, empty before its first step and where it keeps 8-bit numbers. All on one device (the host
+    where the optimizer is offloaded). Views may be changed in place.
     """
 
     start: int
@@ -176,7 +176,7 @@ class LocalEngine:
             name: p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for name, p in self._trained.items()
         }
         self.optimizer = optimizer
-        self._optimizer = optimizer.build(self._masters.values())
+        self._optimizer = optimizer.build(optimizer.groups(self._masters, left_factors(self.module)))
 
     def train_mode(self, on: bool) -> None:
         self.module.train(on)
@@ -229,8 +229,7 @@ class LocalEngine:
 
     def _part(self, name: str, gradients: bool) -> Part:
         gradient, master = self._trained[name].grad if gradients else None, self._masters[name]
-        state = self._optimizer.state.get(master, {})
-        moments = {key: state[key].view(-1) for key in self.optimizer.moments() if key in state}
+        moments = self._moments(name, self.optimizer.moments_in_place())
         return Part(0, True, master.detach().view(-1), None if gradient is None else gradient.float().view(-1), moments)
 
     @contextmanager
@@ -269,10 +268,15 @@ class LocalEngine:
         return {name: tuple(p.shape) for name, p in self._trained.items()}
 
     def read_trained(self, name: str) -> dict[str, Tensor] | None:
-        state = self._optimizer.state.get(self._masters[name], {})
-        moments = {key: state[key] for key in self.optimizer.moments() if key in state}
-        tensors = {"master": self._masters[name], **moments}
+        master = self._masters[name]
+        moments = {key: moment.view_as(master) for key, moment in self._moments(name, self.optimizer.moments()).items()}
+        tensors = {"master": master, **moments}
         return {key: tensor.detach().to("cpu", torch.float32, copy=True) for key, tensor in tensors.items()}
+
+    def _moments(self, name: str, keys: Iterable[str]) -> dict[str, Tensor]:
+        """(n,) each; none before the first step."""
+        master = self._masters[name]
+        return {key: moment_of(self._optimizer, master, key) for key in keys} if self._optimizer.state.get(master) else {}
 
     @torch.no_grad()
     def write_trained(self, name: str, tensors: dict[str, Tensor] | None, steps: int) -> None:
@@ -299,6 +303,12 @@ class LocalEngine:
         self._parameters[name].copy_(value)
         if name in self._masters:
             self._masters[name].copy_(value)
+
+
+def left_factors(model: nn.Module) -> set[str]:
+    """Names of the trained factors that LoRA+ calls B."""
+    layers = [module for module in model.modules() if isinstance(module, AdapterLinear)]
+    return {f"{layer.name}.{layer.method.left_factor}" for layer in layers if layer.method.left_factor}
 
 
 def clip_factor(norm: float, clip: float | None) -> float:

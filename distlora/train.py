@@ -75,6 +75,9 @@ def check(recipe: Recipe, topology: Topology, resume: bool | None) -> None:
         raise UserError(problem)
     if recipe.train.steps:
         check_length(recipe, recipe.train.steps)
+    lacking = OptimizerSpec(recipe.train.optimizer.name).problem()
+    if lacking:
+        raise UserError(lacking)
     if recipe.deepspeed is None and topology.world_size > 1:
         raise UserError(f"{topology.world_size} ranks need DeepSpeed; set deepspeed: to a ZeRO config, or start one process")
     if recipe.deepspeed is not None:
@@ -97,6 +100,12 @@ def check_length(recipe: Recipe, steps: int) -> None:
     problem = recipe.method.problem_with_length(steps)
     if problem:
         raise UserError(problem)
+    optimizer = recipe.train.optimizer.name
+    if OptimizerSpec(optimizer).eight_bit and recipe.method.switching(steps) is not None:
+        raise UserError(
+            f"train.optimizer.name={optimizer} keeps moments in blocks, and {recipe.method.name} as it is set here forgets those "
+            f"of single components; set it to {optimizer.replace('8bit', '')}, or turn the recomposition off in method"
+        )
 
 
 def train(recipe: Recipe, topology: Topology, resume: bool | None = None) -> Summary:
@@ -220,11 +229,7 @@ class _Run:
             model, new = self.objective.load_model()
         with self.engine.attaching():
             attached = attach(model, recipe.method, recipe.targets, new | self.objective.head(model))
-        optimizer = settings.optimizer
-        self.engine.start(
-            model,
-            OptimizerSpec(optimizer.name, settings.lr, optimizer.betas, optimizer.eps, optimizer.momentum, settings.weight_decay),
-        )
+        self.engine.start(model, OptimizerSpec(lr=settings.lr, weight_decay=settings.weight_decay, **dict(settings.optimizer)))
         draw_heads(self.engine, new, settings.seed)
         # From here on ranks may draw different numbers (dropout); new heads were drawn alike.
         reseed(settings.seed + self.comm.rank, self.comm.device)

@@ -34,12 +34,12 @@ from torch import Tensor, nn
 from transformers.integrations import HfDeepSpeedConfig
 
 from distlora.comm import Comm
-from distlora.engine import GradientMap, Part, StepInfo, clip_factor
+from distlora.engine import GradientMap, Part, StepInfo, clip_factor, left_factors
 from distlora.errors import UserError
 from distlora.fusing import add_low_rank
 from distlora.layer import AdapterLinear
 from distlora.methods import Factors, LowRank
-from distlora.optimizer import OptimizerSpec, restore_state, set_rate, steps_taken
+from distlora.optimizer import OptimizerSpec, moment_of, restore_state, set_rate, steps_taken
 from distlora.rounding import Rounding
 
 #: Elements of gradients that are made whole by one collective when they are to be replaced.
@@ -58,8 +58,8 @@ class Slice:
     offset: int
 
     def moment(self, optimizer: torch.optim.Optimizer, key: str) -> Tensor:
-        """(length,) view of the optimizer's state under `key`."""
-        return optimizer.state[self.flat][key].view(-1).narrow(0, self.offset, self.length)
+        """(length,) the slice's part of the optimizer's state: see `moment_of`."""
+        return moment_of(optimizer, self.flat, key, self.offset, self.length)
 
 
 class _Runner(nn.Module):
@@ -107,9 +107,10 @@ class ZeroEngine:
 
     def start(self, model: nn.Module, optimizer: OptimizerSpec) -> None:
         self.module, self.optimizer = model, optimizer
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        built = self._build(optimizer, optimizer.groups(trained, left_factors(model)))
         self._engine, *_ = deepspeed.initialize(
-            model=_Runner(model), optimizer=self._build(optimizer, trained), config=self._config, dist_init_required=False
+            model=_Runner(model), optimizer=built, config=self._config, dist_init_required=False
         )
         self._parameters = dict(model.named_parameters())
         self._trained = {name: p for name, p in self._parameters.items() if p.requires_grad}
@@ -120,17 +121,10 @@ class ZeroEngine:
         # FP16_UnfusedOptimizer takes a step with zero gradients when it is made, which would put Adam's count one off.
         self._optimizer.state.clear()
 
-    def _build(self, spec: OptimizerSpec, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    def _build(self, spec: OptimizerSpec, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         if not self._cpu_adam:
-            return spec.build(parameters)
-        if spec.name != "adamw":
-            raise UserError(
-                f"train.optimizer.name={spec.name} has no CPU form; use adamw, or set zero_force_ds_cpu_optimizer to false in the "
-                "DeepSpeed config"
-            )
-        return DeepSpeedCPUAdam(
-            parameters, spec.lr, betas=spec.betas, eps=spec.eps, weight_decay=spec.weight_decay, adamw_mode=True
-        )
+            return spec.build(groups)
+        return DeepSpeedCPUAdam(groups, spec.lr, betas=spec.betas, eps=spec.eps, weight_decay=spec.weight_decay, adamw_mode=True)
 
     def _locate(self) -> dict[str, Slice | None]:
         """The own slice of every trained tensor, by the table in the module's docstring; None where the rank owns nothing."""
@@ -221,7 +215,7 @@ class ZeroEngine:
 
     def _part(self, name: str, gradients: bool) -> Part:
         own, gradient = self._slices[name], self._gradient(name) if gradients else None
-        keys = self.optimizer.moments() if own.flat in self._optimizer.state else ()
+        keys = self.optimizer.moments_in_place() if own.flat in self._optimizer.state else ()
         moments = {key: own.moment(self._optimizer, key) for key in keys}
         if gradient is not None:  # at stage 3 DeepSpeed answers on the accelerator, wherever the master lies
             gradient = gradient.to(own.master.device, torch.float32)

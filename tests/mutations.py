@@ -246,6 +246,13 @@ MUTATIONS = [
         parity("curve-world2-stage2-float32-clip=0_5"),
     ),
     Mutation(
+        "LoRA+ without a group of its own",
+        ZERO,
+        "optimizer.groups(trained, left_factors(model))",
+        "optimizer.groups(trained)",
+        parity("curve-world2-stage2-float32-method=lora-spec=lora_plus-micro_batch=2-clip=0_5-steps=4"),
+    ),
+    Mutation(
         "the wrapper's dummy step not forgotten",
         ZERO,
         "        self._optimizer.state.clear()\n",

@@ -125,6 +125,13 @@ class Method(BaseModel):
     zero_gradient_at_start: ClassVar[tuple[str, ...]] = ()
     #: True where the target weights themselves are trained, and no factors exist.
     trains_weight: ClassVar[bool] = False
+    #: The adapted network before its first step, beside the pretrained one: the same up to rounding, near it by a small random
+    #: part, or moved on purpose.
+    at_start: ClassVar[Literal["same", "near", "moved"]] = "same"
+    #: The format of adapters that an export is, in words; where there is an adapter.
+    export_kind: ClassVar[str] = "LoRA"
+    #: Whether `initialise` takes a singular value decomposition of the source matrix.
+    decomposes: ClassVar[bool] = False
 
     # ------------------------------------------------------------------ shapes and scaling
 
@@ -145,6 +152,11 @@ class Method(BaseModel):
         return None
 
     @property
+    def left_factor(self) -> str | None:
+        """The trained factor that LoRA+ gives a learning rate of its own; None where B is frozen or absent."""
+        return "B" if "B" in self.trains else None
+
+    @property
     def changes_weight(self) -> bool:
         """Whether the frozen weight of a layer is ever written, at the start or later."""
         return False
@@ -158,6 +170,13 @@ class Method(BaseModel):
     def probe_settings(self) -> ProbeSettings | None:
         """How the gradients of the first step are to be sampled; None where `source_matrix` is not "gradient"."""
         return None
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """What factors are made of, at the start and later, in words."""
+        svd = "SVD of " if self.decomposes else ""
+        at_start = {"weight": (f"{svd}W",), "gradient": (f"{svd}gradients",), None: ()}[self.source_matrix()]
+        return at_start if self.refill_probe() is None else (*at_start, "SVD of gradients")
 
     def proportional_to_eta(self) -> str | None:
         """The factor that eta only scales, so that a line search can try sizes without another `initialise`."""
@@ -251,6 +270,11 @@ class Method(BaseModel):
         the fused factors become zero and `initialise` follows.
         """
         raise TypeError(f"{self.name} replaces no components")
+
+    @property
+    def export_rank(self) -> int:
+        """Rank of the LoRA that an export is, before anything is recomposed."""
+        return self.rank
 
     def export_low_rank(self, factors: Factors) -> LowRank:
         """The update of W0 as an ordinary LoRA pair with scaling 1: `W_trained = W0 + left @ right`, float32."""

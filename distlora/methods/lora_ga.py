@@ -28,6 +28,7 @@ class LoRAGA(TakenFromWeight, RSLoRA):
     source: ClassVar[str] = "arXiv 2407.05000"
     under_decay: ClassVar[str] = "shrinks factors whose start was taken out of the weight"
     zero_gradient_at_start: ClassVar[tuple[str, ...]] = ()
+    decomposes: ClassVar[bool] = True
 
     def problem_with(self, out_features: int, in_features: int) -> str | None:
         least = min(out_features, in_features)
@@ -37,6 +38,11 @@ class LoRAGA(TakenFromWeight, RSLoRA):
                 f"above min(out, in) = {least}; lower method.rank"
             )
         return None
+
+    @property
+    def export_rank(self) -> int:
+        """2r: what is trained, and what was taken from W for it."""
+        return 2 * self.rank
 
     def source_matrix(self) -> Literal["weight", "gradient", None]:
         return "gradient"

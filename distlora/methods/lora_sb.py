@@ -82,6 +82,8 @@ class LoRASB(Method):
     source: ClassVar[str] = "arXiv 2411.19557"
     path: ClassVar[tuple[str, ...]] = ("A", "R", "B")
     trains: ClassVar[tuple[str, ...]] = ("R",)
+    at_start: ClassVar[Literal["same", "near", "moved"]] = "moved"  # by its first step
+    decomposes: ClassVar[bool] = True
 
     @property
     def changes_weight(self) -> bool:

@@ -15,6 +15,8 @@ class LoRAXS(Method):
     source: ClassVar[str] = "arXiv 2405.17604"
     path: ClassVar[tuple[str, ...]] = ("A", "R", "B")
     trains: ClassVar[tuple[str, ...]] = ("R",)
+    at_start: ClassVar[Literal["same", "near", "moved"]] = "near"  # the core is N(0, 1e-5²)
+    decomposes: ClassVar[bool] = True
 
     def source_matrix(self) -> Literal["weight", "gradient", None]:
         return "weight"

@@ -15,6 +15,12 @@ class PiSSA(TakenFromWeight):
     summary: ClassVar[str] = "train the leading singular directions of W"
     source: ClassVar[str] = "arXiv 2404.02948"
     under_decay: ClassVar[str] = "decays pretrained directions"
+    decomposes: ClassVar[bool] = True
+
+    @property
+    def export_rank(self) -> int:
+        """2r: what is trained, and what was taken from W for it."""
+        return 2 * self.rank
 
     def source_matrix(self) -> Literal["weight", "gradient", None]:
         return "weight"

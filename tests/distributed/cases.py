@@ -25,6 +25,14 @@ from tests.distributed.world import build, labelled_samples, samples, share, wri
 Results = dict[str, Tensor]
 RATE = 1e-2
 GLOBAL_BATCH = 12
+#: Optimizers that a setting may name; without one it is AdamW.
+SPECS = {
+    "sgd": OptimizerSpec("sgd", lr=RATE, momentum=0.9),
+    "lora_plus": OptimizerSpec(lr=RATE, lora_plus_ratio=4.0),
+    "adamw8bit": OptimizerSpec("adamw8bit", lr=RATE),
+    "paged_adamw": OptimizerSpec("paged_adamw", lr=RATE),
+    "adamw8bit_lora_plus": OptimizerSpec("adamw8bit", lr=RATE, lora_plus_ratio=4.0),
+}
 
 
 class Setting:
@@ -301,8 +309,8 @@ CASES: dict[str, Callable[..., Results]] = {
 
 def run(name: str, engine: Engine, directory: Path, work: Path, arguments: dict, **setting) -> Results:
     """One case on one engine. A spec may be given as its name."""
-    if setting.get("spec") == "sgd":
-        setting["spec"] = OptimizerSpec("sgd", lr=RATE, momentum=0.9)
+    if "spec" in setting:
+        setting["spec"] = SPECS[setting["spec"]]
     return CASES[name](Setting(engine, directory, work, **setting), **arguments)
 
 

@@ -43,7 +43,7 @@ class Entry:
 
 
 def entries() -> list[Entry]:
-    return [*_every_stage(), *_bfloat16(), *_methods_and_settings(), *_zero_options(), *_swaps(), *_classifiers()]
+    return [*_every_stage(), *_bfloat16(), *_methods_and_settings(), *_optimizers(), *_zero_options(), *_swaps(), *_classifiers()]
 
 
 def _every_stage() -> list[Entry]:
@@ -100,8 +100,21 @@ def _methods_and_settings() -> list[Entry]:
         Entry(2, "initialising", 3, setting={"method": "lora_xs", "micro_batch": 2}),
         Entry(2, "initialising", 2, setting={"method": "lora", "micro_batch": 2}),
         Entry(2, "probing", 3, setting={"micro_batch": 2}, arguments={"probe_micro_batch": 2}),
-        Entry(2, "curve", 3, setting={"spec": "sgd", "micro_batch": 2}, arguments={"steps": 6}),
     ]
+
+
+def _optimizers() -> list[Entry]:
+    few = {"arguments": {"steps": 4}}
+    plan = [Entry(2, "curve", 3, setting={"spec": "sgd", "micro_batch": 2}, arguments={"steps": 6})]
+    for stage in (0, 1, 2, 3):
+        setting = {"method": "lora", "spec": "lora_plus", "micro_batch": 2, "clip": 0.5}
+        plan.append(Entry(2, "curve", stage, setting=setting, **few))
+    plan.append(Entry(2, "curve", 2, setting={"method": "lora", "spec": "paged_adamw", "micro_batch": 2}, **few))
+    # Tensors that are small alone are large together: ZeRO rounds moments which the plain engine keeps as they are.
+    for stage in (2, 3):
+        setting = {"method": "lora", "spec": "adamw8bit", "micro_batch": 2}
+        plan.append(Entry(2, "curve", stage, setting=setting, loss=2e-2, tensors=0.1, **few))
+    return plan
 
 
 def _zero_options() -> list[Entry]:

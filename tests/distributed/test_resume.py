@@ -42,11 +42,14 @@ class Run:
 
 
 DROPOUT = {"dropout": 0.3}
+EIGHT_BIT = {"method": "lora", "spec": "adamw8bit_lora_plus"}
 WRITTEN = [
     *(Run(2, stage) for stage in (0, 1, 2, 3)),
     Run(2, 0, BF16),
     Run(2, 3, BF16),
     Run(2, 2, setting=DROPOUT),
+    # Two groups, and 8-bit moments of which several tensors share blocks.
+    *(Run(2, stage, setting=EIGHT_BIT) for stage in (2, 3)),
 ]
 CONTINUED = [Run(run.world, run.stage, run.dtype, run.setting, source=run) for run in WRITTEN]
 MOVED = [

@@ -30,7 +30,7 @@ def sentence_of(outcome) -> str:
         ("method.rnak=8", "override method.rnak: unknown key, did you mean rank?"),
         ("train.lr", "override train.lr: wanted dotted.key=value, as in train.lr=1e-3"),
         ("train.lr=fast", 'override train.lr: found "fast", wanted a number'),
-        ("train.optimizer.name=adma", 'override train.optimizer.name: found "adma", wanted adamw or sgd'),
+        ("train.optimizer.name=adma", 'override train.optimizer.name: found "adma", wanted adamw, sgd, adamw8bit, paged_adamw or'),
         ("method.name=lorasb", "override method.name: no method is called lorasb, did you mean lora_sb?"),
         ("data.task=gsm9k", "data.task: unknown task 'gsm9k', did you mean gsm8k?"),
         ("targets=[q_porj]", "targets: q_porj matches no linear layer of LlamaForCausalLM, did you mean q_proj?"),

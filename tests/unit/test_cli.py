@@ -65,6 +65,13 @@ def test_export_and_eval():
     assert cli._parse(["eval", "runs/x", "a.b=1"]).overrides == ["a.b=1"]
 
 
+def test_methods_takes_a_recipe_or_none():
+    options = cli._parse(["methods"])
+    assert (options.recipe, options.overrides, options.rank, options.model) == (None, [], None, None)
+    options = cli._parse(["methods", "x.yaml", "--rank", "16", "a.b=1", "--model", "y"])
+    assert (options.recipe, options.overrides, options.rank, options.model) == ("x.yaml", ["a.b=1"], 16, "y")
+
+
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
@@ -73,7 +80,8 @@ def test_export_and_eval():
         (["train"], "required: recipe"),
         (["train", "x.yaml", "--resum3"], "unrecognized arguments: --resum3"),
         (["train", "x.yaml", "--resume", "a.b=1", "--fast"], "--fast"),
-        (["methods", "more"], "unrecognized arguments: more"),
+        (["methods", "--rnk", "8"], "unrecognized arguments: --rnk"),
+        (["methods", "--rank", "many"], "invalid int value: 'many'"),
         (["export", "runs/x", "--out", "y"], "required: --format"),
         (["export", "runs/x", "--format", "onnx", "--out", "y"], "invalid choice: 'onnx'"),
         (["export", "runs/x", "--format", "peft", "--out", "y", "--compress-rank", "few"], "invalid int value: 'few'"),

@@ -169,6 +169,11 @@ def test_a_whole_method_can_be_given():
         ("train.optimizer.betas=[0.9, 1]", "x.yaml: train.optimizer: betas are [0.9, 1.0], wanted two numbers below 1"),
         ("train.optimizer.momentum=0.9",
          "x.yaml: train.optimizer: momentum is for sgd, and name is adamw; set momentum to 0 or name to sgd"),
+        ("train.optimizer.name=adam", 'override train.optimizer.name: found "adam", '
+         "wanted adamw, sgd, adamw8bit, paged_adamw or paged_adamw8bit"),
+        ("train.optimizer.lora_plus_ratio=16",
+         "x.yaml: train.optimizer.lora_plus_ratio=16 is for methods that train B, and lora_sb trains R; set it to null"),
+        ("train.optimizer.lora_plus_ratio=0", "override train.optimizer.lora_plus_ratio: found 0, wanted a number above 0"),
         ("train=5", "override train: found 5, wanted a mapping"),
         ("train.epochs=0", "x.yaml: train: epochs and steps are both off; set one of them to a number above 0"),
         ("train.lr.x=5", "override train.lr.x: train.lr is 1, which has no keys"),

@@ -10,6 +10,7 @@ import numpy as np
 import pydantic
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from distlora import methods
 from distlora.attach import attach
@@ -23,10 +24,8 @@ SHAPES = [(60, 131), (131, 60)]  # (out, in): odd, so that no usual divisor fits
 ALL = sorted(registry())
 ADAPTING = [name for name in ALL if registry()[name].path]
 
-#: Methods that do not preserve the function at the start, and why. All others must.
-CHANGES_THE_FUNCTION = {"lora_sb": "its initialisation is the first step"}
-#: ‖ΔW‖ at the start over r·‖W‖₂ where it is not exactly zero.
-NEARLY_ZERO_AT_START = {"lora_xs": 2e-5}  # the core is N(0, 1e-5²)
+#: ‖ΔW‖ at the start over r·‖W‖₂ of methods that are only near the pretrained network then.
+NEAR = 2e-5
 
 
 #: Fields that must go with a rank, of methods whose defaults suit only some ranks.
@@ -167,23 +166,56 @@ def test_initialisation_is_deterministic_and_touches_no_global_state(name, shape
 @every_adapter
 @every_shape
 def test_the_function_is_preserved_at_the_start(name, shape):
-    """W + base_update + delta = W, or the method is in one of the two lists above."""
+    """W + base_update + delta = W, or the method says that it begins elsewhere."""
     method, original = make(name), plain(shape)
     layer = adapter(method, shape)
     delta = method.export_low_rank(layer.factors())
     change = (layer.weight.double() + delta.left.double() @ delta.right.double() - original.weight).norm()
     scale = method.rank * torch.linalg.matrix_norm(original.weight, 2)
     x = inputs(shape)
-    if name in CHANGES_THE_FUNCTION:
+    if method.at_start == "moved":
         assert change > 1e-3 * scale
-    elif name in NEARLY_ZERO_AT_START:
-        assert change <= NEARLY_ZERO_AT_START[name] * scale
+    elif method.at_start == "near":
+        assert 1e-6 * scale < change <= NEAR * scale
         torch.testing.assert_close(layer(x), original(x), rtol=0, atol=1e-3)
     elif torch.equal(layer.weight, original.weight):
         assert torch.equal(layer(x), original(x))
     else:  # taken from the weight and added again: equal to float32
         assert change <= 1e-6 * scale
         torch.testing.assert_close(layer(x), original(x), rtol=1e-5, atol=1e-5)
+
+
+class _Decompositions(TorchDispatchMode):
+    """Counts what is decomposed inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        self.count += any(word in str(function) for word in ("linalg_svd", "linalg_qr", "linalg_eigh"))
+        return function(*arguments, **(keywords or {}))
+
+
+@every_adapter
+def test_what_a_start_needs_is_said(name):
+    """A decomposition is most of what an initialisation costs."""
+    method = make(name)
+    with _Decompositions() as seen:
+        initialise(method, SHAPES[0])
+    assert (seen.count > 0) == method.decomposes
+    wanted = {"weight": "W", "gradient": "gradients"}.get(method.source_matrix())
+    assert [need.removeprefix("SVD of ") for need in method.needs][:1] == ([wanted] if wanted else [])
+    assert all(need.startswith("SVD of ") == method.decomposes for need in method.needs[:1])
+
+
+@every_adapter
+def test_the_rank_of_an_export_is_said(name):
+    """What was taken from the weight at the start has to be given back beside what is trained."""
+    method = make(name)
+    init = initialise(method, SHAPES[0])
+    beside = 0 if init.base_update is None else init.base_update.right.shape[0]
+    assert method.export_rank == method.export_low_rank(init.factors).right.shape[0] + beside
 
 
 @every_adapter

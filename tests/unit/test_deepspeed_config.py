@@ -175,11 +175,36 @@ def test_the_recipe_is_not_changed_by_resolving():
     assert recipe.deepspeed == {"train_batch_size": "auto"}
 
 
-def test_an_untested_optimizer_is_allowed_for_sgd_only():
-    assert "zero_allow_untested_optimizer" not in resolve({})[0]
-    assert resolve({}, "train.optimizer.name=sgd")[0]["zero_allow_untested_optimizer"] is True
-    kept = resolve({"zero_allow_untested_optimizer": False}, "train.optimizer.name=sgd")[0]
-    assert kept["zero_allow_untested_optimizer"] is False
+@pytest.mark.parametrize("name", ["sgd", "adamw8bit", "paged_adamw", "paged_adamw8bit"])
+def test_an_optimizer_that_deepspeed_does_not_know_is_allowed(name):
+    key, chosen = "zero_allow_untested_optimizer", f"train.optimizer.name={name}"
+    assert key not in resolve({})[0]
+    for given in ({}, {key: "auto"}, {key: True}):
+        assert resolve({"zero_optimization": {"stage": 3}, **given}, chosen)[0][key] is True
+    assert resolve({key: False}, chosen)[0][key] is False  # stage 0 does not look
+
+
+def test_the_optimizer_section_may_name_one_of_bitsandbytes():
+    section = {"type": "adamw8bit", "params": {"lr": "auto", "betas": "auto", "weight_decay": "auto"}}
+    assert "optimizer" not in resolve({"optimizer": section}, "train.optimizer.name=adamw8bit")[0]
+
+
+def test_an_offloaded_optimizer_is_deepspeeds_own_or_explicitly_not():
+    zero = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
+    resolve(zero)
+    resolve({**zero, "zero_force_ds_cpu_optimizer": False}, "train.optimizer.name=adamw8bit")
+    assert refusal(zero, "train.optimizer.name=adamw8bit") == (
+        "train.optimizer.name=adamw8bit has no form in DeepSpeed for zero_optimization.offload_optimizer in zero.json; use adamw, "
+        "or set zero_force_ds_cpu_optimizer to false there"
+    )
+
+
+def test_a_forbidden_optimizer_is_refused_where_deepspeed_would_break_off():
+    config = {"zero_optimization": {"stage": 1}, "zero_allow_untested_optimizer": False}
+    resolve(config)
+    assert refusal(config, "train.optimizer.name=sgd") == (
+        "zero_allow_untested_optimizer=false in zero.json forbids train.optimizer.name=sgd; set it to true or auto, or use adamw"
+    )
 
 
 def test_the_old_name_of_bf16():

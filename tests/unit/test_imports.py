@@ -21,7 +21,7 @@ HOMES = {
     "datasets": {"data/"},
     "tensorboard": {"monitor.py"},
     "torch.utils.tensorboard": {"monitor.py"},
-    "bitsandbytes": set(),
+    "bitsandbytes": {"bnb_optimizers.py"},
     "peft": set(),
     "pickle": set(),
 }
@@ -30,8 +30,9 @@ HOMES = {
 #: `attach`: there modules may use each other, but never in a circle.
 FLOORS = [
     {"errors"},
-    {"functional", "linalg", "rounding", "importance", "moments", "switching"},
+    {"functional", "linalg", "rounding", "importance", "moments", "switching", "blockwise"},
     {"methods"},
+    {"bnb_optimizers"},
     {"layer", "comm", "optimizer", "fusing"},
     {"engine"},
     set(),

@@ -67,6 +67,27 @@ def test_what_needs_no_weights_is_found_before_anything_happens(recipe, override
     assert not (tmp_path / "run").exists()
 
 
+SRLORA = ["method={name: srlora, rank: 4, target_rank: 8}", "train.steps=50"]
+
+
+@pytest.mark.parametrize("name", ["adamw8bit", "paged_adamw8bit"])
+def test_single_components_of_8_bit_moments_cannot_be_forgotten(recipe, name):
+    with pytest.raises(UserError) as caught:
+        train.check(recipe(*SRLORA, f"train.optimizer.name={name}"), Topology(), None)
+    assert str(caught.value) == (
+        f"train.optimizer.name={name} keeps moments in blocks, and srlora as it is set here forgets those of single components; "
+        f"set it to {name.removesuffix('8bit')}, or turn the recomposition off in method"
+    )
+    for others in ([f"train.optimizer.name={name}", "method.schedule=none"], ["train.optimizer.name=paged_adamw"]):
+        train.check(recipe(*SRLORA, *others), Topology(), None)
+
+
+def test_a_missing_package_is_found_before_anything_happens(recipe, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="needs the package bitsandbytes, which is not installed"):
+        train.check(recipe("train.optimizer.name=paged_adamw"), Topology(), None)
+
+
 def test_a_good_recipe_passes_and_hub_names_are_left_for_later(recipe, monkeypatch):
     train.check(recipe(), Topology(), None)
     monkeypatch.setattr("distlora.hub.snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
