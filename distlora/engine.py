@@ -174,6 +174,7 @@ class LocalEngine:
         }
         self.optimizer = optimizer
         self._optimizer = optimizer.build(self._masters.values())
+        self._layers = adapter_layers(self.module)
 
     def train_mode(self, on: bool) -> None:
         self.module.train(on)
@@ -199,6 +200,8 @@ class LocalEngine:
             for name, parameter in self._trained.items():
                 if self._masters[name] is not parameter:
                     parameter.copy_(self._masters[name])
+        for layer in self._layers.values():
+            layer.changed()
         return StepInfo(float(norm))
 
     def set_rate(self, rate: float) -> None:
@@ -247,7 +250,7 @@ class LocalEngine:
     # ------------------------------------------------------------------ reading and writing
 
     def read(self, layer: AdapterLinear) -> Factors:
-        return {name: self._best_copy(f"{layer.name}.{name}").detach().clone() for name in layer.method.path}
+        return {name: self._best_copy(f"{layer.name}.{name}").detach().clone() for name in layer.method.factor_names}
 
     @torch.no_grad()
     def write(self, layer: AdapterLinear, factors: Factors) -> None:
@@ -255,6 +258,7 @@ class LocalEngine:
             self._overwrite(f"{layer.name}.{name}", value)
 
     def add_low_rank(self, layer: AdapterLinear, update: LowRank, rounding: Rounding, key: int) -> float:
+        layer.changed()
         return add_low_rank(layer.weight.detach().view(-1), 0, update, rounding, key, self.comm.device)
 
     def weight_at_owner(self, layer: AdapterLinear, owner: int) -> Tensor | None:
@@ -294,6 +298,19 @@ class LocalEngine:
         self._parameters[name].copy_(value)
         if name in self._masters:
             self._masters[name].copy_(value)
+        tell_changed(self._layers, name)
+
+
+def adapter_layers(module: nn.Module) -> dict[str, AdapterLinear]:
+    """The adapted layers of a bare model, by name."""
+    return {layer.name: layer for layer in module.modules() if isinstance(layer, AdapterLinear)}
+
+
+def tell_changed(layers: dict[str, AdapterLinear], parameter: str) -> None:
+    """Tells the layer that has this parameter, if there is one, that it has another value now."""
+    layer = layers.get(parameter.rpartition(".")[0])
+    if layer is not None:
+        layer.changed()
 
 
 def clip_factor(norm: float, clip: float | None) -> float:
