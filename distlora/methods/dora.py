@@ -59,7 +59,8 @@ class DoRA(LoRA):
         base: Linear = linear,
         prepared: Factors | None = None,
     ) -> Tensor:
-        """`(x Wᵀ + s·(x Aᵀ)Bᵀ) ⊙ m/norm + b`; the norm is a constant to the gradient (Section 4.3)."""
+        """`(x Wᵀ + s·(x Aᵀ)Bᵀ) ⊙ m/norm + b`; the norm is a constant to the gradient (Section 4.3). Dropout acts on the x of
+        the pair alone."""
         if prepared is None:
             with torch.no_grad():
                 prepared = self.prepare(weight, factors)
