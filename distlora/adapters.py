@@ -18,6 +18,8 @@ from distlora.tensorfile import TensorFiles
 
 #: Before every name in PEFT's files.
 PREFIX = "base_model.model."
+#: Behind a layer's name there: the norms of its rows.
+MAGNITUDE = ".lora_magnitude_vector"
 
 _log = logging.getLogger(__name__)
 
@@ -26,18 +28,28 @@ Shape = tuple[int, ...]
 
 class Source(Protocol):
     """layers: (rank, out, in) of the exported pair of every adapted layer. stacked: the layers whose pair is made of updates side
-    by side, which nearly cancel each other. heads: shapes of the parameters that were trained whole. targets: names of the layers
-    that the method was put on. model: the model's "class" and "num_labels"."""
+    by side, which nearly cancel each other. magnitudes: the layers whose rows have trained norms. heads: shapes of the parameters
+    that were trained whole. targets: names of the layers that the method was put on. model: the model's "class" and
+    "num_labels"."""
 
     step: int
     layers: dict[str, Shape]
     stacked: set[str]
+    magnitudes: set[str]
     heads: dict[str, Shape]
     targets: list[str]
     model: dict[str, Any]
 
     def low_rank(self, layer: str) -> LowRank | None:
         """`W_trained = W0 + left @ right`, float32. None on ranks that do not write."""
+
+    def magnitude(self, layer: str) -> Tensor | None:
+        """(out,) float32, for a layer of `magnitudes`: the norms to which the rows of that sum are scaled. None on ranks that do
+        not write.
+
+        The optimizer's own value. What a bfloat16 run multiplies with is rounded, and divided by a rounded norm: both errors
+        cancel at the start, but one alone would scale whole rows by up to 2⁻⁹ wherever norms are not rounded.
+        """
 
     def read(self, head: str) -> Tensor | None:
         """A parameter that was trained whole. None on ranks that do not write."""
@@ -52,6 +64,7 @@ class EngineSource:
         entries = {name: attached.ledger.columns(name) if attached.ledger else 0 for name in attached.layers}
         self.layers = {name: _pair_shape(layer.method, shapes[name], entries[name]) for name, layer in attached.layers.items()}
         self.stacked = {name for name, columns in entries.items() if columns}
+        self.magnitudes = {name for name, layer in attached.layers.items() if layer.method.magnitude}
         factors = {f"{layer}.{factor}" for layer, names in shapes.items() for factor in names}
         self.heads = {name: shape for name, shape in engine.trained_shapes().items() if name not in factors}
         self.targets, self.model = attached.targets, describe_model(engine)
@@ -61,6 +74,10 @@ class EngineSource:
         factors = {name: self._engine.read_parameter(f"{layer}.{name}") for name in adapted.method.shapes(*adapted.shape)}
         pair = adapted.method.export_low_rank(factors) if self._engine.comm.is_main else None
         return self._attached.ledger.stacked(layer, pair) if layer in self.stacked else pair
+
+    def magnitude(self, layer: str) -> Tensor | None:
+        tensors = self._engine.read_trained(f"{layer}.{self._attached.layers[layer].method.magnitude}")
+        return tensors and tensors["master"]
 
     def read(self, head: str) -> Tensor | None:
         return self._engine.read_parameter(head)
@@ -82,6 +99,8 @@ class CheckpointSource:
         self._entries = {layer: [entry["columns"] for entry in entries] for layer, entries in state.get("ledger", {}).items()}
         self.layers = {} if method.trains_weight else {layer: self._pair_shape(layer) for layer in self.targets}
         self.stacked = {layer for layer, entries in self._entries.items() if entries}
+        self.magnitudes = set(self.layers) if method.magnitude else set()
+        self._masters = TensorFiles(checkpoint.path, "optimizer") if self.magnitudes else None
         self._ledger = ledger_files(checkpoint, {layer: shape for layer, (_, *shape) in self.layers.items()})
         factors = {f"{layer}.{factor}" for layer in self.layers for factor in self._factors}
         self.heads = {name: self._files.shape(name) for name in self._files.names if name not in factors}
@@ -100,6 +119,9 @@ class CheckpointSource:
             torch.cat([pair.right, *(self._ledger.read(f"{entry}/right").float() for entry in entries)], 0),
         )
 
+    def magnitude(self, layer: str) -> Tensor:
+        return self._masters.read(f"{layer}.{self._method.magnitude}/master")
+
     def read(self, head: str) -> Tensor:
         return self._files.read(head)
 
@@ -111,10 +133,12 @@ class AdapterSource:
         self._files = TensorFiles(directory, "adapter_model")
         about = json.loads(self._files.metadata("adapter_model.safetensors")["distlora"])
         self.step, self.model, self.stacked = about["step"], about["model"], set(about.get("stacked", ()))
-        self.layers, self.heads = {}, {}
+        self.layers, self.heads, self.magnitudes = {}, {}, set()
         for name in self._files.names:
             layer, ending = name.removeprefix(PREFIX), ".lora_A.weight"
-            if layer.endswith(ending):
+            if layer.endswith(MAGNITUDE):
+                self.magnitudes.add(layer.removesuffix(MAGNITUDE))
+            elif layer.endswith(ending):
                 layer = layer.removesuffix(ending)
                 rank, in_features = self._files.shape(name)
                 self.layers[layer] = (rank, self._files.shape(f"{PREFIX}{layer}.lora_B.weight")[0], in_features)
@@ -125,6 +149,9 @@ class AdapterSource:
     def low_rank(self, layer: str) -> LowRank:
         a, b = (self._files.read(f"{PREFIX}{layer}.lora_{side}.weight").float() for side in "AB")
         return LowRank(b, a)
+
+    def magnitude(self, layer: str) -> Tensor:
+        return self._files.read(f"{PREFIX}{layer}{MAGNITUDE}").float()
 
     def read(self, head: str) -> Tensor:
         return self._files.read(PREFIX + head)
@@ -155,7 +182,7 @@ class Compressed:
     def __init__(self, source: Source, dtype: torch.dtype, rank: int | None = None, max_error: float | None = None):
         self._source, self._dtype = source, dtype
         self.step, self.heads, self.targets, self.model = source.step, source.heads, source.targets, source.model
-        self.read = source.read
+        self.magnitudes, self.magnitude, self.read = source.magnitudes, source.magnitude, source.read
         self.errors: dict[str, float] = {}
         exact = max(min(shape) for shape in source.layers.values())
         if rank is not None and rank > exact:

@@ -176,7 +176,8 @@ class LocalEngine:
             name: p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for name, p in self._trained.items()
         }
         self.optimizer = optimizer
-        self._optimizer = optimizer.build(optimizer.groups(self._masters, left_factors(self.module)))
+        self._layers = adapter_layers(self.module)
+        self._optimizer = optimizer.build(optimizer.groups(self._masters, left_factors(self._layers)))
 
     def train_mode(self, on: bool) -> None:
         self.module.train(on)
@@ -202,6 +203,8 @@ class LocalEngine:
             for name, parameter in self._trained.items():
                 if self._masters[name] is not parameter:
                     parameter.copy_(self._masters[name])
+        for layer in self._layers.values():
+            layer.changed()
         return StepInfo(float(norm))
 
     def set_rate(self, rate: float) -> None:
@@ -251,7 +254,7 @@ class LocalEngine:
     # ------------------------------------------------------------------ reading and writing
 
     def read(self, layer: AdapterLinear) -> Factors:
-        return {name: self._best_copy(f"{layer.name}.{name}").detach().clone() for name in layer.method.path}
+        return {name: self._best_copy(f"{layer.name}.{name}").detach().clone() for name in layer.method.factor_names}
 
     @torch.no_grad()
     def write(self, layer: AdapterLinear, factors: Factors) -> None:
@@ -259,6 +262,7 @@ class LocalEngine:
             self._overwrite(f"{layer.name}.{name}", value)
 
     def add_low_rank(self, layer: AdapterLinear, update: LowRank, rounding: Rounding, key: int) -> float:
+        layer.changed()
         return add_low_rank(layer.weight.detach().view(-1), 0, update, rounding, key, self.comm.device)
 
     def weight_at_owner(self, layer: AdapterLinear, owner: int) -> Tensor | None:
@@ -303,12 +307,24 @@ class LocalEngine:
         self._parameters[name].copy_(value)
         if name in self._masters:
             self._masters[name].copy_(value)
+        tell_changed(self._layers, name)
 
 
-def left_factors(model: nn.Module) -> set[str]:
+def adapter_layers(module: nn.Module) -> dict[str, AdapterLinear]:
+    """The adapted layers of a bare model, by name."""
+    return {layer.name: layer for layer in module.modules() if isinstance(layer, AdapterLinear)}
+
+
+def tell_changed(layers: dict[str, AdapterLinear], parameter: str) -> None:
+    """Tells the layer that has this parameter, if there is one, that it has another value now."""
+    layer = layers.get(parameter.rpartition(".")[0])
+    if layer is not None:
+        layer.changed()
+
+
+def left_factors(layers: dict[str, AdapterLinear]) -> set[str]:
     """Names of the trained factors that LoRA+ calls B."""
-    layers = [module for module in model.modules() if isinstance(module, AdapterLinear)]
-    return {f"{layer.name}.{layer.method.left_factor}" for layer in layers if layer.method.left_factor}
+    return {f"{name}.{layer.method.left_factor}" for name, layer in layers.items() if layer.method.left_factor}
 
 
 def clip_factor(norm: float, clip: float | None) -> float:

@@ -17,13 +17,23 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from distlora.adapters import PREFIX, AdapterSource, CheckpointSource, Compressed, EngineSource, Source, check_compression
+from distlora.adapters import (
+    MAGNITUDE,
+    PREFIX,
+    AdapterSource,
+    CheckpointSource,
+    Compressed,
+    EngineSource,
+    Source,
+    check_compression,
+)
 from distlora.attach import Attached
 from distlora.checkpoint import newest, of_step
 from distlora.config import load_recipe
 from distlora.engine import Engine
 from distlora.errors import UserError
 from distlora.hub import resolve_path
+from distlora.linalg import with_row_norms
 from distlora.methods import Method
 from distlora.rankzero import file_errors_explained, stream_to_main
 from distlora.tensorfile import TensorFiles, TensorWriter, write_json
@@ -82,6 +92,8 @@ def export(
     if not (run_dir / "recipe.yaml").is_file():
         raise UserError(f"{run_dir} is no run directory: it has no recipe.yaml")
     recipe = load_recipe(run_dir / "recipe.yaml")
+    if (compress_rank, max_error) != (None, None):
+        _refuse_compression(recipe.method, "--max-error" if compress_rank is None else "--compress-rank")
     with file_errors_explained(out), _new_directory(out) as draft:
         source = _last_state(run_dir, recipe.method) if checkpoint is None else _of_step(run_dir, checkpoint, recipe.method)
         if format == "merged":
@@ -133,6 +145,13 @@ def _refuse_full(method: Method) -> None:
         raise UserError(f"method {method.name} trains the weights themselves, which is no adapter; export with --format merged")
 
 
+def _refuse_compression(method: Method, option: str) -> None:
+    if method.magnitude:
+        raise UserError(
+            f"{option} cuts an update that is only added to the weight, and method {method.name} scales rows as well; leave it out"
+        )
+
+
 # ---------------------------------------------------------------------- what is exported
 
 
@@ -174,6 +193,9 @@ def _new_directory(out: Path, may_hold: Iterable[str] = ()) -> Iterator[Path]:
 def _peft_tensors(source: Source) -> Iterator[tuple[str, Tensor | None]]:
     """All tensors of the adapter under PEFT's names; None where the source answers on another rank."""
     for layer in source.layers:
+        if layer in source.magnitudes:
+            yield f"{PREFIX}{layer}{MAGNITUDE}", source.magnitude(layer)
+    for layer in source.layers:
         pair = source.low_rank(layer)
         yield f"{PREFIX}{layer}.lora_A.weight", pair and pair.right
         yield f"{PREFIX}{layer}.lora_B.weight", pair and pair.left
@@ -182,7 +204,12 @@ def _peft_tensors(source: Source) -> Iterator[tuple[str, Tensor | None]]:
 
 
 def _write_peft(draft: Path, source: Source, tensors: Iterable, config: dict[str, Any], dtype: torch.dtype) -> None:
-    plan = {}
+    # In float32 whatever the dtype: rounded, they would scale whole rows. Hence first in the file.
+    plan = {
+        f"{PREFIX}{layer}{MAGNITUDE}": (torch.float32, (shape[1],))
+        for layer, shape in source.layers.items()
+        if layer in source.magnitudes
+    }
     for layer, (rank, out_features, in_features) in source.layers.items():
         plan[f"{PREFIX}{layer}.lora_A.weight"] = dtype, (rank, in_features)
         plan[f"{PREFIX}{layer}.lora_B.weight"] = dtype, (out_features, rank)
@@ -190,7 +217,7 @@ def _write_peft(draft: Path, source: Source, tensors: Iterable, config: dict[str
     about = {"distlora": json.dumps({"step": source.step, "model": source.model, "stacked": sorted(source.stacked)})}
     with TensorWriter(draft / ADAPTER_WEIGHTS, plan, about) as writer:
         for name, tensor in tensors:
-            writer.write(name, tensor.to(dtype))
+            writer.write(name, tensor.to(plan[name][0]))
     write_json(draft / ADAPTER_CONFIG, config)
 
 
@@ -210,7 +237,7 @@ def _peft_config(source: Source, base: str, dropout: float) -> dict[str, Any]:
         "rank_pattern": unusual,
         "alpha_pattern": unusual,
         "use_rslora": False,
-        "use_dora": False,
+        "use_dora": bool(source.magnitudes),
         "lora_dropout": dropout,
         "target_modules": list(ranks),
         "modules_to_save": sorted({_saved_module(name) for name in source.heads}) or None,
@@ -242,8 +269,10 @@ def _write_merged(draft: Path, base: Path, source: Source, dtype: torch.dtype | 
         if name in heads:
             return source.read(heads[name])
         if name in updated:
-            pair = source.low_rank(updated[name])
-            return torch.addmm(files.read(name).float(), pair.left.float(), pair.right.float())
+            layer = updated[name]
+            pair = source.low_rank(layer)
+            weight = torch.addmm(files.read(name).float(), pair.left.float(), pair.right.float())
+            return with_row_norms(weight, source.magnitude(layer)) if layer in source.magnitudes else weight
         return files.read(name)
 
     def dtype_of(name: str) -> torch.dtype:

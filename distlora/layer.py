@@ -19,6 +19,8 @@ class AdapterLinear(nn.Module):
 
     weight: (out, in), frozen. bias: (out,) or None, frozen. Each factor is a parameter under its own name, zero until written.
     name: the layer's name in the bare model, such as `model.layers.0.self_attn.q_proj`.
+
+    What a method prepares of W and the factors is kept until `changed` is called: whoever writes into one of them calls it.
     """
 
     def __init__(self, linear: nn.Linear, method: Method, name: str):
@@ -34,6 +36,8 @@ class AdapterLinear(nn.Module):
         self._tap_adapted = False
         self._trial: tuple[str, float] | None = None
         self._gradient_hooks: list = []
+        self._version, self._prepared_at = 0, -1
+        self._prepared: Factors = {}
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -42,7 +46,11 @@ class AdapterLinear(nn.Module):
 
     def factors(self) -> Factors:
         """The factors as the forward pass uses them. Under ZeRO-3 they are whole only inside the module's own passes."""
-        return {name: getattr(self, name) for name in self.method.path}
+        return {name: getattr(self, name) for name in self.method.factor_names}
+
+    def dense_weight(self) -> Tensor:
+        """W (out, in) as the forward pass multiplies with it. Under ZeRO-3 it is whole only inside the module's own passes."""
+        return self.weight
 
     def forward(self, x: Tensor) -> Tensor:
         factors = self.factors()
@@ -51,7 +59,19 @@ class AdapterLinear(nn.Module):
         if self._trial is not None:
             name, scale = self._trial
             factors[name] = factors[name] * scale
-        return self.method.forward(x, self.weight, self.bias, factors, self.training)
+        return self.method.forward(x, self.weight, self.bias, factors, self.training, prepared=self._prepare(factors))
+
+    def changed(self) -> None:
+        """W or a factor has another value now, or is going to have one at the next forward pass."""
+        self._version += 1
+
+    def _prepare(self, factors: Factors) -> Factors:
+        """What the method made of the present version of W and the factors: at its first forward pass, kept for all others."""
+        if self.method.prepares and self._prepared_at != self._version:
+            with torch.no_grad():
+                self._prepared = self.method.prepare(self.dense_weight(), factors)
+            self._prepared_at = self._version
+        return self._prepared
 
     def _tapped(self, x: Tensor, factors: Factors) -> Tensor:
         def base(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -61,7 +81,7 @@ class AdapterLinear(nn.Module):
             return base(x, self.weight, self.bias)
         # Detached: the pass must leave no gradient on a trained factor.
         factors = {name: factor.detach() for name, factor in factors.items()}
-        return self.method.forward(x, self.weight, self.bias, factors, training=False, base=base)
+        return self.method.forward(x, self.weight, self.bias, factors, False, base, self._prepare(factors))
 
     def tap(self, anchor: Tensor | None, tap: Tap | None, adapted: bool = False) -> None:
         """Show `(dL/dy, x)` of every backward pass to `tap`, until called with None, None.
@@ -73,6 +93,7 @@ class AdapterLinear(nn.Module):
     def try_scale(self, factor: str | None, scale: float = 1.0) -> None:
         """Multiply one factor by `scale` in the forward pass, without writing it, until called with None."""
         self._trial = None if factor is None else (factor, scale)
+        self.changed()
 
     def map_gradients(self, maps: dict[str, tuple[Tensor, Tensor]]) -> None:
         """Replace the gradient g of factor `name` by `P g Q` as it appears, for `maps[name] = (P, Q)`; forgets earlier maps.

@@ -9,6 +9,9 @@ EXACT_SIDE = 1024
 #: Elements of a matrix that are worked on at once where a copy of all would be in the way: 2 MiB in float64.
 BLOCK_ELEMENTS = 1 << 18
 
+#: Elements of a weight whose row norms are taken at once: 16 MiB in float32, and a few kernel launches a layer.
+NORM_BLOCK_ELEMENTS = 1 << 22
+
 
 def truncated_svd(matrix: Tensor, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     """The `rank` largest singular triplets of `matrix` (m, n): U (m, rank), S (rank,) descending, Vᵀ (rank, n), float32.
@@ -100,6 +103,35 @@ def squared_norm(matrix: Tensor) -> float:
     """‖matrix‖²_F in float64, a block of rows at a time: its squares all at once would take as much memory again."""
     rows = max(1, BLOCK_ELEMENTS // matrix.shape[1])
     return float(torch.stack([block.double().square().sum() for block in matrix.split(rows)]).sum())
+
+
+def row_norms(weight: Tensor, left: Tensor | None = None, right: Tensor | None = None) -> Tensor:
+    """‖W + left @ right‖ of every row: (out, in), (out, r), (r, in) to (out,), in float32 (float64 for a float64 weight).
+
+    The sum is formed in blocks of rows. Expanding the square, ‖W‖² + 2·rowsum((W rightᵀ) ⊙ left) + rowsum((left (right rightᵀ)) ⊙
+    left), would need no block, but cancels: measured on 1024 × 2048, rank 16, where the sum is 1 % of W it is off by 5e-3 (blocks:
+    7e-7), with W rightᵀ in bfloat16 by 6. Blocks cost r multiplications an element of W, a small part of any forward pass.
+    """
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    rows = max(1, NORM_BLOCK_ELEMENTS // weight.shape[1])
+    right = None if right is None else right.to(dtype)
+    norms = []
+    for start in range(0, weight.shape[0], rows):
+        block = weight[start : start + rows].to(dtype)
+        if left is not None:
+            block = torch.addmm(block, left[start : start + rows].to(dtype), right)
+        norms.append(torch.linalg.vector_norm(block, dim=1))
+    return torch.cat(norms)
+
+
+def with_row_norms(weight: Tensor, norms: Tensor) -> Tensor:
+    """`weight` (out, in) with every row scaled to the norm in `norms` (out,); a zero row stays zero."""
+    return weight * (norms / one_for_zero(row_norms(weight)))[:, None]
+
+
+def one_for_zero(norms: Tensor) -> Tensor:
+    """Divisors: what is not positive becomes 1."""
+    return torch.where(norms > 0, norms, torch.ones_like(norms))
 
 
 def gram_inverse(gram: Tensor, cutoff: float = 1e-7) -> Tensor:

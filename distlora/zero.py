@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from transformers.integrations import HfDeepSpeedConfig
 
 from distlora.comm import Comm
-from distlora.engine import GradientMap, Part, StepInfo, clip_factor, left_factors
+from distlora.engine import GradientMap, Part, StepInfo, adapter_layers, clip_factor, left_factors, tell_changed
 from distlora.errors import UserError
 from distlora.fusing import add_low_rank
 from distlora.layer import AdapterLinear
@@ -108,7 +108,8 @@ class ZeroEngine:
     def start(self, model: nn.Module, optimizer: OptimizerSpec) -> None:
         self.module, self.optimizer = model, optimizer
         trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-        built = self._build(optimizer, optimizer.groups(trained, left_factors(model)))
+        self._layers = adapter_layers(model)
+        built = self._build(optimizer, optimizer.groups(trained, left_factors(self._layers)))
         self._engine, *_ = deepspeed.initialize(
             model=_Runner(model), optimizer=built, config=self._config, dist_init_required=False
         )
@@ -175,6 +176,8 @@ class ZeroEngine:
     def step(self) -> StepInfo:
         norm = self._plain_norm() if self.stage == 0 and self.dtype == torch.float32 else None
         self._engine.step()
+        for layer in self._layers.values():
+            layer.changed()
         norm = self._engine.get_global_grad_norm() if norm is None else norm
         return StepInfo(float(norm), skipped=not self._engine.was_step_applied())
 
@@ -319,7 +322,7 @@ class ZeroEngine:
     # ------------------------------------------------------------------ reading and writing
 
     def read(self, layer: AdapterLinear) -> Factors:
-        return {factor: self._read_everywhere(f"{layer.name}.{factor}") for factor in layer.method.path}
+        return {factor: self._read_everywhere(f"{layer.name}.{factor}") for factor in layer.method.factor_names}
 
     def _read_everywhere(self, name: str) -> Tensor:
         parameter = self._parameters[name]
@@ -339,6 +342,7 @@ class ZeroEngine:
     @torch.no_grad()
     def _overwrite(self, name: str, value: Tensor) -> None:
         """Writes a whole tensor into both copies: the low-precision one that forward reads and the own slice of the master."""
+        tell_changed(self._layers, name)
         self._write_low_precision(self._parameters[name], value)
         own = self._slices.get(name)
         if own is not None:
@@ -365,6 +369,7 @@ class ZeroEngine:
     @torch.no_grad()
     def add_low_rank(self, layer: AdapterLinear, update: LowRank, rounding: Rounding, key: int) -> float:
         weight, device = layer.weight, self.comm.device
+        layer.changed()
         if self.stage < 3:
             error = add_low_rank(weight.data.view(-1), 0, update, rounding, key, device)
             return error if self.comm.is_main else 0.0

@@ -107,6 +107,21 @@ MUTATIONS = [
         "        start = 0\n",
         parity("curve-world2-stage3-float32-clip=0_5"),
     ),
+    # ------------------------------------------------------------------ norms: kept until something changes
+    *(
+        Mutation(
+            name, ZERO, old, new, parity("norming-world2-stage3-float32-method=dora-alpha=10-micro_batch=2-checkpointing=True")
+        )
+        for name, old, new in (
+            (
+                "norms survive a step",
+                "            layer.changed()\n        norm = self._engine",
+                "            pass\n        norm = self._engine",
+            ),
+            ("norms survive a write", "        tell_changed(self._layers, name)\n", ""),
+            ("norms survive an addition", "        layer.changed()\n        if self.stage < 3:\n", "        if self.stage < 3:\n"),
+        )
+    ),
     # ------------------------------------------------------------------ reading
     Mutation(
         "masters not summed over ranks when read",
@@ -248,7 +263,7 @@ MUTATIONS = [
     Mutation(
         "LoRA+ without a group of its own",
         ZERO,
-        "optimizer.groups(trained, left_factors(model))",
+        "optimizer.groups(trained, left_factors(self._layers))",
         "optimizer.groups(trained)",
         parity("curve-world2-stage2-float32-method=lora-spec=lora_plus-micro_batch=2-clip=0_5-steps=4"),
     ),

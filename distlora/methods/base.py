@@ -5,6 +5,7 @@ Shape legend, the same in every file:
     W  (out, in)   the pretrained weight       g  (out, in)   dL/dW, the full fine-tuning gradient
     B  (out, r)    left factor                 A  (r, in)     right factor
     R  (r, r)      core                        s              scaling; the adapted weight is W + s·B·A or W + s·B·R·A
+    m  (out,)      magnitude                   ‖·‖_row        norm of every row, over the input dimension
 
 A method knows no module, rank, device or engine. It is a frozen pydantic model, and its fields *are* the `method:` section of
 a recipe. Adding a method is adding one file to this package: the recipe, the command line, checkpoints, exports and the
@@ -119,6 +120,11 @@ class Method(BaseModel):
     source: ClassVar[str]
     #: The factors in the order in which they are applied to the input, first to last; () for no adapter.
     path: ClassVar[tuple[str, ...]] = ("A", "B")
+    #: The trained factor (out,) that sets the norm of every row of the adapted weight, beside the path; None where rows keep the
+    #: norm that they get.
+    magnitude: ClassVar[str | None] = None
+    #: Whether `prepare` answers anything: only then is the layer's weight made whole for it.
+    prepares: ClassVar[bool] = False
     #: The factors that the optimizer trains. The others are frozen.
     trains: ClassVar[tuple[str, ...]] = ("A", "B")
     #: Trained factors without a gradient at the first step, because another factor starts at zero.
@@ -140,10 +146,15 @@ class Method(BaseModel):
         """s in `W + s·B·A`."""
         return (self.rank if self.alpha is None else self.alpha) / self.rank
 
+    @property
+    def factor_names(self) -> tuple[str, ...]:
+        """All factors, trained or frozen: those of the path, and the magnitude."""
+        return self.path if self.magnitude is None else (*self.path, self.magnitude)
+
     def shapes(self, out_features: int, in_features: int) -> Shapes:
         """Shape of every factor of one layer, trained or frozen."""
         full = {"A": (self.rank, in_features), "R": (self.rank, self.rank), "B": (out_features, self.rank)}
-        return {name: full[name] for name in self.path}
+        return {name: (out_features,) if name == self.magnitude else full[name] for name in self.factor_names}
 
     def problem_with(self, out_features: int, in_features: int) -> str | None:
         """Why a layer of this shape cannot be adapted, and what to set instead, as the end of a sentence; None if it can."""
@@ -188,20 +199,42 @@ class Method(BaseModel):
 
     # ------------------------------------------------------------------ the layer's mathematics
 
+    def prepare(self, weight: Tensor, factors: Factors) -> Factors:
+        """What the forward pass needs of all of W and of the factors, and what changes only when they do; {} for nothing.
+
+        Asked without gradients, once after every change (an optimizer step, a write, an addition to W), inside the layer's own
+        forward pass, where W is whole at every ZeRO stage. The answer is kept until the next change, and used by all
+        micro-batches, evaluations and recomputations in between: small tensors only.
+        """
+        return {}
+
     def forward(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors, training: bool, base: Linear = linear
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        factors: Factors,
+        training: bool,
+        base: Linear = linear,
+        prepared: Factors | None = None,
     ) -> Tensor:
-        """The adapted layer. x: (…, in). Returns (…, out): `x Wᵀ + b + s·(…(x Aᵀ)…)Bᵀ`. base: computes `x Wᵀ + b`."""
-        y = base(x, weight, bias)
+        """The adapted layer. x: (…, in). Returns (…, out): `x Wᵀ + b + s·(…(x Aᵀ)…)Bᵀ`.
+
+        base: computes `x Wᵀ + b`. prepared: what `prepare` answers for this weight and these factors; None to ask it here.
+        """
+        return base(x, weight, bias) + self.update(x, factors, training)
+
+    def update(self, x: Tensor, factors: Factors, training: bool) -> Tensor:
+        """What the path adds to the pretrained layer's output: (…, in) to (…, out)."""
         u = torch.nn.functional.dropout(x, self.dropout, training) if self.dropout else x
         *inner, last = self.path
         for name in inner:
             u = linear(u, factors[name])
         # The r-wide tensor is scaled, not the out-wide one.
-        return y + linear(u if self.scaling == 1.0 else u * self.scaling, factors[last])
+        return linear(u if self.scaling == 1.0 else u * self.scaling, factors[last])
 
     def delta(self, factors: Factors) -> LowRank:
-        """What the factors add to W: `left @ right = s·B·A` (or `s·B·R·A`), computed in the factors' dtype."""
+        """What the path adds to W: `left @ right = s·B·A` (or `s·B·R·A`), computed in the factors' dtype."""
         left = factors[self.path[-1]] * self.scaling
         for name in self.path[-2:0:-1]:
             left = left @ factors[name]
@@ -277,24 +310,20 @@ class Method(BaseModel):
         return self.rank
 
     def export_low_rank(self, factors: Factors) -> LowRank:
-        """The update of W0 as an ordinary LoRA pair with scaling 1: `W_trained = W0 + left @ right`, float32."""
+        """The update of W0 as an ordinary LoRA pair with scaling 1: `W_trained = W0 + left @ right`, float32.
+
+        With a magnitude, the rows of that sum are then scaled to the norms in it.
+        """
         return self.delta({name: factor.float() for name, factor in factors.items()})
 
 
-class TakenFromWeight(Method):
-    """Base of methods whose factors begin as something that is taken out of the weight: `W − s·B₀·A₀ + s·B·A`.
-
-    Weight decay pulls such factors towards zero, and the adapted weight away from W.
-    """
+class HoldsPretrained(Method):
+    """Base of methods whose trained tensors begin as a part of the pretrained weight, which weight decay would shrink."""
 
     decay_pretrained: bool = Field(False, description="allow weight decay, which here draws layers away from W")
 
-    #: What weight decay does to the factors, as a verb and its object.
+    #: What weight decay does to those tensors, as a verb and its object.
     under_decay: ClassVar[str]
-
-    @property
-    def changes_weight(self) -> bool:
-        return True
 
     def problem_with_decay(self, weight_decay: float) -> str | None:
         if weight_decay > 0 and not self.decay_pretrained:
@@ -303,3 +332,11 @@ class TakenFromWeight(Method):
                 "set it to 0, or method.decay_pretrained to true"
             )
         return None
+
+
+class TakenFromWeight(HoldsPretrained):
+    """Base of methods whose factors begin as something that is taken out of the weight: `W − s·B₀·A₀ + s·B·A`."""
+
+    @property
+    def changes_weight(self) -> bool:
+        return True

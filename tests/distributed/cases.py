@@ -5,6 +5,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,8 @@ from distlora.compose import ProbeData, assign_owners, initialise, install_gradi
 from distlora.data import collate, collate_labelled, collate_prompts, micro_batches, shard
 from distlora.engine import Engine
 from distlora.evaluate import label_scores
+from distlora.methods import LowRank
+from distlora.methods.dora import DoRA
 from distlora.model import generate, label_loss, response_loss
 from distlora.optimizer import OptimizerSpec
 from distlora.probe import mean_gradients
@@ -146,16 +149,57 @@ def writing(setting: Setting) -> Results:
     setting.start_from_random_factors()
     losses = [setting.evaluation()]
     for layer in setting.attached.layers.values():
-        factors = setting.engine.read(layer)
-        setting.engine.write(layer, {"R": -2 * factors["R"].float(), "B": 0.5 * factors["B"].float()})
+        factors, last = setting.engine.read(layer), layer.method.trains[-1]
+        setting.engine.write(layer, {last: -2 * factors[last].float(), "B": 0.5 * factors["B"].float()})
     losses.append(setting.evaluation())
     # Once DeepSpeed has seen a backward pass it keeps every weight gathered for it, after an evaluation too.
     losses += [*setting.steps(0, 3)[0], setting.evaluation()]
     for layer in setting.attached.layers.values():
-        setting.engine.write(layer, {"R": 1.5 * setting.engine.read(layer)["R"]})
+        last = layer.method.trains[-1]
+        setting.engine.write(layer, {last: 1.5 * setting.engine.read(layer)[last]})
     losses.append(setting.evaluation())
     losses += setting.steps(3, 6)[0]
     return _curve(losses, [], setting.evaluation()) | setting.factors()
+
+
+def norming(setting: Setting) -> Results:
+    """How often DoRA takes the norms of its layers' rows: once after every change, whatever passes follow; and that it does so
+    after each kind of change."""
+    engine, layers = setting.engine, list(setting.attached.layers.values())
+    setting.start_from_random_factors()
+    taken, prepare = [], DoRA.prepare
+
+    def count(method, weight, factors):
+        taken[-1] += 1
+        return prepare(method, weight, factors)
+
+    def look() -> None:
+        taken.append(0)
+        losses.append(setting.evaluation())
+
+    losses = []
+    with mock.patch.object(DoRA, "prepare", count):
+        look()  # after a write
+        look()  # after nothing
+        for step in range(2):
+            taken.append(0)  # of the backward passes before a step: after nothing, then after a step
+            losses += setting.steps(step, step + 1)[0]
+        look()  # after a step
+        for number, layer in enumerate(layers):
+            generator = torch.Generator().manual_seed(number)
+            pair = LowRank(*(torch.randn(s, generator=generator) * 0.3 for s in ((layer.shape[0], 2), (2, layer.shape[1]))))
+            engine.add_low_rank(layer, pair, "nearest", 0)
+        look()
+        name = f"{layers[0].name}.weight"
+        value = engine.read_parameter(name)
+        engine.write_parameter(name, None if value is None else 2 * value)
+        look()
+        name = f"{layers[1].name}.m"
+        tensors = engine.read_trained(name)
+        engine.write_trained(name, tensors and {key: -2 * value for key, value in tensors.items()}, 2)
+        look()
+    assert taken == [len(layers), 0, 0, len(layers), len(layers), len(layers), 1, 1], taken
+    return _curve(losses, []) | setting.factors() | {"taken": torch.tensor(taken)}
 
 
 def replacing_gradients(setting: Setting) -> Results:
@@ -301,7 +345,7 @@ def storing(setting: Setting) -> Results:
 CASES: dict[str, Callable[..., Results]] = {
     case.__name__: case
     for case in (
-        curve, short_batch, writing, replacing_gradients, initialising, probing, generating, naming_silent_tensors,
+        curve, short_batch, writing, norming, replacing_gradients, initialising, probing, generating, naming_silent_tensors,
         correcting, storing, classifying, saving, resuming, swapping, swap_traffic, swap_saving, swap_resuming,
     )
 }  # fmt: skip

@@ -43,7 +43,10 @@ class Entry:
 
 
 def entries() -> list[Entry]:
-    return [*_every_stage(), *_bfloat16(), *_methods_and_settings(), *_optimizers(), *_zero_options(), *_swaps(), *_classifiers()]
+    return [
+        *_every_stage(), *_bfloat16(), *_methods_and_settings(), *_norms(), *_optimizers(), *_zero_options(), *_swaps(),
+        *_classifiers(),
+    ]  # fmt: skip
 
 
 def _every_stage() -> list[Entry]:
@@ -115,6 +118,20 @@ def _optimizers() -> list[Entry]:
         setting = {"method": "lora", "spec": "adamw8bit", "micro_batch": 2}
         plan.append(Entry(2, "curve", stage, setting=setting, loss=2e-2, tensors=0.1, **few))
     return plan
+
+
+def _norms() -> list[Entry]:
+    """DoRA: a trained vector a layer, and norms that need the weight whole."""
+    dora = {"method": "dora", "alpha": 10, "micro_batch": 2}
+    never_persistent = {"stage3_param_persistence_threshold": 0}
+    steps = {"steps": 4}
+    plan = [Entry(2, "norming", stage, setting=dora | {"checkpointing": stage > 1}) for stage in (0, 1, 2, 3)]
+    return plan + [
+        Entry(2, "initialising", 3, setting=dora, zero=never_persistent, note="persist0"),
+        Entry(3, "norming", 3, setting=dora, zero=never_persistent, note="persist0"),
+        Entry(2, "curve", 2, setting=dora | {"clip": 0.5, "dropout": 0.0}, zero=OFFLOAD, arguments=steps, note="offload"),
+        Entry(2, "curve", 3, BF16, setting=dora, arguments=steps, loss=1e-2, first_loss=5e-3, tensors=0.3),
+    ]
 
 
 def _zero_options() -> list[Entry]:

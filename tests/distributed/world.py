@@ -107,11 +107,12 @@ def build(
 
 
 def random_factors(attached: Attached, seed: int = 5) -> dict[str, dict[str, torch.Tensor]]:
-    """Factors of which none is zero: at B = 0 or R = 0 most errors are invisible."""
+    """Factors of which none is zero: at B = 0 or R = 0 most errors are invisible. Magnitudes are around 1."""
     generator = torch.Generator().manual_seed(seed)
     return {
         name: {
-            factor: torch.randn(shape, generator=generator) * 0.1 for factor, shape in attached.method.shapes(*layer.shape).items()
+            factor: torch.randn(shape, generator=generator) * 0.1 + (factor == attached.method.magnitude)
+            for factor, shape in attached.method.shapes(*layer.shape).items()
         }
         for name, layer in attached.layers.items()
     }

@@ -219,9 +219,9 @@ def test_a_bad_override(override, expected):
          "x.yaml: train.exact_match_samples=5 needs data.eval_split; name the split or set it to 0"),
         (MINIMAL.replace("output_dir: runs/x\n", ""), "x.yaml: output_dir is missing"),
         (MINIMAL.replace("task: arithmetic, ", ""), "x.yaml: data.task is missing"),
-        (MINIMAL.replace("name: lora_sb, ", ""), "x.yaml: method.name is missing; methods: full, lora, "),
+        (MINIMAL.replace("name: lora_sb, ", ""), "x.yaml: method.name is missing; methods: dora, full, "),
         (MINIMAL.replace("samples: 32", "smaples: 32"), "x.yaml: method.init.smaples: unknown key, did you mean samples?"),
-        ("method: lora\n", 'x.yaml: method: found "lora", wanted a mapping with a name (full, lora, '),
+        ("method: lora\n", 'x.yaml: method: found "lora", wanted a mapping with a name (dora, full, '),
         ("output_dir: x\n", "x.yaml: model is missing"),
         ("",
          "x.yaml is no recipe: wanted a mapping with the keys model, method, targets, data, train, deepspeed, output_dir"),
@@ -239,7 +239,7 @@ def test_a_bad_file(text, expected):
 
 @pytest.mark.parametrize("method, hint", [("lorasb", ", did you mean lora_sb?"), ("zzz", "")])
 def test_an_unknown_method(method, hint):
-    expected = f"method.name: no method is called {method}{hint} (methods: full, lora, "
+    expected = f"method.name: no method is called {method}{hint} (methods: dora, full, "
     assert sentence(f"method.name={method}").startswith(f"override {expected}")
     assert sentence(text=MINIMAL.replace("lora_sb", method)).startswith(f"x.yaml: {expected}")
 

@@ -84,6 +84,15 @@ def plain(shape, dtype=torch.float32) -> torch.nn.Linear:
     return linear
 
 
+def adapted_weight(method: Method, weight, factors):
+    """W' by the contract: the sum of W and the update, its rows scaled to the magnitude if there is one."""
+    delta = method.delta(factors)
+    total = weight + delta.left @ delta.right
+    if method.magnitude is None:
+        return total
+    return torch.nn.functional.normalize(total) * factors[method.magnitude][:, None]
+
+
 def inputs(shape, dtype=torch.float32, seed=3, tokens=(2, 7)):
     return torch.randn(*tokens, shape[1], generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
@@ -100,17 +109,19 @@ def test_every_file_is_a_method_under_its_own_name():
     files = {path.stem for path in Path(methods.__file__).parent.glob("*.py")} - {"__init__", "base"}
     assert files == set(ALL)
     assert all(registry()[name].__module__ == f"distlora.methods.{name}" for name in ALL)
-    assert {"lora", "lora_xs", "lora_sb", "full", "pissa", "srlora", "rslora", "lora_ga"} <= set(ALL)
+    assert {"lora", "lora_xs", "lora_sb", "full", "pissa", "srlora", "rslora", "lora_ga", "dora"} <= set(ALL)
 
 
 @every_method
 def test_declarations(name):
     method = make(name)
     assert method.name == name and method.summary and method.source
-    assert set(method.trains) <= set(method.path)
+    assert set(method.trains) <= set(method.factor_names)
+    assert method.magnitude in (None, *method.trains) and method.magnitude not in method.path
+    assert method.prepares == (type(method).prepare is not Method.prepare)
     assert set(method.zero_gradient_at_start) < set(method.trains) or not method.zero_gradient_at_start
     assert bool(method.path) != method.trains_weight
-    assert method.proportional_to_eta() in (None, *method.path)
+    assert method.proportional_to_eta() in (None, *method.factor_names)
     assert (method.source_matrix() == "gradient") == (method.probe_settings() is not None)
     assert registry()[name](**method.model_dump()) == method
     assert registry()[name].model_validate_json(method.model_dump_json()) == method
@@ -159,7 +170,7 @@ def test_initialisation_is_deterministic_and_touches_no_global_state(name, shape
     assert source is None or torch.equal(source, kept)
     torch.rand(3)  # the global generator has moved on: no matter
     second = initialise(method, shape, source=source)
-    assert all(torch.equal(first.factors[key], second.factors[key]) for key in method.path)
+    assert all(torch.equal(first.factors[key], second.factors[key]) for key in method.factor_names)
     assert first.report == second.report
 
 
@@ -275,7 +286,7 @@ def test_forward_is_a_linear_layer_with_the_merged_weight(name, shape, alpha, wi
     assert (delta.left @ delta.right).norm() > 0.1
     x = inputs(shape, torch.float64)
     y = method.forward(x, weight, bias, factors, training=False)
-    torch.testing.assert_close(y, torch.nn.functional.linear(x, weight + delta.left @ delta.right, bias))
+    torch.testing.assert_close(y, torch.nn.functional.linear(x, adapted_weight(method, weight, factors), bias))
 
 
 @every_adapter
@@ -298,11 +309,13 @@ def test_gradcheck(name, alpha):
     factors = random_factors(method, shape, torch.float64)
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     bias = torch.randn(shape[0], generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+    prepared = method.prepare(weight, factors)
     leaves = [inputs(shape, torch.float64, tokens=(2, 3)).requires_grad_()]
     leaves += [factors[key].requires_grad_() for key in method.trains]
 
     def forward(x, *trained):
-        return method.forward(x, weight, bias, {**factors, **dict(zip(method.trains, trained, strict=True))}, training=True)
+        moved = {**factors, **dict(zip(method.trains, trained, strict=True))}
+        return method.forward(x, weight, bias, moved, training=True, prepared=prepared)
 
     assert torch.autograd.gradcheck(forward, leaves)
 
@@ -356,6 +369,9 @@ def test_bfloat16_is_close_to_float32(name, shape):
 def test_dropout_acts_in_training_only_and_is_right_on_average(name):
     shape = SHAPES[0]
     factors = random_factors(make(name), shape)
+    if make(name).magnitude:  # such that no row is scaled, or that alone would be most of what is compared
+        delta = make(name).delta(factors)
+        factors[make(name).magnitude] = (plain(shape).weight + delta.left @ delta.right).norm(dim=1)
     with_dropout, without = (adapter(make(name, dropout=p), shape, factors) for p in (0.3, 0.0))
     x = inputs(shape, tokens=(1,))
     with torch.no_grad():
@@ -374,10 +390,14 @@ def test_dropout_acts_in_training_only_and_is_right_on_average(name):
 def test_dropout_leaves_the_pretrained_part_alone(name):
     """W x is never dropped: with zero factors training and evaluation agree."""
     method = make(name, dropout=0.5)
-    zeros = {key: torch.zeros(size) for key, size in method.shapes(*SHAPES[0]).items()}
-    layer = adapter(method, SHAPES[0], zeros).train()
+    factors = {key: torch.zeros(size) for key, size in method.shapes(*SHAPES[0]).items()}
+    if method.magnitude:
+        factors[method.magnitude] = torch.linspace(0.5, 2, SHAPES[0][0])
+    layer = adapter(method, SHAPES[0], factors).train()
     x = inputs(SHAPES[0])
-    assert torch.equal(layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias))
+    assert torch.equal(layer(x), layer.eval()(x))
+    weight = adapted_weight(method, layer.weight, factors)
+    torch.testing.assert_close(layer(x), torch.nn.functional.linear(x, weight, layer.bias), rtol=1e-5, atol=1e-6)
 
 
 # ---------------------------------------------------------------------- recomposition

@@ -467,6 +467,77 @@ def test_bfloat16_run_exports_the_sum_and_not_the_live_weight(tmp_path, bases, m
     assert differing > 1000, "the live weight has been rounded at every update"
 
 
+# ---------------------------------------------------------------------- trained norms of rows
+
+
+def with_zero_rows(base: Path, copy: Path) -> Path:
+    """The same model with a zero row in a weight with a bias, and two in one without."""
+    shutil.copytree(base, copy)
+    weights = load_file(copy / "model.safetensors")
+    weights["model.layers.0.self_attn.q_proj.weight"][3] = 0
+    weights["model.layers.1.mlp.up_proj.weight"][[0, 130]] = 0
+    save_file(weights, copy / "model.safetensors", {"format": "pt"})
+    return copy
+
+
+def test_dora_with_zero_rows_exports_in_every_form(tmp_path, bases):
+    """From its own start and from the finished adapter; a zero row stays zero, where PEFT alone would divide 0 by 0."""
+    run = Run(tmp_path, with_zero_rows(tiny_model_dir("qwen2", bases), tmp_path / "base"), "dora")
+    run.engine.start(run.engine.module, OptimizerSpec(lr=0.01))  # without the moments of what went before
+    initialise(run.engine, run.attached, 7, 0.01)
+    run.train(3)
+    silent = run.attached.layers["model.layers.1.mlp.up_proj"]
+    assert not silent.m[[0, 130]].any() and not silent.B[[0, 130]].any() and silent.B.any()
+    plain = logits(AutoModelForCausalLM.from_pretrained(run.base, dtype=torch.float32))
+    assert (run.logits() - plain).abs().max() > 0.01, "the adapter does something"
+    run.save(step=3)
+    out = exported(run.dir, "peft", tmp_path / "peft")
+    assert json.loads((out / "adapter_config.json").read_text())["use_dora"] is True
+    assert run.logits().isfinite().all()
+    assert_close(logits(with_peft(run.base, out)), run.logits())
+    merged = exported(run.dir, "merged", tmp_path / "merged")
+    assert_close(logits(AutoModelForCausalLM.from_pretrained(merged)), run.logits())
+    assert not load_file(merged / "model.safetensors")["model.layers.1.mlp.up_proj.weight"][[0, 130]].any()
+    run.train(1)
+    export_peft_from_engine(run.engine, run.attached, run.dir / "adapter", str(run.base), step=4)
+    assert_close(logits(with_peft(run.base, exported(run.dir, "peft", tmp_path / "peft-4"))), run.logits())
+    merged = exported(run.dir, "merged", tmp_path / "merged-4")
+    assert_close(logits(AutoModelForCausalLM.from_pretrained(merged)), run.logits())
+
+
+def test_magnitudes_are_the_optimizers_own_and_never_rounded(tmp_path, bases):
+    """In bfloat16 the live model divides a rounded norm by a rounded norm; other software divides by exact ones."""
+    base = tiny_model_dir("llama", tmp_path / "bf16", torch.bfloat16)
+    run = Run(tmp_path, base, "dora", dtype=torch.bfloat16)
+    initialise(run.engine, run.attached, 7, 0.01)
+    run.save(step=2)
+    pretrained = load_file(base / "model.safetensors")
+    out = exported(run.dir, "peft", tmp_path / "peft", dtype=torch.bfloat16)
+    tensors = load_file(out / "adapter_model.safetensors")
+    for name in run.attached.layers:
+        exact = pretrained[f"{name}.weight"].double().norm(dim=1)
+        magnitude = tensors[f"base_model.model.{name}.lora_magnitude_vector"]
+        assert magnitude.dtype == torch.float32 and tensors[f"base_model.model.{name}.lora_A.weight"].dtype == torch.bfloat16
+        torch.testing.assert_close(magnitude.double(), exact, rtol=1e-6, atol=0)
+    # Nothing is trained yet, and the exports say so to float32.
+    plain = logits(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32))
+    assert_close(logits(with_peft(base, out)), plain)
+    merged = load_file(exported(run.dir, "merged", tmp_path / "merged") / "model.safetensors")
+    assert all(torch.equal(merged[name], value) for name, value in pretrained.items())
+    run.train(2)
+    live = export_peft_from_engine(run.engine, run.attached, run.dir / "adapter", str(base), step=4)
+    assert_close(logits(with_peft(base, live)), run.logits().float(), 0.05)
+
+
+@pytest.mark.parametrize("option", ["compress_rank", "max_error"])
+def test_dora_is_not_compressed(tmp_path, bases, option):
+    run = Run(tmp_path, tiny_model_dir("llama", bases), "dora")
+    run.save()
+    with pytest.raises(UserError, match=f"--{option.replace('_', '-')} cuts an update .* and method dora scales rows as well"):
+        export(run.dir, "peft", tmp_path / "out", **{option: {"compress_rank": 2, "max_error": 0.1}[option]})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+
+
 # ---------------------------------------------------------------------- mistakes
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from distlora import linalg
 from distlora.linalg import (
@@ -11,7 +12,9 @@ from distlora.linalg import (
     gram_inverse,
     low_rank_norm,
     product_singular_values,
+    row_norms,
     truncated_svd,
+    with_row_norms,
 )
 
 
@@ -293,3 +296,55 @@ def test_gram_inverse_of_an_ill_conditioned_float32_matrix_is_computed_in_float6
 def test_the_singular_values_of_a_product_are_those_of_its_factorisation():
     left, right = torch.randn(50, 9, generator=_generator(1)), torch.randn(9, 31, generator=_generator(2))
     torch.testing.assert_close(product_singular_values(left, right), factorised(left, right)[1])
+
+
+# ---------------------------------------------------------------------- row norms
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("rows", [1, 7, 1000])
+def test_row_norms_are_those_of_the_sum_however_it_is_cut(monkeypatch, rows, dtype):
+    monkeypatch.setattr(linalg, "NORM_BLOCK_ELEMENTS", rows * 23)
+    generator = torch.Generator().manual_seed(0)
+    weight, left, right = (torch.randn(s, generator=generator).to(dtype) for s in ((31, 23), (31, 4), (4, 23)))
+    exact = (weight.double() + left.double() @ right.double()).norm(dim=1)
+    found = row_norms(weight, left, right)
+    assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    torch.testing.assert_close(found.double(), exact, rtol=1e-6, atol=0)
+    torch.testing.assert_close(row_norms(weight).double(), weight.double().norm(dim=1), rtol=1e-6, atol=0)
+
+
+def test_row_norms_hold_where_the_sum_nearly_cancels():
+    """Where W + left @ right is a thousandth of W, the square of the norm expanded is mostly error."""
+    generator = torch.Generator().manual_seed(1)
+    left, right = torch.randn(64, 4, generator=generator), torch.randn(4, 128, generator=generator)
+    weight = -(left @ right) + 1e-3 * torch.randn(64, 128, generator=generator)
+    exact = (weight.double() + left.double() @ right.double()).norm(dim=1)
+    torch.testing.assert_close(row_norms(weight, left, right).double(), exact, rtol=1e-4, atol=0)
+
+
+def test_row_norms_make_no_copy_of_the_whole(monkeypatch):
+    monkeypatch.setattr(linalg, "NORM_BLOCK_ELEMENTS", 4 * 23)
+    made = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+            answer = function(*arguments, **(keywords or {}))
+            if isinstance(answer, torch.Tensor) and answer._base is None:
+                made.append(answer.numel())
+            return answer
+
+    weight, left, right = torch.randn(64, 23).bfloat16(), torch.randn(64, 2), torch.randn(2, 23)
+    with Watch():
+        row_norms(weight, left, right)
+    assert made and max(made) <= 4 * 23
+
+
+def test_rows_of_given_norms():
+    weight = torch.randn(5, 9, generator=torch.Generator().manual_seed(2))
+    weight[3] = 0
+    norms = torch.tensor([1.0, -2.0, 0.0, 4.0, 0.5])
+    scaled = with_row_norms(weight, norms)
+    assert not scaled[3].any() and not scaled[2].any()
+    torch.testing.assert_close(scaled.norm(dim=1), torch.tensor([1.0, 2.0, 0.0, 0.0, 0.5]))
+    torch.testing.assert_close(torch.nn.functional.cosine_similarity(scaled, weight), torch.tensor([1.0, -1.0, 0, 0, 1.0]))

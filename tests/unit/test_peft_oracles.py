@@ -21,8 +21,8 @@ TOLERANCE = 1e-5
 #: Adam divides by |g| + eps: at the usual 1e-8 an element whose gradient is itself a rounding error takes a whole step either way.
 ADAMW = OptimizerSpec(lr=1e-3, betas=(0.9, 0.99), eps=1e-5, weight_decay=0.1)
 #: What PEFT calls each of them.
-PEFTS = {"lora": {}, "rslora": {"use_rslora": True}, "pissa": {"init_lora_weights": "pissa"}}
-FACTORS = {"A": "lora_A", "B": "lora_B"}
+PEFTS = {"lora": {}, "rslora": {"use_rslora": True}, "pissa": {"init_lora_weights": "pissa"}, "dora": {"use_dora": True}}
+FACTORS = {"A": "lora_A", "B": "lora_B", "m": "lora_magnitude_vector"}
 
 every_method = pytest.mark.parametrize("method", PEFTS)
 #: At the start, where lora's B is zero, and from factors of which none is.
@@ -93,7 +93,7 @@ def test_forward_and_gradients(directory, method, start):
     expected = twins.theirs(**whole_batch(seed=1)).loss
     expected.backward()
     assert loss == pytest.approx(expected.item(), rel=TOLERANCE)
-    assert len(twins.attached.trained) == 2 * 7 * 3
+    assert len(twins.attached.trained) == len(twins.attached.method.trains) * 7 * 3
     for name in twins.attached.trained:
         assert_equal(twins.ours(name).grad, twins.of_peft(name).grad, name)
     assert {name for name in twins.attached.trained if not twins.of_peft(name).grad.any()} == {
@@ -132,7 +132,7 @@ def test_pissa_starts_where_pefts_does(directory):
         assert_equal(layer.weight, twins.theirs.base_model.model.get_submodule(name).base_layer.weight, name)
 
 
-@pytest.mark.parametrize("method", ["lora", "rslora"])
+@pytest.mark.parametrize("method", ["lora", "rslora", "dora"])
 def test_lora_starts_where_pefts_does(directory, method):
     """B zero; A drawn by another generator, but within the same bound and with the same spread."""
     twins = Twins(directory, method)
@@ -141,3 +141,9 @@ def test_lora_starts_where_pefts_does(directory, method):
         assert not twins.ours(f"{name}.B").any() and not twins.initial[f"{name}.B"].any()
         assert float(ours.abs().max()) == pytest.approx(float(theirs.abs().max()), rel=0.05)
         assert float(ours.std()) == pytest.approx(float(theirs.std()), rel=0.15)
+
+
+def test_doras_magnitudes_start_where_pefts_do(directory):
+    twins = Twins(directory, "dora")
+    for name in twins.attached.layers:
+        assert_equal(twins.ours(f"{name}.m").detach(), twins.initial[f"{name}.m"], name)

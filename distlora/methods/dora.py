@@ -1,0 +1,69 @@
+"""DoRA: direction and magnitude of the weight's rows apart, `m ⊙ (W + s·B·A)/‖W + s·B·A‖_row` (Liu et al., arXiv 2402.09353)."""
+
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from distlora.functional import linear
+from distlora.linalg import one_for_zero, row_norms
+from distlora.methods.base import Factors, HoldsPretrained, Init, LayerInit, Linear, LowRank
+from distlora.methods.lora import LoRA
+
+#: What the row of B of a zero row gets in an export, once. Any number will do that float16 holds times A: its magnitude is zero.
+NOT_ZERO = 2.0**-10
+
+
+class DoRA(HoldsPretrained, LoRA):
+    name: Literal["dora"] = "dora"
+
+    summary: ClassVar[str] = "LoRA on the directions of W's rows; their norms m are trained beside it"
+    source: ClassVar[str] = "arXiv 2402.09353"
+    export_kind: ClassVar[str] = "DoRA"
+    under_decay: ClassVar[str] = "shrinks the rows of the pretrained weight"
+    trains: ClassVar[tuple[str, ...]] = ("A", "B", "m")
+    magnitude: ClassVar[str | None] = "m"
+    prepares: ClassVar[bool] = True
+
+    def source_matrix(self) -> Literal["weight", "gradient", None]:
+        return "weight"
+
+    def initialise(self, layer: LayerInit) -> Init:
+        """A and B as LoRA; m = ‖W‖_row."""
+        factors = super().initialise(layer).factors
+        return Init(factors | {"m": row_norms(layer.source.to(layer.device)).cpu()})
+
+    def prepare(self, weight: Tensor, factors: Factors) -> Factors:
+        """norm: ‖W + s·B·A‖_row (out,), 1 for a zero row.
+
+        Rounded to m's dtype before anything is divided by it: at the start m/norm is then exactly 1.
+        """
+        pair = self.delta({name: factors[name].to(torch.promote_types(factors[name].dtype, torch.float32)) for name in self.path})
+        return {"norm": one_for_zero(row_norms(weight, pair.left, pair.right).to(factors["m"].dtype))}
+
+    def forward(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        factors: Factors,
+        training: bool,
+        base: Linear = linear,
+        prepared: Factors | None = None,
+    ) -> Tensor:
+        """`(x Wᵀ + s·(x Aᵀ)Bᵀ) ⊙ m/norm + b`; the norm is a constant to the gradient (Section 4.3). Dropout acts on the x of
+        the pair alone."""
+        if prepared is None:
+            with torch.no_grad():
+                prepared = self.prepare(weight, factors)
+        scale = factors["m"] / prepared["norm"]
+        y = base(x, weight, None) + self.update(x, factors, training)
+        return y * scale if bias is None else torch.addcmul(bias, y, scale)
+
+    def export_low_rank(self, factors: Factors) -> LowRank:
+        """As LoRA, with one entry in the row of B of every row that is zero and stays so, since others divide by its norm."""
+        pair = super().export_low_rank(factors)
+        silent = (factors["m"] == 0) & ~pair.left.any(1)
+        # Times the largest row of A, so that the product is not zero either.
+        column = torch.arange(self.rank, device=pair.left.device) == pair.right.norm(dim=1).argmax()
+        return LowRank(torch.where(silent[:, None] & column, NOT_ZERO, pair.left), pair.right)
