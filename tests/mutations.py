@@ -157,7 +157,7 @@ MUTATIONS = [
         ZERO,
         "        self.comm.all_reduce(flat)\n",
         "",
-        parity("replacing_gradients-world2-stage2-float32-clip=0_5-micro_batch=2"),
+        parity("replacing_gradients-world2-stage2-float32-clip=0_5-micro_batch=2", f"curve-world2-stage1-{TRANSFORMED}"),
     ),
     Mutation(
         "replaced gradients not kept",
@@ -186,13 +186,6 @@ MUTATIONS = [
         "        return fragment.narrow(0, own.start, own.length) if fragment.numel() == parameter.numel() else fragment\n",
         "        return fragment\n",
         parity("replacing_gradients-world2-stage1-bfloat16-micro_batch=2-clip=0_5-fp32grads"),
-    ),
-    Mutation(
-        "transformed gradients not summed over ranks",
-        ZERO,
-        "        self.comm.all_reduce(flat)\n",
-        "",
-        parity(f"curve-world2-stage1-{TRANSFORMED}-fp32grads".replace("float32", "bfloat16"), f"curve-world3-stage3-{TRANSFORMED}"),
     ),
     Mutation(
         "factors not gathered for a transformation",
