@@ -175,6 +175,11 @@ def _batches(r: _Resolution, recipe: "Recipe", world_size: int) -> None:
     both = f"train.global_batch_size={train.global_batch_size} with {micro} on {_ranks(world_size)}"
     r.settle("gradient_accumulation_steps", accumulation, f"{both} ({accumulation} accumulation steps)", add=True)
     r.settle("gradient_clipping", train.clip or 0.0, f"train.clip={json.dumps(train.clip)}", add=True)
+    if train.clip and recipe.method.transforms_gradients:
+        r.lines.append(
+            f"deepspeed.gradient_clipping: applied by distlora, by the norm before {recipe.method.name} transforms the gradients; "
+            "DeepSpeed itself does not clip"
+        )
 
 
 def _precision(r: _Resolution, recipe: "Recipe") -> None:

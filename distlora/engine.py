@@ -20,13 +20,15 @@ from distlora.methods import Factors, LowRank
 from distlora.optimizer import OptimizerSpec, moment_of, restore_state, set_rate, steps_taken
 from distlora.rounding import Rounding
 
-#: A change of gradients: `{name: gradient}` of one layer's trained factors to the same, whole tensors in float32.
-GradientMap = Callable[[AdapterLinear, Factors], Factors]
+#: A change of gradients: from (layer, gradients of its trained factors, all its factors as the forward pass uses them) to new
+#: gradients; whole tensors in float32. A factor that is left out of the answer keeps its gradient.
+GradientMap = Callable[[AdapterLinear, Factors, Factors], Factors]
 
 
 @dataclass(frozen=True)
 class StepInfo:
-    """grad_norm: L2 norm of the whole averaged gradient before clipping. skipped: the optimizer refused the step."""
+    """grad_norm: L2 norm of the whole averaged gradient, before the method transformed it and before clipping. skipped: the
+    optimizer refused the step."""
 
     grad_norm: float
     skipped: bool = False
@@ -78,7 +80,10 @@ class Engine(Protocol):
         """Adds d(loss) to the gradients. Exactly `accumulation` calls come between two steps."""
 
     def step(self) -> StepInfo:
-        """Clips, steps the optimizer, forgets the gradients."""
+        """Lets methods that transform gradients do so, clips, steps the optimizer, forgets the gradients.
+
+        The clipping coefficient is `clip_factor()` of the gradients as they are on entry, and multiplies what was made of them.
+        """
 
     def set_rate(self, rate: float) -> None: ...
 
@@ -87,7 +92,7 @@ class Engine(Protocol):
         "not finite"}."""
 
     def map_gradients(self, layers: list[AdapterLinear], change: GradientMap) -> None:
-        """Replaces averaged gradients after the last backward, before the step; clipping sees the new ones."""
+        """Replaces averaged gradients after the last backward, before the step, which then knows only the new ones."""
 
     def clip_factor(self) -> float:
         """After the last backward, before the step: what clipping is going to multiply every gradient by."""
@@ -177,6 +182,7 @@ class LocalEngine:
         }
         self.optimizer = optimizer
         self._layers = adapter_layers(self.module)
+        self._transforming = transforming(self._layers)
         self._optimizer = optimizer.build(optimizer.groups(self._masters, left_factors(self._layers)))
 
     def train_mode(self, on: bool) -> None:
@@ -193,10 +199,13 @@ class LocalEngine:
         loss.backward()
 
     def step(self) -> StepInfo:
+        norm = self._norm()
+        self.map_gradients(self._transforming, transform)
         for name, parameter in self._trained.items():
             if self._masters[name] is not parameter and parameter.grad is not None:
                 self._masters[name].grad, parameter.grad = parameter.grad.float(), None
-        norm = torch.nn.utils.clip_grad_norm_(self._masters.values(), self.clip or float("inf"))
+        if self.clip:
+            torch.nn.utils.clip_grads_with_norm_(self._masters.values(), self.clip, norm)
         self._optimizer.step()
         self._optimizer.zero_grad()
         with torch.no_grad():
@@ -216,16 +225,20 @@ class LocalEngine:
 
     def map_gradients(self, layers: list[AdapterLinear], change: GradientMap) -> None:
         for layer in layers:
-            factors = {name: getattr(layer, name) for name in layer.method.trains}
-            for parameter in factors.values():
+            trained = {name: getattr(layer, name) for name in layer.method.trains}
+            for parameter in trained.values():
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
-            for name, gradient in change(layer, {name: p.grad.float() for name, p in factors.items()}).items():
-                factors[name].grad.copy_(gradient)
+            gradients = {name: parameter.grad.float() for name, parameter in trained.items()}
+            factors = {name: factor.detach().float() for name, factor in layer.factors().items()}
+            for name, gradient in change(layer, gradients, factors).items():
+                trained[name].grad.copy_(gradient)
 
     def clip_factor(self) -> float:
-        gradients = [p.grad.float() for p in self._trained.values() if p.grad is not None]
-        return clip_factor(float(torch.nn.utils.get_total_norm(gradients)), self.clip)
+        return clip_factor(float(self._norm()), self.clip)
+
+    def _norm(self) -> Tensor:
+        return torch.nn.utils.get_total_norm([p.grad.float() for p in self._trained.values() if p.grad is not None])
 
     def parts(self, layer: AdapterLinear, gradients: bool = False) -> dict[str, Part]:
         return {factor: self._part(f"{layer.name}.{factor}", gradients) for factor in layer.method.trains}
@@ -330,6 +343,16 @@ def left_factors(layers: dict[str, AdapterLinear]) -> set[str]:
 def clip_factor(norm: float, clip: float | None) -> float:
     """What clipping to the norm `clip` multiplies gradients of this norm by, in torch's and DeepSpeed's form."""
     return min(1.0, clip / (norm + 1e-6)) if clip else 1.0
+
+
+def transforming(layers: dict[str, AdapterLinear]) -> list[AdapterLinear]:
+    """The layers whose method transforms gradients, in the model's order."""
+    return [layer for layer in layers.values() if layer.method.transforms_gradients]
+
+
+def transform(layer: AdapterLinear, gradients: Factors, factors: Factors) -> Factors:
+    """The method's own change of gradients, as a GradientMap."""
+    return layer.method.transform_gradients(gradients, factors)
 
 
 def _verdict(gradient: Tensor | None) -> str | None:

@@ -1,5 +1,7 @@
 """Linear algebra of the methods: seeded, in float32 or better, on one matrix at a time."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -134,12 +136,42 @@ def one_for_zero(norms: Tensor) -> Tensor:
     return torch.where(norms > 0, norms, torch.ones_like(norms))
 
 
-def gram_inverse(gram: Tensor, cutoff: float = 1e-7) -> Tensor:
-    """Inverse of a symmetric positive semi-definite matrix (r, r); eigenvalues below `cutoff`·λ_max count as zero.
+def gram_inverse(gram: Tensor) -> Tensor:
+    """Pseudo-inverse of a symmetric positive semi-definite matrix (r, r), by `gram_spectrum`; in the matrix's dtype."""
+    return gram_spectrum(gram).inverse().to(gram.dtype)
 
-    A relative cutoff and no absolute damping: damping changes the result by tens of percent while a factor is small.
+
+@dataclass(frozen=True)
+class Spectrum:
+    """`V diag(λ) Vᵀ`, a symmetric positive semi-definite matrix (r, r), in float64. λ (r,): 0 or well above it. V: columns."""
+
+    values: Tensor
+    vectors: Tensor
+
+    def inverse(self) -> Tensor:
+        """The pseudo-inverse (r, r)."""
+        return (self.vectors * _inverse_or_zero(self.values)) @ self.vectors.T
+
+
+def gram_spectrum(gram: Tensor, cutoff: float = 1e-7) -> Spectrum:
+    """Eigen-decomposition of a Gram matrix (r, r); eigenvalues up to `cutoff`·λ_max count as zero.
+
+    A relative cutoff and no absolute damping: damping changes an inverse by tens of percent while a factor is small.
     """
     values, vectors = torch.linalg.eigh(gram.double())
     kept = values > cutoff * values[-1].clamp(min=0)
-    inverse = torch.where(kept, 1 / torch.where(kept, values, torch.ones_like(values)), torch.zeros_like(values))
-    return ((vectors * inverse) @ vectors.T).to(gram.dtype)
+    return Spectrum(torch.where(kept, values, torch.zeros_like(values)), vectors)
+
+
+def solve_sylvester(left: Spectrum, right: Spectrum, target: Tensor) -> Tensor:
+    """The X (m, n) of least norm with `left @ X + X @ right = target`, (m, n), as far as it has a solution; in float64.
+
+    In the eigenvectors of both sides the equation is one division an element, by λ_i + μ_j.
+    """
+    rotated = left.vectors.T @ target.double() @ right.vectors
+    x = rotated * _inverse_or_zero(left.values[:, None] + right.values)
+    return left.vectors @ x @ right.vectors.T
+
+
+def _inverse_or_zero(values: Tensor) -> Tensor:
+    return torch.where(values > 0, 1 / values, torch.zeros_like(values))

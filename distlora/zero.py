@@ -34,7 +34,17 @@ from torch import Tensor, nn
 from transformers.integrations import HfDeepSpeedConfig
 
 from distlora.comm import Comm
-from distlora.engine import GradientMap, Part, StepInfo, adapter_layers, clip_factor, left_factors, tell_changed
+from distlora.engine import (
+    GradientMap,
+    Part,
+    StepInfo,
+    adapter_layers,
+    clip_factor,
+    left_factors,
+    tell_changed,
+    transform,
+    transforming,
+)
 from distlora.errors import UserError
 from distlora.fusing import add_low_rank
 from distlora.layer import AdapterLinear
@@ -42,7 +52,7 @@ from distlora.methods import Factors, LowRank
 from distlora.optimizer import OptimizerSpec, moment_of, restore_state, set_rate, steps_taken
 from distlora.rounding import Rounding
 
-#: Elements of gradients that are made whole by one collective when they are to be replaced.
+#: Elements that one collective makes whole when gradients are to be replaced.
 GRADIENT_BUCKET = 1 << 24
 
 
@@ -80,6 +90,7 @@ class ZeroEngine:
         self.comm, self._config = comm, config
         zero = config.get("zero_optimization", {})
         self.stage = int(zero.get("stage", 0))
+        self._clip = config.get("gradient_clipping")
         self.dtype = torch.bfloat16 if config.get("bf16", {}).get("enabled") else torch.float32
         self._offload = zero.get("offload_optimizer", {}).get("device", "none") == "cpu"
         # DeepSpeed's own CPU Adam is faster but has to be compiled; the config says whether it must be used.
@@ -109,9 +120,12 @@ class ZeroEngine:
         self.module, self.optimizer = model, optimizer
         trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         self._layers = adapter_layers(model)
+        self._transforming = transforming(self._layers)
+        # DeepSpeed would clip by the norm of the transformed gradients: `_transform` has clipped by then.
+        config = {**self._config, "gradient_clipping": 0.0} if self._transforming else self._config
         built = self._build(optimizer, optimizer.groups(trained, left_factors(self._layers)))
         self._engine, *_ = deepspeed.initialize(
-            model=_Runner(model), optimizer=built, config=self._config, dist_init_required=False
+            model=_Runner(model), optimizer=built, config=config, dist_init_required=False
         )
         self._parameters = dict(model.named_parameters())
         self._trained = {name: p for name, p in self._parameters.items() if p.requires_grad}
@@ -174,7 +188,11 @@ class ZeroEngine:
             self._engine.step()
 
     def step(self) -> StepInfo:
-        norm = self._plain_norm() if self.stage == 0 and self.dtype == torch.float32 else None
+        norm = None
+        if self._transforming:
+            norm = self._transform()
+        elif self.stage == 0 and self.dtype == torch.float32:
+            norm = self._plain_norm()
         self._engine.step()
         for layer in self._layers.values():
             layer.changed()
@@ -184,6 +202,26 @@ class ZeroEngine:
     def _plain_norm(self) -> Tensor:
         """DeepSpeed reports no norm at stage 0 in float32."""
         return torch.nn.utils.get_total_norm([p.grad for p in self._trained.values() if p.grad is not None])
+
+    def _transform(self) -> float:
+        """Transformed gradients for the layers whose method wants them, and all gradients clipped by the norm of before.
+
+        Returns that norm.
+        """
+        norm = self._norm()
+        scale = clip_factor(norm, self._clip)
+
+        def change(layer: AdapterLinear, gradients: Factors, factors: Factors) -> Factors:
+            new = gradients | transform(layer, gradients, factors)
+            return {factor: scale * gradient for factor, gradient in new.items()}
+
+        self.map_gradients(self._transforming, change)
+        clipped = {f"{layer.name}.{factor}" for layer in self._transforming for factor in layer.method.trains}
+        for name in self._trained:
+            gradient = None if name in clipped else self._gradient(name)
+            if gradient is not None:
+                self._set_part(name, scale * gradient)
+        return norm
 
     def set_rate(self, rate: float) -> None:
         set_rate(self._optimizer, rate)
@@ -204,9 +242,13 @@ class ZeroEngine:
         return verdicts
 
     def clip_factor(self) -> float:
+        return clip_factor(self._norm(), self._clip)
+
+    def _norm(self) -> float:
+        """L2 norm of all averaged gradients, as they are now."""
         squares = [self._gradient(name).double().square().sum() for name in self._trained if self._speaks_for(name)]
         (total,) = self.comm.sum(float(sum(squares)))
-        return clip_factor(total**0.5, self._config.get("gradient_clipping"))
+        return total**0.5
 
     def _speaks_for(self, name: str) -> bool:
         """Whether this rank's part counts in a sum over ranks: at stage 0 every rank holds everything, and rank 0 speaks."""
@@ -225,23 +267,37 @@ class ZeroEngine:
         return Part(own.start, self._speaks_for(name), own.master, gradient, moments)
 
     def map_gradients(self, layers: list[AdapterLinear], change: GradientMap) -> None:
-        for bucket in _buckets(layers, GRADIENT_BUCKET):
+        for bucket in _buckets(layers, self._cut_up, GRADIENT_BUCKET):
             self._map_bucket(bucket, change)
 
+    def _cut_up(self, layer: AdapterLinear) -> dict[tuple[str, str], int]:
+        """Sizes of what a collective has to make whole to change a layer's gradients: those, and at stage 3 the factors."""
+        names = [("gradient", factor) for factor in layer.method.trains]
+        if self.stage == 3:
+            names += [("factor", factor) for factor in layer.method.path]
+        return {(kind, f"{layer.name}.{factor}"): self._size(f"{layer.name}.{factor}") for kind, factor in names}
+
     def _map_bucket(self, layers: list[AdapterLinear], change: GradientMap) -> None:
-        """One collective makes the gradients of a bucket of layers whole; then every rank keeps its own slices of the new ones."""
-        names = [f"{layer.name}.{factor}" for layer in layers for factor in layer.method.trains]
-        sizes = [self._size(name) for name in names]
-        flat = torch.zeros(sum(sizes), device=self.comm.device)
-        views = dict(zip(names, flat.split(sizes)))
-        for name in names:
-            if self._speaks_for(name):
+        """One collective makes all of a bucket whole; then every rank keeps its own slices of the new gradients."""
+        sizes = {key: size for layer in layers for key, size in self._cut_up(layer).items()}
+        flat = torch.zeros(sum(sizes.values()), device=self.comm.device)
+        views = dict(zip(sizes, flat.split(list(sizes.values()))))
+        for (kind, name), view in views.items():
+            if kind == "factor":
+                start, length = self._shard(self._parameters[name])
+                view[start : start + length] = self._parameters[name].ds_tensor.data[:length]
+            elif self._speaks_for(name):
                 own = self._slices[name]
-                views[name][own.start : own.start + own.length] = self._gradient(name)
+                view[own.start : own.start + own.length] = self._gradient(name)
         self.comm.all_reduce(flat)
+        whole = {key: view.view(self._shape(key[1])) for key, view in views.items()}
         for layer in layers:
-            factors = {f: views[f"{layer.name}.{f}"].view(self._shape(f"{layer.name}.{f}")) for f in layer.method.trains}
-            for factor, gradient in change(layer, factors).items():
+            gradients = {factor: whole["gradient", f"{layer.name}.{factor}"] for factor in layer.method.trains}
+            if self.stage == 3:
+                factors = {factor: whole["factor", f"{layer.name}.{factor}"] for factor in layer.method.path}
+            else:
+                factors = {name: factor.detach().float() for name, factor in layer.factors().items()}
+            for factor, gradient in change(layer, gradients, factors).items():
                 self._set_gradient(f"{layer.name}.{factor}", gradient.float())
 
     def _gradient(self, name: str) -> Tensor | None:
@@ -261,13 +317,16 @@ class ZeroEngine:
         return fragment.narrow(0, own.start, own.length) if fragment.numel() == parameter.numel() else fragment
 
     def _set_gradient(self, name: str, gradient: Tensor) -> None:
-        """Keeps the own slice of a whole gradient; the norm that DeepSpeed clips by follows."""
+        """Keeps the own slice of a whole gradient."""
+        own = self._slices[name]
+        if own is not None:
+            self._set_part(name, gradient.reshape(-1)[own.start : own.start + own.length])
+
+    def _set_part(self, name: str, part: Tensor) -> None:
+        """Overwrites the own slice of a gradient, (length,); the norm that DeepSpeed clips by follows."""
         parameter, own = self._trained[name], self._slices[name]
-        if own is None:
-            return
-        part = gradient.reshape(-1)[own.start : own.start + own.length]
         if self.stage == 0:
-            parameter.grad.copy_(gradient)
+            parameter.grad.copy_(part.view_as(parameter.grad))
         elif self.stage == 3:
             # The setter wants the padding too.
             padded = torch.zeros(parameter.ds_tensor.ds_numel, device=part.device)
@@ -490,12 +549,11 @@ def _refuse_layouts(zero: dict[str, Any]) -> None:
         raise UserError("DeepSpeed config: zero_optimization.mics_shard_size is not supported; use zero_hpz_partition_size")
 
 
-def _buckets(layers: list[AdapterLinear], limit: int) -> Iterator[list[AdapterLinear]]:
-    """Runs of layers whose trained factors together have at most `limit` elements (or one layer that has more)."""
+def _buckets(layers: list[AdapterLinear], sizes: Callable[[AdapterLinear], dict], limit: int) -> Iterator[list[AdapterLinear]]:
+    """Runs of layers whose sizes add up to at most `limit` (or one layer that has more)."""
     bucket, size = [], 0
     for layer in layers:
-        shapes = layer.method.shapes(*layer.shape)
-        elements = sum(torch.Size(shapes[factor]).numel() for factor in layer.method.trains)
+        elements = sum(sizes(layer).values())
         if bucket and size + elements > limit:
             yield bucket
             bucket, size = [], 0

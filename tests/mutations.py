@@ -27,6 +27,7 @@ RECOMPOSE = "distlora/recompose.py"
 #: What both engines share cannot differ between them: it is held by tests of its own.
 UNIT = "tests/unit/test_recompose.py"
 SWAPS = "float32-method=srlora-target_rank=16-gamma=0_5-interval=2-clip=0_5-micro_batch=2"
+TRANSFORMED = "float32-method=lora_pro-alpha=2-clip=0_5-micro_batch=2-steps=4"
 SWAPPED = "tests/distributed/test_resume.py::test_after_swaps_at_the_same_layout_to_the_last_bit"
 _KEY = "world2-stage3-bfloat16-srlora-20-0_5-2-0_5-stochastic-at8"
 KEPT = f"{_KEY}-from-{_KEY}"
@@ -171,7 +172,7 @@ MUTATIONS = [
         ZERO,
         "        self.comm.all_reduce(flat)\n",
         "",
-        parity("replacing_gradients-world2-stage2-float32-clip=0_5-micro_batch=2"),
+        parity("replacing_gradients-world2-stage2-float32-clip=0_5-micro_batch=2", f"curve-world2-stage1-{TRANSFORMED}"),
     ),
     Mutation(
         "replaced gradients not kept",
@@ -200,6 +201,27 @@ MUTATIONS = [
         "        return fragment.narrow(0, own.start, own.length) if fragment.numel() == parameter.numel() else fragment\n",
         "        return fragment\n",
         parity("replacing_gradients-world2-stage1-bfloat16-micro_batch=2-clip=0_5-fp32grads"),
+    ),
+    Mutation(
+        "factors not gathered for a transformation",
+        ZERO,
+        "                view[start : start + length] = self._parameters[name].ds_tensor.data[:length]\n",
+        "                pass\n",
+        parity(f"curve-world2-stage3-{TRANSFORMED}"),
+    ),
+    Mutation(
+        "clipped by the norm of the transformed gradients",
+        ZERO,
+        '{**self._config, "gradient_clipping": 0.0} if self._transforming else self._config',
+        "self._config",
+        parity(f"curve-world2-stage0-{TRANSFORMED}", f"curve-world2-stage3-{TRANSFORMED}-offload"),
+    ),
+    Mutation(
+        "the head not clipped with transformed gradients",
+        ZERO,
+        "                self._set_part(name, scale * gradient)\n",
+        "                pass\n",
+        parity("classifying-world2-stage2-float32-method=lora_pro-alpha=2-clip=0_5-micro_batch=2-labels=3"),
     ),
     Mutation(
         "silent tensors judged by rank 0 alone",

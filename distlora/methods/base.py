@@ -129,6 +129,8 @@ class Method(BaseModel):
     trains: ClassVar[tuple[str, ...]] = ("A", "B")
     #: Trained factors without a gradient at the first step, because another factor starts at zero.
     zero_gradient_at_start: ClassVar[tuple[str, ...]] = ()
+    #: True where `transform_gradients` is to be called before every optimizer step.
+    transforms_gradients: ClassVar[bool] = False
     #: True where the target weights themselves are trained, and no factors exist.
     trains_weight: ClassVar[bool] = False
     #: The adapted network before its first step, beside the pretrained one: the same up to rounding, near it by a small random
@@ -249,6 +251,15 @@ class Method(BaseModel):
         return {}
 
     # ------------------------------------------------------------------ training
+
+    def transform_gradients(self, gradients: Factors, factors: Factors) -> Factors:
+        """What the optimizer is given for one layer's gradients, where `transforms_gradients` is set. Leaves its arguments alone.
+
+        gradients: of every trained factor, whole, float32, averaged, not clipped. factors: all of them, whole, as the forward
+        pass uses them (cast), in float32. Returns float32 of the same shapes; a factor that is left out keeps its gradient.
+        Clipping goes by the norm of what came in, and multiplies what comes out.
+        """
+        raise TypeError(f"{self.name} transforms no gradients")
 
     def problem_with_decay(self, weight_decay: float) -> str | None:
         """Why this method must not be trained with weight decay, as a sentence that begins with a key of the recipe and says

@@ -14,7 +14,7 @@ from distlora import checkpoint as checkpoints
 from distlora.comm import Comm
 from distlora.compose import ProbeData, assign_owners, initialise, install_gradient_maps
 from distlora.data import collate, collate_labelled, collate_prompts, micro_batches, shard
-from distlora.engine import Engine
+from distlora.engine import Engine, transform
 from distlora.evaluate import label_scores
 from distlora.methods import LowRank
 from distlora.methods.dora import DoRA
@@ -22,7 +22,7 @@ from distlora.model import generate, label_loss, response_loss
 from distlora.optimizer import OptimizerSpec
 from distlora.probe import mean_gradients
 from distlora.step import accumulate, evaluation_loss, train_step
-from tests.distributed.swap_cases import swap_resuming, swap_saving, swap_traffic, swapping
+from tests.distributed.swap_cases import Collectives, swap_resuming, swap_saving, swap_traffic, swapping
 from tests.distributed.world import build, labelled_samples, samples, share, write_random_factors
 
 Results = dict[str, Tensor]
@@ -96,7 +96,7 @@ class Setting:
         """The averaged gradients of all trained factors, of a step that changes nothing."""
         found = {}
 
-        def look(layer, gradients):
+        def look(layer, gradients, factors):
             found.update({f"{layer.name}.{factor}": gradient.cpu().clone() for factor, gradient in gradients.items()})
             return {}
 
@@ -207,7 +207,7 @@ def replacing_gradients(setting: Setting) -> Results:
     setting.start_from_random_factors()
     layers = list(setting.attached.layers.values())
 
-    def change(layer, gradients):
+    def change(layer, gradients, factors):
         return {name: 3 * gradient + gradient.flip(0) for name, gradient in gradients.items()}
 
     losses, norms = [], []
@@ -217,6 +217,31 @@ def replacing_gradients(setting: Setting) -> Results:
         setting.engine.map_gradients(layers[::2], change)
         norms.append(setting.engine.step().grad_norm)
     return _curve(losses, norms, setting.evaluation()) | setting.factors()
+
+
+def transform_traffic(setting: Setting) -> Results:
+    """Transforming gradients costs one all-reduce a bucket of layers, of the gradients and of factors that are cut up, and one
+    of a number for the norm."""
+    engine, layers = setting.engine, list(setting.attached.layers.values())
+    setting.start_from_random_factors()
+    elements = sum(layer.method.rank * (layer.in_features + layer.out_features) for layer in layers)
+    seen = {}
+    for what in ("one bucket", "a bucket a layer", "step", "plain step"):
+        accumulate(engine, setting.batches(0), response_loss)
+        with Collectives() as seen[what], mock.patch("distlora.zero.GRADIENT_BUCKET", 0 if "layer" in what else 1 << 24):
+            if "bucket" in what:
+                engine.map_gradients(layers, transform)
+        with Collectives() as stepping, mock.patch.object(engine, "_transforming", [] if what == "plain step" else layers):
+            engine.step()
+        if "step" in what:
+            seen[what] = stepping
+    if setting.comm.world_size > 1:
+        bytes_sent = 4 * elements * (2 if engine.stage == 3 else 1)
+        assert seen["one bucket"].calls == {"allreduce_": 1} and seen["one bucket"].bytes == {"allreduce_": bytes_sent}
+        assert seen["a bucket a layer"].calls == {"allreduce_": len(layers)}
+        assert seen["a bucket a layer"].bytes == {"allreduce_": bytes_sent}
+        assert seen["step"].calls - seen["plain step"].calls == {"allreduce_": 2}
+    return {"steps_taken": torch.tensor(engine.steps_taken())}
 
 
 def initialising(setting: Setting, count: int = 10, probe_micro_batch: int = 1) -> Results:
@@ -346,7 +371,7 @@ CASES: dict[str, Callable[..., Results]] = {
     case.__name__: case
     for case in (
         curve, short_batch, writing, norming, replacing_gradients, initialising, probing, generating, naming_silent_tensors,
-        correcting, storing, classifying, saving, resuming, swapping, swap_traffic, swap_saving, swap_resuming,
+        transform_traffic, correcting, storing, classifying, saving, resuming, swapping, swap_traffic, swap_saving, swap_resuming,
     )
 }  # fmt: skip
 

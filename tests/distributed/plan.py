@@ -44,8 +44,8 @@ class Entry:
 
 def entries() -> list[Entry]:
     return [
-        *_every_stage(), *_bfloat16(), *_methods_and_settings(), *_norms(), *_optimizers(), *_zero_options(), *_swaps(),
-        *_classifiers(),
+        *_every_stage(), *_bfloat16(), *_methods_and_settings(), *_norms(), *_transforms(), *_optimizers(), *_zero_options(),
+        *_swaps(), *_classifiers(),
     ]  # fmt: skip
 
 
@@ -188,6 +188,27 @@ def _swaps() -> list[Entry]:
     restarting = {"method": "lora_sb", "recompose": {"times": 2}, "init": {"eta": 1e-3}, "micro_batch": 2}
     plan.append(swapping(3, restarting, loss=1e-2, tensors=0.1))
     return plan
+
+
+def _transforms() -> list[Entry]:
+    """Gradients that the method changes between backward and step, clipped by the norm from before."""
+    setting = {"method": "lora_pro", "alpha": 2, "clip": 0.5, "micro_batch": 2}
+
+    def training(stage: int, dtype: str = FP32, world: int = 2, **rest) -> Entry:
+        return Entry(world, "curve", stage, dtype, setting=setting, arguments={"steps": 4}, **rest)
+
+    rounded = {"loss": 5e-3, "first_loss": 2e-3, "tensors": 0.3}
+    return [
+        *(training(stage) for stage in (0, 1, 2, 3)),
+        training(3, world=3),
+        training(2, zero=OFFLOAD, note="offload"),
+        training(3, zero=OFFLOAD, note="offload"),
+        training(1, BF16, zero={"grad_accum_dtype": "fp32"}, note="fp32grads", **rounded),
+        training(3, BF16, **rounded),
+        *(Entry(2, "transform_traffic", stage, setting=setting) for stage in (0, 2, 3)),
+        # The head is not the method's, and is clipped with the rest.
+        *(Entry(2, "classifying", stage, setting={**setting, "labels": 3}) for stage in (2, 3)),
+    ]
 
 
 def _classifiers() -> list[Entry]:

@@ -73,15 +73,17 @@ def swapping(setting, steps: int = 8) -> dict[str, Tensor]:
     return run.results() | run.weights()
 
 
-class _Collectives(TorchDispatchMode):
-    """Counts what the ranks send each other, whoever asks for it, by kind and in bytes."""
+class Collectives(TorchDispatchMode):
+    """Counts what the ranks send each other, whoever asks for it, by kind: calls, and bytes."""
 
     def __init__(self):
         super().__init__()
+        self.calls: Counter[str] = Counter()
         self.bytes: Counter[str] = Counter()
 
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
         if function.namespace == "c10d":
+            self.calls[function._opname] += 1
             self.bytes[function._opname] += sum(map(_nbytes, arguments))
         return function(*arguments, **(keywords or {}))
 
@@ -103,7 +105,7 @@ def swap_traffic(setting, steps: int = 3) -> dict[str, Tensor]:
     setting.evaluation()  # leaves weights gathered, as in a real run
     layers, method = run.attached.layers, run.attached.method
     table = 8 * len(layers)
-    with _Collectives() as seen:
+    with Collectives() as seen:
         run.recomposer._swap(_report(run, loss))
     sides = sum(layer.in_features + layer.out_features for layer in layers.values())
     expected = {

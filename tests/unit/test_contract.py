@@ -109,7 +109,7 @@ def test_every_file_is_a_method_under_its_own_name():
     files = {path.stem for path in Path(methods.__file__).parent.glob("*.py")} - {"__init__", "base"}
     assert files == set(ALL)
     assert all(registry()[name].__module__ == f"distlora.methods.{name}" for name in ALL)
-    assert {"lora", "lora_xs", "lora_sb", "full", "pissa", "srlora", "rslora", "lora_ga", "dora"} <= set(ALL)
+    assert {"lora", "lora_xs", "lora_sb", "full", "pissa", "srlora", "rslora", "lora_ga", "dora", "lora_pro"} <= set(ALL)
 
 
 @every_method
@@ -443,6 +443,27 @@ def test_gradient_maps_are_float32_and_fit_the_trained_factors(name, alpha):
             rows, columns = method.shapes(*SHAPES[0])[key]
             assert (p.shape, q.shape) == ((rows, rows), (columns, columns))
             assert p.dtype == q.dtype == torch.float32
+
+
+@every_method
+def test_transformed_gradients_are_linear_in_the_gradients_and_new(name):
+    """Linear, so that clipping may come before or after."""
+    method = make(name)
+    if not method.transforms_gradients:
+        with pytest.raises(TypeError, match=name):
+            method.transform_gradients({}, {})
+        return
+    factors, shapes = random_factors(method, SHAPES[0]), method.shapes(*SHAPES[0])
+    full = (random_factors(method, SHAPES[0], seed=seed) for seed in (4, 5))
+    one, other = ({key: factors[key] for key in method.trains} for factors in full)
+    kept = {key: value.clone() for key, value in one.items()}
+    found, of_other = method.transform_gradients(one, factors), method.transform_gradients(other, factors)
+    both = method.transform_gradients({key: 2 * one[key] - 3 * other[key] for key in one}, factors)
+    assert found.keys() <= set(method.trains)
+    assert all(torch.equal(one[key], kept[key]) for key in one)
+    for key, value in found.items():
+        assert value.dtype == torch.float32 and tuple(value.shape) == shapes[key] and not value.requires_grad
+        torch.testing.assert_close(both[key], 2 * value - 3 * of_other[key], rtol=1e-4, atol=1e-4)
 
 
 @every_adapter

@@ -151,6 +151,14 @@ def test_what_is_missing_is_added():
     assert resolved == batches | {"gradient_clipping": 0.0}
 
 
+def test_who_clips_is_told_where_it_is_not_deepspeed():
+    told = "deepspeed.gradient_clipping: applied by distlora"
+    resolved, lines = resolve({}, "method.name=lora_pro")
+    assert resolved["gradient_clipping"] == 1.0 and sum(line.startswith(told) for line in lines) == 1
+    for overrides in (["method.name=lora_pro", "train.clip=0"], []):
+        assert not any(line.startswith(told) for line in resolve({}, *overrides)[1])
+
+
 def test_equal_values_are_no_contradiction():
     config = {
         "train_batch_size": 32,

@@ -10,9 +10,11 @@ from distlora.linalg import (
     effective_rank,
     factorised,
     gram_inverse,
+    gram_spectrum,
     low_rank_norm,
     product_singular_values,
     row_norms,
+    solve_sylvester,
     truncated_svd,
     with_row_norms,
 )
@@ -291,6 +293,23 @@ def test_gram_inverse_of_an_ill_conditioned_float32_matrix_is_computed_in_float6
     gram = ((gram + gram.T) / 2).float()
     expected = torch.linalg.inv(gram.double())
     assert (gram_inverse(gram) - expected).norm() < 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("rank", [0, 2, 4])
+def test_sylvester(rank):
+    """With a left side of lower rank there are fewer solutions than unknowns only where the right side is singular too."""
+    left, right = _low_rank(9, 4, rank).double(), _normal(3, 9, seed=5).double()
+    left, right = left.T @ left, right @ right.T
+    target = _normal(4, 3, seed=6)
+    x = solve_sylvester(gram_spectrum(left), gram_spectrum(right), target)
+    assert x.dtype == torch.float64
+    torch.testing.assert_close(left @ x + x @ right, target.double(), rtol=1e-6, atol=1e-6)
+
+
+def test_sylvester_where_both_sides_are_singular_has_the_solution_of_least_norm():
+    side = gram_spectrum(torch.diag(torch.tensor([1.0, 0.0])))
+    target = torch.tensor([[4.0, 3.0], [5.0, 0.0]])
+    assert torch.equal(solve_sylvester(side, side, target).float(), torch.tensor([[2.0, 3.0], [5.0, 0.0]]))
 
 
 def test_the_singular_values_of_a_product_are_those_of_its_factorisation():

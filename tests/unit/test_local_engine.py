@@ -262,7 +262,7 @@ def test_mapped_gradients_are_what_is_clipped_and_stepped(dtype, clip):
     plain = {name: p.grad.float().clone() for name, p in engine.module.named_parameters() if p.requires_grad}
     seen = []
 
-    def change(layer, gradients):
+    def change(layer, gradients, factors):
         seen.append((layer.name, {name: (g.dtype, tuple(g.shape)) for name, g in gradients.items()}))
         return {"A": -2 * gradients["A"]}  # of two factors one is changed
 
@@ -285,7 +285,7 @@ def test_mapping_gradients_happens_after_accumulation():
         engine.backward(0.5 * _loss(engine.module, _batch(seed)))
     total = engine.module.second.B.grad.clone()
     engine.map_gradients(
-        [attached.layers["second"]], lambda layer, g: calls.append(g["B"].clone()) or {"B": torch.sign(g["B"])}
+        [attached.layers["second"]], lambda layer, g, factors: calls.append(g["B"].clone()) or {"B": torch.sign(g["B"])}
     )
     assert len(calls) == 1 and torch.equal(calls[0], total)
     assert torch.equal(engine.module.second.B.grad, torch.sign(total))
