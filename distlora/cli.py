@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import socket
 import sys
 import time
@@ -162,6 +163,7 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _doctor(options: argparse.Namespace) -> int:
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # before torch comes: its stack traces are no news beside the table
     topology = _topology()
     from distlora.doctor import examine, table
 

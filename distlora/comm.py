@@ -231,7 +231,8 @@ class RollCall:
 
         Errors: UserError where the master cannot be reached, or its port cannot be listened on.
         """
-        self._rank, self._world_size, self._seconds = topology.rank, topology.world_size, seconds
+        self._rank, self._seconds = topology.rank, seconds
+        self._expected = list(range(topology.world_size))
         address, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), int(os.environ.get("MASTER_PORT", 29500))
         # torchrun listens there itself, and all ranks are its guests.
         listens = topology.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
@@ -248,6 +249,7 @@ class RollCall:
 
     def exchange(self, topic: str, value: Any, seconds: float | None = None) -> dict[int, Any]:
         """The JSON-able values of all who came in time, by rank, on every rank that came. Each topic can be exchanged once.
+        Who was missing once is not waited for again.
 
         seconds: how long a silent rank is waited for, where that is not the usual. Errors: UserError on a rank that has lost the
         master.
@@ -256,7 +258,8 @@ class RollCall:
         try:
             self.store.set(f"{topic}/{self._rank}", json.dumps(value))
             if self._rank == 0:
-                self.store.set(f"{topic}/came", json.dumps(self._await(topic, range(self._world_size), seconds)))
+                self._expected = self._await(topic, self._expected, seconds)
+                self.store.set(f"{topic}/came", json.dumps(self._expected))
             # The master may have waited for somebody until its last second.
             self.store.wait([f"{topic}/came"], datetime.timedelta(seconds=2 * seconds))
             values = {rank: json.loads(self.store.get(f"{topic}/{rank}")) for rank in json.loads(self.store.get(f"{topic}/came"))}

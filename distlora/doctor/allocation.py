@@ -43,12 +43,14 @@ def _look_around(topology: Topology, subject: Subject, roll: RollCall, came: dic
     index, token = list(speakers).index(socket.gethostname()), came[min(came)]["token"].replace("-", "_")
     speaks = topology.rank in speakers.values()
     master = {"master": os.environ.get("MASTER_ADDR"), "port": None, "is_master": False}
-    found = facts.collect(subject.request(token, index) | master) if speaks else None
-    heard = roll.exchange("facts", found, facts.LIMIT + BUILD_LIMIT + SHORT)
-    now = time.time()  # every rank leaves the exchange at nearly the same time
-    seen = roll.exchange("look", {"time": now, "marks": storage.marks(subject.run_dir, token) if speaks else None}, SHORT)
-    if speaks:
-        storage.remove_marks(subject.run_dir, token)
+    try:
+        found = facts.collect(subject.request(token, index) | master) if speaks else None
+        heard = roll.exchange("facts", found, facts.LIMIT + BUILD_LIMIT + SHORT)
+        now = time.time()  # every rank leaves the exchange at nearly the same time
+        seen = roll.exchange("look", {"time": now, "marks": storage.marks(subject.run_dir, token) if speaks else None}, SHORT)
+    finally:
+        if speaks:
+            storage.remove_marks(subject.run_dir, token)
     return [
         Node(
             host, heard.get(rank) or {}, slots=sum(there["host"] == host for there in came.values()),

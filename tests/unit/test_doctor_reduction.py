@@ -74,6 +74,7 @@ def master(monkeypatch) -> int:
 def test_the_roll_is_called_and_the_missing_do_not_hold_it_up(master):
     roll = RollCall(Topology(0, 3), seconds=0.3)
     assert roll.exchange("presence", {"host": "a"}) == {0: {"host": "a"}}
+    assert roll.exchange("more", 1, seconds=1000) == {0: 1}, "who was missing is not waited for again"
     seen = []
     found = reduction.reduce_once(Topology(0, 1), reduction.device_of(0), 5, lambda outcome: seen.append(dict(outcome)))
     assert found["stage"] == "nowhere" and "cannot listen on the master" in found["error"], "the port is taken by now"
