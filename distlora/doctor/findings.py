@@ -1,6 +1,6 @@
 """What an examination is about, and what it finds."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -45,6 +45,14 @@ def known(nodes: Sequence[Node], topic: str) -> Iterator[tuple[Node, Mapping[str
         found = node.fact(topic)
         if found:
             yield node, found
+
+
+def merged(findings: Iterable[Finding]) -> list[Finding]:
+    """One row for what is said of several nodes in the same words, in the place of the first."""
+    rows: dict[tuple[str, str, str, str], list[str]] = {}
+    for finding in findings:
+        rows.setdefault((finding.check, finding.level, finding.found, finding.remedy), []).extend(finding.nodes)
+    return [Finding(check, level, tuple(nodes), found, remedy) for (check, level, found, remedy), nodes in rows.items()]
 
 
 def gib(size: float) -> str:

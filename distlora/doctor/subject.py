@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from distlora.doctor import checks
-from distlora.doctor.findings import Finding, Node
+from distlora.doctor.findings import Finding, Node, merged
 from distlora.doctor.nodechecks import NODE_CHECKS
 
 #: Seconds that the build of operators is waited for. It goes on if it takes longer.
@@ -72,4 +72,4 @@ def subject_of(recipe: Path | None, run_dir: Path | None, build: bool) -> Subjec
 
 
 def judge_nodes(nodes: Sequence[Node]) -> list[Finding]:
-    return [finding for check in (*_CROSS_CHECKS, *NODE_CHECKS) for finding in check(nodes)]
+    return merged(finding for check in (*_CROSS_CHECKS, *NODE_CHECKS) for finding in check(nodes))

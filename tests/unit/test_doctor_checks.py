@@ -158,12 +158,12 @@ def test_more_ranks_than_cores_without_an_accelerator():
 
 
 def test_a_master_called_localhost_is_wrong_for_two_nodes_and_right_for_one():
-    for count, wrong in ((1, 0), (2, 2)):
+    for count, wrong in ((1, False), (2, True)):
         nodes = cluster(count)
         for node in nodes:
             change(node, "network.master", "localhost")
             change(node, "network.master_addresses", ["127.0.0.1"])
-        assert sum("loopback" in finding.found for finding in bad(nodes)) == wrong
+        assert any("loopback" in finding.found and len(finding.nodes) == 2 for finding in bad(nodes)) == wrong
 
 
 def test_an_interface_may_be_a_prefix_or_an_exclusion():
@@ -216,7 +216,9 @@ def test_a_lock_that_a_living_build_holds_on_another_node():
     nodes = cluster()
     for node, holder in zip(nodes, (None, 4711)):
         change(node, "extensions.locks", [{"path": "/c/x/lock", "age": 30.0, "holder": holder}])
-    assert [(finding.check, finding.level) for finding in bad(nodes)] == [("build lock", "warning")] * 2
+    assert [(finding.check, finding.level, finding.nodes) for finding in bad(nodes)] == [
+        ("build lock", "warning", ("node0", "node1"))
+    ]
     nodes = cluster()
     change(nodes[0], "extensions.locks", [{"path": "/c/x/lock", "age": 30.0, "holder": None}])
     assert "unless a node that was not asked" in bad(nodes)[0].found, "it may be young because another job is building"
@@ -238,6 +240,14 @@ def test_the_hub_matters_where_the_model_is_there():
     for node in nodes:
         change(node, "hub.cached", True)
     assert bad(nodes) == []
+
+
+def test_what_is_said_of_several_nodes_is_one_row():
+    nodes = cluster(3)
+    for node in nodes[1:]:
+        change(node, "compiler.header", False)
+    (finding,) = bad(nodes)
+    assert finding.nodes == ("node1", "node2")
 
 
 def test_judging_changes_no_fact():
