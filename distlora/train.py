@@ -416,7 +416,7 @@ def _make_engine(comm: Comm, recipe: Recipe, config) -> tuple[Engine, str | None
         log.info("%s", line)
     board = resolved.get("tensorboard", {})
     place = Path(board.get("output_path", ""), board.get("job_name", "")) if board.get("enabled") else None
-    return ZeroEngine(comm, resolved), place and str(place), copy.deepcopy(resolved)
+    return ZeroEngine(comm, copy.deepcopy(resolved)), place and str(place), resolved
 
 
 def _together(comm: Comm, work: Callable[[], Result]) -> Result:
