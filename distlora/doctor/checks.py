@@ -21,7 +21,7 @@ def check_reachable(nodes: Sequence[Node]) -> Iterator[Finding]:
         if node.problem:
             place = f"{node.place}: " if node.place else ""
             remedy = f"make `ssh {node.name} true` work without a password (BatchMode), or remove the host"
-            if "distlora" in node.problem or "directory" in node.problem or "Python" in node.problem:
+            if not node.problem.startswith(("cannot be reached", "no answer")):
                 remedy = "the same Python environment and working directory must be there on every node, at the same paths"
             yield Finding("node", "failure", (node.name,), f"{place}{node.problem}", remedy)
     there = [node for node in nodes if not node.problem]

@@ -31,7 +31,13 @@ def examine(
     port = _port(port)
     if not limit > 0:
         raise UserError(f"--limit {limit} is no time to wait; give seconds above 0")
-    in_job = hostfile is None and topology.world_size > 1
+    if hostfile is not None and topology.world_size > 1:
+        error = UserError(
+            f"{topology.world_size} ranks would each ask the hosts of {hostfile}; start one, or leave the hostfile out"
+        )
+        error.agreed = True
+        raise error
+    in_job = topology.world_size > 1
     if in_job and recipe and not recipe.exists():
         # On this node, but maybe not on rank 0's, which is to tell it with all the rest.
         subject = replace(subject_of(None, run_dir, build), paths={"recipe": str(recipe)})

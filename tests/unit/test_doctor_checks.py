@@ -131,6 +131,11 @@ def test_a_node_that_does_not_answer():
     )
 
 
+def test_a_node_that_answers_but_lacks_something():
+    (finding,) = [f for f in bad([cluster()[0], Node("node1", problem="No module named torch", slots=2)]) if f.check == "node"]
+    assert "same Python environment" in finding.remedy
+
+
 def test_a_topic_that_hangs_is_told_and_spoils_no_other():
     nodes = cluster()
     change(nodes[1], "run_dir", {"error": "no answer within 90 s"})

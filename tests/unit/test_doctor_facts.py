@@ -263,6 +263,29 @@ def test_mistakes_are_told_before_anybody_is_asked(arguments, environment, compl
         examine.examine(Topology(), **arguments)
 
 
+def test_a_hostfile_is_for_one_process(tmp_path):
+    with pytest.raises(UserError, match="^2 ranks would each ask") as refused:
+        examine.examine(Topology(1, 2), tmp_path / "hosts")
+    assert refused.value.agreed
+
+
+def test_a_recipe_that_one_node_of_a_job_cannot_see_is_told_with_the_rest(tmp_path, monkeypatch):
+    """Were it refused on that node alone, the others would wait for its ranks."""
+    seen = []
+    monkeypatch.setattr(examine, "examine_job", lambda topology, subject, limit: seen.append(subject))
+    examine.examine(Topology(1, 2), recipe=tmp_path / "none.yaml")
+    assert seen[0].paths == {"recipe": str(tmp_path / "none.yaml")}
+
+
+def test_hosts_are_asked_at_the_same_time(ssh, tmp_path):
+    """Ranks wait for each other: here each host answers once all have been asked."""
+    (tmp_path / "asked").mkdir()
+    wait = f"while (($(ls {tmp_path}/asked | wc -l) < 12)); do sleep 0.05; done"
+    ssh(f"touch {tmp_path}/asked/$1; {wait}; echo 'distlora-doctor:1'")
+    answers = remote.ask_all([f"node{index}" for index in range(12)], [{"do": "look"}] * 12, limit=20)
+    assert [answer.values for answer in answers] == [[1]] * 12
+
+
 def test_what_a_recipe_needs(monkeypatch):
     monkeypatch.chdir(ROOT)
     mistral = subject_of(Path("configs/recipes/mistral-7b-metamath.yaml"), None, build=True)
