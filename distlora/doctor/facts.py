@@ -21,8 +21,8 @@ def collect(request: Mapping[str, Any], limit: float = LIMIT) -> dict[str, Facts
     """All facts of this node, by topic; a topic that failed or gave no answer within `limit` seconds holds only "error".
 
     request: "master" and "port" to be reached, "is_master", "run_dir" and "mark" (a file name to leave there), "paths" that must
-    be visible (label -> path), "model" (a hub name, or None), "operators" to build (names of DeepSpeed's builders; may be empty),
-    "build_limit" in seconds. All are optional.
+    be visible (label -> path), "model" (a hub name, or None), "hub" (whether it is needed), "operators" to build (names of
+    DeepSpeed's builders; may be empty), "build_limit" in seconds. All are optional.
     """
     build = toolchain.start_build(request.get("operators") or ())
     facts = gather(
@@ -36,7 +36,7 @@ def collect(request: Mapping[str, Any], limit: float = LIMIT) -> dict[str, Facts
             "paths": lambda: storage.path_facts(request.get("paths") or {}),
             "disk": lambda: storage.disk_facts(request.get("run_dir")),
             "shm": storage.shm_facts,
-            "hub": lambda: storage.hub_facts(request.get("model")),
+            "hub": lambda: storage.hub_facts(request.get("model"), request.get("hub", True)),
             "compiler": toolchain.compiler_facts,
             "extensions": lambda: {"path": str(toolchain.extensions_root()), "locks": build.locks},
         },

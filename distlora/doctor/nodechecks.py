@@ -66,7 +66,9 @@ def check_shm(nodes: Sequence[Node]) -> Iterator[Finding]:
 def check_hub(nodes: Sequence[Node]) -> Iterator[Finding]:
     alike: dict[tuple, list[str]] = defaultdict(list)
     for node, facts in known(nodes, "hub"):
-        if facts["cached"]:
+        if not facts["needed"]:
+            key = ("ok", "not needed: model and data are local", "")
+        elif facts["cached"]:
             key = ("ok", f"{facts['model']} is in {facts['cache']}", "")
         elif facts["problem"] is None:
             key = ("ok", "answers", "")

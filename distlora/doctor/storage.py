@@ -88,8 +88,8 @@ def shm_facts() -> dict[str, Any]:
     return {"free": usage.free, "total": usage.total}
 
 
-def hub_facts(model: str | None) -> dict[str, Any]:
-    """model: a repository on the hub. The hub is asked unless that is cached."""
+def hub_facts(model: str | None, needed: bool) -> dict[str, Any]:
+    """model: a repository on the hub. The hub is asked unless that is cached, or nothing is needed from it."""
     from distlora import hub
 
     cached = model is not None and hub.is_cached(model)
@@ -97,5 +97,6 @@ def hub_facts(model: str | None) -> dict[str, Any]:
         "model": model,
         "cache": hub.cache_directory(),
         "cached": cached,
-        "problem": None if cached else hub.problem_with_access(PATIENCE),
+        "needed": needed,
+        "problem": None if cached or not needed else hub.problem_with_access(PATIENCE),
     }

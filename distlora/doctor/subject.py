@@ -22,18 +22,20 @@ _CROSS_CHECKS: tuple[Callable[[Sequence[Node]], Iterator[Finding]], ...] = (
 
 @dataclass(frozen=True)
 class Subject:
-    """What the nodes are examined for. paths: label -> what must be visible. model: a hub name. operators: DeepSpeed's builders."""
+    """What the nodes are examined for. paths: label -> what must be visible. model: a hub name. hub: whether anything may have to
+    be downloaded. operators: DeepSpeed's builders."""
 
     run_dir: str
     paths: Mapping[str, str] = field(default_factory=dict)
     model: str | None = None
+    hub: bool = True
     operators: tuple[str, ...] = ()
 
     def request(self, token: str, index: int) -> dict[str, Any]:
         """What `facts.collect` is told on the node of this index."""
         return {
             "do": "facts", "run_dir": self.run_dir, "mark": f"{token}-{index}", "paths": dict(self.paths), "model": self.model,
-            "operators": list(self.operators), "build_limit": BUILD_LIMIT,
+            "hub": self.hub, "operators": list(self.operators), "build_limit": BUILD_LIMIT,
         }  # fmt: skip
 
 
@@ -56,6 +58,7 @@ def subject_of(recipe: Path | None, run_dir: Path | None, build: bool) -> Subjec
     if recipe is None:
         return Subject(str((run_dir or Path.cwd()).absolute()), operators=tuple(operators) if build else ())
     from distlora.config import load_recipe
+    from distlora.data import get_task
 
     loaded = load_recipe(recipe)
     paths, model = {"recipe": str(recipe)}, None
@@ -64,11 +67,13 @@ def subject_of(recipe: Path | None, run_dir: Path | None, build: bool) -> Subjec
             paths[label] = path
     if "model" not in paths and not loaded.model.path.startswith("pypi:"):
         model = loaded.model.path
+    data = loaded.data.path or get_task(loaded.data.task).path
+    hub = model is not None or (data is not None and "data" not in paths)
     zero = (loaded.deepspeed or {}).get("zero_optimization", {})
     if zero.get("offload_optimizer", {}).get("device") in ("cpu", "nvme"):
         operators.append("CPUAdamBuilder")
     wanted = tuple(operators) if build and loaded.deepspeed is not None else ()
-    return Subject(str((run_dir or Path(loaded.output_dir)).absolute()), paths, model, wanted)
+    return Subject(str((run_dir or Path(loaded.output_dir)).absolute()), paths, model, hub, wanted)
 
 
 def judge_nodes(nodes: Sequence[Node]) -> list[Finding]:

@@ -26,7 +26,7 @@ def facts(index: int = 0) -> dict:
         "paths": {"recipe": {"path": "r.yaml", "exists": True, "sha256": "aa"}},
         "disk": {"run directory": {"path": "/shared/runs", "free": 500 * GIB, "total": 900 * GIB}},
         "shm": {"free": 30 * GIB, "total": 32 * GIB},
-        "hub": {"model": None, "cache": "/root/.cache/hub", "cached": False, "problem": None},
+        "hub": {"model": None, "cache": "/root/.cache/hub", "cached": False, "needed": True, "problem": None},
         "compiler": {"asked": "c++", "compiler": "/usr/bin/c++", "version": "c++ 12.2.0", "ninjas": {"/venv/bin/ninja": "1.13"},
                      "header": True},
         "extensions": {"path": "/root/.cache/torch_extensions", "locks": []},
@@ -239,12 +239,16 @@ def test_a_build_that_goes_on():
 def test_the_hub_matters_where_the_model_is_there():
     nodes = cluster()
     for node in nodes:
-        change(node, "hub", {"model": "a/b", "cache": "/hub", "cached": False, "problem": "https://huggingface.co: timed out"})
+        change(node, "hub", {"model": "a/b", "cache": "/hub", "cached": False, "needed": True, "problem": "timed out"})
     (finding,) = bad(nodes)
     assert finding.level == "failure" and finding.nodes == ("node0", "node1") and "a/b is not in /hub" in finding.found
     for node in nodes:
         change(node, "hub.cached", True)
     assert bad(nodes) == []
+    for node in nodes:
+        change(node, "hub.cached", False)
+        change(node, "hub.needed", False)
+    assert bad(nodes) == [], "model and data are local"
 
 
 def test_what_is_said_of_several_nodes_is_one_row():

@@ -292,6 +292,8 @@ def test_what_a_recipe_needs(monkeypatch):
     assert mistral.model == "mistralai/Mistral-7B-v0.1" and list(mistral.paths) == ["recipe"]
     assert mistral.run_dir.startswith(str(ROOT)) and mistral.operators == ("ShareMemCommBuilder",)
     quick = subject_of(Path("configs/recipes/quickstart.yaml"), Path("elsewhere"), build=False)
+    assert (mistral.hub, quick.hub) == (True, False), "the quickstart's model is packaged and its data generated"
+    assert subject_of(Path("configs/recipes/minilm-rte.yaml"), None, build=False).hub, "the task's own data are on the hub"
     assert quick.model is None and quick.run_dir == str(ROOT / "elsewhere") and quick.operators == ()
     nothing = subject_of(None, None, build=True)
     assert nothing.run_dir == str(ROOT) and nothing.paths == {}
