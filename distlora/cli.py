@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import socket
 import sys
 import time
@@ -19,17 +20,17 @@ SHARES = ("accuracy", "f1", "exact_match")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one verb; returns the exit code: 0, 1 (training broke) or 2 (a mistake of the user's, in one sentence)."""
+    """Runs one verb; returns the exit code: 0, 1 (training broke, or the doctor found a failure) or 2 (a mistake of the user's, in
+    one sentence)."""
     options = _parse(arguments)
     try:
-        options.run(options)
+        return options.run(options) or 0
     except UserError as error:
         return _sentence(error, USER_ERROR)
     except TrainingError as error:
         return _sentence(error, TRAINING_ERROR)
     except KeyboardInterrupt:
         return 130
-    return 0
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -81,6 +82,20 @@ def _parser() -> argparse.ArgumentParser:
         help="peft: the smallest rank of each layer whose update is off by at most E, relative, in the Frobenius norm",
     )
     export.set_defaults(run=_export)
+
+    doctor = verbs.add_parser("doctor", help="look for what is wrong with the machines, before a run finds out")
+    doctor.add_argument(
+        "hostfile", nargs="?", type=Path, help="lines of `host slots=N`, asked through ssh; default: this machine, or the job"
+    )
+    doctor.add_argument("--recipe", type=Path, help="also look for what this run needs: files, model, operators, output_dir")
+    doctor.add_argument(
+        "--run-dir", type=Path, help="the directory that all nodes must share; default: the recipe's, or the current one"
+    )
+    doctor.add_argument("--port", type=int, help="where rank 0 listens; default: MASTER_PORT, or 29500")
+    doctor.add_argument("--build", action=argparse.BooleanOptionalAction, default=True, help="build DeepSpeed's operators now")
+    doctor.add_argument("--limit", type=float, default=30.0, metavar="SECONDS", help="how long a silent rank is waited for")
+    doctor.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    doctor.set_defaults(run=_doctor)
 
     methods = verbs.add_parser(
         "methods",
@@ -156,6 +171,19 @@ def _export(options: argparse.Namespace) -> None:
         print(done.compression)
 
 
+def _doctor(options: argparse.Namespace) -> int:
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # before torch comes: its stack traces are no news beside the table
+    topology = _topology()
+    from distlora.doctor import examine, table
+
+    result = examine.examine(
+        topology, options.hostfile, options.recipe, options.run_dir, options.port, options.build, options.limit
+    )
+    if result.told:
+        print(table.table(result.findings, result.nodes))
+    return result.code
+
+
 def _methods(options: argparse.Namespace) -> None:
     from distlora.methods_table import methods_table
 
@@ -176,9 +204,10 @@ def _log_to_terminal(shown: bool) -> None:
     """Rank 0 tells what happens; the others only what is wrong."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setLevel(logging.INFO if shown else logging.ERROR)  # not the logger's: every rank has a log file besides
     logger = logging.getLogger("distlora")
     logger.handlers[:] = [handler]
-    logger.setLevel(logging.INFO if shown else logging.ERROR)
+    logger.setLevel(logging.INFO)
     logger.propagate = False
 
 

@@ -4,7 +4,9 @@ import datetime
 import json
 import os
 import socket
-from dataclasses import dataclass
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,6 +33,8 @@ class Topology:
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
+    #: Whose variables said so, for the user; empty for one process without a launcher.
+    launcher: str = field(default="", compare=False)
 
     @classmethod
     def from_environment(cls) -> "Topology":
@@ -59,17 +63,34 @@ class Topology:
             if rank in os.environ and world_size in os.environ:
                 if rank == "SLURM_PROCID" and "SLURM_STEP_ID" not in os.environ:
                     continue
-                return cls(int(os.environ[rank]), int(os.environ[world_size]), local_rank), rank
+                return cls(int(os.environ[rank]), int(os.environ[world_size]), local_rank, _launcher(rank)), rank
         return cls(), ""
+
+
+def _launcher(rank: str) -> str:
+    """Who sets this variable for the rank. Several set RANK, each with others of its own."""
+    if rank != "RANK":
+        return {"OMPI_COMM_WORLD_RANK": "Open MPI", "PMI_RANK": "PMI", "SLURM_PROCID": "SLURM"}[rank]
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return "torchrun"
+    return "DeepSpeed's launcher" if "CROSS_RANK" in os.environ else "the variables RANK and WORLD_SIZE"
 
 
 class Comm:
     """The process group, or a group of one without torch.distributed. All calls are collective unless said otherwise."""
 
-    def __init__(self, topology: Topology, device: torch.device, timeout_minutes: float | None = None, distributed: bool = True):
+    def __init__(
+        self,
+        topology: Topology,
+        device: torch.device,
+        timeout_minutes: float | None = None,
+        distributed: bool = True,
+        roll: "RollCall | None" = None,
+    ):
         """Joins the group. device: where this rank computes; gloo on a CPU, NCCL on an NVIDIA GPU.
 
         timeout_minutes: how long a collective waits for a silent rank; DEEPSPEED_TIMEOUT, or 30, if it is not given.
+        roll: where the ranks have met already; without it they meet at MASTER_ADDR and MASTER_PORT.
         """
         minutes = float(os.environ.get("DEEPSPEED_TIMEOUT", 30)) if timeout_minutes is None else timeout_minutes
         self.rank, self.world_size = topology.rank, topology.world_size
@@ -78,7 +99,11 @@ class Comm:
         self._mine = False
         if distributed and not dist.is_initialized():
             self._publish(topology, device)
-            dist.init_process_group(self.backend, timeout=datetime.timedelta(minutes=minutes))
+            timeout = datetime.timedelta(minutes=minutes)
+            if roll is None:
+                dist.init_process_group(self.backend, timeout=timeout)
+            else:
+                dist.init_process_group(self.backend, timeout=timeout, store=roll.store, rank=self.rank, world_size=self.world_size)
             self._mine = True
         if not distributed and self.world_size > 1:
             raise UserError("several ranks need DeepSpeed; set deepspeed: to a ZeRO config, or start one process")
@@ -96,6 +121,11 @@ class Comm:
         os.environ["LOCAL_RANK"] = local_rank
         if "OMPI_COMM_WORLD_LOCAL_RANK" in os.environ:
             os.environ["OMPI_COMM_WORLD_LOCAL_RANK"] = local_rank
+
+    @property
+    def master(self) -> str | None:
+        """Address and port where the ranks met; None without a process group."""
+        return f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}" if dist.is_initialized() else None
 
     @property
     def is_main(self) -> bool:
@@ -147,6 +177,14 @@ class Comm:
 
     # ------------------------------------------------------------------ values
 
+    def gather(self, value: Any) -> list[Any]:
+        """The JSON-able values of all ranks, in rank order, on every rank."""
+        data = json.dumps(value).encode()
+        sizes = [int(size) for size in self.all_gather(torch.tensor(len(data), device=self.device))]
+        buffer = torch.zeros(max(sizes), dtype=torch.uint8, device=self.device)
+        buffer[: len(data)].copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+        return [json.loads(bytes(part[:size].cpu().tolist())) for size, part in zip(sizes, self.all_gather(buffer))]
+
     def sum(self, *values: float) -> tuple[float, ...]:
         """Each value summed over ranks, in float64."""
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
@@ -183,6 +221,65 @@ class Comm:
         if self.rank == source:
             buffer.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
         return json.loads(bytes(self.broadcast(buffer, source).cpu().tolist()))
+
+
+class RollCall:
+    """Every rank says something at the master before a group is made, so that those who do not come can be named."""
+
+    def __init__(self, topology: Topology, seconds: float):
+        """Meets at MASTER_ADDR and MASTER_PORT. seconds: how long a silent rank is waited for.
+
+        Errors: UserError where the master cannot be reached, or its port cannot be listened on.
+        """
+        self._rank, self._seconds = topology.rank, seconds
+        self._expected = list(range(topology.world_size))
+        address, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), int(os.environ.get("MASTER_PORT", 29500))
+        # torchrun listens there itself, and all ranks are its guests.
+        listens = topology.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        try:
+            self.store = dist.TCPStore(
+                address, port, topology.world_size, listens, datetime.timedelta(seconds=seconds), wait_for_workers=False
+            )
+        except dist.DistError as error:
+            what = "cannot listen on" if listens else "cannot reach"
+            reason = str(error).splitlines()[0].split(". ")[0]
+            raise UserError(
+                f"rank {topology.rank} on {socket.gethostname()} {what} the master {address}:{port} ({reason})"
+            ) from error
+
+    def exchange(self, topic: str, value: Any, seconds: float | None = None) -> dict[int, Any]:
+        """The JSON-able values of all who came in time, by rank, on every rank that came. Each topic can be exchanged once.
+        Who was missing once is not waited for again.
+
+        seconds: how long a silent rank is waited for, where that is not the usual. Errors: UserError on a rank that has lost the
+        master.
+        """
+        seconds = seconds or self._seconds
+        try:
+            self.store.set(f"{topic}/{self._rank}", json.dumps(value))
+            if self._rank == 0:
+                self._expected = self._await(topic, self._expected, seconds)
+                self.store.set(f"{topic}/came", json.dumps(self._expected))
+            # The master may have waited for somebody until its last second.
+            self.store.wait([f"{topic}/came"], datetime.timedelta(seconds=2 * seconds))
+            values = {rank: json.loads(self.store.get(f"{topic}/{rank}")) for rank in json.loads(self.store.get(f"{topic}/came"))}
+            self.store.set(f"{topic}/read/{self._rank}", "")
+            if self._rank == 0:
+                self._await(f"{topic}/read", values, self._seconds)  # if this process ends next, the store ends with it
+            return values
+        except dist.DistError as error:
+            raise UserError(f"rank {self._rank} on {socket.gethostname()} has lost the master") from error
+
+    def _await(self, topic: str, ranks: Iterable[int], seconds: float) -> list[int]:
+        """Those of the ranks that have spoken in time."""
+        deadline = time.monotonic() + seconds
+        missing, came = set(ranks), set()
+        while missing and time.monotonic() < deadline:
+            came |= {rank for rank in missing if self.store.check([f"{topic}/{rank}"])}
+            missing -= came
+            if missing:
+                time.sleep(0.02)
+        return sorted(came)
 
 
 def _free_port() -> int:

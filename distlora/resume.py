@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from distlora.config import Recipe, dump_recipe, load_recipe, run_identity
+from distlora.environment import ENVIRONMENT
 from distlora.errors import UserError
+from distlora.logs import LOGS
 from distlora.rundir import Checkpoint, newest
 from distlora.tensorfile import write_text
 
@@ -73,8 +75,9 @@ def _forget(run_dir: Path) -> None:
         log.info("beginning anew: removing %s", checkpoint)
         shutil.rmtree(checkpoint)
     # An export takes the adapter if it is of a later step than every checkpoint.
-    shutil.rmtree(run_dir / ADAPTER, ignore_errors=True)
-    for name in (METRICS, RECOMPOSITIONS):
+    for name in (ADAPTER, LOGS):
+        shutil.rmtree(run_dir / name, ignore_errors=True)
+    for name in (METRICS, RECOMPOSITIONS, ENVIRONMENT):
         (run_dir / name).unlink(missing_ok=True)
 
 

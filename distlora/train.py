@@ -3,6 +3,7 @@
 recipe -> model -> attach -> engine -> initialise (or resume) -> steps -> export
 """
 
+import copy
 import logging
 import math
 import time
@@ -14,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 
 from distlora import checkpoint as checkpoints
+from distlora import environment
 from distlora.attach import Attached, attach, lora_parameters
 from distlora.comm import Comm, Topology
 from distlora.compose import InitReport, ProbeData, initialise, install_gradient_maps, open_ledger
@@ -24,6 +26,7 @@ from distlora.errors import Ending, TrainingError, UserError
 from distlora.export import export_peft_from_engine
 from distlora.heads import draw_heads
 from distlora.hub import resolve_path
+from distlora.logs import RankLog
 from distlora.methods.base import ProbeSettings
 from distlora.model import load_tokenizer
 from distlora.monitor import Monitor, Progress
@@ -116,11 +119,15 @@ def train(recipe: Recipe, topology: Topology, resume: bool | None = None) -> Sum
     """
     device = _device(topology)
     comm = Comm(topology, device, distributed=recipe.deepspeed is not None)
-    with own_random_state(recipe.train.seed, device):
+    with own_random_state(recipe.train.seed, device), RankLog(comm.rank) as rank_log:
         try:
+            where = environment.resolve_topology(comm, topology)
+            log.info("%s", environment.topology_line(where))
             checkpoint = share_checkpoint(comm, on_main(comm, recipe.output_dir, lambda: find_checkpoint(recipe, resume)))
             run = _Run(comm, recipe, checkpoint)
             on_main(comm, recipe.output_dir, lambda: claim_run_dir(recipe, resume))
+            _together(comm, lambda: rank_log.open(run.run_dir))
+            on_main(comm, run.run_dir, lambda: environment.record(run.run_dir, where, run.resolved, checkpoint and checkpoint.step))
             summary = run.finish()
         except Ending as error:
             if error.agreed:
@@ -173,7 +180,7 @@ class _Run:
         _together(comm, lambda: check_length(recipe, self.steps))
 
         config = _together(comm, self.objective.load_config)
-        self.engine, self.tensorboard = _together(comm, lambda: _make_engine(comm, recipe, config))
+        self.engine, self.tensorboard, self.resolved = _together(comm, lambda: _make_engine(comm, recipe, config))
         self.attached = self._load_and_attach()
         self.summary = self._summary()
 
@@ -410,10 +417,11 @@ def _device(topology: Topology) -> torch.device:
     return device
 
 
-def _make_engine(comm: Comm, recipe: Recipe, config) -> tuple[Engine, str | None]:
-    """The only place that chooses between the engines. Also returns where TensorBoard's log will lie, if there is to be one."""
+def _make_engine(comm: Comm, recipe: Recipe, config) -> tuple[Engine, str | None, dict[str, Any] | None]:
+    """The only place that chooses between the engines. Also returns where TensorBoard's log will lie, if there is to be one, and
+    the DeepSpeed config as it was resolved."""
     if recipe.deepspeed is None:
-        return LocalEngine(comm, getattr(torch, recipe.model.dtype), recipe.train.clip), None
+        return LocalEngine(comm, getattr(torch, recipe.model.dtype), recipe.train.clip), None, None
     from distlora.zero import ZeroEngine  # imported late: DeepSpeed takes seconds, and the plain engine does without it
 
     hidden = getattr(config.get_text_config(decoder=True), "hidden_size", None)
@@ -422,7 +430,7 @@ def _make_engine(comm: Comm, recipe: Recipe, config) -> tuple[Engine, str | None
         log.info("%s", line)
     board = resolved.get("tensorboard", {})
     place = Path(board.get("output_path", ""), board.get("job_name", "")) if board.get("enabled") else None
-    return ZeroEngine(comm, resolved), place and str(place)
+    return ZeroEngine(comm, copy.deepcopy(resolved)), place and str(place), resolved
 
 
 def _together(comm: Comm, work: Callable[[], Result]) -> Result:

@@ -274,7 +274,7 @@ class ZeroEngine:
         """Sizes of what a collective has to make whole to change a layer's gradients: those, and at stage 3 the factors."""
         names = [("gradient", factor) for factor in layer.method.trains]
         if self.stage == 3:
-            names += [("factor", factor) for factor in layer.method.path]
+            names += [("factor", factor) for factor in layer.method.factor_names]
         return {(kind, f"{layer.name}.{factor}"): self._size(f"{layer.name}.{factor}") for kind, factor in names}
 
     def _map_bucket(self, layers: list[AdapterLinear], change: GradientMap) -> None:
@@ -294,7 +294,7 @@ class ZeroEngine:
         for layer in layers:
             gradients = {factor: whole["gradient", f"{layer.name}.{factor}"] for factor in layer.method.trains}
             if self.stage == 3:
-                factors = {factor: whole["factor", f"{layer.name}.{factor}"] for factor in layer.method.path}
+                factors = {factor: whole["factor", f"{layer.name}.{factor}"] for factor in layer.method.factor_names}
             else:
                 factors = {name: factor.detach().float() for name, factor in layer.factors().items()}
             for factor, gradient in change(layer, gradients, factors).items():

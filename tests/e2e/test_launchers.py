@@ -3,6 +3,7 @@
 A start with DeepSpeed takes many seconds, so each has to show several things.
 """
 
+import json
 import os
 import shutil
 import signal
@@ -87,8 +88,13 @@ def test_deepspeed_and_its_monitors(bench):
     assert "deepspeed.zero_optimization.stage3_param_persistence_threshold = 600 (auto)" in outcome.err
     assert outcome.out.count("trained parameters") == 1, "one rank shows the table"
     assert outcome.err.count("data: 20 samples") == 1, "one rank tells what happens"
+    assert "2 ranks on 1 host (" in outcome.err and "told by DeepSpeed's launcher" in outcome.err
 
     run_dir = bench.folder / "deepspeed"
+    (start,) = json.loads((run_dir / "environment.json").read_text())
+    assert start["deepspeed"]["zero_optimization"]["stage3_param_persistence_threshold"] == 600, "as it was resolved"
+    assert sorted(path.name for path in (run_dir / "logs").iterdir()) == ["rank-0.log", "rank-1.log"]
+    assert "data: 20 samples" in (run_dir / "logs" / "rank-1.log").read_text(), "every rank tells it to its file"
     events = EventAccumulator(str(run_dir / "tensorboard")).Reload()
     for tag in ("train/loss", "train/learning_rate", "train/grad_norm", "eval/loss", "init/seconds"):
         written = {event.step: event.value for event in events.Scalars(tag)}

@@ -145,11 +145,13 @@ def test_other_verbs(finished, model, tmp_path):
 
 
 def test_a_process_of_its_own_has_only_the_sentence_to_show(recipe, tmp_path):
-    """No noise of imported libraries; here for a hub name that is out of reach."""
+    """Behind the line on where it runs; no noise of imported libraries. Here for a hub name that is out of reach."""
     hub = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub")}
     outcome = run(*python("train", recipe, "model.path=someone/some-model"), **hub)
     assert outcome.code == 2
-    assert outcome.err == (
+    where, _, rest = outcome.err.partition("\n")
+    assert where.startswith("1 rank on 1 host (")
+    assert rest == (
         "distlora: model.path=someone/some-model: not in the Hugging Face cache, and HF_HUB_OFFLINE is set; "
         "unset it, or give a local directory\n"
     )

@@ -32,9 +32,9 @@ def mean_loss(model, recipe) -> float:
 def test_files(finished):
     _, run_dir = finished
     found = {path.name for path in run_dir.iterdir()}
-    assert found == {"recipe.yaml", "metrics.jsonl", "checkpoint-3", "checkpoint-6", "adapter"}
+    assert found == {"recipe.yaml", "metrics.jsonl", "checkpoint-3", "checkpoint-6", "adapter", "environment.json", "logs"}
     kinds = {path.suffix for path in run_dir.rglob("*") if path.is_file()}
-    assert kinds == {".yaml", ".jsonl", ".json", ".safetensors"}
+    assert kinds == {".yaml", ".jsonl", ".json", ".safetensors", ".log"}
 
 
 def test_metrics(finished):

@@ -13,6 +13,7 @@ LAUNCHER_VARIABLES = [
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
     *("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
     *("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+    *("TORCHELASTIC_RUN_ID", "CROSS_RANK"),
     *("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE", "SLURM_STEP_ID"),
 ]
 
@@ -83,6 +84,23 @@ def test_the_rank_is_known_without_an_address(monkeypatch):
     assert Topology.own_rank() == 3
 
 
+@pytest.mark.parametrize(
+    ("variables", "launcher"),
+    [
+        ({}, ""),
+        ({"RANK": 0, "WORLD_SIZE": 1}, "the variables RANK and WORLD_SIZE"),
+        ({"RANK": 0, "WORLD_SIZE": 1, "TORCHELASTIC_RUN_ID": "none"}, "torchrun"),
+        ({"RANK": 0, "WORLD_SIZE": 1, "CROSS_RANK": 0}, "DeepSpeed's launcher"),
+        ({"OMPI_COMM_WORLD_RANK": 0, "OMPI_COMM_WORLD_SIZE": 1}, "Open MPI"),
+        ({"PMI_RANK": 0, "PMI_SIZE": 1}, "PMI"),
+        ({"SLURM_PROCID": 0, "SLURM_NTASKS": 1, "SLURM_STEP_ID": 0}, "SLURM"),
+    ],
+)
+def test_who_said_so(monkeypatch, variables, launcher):
+    _environment(monkeypatch, **variables)
+    assert Topology.from_environment().launcher == launcher
+
+
 # ---------------------------------------------------------------------- a group of one
 
 
@@ -115,6 +133,7 @@ def test_sums_are_exact_in_float64():
 def test_values_are_shared():
     value = {"path": "run/ü", "steps": [1, 2], "loss": None}
     assert _comm().share(value) == value
+    assert _comm().gather(value) == [value]
 
 
 def test_agreement_raises_the_error_itself_or_nothing():
@@ -133,6 +152,7 @@ def test_one_process_can_be_a_real_group_and_leaves_none_behind():
         assert os.environ["MASTER_ADDR"] == "127.0.0.1" and int(os.environ["MASTER_PORT"]) > 0
         assert (os.environ["RANK"], os.environ["WORLD_SIZE"], os.environ["LOCAL_RANK"]) == ("0", "1", "0")
         assert comm.sum(2.0) == (2.0,)
+        assert comm.master == f"127.0.0.1:{os.environ['MASTER_PORT']}"
         borrowed = Comm(Topology(), torch.device("cpu"))  # joins the group that is there, and does not own it
         borrowed.close()
         assert torch.distributed.is_initialized()

@@ -16,7 +16,7 @@ MODULES = {
 #: A vendor and the only files that may import it, relative to the package.
 HOMES = {
     "torch.distributed": {"comm.py"},
-    "deepspeed": {"zero.py"},
+    "deepspeed": {"zero.py", "doctor/operators.py"},
     "transformers": {"model.py", "smollm2.py", "zero.py"},
     "datasets": {"data/"},
     "tensorboard": {"monitor.py"},

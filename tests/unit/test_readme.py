@@ -61,8 +61,9 @@ def test_recipe_and_overrides_of_a_command(command, monkeypatch):
     monkeypatch.chdir(ROOT)
     words = command.split("#")[0].split()
     start = next(index for index, word in enumerate(words) if word.endswith(".yaml"))
-    assert words[start - 1] in ("train", "methods")
-    load_recipe(words[start], words[start + 1 :] if words[start - 1] == "train" else [])
+    verb = words[start - 1]
+    assert verb in ("train", "methods", "--recipe")
+    load_recipe(words[start], words[start + 1 :] if verb == "train" else [])
 
 
 @pytest.mark.parametrize("verb", sorted({line.split()[1] for line in COMMANDS if line.startswith("distlora ")}))

@@ -122,6 +122,7 @@ def test_a_gradient_that_is_no_number_ends_the_run_before_anything_is_saved(reci
     made = recipe("train.keep_checkpoints=2")
     with pytest.raises(TrainingError, match="^the optimizer refused step 2: its gradient is not finite; the last good"):
         train.train(made, Topology())
+    assert "ended: the optimizer refused step 2" in (Path(made.output_dir) / "logs" / "rank-0.log").read_text()
     assert [path.name for path in Path(made.output_dir).glob("checkpoint-*")] == ["checkpoint-1"]
 
 
@@ -139,6 +140,21 @@ def test_a_checkpoint_that_was_removed_is_not_recommended(recipe, monkeypatch):
     monkeypatch.setattr(train, "accumulate", accumulate)
     with pytest.raises(TrainingError, match="nan at step 3; the last good checkpoint: none$"):
         train.train(recipe(), Topology())
+
+
+def test_every_start_is_recorded_with_where_it_ran(recipe, caplog):
+    caplog.set_level("INFO", logger="distlora")
+    made = recipe("train.steps=1")
+    for _ in range(2):
+        train.train(made, Topology())
+    assert "1 rank on 1 host" in caplog.text and "started without a launcher" in caplog.text
+    run_dir = Path(made.output_dir)
+    first, second = json.loads((run_dir / "environment.json").read_text())
+    assert (first["resumed_at"], second["resumed_at"]) == (None, 1)
+    assert list(first["topology"]["hosts"].values()) == [[0]] and first["deepspeed"] is None
+    assert (run_dir / "logs" / "rank-0.log").read_text().count("1 rank on 1 host") == 2
+    train.train(made, Topology(), resume=False)
+    assert len(json.loads((run_dir / "environment.json").read_text())) == 1, "a run that begins anew forgets the old one's"
 
 
 def test_an_unreadable_file_is_a_users_matter():

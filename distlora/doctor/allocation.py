@@ -1,0 +1,95 @@
+"""An examination from within a job: every rank takes part, one a node looks around, rank 0 tells."""
+
+import os
+import socket
+import time
+
+from distlora.comm import RollCall, Topology
+from distlora.doctor import facts, reduction, storage
+from distlora.doctor.findings import Finding, Node
+from distlora.doctor.network import free_port
+from distlora.doctor.node import answers
+from distlora.doctor.subject import BUILD_LIMIT, SHORT, Report, Subject, judge_nodes
+from distlora.errors import UserError
+
+#: Seconds by which ranks can leave one and the same exchange apart.
+_DOUBT = 0.5
+
+
+def examine_job(topology: Topology, subject: Subject, limit: float) -> Report:
+    """Collective over all ranks that come. The findings are rank 0's; other ranks get its exit code through them, untold.
+
+    A rank that does not find the master tells that itself.
+    """
+    host = socket.gethostname()
+    try:
+        roll = RollCall(topology, limit)
+        came = roll.exchange("presence", {"host": host, "token": f"{os.getpid()}-{time.time_ns()}", "port": free_port()})
+        nodes = _look_around(topology, subject, roll, came)
+        findings = judge_nodes(nodes)
+        findings += _meeting(topology, came, nodes) or _reduce(topology, roll, came, limit)
+        failed = roll.exchange("verdict", any(finding.level == "failure" for finding in findings))[0]
+    except UserError as error:
+        remedy = "see that MASTER_ADDR names the host of rank 0, in a network that all nodes share, and MASTER_PORT is open"
+        return Report([Finding("rendezvous", "failure", (host,), str(error), remedy)], [host])
+    if topology.rank:
+        findings = [Finding("verdict", "failure" if failed else "ok", (host,), "is rank 0's")]
+    return Report(findings, [node.name for node in nodes], told=topology.rank == 0)
+
+
+def _look_around(topology: Topology, subject: Subject, roll: RollCall, came: dict[int, dict]) -> list[Node]:
+    """The nodes with their facts, on every rank."""
+    speakers = _speakers(came)
+    index, token = list(speakers).index(socket.gethostname()), came[min(came)]["token"].replace("-", "_")
+    speaks = topology.rank in speakers.values()
+    master = {"master": os.environ.get("MASTER_ADDR"), "port": None, "is_master": False}
+    try:
+        found = facts.collect(subject.request(token, index) | master) if speaks else None
+        heard = roll.exchange("facts", found, facts.LIMIT + BUILD_LIMIT + SHORT)
+        now = time.time()  # every rank leaves the exchange at nearly the same time
+        seen = roll.exchange("look", {"time": now, "marks": storage.marks(subject.run_dir, token) if speaks else None}, SHORT)
+    finally:
+        if speaks:
+            storage.remove_marks(subject.run_dir, token)
+    return [
+        Node(
+            host, heard.get(rank) or {}, slots=sum(there["host"] == host for there in came.values()),
+            problem=None if heard.get(rank) else f"rank {rank} said nothing",
+            skew=seen[rank]["time"] - seen[min(seen)]["time"] if rank in seen else None, doubt=_DOUBT,
+            marks=tuple(seen[rank]["marks"] or ()) if rank in seen else None,
+        )
+        for host, rank in speakers.items()
+    ]  # fmt: skip
+
+
+def _speakers(came: dict[int, dict]) -> dict[str, int]:
+    """Host -> its lowest rank."""
+    found: dict[str, int] = {}
+    for rank, there in sorted(came.items()):
+        found.setdefault(there["host"], rank)
+    return found
+
+
+def _meeting(topology: Topology, came: dict[int, dict], nodes: list[Node]) -> list[Finding]:
+    """Who is missing; empty if all are there."""
+    missing = [rank for rank in range(topology.world_size) if rank not in came]
+    if not missing:
+        return []
+    whom = f"rank {missing[0]}" if len(missing) == 1 else f"ranks {', '.join(map(str, missing))}"
+    address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT', 29500)}"
+    found = f"{whom} of {topology.world_size} did not come to {address}"
+    remedy = "look at the logs of these ranks: they were not started, or do not find that address (firewall, name, interface)"
+    return [Finding("rendezvous", "failure", tuple(node.name for node in nodes), found, remedy)]
+
+
+def _reduce(topology: Topology, roll: RollCall, came: dict[int, dict], limit: float) -> list[Finding]:
+    """Each rank lets a process of its own take part, on another port: a transport that hangs or aborts takes only that along."""
+    port = came[0]["port"]
+    request = {
+        "first": topology.rank, "count": 1, "local": topology.local_rank, "world": topology.world_size,
+        "master": os.environ.get("MASTER_ADDR", "127.0.0.1"), "port": port, "limit": limit,
+    }  # fmt: skip
+    said = [value for line in reduction.run_ranks(request) for value in answers(line)]
+    outcomes = [outcome for some in roll.exchange("outcomes", said, 3 * limit + 60).values() for outcome in some]
+    ranks = {rank: there["host"] for rank, there in came.items()}
+    return reduction.judge(outcomes, ranks, f"{request['master']}:{port}")

@@ -1,0 +1,80 @@
+"""What an examination is for, and what comes of it."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from distlora.doctor import checks
+from distlora.doctor.findings import Finding, Node, merged
+from distlora.doctor.nodechecks import NODE_CHECKS
+
+#: Seconds that the build of operators is waited for. It goes on if it takes longer.
+BUILD_LIMIT = 300.0
+#: Seconds for a short question.
+SHORT = 40.0
+
+_CROSS_CHECKS: tuple[Callable[[Sequence[Node]], Iterator[Finding]], ...] = (
+    checks.check_reachable, checks.check_machines, checks.check_unknown, checks.check_slots, checks.check_versions,
+    checks.check_alike, checks.check_route, checks.check_port, checks.check_run_dir, checks.check_paths, checks.check_clocks,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What the nodes are examined for. paths: label -> what must be visible. model: a hub name. hub: whether anything may have to
+    be downloaded. operators: DeepSpeed's builders."""
+
+    run_dir: str
+    paths: Mapping[str, str] = field(default_factory=dict)
+    model: str | None = None
+    hub: bool = True
+    operators: tuple[str, ...] = ()
+
+    def request(self, token: str, index: int) -> dict[str, Any]:
+        """What `facts.collect` is told on the node of this index."""
+        return {
+            "do": "facts", "run_dir": self.run_dir, "mark": f"{token}-{index}", "paths": dict(self.paths), "model": self.model,
+            "hub": self.hub, "operators": list(self.operators), "build_limit": BUILD_LIMIT,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Report:
+    """told: whether this process is the one to show it."""
+
+    findings: list[Finding]
+    nodes: list[str]
+    told: bool = True
+
+    @property
+    def code(self) -> int:
+        return int(any(finding.level == "failure" for finding in self.findings))
+
+
+def subject_of(recipe: Path | None, run_dir: Path | None, build: bool) -> Subject:
+    """What a recipe needs; without one, what every run needs."""
+    operators = ["ShareMemCommBuilder"]
+    if recipe is None:
+        return Subject(str((run_dir or Path.cwd()).absolute()), operators=tuple(operators) if build else ())
+    from distlora.config import load_recipe
+    from distlora.data import get_task
+
+    loaded = load_recipe(recipe)
+    paths, model = {"recipe": str(recipe)}, None
+    for label, path in (("model", loaded.model.path), ("data", loaded.data.path)):
+        if path and (Path(path).expanduser().exists() or path[0] in "./~"):
+            paths[label] = path
+    if "model" not in paths and not loaded.model.path.startswith("pypi:"):
+        model = loaded.model.path
+    data = loaded.data.path or get_task(loaded.data.task).path
+    hub = model is not None or (data is not None and "data" not in paths)
+    zero = (loaded.deepspeed or {}).get("zero_optimization", {})
+    if zero.get("offload_optimizer", {}).get("device") in ("cpu", "nvme"):
+        operators.append("CPUAdamBuilder")
+    wanted = tuple(operators) if build and loaded.deepspeed is not None else ()
+    return Subject(str((run_dir or Path(loaded.output_dir)).absolute()), paths, model, hub, wanted)
+
+
+def judge_nodes(nodes: Sequence[Node]) -> list[Finding]:
+    return merged(finding for check in (*_CROSS_CHECKS, *NODE_CHECKS) for finding in check(nodes))

@@ -1,0 +1,51 @@
+"""A log file for every rank: `RUN/logs/rank-N.log`. The terminal of rank 0 stays as it is."""
+
+import logging
+import logging.handlers
+import traceback
+from pathlib import Path
+from types import TracebackType
+
+from distlora.errors import Ending
+
+LOGS = "logs"
+
+_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+
+class RankLog:
+    """Keeps what this rank says, and writes it once the run directory is known to be this run's: a start that was refused
+    leaves nothing there. A context manager; the error that ends the run is the last thing in the file."""
+
+    def __init__(self, rank: int):
+        self._rank = rank
+        self._logger = logging.getLogger("distlora")
+        self._memory = logging.handlers.MemoryHandler(capacity=10_000, flushLevel=logging.CRITICAL + 1, flushOnClose=False)
+        self._file: logging.FileHandler | None = None
+
+    def __enter__(self) -> "RankLog":
+        self._logger.addHandler(self._memory)
+        return self
+
+    def open(self, run_dir: Path) -> None:
+        """From here on everything goes to the file, with what was said before; starts follow one another in it."""
+        folder = run_dir / LOGS
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = logging.FileHandler(folder / f"rank-{self._rank}.log", encoding="utf-8")
+        self._file.setFormatter(logging.Formatter(_FORMAT))
+        self._memory.setTarget(self._file)
+        self._memory.flush()
+        self._logger.removeHandler(self._memory)
+        self._logger.addHandler(self._file)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._logger.removeHandler(self._memory)
+        if self._file is not None:
+            if error is not None:
+                self._file.handle(self._last_words(error))
+            self._logger.removeHandler(self._file)
+            self._file.close()
+
+    def _last_words(self, error: BaseException) -> logging.LogRecord:
+        said = str(error) if isinstance(error, Ending) else "".join(traceback.format_exception(error)).rstrip()
+        return logging.LogRecord("distlora", logging.ERROR, __file__, 0, "ended: %s", (said,), None)
