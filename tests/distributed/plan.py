@@ -99,7 +99,6 @@ def _methods_and_settings() -> list[Entry]:
         plan.append(Entry(2, "replacing_gradients", stage, setting={"rank": 1, "clip": 0.5, "micro_batch": 2}))
     return plan + [
         Entry(3, "writing", 3, setting={"rank": 1, "micro_batch": 2}),
-        Entry(3, "generating", 3, setting={"micro_batch": 2}),
         Entry(2, "initialising", 3, setting={"method": "lora_xs", "micro_batch": 2}),
         Entry(2, "initialising", 2, setting={"method": "lora", "micro_batch": 2}),
         Entry(2, "probing", 3, setting={"micro_batch": 2}, arguments={"probe_micro_batch": 2}),
@@ -143,6 +142,7 @@ def _zero_options() -> list[Entry]:
         Entry(2, "writing", 3, zero=never_persistent, setting={"micro_batch": 2}, note="persist0"),
         # With gathers in every forward pass: ranks that make fewer passes than others are noticed in an evaluation too.
         Entry(2, "short_batch", 3, zero=never_persistent, setting={"micro_batch": 2}, note="persist0"),
+        Entry(3, "generating", 3, zero=never_persistent, setting={"micro_batch": 2}, note="persist0"),
         Entry(3, "curve", 3, zero=never_persistent, arguments={"steps": 6}, note="persist0"),
         Entry(
             3, "probing", 3, zero=never_persistent, setting={"checkpointing": True}, arguments={"released": True}, note="persist0"

@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 METHODS = sorted(registry())
 ADAPTERS = [name for name, cls in registry().items() if not cls.trains_weight]
 #: What a method needs beside rank and alpha on the tiny models.
-SETTINGS = {"srlora": {"target_rank": 12}}
+SETTINGS = {"srlora": {"target_rank": 12}, "lora_pro": {"scaled_by": "rank"}}
 
 
 class Run:
