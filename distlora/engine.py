@@ -59,8 +59,8 @@ class Engine(Protocol):
     dtype: torch.dtype
     optimizer: OptimizerSpec
 
-    def loading(self) -> AbstractContextManager:
-        """Under which pretrained weights are read (ZeRO-3: each rank keeps its part only)."""
+    def loading(self, whole: bool = False) -> AbstractContextManager:
+        """Under which pretrained weights are read (ZeRO-3: each rank keeps its part only, unless they are wanted whole)."""
 
     def attaching(self) -> AbstractContextManager:
         """Under which adapter layers are made."""
@@ -167,7 +167,7 @@ class LocalEngine:
         self.comm, self.dtype, self.clip = comm, dtype, clip
 
     @contextmanager
-    def loading(self) -> Iterator[None]:
+    def loading(self, whole: bool = False) -> Iterator[None]:
         yield
 
     def attaching(self) -> AbstractContextManager:
@@ -279,7 +279,7 @@ class LocalEngine:
         return add_low_rank(layer.weight.detach().view(-1), 0, update, rounding, key, self.comm.device)
 
     def weight_at_owner(self, layer: AdapterLinear, owner: int) -> Tensor | None:
-        return layer.weight.detach().float()
+        return layer.whole_weight()
 
     def trained_shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(p.shape) for name, p in self._trained.items()}

@@ -164,6 +164,13 @@ class Method(BaseModel):
             return f"rank {self.rank} is above min(out, in) = {min(out_features, in_features)}; lower method.rank"
         return None
 
+    def problem_with_base(self, kind: Literal["nf4", "int8"], partitioned: bool) -> str | None:
+        """Why target weights that are stored so cannot be adapted, as the end of a sentence that begins with `model.quantization`
+        and says what to set; None if they can. partitioned: cut up between the ranks (ZeRO-3)."""
+        if self.changes_weight:
+            return f"method {self.name} changes the frozen weights, which is not supported over {kind}; set it to null"
+        return None
+
     @property
     def left_factor(self) -> str | None:
         """The trained factor that LoRA+ gives a learning rate of its own; None where B is frozen or absent."""

@@ -58,6 +58,8 @@ def recipe(model, tmp_path):
         (["method.name=srlora", "method.interval=3"], "method.interval=3 passes step 2"),
         # What does not depend on the length is found where the length is not known yet.
         (["method.name=pissa", "train.weight_decay=0.1", "train.steps=null", "train.epochs=1"], "decays pretrained directions"),
+        (["model.quantization=int8", "deepspeed={zero_optimization: {stage: 3}}"], "int8 does not go with ZeRO stage 3"),
+        (["model.quantization=nf4", "method.name=full"], "model.quantization: method full trains the weights themselves"),
     ],
 )
 def test_what_needs_no_weights_is_found_before_anything_happens(recipe, overrides, expected, tmp_path):
