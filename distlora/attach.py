@@ -12,6 +12,7 @@ from distlora.errors import UserError
 from distlora.layer import AdapterLinear, PackedLinear
 from distlora.ledger import Ledger
 from distlora.methods import Method
+from distlora.originals import Originals
 from distlora.quantized import Packing
 
 ALL_LINEAR = "all-linear"
@@ -20,13 +21,15 @@ ALL_LINEAR = "all-linear"
 @dataclass
 class Attached:
     """What `attach` did. layers: by name in the bare model. trained: names of all trained parameters, in the model's order.
-    ledger: what has been added to the layers' frozen weights since, once there is an engine to do it."""
+    ledger: what has been added to the layers' frozen weights since, once there is an engine to do it. originals: the weights of
+    packed layers before that, where the method needs them."""
 
     method: Method
     layers: dict[str, AdapterLinear] = field(default_factory=dict)
     targets: list[str] = field(default_factory=list)
     trained: list[str] = field(default_factory=list)
     ledger: Ledger | None = None
+    originals: Originals | None = None
 
 
 def pack_linears(

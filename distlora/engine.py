@@ -129,13 +129,19 @@ class Engine(Protocol):
         """Writes whole factors into every copy: what the next forward reads, and what the optimizer steps from."""
 
     def add_low_rank(self, layer: AdapterLinear, update: LowRank, rounding: Rounding, key: int) -> float:
-        """`W ← round(W + left @ right)` of the layer's frozen weight: every rank works on its own part, no part of W travels.
+        """`W ← round(W + left @ right)` of a frozen weight that is not packed: every rank works on its own part, none travels.
 
         key: of the draws of stochastic rounding. Returns this rank's share of the squared rounding error; the shares add up.
         """
 
     def weight_at_owner(self, layer: AdapterLinear, owner: int) -> Tensor | None:
         """W (out, in) in float32 on rank `owner`, None elsewhere."""
+
+    def weight_from_owner(self, layer: AdapterLinear, owner: int, weight: Tensor | None) -> float:
+        """Packs a packed weight anew, from what rank `owner` brings: (out, in), float32. What travels is the packed form.
+
+        Returns the squared error of packing on the owner, 0 elsewhere.
+        """
 
     def trained_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of all trained tensors by name, in one order on every rank."""
@@ -280,6 +286,13 @@ class LocalEngine:
 
     def weight_at_owner(self, layer: AdapterLinear, owner: int) -> Tensor | None:
         return layer.whole_weight()
+
+    @torch.no_grad()
+    def weight_from_owner(self, layer: AdapterLinear, owner: int, weight: Tensor | None) -> float:
+        stored, error = layer.packed(weight)
+        layer.weight.copy_(stored)
+        layer.changed()
+        return error
 
     def trained_shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(p.shape) for name, p in self._trained.items()}

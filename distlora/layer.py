@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from distlora.functional import linear, tapped_linear
-from distlora.methods import Factors, Method
+from distlora.linalg import low_rank_norm, squared_norm
+from distlora.methods import Factors, LowRank, Method
 from distlora.quantized import Packing
 
 Tap = Callable[[Tensor, Tensor], None]
@@ -50,6 +51,7 @@ class AdapterLinear(nn.Module):
         for factor, shape in method.shapes(self.out_features, self.in_features).items():
             empty = torch.zeros(shape, dtype=self.weight.dtype, device=self.weight.device)
             self.register_parameter(factor, nn.Parameter(empty, requires_grad=factor in method.trains))
+        self._beside: LowRank | None = None
         self._tap: Tap | None = None
         self._anchor: Tensor | None = None
         self._tap_adapted = False
@@ -64,10 +66,37 @@ class AdapterLinear(nn.Module):
         return self.out_features, self.in_features
 
     def whole_weight(self, stored: Tensor | None = None) -> Tensor:
-        """W (out, in) in float32, not to be changed. stored: the whole `weight`, where the layer's own is cut up (ZeRO-3, outside
-        the module's own passes)."""
+        """W (out, in) in float32, with all that was put beside it; not to be changed. stored: the whole `weight`, where the layer's
+        own is cut up (ZeRO-3, outside the module's own passes)."""
         stored = self.weight.detach() if stored is None else stored
-        return stored.float().view(self.shape) if self.packing is None else self.packing.unpack(stored, torch.float32)
+        weight = stored.float().view(self.shape) if self.packing is None else self.packing.unpack(stored, torch.float32)
+        beside = self._beside
+        return weight if beside is None else torch.addmm(weight, beside.left.float(), beside.right.float())
+
+    def packed(self, weight: Tensor) -> tuple[Tensor, float]:
+        """What is stored for a weight (out, in), float32, with scales of its own from now on; and the squared error of that."""
+        stored = self.packing.pack(weight)
+        return stored, squared_norm(weight - self.packing.unpack(stored, torch.float32))
+
+    @property
+    def beside(self) -> LowRank | None:
+        """All that was put beside W so far, left (out, k) and right (k, in)."""
+        return self._beside
+
+    def put_beside(self, update: LowRank) -> float:
+        """From now on W is W + left @ right, without a change of what is stored; returns the squared error of the update's cast.
+
+        Not a parameter: every rank holds it whole.
+        """
+        left, right = (side.detach().to(self.weight.dtype, copy=True) for side in (update.left, update.right))
+        error = low_rank_norm(
+            torch.cat([update.left.float(), -left.float()], 1), torch.cat([update.right.float(), right.float()], 0)
+        )
+        if self._beside is not None:
+            left, right = torch.cat([self._beside.left, left], 1), torch.cat([self._beside.right, right], 0)
+        self._beside = LowRank(left, right)
+        self.changed()
+        return error**2
 
     def factors(self) -> Factors:
         """The factors as the forward pass uses them. Under ZeRO-3 they are whole only inside the module's own passes."""
@@ -75,7 +104,7 @@ class AdapterLinear(nn.Module):
 
     def dense_weight(self) -> Tensor:
         """W (out, in), in float32 where it has to be made. Under ZeRO-3 it is whole only inside the module's own passes."""
-        return self.weight if self.packing is None else self.whole_weight()
+        return self.weight if self.packing is None and self._beside is None else self.whole_weight()
 
     def forward(self, x: Tensor) -> Tensor:
         factors = self.factors()
@@ -84,13 +113,14 @@ class AdapterLinear(nn.Module):
         if self._trial is not None:
             name, scale = self._trial
             factors[name] = factors[name] * scale
-        return self.method.forward(
-            x, self.weight, self.bias, factors, self.training, self._base, prepared=self._prepare(factors)
-        )
+        return self.method.forward(x, self.weight, self.bias, factors, self.training, self._base, prepared=self._prepare(factors))
 
     def _base(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """`x Wᵀ + b` of the frozen layer."""
-        return linear(x, weight, bias, self._unpack)
+        return self._with_beside(x, linear(x, weight, bias, self._unpack))
+
+    def _with_beside(self, x: Tensor, y: Tensor) -> Tensor:
+        return y if self._beside is None else y + linear(linear(x, self._beside.right), self._beside.left)
 
     @property
     def _unpack(self) -> Callable[[Tensor], Tensor] | None:
@@ -110,7 +140,7 @@ class AdapterLinear(nn.Module):
 
     def _tapped(self, x: Tensor, factors: Factors) -> Tensor:
         def base(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-            return tapped_linear(x, weight, bias, self._anchor, self._tap, self._unpack)
+            return self._with_beside(x, tapped_linear(x, weight, bias, self._anchor, self._tap, self._unpack))
 
         if not self._tap_adapted:
             return base(x, self.weight, self.bias)

@@ -33,6 +33,7 @@ from distlora.model import load_tokenizer
 from distlora.monitor import Monitor, Progress
 from distlora.objective import Objective, objective_of
 from distlora.optimizer import OptimizerSpec, Schedule
+from distlora.originals import Originals
 from distlora.quantized import library, packer, scale_bytes
 from distlora.rankzero import on_main
 from distlora.recompose import Recomposer
@@ -258,6 +259,8 @@ class _Run:
         self._pack(model, heads)
         with self.engine.attaching():
             attached = attach(model, recipe.method, recipe.targets, heads)
+        if recipe.model.quantization is not None and recipe.method.changes_weight:
+            attached.originals = _together(self.comm, lambda: self._originals(attached))
         self.engine.start(model, OptimizerSpec(lr=settings.lr, weight_decay=settings.weight_decay, **dict(settings.optimizer)))
         draw_heads(self.engine, new, settings.seed)
         # From here on ranks may draw different numbers (dropout); new heads were drawn alike.
@@ -275,6 +278,10 @@ class _Run:
             "%s: the weights of %d linear layers take %.1f MiB, and their scales %.1f MiB on every rank",
             asked.kind, len(made), sum(p.nbytes for p in made) / 2**20, sum(map(scale_bytes, made)) / 2**20,
         )  # fmt: skip
+
+    def _originals(self, attached: Attached) -> Originals:
+        shapes = {name: layer.shape for name, layer in attached.layers.items() if layer.packing is not None}
+        return Originals(resolve_path(self.recipe.model.path), shapes, getattr(torch, self.recipe.model.dtype))
 
     def _start(self) -> dict[str, Any]:
         """Initialises, or restores the checkpoint. Returns the caller's part of the checkpoint's state."""

@@ -446,6 +446,17 @@ class ZeroEngine:
         shards = self.comm.gather_to(weight.ds_tensor.detach().to(self.comm.device), owner)
         return layer.whole_weight(torch.cat(shards)[: weight.ds_numel]) if self.comm.rank == owner else None
 
+    @torch.no_grad()
+    def weight_from_owner(self, layer: AdapterLinear, owner: int, weight: Tensor | None) -> float:
+        stored, error = torch.zeros(layer.packing.elements, dtype=layer.packing.storage, device=self.comm.device), 0.0
+        if self.comm.rank == owner:
+            stored, error = layer.packed(weight)
+        for tensor in (stored, *layer.packing.scales()):
+            self.comm.broadcast(tensor, owner)
+        self._write_low_precision(layer.weight, stored)
+        layer.changed()
+        return error
+
     def trained_shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: self._shape(name) for name in self._trained}
 

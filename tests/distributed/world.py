@@ -16,6 +16,7 @@ from distlora.heads import draw_heads
 from distlora.methods import registry
 from distlora.model import head_parameters, load_model
 from distlora.optimizer import OptimizerSpec
+from distlora.originals import Originals
 from distlora.quantized import packer
 
 VOCABULARY = 97
@@ -105,6 +106,9 @@ def build(
     with engine.attaching():
         chosen = registry()[method](**{"rank": 7, **settings} if method != "full" else settings)
         attached = attach(model, chosen, targets, new | head_parameters(model) if labels else new)
+    if quantization:
+        shapes = {name: layer.shape for name, layer in attached.layers.items() if layer.packing}
+        attached.originals = Originals(directory, shapes, engine.dtype)
     engine.start(model, spec or OptimizerSpec(lr=1e-2))
     draw_heads(engine, new, seed=3)
     engine.train_mode(True)

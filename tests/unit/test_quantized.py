@@ -10,17 +10,20 @@ from torch import nn
 
 from distlora import checkpoint as checkpoints
 from distlora.attach import attach, pack_linears
-from distlora.compose import ProbeData, initialise
+from distlora.compose import ProbeData, initialise, open_ledger
 from distlora.data import collate
 from distlora.engine import LocalEngine
+from distlora.errors import UserError
 from distlora.functional import linear, tapped_linear
 from distlora.layer import AdapterLinear, PackedLinear
-from distlora.methods import registry
+from distlora.methods import LowRank, registry
 from distlora.model import response_loss
+from distlora.originals import Originals
 from distlora.quantized import packer, scale_bytes
 from distlora.step import train_step
 from distlora.tensorfile import TensorFiles
-from tests.distributed.cases import solo
+from tests.distributed.cases import Setting, solo
+from tests.distributed.swap_cases import Recomposing
 from tests.distributed.world import build, samples, save_model
 
 CPU = torch.device("cpu")
@@ -294,3 +297,153 @@ def test_a_checkpoint_over_a_packed_base_holds_no_weight_and_goes_on_alike(direc
     engine, attached = started(directory)
     checkpoints.restore(engine, attached, checkpoints.newest(tmp_path))
     assert train_steps(engine, 2) == expected
+
+
+# ---------------------------------------------------------------------- methods that change the weight
+
+
+@pytest.mark.parametrize(("name", "settings"), [("pissa", {}), ("lora_ga", {"alpha": 2}), ("srlora", {"target_rank": 12})])
+@every_dtype
+def test_what_is_left_of_the_pretrained_weight_is_packed_and_not_of_the_packed_one(directory, name, settings, dtype):
+    engine, attached = started(directory, dtype, method=name, **settings)
+    _, untouched = started(directory, dtype)
+    plain, _ = started(directory, dtype, quantization=None)
+    rows = [collate(samples(4, 2), 0, CPU)]
+    report = initialise(engine, attached, 3, 1e-2, ProbeData(lambda: iter(rows), lambda: iter(rows), 4, response_loss)).scalars
+    before = after = weights = 0.0
+    for layer in attached.layers.values():
+        original = plain.module.get_parameter(f"{layer.name}.weight").detach().float()
+        delta = attached.method.delta({key: value.to(dtype).float() for key, value in engine.read(layer).items()})
+        rest = original - delta.left @ delta.right
+        again = packer("nf4", dtype)(layer.shape)
+        # The owner's sum is one addmm, whose last bit may decide what a number is rounded to.
+        assert (layer.whole_weight() - again.unpack(again.pack(rest), FP32)).norm() <= 1e-2 * rest.norm()
+        packed_alone = untouched.layers[layer.name].whole_weight()
+        before += float((original - packed_alone).square().sum())
+        after += float((rest - layer.whole_weight()).square().sum())
+        weights += float(original.square().sum())
+    assert report["quantization_error"] == pytest.approx((before / weights) ** 0.5, rel=1e-4)
+    assert report["quantization_error_left"] == pytest.approx((after / before) ** 0.5, rel=1e-4)
+    assert "rounding_loss" not in report
+    if name == "pissa":
+        assert report["quantization_error_left"] < 0.95
+
+
+def test_the_start_of_pissa_is_made_of_the_pretrained_weight(directory):
+    """QPiSSA: the singular vectors are those of W, not of what packing made of it."""
+    (engine, attached), (plain, twin) = (started(directory, method="pissa", quantization=kind) for kind in ("nf4", None))
+    initialise(engine, attached, 3, 1e-2)
+    initialise(plain, twin, 3, 1e-2)
+    for name, layer in attached.layers.items():
+        for factor, value in engine.read(layer).items():
+            assert torch.equal(value, plain.read(twin.layers[name])[factor])
+
+
+def test_a_resumed_start_packs_the_same_bytes(directory, tmp_path):
+    engine, attached = started(directory, BF16, method="pissa")
+    initialise(engine, attached, 3, 1e-2)
+    checkpoints.save(engine, attached, tmp_path, 1, {})
+    again, twin = started(directory, BF16, method="pissa")
+    open_ledger(again, twin, 3)
+    checkpoints.restore(again, twin, checkpoints.newest(tmp_path))
+    for name, layer in attached.layers.items():
+        assert torch.equal(twin.layers[name].weight.view(torch.uint8), layer.weight.view(torch.uint8))
+        assert torch.equal(twin.layers[name].whole_weight(), layer.whole_weight())
+
+
+def test_weights_that_are_not_in_the_files_are_named(directory):
+    with pytest.raises(UserError, match=r"hold no model.layers.9.x.weight of shape \(3, 4\)"):
+        Originals(directory, {"model.layers.9.x": (3, 4)}, FP32)
+
+
+@pytest.mark.parametrize("name", registry())
+def test_every_method_refuses_a_packed_base_or_trains_over_it(name):
+    method = registry()[name](**{} if registry()[name].trains_weight else {"rank": 4})
+    problem = method.problem_with_base("nf4", partitioned=True)
+    if problem:
+        assert "\n" not in problem and problem.rpartition(";")[2].strip()
+        return
+    net, attached, _, _ = net_of("nf4", FP32, method)
+    with torch.no_grad():
+        for factor in attached.layers["first"].factors().values():
+            factor.copy_(weight_of(factor.shape, seed=factor.numel()) * 5)
+    stored, x = net.first.weight.clone(), weight_of((9, 131), seed=1) * 20
+    net(x).square().mean().backward()
+    assert all(getattr(net.first, factor).grad.any() for factor in method.trains)
+    before = float(net(x).square().mean().detach())
+    torch.optim.SGD([p for p in net.parameters() if p.requires_grad], 0.1).step()
+    assert net(x).square().mean() < before and torch.equal(net.first.weight.view(torch.uint8), stored.view(torch.uint8))
+
+
+# ---------------------------------------------------------------------- recomposition
+
+SRLORA = {"method": "srlora", "rank": 4, "target_rank": 16, "gamma": 0.5, "interval": 2, "quantization": "nf4"}
+
+
+def test_what_is_fused_stands_beside_a_packed_weight(directory, tmp_path):
+    """Every swap keeps the function, which `steps` checks; the packed bytes stay; and a resumed run goes on alike."""
+    run = Recomposing(Setting(LocalEngine(solo()), directory, tmp_path, micro_batch=12, **SRLORA), 7)
+    stored = {name: layer.weight.clone() for name, layer in run.attached.layers.items()}
+    run.steps(0, 5)
+    for name, layer in run.attached.layers.items():
+        assert torch.equal(layer.weight.view(torch.uint8), stored[name].view(torch.uint8))
+        assert layer.beside.right.shape == (8, layer.in_features)  # two swaps: two components fused, and two taken out, each
+        assert [entry.beside for entry in run.attached.ledger.entries[name]] == [False, True, True]
+    assert run.recomposer.beside_bytes() == sum(4 * 8 * sum(layer.shape) for layer in run.attached.layers.values())
+    checkpoints.save(run.engine, run.attached, tmp_path, 5, {}, recomposer=run.recomposer)
+    run.losses.clear()
+    run.steps(5, 7)
+    again = Recomposing(Setting(LocalEngine(solo()), directory, tmp_path, micro_batch=12, **SRLORA), 7, begin=False)
+    checkpoints.restore(again.engine, again.attached, checkpoints.newest(tmp_path), again.recomposer)
+    again.steps(5, 7)
+    assert again.losses == run.losses
+
+
+def test_a_pair_beside_is_part_of_the_weight(directory):
+    engine, attached = started(directory)
+    layer = next(iter(attached.layers.values()))
+    generator = torch.Generator().manual_seed(1)
+    pairs = [LowRank(torch.randn(60, k, generator=generator), torch.randn(k, 60, generator=generator)) for k in (2, 3)]
+    before, x = layer.whole_weight(), weight_of((5, 60)).requires_grad_()
+    assert max(layer.put_beside(pair) for pair in pairs) < 1e-20  # float32 holds them
+    wanted = before + sum(pair.left @ pair.right for pair in pairs)
+    torch.testing.assert_close(layer.whole_weight(), wanted)
+    y = layer(x)
+    torch.testing.assert_close(y, nn.functional.linear(x, wanted, layer.bias), rtol=1e-4, atol=1e-4)
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(gradient, (torch.ones(5, 60) @ wanted), rtol=1e-4, atol=1e-4)
+    anchor, seen = torch.zeros((), requires_grad=True), []
+    layer.tap(anchor, lambda dy, x: seen.append(dy))
+    tapped = layer(x)
+    torch.testing.assert_close(tapped, y, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.autograd.grad(tapped.sum(), [x, anchor], allow_unused=True)[0], gradient)
+    assert len(seen) == 1
+
+
+def test_what_the_cast_of_a_pair_beside_loses_is_told(directory):
+    _, attached = started(directory, BF16)
+    layer = next(iter(attached.layers.values()))
+    pair = LowRank(torch.full((60, 1), 1.001), torch.ones(1, 60))
+    assert layer.put_beside(pair) == pytest.approx(3600 * 0.001**2, rel=1e-3)
+
+
+def test_fusing_into_a_packed_weight_packs_it_anew_and_tells_the_loss(directory):
+    engine, attached = started(directory, fuse_into="base", **{k: v for k, v in SRLORA.items() if k != "quantization"})
+    open_ledger(engine, attached, 3)
+    layer = next(iter(attached.layers.values()))
+    before, update = layer.whole_weight(), LowRank(weight_of((60, 2)), weight_of((2, 60), seed=1))
+    error = attached.ledger.apply(engine, layer, 1, "nearest", update, attached.method.fuses_beside(packed=True))
+    exact = before + update.left @ update.right
+    assert layer.beside is None and 0 < error == pytest.approx(float((exact - layer.whole_weight()).square().sum()), rel=1e-4)
+    assert (exact - layer.whole_weight()).norm() < 0.15 * exact.norm()
+
+
+def test_where_fused_components_can_go():
+    srlora = registry()["srlora"]
+    assert [srlora(fuse_into=into).fuses_beside(packed) for into in (None, "base", "sidecar") for packed in (False, True)] == [
+        False, True, False, False, True, True
+    ]  # fmt: skip
+    assert srlora().problem_with_base("nf4", True) is srlora(fuse_into="base").problem_with_base("nf4", False) is None
+    assert "set that to sidecar" in srlora(fuse_into="base").problem_with_base("nf4", True)
+    assert "set that to nearest" in srlora(fuse_into="base", rounding="stochastic").problem_with_base("nf4", False)
+    assert registry()["lora_sb"](recompose={"times": 1}).fuses_beside(packed=True)
