@@ -377,7 +377,9 @@ def test_every_method_refuses_a_packed_base_or_trains_over_it(name):
 
 # ---------------------------------------------------------------------- recomposition
 
-SRLORA = {"method": "srlora", "rank": 4, "target_rank": 16, "gamma": 0.5, "interval": 2, "quantization": "nf4"}
+SRLORA = {
+    "method": "srlora", "rank": 4, "target_rank": 16, "gamma": 0.5, "interval": 2, "quantization": "nf4", "targets": ["q_proj"],
+}  # fmt: skip
 
 
 def test_what_is_fused_stands_beside_a_packed_weight(directory, tmp_path):
