@@ -2,15 +2,18 @@
 
 import difflib
 import fnmatch
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 
 from distlora.errors import UserError
-from distlora.layer import AdapterLinear
+from distlora.layer import AdapterLinear, PackedLinear
 from distlora.ledger import Ledger
 from distlora.methods import Method
+from distlora.originals import Originals
+from distlora.quantized import Packing
 
 ALL_LINEAR = "all-linear"
 
@@ -18,13 +21,40 @@ ALL_LINEAR = "all-linear"
 @dataclass
 class Attached:
     """What `attach` did. layers: by name in the bare model. trained: names of all trained parameters, in the model's order.
-    ledger: what has been added to the layers' frozen weights since, once there is an engine to do it."""
+    ledger: what has been added to the layers' frozen weights since, once there is an engine to do it. originals: the weights of
+    packed layers before that, where the method needs them."""
 
     method: Method
     layers: dict[str, AdapterLinear] = field(default_factory=dict)
     targets: list[str] = field(default_factory=list)
     trained: list[str] = field(default_factory=list)
     ledger: Ledger | None = None
+    originals: Originals | None = None
+
+
+def pack_linears(
+    model: nn.Module,
+    make: Callable[[tuple[int, int]], Packing],
+    device: torch.device,
+    new_parameters: Collection[str] = (),
+) -> list[Packing]:
+    """Packs the weights of all linear layers of `model`, one after the other, and returns how. `attach` goes on as without it.
+
+    Left as they are: output embeddings, new heads, and weights that several layers share. make: from the shape (out, in). device:
+    where the work is done.
+    """
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    chosen = [
+        name
+        for name in _all_linear(model, linears)
+        if f"{name}.weight" not in new_parameters and _uses(model, linears[name].weight) == 1
+    ]
+    packings = []
+    for name in chosen:
+        linear = linears.pop(name)  # the last reference to the whole weight goes with it
+        packings.append(make((linear.out_features, linear.in_features)))
+        _replace(model, name, PackedLinear(linear, packings[-1], device))
+    return packings
 
 
 def attach(model: nn.Module, method: Method, targets: str | list[str], new_parameters: Collection[str] = ()) -> Attached:
@@ -109,7 +139,7 @@ def _all_linear(model: nn.Module, linears: dict[str, nn.Linear]) -> list[str]:
     return [name for name, linear in linears.items() if linear is not output and id(linear.weight) not in embeddings]
 
 
-def _replace(model: nn.Module, name: str, layer: AdapterLinear) -> AdapterLinear:
+def _replace(model: nn.Module, name: str, layer: nn.Module) -> nn.Module:
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, layer)
     return layer

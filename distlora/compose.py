@@ -14,9 +14,10 @@ from distlora.comm import Comm
 from distlora.engine import Engine
 from distlora.layer import AdapterLinear
 from distlora.ledger import Ledger
-from distlora.linalg import low_rank_norm
+from distlora.linalg import low_rank_norm, squared_norm
 from distlora.methods import Factors, Init, LowRank, Method
 from distlora.methods.base import LayerInit
+from distlora.originals import original_at_owner
 from distlora.probe import Batch, Loss, mean_gradients, sample_weights
 
 log = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ class InitReport:
 def open_ledger(engine: Engine, attached: Attached, seed: int) -> None:
     """An empty ledger for the attached layers. seed: of the recipe."""
     owners = assign_owners(attached.layers, attached.method, engine.comm.world_size)
-    attached.ledger = Ledger(engine.comm, owners, seed)
+    attached.ledger = Ledger(engine.comm, owners, seed, attached.originals)
 
 
 def initialise(
@@ -119,22 +120,40 @@ def factorise_all(
     gradients: of the layers that this rank owns, where the method asks for them; each is taken out as it is used.
     reserves: where to put the reserves of the layers that this rank owns.
     """
-    method, layers = attached.method, attached.layers
+    layers = attached.layers
     scalars: dict[str, dict[str, float]] = {}
-    rounded_away = added = 0.0  # squares, of the whole model
+    losses = _Losses()
     for turn in _turns(layers, owners):
-        found = _factorise(engine, method, turn, owners, gradients, seed, eta)
+        found = _factorise(engine, attached, turn, owners, gradients, seed, eta)
         for name, layer in turn.items():
-            error, norm = _install(engine, attached.ledger, layer, owners[name], found.get(name))
-            rounded_away, added = rounded_away + error, added + norm**2
+            _install(engine, attached, layer, owners[name], found.get(name), losses)
         scalars |= {name: init.report for name, init in found.items()}
         if reserves is not None:
             reserves |= {name: init.reserve for name, init in found.items() if init.reserve is not None}
-    report = _means(engine.comm, scalars, list(layers))
-    if added:
-        (error,) = engine.comm.sum(rounded_away)
-        report["rounding_loss"] = math.sqrt(error / added)
-    return report
+    return _means(engine.comm, scalars, list(layers)) | losses.report(engine.comm)
+
+
+@dataclass
+class _Losses:
+    """Squared norms over the whole model of what the change of frozen weights cost, each summed over this rank's shares.
+
+    Of plain weights: what was rounded away, and what was added (`added` is the sum of all ranks already). Of packed ones: the
+    pretrained weights, what packing them had cost, and what packing costs once the factors have their part.
+    """
+
+    rounded_away: float = 0.0
+    added: float = 0.0
+    weights: float = 0.0
+    packing_them: float = 0.0
+    packing_the_rest: float = 0.0
+
+    def report(self, comm: Comm) -> dict[str, float]:
+        rounded_away, weights, before, after = comm.sum(self.rounded_away, self.weights, self.packing_them, self.packing_the_rest)
+        found = {"rounding_loss": math.sqrt(rounded_away / self.added)} if self.added else {}
+        if before:
+            found["quantization_error"] = math.sqrt(before / weights)
+            found["quantization_error_left"] = math.sqrt(after / before)
+        return found
 
 
 def _draw_seed(seed: int, number: int) -> int | str:
@@ -176,7 +195,7 @@ def _turns(layers: dict[str, AdapterLinear], owners: dict[str, int]) -> Iterator
 
 def _factorise(
     engine: Engine,
-    method: Method,
+    attached: Attached,
     turn: dict[str, AdapterLinear],
     owners: dict[str, int],
     gradients: dict[str, Tensor],
@@ -184,9 +203,9 @@ def _factorise(
     eta: float,
 ) -> dict[str, Init]:
     """The own layers of this turn, with their factors."""
-    sources: dict[str, Tensor | None] = {}
+    method, sources = attached.method, {}
     for name, layer in turn.items():
-        weight = engine.weight_at_owner(layer, owners[name]) if method.source_matrix() == "weight" else None
+        weight = _weight(engine, attached, layer, owners[name]) if method.source_matrix() == "weight" else None
         if owners[name] == engine.comm.rank:
             sources[name] = weight if method.source_matrix() == "weight" else gradients.pop(name, None)
     found, failure = {}, None
@@ -200,16 +219,32 @@ def _factorise(
     return found
 
 
-def _install(engine: Engine, ledger: Ledger, layer: AdapterLinear, owner: int, init: Init | None) -> tuple[float, float]:
+def _weight(engine: Engine, attached: Attached, layer: AdapterLinear, owner: int) -> Tensor | None:
+    """The weight that a layer's factors are made of, on its owner: of a packed one what packing made of it, unless the method is
+    going to take something out of it."""
+    if layer.packing is not None and attached.originals is not None and attached.method.changes_weight:
+        return original_at_owner(engine.comm, attached.originals, layer.name, owner)
+    return engine.weight_at_owner(layer, owner)
+
+
+def _install(engine: Engine, attached: Attached, layer: AdapterLinear, owner: int, init: Init | None, losses: _Losses) -> None:
     """The owner's factors into the layer on every rank, with the update of the weight and the correction of gradients that go
-    with them. Returns this rank's share of the squared rounding error of the update, and the update's norm."""
+    with them."""
     factors = _broadcast(engine.comm, layer, owner, init)
     engine.write(layer, factors)
     layer.map_gradients(layer.method.gradient_map({name: factor.to(engine.dtype) for name, factor in factors.items()}))
     update = broadcast_pair(engine.comm, layer.shape, owner, init and init.base_update)
     if update is None:
-        return 0.0, 0.0
-    return ledger.apply(engine, layer, 0, "nearest", update), low_rank_norm(update.left, update.right)
+        return
+    if layer.packing is None:
+        losses.rounded_away += attached.ledger.apply(engine, layer, 0, "nearest", update)
+        losses.added += low_rank_norm(update.left, update.right) ** 2
+        return
+    live, original = engine.weight_at_owner(layer, owner), _weight(engine, attached, layer, owner)
+    if live is not None:
+        losses.weights += squared_norm(original)
+        losses.packing_them += squared_norm(original - live)
+    losses.packing_the_rest += attached.ledger.apply(engine, layer, 0, "nearest", update)
 
 
 def _broadcast(comm: Comm, layer: AdapterLinear, owner: int, init: Init | None) -> Factors:

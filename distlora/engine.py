@@ -59,8 +59,8 @@ class Engine(Protocol):
     dtype: torch.dtype
     optimizer: OptimizerSpec
 
-    def loading(self) -> AbstractContextManager:
-        """Under which pretrained weights are read (ZeRO-3: each rank keeps its part only)."""
+    def loading(self, whole: bool = False) -> AbstractContextManager:
+        """Under which pretrained weights are read (ZeRO-3: each rank keeps its part only, unless they are wanted whole)."""
 
     def attaching(self) -> AbstractContextManager:
         """Under which adapter layers are made."""
@@ -129,13 +129,19 @@ class Engine(Protocol):
         """Writes whole factors into every copy: what the next forward reads, and what the optimizer steps from."""
 
     def add_low_rank(self, layer: AdapterLinear, update: LowRank, rounding: Rounding, key: int) -> float:
-        """`W ← round(W + left @ right)` of the layer's frozen weight: every rank works on its own part, no part of W travels.
+        """`W ← round(W + left @ right)` of a frozen weight that is not packed: every rank works on its own part, none travels.
 
         key: of the draws of stochastic rounding. Returns this rank's share of the squared rounding error; the shares add up.
         """
 
     def weight_at_owner(self, layer: AdapterLinear, owner: int) -> Tensor | None:
         """W (out, in) in float32 on rank `owner`, None elsewhere."""
+
+    def weight_from_owner(self, layer: AdapterLinear, owner: int, weight: Tensor | None) -> float:
+        """Packs a packed weight anew, from what rank `owner` brings: (out, in), float32. What travels is the packed form.
+
+        Returns the squared error of packing on the owner, 0 elsewhere.
+        """
 
     def trained_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of all trained tensors by name, in one order on every rank."""
@@ -167,7 +173,7 @@ class LocalEngine:
         self.comm, self.dtype, self.clip = comm, dtype, clip
 
     @contextmanager
-    def loading(self) -> Iterator[None]:
+    def loading(self, whole: bool = False) -> Iterator[None]:
         yield
 
     def attaching(self) -> AbstractContextManager:
@@ -279,7 +285,14 @@ class LocalEngine:
         return add_low_rank(layer.weight.detach().view(-1), 0, update, rounding, key, self.comm.device)
 
     def weight_at_owner(self, layer: AdapterLinear, owner: int) -> Tensor | None:
-        return layer.weight.detach().float()
+        return layer.whole_weight()
+
+    @torch.no_grad()
+    def weight_from_owner(self, layer: AdapterLinear, owner: int, weight: Tensor | None) -> float:
+        stored, error = layer.packed(weight)
+        layer.weight.copy_(stored)
+        layer.changed()
+        return error
 
     def trained_shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(p.shape) for name, p in self._trained.items()}

@@ -36,7 +36,7 @@ from distlora.hub import resolve_path
 from distlora.linalg import with_row_norms
 from distlora.methods import Method
 from distlora.rankzero import file_errors_explained, stream_to_main
-from distlora.tensorfile import TensorFiles, TensorWriter, write_json
+from distlora.tensorfile import TensorFiles, TensorWriter, stored_name, write_json
 
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 INDEX = "model.safetensors.index.json"
@@ -262,8 +262,8 @@ def _write_merged(draft: Path, base: Path, source: Source, dtype: torch.dtype | 
     """The pretrained files again, under the same names, with the trained weights in their places."""
     files = TensorFiles(base, "model")
     new_heads = _check_names(base, files, source)
-    updated = {_stored(files, f"{layer}.weight"): layer for layer in source.layers}
-    heads = {_stored(files, name): name for name in source.heads}
+    updated = {stored_name(files, f"{layer}.weight"): layer for layer in source.layers}
+    heads = {stored_name(files, name): name for name in source.heads}
 
     def value(name: str) -> Tensor:
         if name in heads:
@@ -294,27 +294,21 @@ def _write_merged(draft: Path, base: Path, source: Source, dtype: torch.dtype | 
     _copy_companions(draft, base, _config_changes(source, new_heads + resized, dtype))
 
 
-def _stored(files: TensorFiles, name: str) -> str:
-    """The parameter's name in the pretrained files. Those of a base model lack the prefix that it has in a model with a head."""
-    inner = name.partition(".")[2]
-    return inner if name not in files and inner in files else name
-
-
 def _check_names(base: Path, files: TensorFiles, source: Source) -> list[str]:
     """The heads that the pretrained files lack. Raises UserError where they lack a target or hold it in another shape."""
     for layer, (_, *shape) in source.layers.items():
-        name = _stored(files, f"{layer}.weight")
+        name = stored_name(files, f"{layer}.weight")
         if name in files and files.shape(name) != tuple(shape):
             raise UserError(f"{base}: {name} has shape {files.shape(name)}, the adapter {tuple(shape)}")
     weights = [f"{layer}.weight" for layer in source.layers]
     weights += [name for name in source.heads if name.rpartition(".")[0] in source.targets]
     for name in weights:
-        if _stored(files, name) not in files:
+        if stored_name(files, name) not in files:
             raise UserError(
                 f"{base}: the weights files hold no {name}; a layer that shares its weight with another, or is stored "
                 "under another name, cannot be merged: export with --format peft"
             )
-    return [name for name in source.heads if _stored(files, name) not in files]
+    return [name for name in source.heads if stored_name(files, name) not in files]
 
 
 def _config_changes(source: Source, new_heads: list[str], dtype: torch.dtype | None) -> dict[str, Any]:

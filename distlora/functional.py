@@ -1,7 +1,15 @@
-"""The one linear map that every layer is made of."""
+"""The one linear map that every layer is made of.
+
+The weight W (out, in) may be stored in another form, a packed one. Then `unpack` makes W of it, in the dtype of the product; W is
+made anew in the backward pass, because kept until then it would take the memory that packing saves.
+"""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+Unpack = Callable[[Tensor], Tensor]
 
 
 class _Linear(torch.autograd.Function):
@@ -13,37 +21,53 @@ class _Linear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.weight = weight
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, unpack: Unpack | None) -> Tensor:
+        ctx.weight, ctx.unpack = weight, unpack
         ctx.save_for_backward(x if weight.requires_grad else None)
-        return torch.nn.functional.linear(x, weight, bias)
+        return _product(x, weight, bias, unpack)
 
     @staticmethod
     def backward(ctx, dy: Tensor):
         (x,) = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
-        dx = dy @ ctx.weight if needs_x else None
+        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        dx = _back(dy, ctx.weight, ctx.unpack) if needs_x else None
         rows = _rows(dy)
         dw = rows.T @ _rows(x) if needs_weight else None
         db = rows.sum(0) if needs_bias else None
-        return dx, dw, db
+        return dx, dw, db, None
 
 
 class _TappedLinear(torch.autograd.Function):
     """`y = x Wᵀ + b` whose backward shows `(dL/dy, x)` to a tap: all that the weight's gradient `dyᵀ x` is made of."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, anchor: Tensor, tap) -> Tensor:
-        ctx.weight, ctx.tap = weight, tap
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, anchor: Tensor, tap, unpack: Unpack | None) -> Tensor:
+        ctx.weight, ctx.tap, ctx.unpack = weight, tap, unpack
         ctx.save_for_backward(x)
-        return torch.nn.functional.linear(x, weight, bias)
+        return _product(x, weight, bias, unpack)
 
     @staticmethod
     def backward(ctx, dy: Tensor):
         (x,) = ctx.saved_tensors
         ctx.tap(_rows(dy), _rows(x))
-        dx = dy @ ctx.weight if ctx.needs_input_grad[0] else None
-        return dx, None, None, None, None
+        dx = _back(dy, ctx.weight, ctx.unpack) if ctx.needs_input_grad[0] else None
+        return dx, None, None, None, None, None
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, unpack: Unpack | None) -> Tensor:
+    """`x Wᵀ + b` in the dtype of W, as x's."""
+    if unpack is None:
+        return torch.nn.functional.linear(x, weight, bias)
+    matrix = unpack(weight)
+    return torch.nn.functional.linear(x.to(matrix.dtype), matrix, None if bias is None else bias.to(matrix.dtype)).to(x.dtype)
+
+
+def _back(dy: Tensor, weight: Tensor, unpack: Unpack | None) -> Tensor:
+    """dL/dx = dy W."""
+    if unpack is None:
+        return dy @ weight
+    matrix = unpack(weight)
+    return (dy.to(matrix.dtype) @ matrix).to(dy.dtype)
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -51,15 +75,15 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1, tensor.shape[-1])
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`x Wᵀ + b`. x: (…, in), weight: (out, in), bias: (out,) or None. Returns (…, out)."""
-    return _Linear.apply(x, weight, bias)
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, unpack: Unpack | None = None) -> Tensor:
+    """`x Wᵀ + b`. x: (…, in), weight: (out, in) or what `unpack` makes that of, bias: (out,) or None. Returns (…, out)."""
+    return _Linear.apply(x, weight, bias, unpack)
 
 
-def tapped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, anchor: Tensor, tap) -> Tensor:
+def tapped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, anchor: Tensor, tap, unpack: Unpack | None = None) -> Tensor:
     """`linear` that calls `tap(dy, x)` in its backward, with dy: (tokens, out) and x: (tokens, in).
 
     anchor: any tensor that requires a gradient. It makes the output require one even where neither x nor the weight does
     (the first block over frozen embeddings), so that `backward(inputs=[anchor])` reaches every tapped layer and no parameter.
     """
-    return _TappedLinear.apply(x, weight, bias, anchor, tap)
+    return _TappedLinear.apply(x, weight, bias, anchor, tap, unpack)

@@ -14,29 +14,33 @@ from distlora.comm import Comm
 from distlora.engine import Engine
 from distlora.layer import AdapterLinear
 from distlora.methods import LowRank
+from distlora.originals import Originals, original_at_owner
 from distlora.rounding import Rounding, rounding_key
 
 
 @dataclass(frozen=True)
 class Entry:
     """One update of one layer. number: 0 for the initialisation, j for the j-th recomposition. columns: k of left (out, k) and
-    right (k, in). dtype: in which the two are kept; lower than float32 only where that loses nothing."""
+    right (k, in). dtype: in which the two are kept; lower than float32 only where that loses nothing. beside: the stored weight is
+    left alone, and the forward pass adds the pair."""
 
     number: int
     rounding: Rounding
     columns: int
     dtype: str
+    beside: bool = False
 
 
 class Ledger:
     """entries: of every layer, the same on every rank. The numbers lie in the host memory of the layer's owner alone.
 
-    owners: the rank of each layer. seed: of the recipe, which stochastic rounding draws from.
+    owners: the rank of each layer. seed: of the recipe, which stochastic rounding draws from. originals: the pretrained weights of
+    packed layers as they were before that; without, an update of the start is made on what was packed.
     """
 
-    def __init__(self, comm: Comm, owners: dict[str, int], seed: int):
+    def __init__(self, comm: Comm, owners: dict[str, int], seed: int, originals: Originals | None = None):
         self.entries: dict[str, list[Entry]] = {}
-        self._comm, self._owners, self._seed = comm, owners, seed
+        self._comm, self._owners, self._seed, self._originals = comm, owners, seed, originals
         self._pairs: dict[tuple[str, int], LowRank] = {}
         self._shapes: dict[str, tuple[int, int]] = {}
 
@@ -44,15 +48,35 @@ class Ledger:
         """Of all updates of a layer, side by side."""
         return sum(entry.columns for entry in self.entries.get(layer, ()))
 
-    def apply(self, engine: Engine, layer: AdapterLinear, number: int, rounding: Rounding, update: LowRank) -> float:
-        """Adds the update to the live weight and writes it down. Collective; every rank brings the same update.
+    def apply(
+        self, engine: Engine, layer: AdapterLinear, number: int, rounding: Rounding, update: LowRank, beside: bool = False
+    ) -> float:
+        """Adds the update to the live weight, or puts it beside, and writes it down. Collective; every rank brings the same update.
 
         Returns this rank's share of the squared rounding error.
         """
         dtype = _lossless(update, engine.dtype)
-        entry = Entry(number, rounding, update.right.shape[0], str(dtype).removeprefix("torch."))
+        entry = Entry(number, rounding, update.right.shape[0], str(dtype).removeprefix("torch."), beside)
         self._write_down(layer.name, entry, update)
-        return engine.add_low_rank(layer, update, rounding, rounding_key(self._seed, layer.name, number))
+        return self._change(engine, layer, entry, update)
+
+    def _change(self, engine: Engine, layer: AdapterLinear, entry: Entry, update: LowRank) -> float:
+        if entry.beside:
+            error = layer.put_beside(update)
+            return error if self._comm.is_main else 0.0
+        if layer.packing is None:
+            return engine.add_low_rank(layer, update, entry.rounding, rounding_key(self._seed, layer.name, entry.number))
+        owner = self._owners[layer.name]
+        weight = self._before(engine, layer, owner, entry.number)
+        if weight is not None:
+            weight = torch.addmm(weight, update.left.to(weight), update.right.to(weight))
+        return engine.weight_from_owner(layer, owner, weight)
+
+    def _before(self, engine: Engine, layer: AdapterLinear, owner: int, number: int) -> Tensor | None:
+        """What a packed weight is before an entry, on its owner: at the start the pretrained one, with all its bits."""
+        if number == 0 and self._originals is not None:
+            return original_at_owner(self._comm, self._originals, layer.name, owner)
+        return engine.weight_at_owner(layer, owner)
 
     def _write_down(self, layer: str, entry: Entry, update: LowRank) -> None:
         entries = self.entries.setdefault(layer, [])
@@ -105,7 +129,7 @@ class Ledger:
                     sides.append(self._comm.broadcast(value, 0))
                 update = LowRank(*sides)
                 self._write_down(name, entry, update)
-                engine.add_low_rank(layer, update, entry.rounding, rounding_key(self._seed, name, entry.number))
+                self._change(engine, layer, entry, update)
 
     def stacked(self, layer: str, pair: LowRank | None) -> LowRank | None:
         """The exact update of W0: `pair`, what the live factors add, beside every entry; float32. On rank 0. Collective."""

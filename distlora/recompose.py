@@ -105,6 +105,11 @@ class Recomposer:
         """Host memory of the reserve on the rank that holds most of it."""
         return self._reserve.bytes_at_most()
 
+    def beside_bytes(self) -> int:
+        """What every rank holds of fused components that stand beside the weights."""
+        pairs = [layer.beside for layer in self._layers.values() if layer.beside is not None]
+        return sum(pair.left.nbytes + pair.right.nbytes for pair in pairs)
+
     # ------------------------------------------------------------------ before every optimizer step
 
     @torch.no_grad()
@@ -166,6 +171,8 @@ class Recomposer:
             self._restart(report)
         else:
             self._replace(report)
+        if self.beside_bytes():
+            report.scalars["beside_bytes"] = float(self.beside_bytes())
         if self._following:
             self._scores.start()
         elif self._scores is not None:
@@ -239,8 +246,8 @@ class Recomposer:
         """Factors, weight, moments and ledger of one layer. used: the factors before."""
         name, begun = layer.name, self._origins.negated(layer, answer.replaced, used)
         self._engine.write(layer, answer.factors)
-        rounding = self._method.update_rounding()
-        carried.errors[name] = self._ledger.apply(self._engine, layer, self._swaps, rounding, answer.base_update)
+        rounding, beside = self._method.update_rounding(), self._method.fuses_beside(layer.packing is not None)
+        carried.errors[name] = self._ledger.apply(self._engine, layer, self._swaps, rounding, answer.base_update, beside)
         replaced = torch.zeros(self._method.rank, dtype=torch.bool, device=self._comm.device)
         replaced[list(answer.replaced)] = True
         for factor, part in self._engine.parts(layer).items():

@@ -167,6 +167,12 @@ class TensorFiles:
         return self._open[file]
 
 
+def stored_name(files: TensorFiles, name: str) -> str:
+    """The parameter's name in the pretrained files. Those of a base model lack the prefix that it has in a model with a head."""
+    inner = name.partition(".")[2]
+    return inner if name not in files and inner in files else name
+
+
 # ---------------------------------------------------------------------- files that stay
 
 

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
 from distlora import checkpoint as checkpoints
 from distlora import environment
-from distlora.attach import Attached, attach, lora_parameters
+from distlora.attach import Attached, attach, lora_parameters, pack_linears
 from distlora.comm import Comm, Topology
 from distlora.compose import InitReport, ProbeData, initialise, install_gradient_maps, open_ledger
 from distlora.config import Recipe, plan_batches, resolve_deepspeed, run_identity
@@ -32,6 +33,8 @@ from distlora.model import load_tokenizer
 from distlora.monitor import Monitor, Progress
 from distlora.objective import Objective, objective_of
 from distlora.optimizer import OptimizerSpec, Schedule
+from distlora.originals import Originals
+from distlora.quantized import library, packer, scale_bytes
 from distlora.rankzero import on_main
 from distlora.recompose import Recomposer
 from distlora.resume import check_run_dir, claim_run_dir, find_checkpoint
@@ -83,13 +86,31 @@ def check(recipe: Recipe, topology: Topology, resume: bool | None) -> None:
         raise UserError(lacking)
     if recipe.deepspeed is None and topology.world_size > 1:
         raise UserError(f"{topology.world_size} ranks need DeepSpeed; set deepspeed: to a ZeRO config, or start one process")
+    config: dict[str, Any] = {}
     if recipe.deepspeed is not None:
         # The sizes that depend on the model's width are of no interest here; contradictions are.
-        resolve_deepspeed(recipe, topology.world_size, hidden_size=1)
+        config, _ = resolve_deepspeed(recipe, topology.world_size, hidden_size=1)
+    check_base(recipe, partitioned=config.get("zero_optimization", {}).get("stage") == 3)
     if recipe.model.path.startswith("pypi:") or Path(recipe.model.path).expanduser().is_dir() or recipe.model.path[0] in "./~":
         check_targets(recipe, objective)
     for split in filter(None, (recipe.data.split, recipe.data.eval_split)):
         objective.check_split(split)
+
+
+def check_base(recipe: Recipe, partitioned: bool) -> None:
+    """Whether the weights can be stored as the recipe says. partitioned: under ZeRO-3."""
+    asked = recipe.model.quantization
+    if asked is None:
+        return
+    if asked.kind == "int8" and partitioned:
+        raise UserError(
+            "model.quantization: int8 does not go with ZeRO stage 3, under which 8-bit weights are reported to spoil the loss; "
+            "use nf4, or stage 0-2"
+        )
+    problem = recipe.method.problem_with_base(asked.kind, partitioned)
+    if problem:
+        raise UserError(f"model.quantization: {problem}")
+    library()
 
 
 def check_targets(recipe: Recipe, objective: Objective) -> None:
@@ -232,15 +253,35 @@ class _Run:
 
     def _load_and_attach(self) -> Attached:
         recipe, settings = self.recipe, self.recipe.train
-        with self.engine.loading():
+        with self.engine.loading(whole=recipe.model.quantization is not None):
             model, new = self.objective.load_model()
+        heads = new | self.objective.head(model)
+        self._pack(model, heads)
         with self.engine.attaching():
-            attached = attach(model, recipe.method, recipe.targets, new | self.objective.head(model))
+            attached = attach(model, recipe.method, recipe.targets, heads)
+        if recipe.model.quantization is not None and recipe.method.changes_weight:
+            attached.originals = _together(self.comm, lambda: self._originals(attached))
         self.engine.start(model, OptimizerSpec(lr=settings.lr, weight_decay=settings.weight_decay, **dict(settings.optimizer)))
         draw_heads(self.engine, new, settings.seed)
         # From here on ranks may draw different numbers (dropout); new heads were drawn alike.
         reseed(settings.seed + self.comm.rank, self.comm.device)
         return attached
+
+    def _pack(self, model: nn.Module, heads: set[str]) -> None:
+        """Puts the linear weights into the form that the recipe asks for."""
+        asked, storage = self.recipe.model.quantization, getattr(torch, self.recipe.model.dtype)
+        if asked is None:
+            return
+        compute = asked.compute_dtype and getattr(torch, asked.compute_dtype)
+        made = pack_linears(model, packer(asked.kind, storage, compute, asked.double), self.comm.device, heads)
+        log.info(
+            "%s: the weights of %d linear layers take %.1f MiB, and their scales %.1f MiB on every rank",
+            asked.kind, len(made), sum(p.nbytes for p in made) / 2**20, sum(map(scale_bytes, made)) / 2**20,
+        )  # fmt: skip
+
+    def _originals(self, attached: Attached) -> Originals:
+        shapes = {name: layer.shape for name, layer in attached.layers.items() if layer.packing is not None}
+        return Originals(resolve_path(self.recipe.model.path), shapes, getattr(torch, self.recipe.model.dtype))
 
     def _start(self) -> dict[str, Any]:
         """Initialises, or restores the checkpoint. Returns the caller's part of the checkpoint's state."""

@@ -104,9 +104,9 @@ class ZeroEngine:
     # ------------------------------------------------------------------ coming to life
 
     @contextmanager
-    def loading(self) -> Iterator[None]:
+    def loading(self, whole: bool = False) -> Iterator[None]:
         # from_pretrained looks the object up through a weak reference: partitioned loading lasts as long as this variable.
-        partitioned = HfDeepSpeedConfig(self._config) if self.stage == 3 else None
+        partitioned = HfDeepSpeedConfig(self._config) if self.stage == 3 and not whole else None
         yield
         del partitioned
 
@@ -118,6 +118,10 @@ class ZeroEngine:
 
     def start(self, model: nn.Module, optimizer: OptimizerSpec) -> None:
         self.module, self.optimizer = model, optimizer
+        if self.stage == 3:
+            # DeepSpeed places what it partitions; the buffers of a model that was loaded whole are still on the host.
+            for buffer in model.buffers():
+                buffer.data = buffer.data.to(self.comm.device)
         trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         self._layers = adapter_layers(model)
         self._transforming = transforming(self._layers)
@@ -438,9 +442,20 @@ class ZeroEngine:
     def weight_at_owner(self, layer: AdapterLinear, owner: int) -> Tensor | None:
         weight = layer.weight
         if self.stage < 3:
-            return weight.detach().float() if self.comm.rank == owner else None
+            return layer.whole_weight() if self.comm.rank == owner else None
         shards = self.comm.gather_to(weight.ds_tensor.detach().to(self.comm.device), owner)
-        return torch.cat(shards)[: weight.ds_numel].view(weight.ds_shape).float() if self.comm.rank == owner else None
+        return layer.whole_weight(torch.cat(shards)[: weight.ds_numel]) if self.comm.rank == owner else None
+
+    @torch.no_grad()
+    def weight_from_owner(self, layer: AdapterLinear, owner: int, weight: Tensor | None) -> float:
+        stored, error = torch.zeros(layer.packing.elements, dtype=layer.packing.storage, device=self.comm.device), 0.0
+        if self.comm.rank == owner:
+            stored, error = layer.packed(weight)
+        for tensor in (stored, *layer.packing.scales()):
+            self.comm.broadcast(tensor, owner)
+        self._write_low_precision(layer.weight, stored)
+        layer.changed()
+        return error
 
     def trained_shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: self._shape(name) for name in self._trained}

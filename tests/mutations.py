@@ -344,8 +344,8 @@ MUTATIONS = [
     Mutation(
         "weight for the owner assembled from its own shard",
         ZERO,
-        "        return torch.cat(shards)[: weight.ds_numel].view",
-        "        return torch.cat(shards[:1] * len(shards))[: weight.ds_numel].view",
+        "        return layer.whole_weight(torch.cat(shards)[: weight.ds_numel])",
+        "        return layer.whole_weight(torch.cat(shards[:1] * len(shards))[: weight.ds_numel])",
         parity("initialising-world2-stage3-float32-method=lora_xs-micro_batch=2"),
     ),
     # ------------------------------------------------------------------ recomposition
@@ -387,8 +387,8 @@ MUTATIONS = [
     Mutation(
         "swap: the weight is not updated",
         "distlora/ledger.py",
-        "        return engine.add_low_rank(layer, update, rounding, rounding_key(self._seed, layer.name, number))\n",
-        "        return 0.0\n",
+        "return engine.add_low_rank(layer, update, entry.rounding, rounding_key(self._seed, layer.name, entry.number))",
+        "return 0.0",
         parity(f"swapping-world2-stage2-{SWAPS}"),
     ),
     Mutation(
@@ -422,8 +422,8 @@ MUTATIONS = [
     Mutation(
         "ledger: another seed at the replay",
         "distlora/ledger.py",
-        "                engine.add_low_rank(layer, update, entry.rounding, rounding_key(self._seed, name, entry.number))\n",
-        "                engine.add_low_rank(layer, update, entry.rounding, rounding_key(self._seed + 1, name, entry.number))\n",
+        "                self._change(engine, layer, entry, update)\n",
+        '                self._change(engine, layer, Entry(**fields | {"number": entry.number + 1}), update)\n',
         (f"{SWAPPED}[{KEPT}]",),
     ),
     Mutation(
@@ -439,6 +439,21 @@ MUTATIONS = [
         "    return comm.reduce_to(flat, owner).view(shape)\n",
         "    return flat.view(shape)\n",
         parity("swapping-world2-stage3-float32-method=lora_sb-recompose={'times':2}-init={'eta':0_001}-micro_batch=2"),
+    ),
+    # ------------------------------------------------------------------ packed weights
+    Mutation(
+        "packed weight: new scales stay on their owner",
+        ZERO,
+        "        for tensor in (stored, *layer.packing.scales()):\n",
+        "        for tensor in (stored,):\n",
+        parity("swapping-world2-stage3-float32-method=pissa-quantization=nf4-micro_batch=2-steps=3"),
+    ),
+    Mutation(
+        "packed weight: new bytes stay on their owner",
+        ZERO,
+        "        for tensor in (stored, *layer.packing.scales()):\n",
+        "        for tensor in layer.packing.scales():\n",
+        parity("swapping-world2-stage3-float32-method=pissa-quantization=nf4-micro_batch=2-steps=3"),
     ),
     # ------------------------------------------------------------------ the whole model
     Mutation(
@@ -459,7 +474,7 @@ MUTATIONS = [
     Mutation(
         "model loaded whole on every rank",
         ZERO,
-        "HfDeepSpeedConfig(self._config) if self.stage == 3 else None",
+        "HfDeepSpeedConfig(self._config) if self.stage == 3 and not whole else None",
         "None",
         parity("storing-world2-stage3-float32-micro_batch=2-persist0"),
     ),

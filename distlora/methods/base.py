@@ -164,6 +164,11 @@ class Method(BaseModel):
             return f"rank {self.rank} is above min(out, in) = {min(out_features, in_features)}; lower method.rank"
         return None
 
+    def problem_with_base(self, kind: Literal["nf4", "int8"], partitioned: bool) -> str | None:
+        """Why target weights that are stored so cannot be adapted, as the end of a sentence that begins with `model.quantization`
+        and says what to set; None if they can. partitioned: cut up between the ranks (ZeRO-3)."""
+        return None
+
     @property
     def left_factor(self) -> str | None:
         """The trained factor that LoRA+ gives a learning rate of its own; None where B is frozen or absent."""
@@ -301,6 +306,11 @@ class Method(BaseModel):
     def update_rounding(self) -> Rounding:
         """How the frozen weight is rounded at a recomposition."""
         return "nearest"
+
+    def fuses_beside(self, packed: bool) -> bool:
+        """Whether what is fused at a recomposition stays beside the frozen weight, as a pair that the forward pass adds, and the
+        weight is left as it is. packed: the weight is kept in few bits, and would have to be quantised anew."""
+        return packed
 
     def choose(self, scores: Tensor | None) -> tuple[int, ...]:
         """Numbers of the components to be replaced, ascending. scores: (r,) importance of each, where there are element scores."""

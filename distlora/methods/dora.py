@@ -25,6 +25,11 @@ class DoRA(HoldsPretrained, LoRA):
     magnitude: ClassVar[str | None] = "m"
     prepares: ClassVar[bool] = True
 
+    def problem_with_base(self, kind: Literal["nf4", "int8"], partitioned: bool) -> str | None:
+        if kind == "int8":
+            return f"method {self.name} sets norms of rows beside the rows' own scales of int8, which is not supported; use nf4"
+        return super().problem_with_base(kind, partitioned)
+
     def source_matrix(self) -> Literal["weight", "gradient", None]:
         return "weight"
 

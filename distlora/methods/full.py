@@ -14,5 +14,8 @@ class Full(Method):
     trains: ClassVar[tuple[str, ...]] = ()
     trains_weight: ClassVar[bool] = True
 
+    def problem_with_base(self, kind: Literal["nf4", "int8"], partitioned: bool) -> str | None:
+        return f"method {self.name} trains the weights themselves, which {kind} cannot hold while they move; set it to null"
+
     def delta(self, factors: Factors) -> LowRank:
         raise TypeError("full fine-tuning has no low-rank update")

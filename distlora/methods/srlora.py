@@ -50,6 +50,9 @@ class SRLoRA(PiSSA):
     )
     probe: RefillProbe = RefillProbe()
     rounding: Rounding = Field("nearest", description="how W is written in bfloat16; stochastic: right on average")
+    fuse_into: Literal["base", "sidecar"] | None = Field(
+        None, description="where fused components go: into W, or beside it as pairs; null: beside a quantised W, else into it"
+    )
 
     summary: ClassVar[str] = "PiSSA; unimportant components are fused into W and replaced by unused ones"
     source: ClassVar[str] = "arXiv 2505.12433"
@@ -86,6 +89,18 @@ class SRLoRA(PiSSA):
         if self._has_reserve and self.target_rank > least >= self.rank:
             return f"target_rank {self.target_rank} is above min(out, in) = {least}; lower method.target_rank"
         return super().problem_with(out_features, in_features)
+
+    def problem_with_base(self, kind: Literal["nf4", "int8"], partitioned: bool) -> str | None:
+        if self.schedule == "none" or self.fuse_into != "base":
+            return super().problem_with_base(kind, partitioned)
+        if partitioned:
+            return (
+                f"ZeRO stage 3 cuts up the blocks of {kind}, which method.fuse_into=base would have to quantise anew; set that to "
+                "sidecar, or use stage 0-2"
+            )
+        if self.rounding == "stochastic":
+            return f"method.rounding=stochastic is for weights in bfloat16, and {kind} has none; set that to nearest"
+        return super().problem_with_base(kind, partitioned)
 
     # ------------------------------------------------------------------ initialisation
 
@@ -166,6 +181,9 @@ class SRLoRA(PiSSA):
 
     def update_rounding(self) -> Rounding:
         return self.rounding
+
+    def fuses_beside(self, packed: bool) -> bool:
+        return packed if self.fuse_into is None else self.fuse_into == "sidecar"
 
     def fuse(self, factors: Factors, used: Factors, replaced: tuple[int, ...], new: LowRank | None) -> Recomposition:
         """W ← W + s·(B₁A₁ − B₁'A₁') as one pair: left = s·[B₁ | −B₁'], right = [A₁; A₁']."""

@@ -45,7 +45,7 @@ class Entry:
 def entries() -> list[Entry]:
     return [
         *_every_stage(), *_bfloat16(), *_methods_and_settings(), *_norms(), *_transforms(), *_optimizers(), *_zero_options(),
-        *_swaps(), *_classifiers(),
+        *_swaps(), *_classifiers(), *_packed(),
     ]  # fmt: skip
 
 
@@ -218,3 +218,26 @@ def _classifiers() -> list[Entry]:
     for stage in (0, 3):
         plan.append(Entry(2, "classifying", stage, BF16, setting=setting, loss=2e-2, first_loss=1e-2, tensors=0.3))
     return [*plan, Entry(3, "classifying", 3, setting=setting), Entry(1, "classifying", 3, setting=setting)]
+
+
+def _packed() -> list[Entry]:
+    """Frozen weights in 4 bits, whose blocks ZeRO-3 cuts up, and in 8 bits."""
+    never_persistent = {"stage3_param_persistence_threshold": 0}
+
+    def packed(method: str, kind: str = "nf4", **settings) -> dict:
+        return {"method": method, "quantization": kind, "micro_batch": 2, **settings}
+
+    lora = packed("lora", clip=0.5)
+    srlora = packed("srlora", target_rank=16, gamma=0.5, interval=2, clip=0.5)
+    plan = [Entry(2, "curve", stage, setting=lora, arguments={"steps": 5}) for stage in (0, 1, 2, 3)]
+    return plan + [
+        Entry(2, "curve", 2, setting=packed("lora", "int8"), arguments={"steps": 5}),
+        Entry(2, "curve", 3, BF16, never_persistent, lora, {"steps": 5}, loss=5e-3, first_loss=2e-3, tensors=0.3, note="persist0"),
+        Entry(2, "storing", 3, zero=never_persistent, setting=lora, tensors=2e-2, note="persist0"),
+        Entry(2, "initialising", 3, setting=packed("lora_sb"), zero=never_persistent, tensors=5e-2, note="persist0"),
+        # Some packed layers without an adapter.
+        Entry(2, "generating", 3, setting=packed("lora_sb", checkpointing=True, targets=["q_proj", "up_proj"])),
+        Entry(2, "swapping", 2, setting=packed("pissa"), arguments={"steps": 3}, tensors=3e-2),
+        Entry(2, "swapping", 3, setting=packed("pissa"), arguments={"steps": 3}, tensors=3e-2),
+        Entry(2, "swapping", 3, setting=srlora, zero=never_persistent, arguments={"steps": 5}, tensors=3e-2, note="persist0"),
+    ]

@@ -55,8 +55,11 @@ class Recomposing:
                 assert abs(after - before) <= tolerance * before, f"a swap moved the loss from {before} to {after}"
 
     def weights(self) -> dict[str, Tensor]:
-        """The frozen weights as the forward pass reads them, on rank 0."""
-        return {f"weight.{name}": self.weight(name) for name in self.attached.layers}
+        """The frozen weights as the forward pass reads them, on rank 0.
+
+        Packed ones are left out: where a number lies between two codes the last bit of a sum decides, and the losses tell as much.
+        """
+        return {f"weight.{name}": self.weight(name) for name, layer in self.attached.layers.items() if layer.packing is None}
 
     def weight(self, name: str) -> Tensor:
         found = self.engine.read_parameter(f"{name}.weight")

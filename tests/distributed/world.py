@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertModel, Qwen2Config, Qwen2ForCausalLM
 
-from distlora.attach import Attached, attach
+from distlora.attach import Attached, attach, pack_linears
 from distlora.comm import Comm
 from distlora.config import ModelSection
 from distlora.data import LabelledSample, Sample, collate, micro_batches
@@ -16,6 +16,8 @@ from distlora.heads import draw_heads
 from distlora.methods import registry
 from distlora.model import head_parameters, load_model
 from distlora.optimizer import OptimizerSpec
+from distlora.originals import Originals
+from distlora.quantized import packer
 
 VOCABULARY = 97
 
@@ -86,20 +88,27 @@ def build(
     spec: OptimizerSpec | None = None,
     when_loaded: Callable[[nn.Module], None] = lambda model: None,
     labels: int = 0,
+    quantization: str | None = None,
     **settings,
 ) -> Attached:
     """Loads, attaches and starts, as the training program does. when_loaded: shown the model before anything is attached.
-    labels: how many the encoder tells apart; 0 for the language model."""
+    labels: how many the encoder tells apart; 0 for the language model. quantization: kind of packed weights."""
     directory = directory / "encoder" if labels else directory
     section = ModelSection(
         path=str(directory), dtype=str(engine.dtype).removeprefix("torch."), gradient_checkpointing=checkpointing
     )
-    with engine.loading():
+    with engine.loading(whole=quantization is not None):
         model, new = load_model(section, [f"label {number}" for number in range(labels)])
     when_loaded(model)
+    if quantization:
+        heads = new | head_parameters(model) if labels else new
+        pack_linears(model, packer(quantization, engine.dtype), engine.comm.device, heads)
     with engine.attaching():
         chosen = registry()[method](**{"rank": 7, **settings} if method != "full" else settings)
         attached = attach(model, chosen, targets, new | head_parameters(model) if labels else new)
+    if quantization:
+        shapes = {name: layer.shape for name, layer in attached.layers.items() if layer.packing}
+        attached.originals = Originals(directory, shapes, engine.dtype)
     engine.start(model, spec or OptimizerSpec(lr=1e-2))
     draw_heads(engine, new, seed=3)
     engine.train_mode(True)

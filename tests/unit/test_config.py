@@ -44,6 +44,15 @@ def sentence(*overrides, text=None):
 # ---------------------------------------------------------------------- what is accepted
 
 
+@pytest.mark.parametrize("text", ["nf4", "{kind: nf4}", "{kind: nf4, double: true, compute_dtype: null}"])
+def test_a_kind_of_quantisation_may_stand_alone(text):
+    recipe = load(f"model.quantization={text}")
+    assert recipe.model.quantization.model_dump() == {"kind": "nf4", "double": True, "compute_dtype": None}
+    assert load(text=dump_recipe(recipe)) == recipe and load(text=MINIMAL).model.quantization is None
+    assert run_identity(recipe) != run_identity(load(text=MINIMAL))
+
+
+
 def test_defaults():
     recipe = load()
     assert (recipe.train.epochs, recipe.train.steps, recipe.train.lr, recipe.train.clip) == (1.0, None, 1e-4, 1.0)
@@ -179,7 +188,9 @@ def test_a_whole_method_can_be_given():
         ("train.lr.x=5", "override train.lr.x: train.lr is 1, which has no keys"),
         ("model.dtype=bf16", 'override model.dtype: found "bf16", wanted bfloat16 or float32'),
         ("model.gradient_checkpointing=1", "override model.gradient_checkpointing: found 1, wanted true or false"),
-        ("model.quantization=nf4", 'override model.quantization: found "nf4", wanted null'),
+        ("model.quantization=fp4", 'override model.quantization: found "fp4", wanted nf4 or int8'),
+        ("model.quantization={kind: nf4, duoble: true}",
+         "override model.quantization.duoble: unknown key, did you mean double?"),
         ("model={}", "override model.path is missing"),
         ("data.path=5", "override data.path: found 5, wanted a text (put it in quotes)"),
         ("data.task=", "override data.task: found null, wanted a text"),

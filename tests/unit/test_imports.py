@@ -21,7 +21,7 @@ HOMES = {
     "datasets": {"data/"},
     "tensorboard": {"monitor.py"},
     "torch.utils.tensorboard": {"monitor.py"},
-    "bitsandbytes": {"bnb_optimizers.py"},
+    "bitsandbytes": {"bnb_optimizers.py", "quantized.py"},
     "peft": set(),
     "pickle": set(),
 }
@@ -30,7 +30,7 @@ HOMES = {
 #: `attach`: there modules may use each other, but never in a circle.
 FLOORS = [
     {"errors"},
-    {"functional", "linalg", "rounding", "importance", "moments", "switching", "blockwise"},
+    {"functional", "linalg", "rounding", "importance", "moments", "switching", "blockwise", "quantized"},
     {"methods"},
     {"bnb_optimizers"},
     {"layer", "comm", "optimizer", "fusing"},
@@ -183,6 +183,15 @@ def test_a_method_knows_no_module_rank_device_or_engine(module):
 @pytest.mark.parametrize("module", [f"distlora.{name}" for name in sorted(FLOORS[1])])
 def test_mathematics_imports_nothing_of_the_house(module):
     assert _own_imports(module, _tree(module)) <= {"distlora.errors"}
+
+
+def test_bitsandbytes_is_loaded_only_when_a_weight_is_to_be_packed():
+    """It takes seconds, and an installation without it is complete for every other run."""
+    tree = _tree("distlora.quantized")
+    inside = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    anywhere = ast.Module([node for node in tree.body if node not in inside], [])
+    assert any(_within(name, "bitsandbytes") for node in inside for name in _imports(node))
+    assert not any(_within(name, "bitsandbytes") for name in _imports(anywhere))
 
 
 def test_only_training_chooses_the_engine():

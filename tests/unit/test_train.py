@@ -12,6 +12,8 @@ from distlora.comm import Comm, Topology
 from distlora.config import load_recipe
 from distlora.engine import LocalEngine, StepInfo
 from distlora.errors import TrainingError, UserError
+from distlora.export import export
+from distlora.tensorfile import TensorFiles
 from tests.tiny_models import tiny_model_dir
 
 CPU = torch.device("cpu")
@@ -58,6 +60,9 @@ def recipe(model, tmp_path):
         (["method.name=srlora", "method.interval=3"], "method.interval=3 passes step 2"),
         # What does not depend on the length is found where the length is not known yet.
         (["method.name=pissa", "train.weight_decay=0.1", "train.steps=null", "train.epochs=1"], "decays pretrained directions"),
+        (["model.quantization=int8", "deepspeed={zero_optimization: {stage: 3}}"], "int8 does not go with ZeRO stage 3"),
+        (["model.quantization=nf4", "method.name=full"], "model.quantization: method full trains the weights themselves"),
+        (["model.quantization=int8", "method.name=dora"], "model.quantization: method dora sets norms of rows"),
     ],
 )
 def test_what_needs_no_weights_is_found_before_anything_happens(recipe, overrides, expected, tmp_path):
@@ -110,6 +115,54 @@ def test_ranks_need_deepspeed_and_a_batch_for_each(recipe):
 )
 def test_samples_of_the_probe(setting, available, count):
     assert train.probe_samples(setting, available) == count
+
+
+# ---------------------------------------------------------------------- packed weights
+
+
+@pytest.fixture(scope="module")
+def packed_run(model, tmp_path_factory):
+    """A run of PiSSA over weights in 4 bits: recipe, summary, and the metrics of its start."""
+    folder = tmp_path_factory.mktemp("packed")
+    (folder / "rows.jsonl").write_text(
+        "\n".join(json.dumps({"question": f"What is {n}?", "answer": f"It is {n}"}) for n in range(6))
+    )
+    content = {
+        "model": {"path": str(model), "dtype": "float32", "gradient_checkpointing": False, "quantization": "nf4"},
+        "method": {"name": "pissa", "rank": 4},
+        "data": {
+            "task": "gsm8k",
+            "path": str(folder / "rows.jsonl"),
+            "eval_split": "train[:4]",
+            "max_length": 32,
+            "template": "{prompt}\n",
+        },
+        "train": {"steps": 3, "global_batch_size": 2, "lr": 0.01},
+        "output_dir": str(folder / "run"),
+    }
+    (folder / "recipe.yaml").write_text(json.dumps(content))
+    recipe = load_recipe(folder / "recipe.yaml")
+    train.check(recipe, Topology(), None)
+    return recipe, train.train(recipe, Topology())
+
+
+def test_a_run_over_packed_weights_trains_is_told_and_evaluates_alike_from_its_checkpoint(packed_run):
+    recipe, summary = packed_run
+    start = json.loads(Path(recipe.output_dir, "metrics.jsonl").read_text().splitlines()[0])
+    assert 0.05 < start["init/quantization_error"] < 0.15 and start["init/quantization_error_left"] < 1
+    assert summary.after["loss"] < summary.before["loss"]
+    assert train.evaluate(recipe, Topology())["loss"] == pytest.approx(summary.after["loss"], rel=1e-6)
+
+
+def test_the_merged_model_is_the_pretrained_one_in_full_precision_with_the_update(packed_run, model, tmp_path):
+    recipe, _ = packed_run
+    export(recipe.output_dir, "merged", tmp_path / "merged")
+    export(recipe.output_dir, "peft", tmp_path / "adapter")
+    layer = "model.layers.1.mlp.up_proj"
+    before, after = (TensorFiles(place, "model").read(f"{layer}.weight") for place in (model, tmp_path / "merged"))
+    a, b = (TensorFiles(tmp_path / "adapter", "adapter_model").read(f"base_model.model.{layer}.lora_{x}.weight") for x in "AB")
+    assert a.shape[0] == 8  # the trained pair and, negated, the one that was taken out
+    torch.testing.assert_close(after, before + b @ a)
 
 
 # ---------------------------------------------------------------------- the end, before its time
