@@ -21,6 +21,7 @@ HOMES = {
     "datasets": {"data/"},
     "tensorboard": {"monitor.py"},
     "torch.utils.tensorboard": {"monitor.py"},
+    "matplotlib": {"plan/picture.py"},
     "bitsandbytes": {"bnb_optimizers.py"},
     "peft": set(),
     "pickle": set(),
