@@ -4,10 +4,14 @@ Counted are tensors, as the memory benchmarks count them. Not counted: CUDA's ow
 need for themselves.
 """
 
+import functools
 from dataclasses import dataclass, field
 from math import prod
 
+import torch
+
 from distlora.linalg import EXACT_SIDE
+from distlora.methods import Method
 from distlora.optimizer import OptimizerSpec
 from distlora.plan.activations import FLOAT32, Activations, activations
 from distlora.plan.setup import Setup
@@ -23,6 +27,7 @@ GENERATION_BATCH = 32
 @dataclass(frozen=True)
 class Memory:
     """weights, adapters, optimizer, gradients, activations, gathered: parts of the training step's peak, which they add up to.
+    adapters: with what their gradients are corrected by.
     gathered: weights that are whole for a while under ZeRO-3, and DeepSpeed's buffers. peaks: by phase. host: of a rank."""
 
     weights: int
@@ -46,6 +51,7 @@ def memory_of(setup: Setup, deepspeed: bool = True) -> Memory:
     gathered = _gathered(setup, deepspeed)
     training = activations(setup, setup.recipe.train.micro_batch_size, setup.checkpointing)
     weights, adapters = _weights(setup)
+    adapters += _corrections(setup.method) * len(setup.layers)
     masters, moments = _optimizer(setup)
     gradients, buffers = _gradients(setup), _buckets(setup) if deepspeed and setup.config else 0
     quiet = weights + adapters + masters + buffers
@@ -86,6 +92,15 @@ def _weights(setup: Setup) -> tuple[int, int]:
             size for name, size in added.items() if name in setup.persistent
         )
     return setup.shapes.width * _here(setup, own), setup.shapes.width * _here(setup, added)
+
+
+@functools.lru_cache
+def _corrections(method: Method) -> int:
+    """Of the matrices by which the gradients of one layer are corrected, found by asking for those of a small layer."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = method.shapes(2 * method.rank, 2 * method.rank)
+    maps = method.gradient_map({name: torch.randn(shape, generator=generator) for name, shape in shapes.items()})
+    return sum(matrix.nbytes for pair in maps.values() for matrix in pair)
 
 
 def _share_of_trained(setup: Setup) -> int:

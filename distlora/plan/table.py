@@ -114,7 +114,8 @@ def _remarks(columns: Columns, gpu_memory: float) -> list[str]:
     lines = [f"{nodes} nodes: {plan}" for nodes, plan in columns if isinstance(plan, UserError)]
     lines += advice([plan for _, plan in columns if isinstance(plan, Plan)], gpu_memory)
     setup = next(plan for _, plan in columns if isinstance(plan, Plan)).setup
-    if setup.samples is None:
+    probe = setup.method.probe_settings()
+    if setup.samples is None and probe is not None and probe.samples < 1:
         lines.append(
             "The size of the training set is not known here: a probe of a share of it counts 25 samples; --samples N says it."
         )

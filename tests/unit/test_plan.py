@@ -92,6 +92,8 @@ def test_each_stage_shares_what_it_says(tiny):
     assert plans[1].optimizer == plans[2].optimizer == plans[3].optimizer == 12 * -(-trained // 8)
     assert plans[1].gradients == 4 * trained and plans[2].gradients == 4 * -(-trained // 8)
     assert plans[0].weights == plans[2].weights
+    core = plan_of(recipe_of(tiny, {"name": "lora_sb", "rank": 4}, 0), 1, 8)
+    assert core.memory.adapters == 4 * core.setup.shapes.factors + len(core.setup.layers) * 2 * 4 * 4 * 4  # and its corrections
     never = {"zero": {"stage3_param_persistence_threshold": 0}}
     assert plan_of(recipe_of(tiny, LORA, 3, **never), 1, 8).memory.weights < 0.13 * plans[0].weights
 
