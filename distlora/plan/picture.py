@@ -39,7 +39,7 @@ def draw(plans: list[Plan], gpu_memory: float, path: Path) -> None:
     traffic.set(xlabel="GPUs", ylabel="GiB", title="Traffic of an optimizer step", ylim=(0, None))
     for axes in (memory, traffic):
         axes.set_xticks(places, names)
-        axes.legend(fontsize="small")
+        axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3)
         axes.grid(axis="y", alpha=0.3)
     try:
         figure.savefig(path, dpi=120)
