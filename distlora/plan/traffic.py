@@ -42,6 +42,10 @@ def step_traffic(setup: Setup) -> Traffic:
         traffic[REDUCE_SCATTER] = width * scattered * setup.accumulation
         traffic += _times(weights_of_a_pass(setup), setup.accumulation)
         traffic[ALL_GATHER] += width * sum(setup.padded(setup.shapes.sizes[name]) for name in setup.persistent)
+    if setup.method.transforms_gradients:  # made whole on every rank, and the factors too where they are cut up
+        sizes = [_sizes(setup.method, shape) for shape in setup.layers.values()]
+        factors = sum(size for layer in sizes for name, size in layer.items() if name in setup.method.trains)
+        traffic[ALL_REDUCE] += FLOAT32 * factors * (2 if setup.stage == 3 else 1)
     return traffic
 
 

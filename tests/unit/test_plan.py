@@ -198,6 +198,13 @@ def test_frozen_weights_stay_in_their_group_under_hpz(tiny):
     assert grouped.step[GROUP_GATHER] > 0 and grouped.memory.weights > plain.memory.weights
 
 
+def test_a_transformed_gradient_travels_once_more(tiny):
+    for stage, times in ((2, 1), (3, 2)):
+        plain, transformed = (plan_of(recipe_of(tiny, {"name": name, "rank": 4}, stage), 1, 2) for name in ("rslora", "lora_pro"))
+        more = transformed.step - plain.step
+        assert more == {ALL_REDUCE: times * 4 * sum(plain.setup.shapes.trained.values())}
+
+
 def test_one_rank_sends_nothing(tiny):
     plan = plan_of(recipe_of(tiny, LORA), 1, 1)
     assert not (plan.step or plan.init or plan.search or plan.swap)
