@@ -28,8 +28,9 @@ setup(
         # needed: launch/_environment.sh installs it with --no-deps.
         "quickstart": ["gguf>=0.19,<1"],
         "bnb": ["bitsandbytes>=0.50,<1"],
+        "plot": ["matplotlib>=3.11,<4"],
         "mpi": ["mpi4py>=4.1,<5"],
-        "test": ["pytest>=9.2,<10", "pytest-xdist>=3.8,<4", "peft>=0.21,<1", "bitsandbytes>=0.50,<1"],
+        "test": ["pytest>=9.2,<10", "pytest-xdist>=3.8,<4", "peft>=0.21,<1", "bitsandbytes>=0.50,<1", "matplotlib>=3.11,<4"],
     },
     entry_points={"console_scripts": ["distlora = distlora.cli:main"]},
 )

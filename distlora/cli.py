@@ -83,6 +83,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     export.set_defaults(run=_export)
 
+    plan = verbs.add_parser("plan", help="memory and traffic of a recipe on a cluster, before anything is loaded or started")
+    plan.add_argument("recipe", help="a YAML file, see configs/recipes")
+    plan.add_argument("overrides", nargs="*", metavar="dotted.key=value")
+    plan.add_argument("--nodes", type=_counts, default=[1, 2, 4, 8, 16, 32, 64, 128], metavar="N[,N…]", help="default: 1 to 128")
+    plan.add_argument("--gpus-per-node", type=int, default=8, metavar="G", help="default: 8")
+    plan.add_argument("--gpu-memory", type=float, default=80.0, metavar="GIB", help="of one GPU; default: 80")
+    plan.add_argument("--samples", type=int, metavar="N", help="of the training set, where data.split does not say it")
+    plan.add_argument("--plot", type=Path, metavar="FILE.png", help="also draw a picture (needs matplotlib)")
+    plan.set_defaults(run=_plan)
+
     doctor = verbs.add_parser("doctor", help="look for what is wrong with the machines, before a run finds out")
     doctor.add_argument(
         "hostfile", nargs="?", type=Path, help="lines of `host slots=N`, asked through ssh; default: this machine, or the job"
@@ -169,6 +179,29 @@ def _export(options: argparse.Namespace) -> None:
     print(done.path)
     if done.compression:
         print(done.compression)
+
+
+def _counts(text: str) -> list[int]:
+    """Numbers with commas between them."""
+    return [int(part) for part in text.split(",")]
+
+
+def _plan(options: argparse.Namespace) -> None:
+    _log_to_terminal(shown=False)
+    for name in ("nodes", "gpus_per_node", "gpu_memory", "samples"):
+        given = getattr(options, name)
+        if any(number is not None and not number > 0 for number in (given if isinstance(given, list) else [given])):
+            raise UserError(f"--{name.replace('_', '-')} must be above 0")
+    recipe = _recipe(options.recipe, options.overrides)
+    from distlora.plan import Plan, side_by_side
+    from distlora.plan.picture import draw
+    from distlora.plan.table import table
+
+    columns = side_by_side(recipe, options.nodes, options.gpus_per_node, options.samples)
+    print(table(columns, options.gpus_per_node, options.gpu_memory))
+    if options.plot:
+        draw([plan for _, plan in columns if isinstance(plan, Plan)], options.gpu_memory, options.plot)
+        print(options.plot)
 
 
 def _doctor(options: argparse.Namespace) -> int:

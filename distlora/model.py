@@ -99,6 +99,11 @@ def _attention(section: "ModelSection", config: PreTrainedConfig, labels: Sequen
     return section.attention
 
 
+def attention_of(section: "ModelSection", labels: Sequence[str] = ()) -> str:
+    """The attention implementation that `load_model` takes on this machine. Reads no weights."""
+    return _attention(section, load_config(section, labels), labels)
+
+
 def _auto_class(labels: Sequence[str]) -> type:
     return AutoModelForSequenceClassification if labels else AutoModelForCausalLM
 

@@ -19,20 +19,28 @@ smollm2 is a real run on the CPU, on one rank: the sums lie in the same memory a
 separately all the same, because beside an accelerator they are host memory; "process" is the largest resident size, sums,
 libraries and workspaces included. The other two are shapes without memory: one rank of ZeRO-3 that gathers one module at a time.
 
+"planned" is what `distlora plan` expects of the same, without DeepSpeed's own buffers; `tests.benchmarks.ranks` compares it with
+real ranks of DeepSpeed.
+
 What is not seen: workspaces inside kernels (cuSOLVER's for a 14336 × 200 QR is about as large as its operand, 11 MiB), what the
 allocator keeps in its cache, and DeepSpeed's prefetched parameters and gradient buckets, which training has as well.
 """
 
 import argparse
 import resource
+import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
+from distlora.config import Recipe
+from distlora.plan.memory import memory_of
+from distlora.plan.setup import setup_of
+from distlora.plan.shapes import shapes_of
 from tests.benchmarks.live_bytes import DEVICE, HOST
 from tests.benchmarks.phases import PHASES
-from tests.benchmarks.subjects import MODELS, REAL, REAL_RANK, REAL_TOKENS, SHAPES_RANK, SHAPES_TOKENS, subject
+from tests.benchmarks.subjects import MODELS, REAL, REAL_PATH, REAL_RANK, REAL_TOKENS, SHAPES, SHAPES_RANK, SHAPES_TOKENS, subject
 
 GIB = 1 << 30
 
@@ -58,6 +66,23 @@ def measure_apart(*arguments) -> dict:
         return processes.submit(measure, *arguments).result()
 
 
+def planned(model: str, world_size: int) -> dict[str, int]:
+    """The planner's peaks by phase, in bytes."""
+    real = model == REAL
+    with tempfile.TemporaryDirectory() as directory:
+        if not real:
+            SHAPES[model].save_pretrained(directory)
+        recipe = Recipe(
+            model={"path": REAL_PATH if real else directory},
+            method={"name": "lora_sb", "rank": REAL_RANK if real else SHAPES_RANK},
+            data={"task": "arithmetic", "max_length": REAL_TOKENS if real else SHAPES_TOKENS},
+            train={"steps": 1, "global_batch_size": world_size},
+            deepspeed={"zero_optimization": {"stage": 3}},
+            output_dir="unused",
+        )
+        return memory_of(setup_of(recipe, shapes_of(recipe), world_size), deepspeed=False).peaks
+
+
 def table(model: str, ranks: list[int], response: int | None, explain: bool) -> Iterator[str]:
     """The figures of one model, one line for each number of ranks, as they come."""
     real = model == REAL
@@ -75,6 +100,10 @@ def table(model: str, ranks: list[int], response: int | None, explain: bool) -> 
         yield f"{world_size:>5} {found['training']['idle'] / GIB:>7.3f}{cells}{found['probe']['host'] / GIB:>8.3f}  {verdict}"
         if real:
             yield f"{'process':>13}" + "".join(f"{f['process'] / GIB:>9.3f}{'':8}" for f in found.values())
+        expected = planned(model, world_size)
+        errors = {phase: expected[phase] / found[phase]["peak"] - 1 for phase in found if phase in expected}
+        cells = "".join(f"{expected[phase] / GIB:>9.3f} ({error:+.1%})" for phase, error in errors.items())
+        yield f"{'planned':>13}{cells}"
         if explain:
             for phase, figures in found.items():
                 yield f"    at the peak of {phase}:"

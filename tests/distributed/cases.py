@@ -23,6 +23,7 @@ from distlora.optimizer import OptimizerSpec
 from distlora.probe import mean_gradients
 from distlora.step import accumulate, evaluation_loss, train_step
 from tests.distributed.swap_cases import Collectives, swap_resuming, swap_saving, swap_traffic, swapping
+from tests.distributed.traffic_cases import sent_at_the_start, sent_in_a_step
 from tests.distributed.world import build, labelled_samples, samples, share, write_random_factors
 
 Results = dict[str, Tensor]
@@ -43,7 +44,8 @@ class Setting:
 
     def __init__(self, engine: Engine, directory: Path, work: Path, micro_batch: int = 1, clip: float = 0.0, **build_settings):
         self.engine, self.comm, self.work = engine, engine.comm, work
-        self.micro_batch = micro_batch
+        self.directory, self.build_settings = directory, build_settings
+        self.micro_batch, self.clip = micro_batch, clip
         self.accumulation = GLOBAL_BATCH // (micro_batch * engine.comm.world_size)
         self.loaded_copies = 0.0
         self.attached = build(engine, directory, when_loaded=self._count, **build_settings)
@@ -378,6 +380,7 @@ CASES: dict[str, Callable[..., Results]] = {
     for case in (
         curve, short_batch, writing, norming, replacing_gradients, initialising, probing, generating, naming_silent_tensors,
         transform_traffic, correcting, storing, classifying, saving, resuming, swapping, swap_traffic, swap_saving, swap_resuming,
+        sent_in_a_step, sent_at_the_start,
     )
 }  # fmt: skip
 

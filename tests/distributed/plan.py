@@ -45,7 +45,7 @@ class Entry:
 def entries() -> list[Entry]:
     return [
         *_every_stage(), *_bfloat16(), *_methods_and_settings(), *_norms(), *_transforms(), *_optimizers(), *_zero_options(),
-        *_swaps(), *_classifiers(), *_packed(),
+        *_swaps(), *_classifiers(), *_packed(), *_traffic(),
     ]  # fmt: skip
 
 
@@ -241,3 +241,26 @@ def _packed() -> list[Entry]:
         Entry(2, "swapping", 3, setting=packed("pissa"), arguments={"steps": 3}, tensors=3e-2),
         Entry(2, "swapping", 3, setting=srlora, zero=never_persistent, arguments={"steps": 5}, tensors=3e-2, note="persist0"),
     ]
+
+
+def _traffic() -> list[Entry]:
+    """What the planner says that ranks send. Norms and biases stay persistent, as in every real model."""
+    partitioned = {"stage3_param_persistence_threshold": 100}
+    #: Small enough that some weights are gathered again for the backward pass, and some are not.
+    tight = {**partitioned, "stage3_max_reuse_distance": 60000, "stage3_prefetch_bucket_size": 5000}
+
+    def step(stage: int, zero: dict = NOTHING, note: str = "", dtype: str = FP32, **setting) -> Entry:
+        setting = {"method": "lora", "micro_batch": 2, **setting}
+        return Entry(2, "sent_in_a_step", stage, dtype, zero, setting, loss=5e-3, first_loss=2e-3, note=note)
+
+    plan = [step(stage) for stage in (0, 1, 2)]
+    plan += [step(2, dtype=BF16), step(3, partitioned, "alive"), step(3, partitioned, "alive", method="full")]
+    plan += [step(3, tight, "tight"), step(3, tight, "tight", checkpointing=True)]
+    probed = {"method": "lora_sb", "init": {"eta": 1e-3, "samples": 6}, "micro_batch": 2}
+    for stage in (0, 2, 3):
+        # Signs of gradients near zero differ.
+        zero = tight if stage == 3 else NOTHING
+        plan.append(Entry(2, "sent_at_the_start", stage, zero=zero, setting=probed, loss=5e-2, first_loss=5e-2))
+    srlora = {"method": "srlora", "target_rank": 16, "micro_batch": 2}
+    plan.append(Entry(2, "sent_at_the_start", 3, zero=partitioned, setting=srlora, loss=1e-3, first_loss=1e-3))
+    return plan

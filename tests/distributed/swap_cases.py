@@ -9,8 +9,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from distlora import checkpoint as checkpoints
 from distlora.compose import initialise, install_gradient_maps, open_ledger
 from distlora.model import response_loss
+from distlora.plan import traffic as plan_traffic
+from distlora.plan.traffic import ALL_REDUCE, BROADCAST
 from distlora.recompose import Recomposer
 from distlora.step import accumulate
+from tests.distributed.traffic_cases import planned
 
 SEED = 3
 PROBE_SAMPLES = 6
@@ -118,6 +121,8 @@ def swap_traffic(setting, steps: int = 3) -> dict[str, Tensor]:
     }
     alone = setting.comm.world_size == 1
     assert alone or dict(seen.bytes) == expected, f"{dict(seen.bytes)} and not {expected}"
+    planned_for = {ALL_REDUCE: expected["allreduce_"], BROADCAST: expected["broadcast_"]}
+    assert alone or plan_traffic.swap_traffic(planned(setting)) == planned_for
     assert sum(expected.values()) < sum(4 * layer.in_features * layer.out_features for layer in layers.values())
     return {"losses": torch.tensor([loss, setting.evaluation()])}
 

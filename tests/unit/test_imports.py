@@ -22,6 +22,7 @@ HOMES = {
     "tensorboard": {"monitor.py"},
     "torch.utils.tensorboard": {"monitor.py"},
     "bitsandbytes": {"bnb_optimizers.py", "quantized.py"},
+    "matplotlib": {"plan/picture.py"},
     "peft": set(),
     "pickle": set(),
 }

@@ -62,8 +62,8 @@ def test_recipe_and_overrides_of_a_command(command, monkeypatch):
     words = command.split("#")[0].split()
     start = next(index for index, word in enumerate(words) if word.endswith(".yaml"))
     verb = words[start - 1]
-    assert verb in ("train", "methods", "--recipe")
-    load_recipe(words[start], words[start + 1 :] if verb == "train" else [])
+    assert verb in ("train", "plan", "methods", "--recipe")
+    load_recipe(words[start], [word for word in words[start + 1 :] if "=" in word] if verb in ("train", "plan") else [])
 
 
 @pytest.mark.parametrize("verb", sorted({line.split()[1] for line in COMMANDS if line.startswith("distlora ")}))

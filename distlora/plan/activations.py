@@ -1,0 +1,110 @@
+"""Memory of one pass over a micro-batch, from the sizes of the model: what backward needs, and what is alive for a moment.
+
+Counted is what the layers of `transformers` and of this project save: RMS norms their input in float32; attention queries, keys and
+values of all heads and its output (without a fused kernel also the scores, as softmax gives them and as they are used); a gated
+MLP three tensors of its inner width; an adapted layer its input where the first factor or the weight is trained, and the narrow
+inputs of the other trained factors. Nothing is saved for a frozen weight.
+"""
+
+from dataclasses import dataclass
+
+from distlora.loss import BLOCK_ELEMENTS
+from distlora.plan.setup import Setup
+
+FLOAT32 = 4
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes, for one micro-batch. kept: from the forward pass until backward needs it. block: the most that one block's backward
+    pass adds. loss: the most that the loss adds, forward and backward. forward: the most of a pass without gradients."""
+
+    kept: int
+    block: int
+    loss: int
+    forward: int
+
+    @property
+    def peak(self) -> int:
+        return self.kept + max(self.block, self.loss)
+
+
+def activations(setup: Setup, micro_batch: int, checkpointed: bool, every_input: bool = False) -> Activations:
+    """every_input: all adapted layers keep their inputs, as in the probe."""
+    dims = _Dimensions(setup)
+    tokens = micro_batch * setup.recipe.data.max_length
+    saved, working = tokens * dims.saved_by_block(every_input), tokens * dims.working()
+    stream = tokens * dims.hidden * dims.width
+    kept = dims.blocks * (stream if checkpointed else saved)
+    rows = micro_batch if setup.shapes.labels else tokens
+    return Activations(
+        kept + 2 * stream,
+        working + (saved if checkpointed else 0),
+        dims.loss(rows, backward=True),
+        max(working + stream, dims.loss(rows, backward=False)),
+    )
+
+
+class _Dimensions:
+    """The sizes of a transformer, and bytes a token made of them."""
+
+    def __init__(self, setup: Setup):
+        config, self._setup = setup.shapes.config, setup
+        self.width, self.blocks = setup.shapes.width, len(setup.shapes.blocks)
+        self.hidden = config.hidden_size
+        self.inner = getattr(config, "intermediate_size", None) or 4 * self.hidden
+        heads = config.num_attention_heads
+        self.heads = heads
+        self.query = heads * (getattr(config, "head_dim", None) or self.hidden // heads)
+        self.softcap = getattr(config, "attn_logit_softcapping", None)
+        self.final_softcap = getattr(config, "final_logit_softcapping", None)
+        self.outputs = setup.shapes.labels or config.vocab_size
+        self.length = setup.recipe.data.max_length
+        block = next(iter(sorted(setup.shapes.blocks)), None)
+        prefix = f"{setup.shapes.names[block]}." if block is not None else ""
+        self._own = {name: shape for name, shape in setup.shapes.linears.items() if name.startswith(prefix)}
+        self._norms = sum(
+            1
+            for name, pieces in zip(setup.shapes.names, setup.shapes.modules)
+            if name.startswith(prefix) and pieces and max(piece.elements for piece in pieces) <= self.hidden
+        )
+        self.gated = sum(shape == (self.inner, self.hidden) for shape in self._own.values()) > 1
+        self._targets = {name for name in self._own if name in set(setup.shapes.attached.targets)}
+
+    def saved_by_block(self, every_input: bool) -> float:
+        norms = self._norms * self.hidden * FLOAT32
+        attention = 4 * self.query * self.width
+        if self._setup.shapes.attention == "eager":
+            attention += self.heads * self.length * (FLOAT32 + self.width + (self.width if self.softcap else 0))
+        mlp = (3 if self.gated else 2) * self.inner * self.width
+        return norms + attention + mlp + self._by_adapters(every_input)
+
+    def _by_adapters(self, every_input: bool) -> float:
+        """Inputs of a width are counted once for each tensor that several layers share: the block's two normed streams, the output
+        of attention (saved already) and the MLP's product."""
+        method = self._setup.method
+        narrow = sum(factor in method.trains for factor in method.path[1:]) * method.rank * self.width
+        beside = sum(shape[0] * self.width for shape in self._own.values()) if set(method.trains) - set(method.path) else 0
+        wide = every_input or method.trains_weight or (method.path and method.path[0] in method.trains)
+        inputs = (2 * self.hidden + self.inner) * self.width if wide else 0
+        if method.dropout:
+            inputs += sum(self._own[name][1] * (self.width + 1) for name in self._targets)
+        return (narrow * len(self._targets) + inputs if self._targets else 0) + beside
+
+    def working(self) -> float:
+        """Gradients of the MLP's inner tensors, and of the stream in float32."""
+        attention = 0
+        if self._setup.shapes.attention == "eager":
+            attention = 2 * self.heads * self.length * FLOAT32
+        return max(3 * self.inner * self.width, attention) + 3 * self.hidden * FLOAT32
+
+    def loss(self, rows: int, backward: bool) -> int:
+        """Of logits, a block of rows at a time: in the model's type and in float32, the slope likewise, and what a cap needs."""
+        rows = min(rows, max(1, BLOCK_ELEMENTS // self.outputs))
+        low = self.width if self.width < FLOAT32 else 0
+        each = low + FLOAT32
+        if backward:
+            each = low + 2 * FLOAT32
+        if self.final_softcap:
+            each = 2 * low + 4 * FLOAT32 if backward else low + 3 * FLOAT32
+        return rows * self.outputs * each

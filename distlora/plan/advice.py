@@ -1,0 +1,72 @@
+"""Whether a plan fits, and which changes to the recipe make it fit: each is tried, none is guessed."""
+
+from collections.abc import Iterator, Sequence
+
+from distlora.config import Recipe
+from distlora.errors import UserError
+from distlora.plan.columns import Plan, plan_of
+
+#: Share of a GPU's memory that is left to CUDA, to workspaces of kernels and to what the allocator cannot use.
+RESERVE = 0.1
+GIB = 1 << 30
+
+
+def fits(plan: Plan, gpu_memory: float) -> bool:
+    """gpu_memory: GiB of one GPU, of which RESERVE is left alone."""
+    return plan.memory.peak <= (1 - RESERVE) * gpu_memory * GIB
+
+
+def advice(plans: Sequence[Plan], gpu_memory: float) -> list[str]:
+    """Lines on what to change, for the largest cluster on which the recipe does not fit; one that says so where it always does."""
+    tight = [plan for plan in plans if not fits(plan, gpu_memory)]
+    if not tight:
+        return [f"It fits everywhere, with {RESERVE:.0%} of the memory left to CUDA and the allocator."]
+    worst = tight[-1]
+    phase = max(worst.memory.peaks, key=worst.memory.peaks.get)
+    where = "1 GPU" if worst.world_size == 1 else f"{worst.world_size} GPUs"
+    lines = [f"On {where} the peak is that of {phase}: {worst.memory.peak / GIB:.1f} GiB of {gpu_memory:g}."]
+    helpful = []
+    recipe = worst.setup.recipe
+    for change, what in _changes(worst):
+        recipe = change(recipe)
+        helpful.append(what)
+        try:
+            better = plan_of(recipe, worst.nodes, worst.gpus, worst.setup.samples, worst.setup.shapes)
+        except UserError:
+            continue
+        if fits(better, gpu_memory):
+            return [*lines, f"It fits ({better.memory.peak / GIB:.1f} GiB) with {', '.join(helpful)}."]
+    if not helpful:
+        return [*lines, "Nothing in the recipe makes it smaller; take more or larger GPUs, or a smaller model."]
+    return [*lines, f"Not even {', '.join(helpful)} make it fit; take more or larger GPUs, shorter texts, or a smaller model."]
+
+
+def _changes(plan: Plan) -> Iterator[tuple]:
+    """Changes of the recipe in the order in which they cost least time, with the words for the command line."""
+    setup, recipe = plan.setup, plan.setup.recipe
+    if not setup.checkpointing:
+        yield lambda r: _with(r, "model", gradient_checkpointing=True), "model.gradient_checkpointing=true"
+    if recipe.train.micro_batch_size > 1:
+        yield lambda r: _with(r, "train", micro_batch_size=1), "train.micro_batch_size=1"
+    if not setup.config:
+        return
+    if setup.stage < 3 and plan.world_size > 1:
+        yield lambda r: _zero(r, stage=3), "deepspeed=configs/zero/zero3.json"
+    if setup.stage == 3 and plan.world_size > 1:
+        small = {"stage3_max_live_parameters": 10**8, "stage3_max_reuse_distance": 10**8}
+        words = " ".join(f"deepspeed.zero_optimization.{key}=1e8" for key in small)
+        yield lambda r: _zero(r, **small), words
+    if not setup.offloads("optimizer") and setup.stage > 0:
+        yield lambda r: _zero(r, offload_optimizer={"device": "cpu"}), "deepspeed.zero_optimization.offload_optimizer.device=cpu"
+    if not setup.offloads("param"):
+        both = {"offload_param": {"device": "cpu"}, "offload_optimizer": {"device": "cpu"}}
+        yield lambda r: _zero(r, stage=3, **both), "deepspeed=configs/zero/zero3_offload.json"
+
+
+def _with(recipe: Recipe, section: str, **values) -> Recipe:
+    return recipe.model_copy(update={section: getattr(recipe, section).model_copy(update=values)})
+
+
+def _zero(recipe: Recipe, **values) -> Recipe:
+    zero = {**recipe.deepspeed.get("zero_optimization", {}), **values}
+    return recipe.model_copy(update={"deepspeed": {**recipe.deepspeed, "zero_optimization": zero}})

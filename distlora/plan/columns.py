@@ -1,0 +1,54 @@
+"""One recipe on several clusters, side by side."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from distlora.config import Recipe
+from distlora.errors import UserError
+from distlora.plan.memory import Memory, memory_of
+from distlora.plan.setup import Setup, setup_of
+from distlora.plan.shapes import Shapes, shapes_of
+from distlora.plan.traffic import Traffic, init_traffic, search_traffic, step_traffic, swap_traffic
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One column. step, init, search, swap: traffic by kind of collective; search is that of one try."""
+
+    setup: Setup
+    nodes: int
+    gpus: int
+    memory: Memory
+    step: Traffic
+    init: Traffic
+    search: Traffic
+    swap: Traffic
+
+    @property
+    def world_size(self) -> int:
+        return self.nodes * self.gpus
+
+
+def plan_of(recipe: Recipe, nodes: int, gpus: int, samples: int | None = None, shapes: Shapes | None = None) -> Plan:
+    """Raises UserError where the recipe cannot run so. samples: of the training set, where `data.split` does not say.
+    shapes: of this recipe, if they are known."""
+    world_size = nodes * gpus
+    if recipe.deepspeed is None and world_size > 1:
+        raise UserError(f"{world_size} ranks need DeepSpeed; set deepspeed: to a ZeRO config")
+    setup = setup_of(recipe, shapes or shapes_of(recipe), world_size, samples)
+    return Plan(
+        setup, nodes, gpus, memory_of(setup), step_traffic(setup), init_traffic(setup), search_traffic(setup), swap_traffic(setup)
+    )
+
+
+def side_by_side(recipe: Recipe, nodes: Sequence[int], gpus: int, samples: int | None = None) -> list[tuple[int, Plan | UserError]]:
+    """(nodes, plan) of each number of nodes, or why it cannot be. Raises UserError where no column can be at all."""
+    shapes, found = shapes_of(recipe), []
+    for count in nodes:
+        try:
+            found.append((count, plan_of(recipe, count, gpus, samples, shapes)))
+        except UserError as error:
+            found.append((count, error))
+    if all(isinstance(plan, UserError) for _, plan in found):
+        raise found[0][1]
+    return found

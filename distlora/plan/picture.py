@@ -1,0 +1,47 @@
+"""The plan as a picture: memory of a GPU and traffic of a step over the number of GPUs. The home of matplotlib."""
+
+from pathlib import Path
+
+from distlora.errors import UserError
+from distlora.plan.columns import Plan
+from distlora.plan.traffic import over_links
+
+GIB = 1 << 30
+PARTS = ("weights", "adapters", "gradients", "optimizer", "activations", "gathered")
+
+
+def draw(plans: list[Plan], gpu_memory: float, path: Path) -> None:
+    """Writes the picture to `path`, in the format that its ending says. Raises UserError where that cannot be."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("--plot needs the package matplotlib; pip install 'distlora[plot]'") from None
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    if path.suffix.lstrip(".").lower() not in canvas.get_supported_filetypes():
+        raise UserError(f"--plot {path}: wanted a name that ends in .png, .svg or .pdf")
+    memory, traffic = figure.subplots(1, 2)
+    places, names = range(len(plans)), [str(plan.world_size) for plan in plans]
+    bottom = [0.0] * len(plans)
+    for part in PARTS:
+        heights = [getattr(plan.memory, part) / GIB for plan in plans]
+        memory.bar(places, heights, bottom=bottom, label=part)
+        bottom = [low + height for low, height in zip(bottom, heights)]
+    memory.plot(places, [plan.memory.peak / GIB for plan in plans], "k_", markersize=18, label="largest peak of the run")
+    highest = max(plan.memory.peak for plan in plans) / GIB
+    if highest > gpu_memory / 3:  # a line far above the bars would flatten them
+        memory.axhline(gpu_memory, color="red", linestyle="--", label=f"memory of a GPU, {gpu_memory:g} GiB")
+    memory.set(xlabel="GPUs", ylabel="GiB", title=f"Memory of a GPU in a training step, of {gpu_memory:g} GiB")
+    links = [over_links(plan.step, plan.nodes, plan.gpus, plan.setup.group) for plan in plans]
+    traffic.plot(places, [link.inter / GIB for link in links], "o-", label="out of a node")
+    traffic.plot(places, [link.intra / GIB for link in links], "s--", label="out of a GPU within its node")
+    traffic.set(xlabel="GPUs", ylabel="GiB", title="Traffic of an optimizer step", ylim=(0, None))
+    for axes in (memory, traffic):
+        axes.set_xticks(places, names)
+        axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3)
+        axes.grid(axis="y", alpha=0.3)
+    try:
+        figure.savefig(path, dpi=120)
+    except OSError as error:
+        raise UserError(f"--plot {path}: cannot be written ({error.strerror})") from error

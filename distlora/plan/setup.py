@@ -1,0 +1,170 @@
+"""One recipe on one number of ranks: the resolved DeepSpeed config as numbers, and who holds what."""
+
+import functools
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from distlora.config import Recipe, plan_batches, resolve_deepspeed
+from distlora.data import TrainOrder
+from distlora.methods import Method
+from distlora.methods.base import ProbeSettings
+from distlora.plan.gathering import Gathered, Limits, gather, training_order
+from distlora.plan.shapes import Shapes
+from distlora.switching import Switching
+
+#: DeepSpeed's own values where the config is silent.
+PERSISTENCE, BUCKET, ALL_GATHER_BUCKET = 100_000, 500_000_000, 500_000_000
+#: Fewest samples of a probe that is given as a share of the training set; as in training.
+FEWEST_PROBE_SAMPLES = 25
+
+
+@dataclass(frozen=True)
+class Setup:
+    """samples: of the training set; None where nobody knows before it is read. config: DeepSpeed's, without any "auto"."""
+
+    recipe: Recipe
+    shapes: Shapes
+    world_size: int
+    samples: int | None
+    config: dict[str, Any]
+    accumulation: int
+
+    @property
+    def method(self) -> Method:
+        return self.recipe.method
+
+    @property
+    def layers(self) -> dict[str, tuple[int, int]]:
+        """(out, in) of the adapted layers."""
+        return {name: layer.shape for name, layer in self.shapes.attached.layers.items()}
+
+    @property
+    def zero(self) -> dict[str, Any]:
+        return self.config.get("zero_optimization", {})
+
+    @property
+    def stage(self) -> int:
+        return self.zero.get("stage", 0)
+
+    @property
+    def checkpointing(self) -> bool:
+        return self.recipe.model.gradient_checkpointing
+
+    @property
+    def group(self) -> int:
+        """Ranks among which hpZ keeps the frozen weights once; 1 without it."""
+        return self.zero.get("zero_hpz_partition_size", 1)
+
+    @property
+    def bucket(self) -> int:
+        """Elements of a bucket of gradients."""
+        return int(self.zero.get("reduce_bucket_size", BUCKET))
+
+    def offloads(self, what: str) -> bool:
+        """what: "param" or "optimizer"."""
+        return (self.zero.get(f"offload_{what}") or {}).get("device", "none") == "cpu"
+
+    @property
+    def limits(self) -> Limits:
+        own = Limits()
+        return Limits(
+            int(self.zero.get("stage3_max_reuse_distance", own.reuse)),
+            int(self.zero.get("stage3_max_live_parameters", own.live)),
+            int(self.zero.get("stage3_prefetch_bucket_size", own.prefetch)),
+        )
+
+    def padded(self, elements: int) -> int:
+        """Elements of a partitioned tensor: all ranks have equally many."""
+        return -(-elements // self.world_size) * self.world_size
+
+    @property
+    def threshold(self) -> int:
+        """Elements up to which a parameter is persistent."""
+        return int(self.zero.get("stage3_param_persistence_threshold", PERSISTENCE))
+
+    @cached_property
+    def persistent(self) -> set[str]:
+        """Parameters that ZeRO-3 keeps whole beside their parts."""
+        return {name for name, size in self.shapes.sizes.items() if size <= self.threshold}
+
+    @cached_property
+    def partitioned(self) -> set[str]:
+        return set(self.shapes.sizes) - self.persistent
+
+    def gathered(self, probe: bool = False, recorded: bool = True) -> Gathered:
+        """What ZeRO-3 gathers in a forward and a backward pass over one micro-batch."""
+        return _gathered(self.shapes, self.limits, self.threshold, self.checkpointing, probe, recorded)
+
+    # ------------------------------------------------------------------ the run
+
+    @cached_property
+    def steps(self) -> int | None:
+        """Optimizer steps of the run, if they can be known."""
+        train = self.recipe.train
+        if train.steps or self.samples is None:
+            return train.steps
+        return max(1, round(train.epochs * TrainOrder(self.samples, train.global_batch_size, train.seed).steps_per_epoch))
+
+    @cached_property
+    def switching(self) -> Switching | None:
+        """When components are replaced; in a run of unknown length, as in a long one."""
+        return self.method.switching(self.steps or 1_000_000) if self.layers else None
+
+    @cached_property
+    def swaps(self) -> int:
+        """Recompositions of the run, at most; 0 where its length is not known."""
+        if self.switching is None or self.steps is None:
+            return 0
+        plan = self.method.switching(self.steps)  # one of its own: deciding changes it
+        decisions = (plan.after_step(done, 1.0, lambda: 0.0) for done in range(1, self.steps + 1))
+        return sum(decision is not None and decision.swap for decision in decisions)
+
+    @property
+    def columns_of_a_swap(self) -> int:
+        """That the ledger of one layer grows by: what is fused, and what takes its place."""
+        if self.switching is None:
+            return 0
+        count = len(self.method.choose(torch.zeros(self.method.rank)))
+        return count if self.method.refill_from() == "restart" else 2 * count
+
+    def probe_passes(self, settings: ProbeSettings) -> int:
+        """Backward passes of a probe on every rank."""
+        return self.passes(settings, settings.micro_batch_size)
+
+    def passes(self, settings: ProbeSettings, size: int) -> int:
+        return -(-self.probe_samples(settings) // (self.world_size * size))
+
+    def probe_samples(self, settings: ProbeSettings) -> int:
+        wanted = settings.samples
+        if wanted < 1:
+            wanted = max(FEWEST_PROBE_SAMPLES, round(wanted * (self.samples or 0)))
+        return min(int(wanted), self.samples or int(wanted))
+
+
+@functools.lru_cache(maxsize=64)  # the same for all numbers of ranks
+def _gathered(shapes: Shapes, limits: Limits, threshold: int, checkpointing: bool, probe: bool, recorded: bool) -> Gathered:
+    modules = [tuple(piece for piece in pieces if piece.elements > threshold) for pieces in shapes.modules]
+    # Activation checkpointing lets the embeddings ask for a gradient; the probe, which is always checkpointed, does not.
+    silent = set() if checkpointing and not probe else shapes.silent()
+    holders = {number for number, pieces in enumerate(modules) if pieces}
+    events = training_order(shapes.forward, shapes.blocks if checkpointing or probe else set(), silent, holders)
+    return gather(modules, events, limits, recorded)
+
+
+def setup_of(recipe: Recipe, shapes: Shapes, world_size: int, samples: int | None = None) -> Setup:
+    """Raises UserError where the recipe cannot run on so many ranks."""
+    accumulation = plan_batches(recipe, world_size)
+    config: dict[str, Any] = {}
+    if recipe.deepspeed is not None:
+        config, _ = resolve_deepspeed(recipe, world_size, getattr(shapes.config, "hidden_size", None))
+    return Setup(recipe, shapes, world_size, samples or samples_of(recipe), config, accumulation)
+
+
+def samples_of(recipe: Recipe) -> int | None:
+    """Of the training set, as far as `data.split` says it: train[:50000] or train[1000:2000]."""
+    found = re.fullmatch(r"\w+\[(\d*):(\d+)\]", recipe.data.split)
+    return int(found[2]) - int(found[1] or 0) if found else None

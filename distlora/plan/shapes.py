@@ -1,0 +1,135 @@
+"""What a recipe's model is made of, from its config alone: the parameters of every module, and the order in which modules run."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from math import prod
+
+import torch
+from torch import nn
+
+from distlora.attach import Attached, attach
+from distlora.config import Recipe
+from distlora.hub import without_weights
+from distlora.model import attention_of
+from distlora.objective import objective_of
+from distlora.plan.gathering import Event, Module, Piece
+
+
+@dataclass(frozen=True, eq=False)
+class Shapes:
+    """Compared by identity, so that what is found out about one can be kept.
+
+    modules: parameters of each module, by its number. forward: the modules as a pass enters and leaves them. blocks: numbers of
+    those that activation checkpointing covers. names: of the modules. trained: elements of every trained parameter. config: of
+    the text model, from transformers. width: bytes of an element of the weights. attention: the implementation that this machine
+    would run. labels: of a classifier, else 0. sizes: elements of every parameter, a shared one under its first name.
+    linears: (out, in).
+    """
+
+    modules: list[Module]
+    forward: list[Event]
+    blocks: set[int]
+    names: list[str]
+    trained: dict[str, int]
+    attached: Attached
+    config: object
+    width: int
+    attention: str
+    labels: int = 0
+    sizes: dict[str, int] = field(default_factory=dict)
+    linears: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    @property
+    def elements(self) -> int:
+        """Of all parameters, adapters included; a shared one counts once."""
+        return sum(self.sizes.values())
+
+    @property
+    def factors(self) -> int:
+        """Elements of the adapters, trained or frozen."""
+        layers = self.attached.layers.values()
+        return sum(prod(shape) for layer in layers for shape in layer.method.shapes(*layer.shape).values())
+
+    def silent(self) -> set[int]:
+        """Modules that are left before any trained parameter is met: no gradient passes through them."""
+        found = set()
+        for event in self.forward:
+            if event.kind == "enter" and any(not piece.frozen for piece in self.modules[event.module]):
+                break
+            if event.kind == "leave":
+                found.add(event.module)
+        return found
+
+    def targets(self) -> set[int]:
+        """Modules that are adapted, or whose weights are trained as targets."""
+        wanted = set(self.attached.targets)
+        return {number for number, name in enumerate(self.names) if name in wanted}
+
+
+def shapes_of(recipe: Recipe) -> Shapes:
+    """Reads the model's config, and no weights. Raises UserError where recipe and model do not fit."""
+    looked_at = recipe.model.model_copy(update={"path": without_weights(recipe.model.path)})
+    recipe = recipe.model_copy(update={"model": looked_at})
+    objective = objective_of(recipe)
+    model = objective.bare_model()
+    attached = attach(model, recipe.method, recipe.targets, objective.head(model))
+    named = dict(model.named_modules())
+    number_of = {id(module): number for number, module in enumerate(named.values())}
+    first_names: dict[int, str] = {}
+    modules = []
+    for prefix, module in named.items():
+        pieces = []
+        for name, parameter in module.named_parameters(prefix=prefix, recurse=False):
+            own = first_names.setdefault(id(parameter), name)
+            pieces.append(Piece(own, parameter.numel(), not parameter.requires_grad))
+        modules.append(tuple(pieces))
+    return Shapes(
+        modules,
+        [Event(kind, number_of[id(module)]) for kind, module in _order(model, bool(objective.labels))],
+        {number_of[id(block)] for block in _blocks(model)},
+        list(named),
+        {name: parameter.numel() for name, parameter in model.named_parameters() if parameter.requires_grad},
+        attached,
+        model.config.get_text_config(decoder=True),
+        getattr(torch, recipe.model.dtype).itemsize,
+        attention_of(recipe.model, objective.labels),
+        len(objective.labels),
+        {piece.name: piece.elements for module in modules for piece in module},
+        {name: (m.out_features, m.in_features) for name, m in named.items() if hasattr(m, "in_features")},
+    )
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    """The members of the longest list of equal modules: what activation checkpointing covers one by one."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len({type(m) for m in module}) == 1]
+    return list(max(lists, key=len, default=[]))
+
+
+def _order(model: nn.Module, classifies: bool) -> list[tuple[str, nn.Module]]:
+    """The modules as a forward pass enters and leaves them, seen on the meta device."""
+    seen: list[tuple[str, nn.Module]] = []
+    tokens = torch.ones(1, 2, dtype=torch.int64, device="meta")
+    # A mask as attention uses it: making one looks at values, which meta tensors have not.
+    given = {"input_ids": tokens, "attention_mask": torch.zeros(1, 1, 2, 2, device="meta")}
+    with _watched(model, seen), torch.no_grad():
+        if classifies:
+            model(**given)
+        else:
+            hidden = model.base_model(**given, use_cache=False).last_hidden_state
+            model.get_output_embeddings()(hidden)
+    # The outermost module of a run is the one that calls the loss.
+    return [("enter", model), *(item for item in seen if item[1] is not model), ("leave", model)]
+
+
+@contextmanager
+def _watched(model: nn.Module, seen: list[tuple[str, nn.Module]]) -> Iterator[None]:
+    hooks = []
+    for module in model.modules():
+        hooks.append(module.register_forward_pre_hook(lambda module, inputs: seen.append(("enter", module))))
+        hooks.append(module.register_forward_hook(lambda module, inputs, output: seen.append(("leave", module))))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

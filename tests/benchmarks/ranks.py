@@ -1,0 +1,139 @@
+"""Peaks of live tensor bytes on real ranks of ZeRO, with DeepSpeed's own buffers and whatever it keeps gathered.
+
+    python -m tests.benchmarks.ranks [--ranks 1,2,4] [--stages 2,3] [--checkpointing both|on|off]
+
+SmolLM2-135M with LoRA-SB on the CPU, as `init_memory` runs it on one rank of plain PyTorch; beside each figure what
+`distlora plan` expects. "training" is the third step. Every world is a set of processes of its own.
+"""
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from distlora.attach import ALL_LINEAR, attach
+from distlora.comm import Comm, Topology
+from distlora.config import Recipe, resolve_deepspeed
+from distlora.methods import registry
+from distlora.model import IGNORE, load_model, response_loss
+from distlora.optimizer import OptimizerSpec
+from distlora.plan import plan_of
+from distlora.step import evaluation_loss, train_step
+from tests.benchmarks.live_bytes import DEVICE, LiveBytes
+from tests.benchmarks.phases import PHASES, Subject
+from tests.benchmarks.subjects import REAL_PATH, REAL_RANK, REAL_TOKENS
+
+ROOT = Path(__file__).resolve().parents[2]
+GIB = 1 << 30
+STEPS = 3
+
+
+def recipe_of(stage: int, checkpointing: bool, world_size: int, method: dict | None = None, dtype: str = "bfloat16") -> Recipe:
+    """What is run: one sample of REAL_TOKENS tokens a rank and step."""
+    return Recipe(
+        model={"path": REAL_PATH, "dtype": dtype, "attention": "sdpa", "gradient_checkpointing": checkpointing},
+        method=method or {"name": "lora_sb", "rank": REAL_RANK},
+        data={"task": "arithmetic", "max_length": REAL_TOKENS},
+        train={"steps": 10, "micro_batch_size": 1, "global_batch_size": world_size},
+        deepspeed=json.loads((ROOT / f"configs/zero/zero{stage}.json").read_text()) | {"tensorboard": {"enabled": False}},
+        output_dir="runs/unused",
+    )
+
+
+def measure(recipe: Recipe, comm: Comm) -> dict[str, int]:
+    """The peak of each phase on this rank, in bytes; "idle" between two steps."""
+    from distlora.zero import ZeroEngine
+
+    with LiveBytes() as counter:
+        config, _ = resolve_deepspeed(recipe, comm.world_size, hidden_size=576)
+        engine = ZeroEngine(comm, config)
+        with engine.loading():
+            model, _ = load_model(recipe.model)
+        counter.watch(p for parameter in model.parameters() for p in (parameter, getattr(parameter, "ds_tensor", parameter)))
+        with engine.attaching():
+            method = recipe.method
+            attached = attach(model, registry()[method.name](**method.model_dump()), ALL_LINEAR)
+        engine.start(model, OptimizerSpec(lr=1e-4))
+        counter.watch(model.buffers())
+        ids = torch.arange(1, REAL_TOKENS + 1)[None]
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.masked_fill(ids == 1, IGNORE)}
+        subject, found = Subject(engine, attached, counter, batch), {}
+        if method.probe_settings() is not None:
+            run = PHASES["probe"](subject)
+            run()
+            counter.reset_peak()
+            run()
+            found["probe"] = counter.peak[DEVICE]
+        PHASES["training"](subject)
+        for _ in range(STEPS):
+            counter.reset_peak()
+            train_step(engine, [batch], response_loss, 1e-4)
+        found["training"] = counter.peak[DEVICE]
+        found["idle"] = counter.now[DEVICE]
+        counter.reset_peak()
+        evaluation_loss(engine, [batch], response_loss)
+        found["evaluation"] = counter.peak[DEVICE]
+    return found
+
+
+def on_ranks(world_size: int, cases: list[tuple[int, bool]]) -> list[dict[str, int]]:
+    """The answers of rank 0, one a case."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = str(listener.getsockname()[1])
+    with tempfile.NamedTemporaryFile("r", suffix=".json") as answer:
+        ranks = []
+        for rank in range(world_size):
+            environment = os.environ | {
+                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
+            }  # fmt: skip
+            words = [sys.executable, "-m", "tests.benchmarks.ranks", "--worker", answer.name, "--cases", json.dumps(cases)]
+            ranks.append(subprocess.Popen(words, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL))
+        if any([process.wait() for process in ranks]):
+            raise SystemExit(f"a rank of {world_size} failed")
+        return json.loads(answer.read())
+
+
+def _worker(answer: str, cases: list[tuple[int, bool]]) -> None:
+    torch.set_num_threads(1)
+    comm = Comm(Topology.from_environment(), torch.device("cpu"))
+    found = [measure(recipe_of(stage, checkpointing, comm.world_size), comm) for stage, checkpointing in cases]
+    if comm.is_main:
+        Path(answer).write_text(json.dumps(found))
+    comm.close()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--ranks", default="1,2,4")
+    parser.add_argument("--stages", default="2,3")
+    parser.add_argument("--checkpointing", choices=("both", "on", "off"), default="both")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--cases", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        return _worker(options.worker, json.loads(options.cases))
+    switches = {"both": (True, False), "on": (True,), "off": (False,)}[options.checkpointing]
+    cases = [(int(stage), on) for stage in options.stages.split(",") for on in switches]
+    print(f"smollm2 on real ranks: bfloat16, micro-batch 1, {REAL_TOKENS} tokens, LoRA-SB of rank {REAL_RANK}")
+    print("GiB measured / planned")
+    for world_size in map(int, options.ranks.split(",")):
+        for (stage, checkpointing), found in zip(cases, on_ranks(world_size, cases)):
+            expected = plan_of(recipe_of(stage, checkpointing, world_size), world_size, 1).memory.peaks
+            cells = "".join(
+                f"  {phase} {size / GIB:.3f} / {expected[phase] / GIB:.3f} ({expected[phase] / size - 1:+.1%})"
+                for phase, size in found.items()
+            )
+            print(f"{world_size} ranks, stage {stage}, {'' if checkpointing else 'not '}checkpointed:{cells}", flush=True)
+    return None
+
+
+if __name__ == "__main__":
+    main()
