@@ -33,6 +33,6 @@ prepare_environment quickstart,test
 (($(accelerator_count) > 0)) || build_operator
 
 cd "$REPOSITORY" || exit 1
-# The whole suite in two processes, a file in one of them: many tests wait for ranks that wait for each other.
-((${#pytest_arguments[@]})) || pytest_arguments=(-n 2 --dist loadfile --no-loadscope-reorder)
+# The whole suite in two processes: many tests wait for ranks that wait for each other.
+((${#pytest_arguments[@]})) || pytest_arguments=(-n 2 --dist loadgroup --no-loadscope-reorder)
 exec python -m pytest "${pytest_arguments[@]}"

@@ -332,7 +332,7 @@ MUTATIONS = [
         COMPOSE,
         "        factors[name] = comm.broadcast(value, owner)\n",
         "        factors[name] = value\n",
-        parity("initialising-world2-stage2-float32-method=lora-micro_batch=2"),
+        parity("whole_run-world2-stage2-float32-method=lora-clip=0_5-micro_batch=2"),
     ),
     Mutation(
         "reported numbers of the own layers only",
@@ -346,7 +346,7 @@ MUTATIONS = [
         ZERO,
         "        return layer.whole_weight(torch.cat(shards)[: weight.ds_numel])",
         "        return layer.whole_weight(torch.cat(shards[:1] * len(shards))[: weight.ds_numel])",
-        parity("initialising-world2-stage3-float32-method=lora_xs-micro_batch=2"),
+        parity("whole_run-world2-stage3-float32-method=lora_xs-clip=0_5-micro_batch=2"),
     ),
     # ------------------------------------------------------------------ recomposition
     Mutation(

@@ -14,7 +14,7 @@ from distlora import checkpoint as checkpoints
 from distlora.comm import Comm
 from distlora.compose import ProbeData, assign_owners, initialise, install_gradient_maps
 from distlora.data import collate, collate_labelled, collate_prompts, micro_batches, shard
-from distlora.engine import Engine, transform
+from distlora.engine import Engine, LocalEngine, transform
 from distlora.evaluate import label_scores
 from distlora.methods import LowRank
 from distlora.methods.dora import DoRA
@@ -22,7 +22,7 @@ from distlora.model import generate, label_loss, response_loss
 from distlora.optimizer import OptimizerSpec
 from distlora.probe import mean_gradients
 from distlora.step import accumulate, evaluation_loss, train_step
-from tests.distributed.swap_cases import Collectives, swap_resuming, swap_saving, swap_traffic, swapping
+from tests.distributed.swap_cases import Collectives, swap_resuming, swap_saving, swap_traffic, swapping, whole_run
 from tests.distributed.traffic_cases import sent_at_the_start, sent_in_a_step
 from tests.distributed.world import build, labelled_samples, samples, share, write_random_factors
 
@@ -49,6 +49,13 @@ class Setting:
         self.accumulation = GLOBAL_BATCH // (micro_batch * engine.comm.world_size)
         self.loaded_copies = 0.0
         self.attached = build(engine, directory, when_loaded=self._count, **build_settings)
+
+    def anew(self) -> "Setting":
+        """The same on an engine of its own, as a second start of the program would make it."""
+        old = self.engine
+        local = isinstance(old, LocalEngine)
+        engine = LocalEngine(old.comm, old.dtype, old.clip) if local else type(old)(old.comm, old._config)
+        return Setting(engine, self.directory, self.work, self.micro_batch, self.clip, **self.build_settings)
 
     def _count(self, model: nn.Module) -> None:
         self.loaded_copies = self.copies(model)
@@ -380,7 +387,7 @@ CASES: dict[str, Callable[..., Results]] = {
     for case in (
         curve, short_batch, writing, norming, replacing_gradients, initialising, probing, generating, naming_silent_tensors,
         transform_traffic, correcting, storing, classifying, saving, resuming, swapping, swap_traffic, swap_saving, swap_resuming,
-        sent_in_a_step, sent_at_the_start,
+        whole_run, sent_in_a_step, sent_at_the_start,
     )
 }  # fmt: skip
 

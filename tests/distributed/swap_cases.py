@@ -35,6 +35,12 @@ class Recomposing:
             self.engine, self.attached, SEED, steps, reserves, lambda number: setting.probe_data(PROBE_SAMPLES, 1)
         )
 
+    def restore(self) -> None:
+        """Goes on from the newest checkpoint of the setting."""
+        found = checkpoints.newest(self.setting.work, self.setting.comm)
+        checkpoints.restore(self.engine, self.attached, found, self.recomposer)
+        install_gradient_maps(self.engine, self.attached)
+
     def steps(self, first: int, last: int) -> None:
         """Training with everything that happens around a step; each swap must keep the function."""
         for step in range(first, last):
@@ -56,6 +62,14 @@ class Recomposing:
             if not self.attached.method.refill_from() == "restart":
                 tolerance = 1e-5 if self.engine.dtype == torch.float32 else 2e-2
                 assert abs(after - before) <= tolerance * before, f"a swap moved the loss from {before} to {after}"
+
+    def trained(self) -> dict[str, Tensor]:
+        """Masters and moments of everything trained, on rank 0."""
+        found = {}
+        for name in self.engine.trained_shapes():
+            for key, tensor in (self.engine.read_trained(name) or {}).items():
+                found[f"{name}.{key}"] = tensor
+        return found
 
     def weights(self) -> dict[str, Tensor]:
         """The frozen weights as the forward pass reads them, on rank 0.
@@ -145,12 +159,30 @@ def swap_saving(setting, steps: int = 10, at: int = 8) -> dict[str, Tensor]:
     return run.results() | run.weights() | saved
 
 
+def whole_run(setting, steps: int = 4, at: int = 2) -> dict[str, Tensor]:
+    """A method's whole life, whatever the method: its own start, training, swaps if it has any, a checkpoint after step `at`; and
+    from that checkpoint, on a second engine, to the same end to the last bit."""
+    run = Recomposing(setting, steps)
+    run.steps(0, at)
+    checkpoints.save(setting.engine, setting.attached, setting.work, at, {}, recomposer=run.recomposer)
+    told = len(run.losses)
+    run.steps(at, steps)
+    again = Recomposing(setting.anew(), steps, begin=False)
+    again.restore()
+    again.steps(at, steps)
+    assert again.losses == run.losses[told:], f"{again.losses} after the checkpoint, and not {run.losses[told:]}"
+    for kind in (Recomposing.trained, Recomposing.weights):
+        ended, ended_again = kind(run), kind(again)
+        assert ended.keys() == ended_again.keys()
+        for name, tensor in ended.items():
+            assert torch.equal(tensor, ended_again[name]), f"{name} is another one after the checkpoint"
+    return run.results()
+
+
 def swap_resuming(setting, steps: int = 10, at: int = 8) -> dict[str, Tensor]:
     """The steps after that checkpoint, from the pretrained weights and what it holds."""
     run = Recomposing(setting, steps, begin=False)
-    found = checkpoints.newest(setting.work, setting.comm)
-    checkpoints.restore(setting.engine, setting.attached, found, run.recomposer)
-    install_gradient_maps(setting.engine, setting.attached)
+    run.restore()
     saved = {f"saved.{name}": weight for name, weight in run.weights().items()}
     run.steps(at, steps)
     return run.results() | run.weights() | saved
