@@ -19,6 +19,8 @@ from distlora.plan.setup import Setup
 Traffic = Counter[str]
 ALL_REDUCE, REDUCE_SCATTER, ALL_GATHER = "all-reduce", "reduce-scatter", "all-gather"
 BROADCAST, REDUCE, GATHER = "broadcast", "reduce", "gather"
+#: Bytes by which ranks tell each other that one of them failed.
+FLAG = 8
 #: Within groups of ranks that hold the frozen weights once each (hpZ).
 GROUP_GATHER = "all-gather in groups"
 
@@ -133,17 +135,21 @@ def swap_traffic(setup: Setup) -> Traffic:
     table = 8 * len(layers)
     if method.element_scores() is not None:
         traffic[ALL_REDUCE] += method.rank * table
-    reads = 1
     if method.refill_from() == "restart":
         traffic += init_traffic(setup)
+        # What the trained factors started as goes to the layers' owners.
+        sizes = (_sizes(method, shape) for shape in layers.values())
+        traffic[REDUCE] += FLOAT32 * sum(size[name] for size in sizes for name in method.trains)
     else:
         count = len(method.choose(torch.zeros(method.rank)))
         traffic[BROADCAST] += FLOAT32 * count * sum(map(sum, layers.values())) + table
         if method.refill_from() == "gradient":
             traffic += probe_traffic(setup, setup.probe_passes(method.refill_probe()))
-            reads = 2
-    traffic += _times(_reading(setup), reads)
-    traffic[ALL_REDUCE] += 4 * table
+            # Sizes of all columns of B and rows of A; and whether an owner failed.
+            traffic[ALL_REDUCE] += 2 * method.rank * table + FLAG
+    traffic += _reading(setup)
+    # Whether an owner failed; the rounding error and four norms of every layer.
+    traffic[ALL_REDUCE] += FLAG + 5 * table
     return traffic
 
 
