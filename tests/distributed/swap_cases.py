@@ -159,7 +159,7 @@ def swap_saving(setting, steps: int = 10, at: int = 8) -> dict[str, Tensor]:
     return run.results() | run.weights() | saved
 
 
-def whole_run(setting, steps: int = 4, at: int = 2) -> dict[str, Tensor]:
+def whole_run(setting, steps: int = 3, at: int = 2) -> dict[str, Tensor]:
     """A method's whole life, whatever the method: its own start, training, swaps if it has any, a checkpoint after step `at`; and
     from that checkpoint, on a second engine, to the same end to the last bit."""
     run = Recomposing(setting, steps)
