@@ -222,7 +222,7 @@ def _factorise(
 def _weight(engine: Engine, attached: Attached, layer: AdapterLinear, owner: int) -> Tensor | None:
     """The weight that a layer's factors are made of, on its owner: of a packed one what packing made of it, unless the method is
     going to take something out of it."""
-    if layer.packing is not None and attached.originals is not None and attached.method.changes_weight:
+    if layer.packing is not None and attached.originals is not None and attached.method.takes_from_weight:
         return original_at_owner(engine.comm, attached.originals, layer.name, owner)
     return engine.weight_at_owner(layer, owner)
 

@@ -3,7 +3,8 @@
 One module, so that ZeRO-3 gathers exactly what the layer's own forward and backward use, and releases it afterwards.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +57,7 @@ class AdapterLinear(nn.Module):
         self._anchor: Tensor | None = None
         self._tap_adapted = False
         self._trial: tuple[str, float] | None = None
+        self._bare = False
         self._gradient_hooks: list = []
         self._version, self._prepared_at = 0, -1
         self._prepared: Factors = {}
@@ -107,6 +109,8 @@ class AdapterLinear(nn.Module):
         return self.weight if self.packing is None and self._beside is None else self.whole_weight()
 
     def forward(self, x: Tensor) -> Tensor:
+        if self._bare:
+            return self._base(x, self.weight, self.bias)
         factors = self.factors()
         if self._tap is not None:
             return self._tapped(x, factors)
@@ -159,6 +163,15 @@ class AdapterLinear(nn.Module):
         """Multiply one factor by `scale` in the forward pass, without writing it, until called with None."""
         self._trial = None if factor is None else (factor, scale)
         self.changed()
+
+    @contextmanager
+    def bare(self) -> Iterator[None]:
+        """Inside, the layer is what it was before anything was attached, whatever its factors are."""
+        self._bare = True
+        try:
+            yield
+        finally:
+            self._bare = False
 
     def map_gradients(self, maps: dict[str, tuple[Tensor, Tensor]]) -> None:
         """Replace the gradient g of factor `name` by `P g Q` as it appears, for `maps[name] = (P, Q)`; forgets earlier maps.

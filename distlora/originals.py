@@ -40,7 +40,7 @@ def original_at_owner(comm: Comm, originals: Originals, layer: str, owner: int) 
     if comm.rank == owner:
         try:
             weight = originals.read(layer).to(comm.device)
-        except OSError as error:
+        except Exception as error:  # safetensors has errors of its own; the others wait
             failure = UserError(f"the pretrained weight of {layer} cannot be read again: {error}")
     comm.agree(failure)
     return weight

@@ -8,6 +8,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,6 +19,7 @@ from torch import nn
 from distlora import checkpoint as checkpoints
 from distlora import environment
 from distlora.attach import Attached, attach, lora_parameters, pack_linears
+from distlora.combination import check_combination, check_length
 from distlora.comm import Comm, Topology
 from distlora.compose import InitReport, ProbeData, initialise, install_gradient_maps, open_ledger
 from distlora.config import Recipe, plan_batches, resolve_deepspeed, run_identity
@@ -76,11 +78,6 @@ def check(recipe: Recipe, topology: Topology, resume: bool | None) -> None:
     check_run_dir(recipe, resume)
     objective = objective_of(recipe)
     plan_batches(recipe, topology.world_size)
-    problem = recipe.method.problem_with_decay(recipe.train.weight_decay)
-    if problem:
-        raise UserError(problem)
-    if recipe.train.steps:
-        check_length(recipe, recipe.train.steps)
     lacking = OptimizerSpec(recipe.train.optimizer.name).problem()
     if lacking:
         raise UserError(lacking)
@@ -90,46 +87,19 @@ def check(recipe: Recipe, topology: Topology, resume: bool | None) -> None:
     if recipe.deepspeed is not None:
         # The sizes that depend on the model's width are of no interest here; contradictions are.
         config, _ = resolve_deepspeed(recipe, topology.world_size, hidden_size=1)
-    check_base(recipe, partitioned=config.get("zero_optimization", {}).get("stage") == 3)
+    check_combination(recipe, config)
+    if recipe.model.quantization is not None:
+        library()
     if recipe.model.path.startswith("pypi:") or Path(recipe.model.path).expanduser().is_dir() or recipe.model.path[0] in "./~":
         check_targets(recipe, objective)
     for split in filter(None, (recipe.data.split, recipe.data.eval_split)):
         objective.check_split(split)
 
 
-def check_base(recipe: Recipe, partitioned: bool) -> None:
-    """Whether the weights can be stored as the recipe says. partitioned: under ZeRO-3."""
-    asked = recipe.model.quantization
-    if asked is None:
-        return
-    if asked.kind == "int8" and partitioned:
-        raise UserError(
-            "model.quantization: int8 does not go with ZeRO stage 3, under which 8-bit weights are reported to spoil the loss; "
-            "use nf4, or stage 0-2"
-        )
-    problem = recipe.method.problem_with_base(asked.kind, partitioned)
-    if problem:
-        raise UserError(f"model.quantization: {problem}")
-    library()
-
-
 def check_targets(recipe: Recipe, objective: Objective) -> None:
     """Attaches the method to the model without weights: what is wrong with targets or rank shows before anything is loaded."""
     model = objective.bare_model()
     attach(model, recipe.method, recipe.targets, objective.head(model))
-
-
-def check_length(recipe: Recipe, steps: int) -> None:
-    """Whether the method can do with a run of so many steps."""
-    problem = recipe.method.problem_with_length(steps)
-    if problem:
-        raise UserError(problem)
-    optimizer = recipe.train.optimizer.name
-    if OptimizerSpec(optimizer).eight_bit and recipe.method.switching(steps) is not None:
-        raise UserError(
-            f"train.optimizer.name={optimizer} keeps moments in blocks, and {recipe.method.name} as it is set here forgets those "
-            f"of single components; set it to {optimizer.replace('8bit', '')}, or turn the recomposition off in method"
-        )
 
 
 def train(recipe: Recipe, topology: Topology, resume: bool | None = None) -> Summary:
@@ -259,7 +229,7 @@ class _Run:
         self._pack(model, heads)
         with self.engine.attaching():
             attached = attach(model, recipe.method, recipe.targets, heads)
-        if recipe.model.quantization is not None and recipe.method.changes_weight:
+        if recipe.model.quantization is not None and recipe.method.takes_from_weight:
             attached.originals = _together(self.comm, lambda: self._originals(attached))
         self.engine.start(model, OptimizerSpec(lr=settings.lr, weight_decay=settings.weight_decay, **dict(settings.optimizer)))
         draw_heads(self.engine, new, settings.seed)
@@ -302,7 +272,7 @@ class _Run:
         """The state of a run that begins."""
         seed = self.recipe.train.seed
         open_ledger(self.engine, self.attached, seed)
-        before = self._evaluate() if self.held_out else {}
+        before = self._evaluate_pretrained() if self.held_out else {}
         began = time.perf_counter()
         settings = self.recipe.method.probe_settings()
         data = self._probe_data(settings) if settings else None
@@ -415,6 +385,13 @@ class _Run:
 
     def _scores(self) -> dict[str, float]:
         return self.objective.evaluate(self.engine, self.tokenizer, self.held_out[: self.recipe.train.eval_samples])
+
+    def _evaluate_pretrained(self) -> dict[str, float]:
+        """Before there are factors: zeros in their places are no change under most methods, but not under all."""
+        with ExitStack() as stack:
+            for layer in self.attached.layers.values():
+                stack.enter_context(layer.bare())
+            return self._evaluate()
 
     def _evaluate(self) -> dict[str, float]:
         """The scores, and what takes longer."""

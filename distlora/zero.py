@@ -449,8 +449,13 @@ class ZeroEngine:
     @torch.no_grad()
     def weight_from_owner(self, layer: AdapterLinear, owner: int, weight: Tensor | None) -> float:
         stored, error = torch.zeros(layer.packing.elements, dtype=layer.packing.storage, device=self.comm.device), 0.0
-        if self.comm.rank == owner:
-            stored, error = layer.packed(weight)
+        failure = None
+        try:
+            if self.comm.rank == owner:
+                stored, error = layer.packed(weight)
+        except Exception as problem:  # the others wait in a broadcast: tell them before this rank leaves
+            failure = problem
+        self.comm.agree(failure)
         for tensor in (stored, *layer.packing.scales()):
             self.comm.broadcast(tensor, owner)
         self._write_low_precision(layer.weight, stored)
@@ -461,7 +466,9 @@ class ZeroEngine:
         return {name: self._shape(name) for name in self._trained}
 
     def read_trained(self, name: str) -> dict[str, Tensor] | None:
-        moments = self.optimizer.moments() if self._optimizer.state else ()
+        # After a restore a rank that owns nothing of any tensor has no state.
+        (stateful,) = self.comm.sum(float(bool(self._optimizer.state)))
+        moments = self.optimizer.moments() if stateful else ()
         whole = {"master": self._collect(name, lambda own: own.master)}
         for key in moments:
             whole[key] = self._collect(name, lambda own, key=key: own.moment(self._optimizer, key))

@@ -131,6 +131,8 @@ class Method(BaseModel):
     zero_gradient_at_start: ClassVar[tuple[str, ...]] = ()
     #: True where `transform_gradients` is to be called before every optimizer step.
     transforms_gradients: ClassVar[bool] = False
+    #: True where `Init.base_update` takes the factors' start out of the weight.
+    takes_from_weight: ClassVar[bool] = False
     #: True where the target weights themselves are trained, and no factors exist.
     trains_weight: ClassVar[bool] = False
     #: The adapted network before its first step, beside the pretrained one: the same up to rounding, near it by a small random
@@ -357,6 +359,8 @@ class HoldsPretrained(Method):
 
 class TakenFromWeight(HoldsPretrained):
     """Base of methods whose factors begin as something that is taken out of the weight: `W − s·B₀·A₀ + s·B·A`."""
+
+    takes_from_weight: ClassVar[bool] = True
 
     @property
     def changes_weight(self) -> bool:

@@ -114,13 +114,18 @@ def _spec(setup: Setup) -> OptimizerSpec:
     return OptimizerSpec(own.name, betas=own.betas, eps=own.eps, momentum=own.momentum)
 
 
+def _moments(setup: Setup) -> int:
+    """Bytes of a rank's moments."""
+    return round(_share_of_trained(setup) * (_spec(setup).bytes_per_element() - FLOAT32))
+
+
 def _optimizer(setup: Setup) -> tuple[int, int]:
     """float32 masters, and moments, on the GPU."""
     if setup.offloads("optimizer"):
         return 0, 0
     share = _share_of_trained(setup)
     is_master = setup.stage == 0 and setup.shapes.width == FLOAT32
-    return 0 if is_master else FLOAT32 * share, FLOAT32 * share * len(_spec(setup).moments())
+    return 0 if is_master else FLOAT32 * share, _moments(setup)
 
 
 def _gradients(setup: Setup) -> int:
@@ -232,7 +237,7 @@ def _host(setup: Setup) -> int:
     """Offloaded state, the probe's sums, reserve and ledger; not the process itself."""
     share, held = _share_of_trained(setup), 0
     if setup.offloads("optimizer"):
-        held += FLOAT32 * share * (2 + len(_spec(setup).moments()))
+        held += 2 * FLOAT32 * share + _moments(setup)
     if setup.offloads("param"):
         held += setup.shapes.width * sum(setup.padded(size) // setup.world_size for size in setup.shapes.sizes.values())
     settings = setup.method.probe_settings()

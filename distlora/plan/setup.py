@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from distlora.combination import check_combination
 from distlora.config import Recipe, plan_batches, resolve_deepspeed
 from distlora.data import TrainOrder
 from distlora.methods import Method
@@ -161,6 +162,7 @@ def setup_of(recipe: Recipe, shapes: Shapes, world_size: int, samples: int | Non
     config: dict[str, Any] = {}
     if recipe.deepspeed is not None:
         config, _ = resolve_deepspeed(recipe, world_size, getattr(shapes.config, "hidden_size", None))
+    check_combination(recipe, config)
     return Setup(recipe, shapes, world_size, samples or samples_of(recipe), config, accumulation)
 
 

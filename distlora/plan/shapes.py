@@ -10,6 +10,7 @@ from torch import nn
 
 from distlora.attach import Attached, attach
 from distlora.config import Recipe
+from distlora.errors import UserError
 from distlora.hub import without_weights
 from distlora.model import attention_of
 from distlora.objective import objective_of
@@ -69,6 +70,9 @@ class Shapes:
 
 def shapes_of(recipe: Recipe) -> Shapes:
     """Reads the model's config, and no weights. Raises UserError where recipe and model do not fit."""
+    if recipe.model.quantization is not None:
+        kind = recipe.model.quantization.kind
+        raise UserError(f"model.quantization: there are no plans for {kind}; set it to null, for an upper bound")
     looked_at = recipe.model.model_copy(update={"path": without_weights(recipe.model.path)})
     recipe = recipe.model_copy(update={"model": looked_at})
     objective = objective_of(recipe)

@@ -223,3 +223,14 @@ def test_micro_batches_and_the_recipes_epochs(recipe, tmp_path):
     losses = curve(tmp_path / "one")
     assert list(losses) == list(range(1, 9))
     assert curve(tmp_path / "three") == pytest.approx(losses, rel=1e-4)
+
+
+def test_the_evaluation_before_training_is_of_the_pretrained_model(recipe, tmp_path):
+    """Under DoRA too, whose layers give nothing while its factors are zero."""
+    told = {}
+    for name in ("lora", "dora"):
+        run_dir = tmp_path / name
+        succeed("train", recipe, f"method.name={name}", "train.steps=1", "train.exact_match_samples=0", f"output_dir={run_dir}")
+        told[name] = curve(run_dir, "eval/loss")[0]
+    base = AutoModelForCausalLM.from_pretrained(load_recipe(recipe).model.path, dtype=torch.float32).eval()
+    assert told == pytest.approx(dict.fromkeys(told, mean_loss(base, load_recipe(recipe))), rel=1e-5)

@@ -5,6 +5,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from distlora.layer import AdapterLinear
+from distlora.methods.dora import DoRA
 from distlora.methods.lora import LoRA
 from distlora.methods.lora_sb import LoRASB
 
@@ -223,3 +224,12 @@ def test_a_map_is_multiplied_in_float32():
     got = _core_gradient(layer)
     assert got.dtype == torch.bfloat16
     assert torch.equal(got, ((p * 1e-4) @ plain.float() @ (torch.linalg.inv(p) * 1e4)).bfloat16())
+
+
+@pytest.mark.parametrize("method", [LoRASB(rank=RANK), DoRA(rank=RANK)], ids=lambda method: method.name)
+def test_a_bare_layer_is_what_it_was(method):
+    layer, x = _layer(method), _input()
+    with layer.bare():
+        bare = layer(x)
+    torch.testing.assert_close(bare, torch.nn.functional.linear(x, layer.weight, layer.bias))
+    assert not torch.allclose(layer(x), bare)

@@ -109,6 +109,13 @@ def test_the_state_is_that_of_the_recipes_optimizer(recipe, optimizer, said):
     assert said in methods_table(recipe(), [f"train.optimizer={optimizer}"])
 
 
+def test_what_a_packed_weight_excludes_is_said_in_the_methods_line(recipe):
+    table = methods_table(recipe(), ["model.quantization=int8"])
+    for name in ("full", "dora"):
+        assert "model.quantization: " in next(line for line in table.splitlines() if line.startswith(name + " "))
+    assert "model.quantization" not in rows(table)["lora"]
+
+
 # ---------------------------------------------------------------------- facts
 
 

@@ -132,6 +132,15 @@ def test_every_method_has_a_plan(name, tiny):
     assert (GATHER in plan.init, REDUCE in plan.init) == (weight == "weight", weight == "gradient")
 
 
+def test_moments_of_eight_bits_take_a_quarter_and_their_scales(tiny):
+    def moments(name: str, momentum: float = 0.0) -> int:
+        optimizer = {"name": name, "momentum": momentum}
+        return plan_of(recipe_of(tiny, LORA, train={"optimizer": optimizer}), 1, 2).memory.optimizer
+
+    masters = moments("sgd")
+    assert moments("adamw8bit") - masters == pytest.approx((moments("adamw") - masters) * (1 + 4 / 256) / 4, rel=1e-3)
+
+
 def test_an_encoder_has_a_plan(tmp_path):
     tiny_encoder_config("bert").save_pretrained(tmp_path)
     plan = plan_of(recipe_of(tmp_path, LORA, data={"task": "rte", "path": "nyu-mll/glue:rte"}), 1, 2)
@@ -264,6 +273,10 @@ def test_the_command_prints_a_table_and_draws_a_picture(recipe_file, tmp_path, c
         (["--gpus-per-node", "3", "--nodes", "1"], "is not divisible"),
         (["--nodes", "1", "--gpus-per-node", "2", "--plot", "plan.doc"], "ends in .png"),
         (["method.rank=999"], "lower method.rank"),
+        (["model.quantization=nf4"], "model.quantization: there are no plans for nf4"),
+        (["--nodes", "1", "method.name=pissa", "train.weight_decay=0.1"], "decay_pretrained"),
+        (["--nodes", "1", "method.name=srlora", "method.target_rank=4", "method.rank=2", "train.optimizer.name=adamw8bit",
+          "train.steps=9"], "keeps moments in blocks"),
     ],
 )
 def test_mistakes_end_in_a_sentence(words, sentence, recipe_file, capsys):

@@ -18,7 +18,7 @@ from distlora.functional import linear, tapped_linear
 from distlora.layer import AdapterLinear, PackedLinear
 from distlora.methods import LowRank, registry
 from distlora.model import response_loss
-from distlora.originals import Originals
+from distlora.originals import Originals, original_at_owner
 from distlora.quantized import packer, scale_bytes
 from distlora.step import train_step
 from distlora.tensorfile import TensorFiles
@@ -354,6 +354,17 @@ def test_a_resumed_start_packs_the_same_bytes(directory, tmp_path):
 def test_weights_that_are_not_in_the_files_are_named(directory):
     with pytest.raises(UserError, match=r"hold no model.layers.9.x.weight of shape \(3, 4\)"):
         Originals(directory, {"model.layers.9.x": (3, 4)}, FP32)
+
+
+def test_whatever_goes_wrong_with_the_files_is_everyones_error(directory, monkeypatch):
+    originals = Originals(directory, {}, FP32)
+
+    def broken(layer: str):
+        raise RuntimeError("header too small")
+
+    monkeypatch.setattr(originals, "read", broken)
+    with pytest.raises(UserError, match="weight of a layer cannot be read again: header too small"):
+        original_at_owner(solo(), originals, "a layer", 0)
 
 
 @pytest.mark.parametrize("name", registry())
