@@ -34,5 +34,5 @@ prepare_environment quickstart,test
 
 cd "$REPOSITORY" || exit 1
 # The whole suite in two processes: many tests wait for ranks that wait for each other.
-((${#pytest_arguments[@]})) || pytest_arguments=(-n 2 --dist loadgroup --no-loadscope-reorder)
+((${#pytest_arguments[@]})) || pytest_arguments=(-n 2 --no-loadscope-reorder)
 exec python -m pytest "${pytest_arguments[@]}"
