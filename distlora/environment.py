@@ -29,10 +29,14 @@ _PACKAGES = (
 RELEVANT = (
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "CROSS_", "MASTER_", "OMPI_", "PMI", "SLURM_"),
     *("TORCH", "PYTORCH_", "DEEPSPEED_", "DS_", "NCCL_", "GLOO_", "TP_", "UCX_", "MV2_", "FI_", "RDMAV_", "DISTLORA_"),
-    *("CUDA_", "HIP_", "ROCR_", "HF_", "TRANSFORMERS_", "TOKENIZERS_", "OMP_", "MKL_", "KMP_", "PYTHON", "MAX_JOBS", "CXX", "CC"),
+    *("CUDA_", "HIP_", "ROCR_", "HF_", "TRANSFORMERS_", "TOKENIZERS_", "OMP_", "MKL_", "KMP_", "PYTHON", "MAX_JOBS"),
     *("LOCAL_SIZE", "LD_LIBRARY_PATH", "LD_PRELOAD", "VIRTUAL_ENV", "XDG_CACHE_HOME"),
 )  # fmt: skip
-_SECRETS = ("_TOKEN", "_KEY", "SECRET", "PASSW", "CREDENTIAL", "_JWT", "_AUTH")
+_EXACTLY = ("CC", "CXX")
+_SECRETS = ("TOKEN", "KEY", "SECRET", "PASSW", "CREDENTIAL", "JWT", "AUTH", "_PAT", "_PWD")
+#: Words that the names above would take for secrets, and that are none.
+_HARMLESS = ("TOKENIZERS_",)
+HIDDEN = "***"
 #: A user and a password in an address.
 _LOGIN = re.compile(r"(?<=//)[^/@\s]+@")
 
@@ -57,8 +61,31 @@ def _first_word(path: Path) -> str | None:
 
 def relevant_variables(environment: Mapping[str, str]) -> dict[str, str]:
     """The variables that can change what a run does, without those that hold a secret."""
-    chosen = {name: value for name, value in environment.items() if name.startswith(RELEVANT)}
-    return {name: value for name, value in sorted(chosen.items()) if not any(word in name.upper() for word in _SECRETS)}
+    chosen = {name: value for name, value in environment.items() if name.startswith(RELEVANT) or name in _EXACTLY}
+    return {name: value for name, value in sorted(chosen.items()) if not _is_secret(name)}
+
+
+def _is_secret(name: str) -> bool:
+    """Whether a variable or a key of a config is called as if it held a secret."""
+    name = name.upper()
+    for word in _HARMLESS:
+        name = name.removeprefix(word)
+    return any(word in name for word in _SECRETS)
+
+
+def redacted(value: Any) -> Any:
+    """A config without its secrets: texts under keys that are called so, and logins in addresses."""
+    if isinstance(value, Mapping):
+        return {key: HIDDEN if _is_secret(str(key)) and isinstance(item, str) else redacted(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [redacted(item) for item in value]
+    return _without_login(value) if isinstance(value, str) else value
+
+
+def _redacted_word(word: str) -> str:
+    """A word of the command line: of key=value without the value where that is a secret."""
+    key, equals, _ = word.partition("=")
+    return f"{key}={HIDDEN}" if equals and _is_secret(key.rpartition(".")[2]) else _without_login(word)
 
 
 def git_revision(folder: Path) -> dict[str, Any] | None:
@@ -134,14 +161,14 @@ def report(topology: Mapping[str, Any], deepspeed: Mapping[str, Any] | None, res
     return {
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "resumed_at": resumed_at,
-        "command": [_without_login(word) for word in (sys.executable, *sys.argv)],
+        "command": [_redacted_word(word) for word in (sys.executable, *sys.argv)],
         "working_directory": os.getcwd(),
         "git": git_revision(Path.cwd()),
         "versions": versions(),
         "platform": platform.platform(),
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "topology": dict(topology),
-        "deepspeed": deepspeed,
+        "deepspeed": redacted(deepspeed),
         "variables": {name: _without_login(value) for name, value in relevant_variables(os.environ).items()},
     }
 

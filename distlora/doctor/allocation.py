@@ -25,6 +25,8 @@ def examine_job(topology: Topology, subject: Subject, limit: float) -> Report:
     try:
         roll = RollCall(topology, limit)
         came = roll.exchange("presence", {"host": host, "token": f"{os.getpid()}-{time.time_ns()}", "port": free_port()})
+        if topology.rank not in came:
+            raise UserError(f"rank {topology.rank} came after the {limit:g} s that ranks are waited for; raise --limit")
         nodes = _look_around(topology, subject, roll, came)
         findings = judge_nodes(nodes)
         findings += _meeting(topology, came, nodes) or _reduce(topology, roll, came, limit)
@@ -47,7 +49,7 @@ def _look_around(topology: Topology, subject: Subject, roll: RollCall, came: dic
         found = facts.collect(subject.request(token, index) | master) if speaks else None
         heard = roll.exchange("facts", found, facts.LIMIT + BUILD_LIMIT + SHORT)
         now = time.time()  # every rank leaves the exchange at nearly the same time
-        seen = roll.exchange("look", {"time": now, "marks": storage.marks(subject.run_dir, token) if speaks else None}, SHORT)
+        seen = roll.exchange("look", {"time": now, "marks": _marks(subject.run_dir, token) if speaks else None}, SHORT)
     finally:
         if speaks:
             storage.remove_marks(subject.run_dir, token)
@@ -60,6 +62,13 @@ def _look_around(topology: Topology, subject: Subject, roll: RollCall, came: dic
         )
         for host, rank in speakers.items()
     ]  # fmt: skip
+
+
+def _marks(run_dir: str, token: str) -> list[str] | None:
+    try:
+        return storage.marks(run_dir, token)
+    except OSError:
+        return None
 
 
 def _speakers(came: dict[int, dict]) -> dict[str, int]:

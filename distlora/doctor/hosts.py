@@ -76,4 +76,5 @@ def _rank_count(node: Node) -> int:
     devices = len((node.fact("accelerators") or {}).get("devices", ()))
     if node.slots is None:
         return devices or CPU_RANKS
-    return min(node.slots, devices) if devices else node.slots
+    # Where no device is seen, a login node's 8 slots must not become 8 interpreters of half a gigabyte.
+    return min(node.slots, devices or CPU_RANKS)

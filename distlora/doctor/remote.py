@@ -50,8 +50,8 @@ def forwarded() -> dict[str, str]:
     return {name: value for name, value in relevant_variables(os.environ).items() if not name.startswith(_PLACES)}
 
 
-def ask(host: str | None, request: Mapping[str, Any], limit: float) -> Answer:
-    """One node's answer, after `limit` seconds at the latest."""
+def ask(host: str | None, request: Mapping[str, Any], limit: float, running: set[subprocess.Popen] | None = None) -> Answer:
+    """One node's answer, after `limit` seconds at the latest. running: holds the node's process while it runs."""
     asked = time.time()
     text = json.dumps(request | {"environment": forwarded() if host else {}})
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
@@ -59,6 +59,8 @@ def ask(host: str | None, request: Mapping[str, Any], limit: float) -> Answer:
         process = subprocess.Popen(command(host), text=True, errors="replace", start_new_session=True, **pipes)
     except OSError as error:
         return Answer(problem=f"{error.filename}: {error.strerror}")
+    running = set() if running is None else running
+    running.add(process)
     late = False
     try:
         out, err = process.communicate(text, timeout=limit)
@@ -67,6 +69,7 @@ def ask(host: str | None, request: Mapping[str, Any], limit: float) -> Answer:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         out, err = process.communicate()
+    running.discard(process)
     values = answers(out)
     problem = None
     if late:
@@ -78,8 +81,17 @@ def ask(host: str | None, request: Mapping[str, Any], limit: float) -> Answer:
 
 def ask_all(hosts: Sequence[str | None], requests: Sequence[Mapping[str, Any]], limit: float) -> list[Answer]:
     """One request for each host, all at once, since ranks wait for each other; answers in the hosts' order."""
-    with ThreadPoolExecutor(len(hosts)) as pool:
-        return list(pool.map(lambda pair: ask(*pair, limit), zip(hosts, requests)))
+    running: set[subprocess.Popen] = set()
+    pool = ThreadPoolExecutor(len(hosts))
+    try:
+        return list(pool.map(lambda pair: ask(*pair, limit, running), zip(hosts, requests)))
+    except BaseException:  # an interrupt: they are in sessions of their own and have not heard of it
+        for process in tuple(running):
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        raise
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def explain(code: int, said: str) -> str:

@@ -4,6 +4,7 @@ import hashlib
 import os
 import shutil
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +39,16 @@ def leave_mark(run_dir: str | None, mark: str | None) -> dict[str, Any]:
 
 
 def marks(run_dir: str, token: str) -> list[str]:
-    """The marks of this examination that can be seen here."""
+    """The marks of this examination that can be seen here. Raises OSError where the directory cannot be read."""
     prefix = f"{MARK}-{token}"
     return sorted(entry.name.removeprefix(f"{MARK}-") for entry in os.scandir(existing(run_dir)) if entry.name.startswith(prefix))
 
 
 def remove_marks(run_dir: str, token: str) -> None:
     """All that can be seen here: on a shared disk the first node removes everybody's."""
-    for mark in marks(run_dir, token):
-        (existing(run_dir) / f"{MARK}-{mark}").unlink(missing_ok=True)
+    with suppress(OSError):
+        for mark in marks(run_dir, token):
+            (existing(run_dir) / f"{MARK}-{mark}").unlink(missing_ok=True)
 
 
 def path_facts(paths: dict[str, str]) -> dict[str, Any]:

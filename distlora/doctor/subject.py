@@ -70,7 +70,7 @@ def subject_of(recipe: Path | None, run_dir: Path | None, build: bool) -> Subjec
     data = loaded.data.path or get_task(loaded.data.task).path
     hub = model is not None or (data is not None and "data" not in paths)
     zero = (loaded.deepspeed or {}).get("zero_optimization", {})
-    if zero.get("offload_optimizer", {}).get("device") in ("cpu", "nvme"):
+    if (zero.get("offload_optimizer") or {}).get("device") in ("cpu", "nvme"):
         operators.append("CPUAdamBuilder")
     wanted = tuple(operators) if build and loaded.deepspeed is not None else ()
     return Subject(str((run_dir or Path(loaded.output_dir)).absolute()), paths, model, hub, wanted)

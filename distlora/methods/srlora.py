@@ -40,7 +40,9 @@ class RefillProbe(ProbeSettings):
 
 class SRLoRA(PiSSA):
     name: Literal["srlora"] = "srlora"
-    target_rank: int = Field(32, ge=1, description="directions explored in all: bounds the number of replacements")
+    target_rank: int | None = Field(
+        None, ge=1, description="directions explored in all: bounds the number of replacements; null: four times the rank"
+    )
     gamma: float = Field(0.5, gt=0, le=1, description="share of the components that is replaced at a time")
     interval: int | None = Field(None, ge=1, description="steps between replacements; null: as target_rank and schedule say")
     schedule: Literal["fixed", "adaptive", "none"] = Field("fixed", description="when to replace; none: plain PiSSA")
@@ -56,6 +58,14 @@ class SRLoRA(PiSSA):
 
     summary: ClassVar[str] = "PiSSA; unimportant components are fused into W and replaced by unused ones"
     source: ClassVar[str] = "arXiv 2505.12433"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _choose_target_rank(cls, fields):
+        if not isinstance(fields, dict) or fields.get("target_rank") is not None:
+            return fields
+        rank = fields.get("rank", cls.model_fields["rank"].default)
+        return fields | {"target_rank": 4 * rank} if isinstance(rank, int) and rank > 0 else fields
 
     @model_validator(mode="after")
     def _check_sizes(self):

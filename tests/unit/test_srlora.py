@@ -44,6 +44,7 @@ def _used(factors, dtype):
 def test_defaults():
     method = SRLoRA()
     assert (method.rank, method.target_rank, method.gamma, method.scaling) == (8, 32, 0.5, 1.0)
+    assert SRLoRA(rank=96).target_rank == 384 and SRLoRA(rank=2, target_rank=None).target_rank == 8
     assert (method.schedule, method.refill, method.rounding, method.interval) == ("fixed", "spectrum", "nearest", None)
     assert (method.replaced_at_once, method.most_swaps) == (4, 6)
 
