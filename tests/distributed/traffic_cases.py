@@ -61,7 +61,7 @@ def planned(setting, probe_samples: int = 0) -> Setup:
         method=setting.attached.method,
         data={"task": "arithmetic"},
         train={
-            "steps": 4, "micro_batch_size": setting.micro_batch, "clip": setting.clip or None,
+            "steps": 20, "micro_batch_size": setting.micro_batch, "clip": setting.clip or None,
             "global_batch_size": setting.micro_batch * setting.accumulation * setting.comm.world_size,
         },
         deepspeed=getattr(setting.engine, "_config", None),
