@@ -475,7 +475,7 @@ MUTATIONS = [
     Mutation(
         "moments not saved",
         ZERO,
-        "        moments = self.optimizer.moments() if self._optimizer.state else ()\n",
+        "        moments = self.optimizer.moments() if stateful else ()\n",
         "        moments = ()\n",
         (f"{SAME_LAYOUT}[world2-stage2-float32-from-world2-stage2-float32]",),
     ),

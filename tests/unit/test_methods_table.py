@@ -159,7 +159,8 @@ def test_what_one_method_cannot_do_is_said_in_its_line(model):
     table = methods_table(model=model, rank=smallest + 1)
     assert f"rank {smallest + 1} is above min(out, in) = {smallest}" in rows(table)["lora"]
     assert cells(table, "full")[2].replace(",", "").isdigit()
-    assert "target_rank=32 leaves nothing to replace with" in rows(methods_table(rank=32))["srlora"]
+    assert "lower method.target_rank" in rows(methods_table(model=model, rank=smallest))["srlora"]
+    assert "leaves nothing" not in methods_table(rank=32), "srlora's target_rank follows the rank"
 
 
 @pytest.mark.parametrize(
