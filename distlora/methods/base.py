@@ -227,11 +227,22 @@ class Method(BaseModel):
         base: Linear = linear,
         prepared: Factors | None = None,
     ) -> Tensor:
-        """The adapted layer. x: (…, in). Returns (…, out): `x Wᵀ + b + s·(…(x Aᵀ)…)Bᵀ`.
+        """The adapted layer. x: (…, in). Returns (…, out): `(x Wᵀ + s·(…(x Aᵀ)…)Bᵀ) ⊙ c + b`, c of `row_scale`.
 
         base: computes `x Wᵀ + b`. prepared: what `prepare` answers for this weight and these factors; None to ask it here.
         """
-        return base(x, weight, bias) + self.update(x, factors, training)
+        if prepared is None:
+            with torch.no_grad():
+                prepared = self.prepare(weight, factors)
+        scale = self.row_scale(factors, prepared)
+        if scale is None:
+            return base(x, weight, bias) + self.update(x, factors, training)
+        y = base(x, weight, None) + self.update(x, factors, training)
+        return y * scale if bias is None else torch.addcmul(bias, y, scale)
+
+    def row_scale(self, factors: Factors, prepared: Factors) -> Tensor | None:
+        """c (out,), what the rows of the adapted weight are multiplied by; None for nothing. prepared: of `prepare`."""
+        return None
 
     def update(self, x: Tensor, factors: Factors, training: bool) -> Tensor:
         """What the path adds to the pretrained layer's output: (…, in) to (…, out)."""

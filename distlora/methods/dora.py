@@ -5,9 +5,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from distlora.functional import linear
 from distlora.linalg import one_for_zero, row_norms
-from distlora.methods.base import Factors, HoldsPretrained, Init, LayerInit, Linear, LowRank
+from distlora.methods.base import Factors, HoldsPretrained, Init, LayerInit, LowRank
 from distlora.methods.lora import LoRA
 
 #: What the row of B of a zero row gets in an export, once. Any number will do that float16 holds times A: its magnitude is zero.
@@ -46,24 +45,9 @@ class DoRA(HoldsPretrained, LoRA):
         pair = self.delta({name: factors[name].to(torch.promote_types(factors[name].dtype, torch.float32)) for name in self.path})
         return {"norm": one_for_zero(row_norms(weight, pair.left, pair.right).to(factors["m"].dtype))}
 
-    def forward(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        factors: Factors,
-        training: bool,
-        base: Linear = linear,
-        prepared: Factors | None = None,
-    ) -> Tensor:
-        """`(x Wᵀ + s·(x Aᵀ)Bᵀ) ⊙ m/norm + b`; the norm is a constant to the gradient (Section 4.3). Dropout acts on the x of
-        the pair alone."""
-        if prepared is None:
-            with torch.no_grad():
-                prepared = self.prepare(weight, factors)
-        scale = factors["m"] / prepared["norm"]
-        y = base(x, weight, None) + self.update(x, factors, training)
-        return y * scale if bias is None else torch.addcmul(bias, y, scale)
+    def row_scale(self, factors: Factors, prepared: Factors) -> Tensor | None:
+        """m/norm, in which the norm is a constant to the gradient (Section 4.3)."""
+        return factors["m"] / prepared["norm"]
 
     def export_low_rank(self, factors: Factors) -> LowRank:
         """As LoRA, with one entry in the row of B of every row that is zero and stays so, since others divide by its norm."""
