@@ -28,10 +28,11 @@ class Run:
     setting: dict = field(default_factory=dict, hash=False)
     source: "Run | str | None" = None
     at: int = 0
+    steps: int = 10
 
     @property
     def swaps(self) -> bool:
-        """Whether components are replaced meanwhile: then it is ten steps with a checkpoint after step `at`."""
+        """Whether components are replaced meanwhile: then it is `steps` steps with a checkpoint after step `at`."""
         return self.at > 0
 
     @property
@@ -74,9 +75,12 @@ SWAPPED_ELSEWHERE = [
     Run(2, 2, setting=SRLORA, source=SWAPPED[1], at=AFTER_A_SWAP),
     Run(3, 3, setting=SRLORA, source=SWAPPED[-1], at=BEFORE_A_SWAP),
 ]
+#: All four swaps and the checkpoint on the plain engine, then twenty steps under ZeRO.
+LOCAL_SWAPS = "local swaps"
+TWENTY_MORE = Run(2, 2, setting=SRLORA, source=LOCAL_SWAPS, at=AFTER_A_SWAP, steps=AFTER_A_SWAP + 20)
 OF_THREE = Run(3, 3)
 LEFT_TO_ONE = [Run(2, 0), Run(2, 2), Run(2, 3), OF_THREE]
-ALL = [*WRITTEN, *CONTINUED, *MOVED, OF_THREE, *SWAPPED, *SWAPPED_ON, *SWAPPED_ELSEWHERE]
+ALL = [*WRITTEN, *CONTINUED, *MOVED, OF_THREE, *SWAPPED, *SWAPPED_ON, *SWAPPED_ELSEWHERE, TWENTY_MORE]
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +98,15 @@ def local(folder):
 
 
 @pytest.fixture(scope="module")
-def results(folder, local, request):
+def local_swaps(folder):
+    """What `TWENTY_MORE` is the end of, on the plain engine."""
+    arguments = {"at": TWENTY_MORE.at, "steps": TWENTY_MORE.steps}
+    engine = LocalEngine(solo(), torch.float32, SRLORA["clip"])
+    return run_case("swap_saving", engine, folder / "model", folder / LOCAL_SWAPS, arguments, **SRLORA)
+
+
+@pytest.fixture(scope="module")
+def results(folder, local, local_swaps, request):
     """What a run answered; the ranks of a world are started when one of its runs is first asked for."""
     wanted = set()
     for item in request.session.items:
@@ -117,8 +129,8 @@ def results(folder, local, request):
             "case": ("swap_" if run.swaps else "") + ("resuming" if run.source else "saving"),
             "engine": {"stage": run.stage, "dtype": run.dtype},
             "setting": {"micro_batch": 2, **run.setting},
-            "arguments": {"at": run.at} if run.swaps else {},
-            "work": str(folder / getattr(run.source or run, "key", LOCAL)),
+            "arguments": {"at": run.at, "steps": run.steps} if run.swaps else {},
+            "work": str(folder / (run.source if isinstance(run.source, str) else (run.source or run).key)),
         }
 
     return of
@@ -175,3 +187,10 @@ def test_after_swaps_at_another_layout_the_same_curve(run, results):
             torch.testing.assert_close(there[name], whole[name], rtol=2**-22, atol=1e-7)
         if name.startswith("replaced."):
             assert torch.equal(there[name], whole[name])
+
+
+@pytest.mark.parametrize("run", [TWENTY_MORE], ids=lambda run: run.key)
+def test_twenty_steps_after_swaps_of_the_plain_engine(run, results, local_swaps):
+    losses, whole = results(run)["losses"], local_swaps["losses"]
+    assert len(losses) > 20, "twenty steps, and evaluations"
+    torch.testing.assert_close(losses, whole[-len(losses) :], rtol=1e-4, atol=0)
