@@ -376,3 +376,8 @@ class TakenFromWeight(HoldsPretrained):
     @property
     def changes_weight(self) -> bool:
         return True
+
+    @property
+    def export_rank(self) -> int:
+        """2r: what is trained, and what was taken from W for it."""
+        return 2 * self.rank

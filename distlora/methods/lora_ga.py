@@ -39,11 +39,6 @@ class LoRAGA(TakenFromWeight, RSLoRA):
             )
         return None
 
-    @property
-    def export_rank(self) -> int:
-        """2r: what is trained, and what was taken from W for it."""
-        return 2 * self.rank
-
     def source_matrix(self) -> Literal["weight", "gradient", None]:
         return "gradient"
 

@@ -17,11 +17,6 @@ class PiSSA(TakenFromWeight):
     under_decay: ClassVar[str] = "decays pretrained directions"
     decomposes: ClassVar[bool] = True
 
-    @property
-    def export_rank(self) -> int:
-        """2r: what is trained, and what was taken from W for it."""
-        return 2 * self.rank
-
     def source_matrix(self) -> Literal["weight", "gradient", None]:
         return "weight"
 
