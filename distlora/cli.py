@@ -230,6 +230,8 @@ def _topology():
     # DeepSpeed calls collectives by names that torch has since replaced; every rank would say so.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     _log_to_terminal(shown=topology.rank == 0)
+    for note in topology.notes:
+        logging.getLogger("distlora").info("%s", note)
     return topology
 
 

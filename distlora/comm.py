@@ -13,17 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from distlora import rendezvous
+from distlora.addresses import free_port
 from distlora.errors import UserError
-
-#: Where each launcher puts rank and world size, most explicit first.
-_LAUNCHERS = [
-    ("RANK", "WORLD_SIZE"),
-    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
-    ("PMI_RANK", "PMI_SIZE"),
-    ("SLURM_PROCID", "SLURM_NTASKS"),
-]
-#: Where the rank within the node is. Apart from the above: SLURM's PMI gives ranks under PMI's names, the local one under its own.
-_LOCAL_RANKS = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID")
 
 
 @dataclass(frozen=True)
@@ -35,45 +27,23 @@ class Topology:
     local_rank: int = 0
     #: Whose variables said so, for the user; empty for one process without a launcher.
     launcher: str = field(default="", compare=False)
+    #: What was derived of where the ranks meet and over which interface, in sentences for the user.
+    notes: tuple[str, ...] = field(default=(), compare=False)
 
     @classmethod
     def from_environment(cls) -> "Topology":
-        """Raises UserError, agreed by all ranks, where a launcher left several processes without a common address."""
-        found, variable = cls._found()
-        if found.world_size > 1 and "MASTER_ADDR" not in os.environ:
-            error = UserError(
-                f"{found.world_size} processes were started through {variable}, but MASTER_ADDR is not set; "
-                "export MASTER_ADDR (the host of rank 0) and MASTER_PORT"
-            )
-            error.agreed = True
-            raise error
-        return found
+        """Also sets MASTER_ADDR, MASTER_PORT and the transports' interfaces where the launcher has left that to the program.
+
+        With Open MPI on several nodes this is collective. Raises UserError where the variables are wrong, or not enough.
+        """
+        place = rendezvous.find_place(os.environ)
+        notes = rendezvous.settle(os.environ, place)
+        return cls(place.rank, place.world_size, place.local_rank, place.launcher, notes)
 
     @classmethod
     def own_rank(cls) -> int:
         """The rank, even where the environment lacks what else is needed."""
-        return cls._found()[0].rank
-
-    @classmethod
-    def _found(cls) -> tuple["Topology", str]:
-        """What the launcher says, and by which variable it says the rank."""
-        local_rank = next((int(os.environ[name]) for name in _LOCAL_RANKS if name in os.environ), 0)
-        for rank, world_size in _LAUNCHERS:
-            # An interactive SLURM shell sets SLURM_PROCID=0 without being a step of several tasks: then one process is right.
-            if rank in os.environ and world_size in os.environ:
-                if rank == "SLURM_PROCID" and "SLURM_STEP_ID" not in os.environ:
-                    continue
-                return cls(int(os.environ[rank]), int(os.environ[world_size]), local_rank, _launcher(rank)), rank
-        return cls(), ""
-
-
-def _launcher(rank: str) -> str:
-    """Who sets this variable for the rank. Several set RANK, each with others of its own."""
-    if rank != "RANK":
-        return {"OMPI_COMM_WORLD_RANK": "Open MPI", "PMI_RANK": "PMI", "SLURM_PROCID": "SLURM"}[rank]
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        return "torchrun"
-    return "DeepSpeed's launcher" if "CROSS_RANK" in os.environ else "the variables RANK and WORLD_SIZE"
+        return rendezvous.own_rank(os.environ)
 
 
 class Comm:
@@ -116,7 +86,7 @@ class Comm:
         """
         local_rank = str(device.index if device.type == "cuda" else topology.local_rank)
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", str(_free_port()) if topology.world_size == 1 else "29500")
+        os.environ.setdefault("MASTER_PORT", str(free_port()) if topology.world_size == 1 else "29500")
         os.environ["RANK"], os.environ["WORLD_SIZE"] = str(topology.rank), str(topology.world_size)
         os.environ["LOCAL_RANK"] = local_rank
         if "OMPI_COMM_WORLD_LOCAL_RANK" in os.environ:
@@ -280,9 +250,3 @@ class RollCall:
             if missing:
                 time.sleep(0.02)
         return sorted(came)
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]

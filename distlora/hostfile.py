@@ -8,7 +8,6 @@ from distlora.errors import UserError
 
 #: A name or an address that ssh cannot take for an option, with a user or not.
 _HOST = re.compile(r"([A-Za-z0-9_][\w.-]*@)?[A-Za-z0-9_:][\w.:-]*", re.ASCII)
-_LOOPBACK = re.compile(r"localhost(\..*)?|127\.[\d.]+|::1")
 
 
 @dataclass(frozen=True)
@@ -80,8 +79,3 @@ def _refuse_doubles(hosts: list[Host]) -> None:
         other = seen.setdefault(host.address.lower(), host)
         if other is not host:
             raise UserError(f"{host.place}: {host.address} stands in {other.place} already; write it once, with all its slots")
-
-
-def is_loopback(name: str) -> bool:
-    """Whether a name or an address means the machine that asks, without resolving it."""
-    return bool(_LOOPBACK.fullmatch(name))

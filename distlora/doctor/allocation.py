@@ -4,10 +4,10 @@ import os
 import socket
 import time
 
+from distlora.addresses import free_port
 from distlora.comm import RollCall, Topology
 from distlora.doctor import facts, reduction, storage
 from distlora.doctor.findings import Finding, Node
-from distlora.doctor.network import free_port
 from distlora.doctor.node import answers
 from distlora.doctor.subject import BUILD_LIMIT, SHORT, Report, Subject, judge_nodes
 from distlora.errors import UserError

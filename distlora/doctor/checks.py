@@ -3,8 +3,8 @@
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 
+from distlora.addresses import is_loopback
 from distlora.doctor.findings import Finding, Node, gib, known
-from distlora.hostfile import is_loopback
 
 #: Seconds that clocks may differ.
 SKEW_WARNING, SKEW_FAILURE = 2.0, 60.0

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import accumulate
 
+from distlora.addresses import free_port
 from distlora.doctor import facts, reduction
 from distlora.doctor.findings import Finding, Node
-from distlora.doctor.network import free_port
 from distlora.doctor.remote import Answer, ask_all
 from distlora.doctor.subject import BUILD_LIMIT, SHORT, Report, Subject, judge_nodes
 from distlora.hostfile import Host

@@ -13,8 +13,10 @@ LAUNCHER_VARIABLES = [
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
     *("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
     *("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
-    *("TORCHELASTIC_RUN_ID", "CROSS_RANK"),
-    *("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE", "SLURM_STEP_ID"),
+    *("TORCHELASTIC_RUN_ID", "GROUP_RANK", "CROSS_RANK", "CROSS_SIZE", "LOCAL_SIZE"),
+    *("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE", "SLURM_NODEID", "SLURM_NNODES", "SLURM_JOB_ID"),
+    *("SLURM_STEP_ID", "SLURM_STEP_NUM_NODES", "SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST"),
+    *("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"),
 ]
 
 
@@ -71,17 +73,26 @@ def test_an_interactive_slurm_shell_is_one_process(monkeypatch):
 
 
 def test_several_processes_without_an_address_are_refused(monkeypatch):
-    _environment(monkeypatch, OMPI_COMM_WORLD_RANK=0, OMPI_COMM_WORLD_SIZE=4)
+    _environment(monkeypatch, RANK=0, WORLD_SIZE=4)
     with pytest.raises(UserError, match="MASTER_ADDR") as refused:
         Topology.from_environment()
     assert refused.value.agreed, "every rank sees it, so rank 0 alone says it"
-    _environment(monkeypatch, OMPI_COMM_WORLD_SIZE=1)  # a single one needs none
+    _environment(monkeypatch, WORLD_SIZE=1)  # a single one needs none
     assert Topology.from_environment() == Topology()
 
 
 def test_the_rank_is_known_without_an_address(monkeypatch):
     _environment(monkeypatch, OMPI_COMM_WORLD_RANK=3, OMPI_COMM_WORLD_SIZE=4)
     assert Topology.own_rank() == 3
+
+
+def test_what_was_derived_is_in_the_environment_and_told(monkeypatch):
+    node = {"OMPI_COMM_WORLD_RANK": 1, "OMPI_COMM_WORLD_SIZE": 2, "OMPI_COMM_WORLD_LOCAL_SIZE": 2}
+    _environment(monkeypatch, **node)
+    (note,) = Topology.from_environment().notes
+    assert note == f"the ranks meet at 127.0.0.1:{os.environ['MASTER_PORT']}, for all are on this node"
+    assert os.environ["MASTER_ADDR"] == "127.0.0.1"
+    assert Topology.from_environment().notes == (), "what is set by now is as if the user had set it"
 
 
 @pytest.mark.parametrize(

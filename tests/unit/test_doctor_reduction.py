@@ -5,9 +5,9 @@ import socket
 
 import pytest
 
+from distlora.addresses import free_port
 from distlora.comm import RollCall, Topology
 from distlora.doctor import reduction
-from distlora.doctor.network import free_port
 from distlora.doctor.node import answers
 from distlora.errors import UserError
 

@@ -2,8 +2,9 @@
 
 import pytest
 
+from distlora.addresses import is_loopback
 from distlora.errors import UserError
-from distlora.hostfile import Host, is_loopback, parse_hostfile, read_hostfile
+from distlora.hostfile import Host, parse_hostfile, read_hostfile
 
 
 def test_hosts_in_their_order_without_comments_and_blank_lines(tmp_path):

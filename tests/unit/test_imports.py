@@ -23,6 +23,7 @@ HOMES = {
     "torch.utils.tensorboard": {"monitor.py"},
     "bitsandbytes": {"bnb_optimizers.py", "quantized.py"},
     "matplotlib": {"plan/picture.py"},
+    "mpi4py": {"mpi.py"},
     "peft": set(),
     "pickle": set(),
 }
@@ -33,7 +34,8 @@ FLOORS = [
     {"errors"},
     {"functional", "linalg", "rounding", "importance", "moments", "switching", "blockwise", "quantized"},
     {"methods"},
-    {"bnb_optimizers"},
+    {"bnb_optimizers", "addresses", "nodelist", "mpi"},
+    {"rendezvous"},
     {"layer", "comm", "optimizer", "fusing"},
     {"engine"},
     set(),

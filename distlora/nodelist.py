@@ -1,0 +1,44 @@
+"""SLURM's short form of a list of hosts: `node[1-3,7],gpu-a[01-02]`."""
+
+import re
+from collections.abc import Iterator
+
+from distlora.errors import UserError
+
+_PART = re.compile(r"[^\[\],\s]*(\[[\d,-]+\][^\[\],\s]*)*")
+_BRACKET = re.compile(r"\[([\d,-]+)\]")
+
+
+def hosts(text: str) -> Iterator[str]:
+    """The hosts in their order, one after another: a list of thousands costs nothing to who wants the first.
+
+    Numbers keep the zeros before them. Errors: UserError for what is no such list; nothing for a list of none.
+    """
+    end = 0
+    while end < len(text):
+        part = _PART.match(text, end)
+        if not part[0] or text[part.end() : part.end() + 1] not in ("", ","):
+            raise UserError(
+                f"'{text}' is no list of hosts as SLURM writes it, such as node[1-3,7]; set MASTER_ADDR to rank 0's host"
+            )
+        yield from _expand(part[0])
+        end = part.end() + 1
+
+
+def _expand(part: str) -> Iterator[str]:
+    bracket = _BRACKET.search(part)
+    if bracket is None:
+        yield part
+        return
+    for number in _numbers(bracket[1]):
+        yield from _expand(f"{part[: bracket.start()]}{number}{part[bracket.end() :]}")
+
+
+def _numbers(text: str) -> Iterator[str]:
+    """1-3,07 -> 1, 2, 3, 07."""
+    for span in filter(None, text.split(",")):
+        first, _, last = span.partition("-")
+        if not first or (not last and "-" in span) or "-" in last:
+            raise UserError(f"'{span}' is no span of numbers in a list of hosts, such as 1-3; set MASTER_ADDR to rank 0's host")
+        for number in range(int(first), int(last or first) + 1):
+            yield str(number).zfill(len(first))
