@@ -3,6 +3,7 @@
 import argparse
 import logging
 import os
+import shlex
 import socket
 import sys
 import time
@@ -118,6 +119,13 @@ def _parser() -> argparse.ArgumentParser:
     methods.add_argument("--rank", type=int, metavar="R", help="of all methods; default: the recipe's, or 8")
     methods.add_argument("--model", metavar="PATH", help="in place of the recipe's: a directory, a hub name, or pypi:<package>")
     methods.set_defaults(run=_methods)
+
+    sweep = verbs.add_parser("sweep", help="check a sweep, and show the overrides of its lines")
+    sweep.add_argument("file", help="a line of dotted.key=value … for each run, quoted as in a shell, each with its output_dir")
+    sweep.add_argument("recipe", help="that the lines change")
+    sweep.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="those that come before every line's own")
+    sweep.add_argument("--line", type=int, metavar="N", help="only line N, counted from 0: each word with a zero byte behind it")
+    sweep.set_defaults(run=_sweep)
     return parser
 
 
@@ -221,6 +229,19 @@ def _methods(options: argparse.Namespace) -> None:
     from distlora.methods_table import methods_table
 
     print(methods_table(options.recipe, options.overrides, options.rank, options.model))
+
+
+def _sweep(options: argparse.Namespace) -> None:
+    from distlora.sweep import check_directories, line_of, read_sweep
+
+    lines = read_sweep(options.file)
+    chosen = None if options.line is None else line_of(options.file, options.line, lines)
+    check_directories(options.file, lines, options.recipe, options.overrides)
+    if chosen is not None:
+        print("".join(f"{word}\0" for word in chosen), end="")
+        return
+    for number, words in enumerate(lines):
+        print(number, shlex.join(words))
 
 
 def _topology():
