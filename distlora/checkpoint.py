@@ -31,6 +31,7 @@ from distlora.comm import Comm
 from distlora.engine import Engine
 from distlora.errors import UserError
 from distlora.rankzero import on_main, stream_to_main
+from distlora.rng import random_states, restore_random_states
 from distlora.rundir import FORMAT, MANIFEST, STATE, Checkpoint, newest, of_step, prune, put_in_place
 from distlora.tensorfile import TensorFiles, flush_directory, sha256_of, write_json, write_split
 
@@ -270,10 +271,7 @@ def _compare(path: Path, files: TensorFiles, wanted: dict[str, tuple[int, ...]])
 
 def _gather_random_states(comm: Comm) -> dict[str, list[str]] | None:
     """On rank 0 the states of all ranks' global generators, which dropout draws from, in base64."""
-    states = {"cpu": torch.get_rng_state()}
-    if comm.device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(comm.device)
-    gathered = {kind: comm.gather_to(state.to(comm.device), 0) for kind, state in states.items()}
+    gathered = {kind: comm.gather_to(state.to(comm.device), 0) for kind, state in random_states(comm.device).items()}
     if not comm.is_main:
         return None
     return {
@@ -290,6 +288,4 @@ def _restore_random_states(comm: Comm, checkpoint: Checkpoint) -> None:
         kind: torch.frombuffer(bytearray(base64.b64decode(of_ranks[comm.rank])), dtype=torch.uint8)
         for kind, of_ranks in states.items()
     }
-    torch.set_rng_state(own["cpu"])
-    if comm.device.type == "cuda" and "cuda" in own:
-        torch.cuda.set_rng_state(own["cuda"], comm.device)
+    restore_random_states(own, comm.device)

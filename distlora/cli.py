@@ -11,7 +11,9 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from distlora.errors import Ending, TrainingError, UserError
+from distlora.errors import Ending, Preempted, TrainingError, UserError
+from distlora.status import START_AGAIN, read_status
+from distlora.stopping import StopSignals
 
 USER_ERROR, TRAINING_ERROR = 2, 1
 #: Seconds that the other ranks give rank 0 to say what is wrong, and its launcher to end them.
@@ -21,8 +23,8 @@ SHARES = ("accuracy", "f1", "exact_match")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one verb; returns the exit code: 0, 1 (training broke, or the doctor found a failure) or 2 (a mistake of the user's, in
-    one sentence)."""
+    """Runs one verb; returns the exit code: 0, 1 (training broke, or the doctor found a failure), 2 (a mistake of the user's, in
+    one sentence) or 75 (asked to stop; the same command goes on)."""
     options = _parse(arguments)
     try:
         return options.run(options) or 0
@@ -84,6 +86,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     export.set_defaults(run=_export)
 
+    status = verbs.add_parser(
+        "status",
+        help="what became of a run",
+        description="One line about the newest start of a run. Exit code: 0 done; 75 to be started again (it was asked to stop, or "
+        "a rank went silent); 1 failed, still running or killed, or nothing to tell.",
+    )
+    status.add_argument("recipe", help="a recipe, or a run's output directory")
+    status.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="those that the run was started with")
+    status.add_argument("--since", type=float, metavar="SECONDS", help="nothing that was written before this time since the epoch")
+    status.set_defaults(run=_status)
+
     plan = verbs.add_parser("plan", help="memory and traffic of a recipe on a cluster, before anything is loaded or started")
     plan.add_argument("recipe", help="a YAML file, see configs/recipes")
     plan.add_argument("overrides", nargs="*", metavar="dotted.key=value")
@@ -129,7 +142,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _train(options: argparse.Namespace) -> None:
+def _train(options: argparse.Namespace) -> int:
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # below that, stack traces of connections that a dead rank has closed
+    with StopSignals() as signals:  # before the libraries are imported: that takes seconds in which a signal may come
+        try:
+            return _train_until(options, signals)
+        except Preempted as error:
+            # Inside: from here on a launcher may signal whoever is still there, because others have ended.
+            return _sentence(error, START_AGAIN, patience=0)
+
+
+def _train_until(options: argparse.Namespace, signals: StopSignals) -> int:
     topology = _topology()
     recipe = _recipe(options.recipe, options.overrides)
     from distlora import train
@@ -137,9 +160,10 @@ def _train(options: argparse.Namespace) -> None:
     for note in recipe.notes:
         logging.getLogger("distlora").info("%s", note)
     train.check(recipe, topology, options.resume)
-    summary = train.train(recipe, topology, options.resume)
+    summary = train.train(recipe, topology, options.resume, signals.asked)
     if topology.rank == 0:
         print(_table(summary))
+    return 0
 
 
 def _recipe(path: str | Path, overrides: Sequence[str]):
@@ -187,6 +211,18 @@ def _export(options: argparse.Namespace) -> None:
     print(done.path)
     if done.compression:
         print(done.compression)
+
+
+def _status(options: argparse.Namespace) -> int:
+    run_dir = Path(options.recipe)
+    if not run_dir.is_dir():
+        run_dir = Path(_recipe(options.recipe, options.overrides).output_dir)
+    found = read_status(run_dir)
+    if found is None or (options.since is not None and found.seconds < options.since):
+        print(f"{run_dir}: no status" + (" since then" if found else ""))
+        return TRAINING_ERROR
+    print(f"{run_dir}: {found.line}")
+    return found.code
 
 
 def _counts(text: str) -> list[int]:
@@ -267,7 +303,7 @@ def _log_to_terminal(shown: bool) -> None:
     logger.propagate = False
 
 
-def _sentence(error: Ending, code: int) -> int:
+def _sentence(error: Ending, code: int, patience: float = PATIENCE) -> int:
     """The error once, from rank 0; from another rank only if that one is alone with it and still alive after a while."""
     from distlora.comm import Topology
 
@@ -276,7 +312,7 @@ def _sentence(error: Ending, code: int) -> int:
         print(f"distlora: {error}", file=sys.stderr, flush=True)
     else:
         # Launchers end all ranks as soon as one has ended: rank 0 must have spoken by then.
-        time.sleep(PATIENCE)
+        time.sleep(patience)
         if not error.agreed:
             print(f"distlora (rank {rank} on {socket.gethostname()}): {error}", file=sys.stderr, flush=True)
     return code

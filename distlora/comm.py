@@ -5,7 +5,8 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from distlora import rendezvous
 from distlora.addresses import free_port
-from distlora.errors import UserError
+from distlora.errors import Preempted, UserError
 
 
 @dataclass(frozen=True)
@@ -56,15 +57,18 @@ class Comm:
         timeout_minutes: float | None = None,
         distributed: bool = True,
         roll: "RollCall | None" = None,
+        asked_to_stop: Callable[[], bool] = lambda: False,
     ):
         """Joins the group. device: where this rank computes; gloo on a CPU, NCCL on an NVIDIA GPU.
 
         timeout_minutes: how long a collective waits for a silent rank; DEEPSPEED_TIMEOUT, or 30, if it is not given.
         roll: where the ranks have met already; without it they meet at MASTER_ADDR and MASTER_PORT.
+        asked_to_stop: whether this rank should end early, see `sum_or_stop`.
         """
         minutes = float(os.environ.get("DEEPSPEED_TIMEOUT", 30)) if timeout_minutes is None else timeout_minutes
         self.rank, self.world_size = topology.rank, topology.world_size
         self.local_rank, self.device = topology.local_rank, device
+        self._asked_to_stop = asked_to_stop
         self.backend = "nccl" if device.type == "cuda" else "gloo"
         self._mine = False
         if distributed and not dist.is_initialized():
@@ -160,6 +164,16 @@ class Comm:
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
         return tuple(self.all_reduce(total).tolist())
 
+    def sum_or_stop(self, *values: float) -> tuple[float, ...]:
+        """`sum`, which also carries whether a rank was asked to stop. Raises Preempted on every rank if any was.
+
+        Only for where nothing is half done that must be whole.
+        """
+        *sums, asked = self.sum(*values, float(self._asked_to_stop()))
+        if asked:
+            raise Preempted("asked to stop; started again, the run goes on from its newest checkpoint")
+        return tuple(sums)
+
     def share(self, value: Any) -> Any:
         """Rank 0's JSON-able value, on every rank."""
         return value if self.world_size == 1 else self._share_from(0, value)
@@ -206,10 +220,13 @@ class RollCall:
         address, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), int(os.environ.get("MASTER_PORT", 29500))
         # torchrun listens there itself, and all ranks are its guests.
         listens = topology.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        # A launcher's store outlives the ranks: what those of an earlier attempt have said there is not meant.
+        self._prefix = f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+        self._meet = lambda listens: dist.TCPStore(
+            address, port, topology.world_size, listens, datetime.timedelta(seconds=seconds), wait_for_workers=False
+        )
         try:
-            self.store = dist.TCPStore(
-                address, port, topology.world_size, listens, datetime.timedelta(seconds=seconds), wait_for_workers=False
-            )
+            self.store = dist.PrefixStore(self._prefix, self._meet(listens))
         except dist.DistError as error:
             what = "cannot listen on" if listens else "cannot reach"
             reason = str(error).splitlines()[0].split(". ")[0]
@@ -240,6 +257,10 @@ class RollCall:
         except dist.DistError as error:
             raise UserError(f"rank {self._rank} on {socket.gethostname()} has lost the master") from error
 
+    def board(self) -> "StoreBoard":
+        """Where ranks write down what others may read, by a connection of its own: it can be used from another thread."""
+        return StoreBoard(dist.PrefixStore(f"{self._prefix}/board", self._meet(False)))
+
     def _await(self, topic: str, ranks: Iterable[int], seconds: float) -> list[int]:
         """Those of the ranks that have spoken in time."""
         deadline = time.monotonic() + seconds
@@ -250,3 +271,36 @@ class RollCall:
             if missing:
                 time.sleep(0.02)
         return sorted(came)
+
+
+class StoreBoard:
+    """See `distlora.heartbeat.Board`."""
+
+    def __init__(self, store: dist.Store):
+        self._store = store
+        self._there: set[str] = set()  # nothing is ever taken off
+
+    def write(self, name: str, text: str) -> None:
+        with _lost_connection():
+            self._store.set(name, text)
+
+    def read(self, names: Iterable[str]) -> list[str | None]:
+        names = list(names)
+        with _lost_connection():
+            self._there |= {name for name in names if name not in self._there and self._store.check([name])}
+            found = [name for name in names if name in self._there]
+            texts = dict(zip(found, self._store.multi_get(found) if found else []))
+        return [texts[name].decode() if name in texts else None for name in names]
+
+
+@contextmanager
+def _lost_connection() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # every failure of torch.distributed
+        raise ConnectionError(str(error).splitlines()[0]) from error
+
+
+def is_broken_collective(error: BaseException) -> bool:
+    """Whether the error is what torch.distributed says when another rank is gone, or does not answer in time."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))

@@ -93,7 +93,8 @@ def initialise(
         eta = first_rate if settings.eta == "schedule" else settings.eta
 
     log.info("initialising the factors of %d layers", len(layers))
-    report.scalars |= factorise_all(engine, attached, owners, gradients, _draw_seed(seed, number), eta, report.reserves)
+    draw_seed, starting = _draw_seed(seed, number), number == 0
+    report.scalars |= factorise_all(engine, attached, owners, gradients, draw_seed, eta, report.reserves, stoppable=starting)
     if takes_step:
         if keep_function:
             eta = 0.0
@@ -113,18 +114,21 @@ def factorise_all(
     seed: int | str,
     eta: float,
     reserves: dict[str, LowRank] | None = None,
+    stoppable: bool = False,
 ) -> dict[str, float]:
     """Factors for every layer, from its weight or gradient, written into the engine; returns the means and the least values of
     what the method reported.
 
     gradients: of the layers that this rank owns, where the method asks for them; each is taken out as it is used.
-    reserves: where to put the reserves of the layers that this rank owns.
+    reserves: where to put the reserves of the layers that this rank owns. stoppable: Preempted may be raised between layers.
     """
     layers = attached.layers
     scalars: dict[str, dict[str, float]] = {}
     losses = _Losses()
     for turn in _turns(layers, owners):
         found = _factorise(engine, attached, turn, owners, gradients, seed, eta)
+        if stoppable:
+            engine.comm.sum_or_stop()
         for name, layer in turn.items():
             _install(engine, attached, layer, owners[name], found.get(name), losses)
         scalars |= {name: init.report for name, init in found.items()}

@@ -110,6 +110,7 @@ class TrainSection(Section):
     eval_samples: Count | None = Field(256, description="of the evaluation split; null: all")
     keep_checkpoints: Count = 2
     exact_match_samples: NoneOrCount = Field(0, description="evaluation problems answered before and after training")
+    hang_timeout: OffOrNumber = Field(600.0, description="seconds that a rank may be silent before all end; 0 or null: no limit")
 
     @model_validator(mode="after")
     def _has_a_length(self):
@@ -306,8 +307,9 @@ def run_identity(recipe: Recipe) -> dict:
     ignored = {
         "model": ("gradient_checkpointing", "attention"),
         "data": ("max_new_tokens", "eval_split"),
-        "train": ("micro_batch_size", "eval_every", "save_every", "keep_checkpoints", "eval_samples", "exact_match_samples"),
-    }
+        "train": ("micro_batch_size", "eval_every", "save_every", "keep_checkpoints", "eval_samples", "exact_match_samples",
+                  "hang_timeout"),
+    }  # fmt: skip
     for section, keys in ignored.items():
         for key in keys:
             del content[section][key]

@@ -1,8 +1,8 @@
-"""The two ways a run ends early on purpose."""
+"""The ways a run ends early on purpose."""
 
 
 class Ending(Exception):
-    """Base of both. agreed: every rank ends with this sentence, so rank 0 alone says it."""
+    """Base of all. agreed: every rank ends with this sentence, so rank 0 alone says it."""
 
     agreed: bool = False
 
@@ -19,6 +19,15 @@ class TrainingError(Ending):
 
     Raised from numbers that are reduced over ranks, so all ranks raise it alike. The command line prints the sentence once and
     exits with code 1.
+    """
+
+    agreed = True
+
+
+class Preempted(Ending):
+    """A run that was asked to stop (SIGTERM, SIGUSR1) and has stopped, in one sentence; started again it goes on.
+
+    All ranks raise it alike. The command line prints the sentence once and exits with code 75, EX_TEMPFAIL in sysexits.h.
     """
 
     agreed = True

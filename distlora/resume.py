@@ -11,6 +11,7 @@ from distlora.environment import ENVIRONMENT
 from distlora.errors import UserError
 from distlora.logs import LOGS
 from distlora.rundir import Checkpoint, newest
+from distlora.status import STATUS
 from distlora.tensorfile import write_text
 
 log = logging.getLogger(__name__)
@@ -77,7 +78,7 @@ def _forget(run_dir: Path) -> None:
     # An export takes the adapter if it is of a later step than every checkpoint.
     for name in (ADAPTER, LOGS):
         shutil.rmtree(run_dir / name, ignore_errors=True)
-    for name in (METRICS, RECOMPOSITIONS, ENVIRONMENT):
+    for name in (METRICS, RECOMPOSITIONS, ENVIRONMENT, STATUS):
         (run_dir / name).unlink(missing_ok=True)
 
 

@@ -34,15 +34,16 @@ def accumulate(engine: Engine, batches: Sequence[Batch], loss_sum: LossSum) -> f
     The loss is the sum over the targets of the *global* batch (response tokens, or rows with a label) divided by their number.
     Their number is known before the first backward pass (one all-reduce), so each micro-batch's share is exact whatever the
     micro-batch size, the accumulation and the world size; an average of micro-batch means would not be. Every rank brings
-    equally many micro-batches; one without targets has weight zero. Raises TrainingError if the loss is not finite.
+    equally many micro-batches; one without targets has weight zero. Raises TrainingError if the loss is not finite, and Preempted
+    after a micro-batch in which a rank was asked to stop: then the gradients so far are of no use.
     """
     (targets,) = engine.comm.sum(sum(map(count_targets, batches)))
-    total = torch.zeros((), dtype=torch.float64, device=engine.comm.device)
+    total = 0.0
     for batch in batches:
         loss, _ = engine.run(loss_sum, batch)
         engine.backward(loss / targets)
-        total += loss.detach()
-    value = float(engine.comm.all_reduce(total)) / targets
+        total += engine.comm.sum_or_stop(float(loss.detach()))[0]
+    value = total / targets
     if not math.isfinite(value):
         raise TrainingError(f"the training loss is {value}")
     return value
@@ -57,12 +58,13 @@ def train_step(engine: Engine, batches: Sequence[Batch], loss_sum: LossSum, rate
 
 @torch.no_grad()
 def evaluation_loss(engine: Engine, batches: Sequence[Batch], loss_sum: LossSum) -> float:
-    """Mean cross-entropy over all targets of all ranks' batches; equally many batches on every rank."""
+    """Mean cross-entropy over all targets of all ranks' batches; equally many batches on every rank. Raises Preempted between
+    two of them."""
     engine.train_mode(False)
-    total, targets = 0.0, 0
+    total, targets = 0.0, 0.0
     for batch in batches:
         loss, count = engine.run(loss_sum, batch)
-        total, targets = total + float(loss), targets + count
-    total, targets = engine.comm.sum(total, targets)
+        loss, count = engine.comm.sum_or_stop(float(loss), count)
+        total, targets = total + loss, targets + count
     engine.train_mode(True)
     return total / targets

@@ -25,7 +25,7 @@ from distlora.compose import InitReport, ProbeData, initialise, install_gradient
 from distlora.config import Recipe, plan_batches, resolve_deepspeed, run_identity
 from distlora.data import Encoded, TrainOrder, download, micro_batches, shard
 from distlora.engine import Engine, LocalEngine
-from distlora.errors import Ending, TrainingError, UserError
+from distlora.errors import Preempted, TrainingError, UserError
 from distlora.export import export_peft_from_engine
 from distlora.heads import draw_heads
 from distlora.hub import resolve_path
@@ -40,9 +40,11 @@ from distlora.quantized import library, packer, scale_bytes
 from distlora.rankzero import on_main
 from distlora.recompose import Recomposer
 from distlora.resume import check_run_dir, claim_run_dir, find_checkpoint
-from distlora.rng import own_random_state, reseed
+from distlora.rng import own_random_state, random_states, reseed, restore_random_states
 from distlora.rundir import share_checkpoint
+from distlora.status import StatusFile, new_start
 from distlora.step import accumulate
+from distlora.supervision import Supervision
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +54,19 @@ FEWEST_PROBE_SAMPLES = 25
 #: DeepSpeed's monitors, by their sections in its config.
 MONITORS = ("tensorboard", "wandb", "csv_monitor", "comet")
 
+#: In a checkpoint's extra state: the evaluation after its step was cut short.
+EVALUATION_DUE = "evaluation_due"
+
 Result = TypeVar("Result")
+
+
+@dataclass
+class _State:
+    """What a checkpoint holds beside tensors. step: finished optimizer steps. random: the generators' states after them."""
+
+    step: int
+    extra: dict[str, Any]
+    random: dict[str, torch.Tensor]
 
 
 @dataclass
@@ -102,30 +116,29 @@ def check_targets(recipe: Recipe, objective: Objective) -> None:
     attach(model, recipe.method, recipe.targets, objective.head(model))
 
 
-def train(recipe: Recipe, topology: Topology, resume: bool | None = None) -> Summary:
+def train(
+    recipe: Recipe, topology: Topology, resume: bool | None = None, asked_to_stop: Callable[[], bool] = lambda: False
+) -> Summary:
     """Runs a recipe that `check` has passed; on every rank. Returns the same summary on all.
 
     resume: None continues from the newest complete checkpoint of the run directory if there is one, True demands one, False
-    begins anew. Raises UserError for mistakes that only weights or data show, TrainingError if training breaks.
+    begins anew. asked_to_stop: whether this rank should end early; one rank is enough. Raises UserError for mistakes that only
+    weights or data show, TrainingError if training breaks, Preempted once a run that was asked to stop has stopped.
+    With several ranks the process is ended, with exit code 1, where another one goes silent for `train.hang_timeout`.
     """
     device = _device(topology)
-    comm = Comm(topology, device, distributed=recipe.deepspeed is not None)
-    with own_random_state(recipe.train.seed, device), RankLog(comm.rank) as rank_log:
-        try:
-            where = environment.resolve_topology(comm, topology)
-            log.info("%s", environment.topology_line(where))
-            checkpoint = share_checkpoint(comm, on_main(comm, recipe.output_dir, lambda: find_checkpoint(recipe, resume)))
-            run = _Run(comm, recipe, checkpoint)
-            on_main(comm, recipe.output_dir, lambda: claim_run_dir(recipe, resume))
-            _together(comm, lambda: rank_log.open(run.run_dir))
-            on_main(comm, run.run_dir, lambda: environment.record(run.run_dir, where, run.resolved, checkpoint and checkpoint.step))
-            summary = run.finish()
-        except Ending as error:
-            if error.agreed:
-                comm.close()
-            raise
-    comm.close()
-    return summary
+    supervision = Supervision(topology, recipe.train.hang_timeout)
+    with own_random_state(recipe.train.seed, device), RankLog(topology.rank) as rank_log, supervision:
+        comm = supervision.gather(device, recipe.deepspeed is not None, asked_to_stop)
+        where = environment.resolve_topology(comm, topology)
+        log.info("%s", environment.topology_line(where))
+        checkpoint = share_checkpoint(comm, on_main(comm, recipe.output_dir, lambda: find_checkpoint(recipe, resume)))
+        run = _Run(comm, recipe, checkpoint)
+        on_main(comm, recipe.output_dir, lambda: claim_run_dir(recipe, resume))
+        _together(comm, lambda: rank_log.open(run.run_dir))
+        on_main(comm, run.run_dir, lambda: environment.record(run.run_dir, where, run.resolved, checkpoint and checkpoint.step))
+        with supervision.telling(run.status):
+            return run.finish()
 
 
 def evaluate(recipe: Recipe, topology: Topology) -> dict[str, float]:
@@ -134,19 +147,12 @@ def evaluate(recipe: Recipe, topology: Topology) -> dict[str, float]:
     if recipe.data.eval_split is None:
         raise UserError("data.eval_split is null, so there is nothing to evaluate on; name a split")
     device = _device(topology)
-    comm = Comm(topology, device, distributed=recipe.deepspeed is not None)
-    with own_random_state(recipe.train.seed, device):
-        try:
-            checkpoint = checkpoints.newest(recipe.output_dir, comm)
-            if checkpoint is None:
-                raise UserError(f"{recipe.output_dir} holds no complete checkpoint; train first")
-            result = _Run(comm, _without_monitors(recipe), checkpoint).evaluate_checkpoint()
-        except Ending as error:
-            if error.agreed:
-                comm.close()
-            raise
-    comm.close()
-    return result
+    with own_random_state(recipe.train.seed, device), Supervision(topology, recipe.train.hang_timeout) as supervision:
+        comm = supervision.gather(device, recipe.deepspeed is not None)
+        checkpoint = checkpoints.newest(recipe.output_dir, comm)
+        if checkpoint is None:
+            raise UserError(f"{recipe.output_dir} holds no complete checkpoint; train first")
+        return _Run(comm, _without_monitors(recipe), checkpoint).evaluate_checkpoint()
 
 
 class _Run:
@@ -167,6 +173,7 @@ class _Run:
         self.order = TrainOrder(len(self.training), settings.global_batch_size, settings.seed)
         self.accumulation = plan_batches(recipe, comm.world_size)
         self.steps = settings.steps or max(1, round(settings.epochs * self.order.steps_per_epoch))
+        self.status = StatusFile(self.run_dir, self.steps, checkpoint.step if checkpoint else 0, comm.share(new_start()))
         self.schedule = Schedule(settings.schedule, settings.lr, self.steps, settings.warmup_ratio)
         _together(comm, lambda: check_length(recipe, self.steps))
 
@@ -214,7 +221,10 @@ class _Run:
         chosen = [self.training[i] for i in torch.randperm(len(self.training), generator=generator)[:count].tolist()]
 
         def batches(size: int) -> Iterator[dict[str, torch.Tensor]]:
-            return self._batches(chosen, shard(count, self.comm.rank, self.comm.world_size, size))
+            for batch in self._batches(chosen, shard(count, self.comm.rank, self.comm.world_size, size)):
+                if number == 0:  # a later probe is part of a swap, which must be whole
+                    self.comm.sum_or_stop()
+                yield batch
 
         forward_size = max(settings.micro_batch_size, self.recipe.train.micro_batch_size)
         return ProbeData(lambda: batches(settings.micro_batch_size), lambda: batches(forward_size), count, self.objective.loss)
@@ -326,21 +336,23 @@ class _Run:
         progress = Progress(self.steps, first, self.comm.is_main)
         saved = good = self.checkpoint.path if self.checkpoint else None
         self.engine.train_mode(True)
-        seconds = 0.0
+        seconds, state = 0.0, _State(first, extra, random_states(self.comm.device))
         try:
+            if extra.pop(EVALUATION_DUE, False):
+                self._look(state)
             for step in range(first, self.steps):
                 began = time.perf_counter()
                 self._step(step, progress, just_started=step == first)
                 seconds += time.perf_counter() - began
                 good = saved  # the loss of its weights, or of later ones, has just turned out finite
-                done = step + 1
-                if settings.eval_every and done % settings.eval_every == 0 and done < self.steps and self.held_out:
-                    self.monitor.write(done, {f"eval/{key}": value for key, value in self._scores().items()})
-                if done == self.steps or (settings.save_every and done % settings.save_every == 0):
-                    saved = checkpoints.save(
-                        self.engine, self.attached, self.run_dir, done, run_identity(self.recipe), extra,
-                        settings.keep_checkpoints, recomposer=self.recomposer,
-                    )  # fmt: skip
+                self.status.step = step + 1
+                state = _State(step + 1, extra, random_states(self.comm.device))
+                if settings.eval_every and state.step % settings.eval_every == 0 and state.step < self.steps and self.held_out:
+                    self._look(state)
+                if state.step == self.steps or (settings.save_every and state.step % settings.save_every == 0):
+                    saved = self._save(state)
+        except Preempted:
+            raise Preempted(self._leave(state, saved)) from None
         except TrainingError as error:
             there = good if good and good.exists() else "none"
             raise TrainingError(f"{error}; the last good checkpoint: {there}") from error
@@ -348,6 +360,30 @@ class _Run:
             progress.close()
         if first < self.steps:
             self.summary.step_seconds = seconds / (self.steps - first)
+
+    def _look(self, state: "_State") -> None:
+        """An evaluation on the way. One that is cut short is owed by whoever goes on from here."""
+        state.extra = state.extra | {EVALUATION_DUE: True}
+        self.monitor.write(state.step, {f"eval/{key}": value for key, value in self._scores().items()})
+        del state.extra[EVALUATION_DUE]
+
+    def _save(self, state: "_State") -> Path:
+        saved = checkpoints.save(
+            self.engine, self.attached, self.run_dir, state.step, run_identity(self.recipe), state.extra,
+            self.recipe.train.keep_checkpoints, recomposer=self.recomposer,
+        )  # fmt: skip
+        on_main(self.comm, self.run_dir, lambda: self.status.write("running"))
+        return saved
+
+    def _leave(self, state: "_State", saved: Path | None) -> str:
+        """Keeps the last completed step, whatever was begun of the next one; returns what to tell the user."""
+        if state.step == 0:
+            return f"asked to stop before the first of {self.steps} steps was complete; the same command begins anew"
+        restore_random_states(state.random, self.comm.device)  # dropout has drawn for micro-batches that do not count
+        there = self.run_dir / f"checkpoint-{state.step}"
+        if saved != there:
+            self._save(state)
+        return f"asked to stop: stopped after step {state.step} of {self.steps}; the same command goes on from {there}"
 
     def _step(self, step: int, progress: Progress, just_started: bool) -> None:
         micro = self.recipe.train.micro_batch_size

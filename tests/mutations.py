@@ -241,15 +241,15 @@ MUTATIONS = [
     Mutation(
         "loss not summed over ranks",
         STEP,
-        "    value = float(engine.comm.all_reduce(total)) / targets\n",
-        "    value = float(total) / targets * engine.comm.world_size\n",
+        "        total += engine.comm.sum_or_stop(float(loss.detach()))[0]\n",
+        "        total += float(loss.detach()) * engine.comm.world_size\n",
         parity("curve-world2-stage0-float32-clip=0_5-micro_batch=2"),
     ),
     Mutation(
         "evaluation loss not summed over ranks",
         STEP,
-        "    total, targets = engine.comm.sum(total, targets)\n",
-        "",
+        "        loss, count = engine.comm.sum_or_stop(float(loss), count)\n",
+        "        loss = float(loss)\n",
         parity("writing-world2-stage0-float32-micro_batch=2"),
     ),
     Mutation(
@@ -520,7 +520,7 @@ MUTATIONS = [
     Mutation(
         "random-number states not restored",
         "distlora/checkpoint.py",
-        '    torch.set_rng_state(own["cpu"])\n',
+        "    restore_random_states(own, comm.device)\n",
         "    pass\n",
         (f"{SAME_LAYOUT}[world2-stage2-float32-0_3-from-world2-stage2-float32-0_3]",),
     ),

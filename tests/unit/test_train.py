@@ -11,8 +11,9 @@ from distlora import train
 from distlora.comm import Comm, Topology
 from distlora.config import load_recipe
 from distlora.engine import LocalEngine, StepInfo
-from distlora.errors import TrainingError, UserError
+from distlora.errors import Preempted, TrainingError, UserError
 from distlora.export import export
+from distlora.status import read_status
 from distlora.tensorfile import TensorFiles
 from tests.tiny_models import tiny_model_dir
 
@@ -28,17 +29,21 @@ def model(tmp_path_factory) -> Path:
 @pytest.fixture
 def recipe(model, tmp_path):
     """Makes the recipe of a short run, with overrides."""
+    return short_recipe(model, tmp_path)
+
+
+def short_recipe(model, folder):
     rows = [json.dumps({"question": f"What is {n}?", "answer": f"It is {n}"}) for n in range(6)]
-    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    (folder / "rows.jsonl").write_text("\n".join(rows))
     content = {
         "model": {"path": str(model), "dtype": "float32", "gradient_checkpointing": False},
         "method": {"name": "lora_xs", "rank": 4},
-        "data": {"task": "gsm8k", "path": str(tmp_path / "rows.jsonl"), "template": "{prompt}\n", "max_length": 32},
+        "data": {"task": "gsm8k", "path": str(folder / "rows.jsonl"), "template": "{prompt}\n", "max_length": 32},
         "train": {"steps": 3, "global_batch_size": 2, "save_every": 1, "keep_checkpoints": 1, "lr": 0.01},
-        "output_dir": str(tmp_path / "run"),
+        "output_dir": str(folder / "run"),
     }
-    (tmp_path / "recipe.yaml").write_text(json.dumps(content))  # JSON is YAML
-    return lambda *overrides: load_recipe(tmp_path / "recipe.yaml", overrides)
+    (folder / "recipe.yaml").write_text(json.dumps(content))  # JSON is YAML
+    return lambda *overrides: load_recipe(folder / "recipe.yaml", overrides)
 
 
 # ---------------------------------------------------------------------- before the start
@@ -193,6 +198,70 @@ def test_a_checkpoint_that_was_removed_is_not_recommended(recipe, monkeypatch):
     monkeypatch.setattr(train, "accumulate", accumulate)
     with pytest.raises(TrainingError, match="nan at step 3; the last good checkpoint: none$"):
         train.train(recipe(), Topology())
+
+
+class Asked:
+    """Asks to stop when it is looked at for the n-th time."""
+
+    def __init__(self, when: int | None):
+        self.when, self.looks = when, 0
+
+    def __call__(self) -> bool:
+        self.looks += 1
+        return self.looks == self.when
+
+
+#: Three micro-batches a step whose dropout draws, an evaluation (of two batches) after the second step, and one at the end.
+INTERRUPTED = [
+    "method.dropout=0.5", "train.steps=4", "train.global_batch_size=3", "train.save_every=2", "train.eval_every=2",
+    "data.eval_split=train[:2]", "targets=[q_proj]",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def quiet(model, tmp_path_factory):
+    """What a run that nobody interrupts tells, and how often it looks."""
+    folder = tmp_path_factory.mktemp("quiet")
+    asked, made = Asked(None), short_recipe(model, folder)(*INTERRUPTED)
+    train.train(made, Topology(), None, asked)
+    return curves(made), asked.looks
+
+
+def curves(made) -> dict:
+    """(step, tag) -> value of all that does not depend on the clock."""
+    lines = map(json.loads, (Path(made.output_dir) / "metrics.jsonl").read_text().splitlines())
+    pairs = [((line["step"], tag), value) for line in lines for tag, value in line.items() if tag != "step" and "second" not in tag]
+    assert len(dict(pairs)) == len(pairs)
+    return dict(pairs)
+
+
+# Looks 1-2: the evaluation before; 3-5: layers; 6-8, 9-11: two steps; 12-13: an evaluation; 14-19: two steps; 20-21: the last one.
+@pytest.mark.parametrize("look", [1, 4, 8, 10, 11, 12, 13, 16, 21])
+def test_asked_to_stop_at_any_moment_it_goes_on_as_if_nothing_had_been(recipe, quiet, look):
+    wanted, looks = quiet
+    made = recipe(*INTERRUPTED)
+    assert looks == 21
+    with pytest.raises(Preempted, match="^asked to stop"):
+        train.train(made, Topology(), None, Asked(look))
+    told = read_status(Path(made.output_dir))
+    assert (told.state, told.requeue, told.steps) == ("preempted", True, 4)
+    kept = [path.name for path in Path(made.output_dir).glob("checkpoint-*")]
+    assert kept == ([f"checkpoint-{told.step}"] if told.step else [])
+    assert train.train(made, Topology(), None).steps == 4
+    assert curves(made) == wanted
+    assert read_status(Path(made.output_dir)).state == "done"
+
+
+def test_what_ends_a_run_is_in_its_status(recipe, monkeypatch):
+    def refuse(self):
+        raise MemoryError("no room\nat all")
+
+    made = recipe()
+    monkeypatch.setattr(LocalEngine, "step", refuse)
+    with pytest.raises(MemoryError):
+        train.train(made, Topology())
+    told = read_status(Path(made.output_dir))
+    assert (told.state, told.requeue, told.message) == ("failed", False, "MemoryError: no room")
 
 
 def test_every_start_is_recorded_with_where_it_ran(recipe, caplog):

@@ -1,0 +1,199 @@
+"""Noticing that a rank has gone silent, while the others wait for it in a collective.
+
+Every rank writes a new number to a board at rank 0's host, again and again, from a thread of its own; so it does even where its
+main thread factorises a large weight or waits for a slow file. Rank 0 looks at all numbers. Where one stands still too long it
+writes its verdict on the board, and every rank that reads it ends. A rank that cannot reach the board any more judges for itself
+that rank 0 is gone. Waiting alone never says who is missing: a collective ends after half an hour, with the address of a socket.
+"""
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Protocol
+
+#: Seconds between two beats, at most and at least; between them, a tenth of the time that a rank may be silent.
+SLOWEST, QUICKEST = 2.0, 0.2
+#: Beats after which a rank is called silent once a collective has broken, and so something is known to be wrong.
+BEATS_WHEN_BROKEN = 4
+
+VERDICT, TROUBLE, BEAT = "heartbeat/verdict", "heartbeat/trouble", "heartbeat/beat"
+
+
+class Board(Protocol):
+    """Texts under names, at rank 0's host. Raises ConnectionError where it cannot be reached; may also hang then."""
+
+    def write(self, name: str, text: str) -> None:
+        """Replaces what is there."""
+
+    def read(self, names: Iterable[str]) -> list[str | None]:
+        """In the order of the names; None for what is not there."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Why the run has to end. silent: a rank went silent, so that another start may well succeed."""
+
+    sentence: str
+    silent: bool
+
+
+class Heartbeat:
+    """A context manager around all that a rank does together with others."""
+
+    def __init__(
+        self,
+        board: Board,
+        rank: int,
+        hosts: Sequence[str],
+        hang_timeout: float,
+        end: Callable[[Verdict, bool], None],
+        interval: float | None = None,
+    ) -> None:
+        """hosts: of all ranks. hang_timeout: seconds that a rank may be silent. end(verdict, alone) is called once, in a thread of
+        this object, and should not return; alone: the verdict is this rank's own, because it cannot reach rank 0. interval:
+        seconds between two beats."""
+        self._board, self._rank, self._hosts, self._end = board, rank, hosts, end
+        self._patience = hang_timeout
+        self._interval = interval or min(SLOWEST, max(QUICKEST, hang_timeout / 10))
+        self._closing, self._decided = threading.Event(), threading.Event()
+        self._lock = threading.Lock()
+        self._answered = time.monotonic()
+        self._broken = False
+        self._own_trouble: str | None = None
+        self._told = threading.Event()
+        watched = range(len(hosts)) if rank == 0 else [0]
+        self._seen: dict[int, tuple[str | None, float]] = {other: (None, time.monotonic()) for other in watched}
+        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._beat, self._guard)]
+
+    def __enter__(self) -> "Heartbeat":
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        self._closing.set()
+
+    def explain(self, sentence: str | None) -> None:
+        """To be called by a rank that is about to end alone. sentence: what went wrong here; None where a collective broke, which
+        is rather the sign that another rank is gone: then this waits until a silent one would have been found, and does not return
+        if one is.
+        """
+        if sentence is None:
+            self._broken = True
+            self._decided.wait((BEATS_WHEN_BROKEN + 3) * self._interval)
+            if self._decided.is_set():
+                threading.Event().wait()  # `end` ends this process
+            return
+        self._own_trouble = sentence
+        self._told.wait(2 * self._interval)
+        if self._rank == 0:
+            time.sleep(2 * self._interval)  # the board ends with this process: the others read it first
+
+    # ------------------------------------------------------------------ the two threads
+
+    def _beat(self) -> None:
+        number = 0
+        while not self._closing.is_set():
+            began = time.monotonic()
+            try:
+                self._board.write(f"{BEAT}/{self._rank}", str(number))
+                self._tell_trouble()
+                verdict = self._judge() if self._rank == 0 else self._obey()
+            except ConnectionError:
+                if self._rank:
+                    self._wait_for_the_end()
+                return
+            self._answered = time.monotonic()
+            if verdict is not None:
+                self._finish(verdict, alone=False)
+                return
+            number += 1
+            self._closing.wait(max(0.0, self._interval - (time.monotonic() - began)))
+
+    def _guard(self) -> None:
+        """A board behind a link that was cut does not even refuse."""
+        looked = time.monotonic()
+        while not self._closing.wait(self._interval):
+            now = time.monotonic()
+            if now - looked > 3 * self._interval:
+                self._answered += now - looked  # this process itself was stopped, and not the other
+            looked = now
+            if self._rank and now - self._answered > self._limit():
+                self._finish(self._silent([0], now - self._answered), alone=True)
+                return
+
+    def _wait_for_the_end(self) -> None:
+        """The board is gone. At the end of a run that is as it should be, and this object is closed in a moment."""
+        if not self._closing.wait((BEATS_WHEN_BROKEN + 1) * self._interval):
+            self._finish(Verdict(f"rank 0 on {self._hosts[0]} has ended without a word; {_REMEDY}", True), alone=True)
+
+    def _finish(self, verdict: Verdict, alone: bool) -> None:
+        with self._lock:
+            if self._closing.is_set() or self._decided.is_set():
+                return
+            self._decided.set()
+        self._end(verdict, alone)
+
+    # ------------------------------------------------------------------ what is on the board
+
+    def _tell_trouble(self) -> None:
+        if self._own_trouble is not None and not self._told.is_set():
+            place = f"rank {self._rank} on {self._hosts[self._rank]}"
+            self._board.write(TROUBLE, json.dumps({"rank": self._rank, "sentence": f"{place} has ended: {self._own_trouble}"}))
+            self._told.set()
+        elif self._broken:
+            self._board.write(f"{TROUBLE}/broken", "1")
+
+    def _obey(self) -> Verdict | None:
+        """Rank 0's verdict; or this rank's own where the board is kept by a launcher and outlives rank 0."""
+        if self._own_trouble is not None:
+            return None  # the main thread is on its way out, with its own words
+        text, beat = self._board.read([VERDICT, f"{BEAT}/0"])
+        if text is not None:
+            return Verdict(**json.loads(text))
+        return self._verdict_on({0: beat})
+
+    def _judge(self) -> Verdict | None:
+        """Rank 0's own, written down for the others."""
+        ranks = list(self._seen)
+        trouble, broken, *beats = self._board.read([TROUBLE, f"{TROUBLE}/broken", *(f"{BEAT}/{rank}" for rank in ranks)])
+        self._broken = self._broken or broken is not None
+        if trouble is not None:
+            told = json.loads(trouble)
+            verdict = Verdict(told["sentence"], False)
+        else:
+            told, verdict = {}, self._verdict_on(dict(zip(ranks, beats)))
+        if verdict is not None:
+            self._board.write(VERDICT, json.dumps(asdict(verdict)))
+            time.sleep(2 * self._interval)  # the board ends with this process: the others read it first
+        return None if told.get("rank") == self._rank else verdict
+
+    def _verdict_on(self, beats: dict[int, str | None]) -> Verdict | None:
+        now = time.monotonic()
+        if now - self._answered > 3 * self._interval:  # not looked for a while: what stood still meanwhile is not known
+            self._seen = {rank: (beat, since + now - self._answered) for rank, (beat, since) in self._seen.items()}
+        for rank, beat in beats.items():
+            if beat != self._seen[rank][0]:
+                self._seen[rank] = (beat, now)
+        silent = [rank for rank, (_, since) in self._seen.items() if now - since > self._limit()]
+        return self._silent(silent, max(now - self._seen[rank][1] for rank in silent)) if silent else None
+
+    def _limit(self) -> float:
+        return min(self._patience, BEATS_WHEN_BROKEN * self._interval) if self._broken else self._patience
+
+    def _silent(self, ranks: Sequence[int], seconds: float) -> Verdict:
+        return Verdict(f"{_named(ranks, self._hosts)} went silent for {seconds:.0f} s; {_REMEDY}", True)
+
+
+_REMEDY = "is its host down, its link cut, its process killed? Started again, the run goes on from its newest checkpoint"
+
+
+def _named(ranks: Sequence[int], hosts: Sequence[str]) -> str:
+    """rank 2 on node2; ranks 2, 3 on node2 and rank 4 on node3."""
+    by_host: dict[str, list[str]] = {}
+    for rank in ranks:
+        by_host.setdefault(hosts[rank], []).append(str(rank))
+    parts = [f"rank{'s' if len(numbers) > 1 else ''} {', '.join(numbers)} on {host}" for host, numbers in by_host.items()]
+    return " and ".join(parts)

@@ -1,0 +1,143 @@
+"""Ranks that watch each other, played by threads around a board in memory."""
+
+import threading
+import time
+from contextlib import ExitStack
+
+import pytest
+
+from distlora.heartbeat import Heartbeat
+
+HOSTS = ["node1", "node1", "node2", "node2"]
+INTERVAL, PATIENCE = 0.02, 0.3
+
+
+class Board:
+    """What all ranks write to; cut off from it, a rank hangs as behind a cut link, or is refused."""
+
+    def __init__(self):
+        self.texts: dict[str, str] = {}
+        self.refused = False
+
+    def seen_by(self, link: threading.Event) -> "Seen":
+        return Seen(self, link)
+
+
+class Seen:
+    def __init__(self, board: Board, link: threading.Event):
+        self._board, self._link = board, link
+
+    def _pass(self) -> None:
+        self._link.wait()
+        if self._board.refused:
+            raise ConnectionError("refused")
+
+    def write(self, name, text):
+        self._pass()
+        self._board.texts[name] = text
+
+    def read(self, names):
+        self._pass()
+        return [self._board.texts.get(name) for name in names]
+
+
+class Ranks:
+    """Four ranks with their heartbeats. verdicts: rank -> (its verdict, whether it judged alone)."""
+
+    def __init__(self, stack: ExitStack):
+        self.board, self.verdicts = Board(), {}
+        self.links = [threading.Event() for _ in HOSTS]
+        for link in self.links:
+            link.set()
+        self.hearts = [self._heart(rank) for rank in range(len(HOSTS))]
+        for heart in self.hearts:
+            stack.enter_context(heart)
+        stack.callback(lambda: [link.set() for link in self.links])
+        self.wait_until(lambda: len(self.board.texts) >= len(HOSTS))
+
+    def _heart(self, rank: int) -> Heartbeat:
+        def end(verdict, alone):
+            self.verdicts[rank] = verdict, alone
+
+        return Heartbeat(self.board.seen_by(self.links[rank]), rank, HOSTS, PATIENCE, end, INTERVAL)
+
+    def cut(self, *ranks: int) -> None:
+        for rank in ranks:
+            self.links[rank].clear()
+
+    def wait_until(self, condition) -> None:
+        deadline = time.monotonic() + 20
+        while not condition():
+            assert time.monotonic() < deadline, self.verdicts
+            time.sleep(INTERVAL / 4)
+
+    def wait_for_verdicts(self, *ranks: int) -> dict:
+        self.wait_until(lambda: set(self.verdicts) >= set(ranks))
+        return {rank: verdict.sentence for rank, (verdict, _) in self.verdicts.items()}
+
+
+@pytest.fixture
+def ranks():
+    with ExitStack() as stack:
+        yield Ranks(stack)
+
+
+def test_those_who_beat_are_left_alone(ranks):
+    time.sleep(2 * PATIENCE)
+    assert ranks.verdicts == {}
+
+
+def test_a_cut_off_host_is_named_to_all_and_names_rank_0_itself(ranks):
+    ranks.cut(2, 3)
+    said = ranks.wait_for_verdicts(0, 1, 2, 3)
+    assert said[0] == said[1] and said[0].startswith("ranks 2, 3 on node2 went silent for 0 s; ")
+    assert said[2].startswith("rank 0 on node1 went silent")
+    assert [ranks.verdicts[rank][1] for rank in range(4)] == [False, False, True, True]
+    assert all(verdict.silent for verdict, _ in ranks.verdicts.values())
+
+
+def test_rank_0_is_missed_though_its_launcher_keeps_the_board(ranks):
+    ranks.cut(0)
+    said = ranks.wait_for_verdicts(1, 2, 3)
+    assert all(sentence.startswith("rank 0 on node1 went silent") for sentence in said.values())
+    assert 0 not in ranks.verdicts
+
+
+def test_a_board_that_refuses_means_that_rank_0_has_ended(ranks):
+    ranks.board.refused = True
+    said = ranks.wait_for_verdicts(1, 2, 3)
+    assert set(said) == {1, 2, 3} and "rank 0 on node1 has ended without a word" in said[1]
+
+
+def test_at_the_end_of_a_run_a_board_that_is_gone_means_nothing(ranks):
+    ranks.board.refused = True
+    for heart in ranks.hearts:
+        heart.__exit__()
+    time.sleep(10 * INTERVAL)
+    assert ranks.verdicts == {}
+
+
+@pytest.mark.parametrize("broken", [0, 2])
+def test_who_fails_says_so_and_the_others_need_not_wait(ranks, broken):
+    ranks.hearts[broken].explain("OutOfMemoryError: CUDA out of memory")
+    ranks.hearts[broken].__exit__()
+    others = {0, 1, 2, 3} - {broken}
+    said = ranks.wait_for_verdicts(*others)
+    assert set(said) == others
+    assert set(said.values()) == {f"rank {broken} on {HOSTS[broken]} has ended: OutOfMemoryError: CUDA out of memory"}
+    assert not any(verdict.silent for verdict, _ in ranks.verdicts.values())
+
+
+def test_a_broken_collective_makes_a_silent_rank_found_sooner(ranks):
+    with ExitStack() as stack:
+        patient = Ranks(stack)
+        for heart in patient.hearts:
+            heart._patience = 600
+        patient.cut(3)
+        threading.Thread(target=patient.hearts[1].explain, args=[None], daemon=True).start()
+        assert patient.wait_for_verdicts(0, 1, 2)[2].startswith("rank 3 on node2 went silent")
+
+
+def test_a_broken_collective_among_the_living_is_explained_by_nobody(ranks):
+    ranks.hearts[1].explain(None)
+    assert ranks.verdicts == {}

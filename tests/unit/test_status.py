@@ -1,0 +1,61 @@
+"""`RUN/status.json`, and what a launch script hears of it."""
+
+import time
+
+import pytest
+
+from distlora.errors import UserError
+from distlora.status import STATUS, StatusFile, new_start, read_status
+from tests.e2e.program import call, recipe_of, write_recipe
+
+
+@pytest.fixture
+def file(tmp_path) -> StatusFile:
+    return StatusFile(tmp_path, steps=40, step=0, start=new_start())
+
+
+@pytest.mark.parametrize(
+    ("state", "requeue", "code", "said"),
+    [
+        ("done", False, 0, "done at step 12 of 40"),
+        ("preempted", True, 75, "preempted at step 12 of 40: why"),
+        ("failed", True, 75, "failed at step 12 of 40: why"),
+        ("failed", False, 1, "failed at step 12 of 40: why"),
+        ("running", False, 1, "running, or ended without a word at step 12 of 40"),
+    ],
+)
+def test_the_exit_code_says_whether_to_start_again(file, state, requeue, code, said, tmp_path):
+    file.step = 12
+    file.write(state, "why" if ": why" in said else "", requeue)
+    outcome = call("status", tmp_path)
+    assert (outcome.code, outcome.out) == (code, f"{tmp_path}: {said}\n")
+
+
+def test_an_outcome_of_an_earlier_start_is_none(file, tmp_path):
+    began = time.time() - 0.01
+    file.write("preempted", "why", requeue=True)
+    assert call("status", tmp_path, "--since", began).code == 75
+    later = call("status", tmp_path, "--since", time.time() + 1)
+    assert (later.code, later.out) == (1, f"{tmp_path}: no status since then\n")
+
+
+def test_a_recipe_and_its_overrides_lead_to_the_run(file, tmp_path):
+    recipe = write_recipe(tmp_path / "recipe.yaml", recipe_of(tmp_path / "model", tmp_path / "data", tmp_path / "run"))
+    assert call("status", recipe).out == f"{tmp_path / 'run'}: no status\n"
+    file.write("done")
+    assert call("status", recipe, f"output_dir={tmp_path}").code == 0
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    (tmp_path / STATUS).write_text('{"state": "done"')
+    with pytest.raises(UserError, match=f"{STATUS} is not a run's status"):
+        read_status(tmp_path)
+    assert call("status", tmp_path).code == 2
+
+
+def test_a_start_knows_its_own_file_from_a_later_ones(file, tmp_path):
+    assert not file.is_own()
+    file.write("running")
+    assert file.is_own()
+    StatusFile(tmp_path, 40, 0, new_start()).write("running")
+    assert not file.is_own()
