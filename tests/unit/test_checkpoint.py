@@ -685,9 +685,7 @@ def of_other_method(checkpoint):
 
 
 def test_two_ranks_save_restore_and_fail_together(run_dir):
-    from distlora.comm import _free_port
-
-    (run_dir.parent / "port").write_text(str(_free_port()))
+    (run_dir.parent / "port").write_text(str(free_port()))
     processes = [FORK_SERVER.Process(target=two_ranks, args=(rank, run_dir, run_dir.parent)) for rank in range(2)]
     for process in processes:
         process.start()

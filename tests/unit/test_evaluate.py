@@ -107,6 +107,8 @@ class RankOf:
         self.brought.append(values)
         return values
 
+    sum_or_stop = sum
+
 
 @pytest.mark.parametrize(("count", "world"), [(10, 3), (2, 3), (7, 2), (1, 4)])
 def test_every_sample_is_answered_once_and_every_rank_generates_equally_often(count, world, lookup, monkeypatch):
@@ -124,6 +126,6 @@ def test_every_sample_is_answered_once_and_every_rank_generates_equally_often(co
         monkeypatch.setattr(evaluate, "generate", counted)
         monkeypatch.setattr(engine, "comm", RankOf(rank, world))
         exact_match(engine, tokenizer, "arithmetic", samples, 4)
-        correct += engine.comm.brought[0][0]
+        correct += sum(right for (right,) in engine.comm.brought)
     assert correct / count == whole == (count - count // 3) / count
     assert len({calls.count(rank) for rank in range(world)}) == 1
