@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as save_bytes
 from torch import nn
 
+from distlora.addresses import free_port
 from distlora.attach import attach
 from distlora.checkpoint import newest, of_step, restore, save
 from distlora.comm import Comm, Topology
