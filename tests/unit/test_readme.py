@@ -62,8 +62,9 @@ def test_recipe_and_overrides_of_a_command(command, monkeypatch):
     words = command.split("#")[0].split()
     start = next(index for index, word in enumerate(words) if word.endswith(".yaml"))
     verb = words[start - 1]
-    assert verb in ("train", "plan", "methods", "--recipe")
-    load_recipe(words[start], [word for word in words[start + 1 :] if "=" in word] if verb in ("train", "plan") else [])
+    assert verb in ("train", "plan", "methods", "--recipe", "sweep.txt", "launch/slurm.sbatch")
+    taken = verb in ("train", "plan", "launch/slurm.sbatch")
+    load_recipe(words[start], [word for word in words[start + 1 :] if "=" in word] if taken else [])
 
 
 @pytest.mark.parametrize("verb", sorted({line.split()[1] for line in COMMANDS if line.startswith("distlora ")}))
@@ -85,3 +86,10 @@ def test_quickstart_options_exist():
     shown = set(re.findall(r"--[a-z-]+", " ".join(lines)))
     assert len(shown) >= 4
     assert {option for option in shown if option not in usage} == set()
+
+
+def test_slurm_options_exist():
+    usage = subprocess.run(["bash", str(ROOT / "launch" / "slurm.sbatch"), "--help"], capture_output=True, text=True).stdout
+    words = [line.split("#")[0].split() for line in COMMANDS if "launch/slurm.sbatch " in line]
+    shown = {word for line in words for word in line[line.index("launch/slurm.sbatch") :] if word.startswith("--")}
+    assert {"--sweep", "--container"} <= shown and {option for option in shown if f"\n  {option} " not in usage} == set()

@@ -1,0 +1,249 @@
+"""`launch/slurm.sbatch` on a SLURM cluster of two nodes: one loss curve, whatever comes between its beginning and its end."""
+
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.program import REPOSITORY, curve, recipe_of, succeed, write_recipe
+from tests.e2e.testbed import Cluster, wait_for
+
+SCRIPT = REPOSITORY / "launch" / "slurm.sbatch"
+#: Seconds for what takes ten or twenty on a quiet machine.
+LONG = 600
+ENDS = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+#: Two ranks on two nodes.
+PAIR = ("--nodes=2", "--gpus-per-node=1")
+
+
+class Job:
+    """One job, from its submission on."""
+
+    def __init__(self, cluster: Cluster, folder: Path, *options: str, words: tuple[str, ...], **variables: str):
+        """words: after the script's name; without any, the options say what runs."""
+        self._cluster, self._folder = cluster, folder
+        script = (SCRIPT, *words) if words else ()
+        told = cluster.run("head", "sbatch", "--parsable", f"--output={folder}/%j.out", *options, *script, **variables)
+        assert told.code == 0, told.err
+        self.number = told.out.strip()
+
+    def say(self, *words: str) -> str:
+        return self._cluster.run("head", *words).out
+
+    @property
+    def facts(self) -> dict[str, str]:
+        return dict(re.findall(r"(\w+)=(\S+)", self.say("scontrol", "show", "job", self.number)))
+
+    @property
+    def state(self) -> str:
+        return self.facts["JobState"]
+
+    def output(self) -> str:
+        return "\n".join(path.read_text() for path in sorted(self._folder.glob("*.out"))) + self._cluster.logs()[-3000:]
+
+    def until(self, condition: Callable[[], object], what: str) -> None:
+        """Fails if the job ends before."""
+        wait_for(lambda: condition() or self._has_ended(), LONG, f"job {self.number}: {what}", self.output)
+        assert condition(), f"job {self.number} ended before {what}\n{self.output()}"
+
+    def end(self) -> dict[str, str]:
+        """What SLURM says about the job at its end."""
+        wait_for(self._has_ended, LONG, f"the end of job {self.number}", self.output)
+        return self.facts
+
+    def _has_ended(self) -> bool:
+        time.sleep(0.2)  # the machine has better things to do
+        return self.state in ENDS
+
+    def expect_end(self, state: str, restarts: int) -> str:
+        """Returns what the job wrote."""
+        facts, said = self.end(), self.output()
+        assert (facts["JobState"], facts["Restarts"]) == (state, str(restarts)), said
+        return said
+
+
+class Bench:
+    """A recipe, and the plain engine's run of it on one process: what all jobs must be like."""
+
+    STEPS = 24
+
+    def __init__(self, folder: Path, model: Path, data: Path):
+        self.folder = folder
+        content = recipe_of(model, data, folder / "plain")
+        content["method"]["init"]["eta"] = 0.01  # one number for η spares the line search
+        content["targets"] = ["q_proj", "v_proj"]
+        content["train"] |= {"steps": self.STEPS, "lr": 0.005, "save_every": 4, "eval_every": 0, "exact_match_samples": 0}
+        content["train"] |= {"global_batch_size": 16, "micro_batch_size": 16, "hang_timeout": 15}
+        self.recipe = write_recipe(folder / "recipe.yaml", content)
+        succeed("train", self.recipe)
+
+    def words(self, name: str, *overrides: str) -> tuple[str, ...]:
+        """The job's arguments for a run at ZeRO-3 in the directory `name`. Its steps take long enough to be interrupted: eight
+        micro-batches on each of two ranks."""
+        changes = ["deepspeed={zero_optimization: {stage: 3}}", "train.micro_batch_size=1", f"output_dir={self.folder / name}"]
+        return (str(self.recipe), *changes, *overrides)
+
+    def under_way(self, name: str) -> bool:
+        return any((self.folder / name).glob("checkpoint-*"))
+
+    def expect_same_curve(self, name: str, quiet: str = "plain") -> None:
+        for tag in ("train/loss", "eval/loss"):
+            assert curve(self.folder / name, tag) == pytest.approx(curve(self.folder / quiet, tag), rel=1e-4), tag
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory, model, data) -> Bench:
+    return Bench(tmp_path_factory.mktemp("slurm"), model, data)
+
+
+@pytest.fixture
+def queue(slurm_cluster, tmp_path) -> Iterator[Callable[..., Job]]:
+    """Submits a job; afterwards none is left, and both nodes are idle."""
+
+    def submit(*options: str, words: tuple[str, ...], **variables: str) -> Job:
+        return Job(slurm_cluster, tmp_path, *options, words=words, **variables)
+
+    yield submit
+    slurm_cluster.repair()
+    slurm_cluster.run("head", "scancel", "--user=root")
+    nodes = ("sinfo", "--noheader", "--partition=debug", "--format=%T %D")
+    wait_for(lambda: slurm_cluster.run("head", *nodes).out == "idle 2\n", 60, "idle nodes", slurm_cluster.logs)
+
+
+def interrupted(bench: Bench, queue, name: str, *options: str) -> Job:
+    """A job on two nodes that has come to its first checkpoint."""
+    job = queue(*options, words=bench.words(name))
+    job.until(lambda: bench.under_way(name), "its first checkpoint")
+    return job
+
+
+# ---------------------------------------------------------------------- the short form
+
+
+def test_two_nodes_are_one_run_that_goes_on_after_its_time(bench, queue):
+    """The warning of the time limit, as SLURM gives it: USR1 to the batch script alone."""
+    job = interrupted(bench, queue, "time", *PAIR)
+    job.say("scancel", "--signal=USR1", "--batch", job.number)
+    said = job.expect_end("COMPLETED", restarts=1)
+    bench.expect_same_curve("time")
+    first, second = said.split("start 2: 2 ranks on node[1-2]")
+    assert "the time limit is near" in first and f"job {job.number} is queued again" in first
+    assert "0: 2 ranks on 2 hosts (node1: 0; node2: 1)" in first and "told by SLURM" in first
+    stopped = int(re.search(r"continuing from \S+/checkpoint-(\d+)", second)[1])
+    assert 4 <= stopped < bench.STEPS, "what was done until then was not lost"
+
+
+def test_a_mistake_is_not_queued_again(bench, queue):
+    job = queue("--gpus-per-node=1", words=bench.words("mistake", "train.lrr=$(touch evil)"))
+    said = job.expect_end("FAILED", restarts=0)
+    assert job.facts["ExitCode"] == "2:0"
+    assert "0: distlora: override train.lrr: unknown key, did you mean lr?" in said
+
+
+def test_a_recipe_that_not_all_nodes_see(queue, slurm_cluster):
+    """In a directory of one node's own, as /tmp is on a cluster."""
+    assert slurm_cluster.run("node1", "touch", "/dev/shm/recipe.yaml").code == 0
+    job = queue("--nodes=2", "--gpus-per-node=2", words=("/dev/shm/recipe.yaml",))
+    said = job.expect_end("FAILED", restarts=0)
+    assert "slurm.sbatch: /dev/shm/recipe.yaml is not there on node2: put it where all nodes see it" in said
+
+
+# ---------------------------------------------------------------------- the long form
+
+
+@pytest.mark.cluster_long
+def test_four_ranks_in_a_container(bench, queue, tmp_path):
+    """A stand-in for apptainer, which runs what it is given."""
+    (tmp_path / "bin").mkdir()
+    apptainer = tmp_path / "bin" / "apptainer"
+    apptainer.write_text(f"""#!/usr/bin/env bash
+printf '%s ' "$@" >>{tmp_path}/apptainer
+while [[ $1 != *.sif ]]; do shift; done
+exec "${{@:2}}"
+""")
+    apptainer.chmod(0o755)
+    path = f"{apptainer.parent}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    image = ("--container", "image.sif", "--python", sys.executable, "--logs", str(tmp_path / "logs"))
+    job = queue("--nodes=2", "--gpus-per-node=2", words=(*bench.words("four"), *image), PATH=path)
+    job.expect_end("COMPLETED", restarts=0)
+    bench.expect_same_curve("four")
+    assert (tmp_path / "apptainer").read_text().count("exec --nv --bind") == 4
+    said = {path.name: path.read_text() for path in (tmp_path / "logs").iterdir()}
+    assert sorted(said) == [f"{job.number}-{rank}.out" for rank in range(4)]
+    assert "4 ranks on 2 hosts (node1: 0-1; node2: 2-3)" in said[f"{job.number}-0.out"]
+
+
+@pytest.mark.cluster_long
+def test_the_time_limit(bench, queue):
+    """SLURM looks at its clocks twice a minute, so there are more steps."""
+    many = "train.steps=200"
+    succeed("train", bench.recipe, many, f"output_dir={bench.folder / 'plain-limit'}")
+    job = queue(*PAIR, "--signal=B:USR1@60", words=bench.words("limit", many))
+    job.until(lambda: bench.under_way("limit"), "its first checkpoint")
+    hours, minutes, seconds = map(int, job.facts["RunTime"].split(":"))
+    job.say("scontrol", "update", f"JobId={job.number}", f"TimeLimit={hours * 60 + minutes + 2}")
+    job.until(lambda: job.facts["Restarts"] == "1", "its limit")
+    job.say("scontrol", "update", f"JobId={job.number}", "TimeLimit=UNLIMITED")
+    assert "the time limit is near" in job.expect_end("COMPLETED", restarts=1)
+    bench.expect_same_curve("limit", "plain-limit")
+
+
+@pytest.mark.cluster_long
+def test_preemption_by_another_partition(bench, queue):
+    job = interrupted(bench, queue, "preempted", *PAIR)
+    other = queue("--partition=hi", "--nodes=2", "--gpus-per-node=2", "--wrap=sleep 3", words=())
+    job.until(lambda: job.facts["Restarts"] == "1", "being preempted")
+    other.expect_end("COMPLETED", restarts=0)
+    assert "continuing from" in job.expect_end("COMPLETED", restarts=1)
+    bench.expect_same_curve("preempted")
+
+
+@pytest.mark.cluster_long
+def test_scontrol_requeue(bench, queue):
+    job = interrupted(bench, queue, "requeued", *PAIR)
+    job.say("scontrol", "requeue", job.number)
+    assert "continuing from" in job.expect_end("COMPLETED", restarts=1)
+    bench.expect_same_curve("requeued")
+
+
+@pytest.mark.cluster_long
+@pytest.mark.parametrize("node", ["node1", "node2"])
+def test_a_node_fails(bench, queue, slurm_cluster, node):
+    """Of the ranks' nodes, the first runs the batch script too."""
+    job = interrupted(bench, queue, f"without-{node}", *PAIR)
+    slurm_cluster.crash(node)
+    job.until(lambda: job.state != "RUNNING", f"the failure of {node} is noticed")
+    slurm_cluster.boot(node)
+    said = job.expect_end("COMPLETED", restarts=1)
+    assert "continuing from" in said
+    bench.expect_same_curve(f"without-{node}")
+
+
+@pytest.mark.cluster_long
+def test_scancel_ends_it(bench, queue):
+    job = interrupted(bench, queue, "cancelled", *PAIR)
+    job.say("scancel", job.number)
+    job.expect_end("CANCELLED", restarts=0)
+    assert job.say("squeue", "--noheader").strip() == ""
+
+
+@pytest.mark.cluster_long
+def test_an_array_of_two(bench, queue, tmp_path):
+    """Each task on a node of its own; one of them is interrupted, and queued again alone."""
+    sweep = tmp_path / "sweep.txt"
+    runs = [bench.folder / "first $(touch evil)", bench.folder / "second"]
+    sweep.write_text(f"# rates\n'output_dir={runs[0]}' train.lr=0.005\noutput_dir={runs[1]} train.lr=0.01\n")
+    succeed("train", bench.recipe, "train.lr=0.01", f"output_dir={bench.folder / 'plain-second'}")
+    job = queue("--array=0-1", "--gpus-per-node=2", words=(*bench.words("unused"), "--sweep", str(sweep)))
+    job.until(lambda: bench.under_way("second"), "its first checkpoint")
+    job.say("scancel", "--signal=USR1", "--batch", f"{job.number}_1")
+    said = job.expect_end("COMPLETED", restarts=1)
+    wait_for(lambda: job.say("squeue", "--noheader").strip() == "", LONG, "the end of the other task", job.output)
+    bench.expect_same_curve(runs[0].name)
+    bench.expect_same_curve("second", "plain-second")
+    assert f"job {job.number}_1, start 2: 2 ranks on" in said and f"job {job.number}_0, start 2" not in job.output()
+    assert not (bench.folder / "unused").exists()
