@@ -1,13 +1,15 @@
-"""Work with files, which rank 0 does alone while the other ranks wait or walk along."""
+"""Work that can fail on one rank alone, and what rank 0 does with files while the others wait or walk along."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 
 from distlora.comm import Comm
 from distlora.errors import UserError
+
+Result = TypeVar("Result")
 
 
 @contextmanager
@@ -52,3 +54,16 @@ def stream_to_main(comm: Comm, what: object, items: Iterator, action: Callable[[
         for _ in items:
             pass
     return on_main(comm, what, consume)
+
+
+def together(comm: Comm, work: Callable[[], Result]) -> Result:
+    """Work that every rank does for itself; an error of any ends all of them with its sentence."""
+    result, failure = None, None
+    try:
+        result = work()
+    except UserError as error:
+        failure = error
+    except OSError as error:
+        failure = UserError(f"{error.filename or 'a file'}: {error.strerror or error}")
+    comm.agree(failure)
+    return result

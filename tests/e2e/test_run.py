@@ -185,7 +185,7 @@ def test_a_run_with_recompositions(recipe, tmp_path, monkeypatch):
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
     assert mean_loss(merged, load_recipe(recipe)) == final
     # An evaluation recomposes nothing, so it reads neither scores nor reserve.
-    monkeypatch.setattr("distlora.train.Recomposer", lambda *_: pytest.fail("a recomposer was made"))
+    monkeypatch.setattr("distlora.run.Recomposer", lambda *_: pytest.fail("a recomposer was made"))
     said = dict(line.split() for line in succeed("eval", run_dir).out.splitlines())
     assert float(said["eval/loss"]) == pytest.approx(curve(run_dir, "eval/loss")[6], abs=1e-6)
 

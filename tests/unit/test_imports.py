@@ -40,6 +40,7 @@ FLOORS = [
     {"engine"},
     set(),
     {"zero"},
+    {"run"},
     {"train"},
     {"cli"},
     {"__main__"},
@@ -199,7 +200,7 @@ def test_bitsandbytes_is_loaded_only_when_a_weight_is_to_be_packed():
 
 def test_only_training_chooses_the_engine():
     users = {m for m in MODULES if "distlora.zero" in _own_imports(m, _tree(m))}
-    assert users <= {"distlora.train"}
+    assert users <= {"distlora.run"}
 
 
 def test_every_folder_is_a_package():

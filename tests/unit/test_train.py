@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from distlora import train
+from distlora import run, train
 from distlora.comm import Comm, Topology
 from distlora.config import load_recipe
 from distlora.engine import LocalEngine, StepInfo
 from distlora.errors import Preempted, TrainingError, UserError
 from distlora.export import export
+from distlora.rankzero import together
+from distlora.rundata import probe_samples
 from distlora.status import read_status
 from distlora.tensorfile import TensorFiles
 from tests.tiny_models import tiny_model_dir
@@ -119,7 +121,7 @@ def test_ranks_need_deepspeed_and_a_batch_for_each(recipe):
     [(0.001, 50_000, 50), (0.001, 4000, 25), (0.001, 10, 10), (0.5, 100, 50), (48, 1000, 48), (48, 30, 30), (1, 30, 1)],
 )
 def test_samples_of_the_probe(setting, available, count):
-    assert train.probe_samples(setting, available) == count
+    assert probe_samples(setting, available) == count
 
 
 # ---------------------------------------------------------------------- packed weights
@@ -194,8 +196,8 @@ def test_a_checkpoint_that_was_removed_is_not_recommended(recipe, monkeypatch):
             raise TrainingError("the training loss is nan")
         return plain(engine, batches, loss_sum)
 
-    plain = train.accumulate
-    monkeypatch.setattr(train, "accumulate", accumulate)
+    plain = run.accumulate
+    monkeypatch.setattr(run, "accumulate", accumulate)
     with pytest.raises(TrainingError, match="nan at step 3; the last good checkpoint: none$"):
         train.train(recipe(), Topology())
 
@@ -284,7 +286,7 @@ def test_an_unreadable_file_is_a_users_matter():
         raise PermissionError(13, "Permission denied", "rows.jsonl")
 
     with pytest.raises(UserError, match="rows.jsonl: Permission denied"):
-        train._together(ALONE, work)
+        together(ALONE, work)
 
 
 def test_evaluation_turns_the_monitors_off_and_keeps_the_rest(recipe):
