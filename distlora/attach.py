@@ -40,21 +40,24 @@ def pack_linears(
 ) -> list[Packing]:
     """Packs the weights of all linear layers of `model`, one after the other, and returns how. `attach` goes on as without it.
 
-    Left as they are: output embeddings, new heads, and weights that several layers share. make: from the shape (out, in). device:
-    where the work is done.
+    make: from the shape (out, in). device: where the work is done.
     """
+    packings = []
+    for name in linears_to_pack(model, new_parameters):
+        linear = model.get_submodule(name)
+        packings.append(make((linear.out_features, linear.in_features)))
+        _replace(model, name, PackedLinear(linear, packings[-1], device))
+    return packings
+
+
+def linears_to_pack(model: nn.Module, new_parameters: Collection[str] = ()) -> list[str]:
+    """Names of the layers that `pack_linears` packs: all but output embeddings, new heads, and shared weights."""
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    chosen = [
+    return [
         name
         for name in _all_linear(model, linears)
         if f"{name}.weight" not in new_parameters and _uses(model, linears[name].weight) == 1
     ]
-    packings = []
-    for name in chosen:
-        linear = linears.pop(name)  # the last reference to the whole weight goes with it
-        packings.append(make((linear.out_features, linear.in_features)))
-        _replace(model, name, PackedLinear(linear, packings[-1], device))
-    return packings
 
 
 def attach(model: nn.Module, method: Method, targets: str | list[str], new_parameters: Collection[str] = ()) -> Attached:

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from distlora.arguments import size, whole_number, whole_numbers
 from distlora.errors import Ending, Preempted, TrainingError, UserError
 from distlora.status import START_AGAIN, read_status
 from distlora.stopping import StopSignals
@@ -100,10 +101,10 @@ def _parser() -> argparse.ArgumentParser:
     plan = verbs.add_parser("plan", help="memory and traffic of a recipe on a cluster, before anything is loaded or started")
     plan.add_argument("recipe", help="a YAML file, see configs/recipes")
     plan.add_argument("overrides", nargs="*", metavar="dotted.key=value")
-    plan.add_argument("--nodes", type=_counts, default=[1, 2, 4, 8, 16, 32, 64, 128], metavar="N[,N…]", help="default: 1 to 128")
-    plan.add_argument("--gpus-per-node", type=int, default=8, metavar="G", help="default: 8")
-    plan.add_argument("--gpu-memory", type=float, default=80.0, metavar="GIB", help="of one GPU; default: 80")
-    plan.add_argument("--samples", type=int, metavar="N", help="of the training set, where data.split does not say it")
+    plan.add_argument("--nodes", default="1,2,4,8,16,32,64,128", metavar="N[,N…]", help="default: 1 to 128")
+    plan.add_argument("--gpus-per-node", default="8", metavar="G", help="default: 8")
+    plan.add_argument("--gpu-memory", default="80", metavar="GIB", help="of one GPU; default: 80")
+    plan.add_argument("--samples", metavar="N", help="of the training set, where data.split does not say it")
     plan.add_argument("--plot", type=Path, metavar="FILE.png", help="also draw a picture (needs matplotlib)")
     plan.set_defaults(run=_plan)
 
@@ -225,26 +226,22 @@ def _status(options: argparse.Namespace) -> int:
     return found.code
 
 
-def _counts(text: str) -> list[int]:
-    """Numbers with commas between them."""
-    return [int(part) for part in text.split(",")]
-
-
 def _plan(options: argparse.Namespace) -> None:
     _log_to_terminal(shown=False)
-    for name in ("nodes", "gpus_per_node", "gpu_memory", "samples"):
-        given = getattr(options, name)
-        if any(number is not None and not number > 0 for number in (given if isinstance(given, list) else [given])):
-            raise UserError(f"--{name.replace('_', '-')} must be above 0")
+    nodes, gpus = whole_numbers("--nodes", options.nodes), whole_number("--gpus-per-node", options.gpus_per_node)
+    gpu_memory = size("--gpu-memory", options.gpu_memory)
+    samples = None if options.samples is None else whole_number("--samples", options.samples)
     recipe = _recipe(options.recipe, options.overrides)
     from distlora.plan import Plan, side_by_side
-    from distlora.plan.picture import draw
+    from distlora.plan.picture import check_picture, draw
     from distlora.plan.table import table
 
-    columns = side_by_side(recipe, options.nodes, options.gpus_per_node, options.samples)
-    print(table(columns, options.gpus_per_node, options.gpu_memory))
     if options.plot:
-        draw([plan for _, plan in columns if isinstance(plan, Plan)], options.gpu_memory, options.plot)
+        check_picture(options.plot)
+    columns = side_by_side(recipe, nodes, gpus, samples)
+    print(table(columns, gpus, gpu_memory))
+    if options.plot:
+        draw([plan for _, plan in columns if isinstance(plan, Plan)], gpu_memory, options.plot)
         print(options.plot)
 
 
@@ -252,10 +249,12 @@ def _doctor(options: argparse.Namespace) -> int:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # before torch comes: its stack traces are no news beside the table
     topology = _topology()
     from distlora.doctor import examine, table
+    from distlora.doctor.ending import unwinding
 
-    result = examine.examine(
-        topology, options.hostfile, options.recipe, options.run_dir, options.port, options.build, options.limit
-    )
+    with unwinding():
+        result = examine.examine(
+            topology, options.hostfile, options.recipe, options.run_dir, options.port, options.build, options.limit
+        )
     if result.told:
         print(table.table(result.findings, result.nodes))
     return result.code

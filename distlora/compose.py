@@ -244,11 +244,16 @@ def _install(engine: Engine, attached: Attached, layer: AdapterLinear, owner: in
         losses.rounded_away += attached.ledger.apply(engine, layer, 0, "nearest", update)
         losses.added += low_rank_norm(update.left, update.right) ** 2
         return
+    _measure_packing(engine, attached, layer, owner, losses)
+    losses.packing_the_rest += attached.ledger.apply(engine, layer, 0, "nearest", update)
+
+
+def _measure_packing(engine: Engine, attached: Attached, layer: AdapterLinear, owner: int, losses: _Losses) -> None:
+    """What packing the pretrained weight has cost. Apart from what follows, which takes as many whole weights itself."""
     live, original = engine.weight_at_owner(layer, owner), _weight(engine, attached, layer, owner)
     if live is not None:
         losses.weights += squared_norm(original)
         losses.packing_them += squared_norm(original - live)
-    losses.packing_the_rest += attached.ledger.apply(engine, layer, 0, "nearest", update)
 
 
 def _broadcast(comm: Comm, layer: AdapterLinear, owner: int, init: Init | None) -> Factors:

@@ -20,7 +20,8 @@ from torch import Tensor
 from distlora.errors import UserError
 
 #: Numbers that share a scale, and scales that share a scale under double quantisation: what QLoRA uses.
-BLOCK = 64
+BLOCK, SCALES_BLOCK = 64, 256
+FLOAT32 = 4
 
 
 def library():
@@ -53,6 +54,15 @@ class Packing(ABC):
     @abstractmethod
     def nbytes(self) -> int:
         """Bytes of the packed numbers."""
+
+    @property
+    @abstractmethod
+    def scale_nbytes(self) -> int:
+        """Bytes of the scales, which every rank holds whole; known before anything is packed."""
+
+    @abstractmethod
+    def unpacking_nbytes(self, dtype: torch.dtype | None = None) -> int:
+        """Bytes that are alive at most while `unpack` runs, its result among them."""
 
     @property
     def elements(self) -> int:
@@ -96,6 +106,20 @@ class NF4(Packing):
     def nbytes(self) -> int:
         return -(-self.shape[0] * self.shape[1] // 2)
 
+    @property
+    def scale_nbytes(self) -> int:
+        if not self._double:
+            return FLOAT32 * self._blocks
+        return self._blocks + FLOAT32 * (-(-self._blocks // SCALES_BLOCK) + 1)  # and the mean of the scales
+
+    def unpacking_nbytes(self, dtype: torch.dtype | None = None) -> int:
+        matrix = self.shape[0] * self.shape[1] * (dtype or self.compute).itemsize
+        return matrix + (FLOAT32 * self._blocks if self._double else 0)  # the scales in float32
+
+    @property
+    def _blocks(self) -> int:
+        return -(-self.shape[0] * self.shape[1] // BLOCK)
+
     def scales(self) -> list[Tensor]:
         state = self._state
         return [state.absmax, state.state2.absmax, state.offset] if self._double else [state.absmax]
@@ -117,6 +141,13 @@ class Int8(Packing):
     def nbytes(self) -> int:
         return self.shape[0] * self.shape[1]
 
+    @property
+    def scale_nbytes(self) -> int:
+        return FLOAT32 * self.shape[0]
+
+    def unpacking_nbytes(self, dtype: torch.dtype | None = None) -> int:
+        return 2 * FLOAT32 * self.nbytes  # the library multiplies twice in float32
+
     def scales(self) -> list[Tensor]:
         return [self._rows]
 
@@ -131,16 +162,23 @@ class Int8(Packing):
         return library().int8_vectorwise_dequant(codes.view(torch.int8).view(self.shape), self._rows).to(dtype)
 
 
-def packer(
+def packing_maker(
     kind: str, storage: torch.dtype, compute: torch.dtype | None = None, double: bool = True
 ) -> Callable[[tuple[int, int]], Packing]:
-    """Makes the packing of a weight from its shape. kind: nf4 or int8. double: of nf4's scales. Raises UserError without
-    bitsandbytes."""
-    library()
+    """Makes the packing of a weight from its shape; sizes can be asked of it without bitsandbytes. kind: nf4 or int8. double: of
+    nf4's scales."""
     compute = compute or storage
     if kind == "nf4":
         return lambda shape: NF4(shape, storage, compute, double)
     return lambda shape: Int8(shape, storage, compute)
+
+
+def packer(
+    kind: str, storage: torch.dtype, compute: torch.dtype | None = None, double: bool = True
+) -> Callable[[tuple[int, int]], Packing]:
+    """`packing_maker` for packing itself. Raises UserError without bitsandbytes."""
+    library()
+    return packing_maker(kind, storage, compute, double)
 
 
 def scale_bytes(packing: Packing) -> int:

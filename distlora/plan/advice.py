@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
-from distlora.config import Recipe
+from distlora.config import Quantization, Recipe
 from distlora.errors import UserError
 from distlora.plan.columns import Plan, plan_of
 
@@ -28,12 +28,14 @@ def advice(plans: Sequence[Plan], gpu_memory: float) -> list[str]:
     helpful = []
     recipe = worst.setup.recipe
     for change, what in _changes(worst):
-        recipe = change(recipe)
-        helpful.append(what)
+        changed = change(recipe)
+        shapes = worst.setup.shapes if changed.model.quantization == worst.setup.recipe.model.quantization else None
         try:
-            better = plan_of(recipe, worst.nodes, worst.gpus, worst.setup.samples, worst.setup.shapes)
-        except UserError:
+            better = plan_of(changed, worst.nodes, worst.gpus, worst.setup.samples, shapes)
+        except UserError:  # such as stage 3 for int8
             continue
+        recipe = changed
+        helpful.append(what)
         if fits(better, gpu_memory):
             return [*lines, f"It fits ({better.memory.peak / GIB:.1f} GiB) with {', '.join(helpful)}."]
     if not helpful:
@@ -48,6 +50,14 @@ def _changes(plan: Plan) -> Iterator[tuple]:
         yield lambda r: _with(r, "model", gradient_checkpointing=True), "model.gradient_checkpointing=true"
     if recipe.train.micro_batch_size > 1:
         yield lambda r: _with(r, "train", micro_batch_size=1), "train.micro_batch_size=1"
+    yield from _of_deepspeed(plan)
+    if recipe.model.quantization is None:
+        nf4 = Quantization(kind="nf4")
+        yield lambda r: _with(r, "model", quantization=nf4), "model.quantization=nf4 (which trains over rounded weights)"
+
+
+def _of_deepspeed(plan: Plan) -> Iterator[tuple]:
+    setup = plan.setup
     if not setup.config:
         return
     if setup.stage < 3 and plan.world_size > 1:

@@ -14,6 +14,7 @@ from distlora.linalg import EXACT_SIDE
 from distlora.methods import Method
 from distlora.optimizer import OptimizerSpec
 from distlora.plan.activations import FLOAT32, Activations, activations
+from distlora.plan.packed import packed_anew, unpacked
 from distlora.plan.setup import Setup
 from distlora.plan.traffic import columns_of
 from distlora.probe import BLOCK_COLUMNS, BLOCK_ELEMENTS
@@ -27,8 +28,9 @@ GENERATION_BATCH = 32
 @dataclass(frozen=True)
 class Memory:
     """weights, adapters, optimizer, gradients, activations, gathered: parts of the training step's peak, which they add up to.
-    adapters: with what their gradients are corrected by.
-    gathered: weights that are whole for a while under ZeRO-3, and DeepSpeed's buffers. peaks: by phase. host: of a rank."""
+    adapters: with what their gradients are corrected by, and what recompositions put beside weights.
+    gathered: weights that are whole for a while, under ZeRO-3 or because they are packed, and DeepSpeed's buffers. peaks: by phase.
+    host: of a rank. loading: of a rank, before its weights are on the GPU."""
 
     weights: int
     adapters: int
@@ -37,6 +39,7 @@ class Memory:
     activations: int
     gathered: int
     host: int
+    loading: int
     checkpoint: int
     peaks: dict[str, int] = field(default_factory=dict)
 
@@ -48,24 +51,25 @@ class Memory:
 def memory_of(setup: Setup, deepspeed: bool = True) -> Memory:
     """deepspeed: False leaves out its prefetching, what it keeps gathered beyond the module at work, and its buckets, as the
     benchmark with a simulated rank does."""
-    gathered = _gathered(setup, deepspeed)
+    gathered = _whole(setup, deepspeed, setup.recipe.train.micro_batch_size)
     training = activations(setup, setup.recipe.train.micro_batch_size, setup.checkpointing)
     weights, adapters = _weights(setup)
-    adapters += _corrections(setup.method) * len(setup.layers)
+    adapters += _corrections(setup.method) * len(setup.layers) + _beside(setup)
     masters, moments = _optimizer(setup)
     gradients, buffers = _gradients(setup), _buckets(setup) if deepspeed and setup.config else 0
     quiet = weights + adapters + masters + buffers
     alive = training.kept + max(training.block + gathered.block, training.loss + gathered.head)
     peaks = {"training": quiet + moments + gradients + alive}
     if setup.layers:
-        peaks |= _at_the_start(setup, quiet, gathered)
+        peaks |= _at_the_start(setup, quiet, deepspeed)
     forward = activations(setup, setup.recipe.train.micro_batch_size, False).forward
     peaks["evaluation"] = quiet + moments + forward + _answers(setup) + gathered.forward
     peaks["idle"] = quiet + moments
     whole = alive - training.peak
     return Memory(
-        weights, adapters, masters + moments, gradients, training.peak, whole + buffers, _host(setup), _checkpoint(setup), peaks
-    )
+        weights, adapters, masters + moments, gradients, training.peak, whole + buffers,
+        _host(setup), _loading(setup), _checkpoint(setup), peaks,
+    )  # fmt: skip
 
 
 # ---------------------------------------------------------------------- all the time
@@ -82,16 +86,22 @@ def _here(setup: Setup, sizes: dict[str, int]) -> int:
 
 
 def _weights(setup: Setup) -> tuple[int, int]:
-    """Of the model and of the adapters, in the model's type."""
+    """Of the model, in the type in which it is stored, with the scales of packed weights; and of the adapters."""
     factors = {f"{name}.{factor}" for name, layer in setup.shapes.attached.layers.items() for factor in layer.method.path}
     own = {name: size for name, size in setup.shapes.sizes.items() if name not in factors}
     added = {name: size for name, size in setup.shapes.sizes.items() if name in factors}
     if setup.offloads("param"):
-        persistent = {name: size for name, size in own.items() if name in setup.persistent}
-        return setup.shapes.width * sum(persistent.values()), setup.shapes.width * sum(
-            size for name, size in added.items() if name in setup.persistent
-        )
-    return setup.shapes.width * _here(setup, own), setup.shapes.width * _here(setup, added)
+        parts = (sum(size for name, size in sizes.items() if name in setup.persistent) for sizes in (own, added))
+    else:
+        parts = (_here(setup, sizes) for sizes in (own, added))
+    weights, adapters = (setup.shapes.width * part for part in parts)
+    return weights + setup.shapes.scales, adapters
+
+
+def _beside(setup: Setup) -> int:
+    """Of the pairs that the forward pass adds to weights, at the end of the run."""
+    kept = [shape for name, shape in setup.layers.items() if setup.method.fuses_beside(name in setup.shapes.packings)]
+    return setup.shapes.width * setup.swaps * setup.columns_of_a_swap * sum(map(sum, kept))
 
 
 @functools.lru_cache
@@ -152,11 +162,17 @@ def _buckets(setup: Setup) -> int:
 
 @dataclass(frozen=True)
 class _Whole:
-    """Bytes of weights that ZeRO-3 has gathered, beside parts: at the head, in a block, and in a pass without gradients."""
+    """Bytes of weights that are whole, beside what is stored of them: at the head, in a block, and in a pass without gradients."""
 
     head: int = 0
     block: int = 0
     forward: int = 0
+
+
+def _whole(setup: Setup, deepspeed: bool, micro_batch: int) -> _Whole:
+    """What ZeRO-3 has gathered, and what is made of packed weights."""
+    gathered, matrix = _gathered(setup, deepspeed), unpacked(setup, micro_batch)
+    return _Whole(gathered.head, gathered.block + matrix, gathered.forward + matrix)
 
 
 def _gathered(setup: Setup, deepspeed: bool) -> _Whole:
@@ -175,12 +191,13 @@ def _gathered(setup: Setup, deepspeed: bool) -> _Whole:
     return _Whole(shapes.width * head, shapes.width * block, shapes.width * max(head, block))
 
 
-def _at_the_start(setup: Setup, quiet: int, gathered: _Whole) -> dict[str, int]:
+def _at_the_start(setup: Setup, quiet: int, deepspeed: bool) -> dict[str, int]:
     """Peaks of the probe, of the decompositions and of the line search; only those that the method has."""
     method, peaks = setup.method, {}
     settings = method.probe_settings()
     if settings is not None:
         passed: Activations = activations(setup, settings.micro_batch_size, True, every_input=True)
+        gathered = _whole(setup, deepspeed, settings.micro_batch_size)
         tokens = settings.micro_batch_size * setup.recipe.data.max_length
         widest = min(BLOCK_COLUMNS, max(into for _, into in setup.layers.values()))
         forming = FLOAT32 * (PROBE_BLOCKS * min(BLOCK_ELEMENTS, max(map(prod, setup.layers.values()))) + tokens * widest)
@@ -189,28 +206,34 @@ def _at_the_start(setup: Setup, quiet: int, gathered: _Whole) -> dict[str, int]:
         peaks["probe"] = quiet + alive + sums
         if settings.eta == "search":
             size = max(settings.micro_batch_size, setup.recipe.train.micro_batch_size)
-            peaks["search"] = quiet + activations(setup, size, True).forward + max(gathered.forward, 0)
+            peaks["search"] = quiet + activations(setup, size, True).forward + _whole(setup, deepspeed, size).forward
     peaks["SVDs"] = quiet + _decomposition(setup)
     return peaks
 
 
 def _decomposition(setup: Setup) -> int:
-    """The most that factorising one layer takes: the matrix in float32, its factors, and what is sent of it."""
-    source = setup.method.source_matrix()
-    taken, reserve = columns_of(setup.method)
-    rank, most = setup.method.rank + reserve, 0
-    for out, into in setup.layers.values():
-        factors = FLOAT32 * sum(map(prod, setup.method.shapes(out, into).values())) + FLOAT32 * taken * (out + into)
-        if source is None:
-            most = max(most, factors)
-            continue
-        matrix, side = FLOAT32 * out * into, min(out, into)
-        exact = side <= EXACT_SIDE or 3 * rank > side
-        columns = side if exact else min(2 * rank + 8, side)
-        work = FLOAT32 * columns * (out + into) + FLOAT32 * columns * out * (0 if exact else 1)
-        parts = setup.shapes.width * out * into * 2 if source == "weight" and setup.stage == 3 and setup.world_size > 1 else 0
-        most = max(most, max(matrix + work, parts + matrix) + factors)
-    return most
+    """The most that factorising one layer takes on its owner, and putting what comes of it into the layer."""
+    return max(_factorising(setup, name, shape) for name, shape in setup.layers.items())
+
+
+def _factorising(setup: Setup, name: str, shape: tuple[int, int]) -> int:
+    """Of one layer: the matrix in float32, its factors, and what is sent of it."""
+    method, (out, into), packing = setup.method, shape, setup.shapes.packings.get(name)
+    taken, reserve = columns_of(method)
+    factors = FLOAT32 * sum(map(prod, method.shapes(out, into).values())) + FLOAT32 * taken * (out + into)
+    anew = packed_anew(packing) if packing is not None and method.takes_from_weight else 0
+    if method.source_matrix() is None:
+        return factors
+    rank, matrix, side = method.rank + reserve, FLOAT32 * out * into, min(out, into)
+    exact = side <= EXACT_SIDE or 3 * rank > side
+    columns = side if exact else min(2 * rank + 8, side)
+    work = FLOAT32 * columns * (out + into) + FLOAT32 * columns * out * (0 if exact else 1)
+    reading = 0
+    if method.source_matrix() == "weight" and not anew:
+        gathered = setup.stage == 3 and setup.world_size > 1
+        parts = 2 * setup.shapes.width * setup.shapes.sizes[f"{name}.weight"] if gathered else 0
+        reading = parts + (matrix if packing is None else packing.unpacking_nbytes(torch.float32))
+    return max(matrix + work, reading, anew) + factors
 
 
 def _answers(setup: Setup) -> int:
@@ -234,7 +257,7 @@ def _sums(setup: Setup) -> int:
 
 
 def _host(setup: Setup) -> int:
-    """Offloaded state, the probe's sums, reserve and ledger; not the process itself."""
+    """Offloaded state, the probe's sums, a pretrained weight that is read again, reserve and ledger; not the process itself."""
     share, held = _share_of_trained(setup), 0
     if setup.offloads("optimizer"):
         held += 2 * FLOAT32 * share + _moments(setup)
@@ -243,7 +266,17 @@ def _host(setup: Setup) -> int:
     settings = setup.method.probe_settings()
     if setup.layers and settings is not None and settings.sums == "host":
         held += _sums(setup)
+    if setup.method.takes_from_weight:
+        read = [prod(packing.shape) for name, packing in setup.shapes.packings.items() if name in setup.layers]
+        held += (2 * setup.shapes.width + FLOAT32) * max(read, default=0)  # as in its file, in the model's type, and in float32
     return held + (_ledger(setup) + _reserve(setup)) // setup.world_size
+
+
+def _loading(setup: Setup) -> int:
+    """Weights on their way from the files: ZeRO-3 gives each rank its part at once, but what is to be packed comes whole first."""
+    if setup.stage == 3 and not setup.shapes.packings:
+        return setup.shapes.width * max(setup.shapes.sizes.values())
+    return setup.shapes.width * (setup.shapes.elements - setup.shapes.factors)
 
 
 def _ledger(setup: Setup) -> int:

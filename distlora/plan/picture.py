@@ -1,5 +1,6 @@
 """The plan as a picture: memory of a GPU and traffic of a step over the number of GPUs. The home of matplotlib."""
 
+import os
 from pathlib import Path
 
 from distlora.errors import UserError
@@ -10,17 +11,32 @@ GIB = 1 << 30
 PARTS = ("weights", "adapters", "gradients", "optimizer", "activations", "gathered")
 
 
-def draw(plans: list[Plan], gpu_memory: float, path: Path) -> None:
-    """Writes the picture to `path`, in the format that its ending says. Raises UserError where that cannot be."""
+def check_picture(path: Path) -> None:
+    """Raises UserError where `draw` could not write to `path`: before the plans are made, which takes a while."""
+    if path.suffix.lstrip(".").lower() not in _figure().canvas.get_supported_filetypes():
+        raise UserError(f"--plot {path}: wanted a name that ends in .png, .svg or .pdf")
+    if path.is_dir():
+        raise UserError(f"--plot {path} is a directory; give the name of a file")
+    if not path.parent.is_dir():
+        raise UserError(f"--plot {path}: there is no directory {path.parent}")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UserError(f"--plot {path}: cannot be written; give a place that you may write to")
+
+
+def _figure():
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError("--plot needs the package matplotlib; pip install 'distlora[plot]'") from None
     figure = Figure(figsize=(11, 4.5), layout="constrained")
-    canvas = FigureCanvasAgg(figure)
-    if path.suffix.lstrip(".").lower() not in canvas.get_supported_filetypes():
-        raise UserError(f"--plot {path}: wanted a name that ends in .png, .svg or .pdf")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def draw(plans: list[Plan], gpu_memory: float, path: Path) -> None:
+    """Writes the picture to `path`, in the format that its ending says. Raises UserError where that cannot be."""
+    figure = _figure()
     memory, traffic = figure.subplots(1, 2)
     places, names = range(len(plans)), [str(plan.world_size) for plan in plans]
     bottom = [0.0] * len(plans)

@@ -8,13 +8,13 @@ from math import prod
 import torch
 from torch import nn
 
-from distlora.attach import Attached, attach
+from distlora.attach import Attached, attach, linears_to_pack
 from distlora.config import Recipe
-from distlora.errors import UserError
 from distlora.hub import without_weights
 from distlora.model import attention_of
 from distlora.objective import objective_of
 from distlora.plan.gathering import Event, Module, Piece
+from distlora.quantized import Packing, packing_maker
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,8 +24,8 @@ class Shapes:
     modules: parameters of each module, by its number. forward: the modules as a pass enters and leaves them. blocks: numbers of
     those that activation checkpointing covers. names: of the modules. trained: elements of every trained parameter. config: of
     the text model, from transformers. width: bytes of an element of the weights. attention: the implementation that this machine
-    would run. labels: of a classifier, else 0. sizes: elements of every parameter, a shared one under its first name.
-    linears: (out, in).
+    would run. labels: of a classifier, else 0. sizes: elements of every parameter as it is stored, a shared one under its first
+    name. linears: (out, in). packings: of the layers whose weights are packed, by the layer's name.
     """
 
     modules: list[Module]
@@ -40,11 +40,17 @@ class Shapes:
     labels: int = 0
     sizes: dict[str, int] = field(default_factory=dict)
     linears: dict[str, tuple[int, int]] = field(default_factory=dict)
+    packings: dict[str, Packing] = field(default_factory=dict)
 
     @property
     def elements(self) -> int:
-        """Of all parameters, adapters included; a shared one counts once."""
-        return sum(self.sizes.values())
+        """Of all parameters, adapters included, before any is packed; a shared one counts once."""
+        return sum(self.sizes.values()) + sum(prod(packing.shape) - packing.elements for packing in self.packings.values())
+
+    @property
+    def scales(self) -> int:
+        """Bytes of the scales of packed weights, which every rank holds whole."""
+        return sum(packing.scale_nbytes for packing in self.packings.values())
 
     @property
     def factors(self) -> int:
@@ -70,13 +76,12 @@ class Shapes:
 
 def shapes_of(recipe: Recipe) -> Shapes:
     """Reads the model's config, and no weights. Raises UserError where recipe and model do not fit."""
-    if recipe.model.quantization is not None:
-        kind = recipe.model.quantization.kind
-        raise UserError(f"model.quantization: there are no plans for {kind}; set it to null, for an upper bound")
     looked_at = recipe.model.model_copy(update={"path": without_weights(recipe.model.path)})
     recipe = recipe.model_copy(update={"model": looked_at})
     objective = objective_of(recipe)
     model = objective.bare_model()
+    packings = _packings(recipe, model, objective.head(model))
+    stored = {f"{name}.weight": packing.elements for name, packing in packings.items()}
     attached = attach(model, recipe.method, recipe.targets, objective.head(model))
     named = dict(model.named_modules())
     number_of = {id(module): number for number, module in enumerate(named.values())}
@@ -86,7 +91,7 @@ def shapes_of(recipe: Recipe) -> Shapes:
         pieces = []
         for name, parameter in module.named_parameters(prefix=prefix, recurse=False):
             own = first_names.setdefault(id(parameter), name)
-            pieces.append(Piece(own, parameter.numel(), not parameter.requires_grad))
+            pieces.append(Piece(own, stored.get(own, parameter.numel()), not parameter.requires_grad))
         modules.append(tuple(pieces))
     return Shapes(
         modules,
@@ -101,7 +106,18 @@ def shapes_of(recipe: Recipe) -> Shapes:
         len(objective.labels),
         {piece.name: piece.elements for module in modules for piece in module},
         {name: (m.out_features, m.in_features) for name, m in named.items() if hasattr(m, "in_features")},
+        packings,
     )
+
+
+def _packings(recipe: Recipe, model: nn.Module, heads: set[str]) -> dict[str, Packing]:
+    asked, storage = recipe.model.quantization, getattr(torch, recipe.model.dtype)
+    if asked is None:
+        return {}
+    compute = asked.compute_dtype and getattr(torch, asked.compute_dtype)
+    make = packing_maker(asked.kind, storage, compute, asked.double)
+    linears = {name: model.get_submodule(name) for name in linears_to_pack(model, heads)}
+    return {name: make((linear.out_features, linear.in_features)) for name, linear in linears.items()}
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:

@@ -1,6 +1,7 @@
 """The plan as a table for a terminal: one column a cluster, GiB, and what to change where it does not fit."""
 
 from collections.abc import Sequence
+from math import prod
 
 from distlora.errors import UserError
 from distlora.plan.advice import advice, fits
@@ -29,9 +30,10 @@ def table(columns: Columns, gpus: int, gpu_memory: float) -> str:
         ("  gradients", _sizes(plans, lambda plan: plan.memory.gradients)),
         ("  optimizer", _sizes(plans, lambda plan: plan.memory.optimizer)),
         ("  activations", _sizes(plans, lambda plan: plan.memory.activations)),
-        ("  gathered weights, buffers", _sizes(plans, lambda plan: plan.memory.gathered)),
+        ("  whole weights, buffers", _sizes(plans, lambda plan: plan.memory.gathered)),
         *((f"  peak of {phase}", _peak(plans, phase)) for phase in first.memory.peaks if phase != "idle"),
         ("host memory of a node", _sizes(plans, lambda plan: plan.memory.host * gpus)),
+        ("  while it loads", _sizes(plans, lambda plan: plan.memory.loading * gpus)),
         None,
         *_traffic_rows(plans),
         None,
@@ -47,12 +49,20 @@ def _headline(plan: Plan) -> list[str]:
     engine = f"ZeRO stage {setup.stage}" if setup.config else "plain PyTorch"
     moved = [what for what in ("param", "optimizer") if setup.offloads(what)]
     return [
-        f"{recipe.model.path}: {shapes.elements - shapes.factors:,} parameters in {recipe.model.dtype}",
+        f"{recipe.model.path}: {shapes.elements - shapes.factors:,} parameters in {recipe.model.dtype}{_packed(plan)}",
         f"{setup.method.name}: {trained:,} trained parameters",
         f"{engine}{', offloaded: ' + ' and '.join(moved) if moved else ''}; micro-batch {recipe.train.micro_batch_size} of "
         f"{recipe.data.max_length} tokens, {'' if setup.checkpointing else 'not '}checkpointed, {shapes.attention} attention",
         "in GiB, where no other unit is named",
     ]
+
+
+def _packed(plan: Plan) -> str:
+    packings = plan.setup.shapes.packings
+    if not packings:
+        return ""
+    kind = plan.setup.recipe.model.quantization.kind
+    return f", of which {sum(prod(packing.shape) for packing in packings.values()):,} in {kind}"
 
 
 def _each(plans: Sequence[Plan | UserError], show) -> list[str]:

@@ -13,6 +13,7 @@ import torch
 
 from distlora.methods import Factors, Method
 from distlora.methods.base import LayerInit
+from distlora.plan.packed import renewed
 from distlora.plan.setup import Setup
 
 #: Bytes by kind of collective.
@@ -83,9 +84,14 @@ def init_traffic(setup: Setup) -> Traffic:
     method = setup.method
     if method.probe_settings() is not None:
         traffic += probe_traffic(setup, setup.probe_passes(method.probe_settings()))
-    if method.source_matrix() == "weight" and setup.stage == 3:
-        traffic[GATHER] += setup.shapes.width * sum(setup.padded(out * into) for out, into in setup.layers.values())
     taken, _ = columns_of(method)
+    for name in setup.layers:
+        # The rest of a packed weight is packed anew, and compared with what was there; the pretrained one is read from its file.
+        rest = method.takes_from_weight and name in setup.shapes.packings
+        if setup.stage == 3 and (rest or method.source_matrix() == "weight"):
+            traffic[GATHER] += setup.shapes.width * setup.padded(setup.shapes.sizes[f"{name}.weight"])
+        if rest:
+            traffic[BROADCAST] += renewed(setup.shapes.packings[name])
     for shape in setup.layers.values():
         factors = sum(map(prod, method.shapes(*shape).values()))
         traffic[BROADCAST] += FLOAT32 * (factors + taken * sum(shape))
@@ -147,6 +153,9 @@ def swap_traffic(setup: Setup) -> Traffic:
             traffic += probe_traffic(setup, setup.probe_passes(method.refill_probe()))
             # Sizes of all columns of B and rows of A; and whether an owner failed.
             traffic[ALL_REDUCE] += 2 * method.rank * table + FLAG
+    traffic[BROADCAST] += sum(
+        renewed(packing) for name, packing in setup.shapes.packings.items() if name in layers and not method.fuses_beside(True)
+    )
     traffic += _reading(setup)
     # Whether an owner failed; the rounding error and four norms of every layer.
     traffic[ALL_REDUCE] += FLAG + 5 * table

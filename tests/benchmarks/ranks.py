@@ -1,9 +1,11 @@
 """Peaks of live tensor bytes on real ranks of ZeRO, with DeepSpeed's own buffers and whatever it keeps gathered.
 
-    python -m tests.benchmarks.ranks [--ranks 1,2,4] [--stages 2,3] [--checkpointing both|on|off]
+    python -m tests.benchmarks.ranks [--ranks 1,2,4] [--stages 2,3] [--checkpointing both|on|off] [--quantization nf4|int8]
+        [--method lora_sb]
 
 SmolLM2-135M with LoRA-SB on the CPU, as `init_memory` runs it on one rank of plain PyTorch; beside each figure what
-`distlora plan` expects. "training" is the third step. Every world is a set of processes of its own.
+`distlora plan` expects. "training" is the third step. "loading" is what is alive before DeepSpeed gets the model: beside an
+accelerator that is host memory. Every world is a set of processes of its own.
 """
 
 import argparse
@@ -17,13 +19,16 @@ from pathlib import Path
 
 import torch
 
-from distlora.attach import ALL_LINEAR, attach
+from distlora.attach import ALL_LINEAR, attach, pack_linears
 from distlora.comm import Comm, Topology
+from distlora.compose import initialise
 from distlora.config import Recipe, resolve_deepspeed
-from distlora.methods import registry
+from distlora.hub import resolve_path
 from distlora.model import IGNORE, load_model, response_loss
 from distlora.optimizer import OptimizerSpec
+from distlora.originals import Originals
 from distlora.plan import plan_of
+from distlora.quantized import packer
 from distlora.step import evaluation_loss, train_step
 from tests.benchmarks.live_bytes import DEVICE, LiveBytes
 from tests.benchmarks.phases import PHASES, Subject
@@ -34,16 +39,19 @@ GIB = 1 << 30
 STEPS = 3
 
 
-def recipe_of(stage: int, checkpointing: bool, world_size: int, method: dict | None = None, dtype: str = "bfloat16") -> Recipe:
+def recipe_of(stage: int, checkpointing: bool, world_size: int, method: str = "lora_sb", quantization: str | None = None) -> Recipe:
     """What is run: one sample of REAL_TOKENS tokens a rank and step."""
     return Recipe(
-        model={"path": REAL_PATH, "dtype": dtype, "attention": "sdpa", "gradient_checkpointing": checkpointing},
-        method=method or {"name": "lora_sb", "rank": REAL_RANK},
+        model={
+            "path": REAL_PATH, "dtype": "bfloat16", "attention": "sdpa", "gradient_checkpointing": checkpointing,
+            "quantization": quantization,
+        },
+        method={"name": method, "rank": REAL_RANK},
         data={"task": "arithmetic", "max_length": REAL_TOKENS},
         train={"steps": 10, "micro_batch_size": 1, "global_batch_size": world_size},
         deepspeed=json.loads((ROOT / f"configs/zero/zero{stage}.json").read_text()) | {"tensorboard": {"enabled": False}},
         output_dir="runs/unused",
-    )
+    )  # fmt: skip
 
 
 def measure(recipe: Recipe, comm: Comm) -> dict[str, int]:
@@ -52,19 +60,30 @@ def measure(recipe: Recipe, comm: Comm) -> dict[str, int]:
 
     with LiveBytes() as counter:
         config, _ = resolve_deepspeed(recipe, comm.world_size, hidden_size=576)
-        engine = ZeroEngine(comm, config)
-        with engine.loading():
+        engine, asked = ZeroEngine(comm, config), recipe.model.quantization
+        with engine.loading(whole=asked is not None):
             model, _ = load_model(recipe.model)
         counter.watch(p for parameter in model.parameters() for p in (parameter, getattr(parameter, "ds_tensor", parameter)))
+        found = {}
+        if asked is not None:
+            counter.reset_peak()
+            pack_linears(model, packer(asked.kind, engine.dtype, double=asked.double), comm.device)
+            found["loading"] = counter.peak[DEVICE]
         with engine.attaching():
-            method = recipe.method
-            attached = attach(model, registry()[method.name](**method.model_dump()), ALL_LINEAR)
+            attached = attach(model, recipe.method, ALL_LINEAR)
+        if asked is not None:
+            shapes = {name: layer.shape for name, layer in attached.layers.items()}
+            attached.originals = Originals(resolve_path(REAL_PATH), shapes, engine.dtype)
         engine.start(model, OptimizerSpec(lr=1e-4))
         counter.watch(model.buffers())
         ids = torch.arange(1, REAL_TOKENS + 1)[None]
         batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.masked_fill(ids == 1, IGNORE)}
-        subject, found = Subject(engine, attached, counter, batch), {}
-        if method.probe_settings() is not None:
+        subject = Subject(engine, attached, counter, batch)
+        if recipe.method.source_matrix() == "weight":
+            counter.reset_peak()
+            initialise(engine, attached, seed=0, first_rate=1e-4)
+            found["SVDs"] = counter.peak[DEVICE]
+        if recipe.method.probe_settings() is not None:
             run = PHASES["probe"](subject)
             run()
             counter.reset_peak()
@@ -82,8 +101,8 @@ def measure(recipe: Recipe, comm: Comm) -> dict[str, int]:
     return found
 
 
-def on_ranks(world_size: int, cases: list[tuple[int, bool]]) -> list[dict[str, int]]:
-    """The answers of rank 0, one a case."""
+def on_ranks(world_size: int, cases: list[tuple]) -> list[dict[str, int]]:
+    """The answers of rank 0, one a case. cases: what `recipe_of` is told beside the number of ranks."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = str(listener.getsockname()[1])
@@ -101,10 +120,10 @@ def on_ranks(world_size: int, cases: list[tuple[int, bool]]) -> list[dict[str, i
         return json.loads(answer.read())
 
 
-def _worker(answer: str, cases: list[tuple[int, bool]]) -> None:
+def _worker(answer: str, cases: list[tuple]) -> None:
     torch.set_num_threads(1)
     comm = Comm(Topology.from_environment(), torch.device("cpu"))
-    found = [measure(recipe_of(stage, checkpointing, comm.world_size), comm) for stage, checkpointing in cases]
+    found = [measure(recipe_of(stage, on, comm.world_size, *rest), comm) for stage, on, *rest in cases]
     if comm.is_main:
         Path(answer).write_text(json.dumps(found))
     comm.close()
@@ -115,18 +134,23 @@ def main() -> None:
     parser.add_argument("--ranks", default="1,2,4")
     parser.add_argument("--stages", default="2,3")
     parser.add_argument("--checkpointing", choices=("both", "on", "off"), default="both")
+    parser.add_argument("--quantization", choices=("nf4", "int8"))
+    parser.add_argument("--method", default="lora_sb")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--cases", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         return _worker(options.worker, json.loads(options.cases))
     switches = {"both": (True, False), "on": (True,), "off": (False,)}[options.checkpointing]
-    cases = [(int(stage), on) for stage in options.stages.split(",") for on in switches]
-    print(f"smollm2 on real ranks: bfloat16, micro-batch 1, {REAL_TOKENS} tokens, LoRA-SB of rank {REAL_RANK}")
+    how = (options.method, options.quantization)
+    cases = [(int(stage), on, *how) for stage in options.stages.split(",") for on in switches]
+    stored = f"linear weights in {options.quantization}, " if options.quantization else ""
+    print(f"smollm2 on real ranks: bfloat16, {stored}micro-batch 1, {REAL_TOKENS} tokens, {options.method} of rank {REAL_RANK}")
     print("GiB measured / planned")
     for world_size in map(int, options.ranks.split(",")):
-        for (stage, checkpointing), found in zip(cases, on_ranks(world_size, cases)):
-            expected = plan_of(recipe_of(stage, checkpointing, world_size), world_size, 1).memory.peaks
+        for (stage, checkpointing, *_), found in zip(cases, on_ranks(world_size, cases)):
+            memory = plan_of(recipe_of(stage, checkpointing, world_size, *how), world_size, 1).memory
+            expected = memory.peaks | {"loading": memory.loading}
             cells = "".join(
                 f"  {phase} {size / GIB:.3f} / {expected[phase] / GIB:.3f} ({expected[phase] / size - 1:+.1%})"
                 for phase, size in found.items()

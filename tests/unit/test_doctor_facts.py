@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import signal
 import socket
 import stat
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 
 from distlora.comm import Topology
 from distlora.doctor import examine, facts, network, node, remote, storage, toolchain
+from distlora.doctor.ending import unwinding
 from distlora.doctor.subject import subject_of
 from distlora.errors import UserError
 
@@ -327,6 +329,26 @@ def test_an_interrupt_ends_whoever_is_being_asked(ssh, tmp_path, monkeypatch):
     while Path(f"/proc/{pid}/stat").exists() and Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z" and time.time() < deadline:
         time.sleep(0.01)
     assert not Path(f"/proc/{pid}/stat").exists() or Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z"
+
+
+def test_an_examination_that_is_told_to_stop_takes_its_marks_along(tmp_path, monkeypatch):
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def ask(doors, requests, limit):
+        if requests[0]["do"] == "facts":
+            storage.leave_mark(str(tmp_path), requests[0]["mark"])
+            assert list(tmp_path.iterdir())
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        os.kill(os.getpid(), signal.SIGTERM)  # an impatient one while it cleans up
+        storage.remove_marks(str(tmp_path), requests[0]["mark"])
+        return []
+
+    monkeypatch.setattr("distlora.doctor.hosts.ask_all", ask)
+    with pytest.raises(SystemExit) as ended, unwinding():
+        examine.examine(Topology(), run_dir=tmp_path, build=False)
+    assert ended.value.code == 143 and not list(tmp_path.iterdir())
+    assert signal.getsignal(signal.SIGTERM) is handler
 
 
 def test_a_config_without_offloading_says_so_with_null(tmp_path):

@@ -1,9 +1,11 @@
 """The planner's arithmetic: against figures measured by the memory benchmarks, and in what must follow from what."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from distlora.cli import main
 from distlora.config import Recipe
@@ -162,6 +164,90 @@ def test_recompositions_fill_ledger_and_checkpoint(tiny):
     assert set(plan.swap) == {ALL_REDUCE, BROADCAST} and not pissa.swap
 
 
+# ---------------------------------------------------------------------- packed weights
+
+NF4, INT8 = {"quantization": "nf4"}, {"quantization": "int8"}
+
+
+def test_packed_weights_take_their_share(tiny):
+    whole, nf4, int8, single = (
+        plan_of(recipe_of(tiny, LORA, 2, model=model), 1, 2)
+        for model in ({}, NF4, INT8, {"quantization": {"kind": "nf4", "double": False}})
+    )
+    linears = sum(out * into for out, into in nf4.setup.layers.values())
+    assert whole.memory.weights - int8.memory.weights == 3 * linears - 4 * sum(out for out, _ in nf4.setup.layers.values())
+    assert whole.memory.weights - nf4.memory.weights == pytest.approx(3.5 * linears - linears / 64, rel=0.01)
+    assert single.memory.weights - nf4.memory.weights == pytest.approx(3 * linears / 64, rel=0.1)
+    assert nf4.setup.shapes.elements == whole.setup.shapes.elements
+    assert nf4.memory.checkpoint == whole.memory.checkpoint and nf4.step == whole.step
+    assert f", of which {linears:,} in nf4" in table([(1, nf4)], 2, 80)
+
+
+def test_scales_are_whole_on_every_rank_and_numbers_are_not(tiny):
+    never = {"stage3_param_persistence_threshold": 0}
+    nf4, whole = (plan_of(recipe_of(tiny, LORA, 3, model=model, zero=never), 1, 8) for model in (NF4, {}))
+    scales = nf4.setup.shapes.scales
+    one = plan_of(recipe_of(tiny, LORA, 3, model=NF4, zero=never), 1, 1)
+    assert nf4.memory.weights == pytest.approx((one.memory.weights - scales) / 8 + scales, rel=0.01)
+    times = whole.setup.gathered().times
+    travelling = sum(times[f"{name}.weight"] * out * into for name, (out, into) in nf4.setup.layers.items())
+    assert whole.step[ALL_GATHER] - nf4.step[ALL_GATHER] == pytest.approx(3.5 * travelling, rel=0.02)  # bytes a number
+
+
+def test_packed_weights_come_whole_before_they_are_packed(tiny):
+    def loading(stage, model, count):
+        return plan_of(recipe_of(tiny, LORA, stage, model=model), 1, count).memory.loading
+
+    weights = 4 * sum(shapes_of(recipe_of(tiny, {"name": "full"})).sizes.values())
+    assert loading(3, NF4, 2) == loading(3, NF4, 8) == loading(2, {}, 8) == weights
+    assert loading(3, {}, 8) < weights / 4
+
+
+def test_the_matrix_of_a_pass_is_in_its_type(tiny):
+    def whole(**quantization):
+        plan = plan_of(recipe_of(tiny, LORA, 2, model={"dtype": "bfloat16", "quantization": quantization}), 1, 2)
+        return plan.memory.gathered, max(out * into for out, into in plan.setup.layers.values())
+
+    nf4, largest = whole(kind="nf4")
+    assert whole(kind="int8")[0] - nf4 == pytest.approx(6 * largest, rel=0.1)
+    assert whole(kind="nf4", compute_dtype="float32")[0] - nf4 > 2 * largest
+
+
+def test_what_is_taken_out_of_a_packed_weight_packs_the_rest_anew(tiny):
+    def plan(name, stage=3, **model):
+        return plan_of(recipe_of(tiny, {"name": name, "rank": 4}, stage, model=model), 1, 2)
+
+    packed, plain, of_packed = plan("pissa", **NF4), plan("pissa"), plan("lora_xs", **NF4)
+    packings = packed.setup.shapes.packings.values()
+    stored = sum(4 * packing.elements for packing in packings)
+    assert packed.init[BROADCAST] - plain.init[BROADCAST] == stored + packed.setup.shapes.scales
+    assert packed.init[GATHER] == of_packed.init[GATHER] == pytest.approx(stored, rel=0.01)
+    assert plan("pissa", 2, **NF4).init[GATHER] == 0
+    assert packed.memory.host > plain.memory.host
+    largest = max(4 * packing.shape[0] * packing.shape[1] for packing in packings)
+    assert packed.memory.peaks["SVDs"] - packed.memory.weights > 3 * largest
+
+
+def test_fused_components_beside_packed_weights_take_memory_on_every_rank(tiny):
+    def plan(into, stage=3, **model):
+        method = {"name": "srlora", "rank": 4, "target_rank": 12, "gamma": 0.5, "fuse_into": into}
+        return plan_of(recipe_of(tiny, method, stage, model=model), 1, 2)
+
+    beside, base = plan(None, **NF4), plan("base", 2, **NF4)
+    sides = sum(map(sum, beside.setup.layers.values()))
+    assert beside.memory.adapters - plan(None).memory.adapters == 4 * 4 * 4 * sides  # swaps, columns of each, bytes
+    assert plan("sidecar").memory.adapters == beside.memory.adapters
+    anew = sum(4 * packing.elements for packing in base.setup.shapes.packings.values()) + base.setup.shapes.scales
+    assert base.swap[BROADCAST] - plan(None, 2, **NF4).swap[BROADCAST] == anew
+
+
+def test_advice_for_packed_weights_keeps_to_what_can_be(tiny):
+    *_, line = advice([plan_of(recipe_of(tiny, LORA, 2, model=INT8), 1, 2)], 1e-9)
+    assert "zero3" not in line and "quantization" not in line and "offload_optimizer" in line
+    *_, line = advice([plan_of(recipe_of(tiny, LORA, 2), 1, 2)], 1e-9)
+    assert "zero3_offload" in line and "model.quantization=nf4" in line
+
+
 # ---------------------------------------------------------------------- gathering
 
 
@@ -268,12 +354,23 @@ def test_the_command_prints_a_table_and_draws_a_picture(recipe_file, tmp_path, c
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["--nodes", "0"], "--nodes must be above 0"),
-        (["--gpu-memory", "-1"], "--gpu-memory must be above 0"),
+        (["--nodes", "0,x"], "--nodes '0,x': wanted whole numbers above 0 with commas between them"),
+        (["--nodes", "1,,2"], "--nodes '1,,2': wanted"),
+        (["--nodes", ""], "--nodes '': wanted"),
+        (["--gpus-per-node", "0"], "--gpus-per-node '0': wanted a whole number above 0"),
+        (["--gpus-per-node", "1.5"], "--gpus-per-node '1.5': wanted"),
+        (["--gpu-memory", "nan"], "--gpu-memory 'nan': wanted a number above 0"),
+        (["--gpu-memory", "1e999"], "--gpu-memory '1e999': wanted"),
+        (["--samples", "many"], "--samples 'many': wanted a whole number above 0"),
+        (["model.path=/nowhere/at/all"], "model.path=/nowhere/at/all: there is no such directory"),
         (["--gpus-per-node", "3", "--nodes", "1"], "is not divisible"),
-        (["--nodes", "1", "--gpus-per-node", "2", "--plot", "plan.doc"], "ends in .png"),
+        (["--plot", "plan.doc"], "--plot plan.doc: wanted a name that ends in .png"),
+        (["--plot", "plan"], "--plot plan: wanted a name that ends in .png"),
+        (["--plot", "/nowhere/plan.png"], "--plot /nowhere/plan.png: there is no directory /nowhere"),
         (["method.rank=999"], "lower method.rank"),
-        (["model.quantization=nf4"], "model.quantization: there are no plans for nf4"),
+        (["model.quantization=int8"], "model.quantization: int8 does not go with ZeRO stage 3"),
+        (["model.quantization=nf4", "method={name: full}"], "model.quantization: method full trains the weights themselves"),
+        (["model.quantization={kind: nf4, duble: true}"], "duble"),
         (["--nodes", "1", "method.name=pissa", "train.weight_decay=0.1"], "decay_pretrained"),
         (["--nodes", "1", "method.name=srlora", "method.target_rank=4", "method.rank=2", "train.optimizer.name=adamw8bit",
           "train.steps=9"], "keeps moments in blocks"),
@@ -281,10 +378,36 @@ def test_the_command_prints_a_table_and_draws_a_picture(recipe_file, tmp_path, c
 )
 def test_mistakes_end_in_a_sentence(words, sentence, recipe_file, capsys):
     assert main(["plan", str(recipe_file), *words]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert sentence in line
+    said = capsys.readouterr()
+    (line,) = said.err.splitlines()
+    assert sentence in line and said.out == ""
 
 
 def test_an_unknown_recipe_is_named(capsys):
     assert main(["plan", "nowhere.yaml"]) == 2
-    assert "nowhere.yaml: no such recipe" in capsys.readouterr().err
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "nowhere.yaml: no such recipe" in line
+
+
+def test_a_picture_that_cannot_be_written_is_refused_before_the_plans_are_made(recipe_file, tmp_path, monkeypatch, capsys):
+    def refused(picture: Path) -> str:
+        assert main(["plan", str(recipe_file), "--plot", str(picture)]) == 2
+        return capsys.readouterr().err
+
+    monkeypatch.setattr("distlora.plan.side_by_side", lambda *_: pytest.fail("planned"))
+    (tmp_path / "a.png").mkdir()
+    assert "is a directory" in refused(tmp_path / "a.png")
+    monkeypatch.setattr("os.access", lambda *_: False)
+    assert "cannot be written" in refused(tmp_path / "b.png")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert refused(tmp_path / "b.png") == "distlora: --plot needs the package matplotlib; pip install 'distlora[plot]'\n"
+
+
+def test_a_model_that_no_network_brings_is_named(recipe_file, monkeypatch, capsys):
+    def offline(*_, **__):
+        raise LocalEntryNotFoundError("no connection")
+
+    monkeypatch.setattr("distlora.hub.snapshot_download", offline)
+    assert main(["plan", str(recipe_file), "model.path=nobody/has-this"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("distlora: model.path=nobody/has-this: no") and "cache" in line

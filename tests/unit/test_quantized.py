@@ -11,6 +11,7 @@ from torch import nn
 from distlora import checkpoint as checkpoints
 from distlora.attach import attach, pack_linears
 from distlora.compose import ProbeData, initialise, open_ledger
+from distlora.config import Recipe
 from distlora.data import collate
 from distlora.engine import LocalEngine
 from distlora.errors import UserError
@@ -19,9 +20,11 @@ from distlora.layer import AdapterLinear, PackedLinear
 from distlora.methods import LowRank, registry
 from distlora.model import response_loss
 from distlora.originals import Originals, original_at_owner
-from distlora.quantized import packer, scale_bytes
+from distlora.plan import plan_of
+from distlora.quantized import packer, packing_maker, scale_bytes
 from distlora.step import train_step
 from distlora.tensorfile import TensorFiles
+from tests.benchmarks.live_bytes import DEVICE, LiveBytes
 from tests.distributed.cases import Setting, solo
 from tests.distributed.swap_cases import Recomposing
 from tests.distributed.world import build, samples, save_model
@@ -115,6 +118,24 @@ def test_zero_rows_and_blocks_stay_zero(kind, dtype):
     packing, stored = packed(kind, weight)
     found = packing.unpack(stored)
     assert found.isfinite().all() and (found[1:3].abs() <= 1e-3 * found[0].abs().max()).all()
+
+
+@every_shape
+@every_dtype
+@pytest.mark.parametrize("asked", [("nf4", True), ("nf4", False), ("int8", True)], ids=str)
+def test_sizes_are_known_before_anything_is_packed(asked, shape, dtype):
+    kind, double = asked
+    packing, stored = packed(kind, weight_of(shape, dtype), double=double)
+    before = packing_maker(kind, dtype, None, double)(shape)
+    assert (before.elements, before.scale_nbytes) == (stored.numel(), scale_bytes(packing))
+    for wanted in (dtype, FP32):
+        with LiveBytes() as counter:
+            counter.watch([stored, *packing.scales()])
+            there = counter.now[DEVICE]
+            matrix = packing.unpack(stored, wanted)
+            seen = counter.peak[DEVICE] - there
+        assert matrix.nbytes <= seen <= before.unpacking_nbytes(wanted)
+        assert seen == before.unpacking_nbytes(wanted) or kind == "int8"  # whose second product the library hides
 
 
 def test_double_quantisation_makes_the_scales_small():
@@ -253,6 +274,20 @@ def directory(tmp_path_factory):
 def started(directory, dtype=FP32, **settings):
     engine = LocalEngine(solo(), dtype)
     return engine, build(engine, directory, **{"quantization": "nf4", "method": "lora", **settings})
+
+
+@every_kind
+@every_dtype
+def test_the_plan_counts_the_bytes_that_are_there(directory, kind, dtype):
+    engine, attached = started(directory, dtype, quantization=kind)
+    recipe = Recipe(
+        model={"path": str(directory), "dtype": str(dtype).removeprefix("torch."), "quantization": kind},
+        method=attached.method, data={"task": "arithmetic"}, train={"steps": 1}, output_dir="unused",
+    )  # fmt: skip
+    plan = plan_of(recipe, 1, 1)
+    scales = sum(scale_bytes(layer.packing) for layer in attached.layers.values())
+    assert plan.memory.weights + plan.memory.adapters == sum(p.nbytes for p in engine.module.parameters()) + scales
+    assert {name: p.numel() for name, p in engine.module.named_parameters()} == plan.setup.shapes.sizes
 
 
 def train_steps(engine, count=4):
