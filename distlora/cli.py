@@ -304,9 +304,9 @@ def _log_to_terminal(shown: bool) -> None:
 
 def _sentence(error: Ending, code: int, patience: float = PATIENCE) -> int:
     """The error once, from rank 0; from another rank only if that one is alone with it and still alive after a while."""
-    from distlora.comm import Topology
+    from distlora.rendezvous import own_rank  # not from where torch comes along: verbs that do without it may fail too
 
-    rank = Topology.own_rank()
+    rank = own_rank(os.environ)
     if rank == 0:
         print(f"distlora: {error}", file=sys.stderr, flush=True)
     else:

@@ -41,11 +41,6 @@ class Topology:
         notes = rendezvous.settle(os.environ, place)
         return cls(place.rank, place.world_size, place.local_rank, place.launcher, notes)
 
-    @classmethod
-    def own_rank(cls) -> int:
-        """The rank, even where the environment lacks what else is needed."""
-        return rendezvous.own_rank(os.environ)
-
 
 class Comm:
     """The process group, or a group of one without torch.distributed. All calls are collective unless said otherwise."""

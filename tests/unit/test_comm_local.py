@@ -81,11 +81,6 @@ def test_several_processes_without_an_address_are_refused(monkeypatch):
     assert Topology.from_environment() == Topology()
 
 
-def test_the_rank_is_known_without_an_address(monkeypatch):
-    _environment(monkeypatch, OMPI_COMM_WORLD_RANK=3, OMPI_COMM_WORLD_SIZE=4)
-    assert Topology.own_rank() == 3
-
-
 def test_what_was_derived_is_in_the_environment_and_told(monkeypatch):
     node = {"OMPI_COMM_WORLD_RANK": 1, "OMPI_COMM_WORLD_SIZE": 2, "OMPI_COMM_WORLD_LOCAL_SIZE": 2}
     _environment(monkeypatch, **node)

@@ -85,6 +85,10 @@ def test_numbers_that_cannot_be(variables, part):
     assert isinstance(own_rank(variables), int), "whoever speaks for the rank needs a number"
 
 
+def test_the_rank_is_known_without_an_address():
+    assert own_rank({"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4"}) == 3
+
+
 # ---------------------------------------------------------------------- where ranks meet
 
 
