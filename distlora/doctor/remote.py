@@ -6,6 +6,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -50,7 +51,37 @@ def forwarded() -> dict[str, str]:
     return {name: value for name, value in relevant_variables(os.environ).items() if not name.startswith(_PLACES)}
 
 
-def ask(host: str | None, request: Mapping[str, Any], limit: float, running: set[subprocess.Popen] | None = None) -> Answer:
+class Running:
+    """Processes that are under way, so that an interrupt can end them all, those included that are just being started."""
+
+    def __init__(self):
+        self._processes: set[subprocess.Popen] = set()
+        self._lock, self._ended = threading.Lock(), False
+
+    def add(self, process: subprocess.Popen) -> None:
+        with self._lock:
+            self._processes.add(process)
+            if self._ended:
+                _kill(process)
+
+    def discard(self, process: subprocess.Popen) -> None:
+        with self._lock:
+            self._processes.discard(process)
+
+    def end(self) -> None:
+        with self._lock:
+            self._ended = True
+            for process in self._processes:
+                _kill(process)
+
+
+def _kill(process: subprocess.Popen) -> None:
+    """With its session, since it has not heard of any signal that came here."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def ask(host: str | None, request: Mapping[str, Any], limit: float, running: Running | None = None) -> Answer:
     """One node's answer, after `limit` seconds at the latest. running: holds the node's process while it runs."""
     asked = time.time()
     text = json.dumps(request | {"environment": forwarded() if host else {}})
@@ -59,15 +90,14 @@ def ask(host: str | None, request: Mapping[str, Any], limit: float, running: set
         process = subprocess.Popen(command(host), text=True, errors="replace", start_new_session=True, **pipes)
     except OSError as error:
         return Answer(problem=f"{error.filename}: {error.strerror}")
-    running = set() if running is None else running
+    running = running or Running()
     running.add(process)
     late = False
     try:
         out, err = process.communicate(text, timeout=limit)
     except subprocess.TimeoutExpired:
         late = True
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        _kill(process)
         out, err = process.communicate()
     running.discard(process)
     values = answers(out)
@@ -81,14 +111,12 @@ def ask(host: str | None, request: Mapping[str, Any], limit: float, running: set
 
 def ask_all(hosts: Sequence[str | None], requests: Sequence[Mapping[str, Any]], limit: float) -> list[Answer]:
     """One request for each host, all at once, since ranks wait for each other; answers in the hosts' order."""
-    running: set[subprocess.Popen] = set()
+    running = Running()
     pool = ThreadPoolExecutor(len(hosts))
     try:
         return list(pool.map(lambda pair: ask(*pair, limit, running), zip(hosts, requests)))
-    except BaseException:  # an interrupt: they are in sessions of their own and have not heard of it
-        for process in tuple(running):
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+    except BaseException:  # an interrupt
+        running.end()
         raise
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
