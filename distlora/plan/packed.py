@@ -2,7 +2,7 @@
 
 import torch
 
-from distlora.linalg import NORM_BLOCK_ELEMENTS
+from distlora.linalg import BLOCK_ELEMENTS, NORM_BLOCK_ELEMENTS
 from distlora.plan.setup import Setup
 from distlora.quantized import Packing
 
@@ -27,9 +27,9 @@ def _product(setup: Setup, name: str, packing: Packing, tokens: int) -> int:
 
 def packed_anew(packing: Packing) -> int:
     """On the owner of a layer out of whose weight something is taken: the pretrained weight, what is stored of it, and their
-    difference, all in float32."""
+    difference, all in float32; and two blocks of its squares in float64."""
     elements = packing.shape[0] * packing.shape[1]
-    return 2 * FLOAT32 * elements + packing.unpacking_nbytes(torch.float32)
+    return 2 * FLOAT32 * elements + packing.unpacking_nbytes(torch.float32) + 4 * FLOAT32 * min(elements, BLOCK_ELEMENTS)
 
 
 def renewed(packing: Packing) -> int:

@@ -5,7 +5,8 @@
 
 SmolLM2-135M with LoRA-SB on the CPU, as `init_memory` runs it on one rank of plain PyTorch; beside each figure what
 `distlora plan` expects. "training" is the third step. "loading" is what is alive before DeepSpeed gets the model: beside an
-accelerator that is host memory. Every world is a set of processes of its own.
+accelerator that is host memory, as is pissa's ledger, which on a CPU is among the measured bytes. Every world is a set of
+processes of its own.
 """
 
 import argparse
