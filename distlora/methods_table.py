@@ -10,6 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from distlora.attach import ALL_LINEAR, target_linears
+from distlora.combination import check_base
 from distlora.config import ModelSection, Recipe, load_recipe
 from distlora.errors import UserError
 from distlora.hub import without_weights
@@ -51,7 +52,6 @@ def methods_table(
     recipe = _recipe(recipe_path, overrides)
     spec = OptimizerSpec(**dict(recipe.train.optimizer)) if recipe else OptimizerSpec()
     subject = _subject(recipe, model)
-    stored_as = recipe and recipe.model.quantization and recipe.model.quantization.kind
     if rank is None and recipe is not None:
         rank = recipe.method.rank
     numbers = ["trained parameters", "optimizer state"] if subject else ["trained parameters"]
@@ -60,7 +60,7 @@ def methods_table(
     for name in registry():
         try:
             method = _method(name, recipe, rank)
-            rows.append(_row(method, subject, spec, stored_as))
+            rows.append(_row(method, subject, spec, recipe))
         except UserError as error:
             remarks[len(rows)] = str(error)
             rows.append([name, _trains(registry()[name])])
@@ -111,14 +111,14 @@ def _method(name: str, recipe: Recipe | None, rank: int | None) -> Method:
 # ---------------------------------------------------------------------- a line
 
 
-def _row(method: Method, subject: Subject | None, spec: OptimizerSpec, quantization: str | None) -> list[str]:
-    """Raises UserError where the method cannot be put on a layer, or not on weights that are stored so."""
+def _row(method: Method, subject: Subject | None, spec: OptimizerSpec, recipe: Recipe | None) -> list[str]:
+    """Raises UserError where the method cannot be put on a layer, or not on weights that are stored as the recipe says."""
     if subject is None:
         numbers = [_formula(method)]
     else:
-        problem = quantization and method.problem_with_base(quantization, partitioned=False)
-        if problem:
-            raise UserError(f"model.quantization: {problem}")
+        if recipe is not None:
+            zero = (recipe.deepspeed or {}).get("zero_optimization", {})
+            check_base(recipe.model_copy(update={"method": method}), partitioned=zero.get("stage") == 3)
         trained = _trained(method, subject)
         numbers = [f"{trained:,}", _bytes(trained * spec.bytes_per_element())]
     return [

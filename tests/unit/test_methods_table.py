@@ -114,6 +114,8 @@ def test_what_a_packed_weight_excludes_is_said_in_the_methods_line(recipe):
     for name in ("full", "dora"):
         assert "model.quantization: " in next(line for line in table.splitlines() if line.startswith(name + " "))
     assert "model.quantization" not in rows(table)["lora"]
+    table = methods_table(recipe(), ["model.quantization=int8", "deepspeed={zero_optimization: {stage: 3}}"])
+    assert "does not go with ZeRO stage 3" in next(line for line in table.splitlines() if line.startswith("lora "))
 
 
 # ---------------------------------------------------------------------- facts
