@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -221,6 +222,16 @@ def test_a_node_fails(bench, queue, slurm_cluster, node):
     said = job.expect_end("COMPLETED", restarts=1)
     assert "continuing from" in said
     bench.expect_same_curve(f"without-{node}")
+
+
+@pytest.mark.cluster_long
+def test_a_rank_goes_silent(bench, queue, slurm_cluster):
+    """It hangs, and SLURM sees nothing wrong: that another start may go on stands in the run's status only."""
+    job = interrupted(bench, queue, "silent", *PAIR)
+    os.kill(slurm_cluster.process("node2", "distlora train"), signal.SIGSTOP)
+    said = job.expect_end("COMPLETED", restarts=1)
+    assert re.search(r"failed at step \d+ of 24: rank 1 on node2 went silent", said), said
+    bench.expect_same_curve("silent")
 
 
 @pytest.mark.cluster_long

@@ -319,5 +319,5 @@ def test_in_a_container_the_outcome_is_asked_there_too(desk):
     (desk.folder / "srun").unlink()
     desk.start("recipe.yaml", "--container", "image", SRUN_HELP=CONTAINERS, SRUN_EXIT="1")
     words = desk.called("srun")
-    assert words.count("--container-image=image") == 2 and "--nodelist=node1" in words
+    assert words.count("--container-image=image") == 2 and "--relative=0" in words
     assert words[words.index("status") :][:2] == ["status", str(desk.folder / "recipe.yaml")]
