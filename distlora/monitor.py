@@ -5,6 +5,7 @@ import math
 import sys
 import time
 from pathlib import Path
+from typing import TextIO
 
 from tqdm import tqdm
 
@@ -73,15 +74,31 @@ def _jsonable(value: float) -> float | str:
     return value if math.isfinite(value) else str(value)
 
 
+class _Lines:
+    """A stream on which a bar is not drawn over itself: launchers pass on, and label, whole lines."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def write(self, text: str) -> None:
+        text = text.strip("\r\n ")
+        if text:
+            self._stream.write(f"{text}\n")
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+
 class Progress:
     """A progress bar on rank 0 with loss, learning rate, tokens a second and time left; nothing on the others."""
 
     def __init__(self, steps: int, start: int, shown: bool):
         # Where nobody watches a terminal, a line every ten seconds is enough for a log file.
-        interval = 0.5 if sys.stderr.isatty() else 10
+        watched = sys.stderr.isatty()
         self._bar = tqdm(
-            total=steps, initial=start, desc="training", unit="step", disable=not shown, mininterval=interval, dynamic_ncols=True
-        )
+            total=steps, initial=start, desc="training", unit="step", disable=not shown, mininterval=0.5 if watched else 10,
+            file=sys.stderr if watched else _Lines(sys.stderr), dynamic_ncols=watched,
+        )  # fmt: skip
         self._tokens, self._since = 0, time.perf_counter()
 
     def advance(self, loss: float, rate: float, tokens: int) -> float:

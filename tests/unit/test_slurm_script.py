@@ -16,7 +16,7 @@ SCRIPT = Path(__file__).parents[2] / "launch" / "slurm.sbatch"
 #: Writes its words down, and plays the look at the nodes, --help, or the ranks.
 SRUN = """#!/usr/bin/env bash
 [[ $* != *--help* ]] || { echo "$SRUN_HELP"; exit; }
-[[ $* != *--chdir=/* ]] || { printf "$NODES_LACK"; exit; }
+[[ $* != *--chdir=/* ]] || { printf "$NODES_LACK"; exit "${NODES_EXIT:-0}"; }
 printf '%s\\0' "$@" >>"$CALLS/srun"
 env >"$CALLS/environment"
 trap 'exit 75' USR1
@@ -26,6 +26,9 @@ exit "${SRUN_EXIT:-0}"
 SCONTROL = """#!/usr/bin/env bash
 printf '%s\\0' "$@" >>"$CALLS/scontrol"
 exit "${SCONTROL_EXIT:-0}"
+"""
+SQUEUE = """#!/usr/bin/env bash
+echo "${STATE:-RUNNING}"
 """
 PYTHON = f"""#!/usr/bin/env bash
 case $3 in
@@ -43,7 +46,7 @@ class Desk:
         self.folder = folder
         self.bin = folder / "bin"
         self.bin.mkdir()
-        for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("python", PYTHON)):
+        for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("squeue", SQUEUE), ("python", PYTHON)):
             self.add(name, text)
         (folder / "recipe.yaml").write_text("output_dir: run\n")
         self.variables = {
@@ -123,6 +126,7 @@ def test_a_command_line_of_sbatch_overrides_what_the_file_asks_for():
         (["recipe.yaml", "--max-restarts", "many"], {}, "a whole number, not 'many'"),
         (["recipe.yaml", "--python", "/nowhere/python"], {}, "/nowhere/python is no python with distlora in it"),
         (["recipe.yaml"], {"PATH": "/usr/bin:/bin", "PYTHONPATH": None}, "no python with distlora on PATH or in"),
+        (["recipe.yaml"], {"SLURMD_NODENAME": None}, "this is a job of SLURM"),  # in a shell of salloc
         (["recipe.yaml"], {"SLURM_JOB_ID": None}, "this is a job of SLURM: sbatch launch/slurm.sbatch"),
         (["recipe.yaml"], {"SLURM_GPUS_ON_NODE": None}, "how many ranks a node? sbatch --gpus-per-node=N"),
         (["recipe.yaml"], {"SLURM_NTASKS_PER_NODE": "1"}, "--ntasks-per-node is 1 and a node's GPUs are 2"),
@@ -175,8 +179,24 @@ def test_every_task_sees_all_gpus_and_too_few_cpus_are_shared(desk):
     done = desk.start("recipe.yaml", SLURM_GPUS_PER_TASK="1", SLURM_CPUS_ON_NODE="1")
     assert "SLURM_GPUS_PER_TASK" not in (desk.folder / "environment").read_text()
     assert "--overcommit" in desk.called("srun") and "1 CPUs for 2 ranks of a node: they share" in done.stderr
-    desk.start("recipe.yaml", SLURM_CPUS_PER_TASK="4")
-    assert "SRUN_CPUS_PER_TASK=4\n" in (desk.folder / "environment").read_text()
+
+
+@pytest.mark.parametrize(
+    ("there", "each", "taken"),
+    [
+        ("8", "4", "4"),
+        ("8", "2", "2"),
+        ("8", "8", "4"),  # asked for one task, the only one that sbatch knew of
+        ("1", "1", None),
+        ("8", None, None),
+    ],
+)
+def test_cpus_of_a_task(desk, there, each, taken):
+    done = desk.start("recipe.yaml", SLURM_CPUS_ON_NODE=there, SLURM_CPUS_PER_TASK=each)
+    lines = (desk.folder / "environment").read_text().splitlines()
+    found = dict(line.split("=", 1) for line in lines if "CPUS_PER_TASK" in line)
+    assert found == ({"SRUN_CPUS_PER_TASK": taken} if taken else {}), done.stderr
+    assert ("sbatch --cpus-per-gpu=8" in done.stderr) == (each == "8")
 
 
 def test_words_arrive_as_they_are(desk):
@@ -246,13 +266,14 @@ def test_a_wrong_sweep_starts_nothing(desk, text, sentence):
         (1, 1, False),  # failed
         (1, 75, True),  # a rank went silent
         (143, 75, True),  # preempted, and a rank was killed before it had ended
+        (143, 0, False),  # done, and a rank was killed on its way out
         (137, 1, False),
         (138, 1, False),  # USR1, but not from here
     ],
 )
 def test_the_job_is_queued_again_only_where_that_would_go_on(desk, code, status, again):
     done = desk.start("recipe.yaml", "a=b c", SRUN_EXIT=str(code), STATUS=str(status))
-    assert done.returncode == code, done.stderr
+    assert done.returncode == (code if status or code == 2 else 0), done.stderr
     assert desk.called("scontrol") == (["requeue", "7"] if again else [])
     asked = desk.called("status")
     if asked:
@@ -268,15 +289,31 @@ def test_so_often_and_no_more(desk):
     assert "not queued again: that was done 3 times" in done.stderr and done.returncode == 75
 
 
+@pytest.mark.parametrize(("restarts", "again"), [(None, False), ("1", True)])
+def test_a_node_that_is_gone(desk, restarts, again):
+    """SLURM may not have noticed yet when the job is back. At the first start it is rather the cluster that is wrong."""
+    done = desk.start("recipe.yaml", NODES_EXIT="1", SLURM_RESTART_COUNT=restarts)
+    assert done.returncode == 1 and "a node of node1 does not run what it is told to" in done.stderr
+    assert desk.called("scontrol") == (["requeue", "7"] if again else []) and desk.called("srun") == []
+
+
 def test_slurm_may_refuse_to_queue_again(desk):
     done = desk.start("recipe.yaml", SRUN_EXIT="75", SCONTROL_EXIT="1")
     assert done.returncode == 75 and "sbatch the same once more" in done.stderr
 
 
-@pytest.mark.parametrize(("number", "again"), [(signal.SIGUSR1, True), (signal.SIGTERM, False)])
-def test_a_signal_while_the_ranks_run(desk, number, again):
-    """USR1 is passed on to srun; TERM is SLURM's, which signals the ranks and queues the job again itself."""
-    command = desk.command("recipe.yaml", SRUN_WAITS="1", SRUN_EXIT="0" if again else "75")
+@pytest.mark.parametrize(
+    ("number", "state", "again"),
+    [
+        (signal.SIGUSR1, "RUNNING", True),
+        (signal.SIGTERM, "COMPLETING", False),  # cancelled, or taken back: then SLURM queues it again
+        (signal.SIGTERM, "RUNNING", True),  # as after a node's failure, meant for the job's last start
+    ],
+)
+def test_a_signal_while_the_ranks_run(desk, number, state, again):
+    """USR1 is passed on to srun; TERM is SLURM's, which signals the ranks itself."""
+    passed_on = number == signal.SIGUSR1
+    command = desk.command("recipe.yaml", SRUN_WAITS="1", SRUN_EXIT="1" if passed_on else "75", STATE=state)
     with subprocess.Popen(**command) as process:
         deadline = time.monotonic() + 30
         while not (desk.folder / "environment").exists() and time.monotonic() < deadline:
