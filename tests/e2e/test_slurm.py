@@ -1,5 +1,6 @@
 """`launch/slurm.sbatch` on a SLURM cluster of two nodes: one loss curve, whatever comes between its beginning and its end."""
 
+import copy
 import os
 import re
 import signal
@@ -31,6 +32,12 @@ class Job:
         told = cluster.run("head", "sbatch", "--parsable", f"--output={folder}/%j.out", *options, *script, **variables)
         assert told.code == 0, told.err
         self.number = told.out.strip()
+
+    def task(self, index: int) -> "Job":
+        """One of an array's."""
+        task = copy.copy(self)
+        task.number = f"{self.number}_{index}"
+        return task
 
     def say(self, *words: str) -> str:
         return self._cluster.run("head", *words).out
@@ -251,11 +258,12 @@ def test_an_array_of_two(bench, queue, tmp_path):
     sweep.write_text(f"# rates\n'output_dir={runs[0]}' train.lr=0.005\noutput_dir={runs[1]} train.lr=0.01\n")
     succeed("train", bench.recipe, "train.lr=0.01", f"output_dir={bench.folder / 'plain-second'}")
     job = queue("--array=0-1", "--gpus-per-node=2", words=(*bench.words("unused"), "--sweep", str(sweep)))
-    job.until(lambda: bench.under_way("second"), "its first checkpoint")
-    job.say("scancel", "--signal=USR1", "--batch", f"{job.number}_1")
-    said = job.expect_end("COMPLETED", 1)
-    wait_for(lambda: job.say("squeue", "--noheader").strip() == "", LONG, "the end of the other task", job.output)
+    second = job.task(1)
+    second.until(lambda: bench.under_way("second"), "its first checkpoint")
+    job.say("scancel", "--signal=USR1", "--batch", second.number)
+    said = second.expect_end("COMPLETED", 1)
+    assert f"job {job.number}_1, start 2: 2 ranks on" in said
+    assert f"job {job.number}_0, start 2: 2 ranks on" not in job.task(0).expect_end("COMPLETED", 0)
     bench.expect_same_curve(runs[0].name)
     bench.expect_same_curve("second", "plain-second")
-    assert f"job {job.number}_1, start 2: 2 ranks on" in said and f"job {job.number}_0, start 2" not in job.output()
     assert not (bench.folder / "unused").exists()
