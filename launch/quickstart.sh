@@ -34,7 +34,7 @@ output=
 overrides=()
 
 require_number() {  # require_number OPTION VALUE SMALLEST
-    [[ $2 =~ ^(0|[1-9][0-9]{0,8})$ ]] && (($2 >= $3)) || refuse "$1 must be a whole number of at least $3, not '$2'"
+    { [[ $2 =~ ^(0|[1-9][0-9]{0,8})$ ]] && (($2 >= $3)); } || refuse "$1 must be a whole number of at least $3, not '$2'"
 }
 
 while (($#)); do
@@ -87,6 +87,7 @@ fresh_run_directory() {  # prints it; `mkdir` is atomic, so two quickstarts at o
 }
 
 convert_model() {  # once, into the user's cache; prints nothing where it was done before
+    # shellcheck disable=SC2317  # start_child calls this function
     python -c '
 import sys
 from distlora.errors import UserError

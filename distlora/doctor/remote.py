@@ -2,7 +2,6 @@
 
 import json
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -16,11 +15,8 @@ from typing import Any
 
 from distlora.doctor.node import answers
 from distlora.environment import relevant_variables
+from distlora.ssh import explain, python_there
 
-#: Seconds for a connection, and for a connected node that has fallen silent.
-CONNECT, SILENCE = 8, 15
-#: What Python must know before it starts there. Everything else travels on its input, where no process list shows it.
-_FIRST = ("PYTHONPATH", "PATH", "LD_LIBRARY_PATH")
 #: A rank's place is not the driver's.
 _PLACES = ("RANK", "WORLD_SIZE", "LOCAL_", "CROSS_", "MASTER_", "OMPI_", "PMI_", "PMIX_", "SLURM_", "TORCHELASTIC_")
 
@@ -37,13 +33,9 @@ class Answer:
 
 def command(host: str | None) -> list[str]:
     """What starts the node's program. host: as ssh takes it, None for this machine."""
-    program = [sys.executable, "-m", "distlora.doctor.node"]
-    if host is None:
-        return program
-    variables = [f"{name}={os.environ[name]}" for name in _FIRST if os.environ.get(name)]
-    there = f"cd {shlex.quote(os.getcwd())} && exec env {shlex.join([*variables, *program])}"
-    options = {"BatchMode": "yes", "ConnectTimeout": CONNECT, "ServerAliveInterval": SILENCE // 3, "ServerAliveCountMax": 3}
-    return ["ssh", *(word for name, value in options.items() for word in ("-o", f"{name}={value}")), host, there]
+    # Everything that it must know travels on its input, where no process list shows it.
+    program = ["-m", "distlora.doctor.node"]
+    return [sys.executable, *program] if host is None else python_there(host, program)
 
 
 def forwarded() -> dict[str, str]:
@@ -120,18 +112,3 @@ def ask_all(hosts: Sequence[str | None], requests: Sequence[Mapping[str, Any]], 
         raise
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-
-
-def explain(code: int, said: str) -> str:
-    """Why a node's program did not answer, from ssh's exit code and what was said."""
-    lines = [line.strip() for line in said.splitlines() if line.strip()]
-    last = lines[-1] if lines else f"exit code {code}"
-    if "No module named" in said and "distlora" in last:
-        return f"{sys.executable} has no distlora there"
-    if code in (126, 127):
-        return f"there is no Python at {sys.executable} there ({last})"
-    if code == 255:
-        return f"cannot be reached through ssh ({last})"
-    if "cd:" in last or "No such file or directory" in last:
-        return f"the working directory is not there ({last})"
-    return last

@@ -43,7 +43,7 @@ FLOORS = [
     {"run"},
     {"train"},
     {"cli"},
-    {"__main__"},
+    {"__main__", "launched"},
 ]
 MIDDLE = FLOORS.index(set())
 

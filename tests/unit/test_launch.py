@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"
-SCRIPTS = sorted(LAUNCH.glob("*.sh"))
+SCRIPTS = sorted(path for path in LAUNCH.iterdir() if path.suffix in (".sh", ".sbatch"))
 
 #: What the scripts call before they look at the machine.
 COMMON_TOOLS = ["bash", "basename", "cat", "dirname", "env", "sed", "uname"]
@@ -34,6 +34,7 @@ def machine(tmp_path):
         (programs / name).write_text(text)
         (programs / name).chmod(0o755)
 
+    add.link = lambda tool: (programs / tool).symlink_to(shutil.which(tool))
     add.variables = {"PATH": str(programs), "DISTLORA_VENV": str(tmp_path / "venv")}
     add.venv = tmp_path / "venv"
     return add
@@ -49,7 +50,7 @@ def assert_refused(result, *parts):
 
 
 def test_there_are_scripts():
-    assert {"quickstart.sh", "test.sh", "_environment.sh"} <= {path.name for path in SCRIPTS}
+    assert {"quickstart.sh", "test.sh", "deepspeed.sh", "mpi.sh", "slurm.sbatch"} <= {path.name for path in SCRIPTS}
 
 
 @pytest.mark.parametrize("script", [*SCRIPTS, ROOT / ".ci" / "run"], ids=lambda path: path.name)
@@ -58,12 +59,21 @@ def test_bash_can_read_it(script):
     assert result.returncode == 0, result.stderr
 
 
+def test_every_script_is_linted():
+    shellcheck = shutil.which("shellcheck")
+    if shellcheck is None:
+        pytest.skip("there is no shellcheck (Debian and Ubuntu: the package shellcheck)")
+    files = [*SCRIPTS, ROOT / ".ci" / "run", ROOT / "tests" / "e2e" / "testbed" / "cluster.sh"]
+    result = subprocess.run([shellcheck, *map(str, files)], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stdout
+
+
 def test_ci_runs_the_test_script():
     assert "bash launch/test.sh" in (ROOT / ".ci" / "run").read_text()
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
 
 
-@pytest.mark.parametrize("name", ["quickstart.sh", "test.sh"])
+@pytest.mark.parametrize("name", ["quickstart.sh", "test.sh", "deepspeed.sh", "mpi.sh"])
 def test_help(name):
     result = start(LAUNCH / name, "--help")
     assert result.returncode == 0
@@ -80,7 +90,7 @@ def test_help_lists_every_option_that_is_read():
     assert all(option in usage for option in options)
 
 
-@pytest.mark.parametrize("name", ["quickstart.sh", "test.sh"])
+@pytest.mark.parametrize("name", ["quickstart.sh", "test.sh", "deepspeed.sh", "mpi.sh"])
 def test_a_path_with_spaces_and_another_directory(tmp_path, name):
     copy = tmp_path / "a path with 'signs'"
     shutil.copytree(LAUNCH, copy / "launch")
@@ -109,6 +119,37 @@ def test_a_path_with_spaces_and_another_directory(tmp_path, name):
 )
 def test_a_mistake_is_one_sentence(machine, arguments, parts):
     assert_refused(start(LAUNCH / "quickstart.sh", *arguments, **machine.variables), *parts)
+
+
+RECIPE = "configs/recipes/quickstart.yaml"
+
+
+@pytest.mark.parametrize(
+    "arguments, parts",
+    [
+        (["deepspeed.sh"], ["HOSTFILE", "--help"]),
+        (["deepspeed.sh", "-"], ["no recipe", "--help"]),
+        (["deepspeed.sh", "-", "nope.yaml"], ["nope.yaml", "no such recipe"]),
+        (["deepspeed.sh", "--laucher", "pdsh", "-", RECIPE], ["--laucher", "--help"]),
+        (["deepspeed.sh", "--launcher=slurm", "-", RECIPE], ["'slurm'", "pdsh or openmpi", "slurm.sbatch"]),
+        (["deepspeed.sh", "--launcher"], ["--launcher needs a value"]),
+        (["deepspeed.sh", "--no-ssh", "hosts", RECIPE], ["--no-ssh needs --node-rank"]),
+        (["deepspeed.sh", "--no-ssh", "--node-rank=0", "-", RECIPE], ["--no-ssh needs a HOSTFILE"]),
+        (["deepspeed.sh", "--node-rank=0", "hosts", RECIPE], ["--node-rank is for --no-ssh"]),
+        (["deepspeed.sh", "--master-port=70000", "-", RECIPE], ["--master-port", "'70000'"]),
+        (["deepspeed.sh", "--ranks", "two", "-", RECIPE], ["--ranks", "'two'"]),
+        (["deepspeed.sh", "--grace=0", "-", RECIPE], ["--grace", "'0'"]),
+        (["mpi.sh"], ["no recipe", "--help"]),
+        (["mpi.sh", "-np", "0", RECIPE], ["-np", "'0'"]),
+        (["mpi.sh", "--hosts", "x", RECIPE], ["--hosts", "--help"]),
+    ],
+    ids=lambda value: " ".join(value) if "." in value[0] else "",
+)
+def test_a_mistake_in_a_job_is_one_sentence(machine, arguments, parts):
+    for tool in ("od", "tr", "date"):
+        machine.link(tool)
+    script, *words = arguments
+    assert_refused(start(LAUNCH / script, *words, **machine.variables), *parts)
 
 
 @pytest.mark.parametrize("name", ["quickstart.sh", "test.sh"])

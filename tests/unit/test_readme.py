@@ -62,9 +62,18 @@ def test_recipe_and_overrides_of_a_command(command, monkeypatch):
     words = command.split("#")[0].split()
     start = next(index for index, word in enumerate(words) if word.endswith(".yaml"))
     verb = words[start - 1]
-    assert verb in ("train", "plan", "methods", "--recipe", "sweep.txt", "launch/slurm.sbatch")
-    taken = verb in ("train", "plan", "launch/slurm.sbatch")
+    before_recipe = ("train", "plan", "launch/slurm.sbatch", "hosts", "launch/mpi.sh")
+    assert verb in (*before_recipe, "methods", "--recipe", "sweep.txt")
+    taken = verb in before_recipe
     load_recipe(words[start], [word for word in words[start + 1 :] if "=" in word] if taken else [])
+
+
+@pytest.mark.parametrize("script", ["deepspeed.sh", "mpi.sh"])
+def test_job_options_exist(script):
+    usage = subprocess.run(["bash", str(ROOT / "launch" / script), "--help"], capture_output=True, text=True).stdout
+    lines = [line.split("#")[0] for line in COMMANDS if f"launch/{script}" in line]
+    shown = {option for line in lines for option in re.findall(r"\s(--?[a-z-]+)", line)}
+    assert shown and {option for option in shown if option not in usage} == set()
 
 
 @pytest.mark.parametrize("verb", sorted({line.split()[1] for line in COMMANDS if line.startswith("distlora ")}))

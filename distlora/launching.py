@@ -1,0 +1,192 @@
+"""What launch scripts have to know before they start anything: `python -m distlora.launching OPTIONS -- FOLDER ARGUMENTS…`.
+
+Reads and checks the hostfile, looks whether every host can be reached and has this Python, and writes into FOLDER, a private one:
+
+    hosts          one host a line, as ssh takes it; absent for this machine alone
+    slots          ranks on all of them, or on this machine, if the hostfile says it
+    hostfile       the hosts with their slots, without comments
+    environment    the variables that travel, for DS_ENV_FILE; absent with the launcher mpirun
+    names          their names
+    master         rank 0's address; absent where DeepSpeed must find it
+    program        ARGUMENTS in one word, see `distlora.oneword`
+    run            the run directory of ARGUMENTS, which are `train RECIPE …`
+"""
+
+import argparse
+import os
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from distlora.addresses import addresses, is_loopback
+from distlora.errors import UserError
+from distlora.hostfile import Host, read_hostfile
+from distlora.oneword import pack
+from distlora.ssh import explain, python_there
+
+#: What the same Python and the same caches need, and how transports were told to behave. No secret: all users see command lines.
+TRAVELLING = (
+    *("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "CC", "CXX", "CUDA_HOME", "TORCH_CUDA_ARCH_LIST", "MAX_JOBS"),
+    *("XDG_CACHE_HOME", "TORCH_HOME", "TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR"),
+    *("HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE", "HF_HUB_OFFLINE", "HF_ENDPOINT"),
+    *("OMP_NUM_THREADS", "TOKENIZERS_PARALLELISM", "PYTORCH_CUDA_ALLOC_CONF", "DS_ACCELERATOR", "DEEPSPEED_TIMEOUT"),
+    *("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "NCCL_IB_HCA", "NCCL_DEBUG", "TP_SOCKET_IFNAME"),
+)
+#: Beginnings of names that DeepSpeed takes along by itself, without quoting: they are in our file too, so that ours count.
+_DEEPSPEEDS_OWN = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")
+#: Seconds for a host to start Python.
+PATIENCE = 60
+#: What is run on every host before anything else.
+_LOOK = "import os, sys, distlora.launched; os.path.isfile(sys.argv[1]) or sys.exit(f'{sys.argv[1]} is not there')"
+#: What DeepSpeed puts into double quotes for the shell, and what these do not protect.
+_NEEDS_QUOTES = re.compile(r"[^\w@%+=:,./-]")
+_NOT_PROTECTED = re.compile(r'([\\$`"])')  # % is pdsh's own, and doubled
+
+
+def main(words: Sequence[str]) -> int:
+    options = _parse(words)
+    try:
+        _prepare(options, Path(options.folder))
+    except UserError as error:
+        sys.stderr.write(f"{options.script}: {error}\n")
+        return 2
+    return 0
+
+
+def _parse(words: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--script", required=True, help="who says what is wrong")
+    parser.add_argument("--hostfile", required=True)
+    parser.add_argument("--launcher", default="pdsh")
+    parser.add_argument("--no-ssh", action="store_true")
+    parser.add_argument("--export", action="append", default=[])
+    parser.add_argument("folder")
+    parser.add_argument("arguments", nargs="*")
+    return parser.parse_args(words)
+
+
+def _prepare(options: argparse.Namespace, folder: Path) -> None:
+    (folder / "program").write_text(pack(os.getcwd(), options.arguments))
+    if options.hostfile not in ("-", "localhost"):
+        _prepare_hosts(options, folder)
+    (folder / "run").write_text(_run_directory(options.arguments[1:]))
+
+
+def _run_directory(words: Sequence[str]) -> str:
+    """Of RECIPE and overrides, in which mistakes show before any host has work of it."""
+    from distlora.config import load_recipe  # imported late: it brings torch, and the hosts have been looked at by then
+
+    return load_recipe(words[0], [word for word in words[1:] if not word.startswith("-")]).output_dir
+
+
+def _prepare_hosts(options: argparse.Namespace, folder: Path) -> None:
+    hosts = read_hostfile(options.hostfile)
+    _warn_if_uneven(hosts, options.script)
+    (folder / "slots").write_text(str(sum(host.slots for host in hosts)))
+    if len(hosts) == 1 and _is_here(hosts[0]) and not options.no_ssh:
+        return
+    _refuse_loopback(hosts)
+    if _NEEDS_QUOTES.search(sys.executable):
+        raise UserError(
+            f"the path {sys.executable} has a sign that DeepSpeed's launcher does not quote; put the environment elsewhere"
+        )
+    (folder / "hostfile").write_text("".join(f"{host.name} slots={host.slots}\n" for host in hosts))
+    (folder / "hosts").write_text("".join(f"{host.name}\n" for host in hosts))
+    names = travelling(os.environ, options.export)
+    (folder / "names").write_text("".join(f"{name}\n" for name in names))
+    if options.launcher != "mpirun":
+        (folder / "environment").write_text(environment_file(os.environ, names, through_shell=options.launcher == "pdsh"))
+    master = reachable_address(hosts[0].address)
+    if master:
+        (folder / "master").write_text(master)
+    if not options.no_ssh:
+        _refuse_unreachable(hosts, options.arguments[1])
+
+
+# ---------------------------------------------------------------------- hosts
+
+
+def _is_here(host: Host) -> bool:
+    return is_loopback(host.address) or host.address in (socket.gethostname(), socket.gethostname().partition(".")[0])
+
+
+def _warn_if_uneven(hosts: Sequence[Host], script: str) -> None:
+    if len({host.slots for host in hosts}) > 1:
+        shown = ", ".join(f"{host.address} has {host.slots}" for host in hosts[:8])
+        sys.stderr.write(f"{script}: uneven slots ({shown}): the slowest link and the fullest host set the pace\n")
+
+
+def _refuse_loopback(hosts: Sequence[Host]) -> None:
+    for host in hosts:
+        if is_loopback(host.address):
+            raise UserError(
+                f"{host.place}: {host.address} is another machine on every host; write the name by which others reach it"
+            )
+
+
+def _refuse_unreachable(hosts: Sequence[Host], recipe: str) -> None:
+    """All hosts at once: does this Python start there, and find this package and the recipe."""
+    command = ["-c", _LOOK, recipe]
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    try:
+        asked = [(host, subprocess.Popen(python_there(host.name, command), text=True, errors="replace", **pipes)) for host in hosts]
+    except OSError as error:
+        raise UserError(f"there is no {error.filename} here, by which the hosts are reached; install OpenSSH's client") from error
+    problems = []
+    for host, process in asked:
+        try:
+            _, said = process.communicate(timeout=PATIENCE)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            problems.append(f"{host.place}: {host.name}: no answer within {PATIENCE} s")
+            continue
+        if process.returncode:
+            problems.append(f"{host.place}: {host.name}: {explain(process.returncode, said)}")
+    if problems:
+        more = f" (and {len(problems) - 3} more hosts)" if len(problems) > 3 else ""
+        raise UserError(f"{'; '.join(problems[:3])}{more}; see distlora doctor HOSTFILE")
+
+
+def reachable_address(name: str) -> str | None:
+    """An address of a host that other hosts can use; None where its name says nothing of the kind here."""
+    return next((address for address in addresses(name) if not is_loopback(address)), None)
+
+
+# ---------------------------------------------------------------------- variables
+
+
+def travelling(environment: Mapping[str, str], more: Sequence[str]) -> list[str]:
+    """The names of the variables that the ranks get. more: what the user adds. Errors: UserError for one that is not there."""
+    absent = [name for name in more if name not in environment]
+    if absent:
+        raise UserError(f"--export {absent[0]}: there is no such variable; export it first")
+    own = [name for name in environment if name.startswith(_DEEPSPEEDS_OWN)]
+    return [name for name in dict.fromkeys((*TRAVELLING, *own, *more)) if name in environment]
+
+
+def environment_file(environment: Mapping[str, str], names: Sequence[str], through_shell: bool) -> str:
+    """These variables as DeepSpeed reads them from DS_ENV_FILE: `NAME=value`, one a line, no blank line.
+
+    through_shell: whether the values pass through a shell there (pdsh), inside double quotes where DeepSpeed thinks them needed.
+    Errors: UserError for a value that would not arrive as it is.
+    """
+    return "".join(f"{name}={_quoted(name, environment[name], through_shell)}\n" for name in names)
+
+
+def _quoted(name: str, value: str, through_shell: bool) -> str:
+    if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
+        raise UserError(f"{name!r} is no name of a variable that a shell can export; unset it")
+    if not value.isprintable() or value != value.strip():
+        raise UserError(f"{name} has a line break, or a space at its end, which DeepSpeed's launcher loses; unset or change it")
+    if through_shell:
+        return _NOT_PROTECTED.sub(r"\\\1", value).replace("%", "%%")
+    if _NEEDS_QUOTES.search(value):
+        raise UserError(f"{name}={value!r} has a sign that only the launcher pdsh can carry; unset or change it")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,138 @@
+# Shared by deepspeed.sh and mpi.sh (sourced after _environment.sh): one training job, its signals, its end.
+
+GRACE=30       # seconds from a signal to the end of whatever still runs
+PYTHON=        # what the ranks run
+MARK=$(od -An -N8 -tx1 /dev/urandom | tr -d ' \n')  # stands in the command line of every process of this job, and of no other
+PRIVATE=       # a directory of this job's own
+ASKED=         # the first signal that came
+WATCHDOG=
+HOSTS=()       # that are reached through ssh; none for this machine alone
+STARTED=$(date +%s)
+NAME=$(basename "$0")
+
+require_value() {  # require_value OPTION NUMBER_OF_WORDS_LEFT
+    (($2 > 0)) || refuse "$1 needs a value"
+}
+
+require_whole() {  # require_whole OPTION VALUE SMALLEST LARGEST
+    { [[ $2 =~ ^(0|[1-9][0-9]{0,8})$ ]] && (($2 >= $3 && $2 <= $4)); } || refuse "$1 must be a whole number from $3 to $4, not '$2'"
+}
+
+choose_python() {  # the one on PATH if it has what is needed; else the environment that quickstart.sh makes
+    local candidate
+    export PYTHONPATH=$REPOSITORY${PYTHONPATH:+:$PYTHONPATH}
+    for candidate in "$(command -v python)" "$(command -v python3)" "$VENV/bin/python"; do
+        if [[ -x $candidate ]] &&
+            "$candidate" -c 'import sys, importlib.util as u; sys.exit(not (u.find_spec("deepspeed") and u.find_spec("pydantic")))'; then
+            PYTHON=$candidate
+            [[ $candidate != "$VENV/"* ]] || export PATH=$VENV/bin:$PATH VIRTUAL_ENV=$VENV
+            return
+        fi
+    done
+    refuse "no Python here has deepspeed: activate the environment that has it, or run launch/quickstart.sh once"
+}
+
+make_private_directory() {
+    PRIVATE=$(umask 077 && mktemp -d) || refuse "cannot make a directory in ${TMPDIR:-/tmp}"
+    trap 'rm -rf "$PRIVATE"' EXIT
+}
+
+require_recipe() {  # require_recipe WORD…: the first one is a file
+    (($# > 0)) || refuse "no recipe: usage is in --help"
+    [[ -f $1 ]] || refuse "$1: no such recipe; relative paths start at $PWD"
+}
+
+# ------------------------------------------------------------------------------------------------------------- signals
+
+signal_job() {  # signal_job SIGNAL all|ranks: to the job's processes on all hosts; soon done, also where one does not answer
+    # The brackets keep the pattern from matching the command that looks for it.
+    local pattern="[${MARK:0:1}]${MARK:1}" host sent=()
+    [[ $2 == all ]] || pattern="^[^ ]+ -u -m distlora[.]launched $pattern"
+    ((${#HOSTS[@]})) || pkill "-$1" -f -- "$pattern"
+    for host in ${HOSTS[@]+"${HOSTS[@]}"}; do
+        ssh -n -o BatchMode=yes -o ConnectTimeout=4 -o ServerAliveInterval=2 -o ServerAliveCountMax=2 "$host" \
+            "pkill -$1 -f -- '$pattern'" 2>/dev/null &
+        sent+=($!)
+    done
+    ((${#sent[@]} == 0)) || wait "${sent[@]}"
+}
+
+pass_on() {  # pass_on SIGNAL: every rank is asked to stop, in the two ways that the program understands
+    if [[ -z $ASKED ]]; then
+        ASKED=$1
+        echo "$NAME: $1: the ranks are asked to stop; what still runs after $GRACE s is killed" >&2
+        kill_later
+    elif [[ $1 == INT ]]; then
+        echo "$NAME: INT again: the ranks are killed" >&2
+        signal_job KILL all &
+        return
+    fi
+    local signal=$1
+    [[ $signal != INT ]] || signal=TERM
+    signal_job "$signal" ranks &
+}
+
+lose_a_host() {  # a launcher that reaches several hosts goes on waiting for the others
+    echo "$NAME: a host has ended with an error; what still runs on the others after $GRACE s is killed" >&2
+    kill_later
+}
+
+kill_later() {
+    [[ -z $WATCHDOG ]] || return
+    (
+        trap '' INT TERM HUP USR1 USR2
+        read -r -t "$GRACE" <> <(:)  # as `sleep`, but without a process that would stay behind
+        signal_job KILL all
+        kill -KILL -- "-$CHILD"
+    ) >/dev/null 2>&1 &
+    WATCHDOG=$!
+}
+
+show_errors() {  # copies standard input to standard error at once; tells this script when pdsh says that a host has failed
+    tee >(
+        grep --line-buffered -E '^pdsh@.* exited with exit code' | {
+            read -r _ && kill -USR2 $$
+            cat
+        } >/dev/null
+    ) >&2
+}
+
+run_job() {  # run_job COMMAND…: until it has ended, whatever signals come; returns its exit status
+    local status again signal
+    start_child "$@" 2> >(show_errors)
+    for signal in TERM USR1 INT; do
+        # shellcheck disable=SC2064  # the name is meant as it is now
+        trap "pass_on $signal" "$signal"
+    done
+    trap 'pass_on TERM' HUP
+    trap lose_a_host USR2
+    while true; do
+        wait "$CHILD" 2>/dev/null  # without the shell's own words about a killed child
+        status=$?
+        ((status > 128)) || break
+        kill -0 "$CHILD" 2>/dev/null && continue  # it was only a signal that ended the waiting
+        wait "$CHILD" 2>/dev/null
+        again=$?
+        ((again == 127)) || status=$again
+        break
+    done
+    trap '' TERM USR1 USR2 INT HUP
+    [[ -z $WATCHDOG ]] || { kill -KILL "$WATCHDOG"; wait "$WATCHDOG"; } 2>/dev/null
+    ((status == 0)) || signal_job KILL all  # a launcher that was killed leaves its ranks
+    return "$status"
+}
+
+# ------------------------------------------------------------------------------------------------------------- outcome
+
+end_as_the_run() {  # end_as_the_run STATUS: launchers swallow the program's exit code, but the run has written it down
+    local status=$1 said told=0
+    ((status != 0)) || exit 0
+    said=$("$PYTHON" -m distlora status "$(<"$PRIVATE/run")" --since "$STARTED" 2>/dev/null) || told=$?
+    if ((told == 0 || told == 75)); then
+        status=$told
+    elif [[ -n $ASKED ]] && [[ $said != *": failed at step "* ]]; then
+        status=75  # it ended before it had begun, or was killed while it saved: another start goes on
+    fi
+    [[ -z $said ]] || echo "$NAME: $said" >&2
+    exit "$status"
+}
