@@ -1,0 +1,220 @@
+"""Two hosts by every road, on a cluster of namespaces: one loss curve, and an end in good order whatever happens.
+
+A start over two hosts takes ten seconds and more, so each has to show several things.
+"""
+
+import os
+import shutil
+import signal
+import time
+
+import pytest
+
+from tests.e2e.program import finish, started
+from tests.e2e.roads import FAREWELL, PATIENCE, STEPS, Bench, deepspeed_sh, mpi_sh, torchrun
+from tests.e2e.testbed import wait_for
+
+long = pytest.mark.cluster_long
+#: What a shell would make something of.
+SIGNS = """a "b"; $(touch evil) `touch evil` %h 'c' \\ &"""
+#: How a rank's command line begins, after the interpreter's path.
+RANK = "-u -m distlora.launched"
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory) -> Bench:
+    return Bench(tmp_path_factory.mktemp("roads"))
+
+
+def run(cluster, command):
+    """The command on head to its end, which must be a good one."""
+    with started(*cluster.on("head", *command)) as process:
+        outcome = finish(process, PATIENCE)
+    assert outcome.code == 0, outcome.err[-4000:]
+    return outcome
+
+
+def interrupt(cluster, bench, name, command, victim, number=signal.SIGTERM):
+    """Signals `victim(cluster)` once the run is under way; returns the outcome and the seconds until everything had ended."""
+    with started(*cluster.on("head", *command)) as process:
+        wait_for(lambda: bench.steps(name) >= 3 or process.poll() is not None, PATIENCE, "step 3")
+        assert process.poll() is None, finish(process, 10).err[-4000:]
+        began = time.monotonic()
+        os.kill(victim(cluster), number)
+        outcome = finish(process, 2 * FAREWELL)
+        seconds = time.monotonic() - began
+    return outcome, seconds
+
+
+def the_script(cluster) -> int:
+    """The first one of its processes: the others are parts of it."""
+    return min(pid for pid, command in cluster.processes("head").items() if command.startswith("bash launch/"))
+
+
+# ---------------------------------------------------------------------- DeepSpeed's launcher
+
+
+def test_deepspeed_over_ssh_stops_when_it_is_told_and_goes_on(bench, ssh_cluster):
+    """And what stands in the command line arrives unharmed."""
+    name = f"deepspeed {SIGNS}"
+    quoted = str(bench.folder / name).replace("'", "''")  # as YAML has it
+    command = deepspeed_sh(bench.hostfile, *bench.arguments("deepspeed"), f"output_dir='{quoted}'")
+    outcome, seconds = interrupt(ssh_cluster, bench, name, command, the_script)
+    assert outcome.code == 75, outcome.err[-4000:]
+    assert seconds < FAREWELL and ssh_cluster.processes() == {}
+    stopped = bench.status(name)
+    assert stopped.state == "preempted" and stopped.requeue and f"preempted at step {stopped.step} of {STEPS}" in outcome.err
+    outcome = run(ssh_cluster, command)
+    assert "2 ranks on 2 hosts (node1: 0; node2: 1), master 10.231.77.11:" in outcome.err
+    assert f"/checkpoint-{stopped.step}" in outcome.err, "it went on from where it stopped"
+    bench.expect_same_curve(name)
+    assert not list(bench.folder.rglob("evil")) and bench.status(name).state == "done"
+
+
+def test_every_host_for_itself(bench, ssh_cluster):
+    """Without ssh between the hosts: the same command on each, with its own number."""
+    words = [bench.hostfile, *bench.arguments("no-ssh", "train.steps=6")]
+    parts = [ssh_cluster.on(f"node{node + 1}", *deepspeed_sh("--no-ssh", "--node-rank", node, *words)) for node in (0, 1)]
+    with started(*parts[0]) as first, started(*parts[1]) as second:
+        outcomes = [finish(process, PATIENCE) for process in (first, second)]
+    assert [outcome.code for outcome in outcomes] == [0, 0], outcomes[0].err[-4000:]
+    bench.expect_same_curve("no-ssh", 6)
+
+
+@pytest.mark.parametrize(
+    ("lines", "sentence"),
+    [
+        ("node1 slots=1\nnode1 slots=1\n", "hosts:2: node1 stands in"),
+        ("nöde1 slots=1\n", "hosts:1: 'nöde1 slots=1' has a character that is not ASCII"),
+        ("# none\n", "hosts names no host"),
+        ("node1 slots=1\nlocalhost slots=1\n", "hosts:2: localhost is another machine on every host"),
+        ("node1 slots=1\nnode9 slots=1\n", "hosts:2: node9: cannot be reached through ssh"),
+    ],
+)
+def test_a_mistake_in_the_hostfile_shows_before_anything_starts(bench, ssh_cluster, tmp_path, lines, sentence):
+    (tmp_path / "hosts").write_text(lines)
+    outcome = ssh_cluster.run("head", *deepspeed_sh(tmp_path / "hosts", *bench.arguments("mistake")))
+    assert outcome.code == 2 and outcome.out == "" and len(outcome.err.splitlines()) == 1
+    assert outcome.err.startswith("deepspeed.sh: ") and sentence in outcome.err
+
+
+# ---------------------------------------------------------------------- Open MPI and torchrun
+
+
+@pytest.mark.skipif(shutil.which("mpirun") is None, reason="there is no mpirun (Debian and Ubuntu: the package openmpi-bin)")
+def test_mpi_over_two_hosts(bench, ssh_cluster):
+    pytest.importorskip("mpi4py", reason="there is no mpi4py (pip install 'distlora[mpi]')")
+    outcome = run(ssh_cluster, mpi_sh("--hostfile", bench.hostfile, *bench.arguments("mpi", "train.steps=6")))
+    assert "as rank 0 told the others through MPI" in outcome.err and "told by Open MPI" in outcome.err
+    bench.expect_same_curve("mpi", 6)
+
+
+def test_torchrun_on_two_hosts_and_a_crash_of_one(bench, ssh_cluster):
+    """The other host's ranks end within the limit and say who is silent; a new start goes on."""
+    limit = 6
+    words = bench.arguments("torchrun", f"train.hang_timeout={limit}", "train.save_every=2")
+    with (
+        started(*ssh_cluster.on("node1", *torchrun(0, *words))) as first,
+        started(*ssh_cluster.on("node2", *torchrun(1, *words))),
+    ):
+        wait_for(lambda: bench.steps("torchrun") >= 5 or first.poll() is not None, PATIENCE, "step 5")
+        ssh_cluster.crash("node2")
+        crashed = time.monotonic()
+        wait_for(lambda: bench.status("torchrun").state == "failed", limit + 10, "the end of rank 0")
+        seconds = time.monotonic() - crashed
+        outcome = finish(first, 60)
+    assert outcome.code != 0 and seconds < limit + 10
+    assert "distlora: rank 1 on node2 went silent for" in outcome.err
+    status = bench.status("torchrun")
+    assert status.requeue and "rank 1 on node2" in status.message
+    ssh_cluster.boot("node2")
+    with (
+        started(*ssh_cluster.on("node1", *torchrun(0, *words))) as first,
+        started(*ssh_cluster.on("node2", *torchrun(1, *words))) as second,
+    ):
+        outcomes = [finish(process, PATIENCE) for process in (first, second)]
+    assert [outcome.code for outcome in outcomes] == [0, 0], outcomes[0].err[-4000:]
+    bench.expect_same_curve("torchrun")
+
+
+# ---------------------------------------------------------------------- longer ones
+
+
+@long
+@pytest.mark.parametrize(
+    ("road", "victim", "number"),
+    [
+        ("deepspeed", ("node2", "-m deepspeed.launcher.launch"), signal.SIGTERM),
+        ("deepspeed", ("node2", RANK), signal.SIGTERM),
+        ("deepspeed", ("head", "bash launch/"), signal.SIGINT),
+        ("mpi", ("head", "bash launch/"), signal.SIGTERM),
+        ("mpi", ("node1", RANK), signal.SIGUSR1),
+        ("alone", ("head", "bash launch/"), signal.SIGUSR1),
+        ("alone", ("head", "-m deepspeed.launcher.launch"), signal.SIGTERM),
+    ],
+    ids=lambda value: value[1].split()[-1] if isinstance(value, tuple) else str(value),
+)
+def test_whoever_is_told_to_stop_all_stop(bench, ssh_cluster, road, victim, number):
+    """In the middle of an accumulation of many micro-batches."""
+    host, words = victim
+    name = f"{road}-{host}-{words.split()[-1].replace('/', '')}-{number}"
+    arguments = bench.arguments(name, "train.global_batch_size=64", "train.micro_batch_size=1", "train.steps=400")
+    command = {
+        "deepspeed": deepspeed_sh(bench.hostfile, *arguments),
+        "mpi": mpi_sh("--hostfile", bench.hostfile, *arguments),
+        "alone": deepspeed_sh("--ranks", 2, "-", *arguments),
+    }[road]
+
+    def find(cluster):
+        return min(pid for pid, line in cluster.processes(host).items() if words in line and "export " not in line)
+
+    outcome, seconds = interrupt(ssh_cluster, bench, name, command, find, number)
+    assert outcome.code == 75, outcome.err[-4000:]
+    assert seconds < FAREWELL and ssh_cluster.processes() == {}
+    assert bench.status(name).state == "preempted"
+
+
+@long
+def test_a_cut_link_ends_the_job_and_names_the_host(bench, ssh_cluster):
+    limit = 6
+    command = deepspeed_sh("--grace", 10, bench.hostfile, *bench.arguments("cut", f"train.hang_timeout={limit}", "train.steps=400"))
+    with started(*ssh_cluster.on("head", *command)) as process:
+        wait_for(lambda: bench.steps("cut") >= 3 or process.poll() is not None, PATIENCE, "step 3")
+        ssh_cluster.cut("node2")
+        began = time.monotonic()
+        wait_for(lambda: not ssh_cluster.processes("node2"), limit + 20, "the end of node2's rank, which is alone")
+        outcome = finish(process, 60)
+        seconds = time.monotonic() - began
+    assert outcome.code == 75 and "rank 1 on node2 went silent for" in outcome.err, outcome.err[-4000:]
+    assert seconds < limit + 40
+    ssh_cluster.heal("node2")
+    assert ssh_cluster.processes() == {}
+
+
+@long
+def test_deepspeed_through_open_mpi(bench, ssh_cluster):
+    words = ["--launcher", "openmpi", "--launcher-args=--allow-run-as-root", bench.hostfile]
+    outcome = run(ssh_cluster, deepspeed_sh(*words, *bench.arguments("openmpi", "train.steps=6")))
+    assert "told by Open MPI" in outcome.err
+    bench.expect_same_curve("openmpi", 6)
+
+
+@long
+def test_the_doctor_looks_at_the_hosts_through_ssh_and_within_a_job(bench, ssh_cluster):
+    asked = ["-m", "distlora", "doctor", "--run-dir", bench.folder, "--no-build"]
+    outcome = ssh_cluster.run("head", "python", *asked[:3], bench.hostfile, *asked[3:])
+    assert outcome.code == 0, outcome.out + outcome.err
+    mpirun = [
+        "mpirun",
+        "--allow-run-as-root",
+        "--hostfile",
+        bench.hostfile,
+        "-x",
+        "PATH",
+        "-x",
+        "PYTHONPATH",
+        "-x",
+        "DS_ACCELERATOR",
+    ]
+    outcome = ssh_cluster.run("head", *mpirun, "python", *asked)
+    assert outcome.code == 0 and "node2" in outcome.out, outcome.out + outcome.err
