@@ -22,13 +22,13 @@ from distlora.model import generate, label_loss, response_loss
 from distlora.optimizer import OptimizerSpec
 from distlora.probe import mean_gradients
 from distlora.step import accumulate, evaluation_loss, train_step
+from tests.distributed.plan import GLOBAL_BATCH
 from tests.distributed.swap_cases import Collectives, swap_resuming, swap_saving, swap_traffic, swapping, whole_run
 from tests.distributed.traffic_cases import sent_at_the_start, sent_in_a_step
 from tests.distributed.world import build, labelled_samples, samples, share, write_random_factors
 
 Results = dict[str, Tensor]
 RATE = 1e-2
-GLOBAL_BATCH = 12
 #: Optimizers that a setting may name; without one it is AdamW.
 SPECS = {
     "sgd": OptimizerSpec("sgd", lr=RATE, momentum=0.9),

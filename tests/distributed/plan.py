@@ -5,10 +5,12 @@ from dataclasses import dataclass, field
 from distlora.methods import registry
 
 FP32, BF16 = "float32", "bfloat16"
+#: Rows of a global batch: as many as one, two and three ranks can share.
+GLOBAL_BATCH = 12
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 NOTHING: dict = {}
-#: Settings that a method cannot do without.
-NEEDED = {"srlora": {"target_rank": 16, "interval": 2}}
+#: Settings that a method cannot do without, or that spare it passes which `initialising` makes at every stage.
+NEEDED = {"srlora": {"target_rank": 16, "interval": 2}, "lora_sb": {"init": {"eta": 1e-3}}}
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,13 @@ class Entry:
 
     def for_worker(self) -> dict:
         engine = {"stage": self.stage, "dtype": self.dtype, **self.zero}
-        return {"key": self.key, "case": self.case, "engine": engine, "setting": self.setting, "arguments": self.arguments}
+        setting = {"micro_batch": two_a_step(self.world), **self.setting}
+        return {"key": self.key, "case": self.case, "engine": engine, "setting": setting, "arguments": self.arguments}
+
+
+def two_a_step(world: int) -> int:
+    """Rows of a micro-batch where a test does not care: gradients are accumulated over two, and every pass takes time."""
+    return GLOBAL_BATCH // (2 * world)
 
 
 def entries() -> list[Entry]:
@@ -58,19 +66,20 @@ def _every_stage() -> list[Entry]:
     plan = []
     for stage in (0, 1, 2, 3):
         for world in (1, 2, 3):
-            # Three ranks with micro-batches of one row, the others of two.
-            setting = {"clip": 0.5} if world == 3 else {"clip": 0.5, "micro_batch": 2}
+            # Micro-batches of two rows, and of one.
+            rows = {2: 2, 3: 1}.get(world) if stage > 1 or world == 2 else None
+            setting = {"clip": 0.5} | ({"micro_batch": rows} if rows else {})
             plan.append(Entry(world, "curve", stage, setting=setting))
         # At stage 0 nothing is cut up and stage 1 cuts as stage 2 does, so three ranks show nothing new there.
         for world in (2, 3) if stage > 1 else (2,):
-            plan.append(Entry(world, "writing", stage, setting={"micro_batch": 2}))
-            plan.append(Entry(world, "replacing_gradients", stage, setting={"clip": 0.5, "micro_batch": 2}))
+            plan.append(Entry(world, "writing", stage))
+            plan.append(Entry(world, "replacing_gradients", stage, setting={"clip": 0.5}))
             plan.append(Entry(world, "probing", stage))
-            plan.append(Entry(world, "short_batch", stage, setting={"micro_batch": 2}))
-        plan.append(Entry(2, "naming_silent_tensors", stage, setting={"micro_batch": 2}))
+            plan.append(Entry(world, "short_batch", stage))
+        plan.append(Entry(2, "naming_silent_tensors", stage))
         # Signs of gradients near zero differ, and every sign is an element of the factorised matrix.
         world = 3 if stage == 3 else 2
-        plan.append(Entry(world, "initialising", stage, setting={"method": "lora_sb", "micro_batch": 2}, tensors=5e-2))
+        plan.append(Entry(world, "initialising", stage, setting={"method": "lora_sb"}, tensors=5e-2))
     return plan
 
 
@@ -78,7 +87,9 @@ def _every_method() -> list[Entry]:
     """All methods at all stages: what is added to the package is tried here without another line."""
     plan = []
     for name in registry():
-        setting = {"method": name, "clip": 0.5, "micro_batch": 2, **NEEDED.get(name, {})}
+        setting = {"method": name, "clip": 0.5, **NEEDED.get(name, {})}
+        if name != "full":
+            setting["targets"] = "few"
         for stage in (0, 1, 2, 3):
             # Signs of gradients near zero differ, and some starts are made of signs.
             plan.append(Entry(2, "whole_run", stage, setting=setting, tensors=5e-2))
@@ -89,7 +100,6 @@ def _bfloat16() -> list[Entry]:
     """bfloat16 rounds every product: the curves agree to the third digit, and the factors hardly."""
 
     def entry(case: str, stage: int, zero: dict = NOTHING, arguments: dict = NOTHING, note: str = "", **setting) -> Entry:
-        setting = {"micro_batch": 2, **setting}
         return Entry(2, case, stage, BF16, zero, setting, arguments, loss=5e-3, first_loss=2e-3, tensors=0.3, note=note)
 
     # Stage 1 with float32 accumulation is a wrapper of its own, BF16_Optimizer.
@@ -106,34 +116,34 @@ def _bfloat16() -> list[Entry]:
 def _methods_and_settings() -> list[Entry]:
     plan = []
     for stage in (2, 3):
-        plan.append(Entry(2, "correcting", stage, setting={"micro_batch": 2}))
-        plan.append(Entry(2, "generating", stage, setting={"micro_batch": 2}))
-        plan.append(Entry(2, "curve", stage, setting={"checkpointing": True, "micro_batch": 2}, arguments={"steps": 6}))
+        plan.append(Entry(2, "correcting", stage))
+        plan.append(Entry(2, "generating", stage))
+        plan.append(Entry(2, "curve", stage, setting={"checkpointing": True}, arguments={"steps": 6}))
         # R has one element: some ranks own nothing of it.
-        plan.append(Entry(2, "replacing_gradients", stage, setting={"rank": 1, "clip": 0.5, "micro_batch": 2}))
+        plan.append(Entry(2, "replacing_gradients", stage, setting={"rank": 1, "clip": 0.5}))
     return plan + [
-        Entry(3, "writing", 3, setting={"rank": 1, "micro_batch": 2}),
-        Entry(2, "probing", 3, setting={"micro_batch": 2}, arguments={"probe_micro_batch": 2}),
+        Entry(3, "writing", 3, setting={"rank": 1}),
+        Entry(2, "probing", 3, arguments={"probe_micro_batch": 2}),
     ]
 
 
 def _optimizers() -> list[Entry]:
     few = {"arguments": {"steps": 4}}
-    plan = [Entry(2, "curve", 3, setting={"spec": "sgd", "micro_batch": 2}, arguments={"steps": 6})]
+    plan = [Entry(2, "curve", 3, setting={"spec": "sgd"}, arguments={"steps": 6})]
     for stage in (0, 1, 2, 3):
-        setting = {"method": "lora", "spec": "lora_plus", "micro_batch": 2, "clip": 0.5}
+        setting = {"method": "lora", "spec": "lora_plus", "clip": 0.5}
         plan.append(Entry(2, "curve", stage, setting=setting, **few))
-    plan.append(Entry(2, "curve", 2, setting={"method": "lora", "spec": "paged_adamw", "micro_batch": 2}, **few))
+    plan.append(Entry(2, "curve", 2, setting={"method": "lora", "spec": "paged_adamw"}, **few))
     # Tensors that are small alone are large together: ZeRO rounds moments which the plain engine keeps as they are.
     for stage in (2, 3):
-        setting = {"method": "lora", "spec": "adamw8bit", "micro_batch": 2}
+        setting = {"method": "lora", "spec": "adamw8bit"}
         plan.append(Entry(2, "curve", stage, setting=setting, loss=2e-2, tensors=0.1, **few))
     return plan
 
 
 def _norms() -> list[Entry]:
     """DoRA: a trained vector a layer, and norms that need the weight whole."""
-    dora = {"method": "dora", "alpha": 10, "micro_batch": 2}
+    dora = {"method": "dora", "alpha": 10}
     never_persistent = {"stage3_param_persistence_threshold": 0}
     steps = {"steps": 4}
     plan = [Entry(2, "norming", stage, setting=dora | {"checkpointing": stage > 1}) for stage in (0, 1, 2, 3)]
@@ -149,27 +159,26 @@ def _zero_options() -> list[Entry]:
     never_persistent = {"stage3_param_persistence_threshold": 0}
     everything = {**OFFLOAD, "offload_param": {"device": "cpu"}}
     plan = [
-        Entry(2, "storing", 3, zero=never_persistent, setting={"micro_batch": 2}, tensors=2e-2, note="persist0"),
-        Entry(2, "writing", 3, zero=never_persistent, setting={"micro_batch": 2}, note="persist0"),
+        Entry(2, "storing", 3, zero=never_persistent, tensors=2e-2, note="persist0"),
+        Entry(2, "writing", 3, zero=never_persistent, note="persist0"),
         # With gathers in every forward pass: ranks that make fewer passes than others are noticed in an evaluation too.
-        Entry(2, "short_batch", 3, zero=never_persistent, setting={"micro_batch": 2}, note="persist0"),
-        Entry(3, "generating", 3, zero=never_persistent, setting={"micro_batch": 2}, note="persist0"),
+        Entry(2, "short_batch", 3, zero=never_persistent, note="persist0"),
+        Entry(3, "generating", 3, zero=never_persistent, note="persist0"),
         Entry(3, "curve", 3, zero=never_persistent, arguments={"steps": 6}, note="persist0"),
         Entry(
             3, "probing", 3, zero=never_persistent, setting={"checkpointing": True}, arguments={"released": True}, note="persist0"
         ),
-        Entry(2, "writing", 3, zero=everything, setting={"micro_batch": 2}, note="offloadall"),
+        Entry(2, "writing", 3, zero=everything, note="offloadall"),
     ]
     for stage in (2, 3):
-        clipped = {"clip": 0.5, "micro_batch": 2}
-        plan.append(Entry(2, "replacing_gradients", stage, zero=OFFLOAD, setting=clipped, note="offload"))
-        plan.append(Entry(2, "writing", stage, zero=OFFLOAD, setting={"micro_batch": 2}, note="offload"))
+        plan.append(Entry(2, "replacing_gradients", stage, zero=OFFLOAD, setting={"clip": 0.5}, note="offload"))
+        plan.append(Entry(2, "writing", stage, zero=OFFLOAD, note="offload"))
     return plan
 
 
 def _swaps() -> list[Entry]:
     """Weights that change while DeepSpeed owns them."""
-    srlora = {"method": "srlora", "target_rank": 16, "gamma": 0.5, "interval": 2, "clip": 0.5, "micro_batch": 2}
+    srlora = {"method": "srlora", "target_rank": 16, "gamma": 0.5, "interval": 2, "clip": 0.5}
     one_at_a_time = {**srlora, "gamma": 0.15, "target_rank": 10}
     plan = []
 
@@ -179,27 +188,28 @@ def _swaps() -> list[Entry]:
 
     for stage in (0, 1, 2, 3):
         plan.append(swapping(stage, world=3 if stage == 3 else 2))
-        plan.append(Entry(2, "swap_traffic", stage, setting={**srlora, "interval": 9}, arguments={"steps": 8}))
+        plan.append(Entry(2, "swap_traffic", stage, setting={**srlora, "interval": 4}))
+    few = {**srlora, "targets": "few"}
     plan += [
-        swapping(2, one_at_a_time),
-        swapping(3, {**srlora, "refill": "gradient"}),
-        swapping(3, {**srlora, "checkpointing": True}, zero={"stage3_param_persistence_threshold": 0}, note="persist0"),
-        swapping(3, zero={"zero_hpz_partition_size": 2}, note="hpz"),
-        swapping(3, zero={**OFFLOAD, "offload_param": {"device": "cpu"}}, note="offloadall"),
-        swapping(2, zero=OFFLOAD, note="offload"),
+        swapping(2, {**one_at_a_time, "targets": "few"}),
+        swapping(3, {**few, "refill": "gradient"}),
+        swapping(3, {**few, "checkpointing": True}, zero={"stage3_param_persistence_threshold": 0}, note="persist0"),
+        swapping(3, few, zero={"zero_hpz_partition_size": 2}, note="hpz"),
+        swapping(3, few, zero={**OFFLOAD, "offload_param": {"device": "cpu"}}, note="offloadall"),
+        swapping(2, few, zero=OFFLOAD, note="offload"),
     ]
     # BF16_Optimizer. All components at once: in bfloat16 which ones have the least importance is a matter of digits.
-    all_at_once = {**srlora, "rank": 5, "gamma": 1.0, "target_rank": 15, "interval": 3}
+    all_at_once = {**few, "rank": 5, "gamma": 1.0, "target_rank": 15, "interval": 3}
     loose = {"dtype": BF16, "loss": 5e-3, "first_loss": 1e-3, "tensors": 0.1}
     plan.append(swapping(1, all_at_once, zero={"grad_accum_dtype": "fp32"}, note="fp32grads", **loose))
-    restarting = {"method": "lora_sb", "recompose": {"times": 2}, "init": {"eta": 1e-3}, "micro_batch": 2}
+    restarting = {"method": "lora_sb", "recompose": {"times": 2}, "init": {"eta": 1e-3}, "targets": "few"}
     plan.append(swapping(3, restarting, loss=1e-2, tensors=0.1))
     return plan
 
 
 def _transforms() -> list[Entry]:
     """Gradients that the method changes between backward and step, clipped by the norm from before."""
-    setting = {"method": "lora_pro", "alpha": 2, "clip": 0.5, "micro_batch": 2}
+    setting = {"method": "lora_pro", "alpha": 2, "clip": 0.5}
 
     def training(stage: int, dtype: str = FP32, world: int = 2, **rest) -> Entry:
         return Entry(world, "curve", stage, dtype, setting=setting, arguments={"steps": 4}, **rest)
@@ -220,7 +230,7 @@ def _transforms() -> list[Entry]:
 
 def _classifiers() -> list[Entry]:
     """An encoder whose head and pooler the weights lack."""
-    setting = {"method": "lora", "labels": 3, "clip": 0.5, "micro_batch": 2}
+    setting = {"method": "lora", "labels": 3, "clip": 0.5}
     plan = [Entry(2, "classifying", stage, setting=setting) for stage in (0, 1, 2, 3)]
     for stage in (0, 3):
         plan.append(Entry(2, "classifying", stage, BF16, setting=setting, loss=2e-2, first_loss=1e-2, tensors=0.3))
@@ -232,16 +242,16 @@ def _packed() -> list[Entry]:
     never_persistent = {"stage3_param_persistence_threshold": 0}
 
     def packed(method: str, kind: str = "nf4", **settings) -> dict:
-        return {"method": method, "quantization": kind, "micro_batch": 2, **settings}
+        return {"method": method, "quantization": kind, **settings}
 
-    lora = packed("lora", clip=0.5)
+    lora, core = packed("lora", clip=0.5), packed("lora_sb", init={"eta": 1e-3})
     srlora = packed("srlora", target_rank=16, gamma=0.5, interval=2, clip=0.5)
     plan = [Entry(2, "curve", stage, setting=lora, arguments={"steps": 5}) for stage in (0, 1, 2, 3)]
     return plan + [
         Entry(2, "curve", 2, setting=packed("lora", "int8"), arguments={"steps": 5}),
         Entry(2, "curve", 3, BF16, never_persistent, lora, {"steps": 5}, loss=5e-3, first_loss=2e-3, tensors=0.3, note="persist0"),
         Entry(2, "storing", 3, zero=never_persistent, setting=lora, tensors=2e-2, note="persist0"),
-        Entry(2, "initialising", 3, setting=packed("lora_sb"), zero=never_persistent, tensors=5e-2, note="persist0"),
+        Entry(2, "initialising", 3, setting=core, zero=never_persistent, tensors=5e-2, note="persist0"),
         # Some packed layers without an adapter.
         Entry(2, "generating", 3, setting=packed("lora_sb", checkpointing=True, targets=["q_proj", "up_proj"])),
         Entry(2, "swapping", 2, setting=packed("pissa"), arguments={"steps": 3}, tensors=3e-2),
@@ -257,18 +267,18 @@ def _traffic() -> list[Entry]:
     tight = {**partitioned, "stage3_max_reuse_distance": 60000, "stage3_prefetch_bucket_size": 5000}
 
     def step(stage: int, zero: dict = NOTHING, note: str = "", dtype: str = FP32, **setting) -> Entry:
-        setting = {"method": "lora", "micro_batch": 2, **setting}
+        setting = {"method": "lora", **setting}
         return Entry(2, "sent_in_a_step", stage, dtype, zero, setting, loss=5e-3, first_loss=2e-3, note=note)
 
     plan = [step(stage) for stage in (0, 1, 2)]
     plan += [step(2, dtype=BF16), step(3, partitioned, "alive"), step(3, partitioned, "alive", method="full")]
     plan += [step(3, tight, "tight"), step(3, tight, "tight", checkpointing=True)]
-    probed = {"method": "lora_sb", "init": {"eta": 1e-3, "samples": 6}, "micro_batch": 2}
+    probed = {"method": "lora_sb", "init": {"eta": 1e-3, "samples": 6}}
     for stage in (0, 2, 3):
         # Signs of gradients near zero differ.
         zero = tight if stage == 3 else NOTHING
         plan.append(Entry(2, "sent_at_the_start", stage, zero=zero, setting=probed, loss=5e-2, first_loss=5e-2))
-    srlora = {"method": "srlora", "target_rank": 16, "micro_batch": 2}
+    srlora = {"method": "srlora", "target_rank": 16}
     plan.append(Entry(2, "sent_at_the_start", 3, zero=partitioned, setting=srlora, loss=1e-3, first_loss=1e-3))
     packed = {"quantization": "nf4", "micro_batch": 2}
     plan.append(step(3, tight, "tight", **packed))

@@ -16,7 +16,7 @@ from distlora.step import accumulate
 from tests.distributed.traffic_cases import planned
 
 SEED = 3
-PROBE_SAMPLES = 6
+PROBE_SAMPLES = EVALUATED = 6
 
 
 class Recomposing:
@@ -48,7 +48,8 @@ class Recomposing:
             self.losses.append(accumulate(self.engine, self.setting.batches(step), response_loss))
             self.recomposer.on_gradient()
             self.engine.step()
-            before = self.setting.evaluation()
+            # Nothing is replaced without a schedule, so nothing can move.
+            before = self.setting.evaluation(EVALUATED) if self.recomposer.active else None
             report = self.recomposer.after_step(step + 1, self.losses[-1])
             if report is None:
                 continue
@@ -57,7 +58,7 @@ class Recomposing:
             for name, layer in report.layers.items():
                 self.found[f"replaced.{step + 1}.{name}"] = torch.tensor(layer.components)
                 self.found[f"learned.{step + 1}.{name}"] = torch.tensor(layer.learned_norm)
-            after = self.setting.evaluation()
+            after = self.setting.evaluation(EVALUATED)
             self.losses.append(after)
             if self.keeps_function():
                 tolerance = 1e-5 if self.engine.dtype == torch.float32 else 2e-2

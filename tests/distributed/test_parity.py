@@ -28,7 +28,7 @@ def model(tmp_path_factory):
 def worlds(model, tmp_path_factory, request):
     """Starts the ranks of a world for the cases that were selected, the first time that one is asked for."""
     selected = [item for item in request.session.items if item.path == request.path]
-    wanted = {item.callspec.params["entry"].key for item in selected}
+    wanted = {item.callspec.params["entry"].key for item in selected if "entry" in item.callspec.params}
     started = {}
 
     def results(entry: Entry):
@@ -68,6 +68,19 @@ def test_zero_gives_what_the_plain_engine_gives(entry, worlds, reference):
         torch.testing.assert_close(there["losses"], here["losses"], rtol=entry.loss, atol=0)
     for name in sorted(here.keys() - {"losses"}):
         _assert_near(name, there[name], here[name], entry.tensors)
+
+
+@pytest.mark.parametrize("world", [2], ids=["failing-world2"])
+def test_a_case_that_fails_fails_alone(world, model, tmp_path):
+    """New ranks go on behind it; and a rank that fails is heard where rank 0 has a result."""
+    quick = Entry(world, "naming_silent_tensors", 0).for_worker()
+    cases = [quick | {"key": "before"}, quick | {"key": "wrong", "case": "unheard_of"}, quick | {"key": "after"}]
+    launch(world, model, tmp_path, cases)
+    assert results_of(tmp_path, "before").keys() == results_of(tmp_path, "after").keys() == {"right"}
+    (tmp_path / "before.rank1.error").write_text("ValueError: only here")
+    for key, said in (("wrong", "KeyError: 'unheard_of'"), ("before", "ValueError: only here")):
+        with pytest.raises(pytest.fail.Exception, match=said):
+            results_of(tmp_path, key)
 
 
 def _assert_near(name: str, there: torch.Tensor, here: torch.Tensor, tolerance: float) -> None:

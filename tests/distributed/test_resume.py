@@ -12,6 +12,7 @@ from distlora.engine import LocalEngine
 from tests.distributed.cases import run as run_case
 from tests.distributed.cases import solo
 from tests.distributed.launch import launch, results_of
+from tests.distributed.plan import two_a_step
 from tests.distributed.world import save_model
 
 FP32, BF16 = "float32", "bfloat16"
@@ -61,7 +62,7 @@ MOVED = [
     Run(3, 1, source=Run(2, 3)),
 ]
 #: A swap after steps 2, 4, 6 and 8: a checkpoint right after the last of them, and one right before the third.
-SRLORA = {"method": "srlora", "target_rank": 20, "gamma": 0.5, "interval": 2, "clip": 0.5}
+SRLORA = {"method": "srlora", "target_rank": 20, "gamma": 0.5, "interval": 2, "clip": 0.5, "targets": "few"}
 AFTER_A_SWAP, BEFORE_A_SWAP = 8, 5
 SWAPPED = [
     *(Run(2, stage, setting=SRLORA, at=AFTER_A_SWAP) for stage in (1, 3)),
@@ -128,7 +129,7 @@ def results(folder, local, local_swaps, request):
             "key": run.key,
             "case": ("swap_" if run.swaps else "") + ("resuming" if run.source else "saving"),
             "engine": {"stage": run.stage, "dtype": run.dtype},
-            "setting": {"micro_batch": 2, **run.setting},
+            "setting": {"micro_batch": two_a_step(run.world), **run.setting},
             "arguments": {"at": run.at, "steps": run.steps} if run.swaps else {},
             "work": str(folder / (run.source if isinstance(run.source, str) else (run.source or run).key)),
         }

@@ -20,6 +20,8 @@ from distlora.originals import Originals
 from distlora.quantized import packer
 
 VOCABULARY = 97
+#: Layers to adapt where a test does not care which: one of each shape, none of which a world divides.
+FEW = ["k_proj", "o_proj", "down_proj"]
 
 
 def save_model(directory: Path) -> None:
@@ -92,7 +94,8 @@ def build(
     **settings,
 ) -> Attached:
     """Loads, attaches and starts, as the training program does. when_loaded: shown the model before anything is attached.
-    labels: how many the encoder tells apart; 0 for the language model. quantization: kind of packed weights."""
+    targets: as in a recipe, or "few". labels: how many the encoder tells apart; 0 for the language model. quantization: kind of
+    packed weights."""
     directory = directory / "encoder" if labels else directory
     section = ModelSection(
         path=str(directory), dtype=str(engine.dtype).removeprefix("torch."), gradient_checkpointing=checkpointing
@@ -105,7 +108,7 @@ def build(
         pack_linears(model, packer(quantization, engine.dtype), engine.comm.device, heads)
     with engine.attaching():
         chosen = registry()[method](**{"rank": 7, **settings} if method != "full" else settings)
-        attached = attach(model, chosen, targets, new | head_parameters(model) if labels else new)
+        attached = attach(model, chosen, FEW if targets == "few" else targets, new | head_parameters(model) if labels else new)
     if quantization:
         shapes = {name: layer.shape for name, layer in attached.layers.items() if layer.packing}
         attached.originals = Originals(directory, shapes, engine.dtype)
