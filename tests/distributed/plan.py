@@ -189,14 +189,15 @@ def _swaps() -> list[Entry]:
     for stage in (0, 1, 2, 3):
         plan.append(swapping(stage, world=3 if stage == 3 else 2))
         plan.append(Entry(2, "swap_traffic", stage, setting={**srlora, "interval": 4}))
-    few = {**srlora, "targets": "few"}
+    few, twice = {**srlora, "targets": "few"}, {"steps": 5}
+    never_persistent = {"stage3_param_persistence_threshold": 0}
     plan += [
         swapping(2, {**one_at_a_time, "targets": "few"}),
-        swapping(3, {**few, "refill": "gradient"}),
-        swapping(3, {**few, "checkpointing": True}, zero={"stage3_param_persistence_threshold": 0}, note="persist0"),
+        swapping(3, {**few, "refill": "gradient"}, arguments=twice),
+        swapping(3, {**few, "checkpointing": True}, zero=never_persistent, arguments=twice, note="persist0"),
         swapping(3, few, zero={"zero_hpz_partition_size": 2}, note="hpz"),
-        swapping(3, few, zero={**OFFLOAD, "offload_param": {"device": "cpu"}}, note="offloadall"),
-        swapping(2, few, zero=OFFLOAD, note="offload"),
+        swapping(3, few, zero={**OFFLOAD, "offload_param": {"device": "cpu"}}, arguments=twice, note="offloadall"),
+        swapping(2, few, zero=OFFLOAD, arguments=twice, note="offload"),
     ]
     # BF16_Optimizer. All components at once: in bfloat16 which ones have the least importance is a matter of digits.
     all_at_once = {**few, "rank": 5, "gamma": 1.0, "target_rank": 15, "interval": 3}
