@@ -281,7 +281,7 @@ def _traffic() -> list[Entry]:
         plan.append(Entry(2, "sent_at_the_start", stage, zero=zero, setting=probed, loss=5e-2, first_loss=5e-2))
     srlora = {"method": "srlora", "target_rank": 16}
     plan.append(Entry(2, "sent_at_the_start", 3, zero=partitioned, setting=srlora, loss=1e-3, first_loss=1e-3))
-    packed = {"quantization": "nf4", "micro_batch": 2}
+    packed = {"quantization": "nf4"}
     plan.append(step(3, tight, "tight", **packed))
     for stage in (2, 3):
         zero, setting = partitioned if stage == 3 else NOTHING, {"method": "pissa", **packed}
