@@ -218,6 +218,12 @@ def test_the_python_of_a_project_is_found_where_sbatch_was_called(desk):
     assert f"\nPATH={own}:" in "\n" + (desk.folder / "environment").read_text(), "with its ninja"
 
 
+def test_the_variable_names_a_python_too(desk):
+    desk.add("mine", PYTHON)
+    assert desk.start("recipe.yaml", DISTLORA_PYTHON=str(desk.bin / "mine")).returncode == 0
+    assert desk.ranks()[0] == str(desk.bin / "mine")
+
+
 def test_a_file_for_every_rank(desk):
     done = desk.start("recipe.yaml", "--logs", "my logs")
     assert "--output=my logs/%j-%t.out" in desk.called("srun") and (desk.folder / "my logs").is_dir()
@@ -330,7 +336,7 @@ def test_a_signal_while_the_ranks_run(desk, number, state, again):
 
 def test_pyxis(desk):
     image = ["--container", "ghcr.io#own/image:1", "--container-mounts", "/data:/data"]
-    done = desk.start("recipe.yaml", *image, "a=b c", SRUN_HELP=CONTAINERS)
+    done = desk.start("recipe.yaml", *image, "a=b c", SRUN_HELP=CONTAINERS, DISTLORA_PYTHON="/the/hosts/python")
     assert done.returncode == 0, done.stderr
     here, options = desk.folder, desk.called("srun")
     assert "--container-image=ghcr.io#own/image:1" in options and f"--container-workdir={here}" in options
@@ -348,6 +354,12 @@ def test_apptainer(desk):
         "apptainer", "exec", "--nv", "--bind", f"{here}:{here},{here}:{here}", "--pwd", str(here), "an image.sif",
         "/opt/venv/bin/python", "-m", "distlora", "train", str(here / "recipe.yaml"), "a=b c",
     ]  # fmt: skip
+
+
+def test_a_directory_that_cannot_be_mounted(desk):
+    (desk.folder / "a:b").mkdir()
+    done = desk.start("a:b/recipe.yaml", "--container", "image", SRUN_HELP=CONTAINERS)
+    assert done.returncode == 2 and f"{desk.folder}/a:b as a directory" in done.stderr and desk.called("srun") == []
 
 
 def test_in_a_container_the_outcome_is_asked_there_too(desk):
