@@ -248,6 +248,8 @@ def _plan(options: argparse.Namespace) -> None:
 def _doctor(options: argparse.Namespace) -> int:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # before torch comes: its stack traces are no news beside the table
     topology = _topology()
+    for note in topology.notes:
+        logging.getLogger("distlora").info("%s", note)
     from distlora.doctor import examine, table
     from distlora.doctor.ending import unwinding
 
@@ -286,8 +288,6 @@ def _topology():
     # DeepSpeed calls collectives by names that torch has since replaced; every rank would say so.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     _log_to_terminal(shown=topology.rank == 0)
-    for note in topology.notes:
-        logging.getLogger("distlora").info("%s", note)
     return topology
 
 

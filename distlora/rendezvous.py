@@ -245,7 +245,7 @@ def _check_master(master: str, place: Place) -> None:
 def _choose_interfaces(environment: MutableMapping[str, str], place: Place, master: str) -> tuple[str, ...]:
     """gloo listens where the own host name leads to; where that is a loopback address no other node would find it."""
     own = addresses(socket.gethostname())
-    if place.several_nodes is False or (own and not is_loopback(own[0])):
+    if place.several_nodes is False or is_loopback(master) or (own and not is_loopback(own[0])):
         return ()
     unset = [name for name in _TRANSPORTS if not environment.get(name)]
     if "GLOO_SOCKET_IFNAME" not in unset:

@@ -11,7 +11,7 @@ from types import TracebackType
 import torch
 
 from distlora.comm import Comm, RollCall, Topology, is_broken_collective
-from distlora.errors import Ending, Preempted, TrainingError
+from distlora.errors import Ending, Preempted, TrainingError, UserError
 from distlora.heartbeat import Heartbeat, Verdict
 from distlora.status import StatusFile
 
@@ -41,11 +41,14 @@ class Supervision:
         return self
 
     def gather(self, device: torch.device, distributed: bool, asked_to_stop: Callable[[], bool] = lambda: False) -> Comm:
-        """The process group, once all ranks have come. See `Comm`. Errors: TrainingError, naming those that have not."""
+        """The process group, once all ranks have come. See `Comm`. Errors: TrainingError, naming those that have not;
+        UserError where the master cannot be reached."""
+        for note in self._topology.notes:
+            log.info("%s", note)
         if not distributed or self._topology.world_size == 1:
             self._comm = Comm(self._topology, device, distributed=distributed, asked_to_stop=asked_to_stop)
             return self._comm
-        roll = RollCall(self._topology, max(LATECOMERS, self._hang_timeout or 0))
+        roll = self._meet()
         hosts = roll.exchange("host", socket.gethostname())
         if len(hosts) < self._topology.world_size:
             raise TrainingError(_missing(hosts, self._topology.world_size))
@@ -55,6 +58,13 @@ class Supervision:
             self._heartbeat = Heartbeat(roll.board(), self._topology.rank, self._hosts, self._hang_timeout, self._end)
             self._heartbeat.__enter__()
         return self._comm
+
+    def _meet(self) -> RollCall:
+        try:
+            return RollCall(self._topology, max(LATECOMERS, self._hang_timeout or 0))
+        except UserError as error:
+            remedy = "MASTER_ADDR must name rank 0's host in a network that all nodes share, and MASTER_PORT a free port there"
+            raise UserError(f"{error}; {remedy}") from error
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         agreed = error is None or (isinstance(error, Ending) and error.agreed)

@@ -155,11 +155,11 @@ def _route_problem(facts, several: bool) -> tuple[str, str, str] | None:
     if several and not facts["asked"].get("GLOO_SOCKET_IFNAME") and (not facts["own"] or is_loopback(facts["own"][0])):
         own = facts["own"][0] if facts["own"] else "nothing"
         found = f"this host's own name resolves to {own}, which gloo would offer to the others"
-        return (
-            "failure",
-            found,
-            f"put the host's address into /etc/hosts, or set GLOO_SOCKET_IFNAME={facts['interface'] or 'the interface'}",
-        )
+        remedy = f"put the host's address into /etc/hosts, or set GLOO_SOCKET_IFNAME={facts['interface'] or 'the interface'}"
+        if facts["interface"] is None:
+            return "failure", found, remedy
+        # The program takes this one by itself.
+        return "warning", f"{found}; a run takes {facts['interface']}", remedy
     return None
 
 

@@ -192,6 +192,40 @@ def test_a_cut_link_ends_the_job_and_names_the_host(bench, ssh_cluster):
 
 
 @long
+def test_hosts_whose_own_names_mean_a_loopback_address(bench, ssh_cluster, tmp_path):
+    """As Debian's installer writes /etc/hosts. gloo would listen there, and nobody find it."""
+    known = (ssh_cluster.folder / "hosts").read_text()
+    parts = []
+    for node in (0, 1):
+        own = tmp_path / f"hosts-{node}"
+        own.write_text("".join(f"{line}\n" for line in known.splitlines() if not line.endswith(f"node{node + 1}")))
+        own.write_text(f"{own.read_text()}127.0.1.1 node{node + 1}\n")
+        start = torchrun(node, *bench.arguments("loopback", "train.steps=6"))
+        hidden = ["unshare", "--mount", "bash", "-c", 'mount --bind "$0" /etc/hosts && exec "$@"', own, *start]
+        parts.append(ssh_cluster.on(f"node{node + 1}", *hidden))
+    with started(*parts[0]) as first, started(*parts[1]) as second:
+        outcomes = [finish(process, PATIENCE) for process in (first, second)]
+    assert [outcome.code for outcome in outcomes] == [0, 0], outcomes[0].err[-4000:]
+    assert "node1, means the address 127.0.1.1 here: GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME set to eth0" in outcomes[0].err
+    assert "node2, means the address 127.0.1.1" in (bench.folder / "loopback" / "logs" / "rank-1.log").read_text()
+    bench.expect_same_curve("loopback", 6)
+
+
+@long
+def test_a_master_that_is_every_hosts_own_ends_all_at_once(bench, ssh_cluster):
+    """No rank waits for one that cannot come, and the sentence comes once."""
+    words = bench.arguments("own-master")
+    place = ["WORLD_SIZE=2", "LOCAL_RANK=0", "LOCAL_WORLD_SIZE=1", "MASTER_ADDR=localhost", "MASTER_PORT=29512"]
+    codes, said = [], ""
+    for rank in (0, 1):
+        variables = [f"RANK={rank}", f"GROUP_RANK={rank}", *place]
+        outcome = ssh_cluster.run(f"node{rank + 1}", "env", *variables, "python", "-m", "distlora", "train", *words)
+        codes.append(outcome.code)
+        said += outcome.err
+    assert codes == [2, 2] and said.count("localhost is a loopback address, and the job has several nodes; set MASTER_ADDR") == 1
+
+
+@long
 def test_deepspeed_through_open_mpi(bench, ssh_cluster):
     words = ["--launcher", "openmpi", "--launcher-args=--allow-run-as-root", bench.hostfile]
     outcome = run(ssh_cluster, deepspeed_sh(*words, *bench.arguments("openmpi", "train.steps=6")))

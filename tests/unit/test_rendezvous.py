@@ -177,6 +177,7 @@ def test_a_host_whose_own_name_is_loopback_listens_where_the_master_is(names):
     assert settled(DEEPSPEED) == {"GLOO_SOCKET_IFNAME": "eth0", "NCCL_SOCKET_IFNAME": "=eth0"}
     assert settled(DEEPSPEED, GLOO_SOCKET_IFNAME="ib0") == {}, "the user's choice"
     assert settled(DEEPSPEED, CROSS_SIZE="1", LOCAL_SIZE="4") == {}, "one node may talk to itself"
+    assert settled({"RANK": "0", "WORLD_SIZE": "2"}, MASTER_ADDR="127.0.0.1", MASTER_PORT="1") == {}, "and this can be one only"
     environment = dict(DEEPSPEED)
     (note,) = settle(environment, find_place(environment))
     assert "node2, means the address 127.0.1.1" in note and "set to eth0" in note

@@ -218,10 +218,13 @@ def test_the_python_of_a_project_is_found_where_sbatch_was_called(desk):
     assert f"\nPATH={own}:" in "\n" + (desk.folder / "environment").read_text(), "with its ninja"
 
 
-def test_the_variable_names_a_python_too(desk):
+@pytest.mark.parametrize("name", ["bin/mine", "./bin/mine", "mine"])
+def test_a_python_by_name(desk, name):
+    """Nodes look for it from another directory."""
     desk.add("mine", PYTHON)
-    assert desk.start("recipe.yaml", DISTLORA_PYTHON=str(desk.bin / "mine")).returncode == 0
-    assert desk.ranks()[0] == str(desk.bin / "mine")
+    assert desk.start("recipe.yaml", DISTLORA_PYTHON=name).returncode == 0
+    found = Path(desk.ranks()[0])
+    assert found.is_absolute() and found.samefile(desk.bin / "mine")
 
 
 def test_a_file_for_every_rank(desk):
