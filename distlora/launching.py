@@ -89,21 +89,22 @@ def _prepare_hosts(options: argparse.Namespace, folder: Path) -> None:
     if len(hosts) == 1 and _is_here(hosts[0]) and not options.no_ssh:
         return
     _refuse_loopback(hosts)
-    if _NEEDS_QUOTES.search(sys.executable):
+    (folder / "hostfile").write_text("".join(f"{host.name} slots={host.slots}\n" for host in hosts))
+    (folder / "hosts").write_text("".join(f"{host.name}\n" for host in hosts))
+    master = reachable_address(hosts[0].address)
+    if master:
+        (folder / "master").write_text(master)
+    if options.no_ssh:
+        return
+    if options.launcher == "pdsh" and _NEEDS_QUOTES.search(sys.executable):
         raise UserError(
             f"the path {sys.executable} has a sign that DeepSpeed's launcher does not quote; put the environment elsewhere"
         )
-    (folder / "hostfile").write_text("".join(f"{host.name} slots={host.slots}\n" for host in hosts))
-    (folder / "hosts").write_text("".join(f"{host.name}\n" for host in hosts))
     names = travelling(os.environ, options.export)
     (folder / "names").write_text("".join(f"{name}\n" for name in names))
     if options.launcher != "mpirun":
         (folder / "environment").write_text(environment_file(os.environ, names, through_shell=options.launcher == "pdsh"))
-    master = reachable_address(hosts[0].address)
-    if master:
-        (folder / "master").write_text(master)
-    if not options.no_ssh:
-        _refuse_unreachable(hosts, options.arguments[1])
+    _refuse_unreachable(hosts, options.arguments[1])
 
 
 # ---------------------------------------------------------------------- hosts

@@ -32,6 +32,14 @@ choose_python() {  # the one on PATH if it has what is needed; else the environm
     refuse "no Python here has deepspeed: activate the environment that has it, or run launch/quickstart.sh once"
 }
 
+# Before anything runs: another start is as good.
+trap 'stop_child 75' TERM USR1
+
+prepare_job() {  # prepare_job OPTION… -- WORD…: checks hostfile, hosts and recipe; distlora/launching.py says what it leaves in PRIVATE
+    start_child "$PYTHON" -m distlora.launching --script "$NAME" "$@"
+    wait_for_child || exit
+}
+
 make_private_directory() {
     PRIVATE=$(umask 077 && mktemp -d) || refuse "cannot make a directory in ${TMPDIR:-/tmp}"
     trap 'rm -rf "$PRIVATE"' EXIT

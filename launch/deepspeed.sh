@@ -25,8 +25,8 @@ looks. What follows RECIPE is handed to `distlora train` as it is, whatever sign
   --help                   this text
 
 Variables that the ranks get: PATH, PYTHONPATH, LD_LIBRARY_PATH, those that place caches (HF_HOME, TORCH_EXTENSIONS_DIR, …),
-HF_HUB_OFFLINE, OMP_NUM_THREADS, DS_ACCELERATOR, NCCL_*, GLOO_SOCKET_IFNAME and those of --export. They stand in command lines that
-other users can see: log in to the hub (`hf auth login`) rather than export a token.
+HF_HUB_OFFLINE, OMP_NUM_THREADS, DS_ACCELERATOR, NCCL_*, GLOO_SOCKET_IFNAME and those of --export; a .deepspeed_env is not read.
+They stand in command lines that other users can see: log in to the hub (`hf auth login`) rather than export a token.
 
 TERM, USR1 and INT (Ctrl-C) ask every rank to stop: the run saves a checkpoint and ends; a second Ctrl-C kills it. Exit code: the
 program's: 0 done, 75 to be started again (it goes on from its checkpoint), 2 a mistake in the command or the recipe, else 1.
@@ -84,9 +84,9 @@ fi
 
 # ------------------------------------------------------------------------------------------------------------- the job
 
-prepare() {  # checks the hostfile and the hosts; see distlora/launching.py for what it leaves in PRIVATE
-    "$PYTHON" -m distlora.launching --script "$NAME" --hostfile "$hostfile" --launcher "$launcher" ${no_ssh:+--no-ssh} \
-        ${exports[@]+"${exports[@]}"} -- "$PRIVATE" train "$@" || exit
+prepare() {
+    prepare_job --hostfile "$hostfile" --launcher "$launcher" ${no_ssh:+--no-ssh} ${exports[@]+"${exports[@]}"} \
+        -- "$PRIVATE" train "$@"
     if [[ -f $PRIVATE/hosts ]]; then
         [[ -z $ranks ]] || refuse "--ranks is for this machine alone; write slots=$ranks into $hostfile"
         [[ -n $no_ssh ]] || mapfile -t HOSTS <"$PRIVATE/hosts"

@@ -82,8 +82,7 @@ main() {  # a function, so that bash has read this file to its end before anythi
     require_open_mpi
     choose_python
     make_private_directory
-    "$PYTHON" -m distlora.launching --script "$NAME" --hostfile "$hostfile" --launcher mpirun ${exports[@]+"${exports[@]}"} \
-        -- "$PRIVATE" train "$@" || exit
+    prepare_job --hostfile "$hostfile" --launcher mpirun ${exports[@]+"${exports[@]}"} -- "$PRIVATE" train "$@"
     mpirun_options
     program=$(<"$PRIVATE/program")
     cd / || exit 1  # it need not be there on other hosts; the ranks find their directory in `program`

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -150,6 +151,25 @@ def test_a_mistake_in_a_job_is_one_sentence(machine, arguments, parts):
         machine.link(tool)
     script, *words = arguments
     assert_refused(start(LAUNCH / script, *words, **machine.variables), *parts)
+
+
+def test_a_job_that_is_told_to_stop_while_hosts_are_looked_at(tmp_path):
+    """Another start is as good; nothing stays behind."""
+    asked, private = tmp_path / "asked", tmp_path / "private"
+    private.mkdir()
+    (tmp_path / "ssh").write_text(f'#!/usr/bin/env bash\necho $$ >"{asked}"; exec sleep 60\n')
+    (tmp_path / "ssh").chmod(0o755)
+    (tmp_path / "hosts").write_text("node1 slots=1\n")
+    variables = {**os.environ, "PATH": f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}", "TMPDIR": str(private)}
+    command = ["bash", str(LAUNCH / "deepspeed.sh"), str(tmp_path / "hosts"), str(ROOT / RECIPE)]
+    with subprocess.Popen(command, env=variables, stderr=subprocess.PIPE) as script:
+        while not (asked.exists() and asked.read_text()) and script.poll() is None:
+            time.sleep(0.02)
+        assert len(list(private.iterdir())) == 1
+        script.terminate()
+        assert script.wait(timeout=20) == 75, script.stderr.read()
+    assert list(private.iterdir()) == []
+    assert not is_running(int(asked.read_text()))
 
 
 @pytest.mark.parametrize("name", ["quickstart.sh", "test.sh"])
