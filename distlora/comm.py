@@ -3,6 +3,7 @@
 import datetime
 import json
 import os
+import resource
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from distlora import rendezvous
 from distlora.addresses import free_port
-from distlora.errors import Preempted, UserError
+from distlora.errors import Preempted, TrainingError, UserError
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,10 @@ class Topology:
         place = rendezvous.find_place(os.environ)
         notes = rendezvous.settle(os.environ, place)
         return cls(place.rank, place.world_size, place.local_rank, place.launcher, notes)
+
+
+#: For where nothing more is known.
+STOPPED = "asked to stop; started again, the run goes on from its newest checkpoint, or begins anew where it has none"
 
 
 class Comm:
@@ -166,7 +171,7 @@ class Comm:
         """
         *sums, asked = self.sum(*values, float(self._asked_to_stop()))
         if asked:
-            raise Preempted("asked to stop; started again, the run goes on from its newest checkpoint")
+            raise Preempted(STOPPED)
         return tuple(sums)
 
     def share(self, value: Any) -> Any:
@@ -205,12 +210,13 @@ class Comm:
 class RollCall:
     """Every rank says something at the master before a group is made, so that those who do not come can be named."""
 
-    def __init__(self, topology: Topology, seconds: float):
-        """Meets at MASTER_ADDR and MASTER_PORT. seconds: how long a silent rank is waited for.
+    def __init__(self, topology: Topology, seconds: float, asked_to_stop: Callable[[], bool] = lambda: False):
+        """Meets at MASTER_ADDR and MASTER_PORT. seconds: how long a silent rank is waited for. asked_to_stop: whether this rank
+        should wait no longer, and raise Preempted.
 
         Errors: UserError where the master cannot be reached, or its port cannot be listened on.
         """
-        self._rank, self._seconds = topology.rank, seconds
+        self._rank, self._seconds, self._asked_to_stop = topology.rank, seconds, asked_to_stop
         self._expected = list(range(topology.world_size))
         address, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), int(os.environ.get("MASTER_PORT", 29500))
         # torchrun listens there itself, and all ranks are its guests.
@@ -220,6 +226,8 @@ class RollCall:
         self._meet = lambda listens: dist.TCPStore(
             address, port, topology.world_size, listens, datetime.timedelta(seconds=seconds), wait_for_workers=False
         )
+        if listens:
+            _allow_open_files(3 * topology.world_size + 1024)
         try:
             self.store = dist.PrefixStore(self._prefix, self._meet(listens))
         except dist.DistError as error:
@@ -233,8 +241,8 @@ class RollCall:
         """The JSON-able values of all who came in time, by rank, on every rank that came. Each topic can be exchanged once.
         Who was missing once is not waited for again.
 
-        seconds: how long a silent rank is waited for, where that is not the usual. Errors: UserError on a rank that has lost the
-        master.
+        seconds: how long a silent rank is waited for, where that is not the usual. Errors: TrainingError on a rank that has lost
+        the master.
         """
         seconds = seconds or self._seconds
         try:
@@ -243,18 +251,38 @@ class RollCall:
                 self._expected = self._await(topic, self._expected, seconds)
                 self.store.set(f"{topic}/came", json.dumps(self._expected))
             # The master may have waited for somebody until its last second.
-            self.store.wait([f"{topic}/came"], datetime.timedelta(seconds=2 * seconds))
+            self._wait(f"{topic}/came", 2 * seconds)
             values = {rank: json.loads(self.store.get(f"{topic}/{rank}")) for rank in json.loads(self.store.get(f"{topic}/came"))}
             self.store.set(f"{topic}/read/{self._rank}", "")
             if self._rank == 0:
                 self._await(f"{topic}/read", values, self._seconds)  # if this process ends next, the store ends with it
             return values
         except dist.DistError as error:
-            raise UserError(f"rank {self._rank} on {socket.gethostname()} has lost the master") from error
+            raise self._lost("has lost the master") from error
 
     def board(self) -> "StoreBoard":
         """Where ranks write down what others may read, by a connection of its own: it can be used from another thread."""
-        return StoreBoard(dist.PrefixStore(f"{self._prefix}/board", self._meet(False)))
+        try:
+            return StoreBoard(dist.PrefixStore(f"{self._prefix}/board", self._meet(False)))
+        except dist.DistError as error:
+            raise self._lost("reaches the master once, but not again") from error
+
+    def _lost(self, what: str) -> TrainingError:
+        error = TrainingError(f"rank {self._rank} on {socket.gethostname()} {what}")
+        error.agreed = False
+        return error
+
+    def _wait(self, name: str, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while True:
+            try:
+                self.store.wait([name], datetime.timedelta(seconds=1))
+                return
+            except dist.DistStoreError:  # not yet there
+                if self._asked_to_stop():
+                    raise Preempted(STOPPED) from None
+                if time.monotonic() > deadline:
+                    raise
 
     def _await(self, topic: str, ranks: Iterable[int], seconds: float) -> list[int]:
         """Those of the ranks that have spoken in time."""
@@ -264,6 +292,8 @@ class RollCall:
             came |= {rank for rank in missing if self.store.check([f"{topic}/{rank}"])}
             missing -= came
             if missing:
+                if self._asked_to_stop():
+                    raise Preempted(STOPPED)
                 time.sleep(0.02)
         return sorted(came)
 
@@ -286,6 +316,14 @@ class StoreBoard:
             found = [name for name in names if name in self._there]
             texts = dict(zip(found, self._store.multi_get(found) if found else []))
         return [texts[name].decode() if name in texts else None for name in names]
+
+
+def _allow_open_files(wanted: int) -> None:
+    """Every rank has two connections to rank 0; many systems allow 1024 files unless a process asks for more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < allowed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
 
 
 @contextmanager

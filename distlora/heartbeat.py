@@ -50,12 +50,14 @@ class Heartbeat:
         hang_timeout: float,
         end: Callable[[Verdict, bool], None],
         interval: float | None = None,
+        hurried: Callable[[], bool] = lambda: False,
     ) -> None:
         """hosts: of all ranks. hang_timeout: seconds that a rank may be silent. end(verdict, alone) is called once, in a thread of
-        this object, and should not return; alone: the verdict is this rank's own, because it cannot reach rank 0. interval:
-        seconds between two beats."""
+        this object, and should not return before `reading_time`; alone: the verdict is this rank's own, because it cannot reach
+        rank 0. interval: seconds between two beats. hurried: whether there is no time left to be patient, because a launcher that
+        has lost a rank will soon kill the others."""
         self._board, self._rank, self._hosts, self._end = board, rank, hosts, end
-        self._patience = hang_timeout
+        self._patience, self._hurried = hang_timeout, hurried
         self._interval = interval or min(SLOWEST, max(QUICKEST, hang_timeout / 10))
         self._closing, self._decided = threading.Event(), threading.Event()
         self._lock = threading.Lock()
@@ -89,7 +91,12 @@ class Heartbeat:
         self._own_trouble = sentence
         self._told.wait(2 * self._interval)
         if self._rank == 0:
-            time.sleep(2 * self._interval)  # the board ends with this process: the others read it first
+            time.sleep(self.reading_time)
+
+    @property
+    def reading_time(self) -> float:
+        """Seconds that rank 0 stays after its verdict: the board ends with its process, and the others read it first."""
+        return 2 * self._interval
 
     # ------------------------------------------------------------------ the two threads
 
@@ -167,7 +174,6 @@ class Heartbeat:
             told, verdict = {}, self._verdict_on(dict(zip(ranks, beats)))
         if verdict is not None:
             self._board.write(VERDICT, json.dumps(asdict(verdict)))
-            time.sleep(2 * self._interval)  # the board ends with this process: the others read it first
         return None if told.get("rank") == self._rank else verdict
 
     def _verdict_on(self, beats: dict[int, str | None]) -> Verdict | None:
@@ -181,7 +187,8 @@ class Heartbeat:
         return self._silent(silent, max(now - self._seen[rank][1] for rank in silent)) if silent else None
 
     def _limit(self) -> float:
-        return min(self._patience, BEATS_WHEN_BROKEN * self._interval) if self._broken else self._patience
+        hurry = self._broken or self._hurried()
+        return min(self._patience, BEATS_WHEN_BROKEN * self._interval) if hurry else self._patience
 
     def _silent(self, ranks: Sequence[int], seconds: float) -> Verdict:
         return Verdict(f"{_named(ranks, self._hosts)} went silent for {seconds:.0f} s; {_REMEDY}", True)

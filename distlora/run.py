@@ -32,7 +32,7 @@ from distlora.rankzero import on_main, together
 from distlora.recompose import Recomposer
 from distlora.rng import random_states, reseed, restore_random_states
 from distlora.rundata import RunData, fetch
-from distlora.status import StatusFile, new_start
+from distlora.status import StatusFile
 from distlora.step import accumulate
 
 log = logging.getLogger(__name__)
@@ -77,23 +77,27 @@ def check_targets(recipe: Recipe, objective: Objective) -> None:
 class Run:
     """The state of one run, in the order in which it comes about."""
 
-    def __init__(self, comm: Comm, recipe: Recipe, checkpoint: checkpoints.Checkpoint | None):
-        """checkpoint: to continue from, or to evaluate. Nothing is written to the run directory before `finish`."""
-        self.comm, self.recipe, self.checkpoint = comm, recipe, checkpoint
+    def __init__(self, comm: Comm, recipe: Recipe, checkpoint: checkpoints.Checkpoint | None, status: StatusFile | None = None):
+        """checkpoint: to continue from, or to evaluate. status: of a run that is to train. Nothing is written to the run directory
+        before `finish`. Raises Preempted between what takes long."""
+        self.comm, self.recipe, self.checkpoint, self.status = comm, recipe, checkpoint, status
         self.run_dir = Path(recipe.output_dir)
         self.objective = objective_of(recipe)
         fetch(comm, recipe)
+        comm.sum_or_stop()
         together(comm, lambda: check_targets(recipe, self.objective))
         self.data = RunData(comm, recipe, self.objective)
         settings = recipe.train
         self.steps = settings.steps or max(1, round(settings.epochs * self.data.order.steps_per_epoch))
-        self.status = StatusFile(self.run_dir, self.steps, checkpoint.step if checkpoint else 0, comm.share(new_start()))
+        if status is not None:
+            status.steps = self.steps
         self.schedule = Schedule(settings.schedule, settings.lr, self.steps, settings.warmup_ratio)
         together(comm, lambda: check_length(recipe, self.steps))
 
         config = together(comm, self.objective.load_config)
         self.engine, self.tensorboard, self.resolved = together(comm, lambda: _make_engine(comm, recipe, config))
         self.attached = self._load_and_attach()
+        comm.sum_or_stop()
         self.summary = self._summary()
 
     # ------------------------------------------------------------------ model

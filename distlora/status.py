@@ -5,6 +5,8 @@ Reading needs neither torch nor DeepSpeed: launch scripts ask once a run has end
 
 import datetime
 import json
+import os
+import socket
 import uuid
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,13 +24,14 @@ State = Literal["running", "preempted", "failed", "done"]
 
 @dataclass(frozen=True)
 class Status:
-    """state: "running" stays if the run is killed without a word. step, steps: finished optimizer steps, and of the whole run.
+    """state: "running" stays if the run is killed without a word. step, steps: finished optimizer steps, and of the whole run (None
+    before that is known).
     requeue: another start would go on where this one ended. message: why it ended, in a sentence. start: tells one start of a run
     from the others. time: UTC, ISO 8601."""
 
     state: State
     step: int
-    steps: int
+    steps: int | None
     requeue: bool
     message: str
     start: str
@@ -42,7 +45,8 @@ class Status:
     @property
     def line(self) -> str:
         state = "running, or ended without a word" if self.state == "running" else self.state
-        return f"{state} at step {self.step} of {self.steps}" + (f": {self.message}" if self.message else "")
+        whole = f" of {self.steps}" if self.steps else ""
+        return f"{state} at step {self.step}{whole}" + (f": {self.message}" if self.message else "")
 
     @property
     def seconds(self) -> float:
@@ -51,25 +55,41 @@ class Status:
 
 
 class StatusFile:
-    """One start's status, kept up to date by one of its processes at a time."""
+    """One start's status. Rank 0 writes it; where that is gone, others do. step, steps: as in `Status`; the run keeps them true."""
 
-    def __init__(self, run_dir: Path, steps: int, step: int, start: str):
+    def __init__(self, run_dir: Path, step: int, start: str):
         """step: where this start begins. start: the same on all ranks, see `new_start`."""
-        self._path, self._steps, self._start = run_dir / STATUS, steps, start
-        self.step = step
+        self._path, self._start = run_dir / STATUS, start
+        self.step, self.steps = step, None
+        self._before = self._found()
+        #: Whether the file is there, and so must say the truth.
+        self.begun = self._before is not None
 
     def write(self, state: State, message: str = "", requeue: bool = False) -> None:
         """Replaces the file. Errors: OSError."""
         from distlora.tensorfile import write_text  # imported late: it brings torch, which readers do without
 
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
-        status = Status(state, self.step, self._steps, requeue, message, self._start, now)
-        write_text(self._path, json.dumps(asdict(status), indent=1) + "\n")
+        if state == "failed" and self._failed_here_before():
+            requeue = False  # a third start would fail there too
+        status = Status(state, self.step, self.steps, requeue, message, self._start, now)
+        write_text(self._path, json.dumps(asdict(status), indent=1) + "\n", writer=f"{socket.gethostname()}-{os.getpid()}")
+        self.begun = True
 
-    def is_own(self) -> bool:
-        """Whether the run has not been started again meanwhile."""
-        found = read_status(self._path.parent)
-        return found is not None and found.start == self._start
+    def _failed_here_before(self) -> bool:
+        before = self._before
+        return before is not None and before.state == "failed" and before.requeue and before.step >= self.step
+
+    def is_open(self) -> bool:
+        """Whether nobody has written how this start ended, and no other start has begun."""
+        found = self._found()
+        return found == self._before or (found is not None and (found.start, found.state) == (self._start, "running"))
+
+    def _found(self) -> Status | None:
+        try:
+            return read_status(self._path.parent)
+        except UserError:  # damaged: nothing that a run depends upon
+            return None
 
 
 def new_start() -> str:

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from types import TracebackType
@@ -19,6 +20,8 @@ from distlora.status import StatusFile
 LATECOMERS = 600.0
 #: Seconds that ranks without a word of their own let the others speak first: launchers end all as soon as one has ended.
 COURTESY = 1.0
+#: Seconds for what is written at a sudden end.
+LAST_WORDS = 15.0
 
 log = logging.getLogger(__name__)
 
@@ -48,20 +51,22 @@ class Supervision:
         if not distributed or self._topology.world_size == 1:
             self._comm = Comm(self._topology, device, distributed=distributed, asked_to_stop=asked_to_stop)
             return self._comm
-        roll = self._meet()
+        roll = self._meet(asked_to_stop)
         hosts = roll.exchange("host", socket.gethostname())
         if len(hosts) < self._topology.world_size:
             raise TrainingError(_missing(hosts, self._topology.world_size))
         self._comm = Comm(self._topology, device, roll=roll, asked_to_stop=asked_to_stop)
         if self._hang_timeout:
             self._hosts = [hosts[rank] for rank in range(len(hosts))]
-            self._heartbeat = Heartbeat(roll.board(), self._topology.rank, self._hosts, self._hang_timeout, self._end)
+            self._heartbeat = Heartbeat(
+                roll.board(), self._topology.rank, self._hosts, self._hang_timeout, self._end, hurried=asked_to_stop
+            )
             self._heartbeat.__enter__()
         return self._comm
 
-    def _meet(self) -> RollCall:
+    def _meet(self, asked_to_stop: Callable[[], bool]) -> RollCall:
         try:
-            return RollCall(self._topology, max(LATECOMERS, self._hang_timeout or 0))
+            return RollCall(self._topology, max(LATECOMERS, self._hang_timeout or 0), asked_to_stop)
         except UserError as error:
             remedy = "MASTER_ADDR must name rank 0's host in a network that all nodes share, and MASTER_PORT a free port there"
             raise UserError(f"{error}; {remedy}") from error
@@ -77,16 +82,22 @@ class Supervision:
 
     @contextlib.contextmanager
     def telling(self, status: StatusFile) -> Iterator[None]:
-        """Inside, the run is under way; what becomes of it is told in its status file. Rank 0 writes."""
+        """Inside, the run is under way; what becomes of it is told in its status file. Rank 0 writes.
+
+        A start that is refused leaves nothing in a new directory; in an old one it replaces the outcome of the start before.
+        """
         self._status = status
-        self._tell("running")
+        if status.begun:
+            self._tell("running")
         try:
             yield
         except Preempted as error:
             self._tell("preempted", str(error), requeue=True)
+            self._comm.barrier()  # launchers kill the last soon after the first has ended, and rank 0 must have written
             raise
         except BaseException as error:
-            self._tell("failed", _sentence(error), requeue=is_broken_collective(error))
+            if status.begun:
+                self._tell("failed", _sentence(error), requeue=is_broken_collective(error))
             raise
         self._tell("done")
 
@@ -102,16 +113,24 @@ class Supervision:
 
     def _end(self, verdict: Verdict, alone: bool) -> None:
         """Ends this process from the heartbeat's thread. alone: rank 0 cannot be reached, and so cannot speak."""
+        # What is left to do waits for a file system that may have gone with the silent host.
+        deadline = threading.Timer(LAST_WORDS, os._exit, [1])
+        deadline.daemon = True
+        deadline.start()
+        try:
+            self._last_words(verdict, alone)
+        finally:
+            os._exit(1)
+
+    def _last_words(self, verdict: Verdict, alone: bool) -> None:
         rank = self._topology.rank
         host = self._hosts[rank]
         speaks = rank == (1 + self._hosts[1:].index(host) if alone else 0)  # if rank 0 cannot, one on every host
         who = "distlora" if rank == 0 else f"distlora (rank {rank} on {host})"
         log.log(logging.ERROR if speaks else logging.INFO, "%s: %s", who, verdict.sentence)
-        if speaks and self._status is not None and (rank == 0 or self._status.is_own()):
+        if speaks and self._status is not None and (rank == 0 or self._status.is_open()):
             self._write_status("failed", verdict.sentence, requeue=verdict.silent)
-        if not speaks:
-            time.sleep(COURTESY)
-        os._exit(1)
+        time.sleep(self._heartbeat.reading_time if rank == 0 else COURTESY)
 
 
 def _sentence(error: BaseException) -> str:

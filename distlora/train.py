@@ -25,6 +25,7 @@ from distlora.resume import check_run_dir, claim_run_dir, find_checkpoint
 from distlora.rng import own_random_state
 from distlora.run import Run, Summary, check_targets
 from distlora.rundir import share_checkpoint
+from distlora.status import StatusFile, new_start
 from distlora.supervision import Supervision
 
 log = logging.getLogger(__name__)
@@ -73,11 +74,13 @@ def train(
         where = environment.resolve_topology(comm, topology)
         log.info("%s", environment.topology_line(where))
         checkpoint = share_checkpoint(comm, on_main(comm, recipe.output_dir, lambda: find_checkpoint(recipe, resume)))
-        run = Run(comm, recipe, checkpoint)
-        on_main(comm, recipe.output_dir, lambda: claim_run_dir(recipe, resume))
-        together(comm, lambda: rank_log.open(run.run_dir))
-        on_main(comm, run.run_dir, lambda: environment.record(run.run_dir, where, run.resolved, checkpoint and checkpoint.step))
-        with supervision.telling(run.status):
+        status = StatusFile(Path(recipe.output_dir), checkpoint.step if checkpoint else 0, comm.share(new_start()))
+        with supervision.telling(status):
+            run = Run(comm, recipe, checkpoint, status)
+            on_main(comm, recipe.output_dir, lambda: claim_run_dir(recipe, resume))
+            on_main(comm, run.run_dir, lambda: status.write("running"))
+            together(comm, lambda: rank_log.open(run.run_dir))
+            on_main(comm, run.run_dir, lambda: environment.record(run.run_dir, where, run.resolved, checkpoint and checkpoint.step))
             return run.finish()
 
 
@@ -91,7 +94,9 @@ def evaluate(recipe: Recipe, topology: Topology) -> dict[str, float]:
         comm = supervision.gather(device, recipe.deepspeed is not None)
         checkpoint = checkpoints.newest(recipe.output_dir, comm)
         if checkpoint is None:
-            raise UserError(f"{recipe.output_dir} holds no complete checkpoint; train first")
+            error = UserError(f"{recipe.output_dir} holds no complete checkpoint; train first")
+            error.agreed = True
+            raise error
         return Run(comm, _without_monitors(recipe), checkpoint).evaluate_checkpoint()
 
 

@@ -10,7 +10,7 @@ from distlora.doctor import facts, reduction, storage
 from distlora.doctor.findings import Finding, Node
 from distlora.doctor.node import answers
 from distlora.doctor.subject import BUILD_LIMIT, SHORT, Report, Subject, judge_nodes
-from distlora.errors import UserError
+from distlora.errors import Ending, UserError
 
 #: Seconds by which ranks can leave one and the same exchange apart.
 _DOUBT = 0.5
@@ -31,7 +31,7 @@ def examine_job(topology: Topology, subject: Subject, limit: float) -> Report:
         findings = judge_nodes(nodes)
         findings += _meeting(topology, came, nodes) or _reduce(topology, roll, came, limit)
         failed = roll.exchange("verdict", any(finding.level == "failure" for finding in findings))[0]
-    except UserError as error:
+    except Ending as error:
         remedy = "see that MASTER_ADDR names the host of rank 0, in a network that all nodes share, and MASTER_PORT is open"
         return Report([Finding("rendezvous", "failure", (host,), str(error), remedy)], [host])
     if topology.rank:

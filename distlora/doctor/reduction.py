@@ -14,7 +14,7 @@ import torch
 
 from distlora.comm import Comm, RollCall, Topology
 from distlora.doctor.findings import Finding
-from distlora.errors import UserError
+from distlora.errors import Ending
 
 #: How far a rank has come, in this order.
 STAGES = ("nowhere", "master", "group", "sum")
@@ -46,7 +46,7 @@ def reduce_once(topology: Topology, device: torch.device, limit: float, tell: Ca
             outcome |= {"stage": "sum"} | _measure(comm)
             roll.exchange("parting", True)  # else rank 0 takes the store along before the slowest has said that it is done
             comm.close()
-    except UserError as error:
+    except Ending as error:
         outcome["error"] = str(error)
     except RuntimeError as error:  # every failure of torch.distributed
         outcome["error"] = " ".join(str(error).split())[:300]

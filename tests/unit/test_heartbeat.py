@@ -45,7 +45,7 @@ class Ranks:
     """Four ranks with their heartbeats. verdicts: rank -> (its verdict, whether it judged alone)."""
 
     def __init__(self, stack: ExitStack):
-        self.board, self.verdicts = Board(), {}
+        self.board, self.verdicts, self.hurried = Board(), {}, False
         self.links = [threading.Event() for _ in HOSTS]
         for link in self.links:
             link.set()
@@ -59,7 +59,7 @@ class Ranks:
         def end(verdict, alone):
             self.verdicts[rank] = verdict, alone
 
-        return Heartbeat(self.board.seen_by(self.links[rank]), rank, HOSTS, PATIENCE, end, INTERVAL)
+        return Heartbeat(self.board.seen_by(self.links[rank]), rank, HOSTS, PATIENCE, end, INTERVAL, lambda: self.hurried)
 
     def cut(self, *ranks: int) -> None:
         for rank in ranks:
@@ -136,6 +136,17 @@ def test_a_broken_collective_makes_a_silent_rank_found_sooner(ranks):
         patient.cut(3)
         threading.Thread(target=patient.hearts[1].explain, args=[None], daemon=True).start()
         assert patient.wait_for_verdicts(0, 1, 2)[2].startswith("rank 3 on node2 went silent")
+
+
+def test_who_was_asked_to_stop_has_no_time_to_be_patient():
+    """A launcher that has lost a rank asks the others to stop, and kills them half a minute later."""
+    with ExitStack() as stack:
+        patient = Ranks(stack)
+        for heart in patient.hearts:
+            heart._patience = 600
+        patient.cut(3)
+        patient.hurried = True
+        assert patient.wait_for_verdicts(0, 1, 2)[1].startswith("rank 3 on node2 went silent")
 
 
 def test_a_broken_collective_among_the_living_is_explained_by_nobody(ranks):

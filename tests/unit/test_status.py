@@ -11,7 +11,14 @@ from tests.e2e.program import call, recipe_of, write_recipe
 
 @pytest.fixture
 def file(tmp_path) -> StatusFile:
-    return StatusFile(tmp_path, steps=40, step=0, start=new_start())
+    return status_file(tmp_path)
+
+
+def status_file(folder, step=0) -> StatusFile:
+    """Of a new start."""
+    file = StatusFile(folder, step, new_start())
+    file.steps = 40
+    return file
 
 
 @pytest.mark.parametrize(
@@ -53,9 +60,32 @@ def test_a_damaged_file_is_named(tmp_path):
     assert call("status", tmp_path).code == 2
 
 
-def test_a_start_knows_its_own_file_from_a_later_ones(file, tmp_path):
-    assert not file.is_own()
+def test_only_an_open_outcome_may_be_written_by_others_than_rank_0(file, tmp_path):
+    assert file.is_open() and not file.begun, "nothing is there yet"
     file.write("running")
-    assert file.is_own()
-    StatusFile(tmp_path, 40, 0, new_start()).write("running")
-    assert not file.is_own()
+    assert file.is_open() and file.begun
+    file.write("done")
+    assert not file.is_open()
+    later = status_file(tmp_path)
+    assert later.is_open() and later.begun, "an earlier start's is there"
+    later.write("running")
+    assert later.is_open() and not file.is_open()
+
+
+def test_who_fails_twice_at_the_same_step_is_not_started_again(file, tmp_path):
+    file.step = 7
+    file.write("failed", "rank 1 went silent", requeue=True)
+    assert read_status(tmp_path).requeue
+    second = status_file(tmp_path, step=4)
+    second.step = 7
+    second.write("failed", "rank 1 went silent", requeue=True)
+    assert not read_status(tmp_path).requeue
+    further = status_file(tmp_path, step=4)
+    further.step = 8
+    further.write("failed", "rank 1 went silent", requeue=True)
+    assert read_status(tmp_path).requeue
+
+
+def test_before_the_length_is_known(tmp_path):
+    StatusFile(tmp_path, 0, new_start()).write("preempted", "asked to stop", requeue=True)
+    assert call("status", tmp_path).out == f"{tmp_path}: preempted at step 0: asked to stop\n"

@@ -237,16 +237,17 @@ def curves(made) -> dict:
     return dict(pairs)
 
 
-# Looks 1-2: the evaluation before; 3-5: layers; 6-8, 9-11: two steps; 12-13: an evaluation; 14-19: two steps; 20-21: the last one.
-@pytest.mark.parametrize("look", [1, 4, 8, 10, 11, 12, 13, 16, 21])
+# Looks 1-2: before and after loading; 3-4: the evaluation before; 5-7: layers; 8-10, 11-13: two steps; 14-15: an evaluation;
+# 16-21: two steps; 22-23: the last evaluation.
+@pytest.mark.parametrize("look", [1, 3, 6, 10, 12, 13, 14, 15, 18, 23])
 def test_asked_to_stop_at_any_moment_it_goes_on_as_if_nothing_had_been(recipe, quiet, look):
     wanted, looks = quiet
     made = recipe(*INTERRUPTED)
-    assert looks == 21
+    assert looks == 23
     with pytest.raises(Preempted, match="^asked to stop"):
         train.train(made, Topology(), None, Asked(look))
     told = read_status(Path(made.output_dir))
-    assert (told.state, told.requeue, told.steps) == ("preempted", True, 4)
+    assert (told.state, told.requeue, told.steps) == ("preempted", True, None if look == 1 else 4)
     kept = [path.name for path in Path(made.output_dir).glob("checkpoint-*")]
     assert kept == ([f"checkpoint-{told.step}"] if told.step else [])
     assert train.train(made, Topology(), None).steps == 4
@@ -264,6 +265,27 @@ def test_what_ends_a_run_is_in_its_status(recipe, monkeypatch):
         train.train(made, Topology())
     told = read_status(Path(made.output_dir))
     assert (told.state, told.requeue, told.message) == ("failed", False, "MemoryError: no room")
+
+
+def test_a_start_that_fails_while_loading_replaces_the_outcome_of_the_one_before(recipe, monkeypatch):
+    """Or a script that starts again what was asked to stop would do so for ever."""
+
+    def refuse(self, *_):
+        raise UserError("no room")
+
+    made = recipe()
+    run_dir = Path(made.output_dir)
+    with monkeypatch.context() as broken:
+        broken.setattr(LocalEngine, "start", refuse)
+        with pytest.raises(UserError):
+            train.train(made, Topology())
+        assert read_status(run_dir) is None, "a new directory stays as it was"
+        with pytest.raises(Preempted):
+            train.train(made, Topology(), None, Asked(1))
+        assert read_status(run_dir).state == "preempted"
+        with pytest.raises(UserError):
+            train.train(made, Topology())
+    assert (read_status(run_dir).state, read_status(run_dir).requeue) == ("failed", False)
 
 
 def test_every_start_is_recorded_with_where_it_ran(recipe, caplog):
