@@ -5,6 +5,7 @@ PYTHON=        # what the ranks run
 MARK=$(od -An -N8 -tx1 /dev/urandom | tr -d ' \n')  # stands in the command line of every process of this job, and of no other
 PRIVATE=       # a directory of this job's own
 ASKED=         # the first signal that came
+ALARMED=       # once the ranks were told that a host or a rank is gone
 WATCHDOG=
 HOSTS=()       # that are reached through ssh; none for this machine alone
 STARTED=$(date +%s)
@@ -81,7 +82,14 @@ pass_on() {  # pass_on SIGNAL: every rank is asked to stop, in the two ways that
 }
 
 lose_a_host() {  # a launcher that reaches several hosts goes on waiting for the others
-    echo "$NAME: a host has ended with an error; what still runs on the others after $GRACE s is killed" >&2
+    if [[ -e $PRIVATE/silent && -z $ALARMED$ASKED ]]; then
+        # Told to stop, ranks that wait for one that is gone look who it is, and end with its name in the run's status.
+        ALARMED=yes
+        echo "$NAME: a host is lost or a rank was killed: the others are asked to end; what still runs after $GRACE s is killed" >&2
+        signal_job TERM ranks &
+    elif [[ -z $WATCHDOG ]]; then
+        echo "$NAME: a host has ended with an error; what still runs on the others after $GRACE s is killed" >&2
+    fi
     kill_later
 }
 
@@ -97,12 +105,16 @@ kill_later() {
 }
 
 show_errors() {  # copies standard input to standard error at once; tells this script when pdsh says that a host has failed
-    tee >(
-        grep --line-buffered -E '^pdsh@.* exited with exit code' | {
-            read -r _ && kill -USR2 $$
-            cat
-        } >/dev/null
-    ) >&2
+    tee >(grep --line-buffered -E '^pdsh@.* exited with exit code [0-9]+$' | note_failures >/dev/null 2>&1) >&2
+}
+
+note_failures() {  # note_failures <LINES OF PDSH: what a rank says itself needs no more; 255 is ssh's own, above 127 is a signal
+    local line
+    while read -r line; do
+        ((${line##* } < 128)) || : >"$PRIVATE/silent"
+        ((${line##* } < 255)) || : >"$PRIVATE/lost"
+        kill -USR2 $$
+    done
 }
 
 run_job() {  # run_job COMMAND…: until it has ended, whatever signals come; returns its exit status
@@ -138,8 +150,10 @@ end_as_the_run() {  # end_as_the_run STATUS: launchers swallow the program's exi
     said=$("$PYTHON" -m distlora status "$(<"$PRIVATE/run")" --since "$STARTED" 2>/dev/null) || told=$?
     if ((told == 0 || told == 75)); then
         status=$told
-    elif [[ -n $ASKED ]] && [[ $said != *": failed at step "* ]]; then
-        status=75  # it ended before it had begun, or was killed while it saved: another start goes on
+    elif [[ -n $ASKED || -e $PRIVATE/lost ]] && [[ $said != *": failed at step "* ]]; then
+        status=75  # it ended before it had begun, was killed while it saved, or rank 0's host is lost: another start goes on
+    elif ((status != 2 && status != 75)); then
+        status=1
     fi
     [[ -z $said ]] || echo "$NAME: $said" >&2
     exit "$status"

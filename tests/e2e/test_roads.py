@@ -192,6 +192,23 @@ def test_a_cut_link_ends_the_job_and_names_the_host(bench, ssh_cluster):
 
 
 @long
+def test_a_cut_link_ends_the_job_long_before_the_usual_limit(bench, ssh_cluster):
+    """ssh notices it within 15 s. The ranks that can be reached are asked to end then, and look who is silent."""
+    command = deepspeed_sh(bench.hostfile, *bench.arguments("early", "train.steps=400"))
+    with started(*ssh_cluster.on("head", *command)) as process:
+        wait_for(lambda: bench.steps("early") >= 3 or process.poll() is not None, PATIENCE, "step 3")
+        ssh_cluster.cut("node2")
+        began = time.monotonic()
+        outcome = finish(process, 120)
+        seconds = time.monotonic() - began
+    assert outcome.code == 75, outcome.err[-4000:]
+    assert "deepspeed.sh: a host is lost" in outcome.err and "rank 1 on node2 went silent for" in outcome.err
+    assert seconds < 45, "before anything is killed"
+    status = bench.status("early")
+    assert status.state == "failed" and status.requeue and not ssh_cluster.processes("head", "node1")
+
+
+@long
 def test_hosts_whose_own_names_mean_a_loopback_address(bench, ssh_cluster, tmp_path):
     """As Debian's installer writes /etc/hosts. gloo would listen there, and nobody find it."""
     known = (ssh_cluster.folder / "hosts").read_text()

@@ -277,3 +277,42 @@ def is_running(process):
     # In a container without an init process the dead stay as zombies.
     status = Path(f"/proc/{process}/stat")
     return not status.exists() or status.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+
+
+#: A job whose launcher says what pdsh says (`$1`) and waits; its ranks answer a signal as `$2` says.
+JOB = r"""
+. launch/_environment.sh && . launch/_job.sh
+GRACE=0.4 PRIVATE=$3 HOSTS=(node1) NAME=x.sh PYTHON=told
+signal_job() {
+    echo "signal $1 $2" >&2
+    [[ "$1" != TERM ]] || eval "$answer"
+}
+answer=$2
+touch "$PRIVATE/run"
+status=0
+run_job bash -c 'echo "$0" >&2; read -r -t 20 <> <(:); exit 3' "$1" || status=$?
+answers=("$4" "$5")
+told() { echo "x: ${answers[0]}"; return "${answers[1]}"; }
+end_as_the_run "$status"
+"""
+SSH = "pdsh@head: node2: ssh exited with exit code"
+
+
+@pytest.mark.parametrize(
+    ("line", "answer", "said", "told", "signals", "code"),
+    [
+        (f"{SSH} 255", 'kill -TERM -- "-$CHILD"', "failed at step 3 of 9: rank 1 went silent", 75, ["TERM ranks", "KILL all"], 75),
+        (f"{SSH} 255", ":", "running at step 3 of 9", 1, ["TERM ranks", "KILL all"], 75),
+        (f"{SSH} 255", ":", "failed at step 3 of 9: a bug", 1, ["TERM ranks", "KILL all"], 1),
+        (f"{SSH} 247", ":", "running at step 3 of 9", 1, ["TERM ranks", "KILL all"], 1),
+        (f"{SSH} 1", ":", "failed at step 3 of 9: a bug", 1, ["KILL all"], 1),
+    ],
+)
+def test_a_host_that_is_lost_is_a_hint_for_the_ranks_of_the_others(tmp_path, line, answer, said, told, signals, code):
+    """They name the silent rank; KILL comes only for what does not answer. What ended without a word may be started again."""
+    words = ["bash", "-c", JOB, "job", line, answer, str(tmp_path), said, str(told)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=30, cwd=ROOT)
+    assert done.returncode == code, done.stderr
+    heard = [text.removeprefix("signal ") for text in done.stderr.splitlines() if text.startswith("signal ")]
+    assert list(dict.fromkeys(heard)) == signals
+    assert f"x.sh: x: {said}" in done.stderr
