@@ -5,7 +5,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import re
 import socket
 import subprocess
 import sys
@@ -17,6 +16,7 @@ import torch
 
 import distlora
 from distlora.comm import Comm, Topology
+from distlora.confidential import is_secret_name, without_login
 from distlora.tensorfile import write_text
 
 ENVIRONMENT = "environment.json"
@@ -33,12 +33,7 @@ RELEVANT = (
     *("LOCAL_SIZE", "LD_LIBRARY_PATH", "LD_PRELOAD", "VIRTUAL_ENV", "XDG_CACHE_HOME"),
 )  # fmt: skip
 _EXACTLY = ("CC", "CXX")
-_SECRETS = ("TOKEN", "KEY", "SECRET", "PASSW", "CREDENTIAL", "JWT", "AUTH", "_PAT", "_PWD")
-#: Words that the names above would take for secrets, and that are none.
-_HARMLESS = ("TOKENIZERS_",)
 HIDDEN = "***"
-#: A user and a password in an address.
-_LOGIN = re.compile(r"(?<=//)[^/@\s]+@")
 
 
 def versions() -> dict[str, str | None]:
@@ -62,30 +57,24 @@ def _first_word(path: Path) -> str | None:
 def relevant_variables(environment: Mapping[str, str]) -> dict[str, str]:
     """The variables that can change what a run does, without those that hold a secret."""
     chosen = {name: value for name, value in environment.items() if name.startswith(RELEVANT) or name in _EXACTLY}
-    return {name: value for name, value in sorted(chosen.items()) if not _is_secret(name)}
-
-
-def _is_secret(name: str) -> bool:
-    """Whether a variable or a key of a config is called as if it held a secret."""
-    name = name.upper()
-    for word in _HARMLESS:
-        name = name.removeprefix(word)
-    return any(word in name for word in _SECRETS)
+    return {name: value for name, value in sorted(chosen.items()) if not is_secret_name(name)}
 
 
 def redacted(value: Any) -> Any:
     """A config without its secrets: texts under keys that are called so, and logins in addresses."""
     if isinstance(value, Mapping):
-        return {key: HIDDEN if _is_secret(str(key)) and isinstance(item, str) else redacted(item) for key, item in value.items()}
+        return {
+            key: HIDDEN if is_secret_name(str(key)) and isinstance(item, str) else redacted(item) for key, item in value.items()
+        }
     if isinstance(value, (list, tuple)):
         return [redacted(item) for item in value]
-    return _without_login(value) if isinstance(value, str) else value
+    return without_login(value) if isinstance(value, str) else value
 
 
 def _redacted_word(word: str) -> str:
     """A word of the command line: of key=value without the value where that is a secret."""
     key, equals, _ = word.partition("=")
-    return f"{key}={HIDDEN}" if equals and _is_secret(key.rpartition(".")[2]) else _without_login(word)
+    return f"{key}={HIDDEN}" if equals and is_secret_name(key.rpartition(".")[2]) else without_login(word)
 
 
 def git_revision(folder: Path) -> dict[str, Any] | None:
@@ -169,12 +158,8 @@ def report(topology: Mapping[str, Any], deepspeed: Mapping[str, Any] | None, res
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "topology": dict(topology),
         "deepspeed": redacted(deepspeed),
-        "variables": {name: _without_login(value) for name, value in relevant_variables(os.environ).items()},
+        "variables": {name: without_login(value) for name, value in relevant_variables(os.environ).items()},
     }
-
-
-def _without_login(text: str) -> str:
-    return _LOGIN.sub("***@", text)
 
 
 def _earlier(path: Path) -> list[Any]:

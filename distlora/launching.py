@@ -7,6 +7,7 @@ Reads and checks the hostfile, looks whether every host can be reached and has t
     hostfile       the hosts with their slots, without comments
     environment    the variables that travel, for DS_ENV_FILE; absent with the launcher mpirun
     names          their names
+    withheld       the names of those that DeepSpeed would take along, and that hold a secret
     master         rank 0's address; absent where DeepSpeed must find it
     program        ARGUMENTS in one word, see `distlora.oneword`
     run            the run directory of ARGUMENTS, which are `train RECIPE …`
@@ -22,6 +23,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from distlora.addresses import addresses, is_loopback
+from distlora.confidential import holds_secret
 from distlora.errors import UserError
 from distlora.hostfile import Host, read_hostfile
 from distlora.oneword import pack
@@ -102,6 +104,7 @@ def _prepare_hosts(options: argparse.Namespace, folder: Path) -> None:
         )
     names = travelling(os.environ, options.export)
     (folder / "names").write_text("".join(f"{name}\n" for name in names))
+    _withhold(options, folder)
     if options.launcher != "mpirun":
         (folder / "environment").write_text(environment_file(os.environ, names, through_shell=options.launcher == "pdsh"))
     _refuse_unreachable(hosts, options.arguments[1])
@@ -164,8 +167,29 @@ def travelling(environment: Mapping[str, str], more: Sequence[str]) -> list[str]
     absent = [name for name in more if name not in environment]
     if absent:
         raise UserError(f"--export {absent[0]}: there is no such variable; export it first")
+    secret = set(withheld(environment, more))
+    return [name for name in dict.fromkeys((*_candidates(environment), *more)) if name not in secret]
+
+
+def withheld(environment: Mapping[str, str], more: Sequence[str]) -> list[str]:
+    """The names of those that would travel, did they not hold a secret. more: what the user adds, who must know."""
+    return [name for name in _candidates(environment) if name not in more and holds_secret(name, environment[name])]
+
+
+def _candidates(environment: Mapping[str, str]) -> list[str]:
     own = [name for name in environment if name.startswith(_DEEPSPEEDS_OWN)]
-    return [name for name in dict.fromkeys((*TRAVELLING, *own, *more)) if name in environment]
+    return [name for name in dict.fromkeys((*TRAVELLING, *own)) if name in environment]
+
+
+def _withhold(options: argparse.Namespace, folder: Path) -> None:
+    """Leaves the names for the script, which has to unset them: DeepSpeed's launcher looks at its own variables, too."""
+    names = [] if options.no_ssh else withheld(os.environ, options.export)
+    (folder / "withheld").write_text("".join(f"{name}\n" for name in names))
+    if names:
+        sys.stderr.write(
+            f"{options.script}: the ranks do not get {', '.join(names)}: command lines would show a secret to all users of the "
+            "hosts (--export NAME sends it nevertheless)\n"
+        )
 
 
 def environment_file(environment: Mapping[str, str], names: Sequence[str], through_shell: bool) -> str:

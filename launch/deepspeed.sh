@@ -26,7 +26,8 @@ looks. What follows RECIPE is handed to `distlora train` as it is, whatever sign
 
 Variables that the ranks get: PATH, PYTHONPATH, LD_LIBRARY_PATH, those that place caches (HF_HOME, TORCH_EXTENSIONS_DIR, …),
 HF_HUB_OFFLINE, OMP_NUM_THREADS, DS_ACCELERATOR, NCCL_*, GLOO_SOCKET_IFNAME and those of --export; a .deepspeed_env is not read.
-They stand in command lines that other users can see: log in to the hub (`hf auth login`) rather than export a token.
+They stand in command lines that other users can see, so what looks like a secret is left out unless --export names it: log in to the
+hub (`hf auth login`) rather than export a token.
 
 TERM, USR1 and INT (Ctrl-C) ask every rank to stop: the run saves a checkpoint and ends; a second Ctrl-C kills it. Exit code: the
 program's: 0 done, 75 to be started again (it goes on from its checkpoint), 2 a mistake in the command or the recipe, else 1.
@@ -97,7 +98,7 @@ prepare() {
 }
 
 launcher_options() {  # sets `options`: where DeepSpeed's launcher starts what
-    local count
+    local count name
     options=(--no_local_rank --master_port "${master_port:-$((10000 + RANDOM % 20000))}")
     if [[ ! -f $PRIVATE/hosts ]]; then
         options+=(--hostfile /dev/null)
@@ -115,6 +116,7 @@ launcher_options() {  # sets `options`: where DeepSpeed's launcher starts what
         options+=(--force_multi --no_ssh_check --launcher "$launcher")
         [[ -z $launcher_args ]] || options+=("--launcher_args=$launcher_args")
         export DS_ENV_FILE=$PRIVATE/environment
+        while read -r name; do unset "$name"; done <"$PRIVATE/withheld"
         # A host that dies must not hold up pdsh for ever.
         export PDSH_SSH_ARGS_APPEND="${PDSH_SSH_ARGS_APPEND-} -o BatchMode=yes -o ServerAliveInterval=5 -o ServerAliveCountMax=3"
     fi

@@ -158,6 +158,6 @@ def test_no_secret_of_the_config_or_the_command_is_written(monkeypatch):
 
 
 def test_names_that_only_look_like_secrets():
-    variables = dict.fromkeys(("TOKENIZERS_PARALLELISM", "CC", "HF_HOME"), "x")
+    variables = dict.fromkeys(("TOKENIZERS_PARALLELISM", "CC", "HF_HOME", "LD_LIBRARY_PATH", "NCCL_IB_PKEY"), "x")
     others = dict.fromkeys(("HF_PAT", "TORCH_APIKEY", "CCACHE_DIR", "CC_PWD"), "y")
     assert environment.relevant_variables(variables | others) == variables

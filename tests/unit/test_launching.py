@@ -121,6 +121,25 @@ def test_only_named_variables_travel():
         launching.travelling(given, ["NOPE"])
 
 
+def test_no_secret_travels_unless_the_user_says_so():
+    """Also none that DeepSpeed's launcher would take along by itself."""
+    harmless = {"MLFLOW_TRACKING_SERVER_CERT_PATH": "/c.pem", "NCCL_IB_PKEY": "1", "MLFLOW_EXPERIMENT_ID": "3"}
+    secret = {"MLFLOW_TRACKING_TOKEN": "x", "MLFLOW_TRACKING_PASSWORD": "x", "MLFLOW_TRACKING_URI": "https://me:x@host/"}
+    given = {**harmless, **secret, "EDITOR_TOKEN": "x"}
+    assert launching.travelling(given, []) == list(harmless) and launching.withheld(given, []) == list(secret)
+    chosen = ["MLFLOW_TRACKING_TOKEN"]
+    assert launching.travelling(given, chosen) == [*harmless, *chosen] and launching.withheld(given, chosen) == list(secret)[1:]
+
+
+def test_the_script_learns_which_names_deepspeed_must_not_see(prepare, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "SEKRET")
+    code, said, folder = prepare("node1 slots=1\nnode2 slots=1\n")
+    assert code == 0 and len(said.splitlines()) == 1
+    assert said.startswith("x.sh: the ranks do not get MLFLOW_TRACKING_TOKEN: ") and "--export" in said
+    assert (folder / "withheld").read_text() == "MLFLOW_TRACKING_TOKEN\n"
+    assert all("SEKRET" not in path.read_text() for path in folder.iterdir())
+
+
 # ---------------------------------------------------------------------- hosts and recipe
 
 
