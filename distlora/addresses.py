@@ -1,5 +1,6 @@
 """Host names, addresses and interfaces, as this host sees them. Nothing here sends a packet, but for a look-up of a name."""
 
+import errno
 import fcntl
 import re
 import socket
@@ -57,3 +58,12 @@ def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("", 0))
         return listener.getsockname()[1]
+
+
+def is_in_use(port: int) -> bool:
+    """Whether somebody listens on this port here, at whichever address."""
+    try:
+        socket.create_server(("", port)).close()
+    except OSError as error:
+        return error.errno == errno.EADDRINUSE
+    return False

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from distlora import nodelist
-from distlora.addresses import addresses, free_port, interface_of, interfaces, is_loopback, source
+from distlora.addresses import addresses, free_port, interface_of, interfaces, is_in_use, is_loopback, source
 from distlora.errors import UserError
 from distlora.mpi import agree_on_place
 
@@ -20,6 +20,8 @@ _LAUNCHERS = [
     ("RANK", "WORLD_SIZE", ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")),
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", ("OMPI_COMM_WORLD_LOCAL_SIZE",)),
     ("PMI_RANK", "PMI_SIZE", ("MPI_LOCALNRANKS",)),
+    # The step's number first: in the step that is salloc's interactive shell, SLURM_NTASKS is the whole job's.
+    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", ()),
     ("SLURM_PROCID", "SLURM_NTASKS", ()),
 ]
 #: Where the rank within the node is. Apart from the above: SLURM's PMI gives ranks under PMI's names, the local one under its own.
@@ -139,6 +141,7 @@ def settle(
     if place.world_size == 1:
         return ()
     notes: list[str] = []
+    derived = not environment.get("MASTER_PORT")
     if not environment.get("MASTER_ADDR"):
         address, port, origin = _meeting_point(environment, place, agree)
         environment["MASTER_ADDR"] = address
@@ -149,6 +152,8 @@ def settle(
         environment["MASTER_PORT"] = str(_job_port(environment))
     master = environment["MASTER_ADDR"]
     _check_master(master, place)
+    if derived and place.rank == 0:
+        _check_derived_port(int(environment["MASTER_PORT"]))
     return (*notes, *_choose_interfaces(environment, place, master))
 
 
@@ -183,7 +188,7 @@ def _meeting_point(environment: Environment, place: Place, agree) -> tuple[str, 
 def _is_slurm_task(environment: Environment, place: Place) -> bool:
     """Whether the ranks are the tasks of a job step. (mpirun's are not: it numbers them itself, from a list of its own.)"""
     as_task = str(place.rank), str(place.world_size)
-    said = environment.get("SLURM_PROCID"), environment.get("SLURM_NTASKS")
+    said = environment.get("SLURM_PROCID"), environment.get("SLURM_STEP_NUM_TASKS") or environment.get("SLURM_NTASKS")
     return "SLURM_STEP_ID" in environment and said == as_task and place.launcher != "Open MPI"
 
 
@@ -194,13 +199,22 @@ def _agreed(sentence: str) -> UserError:
 
 
 def _job_port(environment: Environment) -> int:
-    """A port that two jobs on one node do not share, and all ranks of a job do."""
+    """A port that all ranks of a job share, and two jobs on one node hardly ever."""
     job, step = environment.get("SLURM_JOB_ID", ""), environment.get("SLURM_STEP_ID", "")
     if job.isdigit():
-        # Jobs and steps that run at the same time have numbers near each other: these get different ports for certain.
+        # Different for the first 101 steps of jobs whose numbers are less than 197 apart; others can coincide.
         return _FIRST_PORT + (101 * int(job) + (int(step) if step.isdigit() else 0)) % _PORTS
     name = environment.get("PMIX_NAMESPACE") or environment.get("OMPI_MCA_ess_base_jobid")
     return _FIRST_PORT + zlib.crc32(name.encode()) % _PORTS if name else DEFAULT_PORT
+
+
+def _check_derived_port(port: int) -> None:
+    """On rank 0, which is to listen there."""
+    if is_in_use(port):
+        raise UserError(
+            f"the port {port} is in use on {socket.gethostname()}; it was derived, because MASTER_PORT is not set: "
+            "export MASTER_PORT to choose another, the same for all ranks"
+        )
 
 
 def _rank_0_place(hosts: list[str]) -> tuple[str, int]:

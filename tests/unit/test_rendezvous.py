@@ -64,6 +64,13 @@ def test_one_node_is_seen_as_one():
     assert find_place({"RANK": "0", "WORLD_SIZE": "2"}).several_nodes is None, "nobody says it"
 
 
+def test_the_step_counts_its_own_tasks():
+    """salloc's interactive shell is a step of one task, in which SLURM_NTASKS is the job's."""
+    shell = {"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1"}
+    assert find_place(shell) == Place(0, 1, 0, "SLURM", several_nodes=None)
+    assert settled({**SLURM, "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "4"}) == settled(SLURM)
+
+
 @pytest.mark.parametrize(
     ("variables", "part"),
     [
@@ -113,6 +120,16 @@ def test_two_jobs_on_a_node_meet_at_two_ports():
         for step in range(20)
     }
     assert len(ports) == 50 * 20 and all(10000 <= int(port) < 30000 for port in ports)
+
+
+def test_a_derived_port_that_is_in_use_says_who_chose_it():
+    first = {**SLURM, "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
+    port = int(settled(first)["MASTER_PORT"])
+    with socket.create_server(("127.0.0.1", port)):
+        with pytest.raises(UserError, match=f"the port {port} is in use on node2; it was derived, .* export MASTER_PORT"):
+            settled(first)
+        assert "MASTER_PORT" in settled(SLURM), "another rank does not listen there"
+        assert settled(first, MASTER_PORT=str(port)) == {"MASTER_ADDR": "node1"}, "the user's choice is tried as it is"
 
 
 def test_what_the_user_set_wins():
