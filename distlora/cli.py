@@ -31,6 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return options.run(options) or 0
     except UserError as error:
         return _sentence(error, USER_ERROR)
+    except PermissionError as error:
+        return _sentence(UserError(f"{error.filename or 'a file'}: permission denied"), USER_ERROR)
     except TrainingError as error:
         return _sentence(error, TRAINING_ERROR)
     except KeyboardInterrupt:

@@ -111,6 +111,7 @@ def raising(error):
     [
         (UserError("x is wrong"), 2, "distlora: x is wrong\n"),
         (TrainingError("the loss is nan"), 1, "distlora: the loss is nan\n"),
+        (PermissionError(13, "Permission denied", "/theirs/recipe.yaml"), 2, "distlora: /theirs/recipe.yaml: permission denied\n"),
         (KeyboardInterrupt(), 130, ""),
     ],
 )
