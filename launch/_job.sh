@@ -1,6 +1,6 @@
 # Shared by deepspeed.sh and mpi.sh (sourced after _environment.sh): one training job, its signals, its end.
 
-GRACE=30       # seconds from a signal to the end of whatever still runs
+GRACE=25       # seconds from a signal to the end of whatever still runs
 PYTHON=        # what the ranks run
 MARK=$(od -An -N8 -tx1 /dev/urandom | tr -d ' \n')  # stands in the command line of every process of this job, and of no other
 PRIVATE=       # a directory of this job's own
@@ -66,18 +66,18 @@ signal_job() {  # signal_job SIGNAL all|ranks: to the job's processes on all hos
     ((${#sent[@]} == 0)) || wait "${sent[@]}"
 }
 
-pass_on() {  # pass_on SIGNAL: every rank is asked to stop, in the two ways that the program understands
+pass_on() {  # pass_on SIGNAL: every rank is asked to stop, in one of the two ways that the program understands
+    local signal=$1
+    [[ $signal != INT ]] || signal=TERM
     if [[ -z $ASKED ]]; then
         ASKED=$1
         echo "$NAME: $1: the ranks are asked to stop; what still runs after $GRACE s is killed" >&2
-        kill_later
+        kill_later "$signal"
     elif [[ $1 == INT ]]; then
         echo "$NAME: INT again: the ranks are killed" >&2
         signal_job KILL all &
         return
     fi
-    local signal=$1
-    [[ $signal != INT ]] || signal=TERM
     signal_job "$signal" ranks &
 }
 
@@ -93,15 +93,23 @@ lose_a_host() {  # a launcher that reaches several hosts goes on waiting for the
     kill_later
 }
 
-kill_later() {
+kill_later() {  # kill_later [SIGNAL]: all, after GRACE seconds. SIGNAL is sent again meanwhile: a rank may have been just about to start
     [[ -z $WATCHDOG ]] || return
+    set -m  # a process group of its own, so that it can be ended with what it has started
     (
         trap '' INT TERM HUP USR1 USR2
-        read -r -t "$GRACE" <> <(:)  # as `sleep`, but without a process that would stay behind
+        [[ -z ${1-} ]] || while pause 5; do signal_job "$1" ranks; done &
+        pause "$GRACE"
         signal_job KILL all
         kill -KILL -- "-$CHILD"
     ) >/dev/null 2>&1 &
     WATCHDOG=$!
+    set +m
+}
+
+pause() {  # pause SECONDS: as `sleep`, but without a process that would stay behind
+    read -r -t "$1" <> <(:)
+    true
 }
 
 show_errors() {  # copies standard input to standard error at once; tells this script when pdsh says that a host has failed
@@ -137,7 +145,7 @@ run_job() {  # run_job COMMAND…: until it has ended, whatever signals come; re
         break
     done
     trap '' TERM USR1 USR2 INT HUP
-    [[ -z $WATCHDOG ]] || { kill -KILL "$WATCHDOG"; wait "$WATCHDOG"; } 2>/dev/null
+    [[ -z $WATCHDOG ]] || { kill -KILL -- "-$WATCHDOG"; wait "$WATCHDOG"; } 2>/dev/null
     ((status == 0)) || signal_job KILL all  # a launcher that was killed leaves its ranks
     return "$status"
 }

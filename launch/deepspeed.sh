@@ -19,7 +19,7 @@ looks. What follows RECIPE is handed to `distlora train` as it is, whatever sign
   --master-port P          where rank 0 listens (default: a port of this job's own; with --no-ssh 29500)
   --ranks N                of this machine alone: ranks (default: one a GPU)
   --export NAME            another variable that the ranks get; may be repeated
-  --grace SECONDS          from a signal to the end of whatever still runs (default: 30)
+  --grace SECONDS          from a signal to the end of whatever still runs (default: 25)
   --no-ssh                 this host's part only: start the same command on every host, each with its own
   --node-rank N              place in HOSTFILE, from 0, and the same --master-addr and --master-port
   --help                   this text

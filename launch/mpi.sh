@@ -16,7 +16,7 @@ needs mpi4py: pip install 'distlora[mpi]'. (Or export MASTER_ADDR, the host of r
   --hostfile FILE        lines of `host slots=N`; the first host is rank 0's
   --mpirun-args WORDS    more for mpirun, e.g. --mpirun-args='--mca btl_tcp_if_include ib0 --oversubscribe'
   --export NAME          another variable that the ranks get; may be repeated
-  --grace SECONDS        from a signal to the end of whatever still runs (default: 30)
+  --grace SECONDS        from a signal to the end of whatever still runs (default: 25)
   --help                 this text
 
 TERM, USR1 and INT (Ctrl-C) ask every rank to stop: the run saves a checkpoint and ends; a second Ctrl-C kills it. Exit code: the

@@ -268,4 +268,6 @@ def test_the_doctor_looks_at_the_hosts_through_ssh_and_within_a_job(bench, ssh_c
         "DS_ACCELERATOR",
     ]
     outcome = ssh_cluster.run("head", *mpirun, "python", *asked)
-    assert outcome.code == 0 and "node2" in outcome.out, outcome.out + outcome.err
+    assert outcome.code == 0, outcome.out + outcome.err
+    for found in ("to 10.231.77.11 through eth0", "is writable, and shared", "right on 2 ranks"):
+        assert found in outcome.out, outcome.out

@@ -72,6 +72,9 @@ class Cluster:
     def on(self, host: str, *words: object) -> tuple[object, ...]:
         """The command line that runs `words` there, for `program.run` and `program.started`."""
         own = [f"{name}={self.settings[name]}" for name in ("TESTBED_DIR", "TESTBED_NAME")]
+        # Through ssh HOME may become another one, in which DeepSpeed would compile its operator anew.
+        extensions = os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions")
+        own.append(f"TORCH_EXTENSIONS_DIR={extensions}")
         return ("env", *own, "bash", SCRIPT, "exec", host, *words)
 
     def run(self, host: str, *words: object, **environment: str) -> Outcome:
