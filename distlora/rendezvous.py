@@ -201,9 +201,10 @@ def _agreed(sentence: str) -> UserError:
 def _job_port(environment: Environment) -> int:
     """A port that all ranks of a job share, and two jobs on one node hardly ever."""
     job, step = environment.get("SLURM_JOB_ID", ""), environment.get("SLURM_STEP_ID", "")
-    if job.isdigit():
+    if job.isdigit() and "OMPI_COMM_WORLD_SIZE" not in environment:
         # Different for the first 101 steps of jobs whose numbers are less than 197 apart; others can coincide.
         return _FIRST_PORT + (101 * int(job) + (int(step) if step.isdigit() else 0)) % _PORTS
+    # Two calls of mpirun in one job of SLURM have names of their own.
     name = environment.get("PMIX_NAMESPACE") or environment.get("OMPI_MCA_ess_base_jobid")
     return _FIRST_PORT + zlib.crc32(name.encode()) % _PORTS if name else DEFAULT_PORT
 

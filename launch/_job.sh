@@ -99,7 +99,9 @@ kill_later() {  # kill_later [SIGNAL]: all, after GRACE seconds. SIGNAL is sent 
     (
         trap '' INT TERM HUP USR1 USR2
         [[ -z ${1-} ]] || while pause 5; do signal_job "$1" ranks; done &
+        again=$!
         pause "$GRACE"
+        kill -KILL "$again"
         signal_job KILL all
         kill -KILL -- "-$CHILD"
     ) >/dev/null 2>&1 &

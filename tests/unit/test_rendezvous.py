@@ -1,10 +1,11 @@
 """Who this process is and where the ranks meet, from the environments that launchers really leave."""
 
 import socket
+import sys
 
 import pytest
 
-from distlora import nodelist, rendezvous
+from distlora import mpi, nodelist, rendezvous
 from distlora.errors import UserError
 from distlora.rendezvous import Place, find_place, own_rank, settle
 
@@ -142,6 +143,8 @@ def test_mpi_on_one_node_meets_at_home():
     one = {**OPEN_MPI, "OMPI_COMM_WORLD_LOCAL_SIZE": "4"}
     assert settled(one)["MASTER_ADDR"] == "127.0.0.1"
     assert settled(one) != settled({**one, "PMIX_NAMESPACE": "764149762"}), "another job has another port"
+    in_slurm = {**one, "SLURM_JOB_ID": "812"}
+    assert settled(in_slurm) == settled(one), "as two calls of mpirun within a job of SLURM have"
 
 
 def test_mpi_on_several_nodes_asks_rank_0():
@@ -243,3 +246,47 @@ def test_the_first_of_a_long_list_is_cheap():
 def test_what_is_no_list_of_hosts(text):
     with pytest.raises(UserError, match="MASTER_ADDR"):
         list(nodelist.hosts(text))
+
+
+# ---------------------------------------------------------------------- MPI
+
+
+def test_without_mpi4py_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
+    with pytest.raises(UserError, match=r"4 MPI ranks on several nodes .* pip install 'distlora\[mpi\]', or export MASTER_ADDR"):
+        settled(OPEN_MPI)
+
+
+class OneOfSeveral:
+    """An MPI as rank 1 sees it."""
+
+    BYTE, rank = "byte", 1
+
+    def __init__(self, size: int, names: tuple[str, ...] = (), said: str = ""):
+        self.COMM_WORLD, self.size, self._names, self._said = self, size, names, said
+
+    def Get_library_version(self) -> str:
+        return "Open MPI v4.1.4, package: Debian"
+
+    def Allgather(self, own, everyones) -> None:
+        width = len(own[0])
+        everyones[0][:] = b"".join(name.encode().ljust(width, b"\0") for name in self._names)
+
+    def Bcast(self, buffer, root: int) -> None:
+        if self._said:
+            buffer[0][: len(self._said)] = self._said.encode()
+        self.sent = bytes(buffer[0]).rstrip(b"\0")
+
+
+def test_rank_0_chooses_and_the_others_hear():
+    hearing = OneOfSeveral(2, ("node1", "node2"), said='["10.0.0.1", 4711]')
+    assert mpi._agree(hearing, "node2", lambda hosts: pytest.fail("rank 0 chooses"), 2) == ("10.0.0.1", 4711)
+    choosing = OneOfSeveral(2, ("node1", "node2"))
+    choosing.rank = 0
+    assert mpi._agree(choosing, "node1", lambda hosts: (hosts[1], 4711), 2) == ("node2", 4711)
+    assert choosing.sent == b'["node2", 4711]'
+
+
+def test_another_mpi_than_the_launchers_is_named():
+    with pytest.raises(UserError, match="mpi4py sees 1 of 4 ranks: it uses another MPI .Open MPI v4.1.4"):
+        mpi._agree(OneOfSeveral(1), "node1", None, 4)
