@@ -155,9 +155,13 @@ run_job() {  # run_job COMMAND…: until it has ended, whatever signals come; re
 # ------------------------------------------------------------------------------------------------------------- outcome
 
 end_as_the_run() {  # end_as_the_run STATUS: launchers swallow the program's exit code, but the run has written it down
-    local status=$1 said told=0
+    local status=$1 run said="" told=1
     ((status != 0)) || exit 0
-    said=$("$PYTHON" -m distlora status "$(<"$PRIVATE/run")" --since "$STARTED" 2>/dev/null) || told=$?
+    run=$(<"$PRIVATE/run")
+    if [[ -d $run ]]; then  # else it has not begun
+        told=0
+        said=$("$PYTHON" -m distlora status "$run" --since "$STARTED" 2>/dev/null) || told=$?
+    fi
     if ((told == 0 || told == 75)); then
         status=$told
     elif [[ -n $ASKED || -e $PRIVATE/lost ]] && [[ $said != *": failed at step "* ]]; then

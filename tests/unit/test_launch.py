@@ -288,7 +288,7 @@ signal_job() {
     [[ "$1" != TERM ]] || eval "$answer"
 }
 answer=$2
-touch "$PRIVATE/run"
+echo "$PRIVATE" >"$PRIVATE/run"
 status=0
 run_job bash -c 'echo "$0" >&2; read -r -t 20 <> <(:); exit 3' "$1" || status=$?
 answers=("$4" "$5")
