@@ -1,9 +1,11 @@
 """Signals that ask a run to stop."""
 
+import hashlib
 import logging
 import os
 import signal
 import threading
+import time
 
 import pytest
 
@@ -20,6 +22,37 @@ def test_a_signal_is_remembered_told_once_and_ends_nothing(number, caplog):
         assert signals.asked() and signals.asked()
     assert signal.getsignal(number) is before
     assert caplog.messages == [f"{signal.Signals(number).name}: stopping at the next micro-batch"]
+
+
+def test_another_thread_hears_it_while_the_main_one_waits_in_a_library():
+    """As in a collective with a rank that is gone: no handler runs there."""
+    heard = []
+
+    def listen():
+        time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+        deadline = time.monotonic() + 5
+        while not signals.asked() and time.monotonic() < deadline:
+            time.sleep(0.001)
+        heard.append(time.monotonic())
+
+    with StopSignals() as signals:
+        thread = threading.Thread(target=listen)
+        thread.start()
+        hashlib.pbkdf2_hmac("sha256", b"x", b"x", 500_000)  # one call, a fifth of a second and more
+        came_back = time.monotonic()
+        thread.join()
+    assert heard[0] < came_back
+
+
+def test_what_a_helper_process_is_told_is_not_meant_for_this_one():
+    with StopSignals() as signals:
+        child = os.fork()
+        if child == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os._exit(0)
+        os.waitpid(child, 0)
+        assert not signals.asked()
 
 
 def test_outside_the_main_thread_signals_are_left_alone():
