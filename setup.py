@@ -30,7 +30,10 @@ setup(
         "bnb": ["bitsandbytes>=0.50,<1"],
         "plot": ["matplotlib>=3.11,<4"],
         "mpi": ["mpi4py>=4.1,<5"],
-        "test": ["pytest>=9.2,<10", "pytest-xdist>=3.8,<4", "peft>=0.21,<1", "bitsandbytes>=0.50,<1", "matplotlib>=3.11,<4"],
+        "test": [
+            *("pytest>=9.2,<10", "pytest-xdist>=3.8,<4", "peft>=0.21,<1"),
+            *("bitsandbytes>=0.50,<1", "matplotlib>=3.11,<4", "mpi4py>=4.1,<5"),
+        ],
     },
     entry_points={"console_scripts": ["distlora = distlora.cli:main"]},
 )

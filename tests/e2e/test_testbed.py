@@ -50,7 +50,8 @@ def test_nothing_is_left(tmp_path):
         wait_for(lambda: made.processes("node1"), 5, "a process on node1")
         sleeping = made.process("node1", "sleep")
         assert any(path.name.startswith(name) for path in Path("/run/netns").iterdir())
-    assert not (tmp_path / "bed").exists() and not Path(f"/proc/{sleeping}").exists()
+    assert not (tmp_path / "bed").exists()
+    wait_for(lambda: not Path(f"/proc/{sleeping}").exists(), 10, "the end of the process")  # the kernel ends it in its own time
     assert not any(path.name.startswith(name) for path in Path("/run/netns").iterdir())
 
 
