@@ -8,6 +8,8 @@ import struct
 
 #: From Linux's sockios.h: asks for the address of an interface.
 _SIOCGIFADDR = 0x8915
+#: What is wrong with a port that has a listener.
+IN_USE = "in use"
 _LOOPBACK = re.compile(r"localhost(\..*)?|127\.[\d.]+|::1")
 
 
@@ -60,10 +62,11 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def is_in_use(port: int) -> bool:
-    """Whether somebody listens on this port here, at whichever address."""
+def problem_with_port(port: int) -> str | None:
+    """Why nobody could listen on this port here; None if one can."""
     try:
+        # As the rendezvous does: connections that fade away are no matter.
         socket.create_server(("", port)).close()
     except OSError as error:
-        return error.errno == errno.EADDRINUSE
-    return False
+        return IN_USE if error.errno == errno.EADDRINUSE else str(error.strerror or error)
+    return None

@@ -1,6 +1,7 @@
 """Ranks and what they say to each other: the only user of torch.distributed."""
 
 import datetime
+import functools
 import json
 import os
 import resource
@@ -193,9 +194,10 @@ class Comm:
         if first == self.world_size:
             return
         sentence = self._share_from(first, str(error) if first == self.rank else None)
-        failure = error if first == self.rank else UserError(sentence)
-        failure.agreed = True
-        raise failure
+        if first != self.rank:
+            raise UserError(sentence, agreed=True)
+        error.agreed = True
+        raise error
 
     def _share_from(self, source: int, value: Any) -> Any:
         """The JSON-able value of rank `source`, on every rank."""
@@ -223,13 +225,14 @@ class RollCall:
         listens = topology.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         # A launcher's store outlives the ranks: what those of an earlier attempt have said there is not meant.
         self._prefix = f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
-        self._meet = lambda listens: dist.TCPStore(
-            address, port, topology.world_size, listens, datetime.timedelta(seconds=seconds), wait_for_workers=False
+        patience = datetime.timedelta(seconds=seconds)
+        self._connect = functools.partial(
+            dist.TCPStore, address, port, topology.world_size, timeout=patience, wait_for_workers=False
         )
         if listens:
             _allow_open_files(3 * topology.world_size + 1024)
         try:
-            self.store = dist.PrefixStore(self._prefix, self._meet(listens))
+            self.store = dist.PrefixStore(self._prefix, self._connect(is_master=listens))
         except dist.DistError as error:
             what = "cannot listen on" if listens else "cannot reach"
             reason = str(error).splitlines()[0].split(". ")[0]
@@ -263,14 +266,12 @@ class RollCall:
     def board(self) -> "StoreBoard":
         """Where ranks write down what others may read, by a connection of its own: it can be used from another thread."""
         try:
-            return StoreBoard(dist.PrefixStore(f"{self._prefix}/board", self._meet(False)))
+            return StoreBoard(dist.PrefixStore(f"{self._prefix}/board", self._connect(is_master=False)))
         except dist.DistError as error:
             raise self._lost("reaches the master once, but not again") from error
 
     def _lost(self, what: str) -> TrainingError:
-        error = TrainingError(f"rank {self._rank} on {socket.gethostname()} {what}")
-        error.agreed = False
-        return error
+        return TrainingError(f"rank {self._rank} on {socket.gethostname()} {what}", agreed=False)
 
     def _wait(self, name: str, seconds: float) -> None:
         deadline = time.monotonic() + seconds

@@ -6,6 +6,12 @@ class Ending(Exception):
 
     agreed: bool = False
 
+    def __init__(self, sentence: str, agreed: bool | None = None):
+        """agreed: where it is otherwise than usual for the class."""
+        super().__init__(sentence)
+        if agreed is not None:
+            self.agreed = agreed
+
 
 class UserError(Ending):
     """A mistake of the user's, in one sentence: what is wrong, where, and what to do.

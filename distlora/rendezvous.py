@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from distlora import nodelist
-from distlora.addresses import addresses, free_port, interface_of, interfaces, is_in_use, is_loopback, source
+from distlora.addresses import IN_USE, addresses, free_port, interface_of, interfaces, is_loopback, problem_with_port, source
 from distlora.errors import UserError
 from distlora.mpi import agree_on_place
 
@@ -159,7 +159,7 @@ def settle(
 
 def _port(text: str) -> int:
     if not _is_number(text) or not 1 <= int(text) <= 65535:
-        raise _agreed(f"MASTER_PORT={text} is no port; give a number from 1 to 65535")
+        raise UserError(f"MASTER_PORT={text} is no port; give a number from 1 to 65535", agreed=True)
     return int(text)
 
 
@@ -169,9 +169,10 @@ def _meeting_point(environment: Environment, place: Place, agree) -> tuple[str, 
         name = "SLURM_STEP_NODELIST" if environment.get("SLURM_STEP_NODELIST") else "SLURM_JOB_NODELIST"
         first = next(nodelist.hosts(environment.get(name, "")), None)
         if first is None:
-            raise _agreed(
+            raise UserError(
                 "SLURM_STEP_NODELIST and SLURM_JOB_NODELIST name no host, so where the ranks meet is not known; "
-                "start them with srun, or export MASTER_ADDR (the host of rank 0) and MASTER_PORT"
+                "start them with srun, or export MASTER_ADDR (the host of rank 0) and MASTER_PORT",
+                agreed=True,
             )
         return first, _job_port(environment), f"the first host of {name}"
     if place.several_nodes is False:
@@ -179,9 +180,10 @@ def _meeting_point(environment: Environment, place: Place, agree) -> tuple[str, 
     if place.launcher in ("Open MPI", "PMI"):
         address, port = agree(socket.gethostname(), _rank_0_place, place.world_size)
         return address, port, "as rank 0 told the others through MPI"
-    raise _agreed(
+    raise UserError(
         f"{place.world_size} processes were started through {place.launcher}, but MASTER_ADDR is not set; "
-        "export MASTER_ADDR (the host of rank 0) and MASTER_PORT"
+        "export MASTER_ADDR (the host of rank 0) and MASTER_PORT",
+        agreed=True,
     )
 
 
@@ -190,12 +192,6 @@ def _is_slurm_task(environment: Environment, place: Place) -> bool:
     as_task = str(place.rank), str(place.world_size)
     said = environment.get("SLURM_PROCID"), environment.get("SLURM_STEP_NUM_TASKS") or environment.get("SLURM_NTASKS")
     return "SLURM_STEP_ID" in environment and said == as_task and place.launcher != "Open MPI"
-
-
-def _agreed(sentence: str) -> UserError:
-    error = UserError(sentence)
-    error.agreed = True
-    return error
 
 
 def _job_port(environment: Environment) -> int:
@@ -211,7 +207,7 @@ def _job_port(environment: Environment) -> int:
 
 def _check_derived_port(port: int) -> None:
     """On rank 0, which is to listen there."""
-    if is_in_use(port):
+    if problem_with_port(port) == IN_USE:
         raise UserError(
             f"the port {port} is in use on {socket.gethostname()}; it was derived, because MASTER_PORT is not set: "
             "export MASTER_PORT to choose another, the same for all ranks"
@@ -243,7 +239,7 @@ def _check_master(master: str, place: Place) -> None:
         return
     remedy = "set MASTER_ADDR to an address of rank 0's host in the network that all nodes share"
     if is_loopback(master):
-        raise _agreed(f"the master {master} is a loopback address, and the job has several nodes; {remedy}")
+        raise UserError(f"the master {master} is a loopback address, and the job has several nodes; {remedy}", agreed=True)
     found = addresses(master)
     if not found:
         raise UserError(

@@ -94,9 +94,7 @@ def evaluate(recipe: Recipe, topology: Topology) -> dict[str, float]:
         comm = supervision.gather(device, recipe.deepspeed is not None)
         checkpoint = checkpoints.newest(recipe.output_dir, comm)
         if checkpoint is None:
-            error = UserError(f"{recipe.output_dir} holds no complete checkpoint; train first")
-            error.agreed = True
-            raise error
+            raise UserError(f"{recipe.output_dir} holds no complete checkpoint; train first", agreed=True)
         return Run(comm, _without_monitors(recipe), checkpoint).evaluate_checkpoint()
 
 

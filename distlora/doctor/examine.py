@@ -32,11 +32,9 @@ def examine(
     if not limit > 0:
         raise UserError(f"--limit {limit} is no time to wait; give seconds above 0")
     if hostfile is not None and topology.world_size > 1:
-        error = UserError(
-            f"{topology.world_size} ranks would each ask the hosts of {hostfile}; start one, or leave the hostfile out"
+        raise UserError(
+            f"{topology.world_size} ranks would each ask the hosts of {hostfile}; start one, or leave the hostfile out", agreed=True
         )
-        error.agreed = True
-        raise error
     in_job = topology.world_size > 1
     if in_job and recipe and not recipe.exists():
         # On this node, but maybe not on rank 0's, which is to tell it with all the rest.

@@ -1,11 +1,10 @@
 """Names, interfaces and ports, as one node sees them."""
 
-import errno
 import os
 import socket
 from typing import Any
 
-from distlora.addresses import addresses, free_port, interface_of, interfaces, source
+from distlora.addresses import addresses, free_port, interface_of, interfaces, problem_with_port, source
 
 #: Seconds that a connection to the master is tried.
 PATIENCE = 4.0
@@ -46,17 +45,4 @@ def _answer(address: str, port: int) -> str:
 
 def port_facts(port: int) -> dict[str, Any]:
     """Whether rank 0 can listen here, and a port on which it could otherwise."""
-    return {"port": port, "problem": _bind_problem(port), "another": free_port()}
-
-
-def _bind_problem(port: int) -> str | None:
-    with socket.socket() as listener:
-        listener.setsockopt(
-            socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
-        )  # as the rendezvous does: connections that fade away are no matter
-        try:
-            listener.bind(("", port))
-            listener.listen()
-        except OSError as error:
-            return "in use" if error.errno == errno.EADDRINUSE else str(error.strerror or error)
-    return None
+    return {"port": port, "problem": problem_with_port(port), "another": free_port()}
