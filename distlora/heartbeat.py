@@ -40,7 +40,7 @@ class Verdict:
 
 
 class Heartbeat:
-    """A context manager around all that a rank does together with others."""
+    """One rank's part, from `start` to `stop`."""
 
     def __init__(
         self,
@@ -69,12 +69,12 @@ class Heartbeat:
         self._seen: dict[int, tuple[str | None, float]] = {other: (None, time.monotonic()) for other in watched}
         self._threads = [threading.Thread(target=work, daemon=True) for work in (self._beat, self._guard)]
 
-    def __enter__(self) -> "Heartbeat":
+    def start(self) -> None:
         for thread in self._threads:
             thread.start()
-        return self
 
-    def __exit__(self, *unused: object) -> None:
+    def stop(self) -> None:
+        """Before this rank leaves the others for good."""
         self._closing.set()
 
     def explain(self, sentence: str | None) -> None:

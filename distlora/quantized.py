@@ -21,7 +21,7 @@ from distlora.errors import UserError
 
 #: Numbers that share a scale, and scales that share a scale under double quantisation: what QLoRA uses.
 BLOCK, SCALES_BLOCK = 64, 256
-FLOAT32 = 4
+FLOAT32 = torch.float32.itemsize
 
 
 def library():

@@ -84,7 +84,8 @@ class RunData:
         return ProbeData(lambda: batches(settings.micro_batch_size), lambda: batches(forward_size), count, self._objective.loss)
 
 
-def probe_samples(setting: float, available: int) -> int:
-    """How many samples `samples` stands for: itself, or below 1 that share of the training set, of which at least 25."""
-    wanted = max(FEWEST_PROBE_SAMPLES, round(setting * available)) if setting < 1 else int(setting)
-    return min(wanted, available)
+def probe_samples(setting: float, available: int | None) -> int:
+    """How many samples `samples` stands for: itself, or below 1 that share of the training set, of which at least 25. available:
+    the size of that; None where it is not known yet."""
+    wanted = max(FEWEST_PROBE_SAMPLES, round(setting * (available or 0))) if setting < 1 else int(setting)
+    return min(wanted, available or wanted)

@@ -61,7 +61,7 @@ class Supervision:
             self._heartbeat = Heartbeat(
                 roll.board(), self._topology.rank, self._hosts, self._hang_timeout, self._end, hurried=asked_to_stop
             )
-            self._heartbeat.__enter__()
+            self._heartbeat.start()
         return self._comm
 
     def _meet(self, asked_to_stop: Callable[[], bool]) -> RollCall:
@@ -76,7 +76,7 @@ class Supervision:
         if self._heartbeat is not None:
             if not agreed:
                 self._heartbeat.explain(None if is_broken_collective(error) else _sentence(error))
-            self._heartbeat.__exit__()
+            self._heartbeat.stop()
         if agreed and self._comm is not None:
             self._comm.close()
 

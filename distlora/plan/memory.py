@@ -13,9 +13,9 @@ import torch
 from distlora.linalg import EXACT_SIDE
 from distlora.methods import Method
 from distlora.optimizer import OptimizerSpec
-from distlora.plan.activations import FLOAT32, Activations, activations
+from distlora.plan.activations import Activations, activations
 from distlora.plan.packed import packed_anew, unpacked
-from distlora.plan.setup import Setup
+from distlora.plan.setup import FLOAT32, Setup
 from distlora.plan.traffic import columns_of
 from distlora.probe import BLOCK_COLUMNS, BLOCK_ELEMENTS
 

@@ -3,10 +3,8 @@
 import torch
 
 from distlora.linalg import BLOCK_ELEMENTS, NORM_BLOCK_ELEMENTS
-from distlora.plan.setup import Setup
+from distlora.plan.setup import FLOAT32, Setup
 from distlora.quantized import Packing
-
-FLOAT32 = 4
 
 
 def unpacked(setup: Setup, micro_batch: int) -> int:

@@ -15,12 +15,12 @@ from distlora.methods import Method
 from distlora.methods.base import ProbeSettings
 from distlora.plan.gathering import Gathered, Limits, gather, training_order
 from distlora.plan.shapes import Shapes
+from distlora.rundata import probe_samples
 from distlora.switching import Switching
 
 #: DeepSpeed's own values where the config is silent.
 PERSISTENCE, BUCKET, ALL_GATHER_BUCKET = 100_000, 500_000_000, 500_000_000
-#: Fewest samples of a probe that is given as a share of the training set; as in training.
-FEWEST_PROBE_SAMPLES = 25
+FLOAT32 = torch.float32.itemsize
 
 
 @dataclass(frozen=True)
@@ -140,10 +140,7 @@ class Setup:
         return -(-self.probe_samples(settings) // (self.world_size * size))
 
     def probe_samples(self, settings: ProbeSettings) -> int:
-        wanted = settings.samples
-        if wanted < 1:
-            wanted = max(FEWEST_PROBE_SAMPLES, round(wanted * (self.samples or 0)))
-        return min(int(wanted), self.samples or int(wanted))
+        return probe_samples(settings.samples, self.samples)
 
 
 @functools.lru_cache(maxsize=64)  # the same for all numbers of ranks

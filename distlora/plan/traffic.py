@@ -14,7 +14,7 @@ import torch
 from distlora.methods import Factors, Method
 from distlora.methods.base import LayerInit
 from distlora.plan.packed import renewed
-from distlora.plan.setup import Setup
+from distlora.plan.setup import FLOAT32, Setup
 
 #: Bytes by kind of collective.
 Traffic = Counter[str]
@@ -24,8 +24,6 @@ BROADCAST, REDUCE, GATHER = "broadcast", "reduce", "gather"
 FLAG = 8
 #: Within groups of ranks that hold the frozen weights once each (hpZ).
 GROUP_GATHER = "all-gather in groups"
-
-FLOAT32 = 4
 
 
 def step_traffic(setup: Setup) -> Traffic:

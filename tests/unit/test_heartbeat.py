@@ -51,7 +51,8 @@ class Ranks:
             link.set()
         self.hearts = [self._heart(rank) for rank in range(len(HOSTS))]
         for heart in self.hearts:
-            stack.enter_context(heart)
+            heart.start()
+            stack.callback(heart.stop)
         stack.callback(lambda: [link.set() for link in self.links])
         self.wait_until(lambda: len(self.board.texts) >= len(HOSTS))
 
@@ -112,7 +113,7 @@ def test_a_board_that_refuses_means_that_rank_0_has_ended(ranks):
 def test_at_the_end_of_a_run_a_board_that_is_gone_means_nothing(ranks):
     ranks.board.refused = True
     for heart in ranks.hearts:
-        heart.__exit__()
+        heart.stop()
     time.sleep(10 * INTERVAL)
     assert ranks.verdicts == {}
 
@@ -120,7 +121,7 @@ def test_at_the_end_of_a_run_a_board_that_is_gone_means_nothing(ranks):
 @pytest.mark.parametrize("broken", [0, 2])
 def test_who_fails_says_so_and_the_others_need_not_wait(ranks, broken):
     ranks.hearts[broken].explain("OutOfMemoryError: CUDA out of memory")
-    ranks.hearts[broken].__exit__()
+    ranks.hearts[broken].stop()
     others = {0, 1, 2, 3} - {broken}
     said = ranks.wait_for_verdicts(*others)
     assert set(said) == others
