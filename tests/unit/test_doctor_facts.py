@@ -7,6 +7,7 @@ import socket
 import stat
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -28,11 +29,11 @@ def test_a_collector_that_hangs_or_fails_holds_up_no_other():
     def fail():
         raise ZeroDivisionError("by zero")
 
-    began = time.monotonic()
-    found = facts.gather({"slow": lambda: time.sleep(3), "broken": fail, "good": lambda: {"a": 1}}, limit=0.2)
-    assert time.monotonic() - began < 2
+    release = threading.Event()
+    found = facts.gather({"slow": lambda: release.wait(60), "broken": fail, "good": lambda: {"a": 1}}, limit=2)
+    release.set()
     assert found == {
-        "slow": {"error": "no answer within 0 s"}, "broken": {"error": "ZeroDivisionError: by zero"}, "good": {"a": 1},
+        "slow": {"error": "no answer within 2 s"}, "broken": {"error": "ZeroDivisionError: by zero"}, "good": {"a": 1},
     }  # fmt: skip
 
 
