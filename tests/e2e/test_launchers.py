@@ -7,11 +7,11 @@ import json
 import os
 import shutil
 import signal
-from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tests.e2e.bench import Bench
 from tests.e2e.program import (
     PATIENCE,
     curve,
@@ -19,51 +19,19 @@ from tests.e2e.program import (
     free_port,
     processes_with,
     python,
-    recipe_of,
     run,
     started,
-    succeed,
     wait_until,
-    write_recipe,
-    write_rows,
 )
-from tests.tiny_models import tiny_model_dir
 
 STEPS = 24
 #: Seconds within which the ranks of a group must have followed one that died.
 FAREWELL = 60
 
 
-class Bench:
-    """A recipe, and the plain engine's run of it: what all others must be like."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        content = recipe_of(tiny_model_dir("llama", folder), write_rows(folder / "data"), folder / "plain")
-        # One number for η spares the line search: that is a hundred gathers of the model under ZeRO-3.
-        content["method"]["init"]["eta"] = 0.01
-        content["targets"] = ["q_proj", "v_proj", "down_proj"]
-        content["train"] |= {"steps": STEPS, "lr": 0.005, "save_every": 4, "eval_every": 6}
-        self.recipe = write_recipe(folder / "recipe.yaml", content)
-        succeed("train", self.recipe)
-        self.losses, self.evaluations = curve(folder / "plain"), curve(folder / "plain", "eval/loss")
-
-    def train(self, name: str, stage: int, *overrides: str) -> list[str]:
-        """`train RECIPE …` at a ZeRO stage, into the run directory `name`."""
-        settings = f"deepspeed={{zero_optimization: {{stage: {stage}}}}}"
-        return ["train", str(self.recipe), settings, f"output_dir={self.folder / name}", *overrides]
-
-    def expect_same_curve(self, name: str, steps: int = STEPS) -> None:
-        found, evaluations = curve(self.folder / name), curve(self.folder / name, "eval/loss")
-        assert list(found) == list(range(1, steps + 1))
-        assert found == pytest.approx({step: self.losses[step] for step in found}, rel=1e-4)
-        assert max(evaluations) == steps
-        assert evaluations == pytest.approx({step: self.evaluations[step] for step in evaluations}, rel=1e-4)
-
-
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory) -> Bench:
-    return Bench(tmp_path_factory.mktemp("launchers"))
+    return Bench(tmp_path_factory.mktemp("launchers"), steps=STEPS, save_every=4, eval_every=6, exact_match_samples=3)
 
 
 def under_deepspeed(*arguments: str) -> list[str]:
@@ -82,7 +50,7 @@ def test_deepspeed_and_its_monitors(bench):
     enabled = "{enabled: true, output_path: auto, job_name: auto}"
     monitors = [f"deepspeed.tensorboard={enabled}", f"deepspeed.csv_monitor={enabled}"]
     persistence = "deepspeed.zero_optimization.stage3_param_persistence_threshold=auto"
-    outcome = run(*under_deepspeed(*bench.train("deepspeed", 3, *monitors, persistence, "train.steps=6")))
+    outcome = run(*under_deepspeed("train", *bench.arguments("deepspeed", *monitors, persistence, "train.steps=6")))
     assert outcome.code == 0, outcome.err
     bench.expect_same_curve("deepspeed", 6)
     assert "deepspeed.zero_optimization.stage3_param_persistence_threshold = 600 (auto)" in outcome.err
@@ -106,7 +74,7 @@ def test_deepspeed_and_its_monitors(bench):
 def test_a_rank_that_dies_under_torchrun_and_one_process_that_goes_on(bench):
     run_dir = bench.folder / "torchrun"
     mark = {"DISTLORA_TEST_MARK": str(run_dir)}
-    with started(*under_torchrun(*bench.train("torchrun", 2)), **mark) as launcher:
+    with started(*under_torchrun("train", *bench.arguments("torchrun", stage=2)), **mark) as launcher:
         wait_until((run_dir / "checkpoint-8").exists, PATIENCE, "the checkpoint of step 8", launcher)
         ranks = {variables["RANK"]: pid for pid, variables in processes_with(**mark).items() if "RANK" in variables}
         os.kill(ranks["1"], signal.SIGKILL)
@@ -115,7 +83,7 @@ def test_a_rank_that_dies_under_torchrun_and_one_process_that_goes_on(bench):
         assert processes_with(**mark) == {}, "no rank is left"
     assert max(curve(run_dir)) < STEPS, "the run was not finished"
 
-    outcome = run(*python(*bench.train("torchrun", 3)))
+    outcome = run(*python("train", *bench.arguments("torchrun")))
     assert outcome.code == 0, outcome.err
     assert f"continuing from {run_dir}/checkpoint-" in outcome.err
     bench.expect_same_curve("torchrun")
@@ -123,7 +91,7 @@ def test_a_rank_that_dies_under_torchrun_and_one_process_that_goes_on(bench):
 
 def test_srun_sets_only_its_own_variables(bench):
     common = {"SLURM_NTASKS": "2", "SLURM_STEP_ID": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    command = python(*bench.train("srun", 1, "train.steps=6"))
+    command = python("train", *bench.arguments("srun", "train.steps=6", stage=1))
     with (
         started(*command, SLURM_PROCID="0", SLURM_LOCALID="0", **common) as first,
         started(*command, SLURM_PROCID="1", SLURM_LOCALID="1", **common) as second,
@@ -138,7 +106,7 @@ def test_srun_sets_only_its_own_variables(bench):
 def test_mpirun(bench):
     mpirun = ["mpirun", "-np", "2", "--allow-run-as-root", "--oversubscribe"]
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    outcome = run(*mpirun, *python(*bench.train("mpirun", 3, "train.steps=6")), **address)
+    outcome = run(*mpirun, *python("train", *bench.arguments("mpirun", "train.steps=6")), **address)
     assert outcome.code == 0, outcome.err
     bench.expect_same_curve("mpirun", 6)
     assert outcome.out.count("trained parameters") == 1
@@ -156,7 +124,7 @@ def test_mpirun(bench):
 )
 def test_deepspeed_passes_a_mistake_on_as_one_sentence(bench, mistake, sentence):
     mark = {"DISTLORA_TEST_MARK": f"{bench.folder}/{mistake}"}
-    with started(*under_deepspeed(*bench.train("mistake", 3, mistake)), **mark) as launcher:
+    with started(*under_deepspeed("train", *bench.arguments("mistake", mistake)), **mark) as launcher:
         outcome = finish(launcher, PATIENCE)
         assert processes_with(**mark) == {}, "no rank is left"
     assert outcome.code == 2, outcome.err

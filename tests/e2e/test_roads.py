@@ -6,15 +6,23 @@ A start over two hosts takes ten seconds and more, so each has to show several t
 import os
 import shutil
 import signal
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
+from tests.e2e.bench import Bench
 from tests.e2e.program import finish, started
-from tests.e2e.roads import FAREWELL, PATIENCE, STEPS, Bench, deepspeed_sh, mpi_sh, torchrun
 from tests.e2e.testbed import wait_for
 
 long = pytest.mark.cluster_long
+#: Long enough to be interrupted, on a quiet machine and on a busy one.
+STEPS = 40
+#: Seconds for a start over two hosts, on a machine that does other things too.
+PATIENCE = 280
+#: Seconds within which everything has ended after a signal.
+FAREWELL = 35
 #: What a shell would make something of.
 SIGNS = """a "b"; $(touch evil) `touch evil` %h 'c' \\ &"""
 #: How a rank's command line begins, after the interpreter's path.
@@ -23,7 +31,29 @@ RANK = "-u -m distlora.launched"
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory) -> Bench:
-    return Bench(tmp_path_factory.mktemp("roads"))
+    return Bench(tmp_path_factory.mktemp("roads"), steps=STEPS, save_every=8)
+
+
+@pytest.fixture(scope="module")
+def hostfile(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("hosts") / "hosts"
+    path.write_text("node1 slots=1\nnode2 slots=1\n")
+    return path
+
+
+def deepspeed_sh(*words: object) -> list[object]:
+    return ["bash", "launch/deepspeed.sh", *words]
+
+
+def mpi_sh(*words: object) -> list[object]:
+    """Open MPI refuses to run as root unless it is told."""
+    return ["bash", "launch/mpi.sh", "--mpirun-args=--allow-run-as-root --oversubscribe", *words]
+
+
+def torchrun(node: int, *arguments: str) -> list[object]:
+    """One node's part, as the README says it."""
+    place = ["--nnodes", "2", "--nproc-per-node", "1", "--node-rank", node, "--master-addr", "node1", "--master-port", "29511"]
+    return [Path(sys.executable).with_name("torchrun"), *place, "-m", "distlora", "train", *arguments]
 
 
 def run(cluster, command):
@@ -54,11 +84,11 @@ def the_script(cluster) -> int:
 # ---------------------------------------------------------------------- DeepSpeed's launcher
 
 
-def test_deepspeed_over_ssh_stops_when_it_is_told_and_goes_on(bench, ssh_cluster):
+def test_deepspeed_over_ssh_stops_when_it_is_told_and_goes_on(bench, hostfile, ssh_cluster):
     """And what stands in the command line arrives unharmed."""
     name = f"deepspeed {SIGNS}"
     quoted = str(bench.folder / name).replace("'", "''")  # as YAML has it
-    command = deepspeed_sh(bench.hostfile, *bench.arguments("deepspeed"), f"output_dir='{quoted}'")
+    command = deepspeed_sh(hostfile, *bench.arguments("deepspeed"), f"output_dir='{quoted}'")
     outcome, seconds = interrupt(ssh_cluster, bench, name, command, the_script)
     assert outcome.code == 75, outcome.err[-4000:]
     assert seconds < FAREWELL and ssh_cluster.processes() == {}
@@ -71,9 +101,9 @@ def test_deepspeed_over_ssh_stops_when_it_is_told_and_goes_on(bench, ssh_cluster
     assert not list(bench.folder.rglob("evil")) and bench.status(name).state == "done"
 
 
-def test_every_host_for_itself(bench, ssh_cluster):
+def test_every_host_for_itself(bench, hostfile, ssh_cluster):
     """Without ssh between the hosts: the same command on each, with its own number."""
-    words = [bench.hostfile, *bench.arguments("no-ssh", "train.steps=6")]
+    words = [hostfile, *bench.arguments("no-ssh", "train.steps=6")]
     parts = [ssh_cluster.on(f"node{node + 1}", *deepspeed_sh("--no-ssh", "--node-rank", node, *words)) for node in (0, 1)]
     with started(*parts[0]) as first, started(*parts[1]) as second:
         outcomes = [finish(process, PATIENCE) for process in (first, second)]
@@ -102,9 +132,9 @@ def test_a_mistake_in_the_hostfile_shows_before_anything_starts(bench, ssh_clust
 
 
 @pytest.mark.skipif(shutil.which("mpirun") is None, reason="there is no mpirun (Debian and Ubuntu: the package openmpi-bin)")
-def test_mpi_over_two_hosts(bench, ssh_cluster):
+def test_mpi_over_two_hosts(bench, hostfile, ssh_cluster):
     pytest.importorskip("mpi4py", reason="there is no mpi4py (pip install 'distlora[mpi]')")
-    outcome = run(ssh_cluster, mpi_sh("--hostfile", bench.hostfile, *bench.arguments("mpi", "train.steps=6")))
+    outcome = run(ssh_cluster, mpi_sh("--hostfile", hostfile, *bench.arguments("mpi", "train.steps=6")))
     assert "as rank 0 told the others through MPI" in outcome.err and "told by Open MPI" in outcome.err
     bench.expect_same_curve("mpi", 6)
 
@@ -154,14 +184,14 @@ def test_torchrun_on_two_hosts_and_a_crash_of_one(bench, ssh_cluster):
     ],
     ids=lambda value: value[1].split()[-1] if isinstance(value, tuple) else str(value),
 )
-def test_whoever_is_told_to_stop_all_stop(bench, ssh_cluster, road, victim, number):
+def test_whoever_is_told_to_stop_all_stop(bench, hostfile, ssh_cluster, road, victim, number):
     """In the middle of an accumulation of many micro-batches."""
     host, words = victim
     name = f"{road}-{host}-{words.split()[-1].replace('/', '')}-{number}"
     arguments = bench.arguments(name, "train.global_batch_size=64", "train.micro_batch_size=1", "train.steps=400")
     command = {
-        "deepspeed": deepspeed_sh(bench.hostfile, *arguments),
-        "mpi": mpi_sh("--hostfile", bench.hostfile, *arguments),
+        "deepspeed": deepspeed_sh(hostfile, *arguments),
+        "mpi": mpi_sh("--hostfile", hostfile, *arguments),
         "alone": deepspeed_sh("--ranks", 2, "-", *arguments),
     }[road]
 
@@ -175,9 +205,9 @@ def test_whoever_is_told_to_stop_all_stop(bench, ssh_cluster, road, victim, numb
 
 
 @long
-def test_a_cut_link_ends_the_job_and_names_the_host(bench, ssh_cluster):
+def test_a_cut_link_ends_the_job_and_names_the_host(bench, hostfile, ssh_cluster):
     limit = 6
-    command = deepspeed_sh("--grace", 10, bench.hostfile, *bench.arguments("cut", f"train.hang_timeout={limit}", "train.steps=400"))
+    command = deepspeed_sh("--grace", 10, hostfile, *bench.arguments("cut", f"train.hang_timeout={limit}", "train.steps=400"))
     with started(*ssh_cluster.on("head", *command)) as process:
         wait_for(lambda: bench.steps("cut") >= 3 or process.poll() is not None, PATIENCE, "step 3")
         ssh_cluster.cut("node2")
@@ -192,9 +222,9 @@ def test_a_cut_link_ends_the_job_and_names_the_host(bench, ssh_cluster):
 
 
 @long
-def test_a_cut_link_ends_the_job_long_before_the_usual_limit(bench, ssh_cluster):
+def test_a_cut_link_ends_the_job_long_before_the_usual_limit(bench, hostfile, ssh_cluster):
     """ssh notices it within 15 s. The ranks that can be reached are asked to end then, and look who is silent."""
-    command = deepspeed_sh(bench.hostfile, *bench.arguments("early", "train.steps=400"))
+    command = deepspeed_sh(hostfile, *bench.arguments("early", "train.steps=400"))
     with started(*ssh_cluster.on("head", *command)) as process:
         wait_for(lambda: bench.steps("early") >= 3 or process.poll() is not None, PATIENCE, "step 3")
         ssh_cluster.cut("node2")
@@ -244,30 +274,20 @@ def test_a_master_that_is_every_hosts_own_ends_all_at_once(bench, ssh_cluster):
 
 
 @long
-def test_deepspeed_through_open_mpi(bench, ssh_cluster):
-    words = ["--launcher", "openmpi", "--launcher-args=--allow-run-as-root", bench.hostfile]
+def test_deepspeed_through_open_mpi(bench, hostfile, ssh_cluster):
+    words = ["--launcher", "openmpi", "--launcher-args=--allow-run-as-root", hostfile]
     outcome = run(ssh_cluster, deepspeed_sh(*words, *bench.arguments("openmpi", "train.steps=6")))
     assert "told by Open MPI" in outcome.err
     bench.expect_same_curve("openmpi", 6)
 
 
 @long
-def test_the_doctor_looks_at_the_hosts_through_ssh_and_within_a_job(bench, ssh_cluster):
+def test_the_doctor_looks_at_the_hosts_through_ssh_and_within_a_job(bench, hostfile, ssh_cluster):
     asked = ["-m", "distlora", "doctor", "--run-dir", bench.folder, "--no-build"]
-    outcome = ssh_cluster.run("head", "python", *asked[:3], bench.hostfile, *asked[3:])
+    outcome = ssh_cluster.run("head", "python", *asked[:3], hostfile, *asked[3:])
     assert outcome.code == 0, outcome.out + outcome.err
-    mpirun = [
-        "mpirun",
-        "--allow-run-as-root",
-        "--hostfile",
-        bench.hostfile,
-        "-x",
-        "PATH",
-        "-x",
-        "PYTHONPATH",
-        "-x",
-        "DS_ACCELERATOR",
-    ]
+    variables = [word for name in ("PATH", "PYTHONPATH", "DS_ACCELERATOR") for word in ("-x", name)]
+    mpirun = ["mpirun", "--allow-run-as-root", "--hostfile", hostfile, *variables]
     outcome = ssh_cluster.run("head", *mpirun, "python", *asked)
     assert outcome.code == 0, outcome.out + outcome.err
     for found in ("to 10.231.77.11 through eth0", "is writable, and shared", "right on 2 ranks"):

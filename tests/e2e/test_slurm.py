@@ -11,12 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.program import REPOSITORY, curve, recipe_of, succeed, write_recipe
+from tests.e2e.bench import Bench
+from tests.e2e.program import REPOSITORY
 from tests.e2e.testbed import Cluster, wait_for
 
 SCRIPT = REPOSITORY / "launch" / "slurm.sbatch"
 #: Seconds for what takes ten or twenty on a quiet machine.
 LONG = 600
+STEPS = 24
 ENDS = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 #: Two ranks on two nodes.
 PAIR = ("--nodes=2", "--gpus-per-node=1")
@@ -74,38 +76,20 @@ class Job:
         return said
 
 
-class Bench:
-    """A recipe, and the plain engine's run of it on one process: what all jobs must be like."""
-
-    STEPS = 24
-
-    def __init__(self, folder: Path, model: Path, data: Path):
-        self.folder = folder
-        content = recipe_of(model, data, folder / "plain")
-        content["method"]["init"]["eta"] = 0.01  # one number for η spares the line search
-        content["targets"] = ["q_proj", "v_proj"]
-        content["train"] |= {"steps": self.STEPS, "lr": 0.005, "save_every": 4, "eval_every": 0, "exact_match_samples": 0}
-        content["train"] |= {"global_batch_size": 16, "micro_batch_size": 16, "hang_timeout": 15}
-        self.recipe = write_recipe(folder / "recipe.yaml", content)
-        succeed("train", self.recipe)
-
-    def words(self, name: str, *overrides: str) -> tuple[str, ...]:
-        """The job's arguments for a run at ZeRO-3 in the directory `name`. Its steps take long enough to be interrupted: eight
-        micro-batches on each of two ranks."""
-        changes = ["deepspeed={zero_optimization: {stage: 3}}", "train.micro_batch_size=1", f"output_dir={self.folder / name}"]
-        return (str(self.recipe), *changes, *overrides)
-
-    def under_way(self, name: str) -> bool:
-        return any((self.folder / name).glob("checkpoint-*"))
-
-    def expect_same_curve(self, name: str, quiet: str = "plain") -> None:
-        for tag in ("train/loss", "eval/loss"):
-            assert curve(self.folder / name, tag) == pytest.approx(curve(self.folder / quiet, tag), rel=1e-4), tag
-
-
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory, model, data) -> Bench:
-    return Bench(tmp_path_factory.mktemp("slurm"), model, data)
+def bench(tmp_path_factory) -> Bench:
+    folder = tmp_path_factory.mktemp("slurm")
+    return Bench(folder, steps=STEPS, save_every=4, global_batch_size=16, micro_batch_size=16, hang_timeout=15)
+
+
+def words_of(bench: Bench, name: str, *overrides: str) -> tuple[str, ...]:
+    """The job's arguments for a run in the directory `name`. Its steps take long enough to be interrupted: eight micro-batches on
+    each of two ranks."""
+    return (*bench.arguments(name, "train.micro_batch_size=1"), *overrides)
+
+
+def under_way(bench: Bench, name: str) -> bool:
+    return any((bench.folder / name).glob("checkpoint-*"))
 
 
 @pytest.fixture
@@ -124,8 +108,8 @@ def queue(slurm_cluster, tmp_path) -> Iterator[Callable[..., Job]]:
 
 def interrupted(bench: Bench, queue, name: str, *options: str) -> Job:
     """A job on two nodes that has come to its first checkpoint."""
-    job = queue(*options, words=bench.words(name))
-    job.until(lambda: bench.under_way(name), "its first checkpoint")
+    job = queue(*options, words=words_of(bench, name))
+    job.until(lambda: under_way(bench, name), "its first checkpoint")
     return job
 
 
@@ -142,11 +126,11 @@ def test_two_nodes_are_one_run_that_goes_on_after_its_time(bench, queue):
     assert "the time limit is near" in first and f"job {job.number} is queued again" in first
     assert "0: 2 ranks on 2 hosts (node1: 0; node2: 1)" in first and "told by SLURM" in first
     stopped = int(re.search(r"continuing from \S+/checkpoint-(\d+)", second)[1])
-    assert 4 <= stopped < bench.STEPS, "what was done until then was not lost"
+    assert 4 <= stopped < STEPS, "what was done until then was not lost"
 
 
 def test_a_mistake_is_not_queued_again(bench, queue):
-    job = queue("--gpus-per-node=1", words=bench.words("mistake", "train.lrr=$(touch evil)"))
+    job = queue("--gpus-per-node=1", words=words_of(bench, "mistake", "train.lrr=$(touch evil)"))
     said = job.expect_end("FAILED", 0)
     assert job.facts["ExitCode"] == "2:0"
     assert "0: distlora: override train.lrr: unknown key, did you mean lr?" in said
@@ -176,7 +160,7 @@ exec "${{@:2}}"
     apptainer.chmod(0o755)
     path = f"{apptainer.parent}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     image = ("--container", "image.sif", "--python", sys.executable, "--logs", str(tmp_path / "logs"))
-    job = queue("--nodes=2", "--gpus-per-node=2", words=(*bench.words("four"), *image), PATH=path)
+    job = queue("--nodes=2", "--gpus-per-node=2", words=(*words_of(bench, "four"), *image), PATH=path)
     job.expect_end("COMPLETED", 0)
     bench.expect_same_curve("four")
     assert (tmp_path / "apptainer").read_text().count("exec --nv --bind") == 4
@@ -189,15 +173,15 @@ exec "${{@:2}}"
 def test_the_time_limit(bench, queue):
     """SLURM looks at its clocks twice a minute, so there are more steps."""
     many = "train.steps=200"
-    succeed("train", bench.recipe, many, f"output_dir={bench.folder / 'plain-limit'}")
-    job = queue(*PAIR, "--signal=B:USR1@60", words=bench.words("limit", many))
-    job.until(lambda: bench.under_way("limit"), "its first checkpoint")
+    bench.plain("plain-limit", many)
+    job = queue(*PAIR, "--signal=B:USR1@60", words=words_of(bench, "limit", many))
+    job.until(lambda: under_way(bench, "limit"), "its first checkpoint")
     hours, minutes, seconds = map(int, job.facts["RunTime"].split(":"))
     job.say("scontrol", "update", f"JobId={job.number}", f"TimeLimit={hours * 60 + minutes + 2}")
     job.until(lambda: job.facts["Restarts"] == "1", "its limit")
     job.say("scontrol", "update", f"JobId={job.number}", "TimeLimit=UNLIMITED")
     assert "the time limit is near" in job.expect_end("COMPLETED", 1)
-    bench.expect_same_curve("limit", "plain-limit")
+    bench.expect_same_curve("limit", quiet="plain-limit")
 
 
 @pytest.mark.cluster_long
@@ -256,14 +240,14 @@ def test_an_array_of_two(bench, queue, tmp_path):
     sweep = tmp_path / "sweep.txt"
     runs = [bench.folder / "first $(touch evil)", bench.folder / "second"]
     sweep.write_text(f"# rates\n'output_dir={runs[0]}' train.lr=0.005\noutput_dir={runs[1]} train.lr=0.01\n")
-    succeed("train", bench.recipe, "train.lr=0.01", f"output_dir={bench.folder / 'plain-second'}")
-    job = queue("--array=0-1", "--gpus-per-node=2", words=(*bench.words("unused"), "--sweep", str(sweep)))
+    bench.plain("plain-second", "train.lr=0.01")
+    job = queue("--array=0-1", "--gpus-per-node=2", words=(*words_of(bench, "unused"), "--sweep", str(sweep)))
     second = job.task(1)
-    second.until(lambda: bench.under_way("second"), "its first checkpoint")
+    second.until(lambda: under_way(bench, "second"), "its first checkpoint")
     job.say("scancel", "--signal=USR1", "--batch", second.number)
     said = second.expect_end("COMPLETED", 1)
     assert f"job {job.number}_1, start 2: 2 ranks on" in said
     assert f"job {job.number}_0, start 2: 2 ranks on" not in job.task(0).expect_end("COMPLETED", 0)
     bench.expect_same_curve(runs[0].name)
-    bench.expect_same_curve("second", "plain-second")
+    bench.expect_same_curve("second", quiet="plain-second")
     assert not (bench.folder / "unused").exists()
