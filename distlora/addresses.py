@@ -65,7 +65,7 @@ def free_port() -> int:
 def problem_with_port(port: int) -> str | None:
     """Why nobody could listen on this port here; None if one can."""
     try:
-        # As the rendezvous does: connections that fade away are no matter.
+        # It may reuse the address, as the rendezvous may: connections that fade away are no matter.
         socket.create_server(("", port)).close()
     except OSError as error:
         return IN_USE if error.errno == errno.EADDRINUSE else str(error.strerror or error)

