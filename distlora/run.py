@@ -243,6 +243,7 @@ class Run:
             self.engine, self.attached, self.run_dir, state.step, run_identity(self.recipe), state.extra,
             self.recipe.train.keep_checkpoints, recomposer=self.recomposer,
         )  # fmt: skip
+        self.status.saved = state.step
         on_main(self.comm, self.run_dir, lambda: self.status.write("running"))
         return saved
 

@@ -24,13 +24,14 @@ State = Literal["running", "preempted", "failed", "done"]
 
 @dataclass(frozen=True)
 class Status:
-    """state: "running" stays if the run is killed without a word. step, steps: finished optimizer steps, and of the whole run (None
-    before that is known).
+    """state: "running" stays if the run is killed without a word. step, saved, steps: finished optimizer steps, those of the newest
+    checkpoint (0 without one), and of the whole run (None before that is known).
     requeue: another start would go on where this one ended. message: why it ended, in a sentence. start: tells one start of a run
     from the others. time: UTC, ISO 8601."""
 
     state: State
     step: int
+    saved: int
     steps: int | None
     requeue: bool
     message: str
@@ -55,12 +56,15 @@ class Status:
 
 
 class StatusFile:
-    """One start's status. Rank 0 writes it; where that is gone, others do. step, steps: as in `Status`; the run keeps them true."""
+    """One start's status. Rank 0 writes it; where that is gone, others do.
+
+    step, saved, steps: as in `Status`; the run keeps them true.
+    """
 
     def __init__(self, run_dir: Path, step: int, start: str):
-        """step: where this start begins. start: the same on all ranks, see `new_start`."""
+        """step: where this start begins, that is, of the newest checkpoint. start: the same on all ranks, see `new_start`."""
         self._path, self._start = run_dir / STATUS, start
-        self.step, self.steps = step, None
+        self.step, self.saved, self.steps = step, step, None
         self._before = self._found()
         #: Whether the file is there, and so must say the truth.
         self.begun = self._before is not None
@@ -70,15 +74,17 @@ class StatusFile:
         from distlora.tensorfile import write_text  # imported late: it brings torch, which readers do without
 
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
-        if state == "failed" and self._failed_here_before():
-            requeue = False  # a third start would fail there too
-        status = Status(state, self.step, self.steps, requeue, message, self._start, now)
+        if state == "failed" and requeue and self._failed_here_before():
+            requeue = False
+            message += f"; not again, because the start before failed too, and no checkpoint came after that of step {self.saved}"
+        status = Status(state, self.step, self.saved, self.steps, requeue, message, self._start, now)
         write_text(self._path, json.dumps(asdict(status), indent=1) + "\n", writer=f"{socket.gethostname()}-{os.getpid()}")
         self.begun = True
 
     def _failed_here_before(self) -> bool:
+        """A third start would begin where this one and the last did, and fail there too."""
         before = self._before
-        return before is not None and before.state == "failed" and before.requeue and before.step >= self.step
+        return before is not None and before.state == "failed" and before.requeue and before.saved == self.saved
 
     def is_open(self) -> bool:
         """Whether nobody has written how this start ended, and no other start has begun."""

@@ -72,18 +72,19 @@ def test_only_an_open_outcome_may_be_written_by_others_than_rank_0(file, tmp_pat
     assert later.is_open() and not file.is_open()
 
 
-def test_who_fails_twice_at_the_same_step_is_not_started_again(file, tmp_path):
-    file.step = 7
-    file.write("failed", "rank 1 went silent", requeue=True)
+@pytest.mark.parametrize(("failed_at", "saved", "again"), [(7, 4, False), (9, 4, False), (5, 4, False), (9, 8, True), (8, 8, True)])
+def test_who_fails_twice_without_having_saved_anything_between_is_not_started_again(tmp_path, failed_at, saved, again):
+    first = status_file(tmp_path)
+    first.step, first.saved = 7, 4
+    first.write("failed", "rank 1 went silent", requeue=True)
     assert read_status(tmp_path).requeue
     second = status_file(tmp_path, step=4)
-    second.step = 7
+    second.write("running")
+    second.step, second.saved = failed_at, saved
     second.write("failed", "rank 1 went silent", requeue=True)
-    assert not read_status(tmp_path).requeue
-    further = status_file(tmp_path, step=4)
-    further.step = 8
-    further.write("failed", "rank 1 went silent", requeue=True)
-    assert read_status(tmp_path).requeue
+    found = read_status(tmp_path)
+    assert found.requeue == again
+    assert ("not again, because the start before failed too" in found.message) != again
 
 
 def test_before_the_length_is_known(tmp_path):
