@@ -259,8 +259,9 @@ def initialising(setting: Setting, count: int = 10, probe_micro_batch: int = 1) 
     report = initialise(setting.engine, setting.attached, seed=3, first_rate=RATE, data=data)
     updates = {}
     for name, layer in setting.attached.layers.items():
-        pair = setting.attached.method.delta(setting.engine.read(layer))
-        updates[f"update.{name}"] = (pair.left.float() @ pair.right.float()).cpu()
+        factors = {factor: value.float() for factor, value in setting.engine.read(layer).items()}
+        pair = setting.attached.method.delta(factors)
+        updates[f"update.{name}"] = (pair.left @ pair.right).cpu()
     losses, norms = setting.steps(0, 3)
     told = {key: torch.tensor(value) for key, value in report.scalars.items()}
     return _curve(losses, norms) | updates | told
@@ -303,6 +304,30 @@ def generating(setting: Setting) -> Results:
     losses += setting.steps(2, 4)[0]
     padded = torch.tensor([answer + [0] * (6 - len(answer)) for answer in answers])
     return _curve(losses, []) | {"answers": padded}
+
+
+def generating_in_parts(setting: Setting, count: int = 4, end: int = 96) -> Results:
+    """Generation where no rank can hold the model whole: every token is a collective, and whoever is done goes on for the others.
+
+    end: a token that ends some of the answers early. Some ranks have no prompt at last.
+    """
+    setting.start_from_random_factors()
+    losses = setting.steps(0, 2)[0]
+    engine, comm, rows = setting.engine, setting.comm, samples(count, 11)
+    engine.train_mode(False)
+    answers = {}
+    with mock.patch.object(engine, "_fits", return_value=False, create=True), engine.whole_model() as gathered:
+        assert gathered == (getattr(engine, "stage", 0) < 3)
+        for part in shard(count, comm.rank, comm.world_size, 1):
+            batch = collate_prompts([rows[i] for i in part], 0, comm.device)
+            found = generate(engine.module, batch, 6, eos_id=end, pad_id=0, partitioned=not gathered)
+            answers |= dict(zip(part, found))
+    engine.train_mode(True)
+    losses += setting.steps(2, 4)[0]
+    everywhere = {int(i): answer for own in comm.gather(answers) for i, answer in own.items()}
+    lengths = torch.tensor([len(everywhere[i]) for i in range(count)])
+    padded = torch.tensor([everywhere[i] + [0] * (6 - len(everywhere[i])) for i in range(count)])
+    return _curve(losses, []) | {"answers": padded, "lengths": lengths}
 
 
 def naming_silent_tensors(setting: Setting) -> Results:
@@ -385,9 +410,9 @@ def storing(setting: Setting) -> Results:
 CASES: dict[str, Callable[..., Results]] = {
     case.__name__: case
     for case in (
-        curve, short_batch, writing, norming, replacing_gradients, initialising, probing, generating, naming_silent_tensors,
-        transform_traffic, correcting, storing, classifying, saving, resuming, swapping, swap_traffic, swap_saving, swap_resuming,
-        whole_run, sent_in_a_step, sent_at_the_start,
+        curve, short_batch, writing, norming, replacing_gradients, initialising, probing, generating, generating_in_parts,
+        naming_silent_tensors, transform_traffic, correcting, storing, classifying, saving, resuming, swapping, swap_traffic,
+        swap_saving, swap_resuming, whole_run, sent_in_a_step, sent_at_the_start,
     )
 }  # fmt: skip
 

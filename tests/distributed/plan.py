@@ -110,6 +110,9 @@ def _bfloat16() -> list[Entry]:
     ]
     for stage in (0, 1, 2, 3):
         plan += [entry("curve", stage, arguments={"steps": 6}), entry("writing", stage)]
+    # What the recipes of large models ask for: the probe, its SVDs and training, all of it with activation checkpointing.
+    plan.append(entry("initialising", 3, method="lora_sb", checkpointing=True))
+    plan.append(entry("initialising", 2, method="lora_sb", checkpointing=True))
     return plan
 
 
@@ -164,6 +167,7 @@ def _zero_options() -> list[Entry]:
         # With gathers in every forward pass: ranks that make fewer passes than others are noticed in an evaluation too.
         Entry(2, "short_batch", 3, zero=never_persistent, note="persist0"),
         Entry(3, "generating", 3, zero=never_persistent, note="persist0"),
+        Entry(3, "generating_in_parts", 3, zero=never_persistent, arguments={"end": 69}, note="persist0"),
         Entry(3, "curve", 3, zero=never_persistent, arguments={"steps": 6}, note="persist0"),
         Entry(
             3, "probing", 3, zero=never_persistent, setting={"checkpointing": True}, arguments={"released": True}, note="persist0"
