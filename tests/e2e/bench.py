@@ -13,10 +13,10 @@ from tests.tiny_models import tiny_model_dir
 class Bench:
     """The recipe, and the plain engine's run of it on one process."""
 
-    def __init__(self, folder: Path, **train):
-        """train: of the recipe's section."""
+    def __init__(self, folder: Path, rows: int = 22, **train):
+        """rows: of the training set. train: of the recipe's section."""
         self.folder = folder
-        content = recipe_of(tiny_model_dir("llama", folder), write_rows(folder / "data"), folder / "plain")
+        content = recipe_of(tiny_model_dir("llama", folder), write_rows(folder / "data", rows), folder / "plain")
         # One number for η spares the line search: that is a hundred gathers of the model under ZeRO-3.
         content["method"]["init"]["eta"] = 0.01
         content["targets"] = ["q_proj", "v_proj", "down_proj"]

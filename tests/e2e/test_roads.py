@@ -205,9 +205,31 @@ def test_whoever_is_told_to_stop_all_stop(bench, hostfile, ssh_cluster, road, vi
 
 
 @long
-def test_a_cut_link_ends_the_job_and_names_the_host(bench, hostfile, ssh_cluster):
+def test_a_stop_does_not_wait_for_an_accumulation_of_slow_micro_batches(hostfile, ssh_cluster, tmp_path):
+    """32 of them a rank, whose weights come over a slow link. What was accumulated is thrown away, and made again later."""
+    bench = Bench(tmp_path, rows=64, steps=3, global_batch_size=64, micro_batch_size=1, save_every=0)
+    gathers = "deepspeed.zero_optimization.stage3_param_persistence_threshold=0"
+    command = deepspeed_sh(hostfile, *bench.arguments("slow", gathers))
+    with started(*ssh_cluster.on("head", *command)) as process:
+        wait_for(lambda: bench.steps("slow") >= 1 or process.poll() is not None, PATIENCE, "step 1")
+        ssh_cluster.slow("node2", "2mbit")
+        wait_for(lambda: bench.steps("slow") >= 2 or process.poll() is not None, PATIENCE, "step 2")
+        time.sleep(3)
+        began = time.monotonic()
+        os.kill(the_script(ssh_cluster), signal.SIGTERM)
+        outcome = finish(process, 2 * FAREWELL)
+        seconds = time.monotonic() - began
+    assert outcome.code == 75 and seconds < FAREWELL, outcome.err[-4000:]
+    assert bench.status("slow").step == 2 and ssh_cluster.processes() == {}
+    ssh_cluster.heal("node2")
+    run(ssh_cluster, command)
+    bench.expect_same_curve("slow")
+
+
+@long
+def test_a_cut_link_ends_the_job_and_names_the_host_and_the_same_command_goes_on(bench, hostfile, ssh_cluster):
     limit = 6
-    command = deepspeed_sh("--grace", 10, hostfile, *bench.arguments("cut", f"train.hang_timeout={limit}", "train.steps=400"))
+    command = deepspeed_sh("--grace", 10, hostfile, *bench.arguments("cut", f"train.hang_timeout={limit}", "train.save_every=2"))
     with started(*ssh_cluster.on("head", *command)) as process:
         wait_for(lambda: bench.steps("cut") >= 3 or process.poll() is not None, PATIENCE, "step 3")
         ssh_cluster.cut("node2")
@@ -219,6 +241,8 @@ def test_a_cut_link_ends_the_job_and_names_the_host(bench, hostfile, ssh_cluster
     assert seconds < limit + 40
     ssh_cluster.heal("node2")
     assert ssh_cluster.processes() == {}
+    assert "/checkpoint-" in run(ssh_cluster, command).err
+    bench.expect_same_curve("cut")
 
 
 @long

@@ -110,6 +110,10 @@ class Cluster:
         """Packets to and from the host are lost without a word."""
         self._script("cut", host)
 
+    def slow(self, host: str, rate: str) -> None:
+        """What is sent to the host passes at this rate, such as 4mbit."""
+        self._script("slow", host, rate)
+
     def heal(self, host: str) -> None:
         self._script("heal", host)
 

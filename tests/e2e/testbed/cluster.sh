@@ -12,7 +12,8 @@ usage: cluster.sh COMMAND
   exec HOST WORD…    runs a command there, in the current directory and environment
   pid HOST           prints the host's first process, as this machine counts
   cut HOST           takes its link away: packets to and from it are lost without a word
-  heal HOST          gives the link back
+  slow HOST RATE     what is sent to it passes at this rate, such as 4mbit
+  heal HOST          gives the link back, as it was
   crash HOST         cuts the link and ends all its processes, as a power failure would
   boot HOST          starts it again after a crash, with its link
   down               ends everything and removes every trace
@@ -113,6 +114,16 @@ boot() {
 link() {  # link HOST up|down
     [[ $1 != head ]] || refuse "the head is the switch: cut node1 or node2"
     in_network head link set "to-$1" "$2"
+}
+
+slow() {  # slow HOST RATE
+    link "$1" up
+    tc -n "$(namespace head)" qdisc replace dev "to-$1" root tbf rate "$2" burst 16kb latency 1s
+}
+
+heal() {
+    link "$1" up
+    tc -n "$(namespace head)" qdisc delete dev "to-$1" root 2>/dev/null || true  # there is none unless it was slow
 }
 
 crash() {
@@ -284,7 +295,8 @@ case $command in
     boot) boot "$1"; [[ $1 == head ]] || link "$1" up ;;
     crash) crash "$1" ;;
     cut) link "$1" down ;;
-    heal) link "$1" up ;;
+    slow) slow "$1" "$2" ;;
+    heal) heal "$1" ;;
     exec) run_on "$@" ;;
     pid) first_process "$1" ;;
     become) become_host "$1" ;;  # these two are for this script's own use
