@@ -20,9 +20,9 @@ ALL_LINEAR = "all-linear"
 
 @dataclass
 class Attached:
-    """What `attach` did. layers: by name in the bare model. trained: names of all trained parameters, in the model's order.
-    ledger: what has been added to the layers' frozen weights since, once there is an engine to do it. originals: the weights of
-    packed layers before that, where the method needs them."""
+    """What `attach` did. method: fitted to the layers. layers: by name in the bare model. trained: names of all trained parameters,
+    in the model's order. ledger: what has been added to the layers' frozen weights since, once there is an engine to do it.
+    originals: the weights of packed layers before that, where the method needs them."""
 
     method: Method
     layers: dict[str, AdapterLinear] = field(default_factory=dict)
@@ -69,6 +69,7 @@ def attach(model: nn.Module, method: Method, targets: str | list[str], new_param
     Raises UserError for a target that matches no linear layer, and for a layer whose shape the method refuses.
     """
     linears = target_linears(model, targets, new_parameters)
+    method = method.fitted([(linear.out_features, linear.in_features) for linear in linears.values()])
     chosen = list(linears)
     for name in chosen:
         problem = method.problem_with(linears[name].out_features, linears[name].in_features)

@@ -116,6 +116,7 @@ def _row(method: Method, subject: Subject | None, spec: OptimizerSpec, recipe: R
     if subject is None:
         numbers = [_formula(method)]
     else:
+        method = method.fitted(subject.shapes)
         if recipe is not None:
             zero = (recipe.deepspeed or {}).get("zero_optimization", {})
             check_base(recipe.model_copy(update={"method": method}), partitioned=zero.get("stage") == 3)

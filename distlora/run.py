@@ -68,10 +68,11 @@ class Summary:
     tensorboard: str | None = None
 
 
-def check_targets(recipe: Recipe, objective: Objective) -> None:
-    """Attaches the method to the model without weights: what is wrong with targets or rank shows before anything is loaded."""
+def check_targets(recipe: Recipe, objective: Objective) -> Recipe:
+    """Attaches the method to the model without weights: what is wrong with targets or rank shows before anything is loaded.
+    Returns the recipe with the method fitted to the model."""
     model = objective.bare_model()
-    attach(model, recipe.method, recipe.targets, objective.head(model))
+    return recipe.model_copy(update={"method": attach(model, recipe.method, recipe.targets, objective.head(model)).method})
 
 
 class Run:
@@ -85,14 +86,14 @@ class Run:
         self.objective = objective_of(recipe)
         fetch(comm, recipe)
         comm.sum_or_stop()
-        together(comm, lambda: check_targets(recipe, self.objective))
+        fitted = together(comm, lambda: check_targets(recipe, self.objective))
         self.data = RunData(comm, recipe, self.objective)
         settings = recipe.train
         self.steps = settings.steps or max(1, round(settings.epochs * self.data.order.steps_per_epoch))
         if status is not None:
             status.steps = self.steps
         self.schedule = Schedule(settings.schedule, settings.lr, self.steps, settings.warmup_ratio)
-        together(comm, lambda: check_length(recipe, self.steps))
+        together(comm, lambda: check_length(fitted, self.steps))
 
         config = together(comm, self.objective.load_config)
         self.engine, self.tensorboard, self.resolved = together(comm, lambda: _make_engine(comm, recipe, config))

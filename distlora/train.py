@@ -48,11 +48,11 @@ def check(recipe: Recipe, topology: Topology, resume: bool | None) -> None:
     if recipe.deepspeed is not None:
         # The sizes that depend on the model's width are of no interest here; contradictions are.
         config, _ = resolve_deepspeed(recipe, topology.world_size, hidden_size=1)
+    if recipe.model.path.startswith("pypi:") or Path(recipe.model.path).expanduser().is_dir() or recipe.model.path[0] in "./~":
+        recipe = check_targets(recipe, objective)
     check_combination(recipe, config)
     if recipe.model.quantization is not None:
         library()
-    if recipe.model.path.startswith("pypi:") or Path(recipe.model.path).expanduser().is_dir() or recipe.model.path[0] in "./~":
-        check_targets(recipe, objective)
     for split in filter(None, (recipe.data.split, recipe.data.eval_split)):
         objective.check_split(split)
 

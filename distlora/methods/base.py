@@ -12,7 +12,7 @@ a recipe. Adding a method is adding one file to this package: the recipe, the co
 contract tests find it by its `name`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -159,6 +159,10 @@ class Method(BaseModel):
         """Shape of every factor of one layer, trained or frozen."""
         full = {"A": (self.rank, in_features), "R": (self.rank, self.rank), "B": (out_features, self.rank)}
         return {name: (out_features,) if name == self.magnitude else full[name] for name in self.factor_names}
+
+    def fitted(self, shapes: Sequence[tuple[int, int]]) -> "Method":
+        """The method as it is put on layers of these shapes (out, in): what was left open for them to decide is decided."""
+        return self
 
     def problem_with(self, out_features: int, in_features: int) -> str | None:
         """Why a layer of this shape cannot be adapted, and what to set instead, as the end of a sentence; None if it can."""

@@ -5,6 +5,7 @@ components from the current gradient, as LoRA-SB's first step (arXiv 2411.19557)
 """
 
 import math
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -41,7 +42,7 @@ class RefillProbe(ProbeSettings):
 class SRLoRA(PiSSA):
     name: Literal["srlora"] = "srlora"
     target_rank: int | None = Field(
-        None, ge=1, description="directions explored in all: bounds the number of replacements; null: four times the rank"
+        None, ge=1, description="directions explored in all, which bound the replacements; null: four times the rank, or what W has"
     )
     gamma: float = Field(0.5, gt=0, le=1, description="share of the components that is replaced at a time")
     interval: int | None = Field(None, ge=1, description="steps between replacements; null: as target_rank and schedule say")
@@ -59,14 +60,6 @@ class SRLoRA(PiSSA):
     summary: ClassVar[str] = "PiSSA; unimportant components are fused into W and replaced by unused ones"
     source: ClassVar[str] = "arXiv 2505.12433"
 
-    @model_validator(mode="before")
-    @classmethod
-    def _choose_target_rank(cls, fields):
-        if not isinstance(fields, dict) or fields.get("target_rank") is not None:
-            return fields
-        rank = fields.get("rank", cls.model_fields["rank"].default)
-        return fields | {"target_rank": 4 * rank} if isinstance(rank, int) and rank > 0 else fields
-
     @model_validator(mode="after")
     def _check_sizes(self):
         if self.schedule == "none":
@@ -78,7 +71,7 @@ class SRLoRA(PiSSA):
             least = 2 * self.adaptive.window
             raise ValueError(f"interval={self.interval} is shorter than two windows of adaptive.window: set it to at least {least}")
         least = self.rank + self.replaced_at_once
-        if self.target_rank < least:
+        if self.directions < least:
             raise ValueError(f"target_rank={self.target_rank} leaves nothing to replace with: set it to at least {least}")
         return self
 
@@ -90,14 +83,31 @@ class SRLoRA(PiSSA):
         return int(self.gamma * self.rank + 1e-9)  # 0.29 · 100 is 28.999999999999996
 
     @property
+    def directions(self) -> int:
+        """r_target; as long as it is open and no layer is known, four times the rank."""
+        return 4 * self.rank if self.target_rank is None else self.target_rank
+
+    @property
     def most_swaps(self) -> int:
         """n_switch = ⌊(r_target − r)/⌊γ·r⌋⌋."""
-        return 0 if self.schedule == "none" else (self.target_rank - self.rank) // self.replaced_at_once
+        return 0 if self.schedule == "none" else (self.directions - self.rank) // self.replaced_at_once
+
+    def fitted(self, shapes: Sequence[tuple[int, int]]) -> "SRLoRA":
+        """W has min(out, in) singular directions, and all layers are recomposed together: the smallest decides for all."""
+        if self.target_rank is not None:
+            return self
+        there = [min(shape) for shape in shapes] if self._has_reserve else []
+        return self.model_copy(update={"target_rank": min([self.directions, *there])})
 
     def problem_with(self, out_features: int, in_features: int) -> str | None:
-        least = min(out_features, in_features)
-        if self._has_reserve and self.target_rank > least >= self.rank:
-            return f"target_rank {self.target_rank} is above min(out, in) = {least}; lower method.target_rank"
+        least, unused = min(out_features, in_features), min(out_features, in_features) - self.rank
+        if self._has_reserve and 0 <= unused < self.replaced_at_once:
+            return (
+                f"rank {self.rank} leaves {unused} of min(out, in) = {least} singular directions unused, and "
+                f"{self.replaced_at_once} are replaced at a time; lower method.rank"
+            )
+        if self._has_reserve and self.directions > least >= self.rank:
+            return f"target_rank {self.directions} is above min(out, in) = {least}; lower method.target_rank"
         return super().problem_with(out_features, in_features)
 
     def problem_with_base(self, kind: Literal["nf4", "int8"], partitioned: bool) -> str | None:
@@ -118,7 +128,7 @@ class SRLoRA(PiSSA):
         """PiSSA's, and the next triplets of the same SVD, up to `target_rank`, as the reserve."""
         if not self._has_reserve:
             return super().initialise(layer)
-        u, sigma, vt = truncated_svd(layer.source.to(layer.device), self.target_rank, layer.generator)
+        u, sigma, vt = truncated_svd(layer.source.to(layer.device), self.directions, layer.generator)
         all_of_them = balanced(u, sigma, vt, self.scaling, layer.dtype)
         leading, reserve = _columns(all_of_them, slice(self.rank)), _columns(all_of_them, slice(self.rank, None))
         return self._begin(leading, captured_energy(layer.source, sigma[: self.rank]), reserve)
@@ -147,7 +157,8 @@ class SRLoRA(PiSSA):
                 f"method.adaptive.window={self.adaptive.window} does not fit twice before step {last}, the last one of {steps} "
                 f"after which components are replaced: set it to at most {last // 2}, or train longer"
             )
-        if self.schedule == "fixed" and self.interval is None and self.most_swaps > last:
+        # As long as target_rank is open, so is the number of replacements.
+        if self.schedule == "fixed" and self.interval is None and self.target_rank is not None and self.most_swaps > last:
             return (
                 f"method.target_rank={self.target_rank} asks for {self.most_swaps} replacements, and a run of {steps} steps "
                 f"has room for {last}: set it to at most {self.rank + self.replaced_at_once * steps - 1}, or train longer"

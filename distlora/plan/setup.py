@@ -155,6 +155,7 @@ def _gathered(shapes: Shapes, limits: Limits, threshold: int, checkpointing: boo
 
 def setup_of(recipe: Recipe, shapes: Shapes, world_size: int, samples: int | None = None) -> Setup:
     """Raises UserError where the recipe cannot run on so many ranks."""
+    recipe = recipe.model_copy(update={"method": shapes.attached.method})
     accumulation = plan_batches(recipe, world_size)
     config: dict[str, Any] = {}
     if recipe.deepspeed is not None:

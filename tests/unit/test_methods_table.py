@@ -161,8 +161,10 @@ def test_what_one_method_cannot_do_is_said_in_its_line(model):
     table = methods_table(model=model, rank=smallest + 1)
     assert f"rank {smallest + 1} is above min(out, in) = {smallest}" in rows(table)["lora"]
     assert cells(table, "full")[2].replace(",", "").isdigit()
-    assert "lower method.target_rank" in rows(methods_table(model=model, rank=smallest))["srlora"]
-    assert "leaves nothing" not in methods_table(rank=32), "srlora's target_rank follows the rank"
+    said = rows(methods_table(model=model, rank=smallest))["srlora"]
+    assert f"leaves 0 of min(out, in) = {smallest} singular directions unused" in said
+    half = rows(methods_table(model=model, rank=smallest // 2))["srlora"]
+    assert "lower" not in half and "lower" not in rows(methods_table(rank=32))["srlora"], "target_rank follows rank and layers"
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,15 @@ from pathlib import Path
 
 import pytest
 import yaml
+from transformers import LlamaConfig
 
+from distlora.comm import Topology
 from distlora.config import dump_recipe, load_recipe, plan_batches, resolve_deepspeed
 from distlora.errors import UserError
+from distlora.methods import registry
+from distlora.objective import objective_of
+from distlora.run import check_targets
+from distlora.train import check
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "configs" / "recipes").glob("*.yaml"))
@@ -66,6 +72,24 @@ def test_recipe_with_another_method(path, method):
     said = yaml.safe_load(path.read_text(encoding="utf-8"))["method"]
     dropped = [key for key in said if key not in type(recipe.method).model_fields]
     assert all(f"method.{key}" in recipe.notes[0] for key in dropped) and len(recipe.notes) == bool(dropped)
+
+
+@pytest.fixture(scope="module")
+def smollm2_shapes(tmp_path_factory):
+    """A model directory without weights, whose layers are as wide as SmolLM2-135M's."""
+    directory = tmp_path_factory.mktemp("smollm2")
+    widths = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
+    LlamaConfig(num_hidden_layers=2, vocab_size=64, **widths).save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.parametrize("method", registry())
+def test_quickstart_runs_every_method(method, smollm2_shapes, tmp_path):
+    """Not only the one that its rank was chosen for."""
+    recipe = load_recipe(QUICKSTART, [f"method.name={method}", f"model.path={smollm2_shapes}", f"output_dir={tmp_path}/run"])
+    check(recipe, Topology(rank=0, world_size=2), resume=None)
+    fitted = check_targets(recipe, objective_of(recipe)).method
+    assert fitted.rank == recipe.method.rank and fitted.problem_with_length(recipe.train.steps) is None
 
 
 def paper(name):

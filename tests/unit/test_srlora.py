@@ -43,8 +43,8 @@ def _used(factors, dtype):
 
 def test_defaults():
     method = SRLoRA()
-    assert (method.rank, method.target_rank, method.gamma, method.scaling) == (8, 32, 0.5, 1.0)
-    assert SRLoRA(rank=96).target_rank == 384 and SRLoRA(rank=2, target_rank=None).target_rank == 8
+    assert (method.rank, method.directions, method.gamma, method.scaling) == (8, 32, 0.5, 1.0)
+    assert SRLoRA(rank=96).directions == 384 and SRLoRA(rank=2, target_rank=None).directions == 8
     assert (method.schedule, method.refill, method.rounding, method.interval) == ("fixed", "spectrum", "nearest", None)
     assert (method.replaced_at_once, method.most_swaps) == (4, 6)
 
@@ -114,6 +114,30 @@ def test_a_reserve_larger_than_the_layer_is_refused():
     for shape in SHAPES:
         assert _method(target_rank=61).problem_with(*shape) == "target_rank 61 is above min(out, in) = 60; lower method.target_rank"
     assert "rank 61 is above" in _method(rank=61, target_rank=99).problem_with(OUT, IN)
+
+
+def test_an_open_target_rank_is_what_the_smallest_layer_has():
+    shapes = [(300, 400), (192, 300), (400, 300)]
+    assert SRLoRA(rank=96).fitted(shapes).target_rank == 192
+    assert SRLoRA(rank=96).fitted(shapes).most_swaps == 2
+    assert SRLoRA(rank=8).fitted(shapes).target_rank == 32, "no more than four times the rank"
+    assert SRLoRA(rank=8, target_rank=40).fitted(shapes).target_rank == 40, "what the recipe says stays"
+    assert SRLoRA(rank=96, refill="gradient").fitted(shapes).target_rank == 384, "W's spectrum bounds only what is taken from it"
+    assert all(SRLoRA(rank=96).fitted(shapes).problem_with(*shape) is None for shape in shapes)
+
+
+@pytest.mark.parametrize(("rank", "unused"), [(192, 0), (130, 62)])
+def test_a_layer_without_unused_directions_is_refused(rank, unused):
+    problem = SRLoRA(rank=rank).fitted([(192, 300)]).problem_with(192, 300)
+    assert f"rank {rank} leaves {unused} of min(out, in) = 192" in problem and problem.endswith("lower method.rank")
+    assert SRLoRA(rank=128).fitted([(192, 300)]).problem_with(192, 300) is None, "64 are left, and 64 replaced"
+
+
+def test_the_length_of_a_run_is_held_against_a_fitted_target_rank():
+    method = SRLoRA(rank=96)
+    assert method.problem_with_length(3) is None, "how many replacements there are is not known yet"
+    assert method.fitted([(192, 300)]).problem_with_length(3) is None
+    assert "asks for 2 replacements" in method.fitted([(192, 300)]).problem_with_length(2)
 
 
 def test_components_from_gradients_need_no_reserve_and_so_no_room():
