@@ -45,8 +45,19 @@ def resolve_path(path: str, progress: Callable[[str], None] | None = None) -> Pa
 
 def without_weights(path: str) -> str:
     """A `model.path` for what asks only for a model's shapes: of a repository on the hub its config alone is fetched."""
-    local = path.startswith(("pypi:", ".", "/", "~")) or path.count("/") > 1 or Path(path).exists()
-    return path if local else str(_download(path, ("config.json",)))
+    return str(_download(path, ("config.json",))) if _on_the_hub(path) else path
+
+
+def may_download(path: str) -> bool:
+    """Whether `resolve_path` may have to download a model, as far as can be seen without asking the hub."""
+    try:
+        return _on_the_hub(path) and not is_cached(path)
+    except HFValidationError:  # no repository can have this name
+        return False
+
+
+def _on_the_hub(path: str) -> bool:
+    return not (path.startswith(("pypi:", ".", "/", "~")) or path.count("/") > 1 or Path(path).exists())
 
 
 def _from_package(path: str, progress: Callable[[str], None] | None) -> Path:

@@ -4,12 +4,13 @@ import logging
 from collections.abc import Iterator
 
 import torch
+from huggingface_hub import is_offline_mode
 
 from distlora.comm import Comm
 from distlora.compose import ProbeData
 from distlora.config import Recipe, plan_batches
-from distlora.data import Encoded, TrainOrder, download, micro_batches, shard
-from distlora.hub import resolve_path
+from distlora.data import Encoded, TrainOrder, download, is_at_hand, micro_batches, shard
+from distlora.hub import may_download, resolve_path
 from distlora.methods.base import ProbeSettings
 from distlora.model import load_tokenizer
 from distlora.objective import Objective
@@ -24,15 +25,19 @@ log = logging.getLogger(__name__)
 
 
 def fetch(comm: Comm, recipe: Recipe) -> None:
-    """Model and data into the local caches: one process a node brings them, the others wait. Collective."""
+    """Model and data into the local caches: one process a node brings them, the others wait. Collective. Where that may be a
+    download, every rank says so; of a data set nobody knows before the hub is asked."""
 
     def bring() -> None:
         resolve_path(recipe.model.path, progress=log.info)
         for split in filter(None, (recipe.data.split, recipe.data.eval_split)):
             download(recipe.data, split)
 
-    if comm.world_size > 1:
-        log.info("model and data: one process a node brings what its cache lacks, the others wait")
+    model, data = may_download(recipe.model.path), not is_at_hand(recipe.data)
+    model, data = comm.sum(model, data)  # before anyone downloads, or the others might find it there already
+    if comm.world_size > 1 and (model or data) and not is_offline_mode():
+        what = " and ".join(name for name, lacking in (("the model", model), ("the data", data)) if lacking)
+        log.info("%s: one rank of each node downloads what its cache lacks, and all ranks wait for that", what)
     together(comm, lambda: bring() if comm.local_rank == 0 else None)
 
 

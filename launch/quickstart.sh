@@ -103,16 +103,6 @@ free_port() {  # DeepSpeed's default is one fixed port: two jobs on one machine 
     python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
 }
 
-batch_overrides() {  # where the recipe's global batch does not divide, the nearest one that does
-    python -c '
-import sys
-from distlora.config import load_recipe
-train, ranks = load_recipe(sys.argv[1]).train, int(sys.argv[2])
-if train.global_batch_size % (train.micro_batch_size * ranks):
-    micro = max(1, train.global_batch_size // ranks)
-    print(f"train.micro_batch_size={micro}", f"train.global_batch_size={micro * ranks}", sep="\n")' "$RECIPE" "$ranks"
-}
-
 choose_devices() {  # sets `ranks`, and `devices`: what tells DeepSpeed's launcher about them
     local accelerators
     accelerators=$(accelerator_count) || exit 1
@@ -143,7 +133,7 @@ main() {  # a function, so that bash has read this file to its end before anythi
     start_child convert_model
     wait_for_child || exit
     port=$(free_port) || exit 1
-    mapfile -t batches < <(batch_overrides)
+    mapfile -t batches < <(python -m distlora.quickstart "$RECIPE" "$ranks" ${overrides[@]+"${overrides[@]}"})
     if [[ -z $output ]]; then
         output=$(fresh_run_directory) || refuse "cannot write to $REPOSITORY/runs; --output DIR chooses another place"
     fi
