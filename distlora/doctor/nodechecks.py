@@ -14,6 +14,9 @@ SHM_WARNING, SHM_FAILURE = 1 << 30, 128 << 20
 FREE_SHARE = 0.9
 #: Seconds after which a lock that no process of its node holds cannot be a living build of another node.
 OLD_LOCK = 1800
+#: Seconds up to which a lock may be that of a build just begun elsewhere; and, with clocks that differ, of one that another node was
+#: asked for, which may have begun to look around so much earlier.
+YOUNG_LOCK, ASKED_LOCK = 60, 180
 
 
 def check_accelerators(nodes: Sequence[Node]) -> Iterator[Finding]:
@@ -107,9 +110,16 @@ def _compiler_problem(facts) -> tuple[str, str, str] | None:
     return None
 
 
+#: States of a build that this examination has started.
+_STARTED = ("built", "failed", "running")
+
+
 def check_locks(nodes: Sequence[Node]) -> Iterator[Finding]:
     """A lock of a build that was killed: every later start waits for it, silently and for ever."""
     held = {lock["path"] for _, facts in known(nodes, "extensions") for lock in facts["locks"] if lock["holder"] is not None}
+    built_in = {
+        facts["path"] for node, facts in known(nodes, "extensions") if (node.fact("operators") or {}).get("state") in _STARTED
+    }
     free = []
     for node, facts in known(nodes, "extensions"):
         for lock in facts["locks"]:
@@ -117,6 +127,9 @@ def check_locks(nodes: Sequence[Node]) -> Iterator[Finding]:
             if path in held:
                 found = f"{path}: a build is running, since {age}"
                 yield Finding("build lock", "warning", (node.name,), found, "wait for it; do not end it, or the lock stays")
+            elif lock["age"] < (ASKED_LOCK if facts["path"] in built_in else YOUNG_LOCK):
+                found = f"{path}, {age} old: another node that shares this cache has just begun to build, or a build was killed"
+                yield Finding("build lock", "warning", (node.name,), found, "ask again in a few minutes, when a build is over")
             else:
                 sure = "" if lock["age"] > OLD_LOCK else " (unless a node that was not asked is building just now)"
                 found = f"{path}, {age} old, is held by no process{sure}: every start would wait for it, silently"

@@ -225,8 +225,30 @@ def test_a_lock_that_a_living_build_holds_on_another_node():
         ("build lock", "warning", ("node0", "node1"))
     ]
     nodes = cluster()
-    change(nodes[0], "extensions.locks", [{"path": "/c/x/lock", "age": 30.0, "holder": None}])
+    change(nodes[0], "extensions.locks", [{"path": "/c/x/lock", "age": 300.0, "holder": None}])
     assert "unless a node that was not asked" in bad(nodes)[0].found, "it may be young because another job is building"
+
+
+@pytest.mark.parametrize(
+    ("age", "state", "level"),
+    [
+        (4.0, "built", "warning"),
+        (90.0, "running", "warning"),
+        (4.0, "skipped", "warning"),  # by a job that nobody was asked about
+        (90.0, "skipped", "failure"),
+        (7200.0, "built", "failure"),  # in a cache of the node's own that has the same path
+    ],
+)
+def test_a_lock_of_the_build_that_another_node_was_just_asked_for(age, state, level):
+    """The cache is shared: the other one has looked for locks before there was this one, and the own processes do not hold it."""
+    nodes = cluster()
+    change(nodes[0], "operators", {"state": state, "seconds": 4.0, "said": "", "pid": 9, "log": "x.log", "why": "none is needed"})
+    path = "/home/me/.cache/torch_extensions/x/lock"
+    change(nodes[1], "extensions.locks", [{"path": path, "age": age, "holder": None}])
+    change(nodes[1], "operators", {"state": "skipped", "why": "a lock is in the way"})
+    (finding,) = [finding for finding in bad(nodes) if finding.check == "build lock"]
+    assert (finding.level, finding.nodes) == (level, ("node1",))
+    assert finding.remedy.startswith("rm -f ") == (level == "failure")
 
 
 def test_a_build_that_goes_on():
