@@ -7,7 +7,7 @@ Reads and checks the hostfile, looks whether every host can be reached and has t
     hostfile       the hosts with their slots, without comments
     environment    the variables that travel, for DS_ENV_FILE; absent with the launcher mpirun
     names          their names
-    withheld       the names of those that DeepSpeed would take along, and that hold a secret
+    withheld       the names of those that would travel, too, but hold a secret
     master         rank 0's address; absent where DeepSpeed must find it
     program        ARGUMENTS in one word, see `distlora.oneword`
     run            the run directory of ARGUMENTS, which are `train RECIPE …`
@@ -23,22 +23,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from distlora.addresses import addresses, is_loopback
-from distlora.confidential import holds_secret
 from distlora.errors import UserError
 from distlora.hostfile import Host, read_hostfile
 from distlora.oneword import pack
 from distlora.ssh import explain, python_there
+from distlora.travelling import travelling, withheld
 
-#: What the same Python and the same caches need, and how transports were told to behave. No secret: all users see command lines.
-TRAVELLING = (
-    *("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "CC", "CXX", "CUDA_HOME", "TORCH_CUDA_ARCH_LIST", "MAX_JOBS"),
-    *("XDG_CACHE_HOME", "TORCH_HOME", "TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR"),
-    *("HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE", "HF_HUB_OFFLINE", "HF_ENDPOINT"),
-    *("OMP_NUM_THREADS", "TOKENIZERS_PARALLELISM", "PYTORCH_CUDA_ALLOC_CONF", "DS_ACCELERATOR", "DEEPSPEED_TIMEOUT"),
-    *("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "NCCL_IB_HCA", "NCCL_DEBUG", "TP_SOCKET_IFNAME"),
-)
-#: Beginnings of names that DeepSpeed takes along by itself, without quoting: they are in our file too, so that ours count.
-_DEEPSPEEDS_OWN = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")
 #: Seconds for a host to start Python.
 PATIENCE = 60
 #: What is run on every host before anything else.
@@ -160,25 +150,6 @@ def reachable_address(name: str) -> str | None:
 
 
 # ---------------------------------------------------------------------- variables
-
-
-def travelling(environment: Mapping[str, str], more: Sequence[str]) -> list[str]:
-    """The names of the variables that the ranks get. more: what the user adds. Errors: UserError for one that is not there."""
-    absent = [name for name in more if name not in environment]
-    if absent:
-        raise UserError(f"--export {absent[0]}: there is no such variable; export it first")
-    secret = set(withheld(environment, more))
-    return [name for name in dict.fromkeys((*_candidates(environment), *more)) if name not in secret]
-
-
-def withheld(environment: Mapping[str, str], more: Sequence[str]) -> list[str]:
-    """The names of those that would travel, did they not hold a secret. more: what the user adds, who must know."""
-    return [name for name in _candidates(environment) if name not in more and holds_secret(name, environment[name])]
-
-
-def _candidates(environment: Mapping[str, str]) -> list[str]:
-    own = [name for name in environment if name.startswith(_DEEPSPEEDS_OWN)]
-    return [name for name in dict.fromkeys((*TRAVELLING, *own)) if name in environment]
 
 
 def _withhold(options: argparse.Namespace, folder: Path) -> None:

@@ -24,8 +24,9 @@ looks. What follows RECIPE is handed to `distlora train` as it is, whatever sign
   --node-rank N              place in HOSTFILE, from 0, and the same --master-addr and --master-port
   --help                   this text
 
-Variables that the ranks get: PATH, PYTHONPATH, LD_LIBRARY_PATH, those that place caches (HF_HOME, TORCH_EXTENSIONS_DIR, …),
-HF_HUB_OFFLINE, OMP_NUM_THREADS, DS_ACCELERATOR, NCCL_*, GLOO_SOCKET_IFNAME and those of --export; a .deepspeed_env is not read.
+Variables that the ranks get: PATH, PYTHON*, LD_LIBRARY_PATH, those that place caches (TORCH_EXTENSIONS_DIR, DISTLORA_CACHE, …), HF_*,
+TRANSFORMERS_*, OMP_NUM_THREADS, MKL_*, DS_ACCELERATOR, those of transports (NCCL_*, TORCH_NCCL_*, GLOO_*, UCX_*, FI_*) and those of
+--export; CUDA_VISIBLE_DEVICES stays behind (slots=N says how many GPUs), and a .deepspeed_env is not read.
 They stand in command lines that other users can see, so what looks like a secret is left out unless --export names it: log in to the
 hub (`hf auth login`) rather than export a token.
 

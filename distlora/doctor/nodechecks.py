@@ -14,8 +14,8 @@ SHM_WARNING, SHM_FAILURE = 1 << 30, 128 << 20
 FREE_SHARE = 0.9
 #: Seconds after which a lock that no process of its node holds cannot be a living build of another node.
 OLD_LOCK = 1800
-#: Seconds up to which a lock may be that of a build just begun elsewhere; and, with clocks that differ, of one that another node was
-#: asked for, which may have begun to look around so much earlier.
+#: Seconds up to which a lock may be that of a build just begun elsewhere; and of one that another node was asked for, which
+#: may have begun so much earlier.
 YOUNG_LOCK, ASKED_LOCK = 60, 180
 
 

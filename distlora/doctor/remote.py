@@ -14,11 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from distlora.doctor.node import answers
-from distlora.environment import relevant_variables
 from distlora.ssh import explain, python_there
-
-#: A rank's place is not the driver's.
-_PLACES = ("RANK", "WORLD_SIZE", "LOCAL_", "CROSS_", "MASTER_", "OMPI_", "PMI_", "PMIX_", "SLURM_", "TORCHELASTIC_")
+from distlora.travelling import travelling
 
 
 @dataclass(frozen=True)
@@ -40,7 +37,7 @@ def command(host: str | None) -> list[str]:
 
 def forwarded() -> dict[str, str]:
     """The variables that a launcher would take along."""
-    return {name: value for name, value in relevant_variables(os.environ).items() if not name.startswith(_PLACES)}
+    return {name: os.environ[name] for name in travelling(os.environ)}
 
 
 class Running:

@@ -10,6 +10,7 @@ import yaml
 from distlora import launched, launching
 from distlora.errors import UserError
 from distlora.oneword import pack, unpack
+from distlora.travelling import travelling, withheld
 
 #: What a shell, pdsh or DeepSpeed's launcher would make something of.
 VALUES = ["a b", "$HOME", "`id`", '"', "\\", "'", "a;b&c|d", "100%", "%h", "*?[x]{y}", "#", "~", "é", "a=b", "/usr/bin:/bin", ""]
@@ -32,6 +33,8 @@ def recipe(tmp_path):
 def prepare(tmp_path, monkeypatch, capsys, recipe):
     """`prepare(text of a hostfile, …)`: the exit code, what was said, and the folder."""
     monkeypatch.setattr(launching, "_refuse_unreachable", lambda hosts, recipe: None)
+    for name in withheld(os.environ):
+        monkeypatch.delenv(name)
     monkeypatch.setattr(launching, "addresses", lambda name: ["127.0.1.1", "10.0.0.7"] if name == "node1" else [])
     folder = tmp_path / "private"
     folder.mkdir()
@@ -115,10 +118,17 @@ def test_what_would_not_arrive_is_refused(name, value, through_shell, part):
 
 def test_only_named_variables_travel():
     given = {"PATH": "/bin", "HF_HOME": "/hf", "HF_TOKEN": "hf_x", "NCCL_IB_TC": "106", "RANK": "3", "EDITOR": "vi", "MINE": "1"}
-    assert launching.travelling(given, []) == ["PATH", "HF_HOME", "NCCL_IB_TC"]
-    assert launching.travelling(given, ["MINE"]) == ["PATH", "HF_HOME", "NCCL_IB_TC", "MINE"]
+    assert travelling(given) == ["PATH", "HF_HOME", "NCCL_IB_TC"]
+    assert travelling(given, ["MINE"]) == ["PATH", "HF_HOME", "NCCL_IB_TC", "MINE"]
     with pytest.raises(UserError, match="--export NOPE: there is no such variable"):
-        launching.travelling(given, ["NOPE"])
+        travelling(given, ["NOPE"])
+
+
+def test_caches_and_transports_travel_and_what_belongs_to_one_machine_does_not():
+    along = ["DISTLORA_CACHE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE", "TORCH_NCCL_TRACE", "FI_PROVIDER", "MKL_CBWR"]
+    stays = ["CUDA_VISIBLE_DEVICES", "LOCAL_RANK", "MASTER_ADDR", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID", "HOSTNAME"]
+    assert travelling(dict.fromkeys([*stays, *along], "1")) == along
+    assert withheld({"HF_TOKEN": "hf_x", "HF_ENDPOINT": "https://me:x@hub.example"}) == ["HF_TOKEN", "HF_ENDPOINT"]
 
 
 def test_no_secret_travels_unless_the_user_says_so():
@@ -126,9 +136,9 @@ def test_no_secret_travels_unless_the_user_says_so():
     harmless = {"MLFLOW_TRACKING_SERVER_CERT_PATH": "/c.pem", "NCCL_IB_PKEY": "1", "MLFLOW_EXPERIMENT_ID": "3"}
     secret = {"MLFLOW_TRACKING_TOKEN": "x", "MLFLOW_TRACKING_PASSWORD": "x", "MLFLOW_TRACKING_URI": "https://me:x@host/"}
     given = {**harmless, **secret, "EDITOR_TOKEN": "x"}
-    assert launching.travelling(given, []) == list(harmless) and launching.withheld(given, []) == list(secret)
+    assert travelling(given, []) == list(harmless) and withheld(given, []) == list(secret)
     chosen = ["MLFLOW_TRACKING_TOKEN"]
-    assert launching.travelling(given, chosen) == [*harmless, *chosen] and launching.withheld(given, chosen) == list(secret)[1:]
+    assert travelling(given, chosen) == [*harmless, *chosen] and withheld(given, chosen) == list(secret)[1:]
 
 
 def test_the_script_learns_which_names_deepspeed_must_not_see(prepare, monkeypatch):
