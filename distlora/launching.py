@@ -20,6 +20,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from distlora.addresses import addresses, is_loopback
@@ -129,19 +130,21 @@ def _refuse_unreachable(hosts: Sequence[Host], recipe: str) -> None:
         asked = [(host, subprocess.Popen(python_there(host.name, command), text=True, errors="replace", **pipes)) for host in hosts]
     except OSError as error:
         raise UserError(f"there is no {error.filename} here, by which the hosts are reached; install OpenSSH's client") from error
-    problems = []
-    for host, process in asked:
-        try:
-            _, said = process.communicate(timeout=PATIENCE)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            problems.append(f"{host.place}: {host.name}: no answer within {PATIENCE} s")
-            continue
-        if process.returncode:
-            problems.append(f"{host.place}: {host.name}: {explain(process.returncode, said)}")
+    with ThreadPoolExecutor(len(asked)) as pool:
+        found = list(pool.map(_problem, (process for _, process in asked)))
+    problems = [f"{host.place}: {host.name}: {problem}" for (host, _), problem in zip(asked, found) if problem]
     if problems:
         more = f" (and {len(problems) - 3} more hosts)" if len(problems) > 3 else ""
         raise UserError(f"{'; '.join(problems[:3])}{more}; see distlora doctor HOSTFILE")
+
+
+def _problem(process: subprocess.Popen) -> str | None:
+    try:
+        _, said = process.communicate(timeout=PATIENCE)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return f"no answer within {PATIENCE} s"
+    return explain(process.returncode, said) if process.returncode else None
 
 
 def reachable_address(name: str) -> str | None:

@@ -3,6 +3,7 @@
 import os
 import shlex
 import subprocess
+import threading
 
 import pytest
 import yaml
@@ -207,3 +208,23 @@ def test_hosts_are_looked_at_all_at_once(monkeypatch, tmp_path, recipe):
     launching._refuse_unreachable(hosts[:1], str(recipe))
     with pytest.raises(UserError, match="hosts:1: node1: .*nowhere is not there"):
         launching._refuse_unreachable(hosts[:1], "nowhere")
+
+
+def test_hosts_that_hang_are_waited_for_all_at_once(monkeypatch):
+    waiting = threading.Barrier(4)
+
+    class Ssh:
+        def __init__(self, command, **streams):
+            self.returncode = None
+
+        def communicate(self, timeout):
+            waiting.wait(20)  # until all the others are waited for as well
+            raise subprocess.TimeoutExpired("ssh", timeout)
+
+        def kill(self):
+            self.returncode = -9
+
+    monkeypatch.setattr(launching.subprocess, "Popen", Ssh)
+    hosts = [launching.Host(f"node{number}", 1, f"hosts:{number}") for number in range(4)]
+    with pytest.raises(UserError, match="hosts:0: node0: no answer within 60 s; .* \\(and 1 more hosts\\)"):
+        launching._refuse_unreachable(hosts, "recipe.yaml")
