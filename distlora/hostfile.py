@@ -1,9 +1,12 @@
 """The hostfile: one `host slots=N` a line, as DeepSpeed's launcher and Open MPI read it."""
 
 import re
+import socket
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from distlora.addresses import is_loopback
 from distlora.errors import UserError
 
 #: A name or an address that ssh cannot take for an option, with a user or not.
@@ -38,6 +41,12 @@ def read_hostfile(path: str | Path) -> list[Host]:
             f"{path}: the hostfile cannot be read ({error.strerror}); give a file of lines such as `node1 slots=8`"
         ) from None
     return parse_hostfile(content, str(path))
+
+
+def this_machine_alone(hosts: Sequence[Host]) -> bool:
+    """Whether all that the hosts come to is the machine that asks, which needs no ssh."""
+    name = socket.gethostname()
+    return len(hosts) == 1 and (is_loopback(hosts[0].address) or hosts[0].address in (name, name.partition(".")[0]))
 
 
 def parse_hostfile(content: bytes, source: str) -> list[Host]:

@@ -16,7 +16,6 @@ Reads and checks the hostfile, looks whether every host can be reached and has t
 import argparse
 import os
 import re
-import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -25,7 +24,7 @@ from pathlib import Path
 
 from distlora.addresses import addresses, is_loopback
 from distlora.errors import UserError
-from distlora.hostfile import Host, read_hostfile
+from distlora.hostfile import Host, read_hostfile, this_machine_alone
 from distlora.oneword import pack
 from distlora.ssh import explain, python_there
 from distlora.travelling import travelling, withheld
@@ -79,7 +78,7 @@ def _prepare_hosts(options: argparse.Namespace, folder: Path) -> None:
     hosts = read_hostfile(options.hostfile)
     _warn_if_uneven(hosts, options.script)
     (folder / "slots").write_text(str(sum(host.slots for host in hosts)))
-    if len(hosts) == 1 and _is_here(hosts[0]) and not options.no_ssh:
+    if this_machine_alone(hosts) and not options.no_ssh:
         return
     _refuse_loopback(hosts)
     (folder / "hostfile").write_text("".join(f"{host.name} slots={host.slots}\n" for host in hosts))
@@ -102,10 +101,6 @@ def _prepare_hosts(options: argparse.Namespace, folder: Path) -> None:
 
 
 # ---------------------------------------------------------------------- hosts
-
-
-def _is_here(host: Host) -> bool:
-    return is_loopback(host.address) or host.address in (socket.gethostname(), socket.gethostname().partition(".")[0])
 
 
 def _warn_if_uneven(hosts: Sequence[Host], script: str) -> None:

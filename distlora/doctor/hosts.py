@@ -11,17 +11,18 @@ from distlora.doctor import facts, reduction
 from distlora.doctor.findings import Finding, Node
 from distlora.doctor.remote import Answer, ask_all
 from distlora.doctor.subject import BUILD_LIMIT, SHORT, Report, Subject, judge_nodes
-from distlora.hostfile import Host
+from distlora.hostfile import Host, this_machine_alone
 
 #: Ranks of the all-reduce on a machine without an accelerator, where nothing says how many.
 CPU_RANKS = 2
 
 
 def examine_hosts(hosts: Sequence[Host | None], subject: Subject, port: int, limit: float) -> Report:
-    """hosts: [None] means this machine, without ssh."""
+    """hosts: [None] means this machine, of which no slots are known."""
     token = secrets.token_hex(4)
-    doors = [host and host.name for host in hosts]
-    master = hosts[0].address if hosts[0] else "127.0.0.1"
+    here = hosts[0] is None or this_machine_alone(hosts)
+    doors = [None] if here else [host.name for host in hosts]
+    master = "127.0.0.1" if here else hosts[0].address
     requests = [
         subject.request(token, index) | {"master": master, "port": port, "is_master": index == 0} for index in range(len(hosts))
     ]

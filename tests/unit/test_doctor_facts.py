@@ -233,6 +233,30 @@ def test_without_an_ssh_program(monkeypatch, tmp_path):
     assert remote.ask("node1", {"do": "look"}, limit=5).problem == "ssh: No such file or directory"
 
 
+@pytest.mark.parametrize(
+    ("text", "doors"),
+    [
+        ("localhost slots=3\n", [None]),
+        (f"{socket.gethostname()} slots=3\n", [None]),
+        ("ann@node1 slots=3\n", ["ann@node1"]),
+        ("localhost slots=3\nnode1 slots=3\n", ["localhost", "node1"]),
+    ],
+)
+def test_a_hostfile_of_this_machine_alone_needs_no_ssh(tmp_path, monkeypatch, text, doors):
+    """As for the launch scripts."""
+    asked = []
+
+    def ask_all(doors, requests, limit):
+        asked.append((doors, requests[0].get("master")))
+        return [remote.Answer(problem="x")] * len(doors)
+
+    monkeypatch.setattr("distlora.doctor.hosts.ask_all", ask_all)
+    (tmp_path / "hosts").write_text(text)
+    report = examine.examine(Topology(), tmp_path / "hosts", run_dir=tmp_path)
+    assert asked[0] == (doors, "127.0.0.1" if doors == [None] else doors[0].removeprefix("ann@"))
+    assert all(there == doors for there, _ in asked) and report.nodes == [line.split()[0] for line in text.splitlines()]
+
+
 def test_an_examination_of_hosts_none_of_which_can_be_reached(ssh, tmp_path, monkeypatch):
     ssh('echo "ssh: no route to $1" >&2; exit 255')
     (tmp_path / "hosts").write_text("node1 slots=2\nnode2 slots=4\n")
