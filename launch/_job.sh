@@ -55,8 +55,9 @@ require_recipe() {  # require_recipe WORD…: the first one is a file
 
 signal_job() {  # signal_job SIGNAL all|ranks: to the job's processes on all hosts; soon done, also where one does not answer
     # The brackets keep the pattern from matching the command that looks for it.
+    # Before the first option of a rank stands its Python, with spaces or not; shells, ssh and launchers have other options before.
     local pattern="[${MARK:0:1}]${MARK:1}" host sent=()
-    [[ $2 == all ]] || pattern="^[^ ]+ -u -m distlora[.]launched $pattern"
+    [[ $2 == all ]] || pattern="^([^ ]| [^ -])+ -u -m distlora[.]launched $pattern"
     ((${#HOSTS[@]})) || pkill "-$1" -f -- "$pattern"
     for host in ${HOSTS[@]+"${HOSTS[@]}"}; do
         ssh -n -o BatchMode=yes -o ConnectTimeout=4 -o ServerAliveInterval=2 -o ServerAliveCountMax=2 "$host" \

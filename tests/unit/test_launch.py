@@ -1,7 +1,9 @@
 """The launch scripts, up to where they would install something: arguments, and what they refuse."""
 
+import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -268,6 +270,39 @@ def is_running(process):
     # In a container without an init process the dead stay as zombies.
     status = Path(f"/proc/{process}/stat")
     return not status.exists() or status.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+
+
+WORDS = ["-u", "-m", "distlora.launched", "MARK", "--local_rank=0"]
+
+
+@pytest.mark.parametrize(
+    ("command", "a_rank"),
+    [
+        (["/usr/bin/python3", *WORDS], True),
+        (["/home/ann/my env's/bin/python", *WORDS], True),
+        (["mpirun", "-np", "2", "/home/ann/my env/bin/python", *WORDS], False),
+        (["/opt/open mpi/bin/mpirun", "--bind-to", "none", "/usr/bin/python3", *WORDS], False),
+        (["bash", "-c", " ".join(["cd /;", "/usr/bin/python3", *WORDS])], False),
+        (["ssh", "-o", "BatchMode=yes", "node1", " ".join(["exec env A=b", "/usr/bin/python3", *WORDS])], False),
+        (["/usr/bin/python3", "-u", "-m", "deepspeed.launcher.launch", "--module", *WORDS[2:]], False),
+    ],
+)
+def test_a_signal_is_for_ranks_whatever_their_python_is_called_and_not_for_who_starts_them(command, a_rank):
+    """Nothing of this is run: `echo` stands there under these words, before a pipe that is full."""
+    mark = f"mark{os.getpid()}x{time.monotonic_ns()}"
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writing, bytes(1))
+    os.set_blocking(writing, True)
+    words = [word.replace("MARK", mark) for word in command]
+    with subprocess.Popen(words, executable=shutil.which("echo"), stdout=writing) as process:
+        lines = f'. "{LAUNCH}/_job.sh"; MARK=$OF_THE_JOB; signal_job TERM ranks; sleep 0.1; signal_job KILL all'
+        assert shell(lines, OF_THE_JOB=mark).stderr == ""
+        assert process.wait(timeout=20) == (-signal.SIGTERM if a_rank else -signal.SIGKILL)
+    os.close(reading)
+    os.close(writing)
 
 
 #: A job whose launcher says what pdsh says (`$1`) and waits; its ranks answer a signal as `$2` says.
