@@ -44,8 +44,10 @@ class Seen:
 class Ranks:
     """Four ranks with their heartbeats. verdicts: rank -> (its verdict, whether it judged alone)."""
 
-    def __init__(self, stack: ExitStack):
+    def __init__(self, stack: ExitStack, slower: int = 1):
+        """slower: how many times the usual seconds all takes."""
         self.board, self.verdicts, self.hurried = Board(), {}, False
+        self.interval, self.patience = INTERVAL * slower, PATIENCE * slower
         self.links = [threading.Event() for _ in HOSTS]
         for link in self.links:
             link.set()
@@ -60,7 +62,8 @@ class Ranks:
         def end(verdict, alone):
             self.verdicts[rank] = verdict, alone
 
-        return Heartbeat(self.board.seen_by(self.links[rank]), rank, HOSTS, PATIENCE, end, INTERVAL, lambda: self.hurried)
+        board, hurried = self.board.seen_by(self.links[rank]), lambda: self.hurried
+        return Heartbeat(board, rank, HOSTS, self.patience, end, self.interval, hurried)
 
     def cut(self, *ranks: int) -> None:
         for rank in ranks:
@@ -83,18 +86,34 @@ def ranks():
         yield Ranks(stack)
 
 
-def test_those_who_beat_are_left_alone(ranks):
-    time.sleep(2 * PATIENCE)
-    assert ranks.verdicts == {}
+def at_some_pace(scene) -> bool:
+    """Whether `scene(ranks)` is true. On a loaded machine a living rank's thread may run too late to be called alive: then once
+    more, slower; what is wrong with the program does not depend on the pace."""
+    for slower in (1, 6, 36):
+        with ExitStack() as stack:
+            if scene(Ranks(stack, slower)):
+                return True
+    return False
 
 
-def test_a_cut_off_host_is_named_to_all_and_names_rank_0_itself(ranks):
-    ranks.cut(2, 3)
-    said = ranks.wait_for_verdicts(0, 1, 2, 3)
-    assert said[0] == said[1] and said[0].startswith("ranks 2, 3 on node2 went silent for 0 s; ")
-    assert said[2].startswith("rank 0 on node1 went silent")
-    assert [ranks.verdicts[rank][1] for rank in range(4)] == [False, False, True, True]
-    assert all(verdict.silent for verdict, _ in ranks.verdicts.values())
+def test_those_who_beat_are_left_alone():
+    def scene(ranks):
+        time.sleep(2 * ranks.patience)
+        return ranks.verdicts == {}
+
+    assert at_some_pace(scene)
+
+
+def test_a_cut_off_host_is_named_to_all_and_names_rank_0_itself():
+    def scene(ranks):
+        ranks.cut(2, 3)
+        said = ranks.wait_for_verdicts(0, 1, 2, 3)
+        assert said[0] == said[1] and said[2].startswith("rank 0 on node1 went silent")
+        assert [ranks.verdicts[rank][1] for rank in range(4)] == [False, False, True, True]
+        assert all(verdict.silent for verdict, _ in ranks.verdicts.values())
+        return said[0].startswith("ranks 2, 3 on node2 went silent for ")
+
+    assert at_some_pace(scene)
 
 
 def test_rank_0_is_missed_though_its_launcher_keeps_the_board(ranks):
@@ -129,27 +148,35 @@ def test_who_fails_says_so_and_the_others_need_not_wait(ranks, broken):
     assert not any(verdict.silent for verdict, _ in ranks.verdicts.values())
 
 
-def test_a_broken_collective_makes_a_silent_rank_found_sooner(ranks):
-    with ExitStack() as stack:
-        patient = Ranks(stack)
+def test_a_broken_collective_makes_a_silent_rank_found_sooner():
+    def scene(patient):
         for heart in patient.hearts:
             heart._patience = 600
         patient.cut(3)
         threading.Thread(target=patient.hearts[1].explain, args=[None], daemon=True).start()
-        assert patient.wait_for_verdicts(0, 1, 2)[2].startswith("rank 3 on node2 went silent")
+        return patient.wait_for_verdicts(0, 1, 2)[2].startswith("rank 3 on node2 went silent")
+
+    assert at_some_pace(scene)
 
 
 def test_who_was_asked_to_stop_has_no_time_to_be_patient():
     """A launcher that has lost a rank asks the others to stop, and kills them half a minute later."""
-    with ExitStack() as stack:
-        patient = Ranks(stack)
+
+    def scene(patient):
         for heart in patient.hearts:
             heart._patience = 600
         patient.cut(3)
         patient.hurried = True
-        assert patient.wait_for_verdicts(0, 1, 2)[1].startswith("rank 3 on node2 went silent")
+        return patient.wait_for_verdicts(0, 1, 2)[1].startswith("rank 3 on node2 went silent")
+
+    assert at_some_pace(scene)
 
 
-def test_a_broken_collective_among_the_living_is_explained_by_nobody(ranks):
-    ranks.hearts[1].explain(None)
-    assert ranks.verdicts == {}
+def test_a_broken_collective_among_the_living_is_explained_by_nobody():
+    def scene(ranks):
+        thread = threading.Thread(target=ranks.hearts[1].explain, args=[None], daemon=True)
+        thread.start()
+        ranks.wait_until(lambda: ranks.verdicts or not thread.is_alive())  # of a rank that is condemned it never ends
+        return ranks.verdicts == {}
+
+    assert at_some_pace(scene)

@@ -308,12 +308,16 @@ def test_a_signal_is_for_ranks_whatever_their_python_is_called_and_not_for_who_s
 #: A job whose launcher says what pdsh says (`$1`) and waits; its ranks answer a signal as `$2` says.
 JOB = r"""
 . launch/_environment.sh && . launch/_job.sh
-GRACE=0.4 PRIVATE=$3 HOSTS=(node1) NAME=x.sh PYTHON=told
+PRIVATE=$3 HOSTS=(node1) NAME=x.sh PYTHON=told
 signal_job() {
     echo "signal $1 $2" >&2
-    [[ "$1" != TERM ]] || eval "$answer"
+    [[ $1 != TERM ]] || eval "$answer"
+    : >"$PRIVATE/heard-$1"
 }
-answer=$2
+pause() {  # the time that ranks are given: here, until they have been asked
+    until [[ $first != TERM* || -e $PRIVATE/heard-TERM ]]; do sleep 0.02; done
+}
+answer=$2 first=$6
 echo "$PRIVATE" >"$PRIVATE/run"
 status=0
 run_job bash -c 'echo "$0" >&2; read -r -t 20 <> <(:); exit 3' "$1" || status=$?
@@ -336,7 +340,7 @@ SSH = "pdsh@head: node2: ssh exited with exit code"
 )
 def test_a_host_that_is_lost_is_a_hint_for_the_ranks_of_the_others(tmp_path, line, answer, said, told, signals, code):
     """They name the silent rank; KILL comes only for what does not answer. What ended without a word may be started again."""
-    words = ["bash", "-c", JOB, "job", line, answer, str(tmp_path), said, str(told)]
+    words = ["bash", "-c", JOB, "job", line, answer, str(tmp_path), said, str(told), signals[0]]
     done = subprocess.run(words, capture_output=True, text=True, timeout=30, cwd=ROOT)
     assert done.returncode == code, done.stderr
     heard = [text.removeprefix("signal ") for text in done.stderr.splitlines() if text.startswith("signal ")]

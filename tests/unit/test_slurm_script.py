@@ -17,9 +17,9 @@ SRUN = """#!/usr/bin/env bash
 [[ $* != *--help* ]] || { echo "$SRUN_HELP"; exit; }
 [[ $* != *--chdir=/* ]] || { printf "$NODES_LACK"; exit "${NODES_EXIT:-0}"; }
 printf '%s\\0' "$@" >>"$CALLS/srun"
-env >"$CALLS/environment"
 trap 'exit 75' USR1
-[[ -z ${SRUN_WAITS:-} ]] || for i in {1..30}; do sleep 0.05; done
+env >"$CALLS/environment"
+[[ -z ${SRUN_WAITS:-} ]] || for i in {1..600}; do [[ ! -e $CALLS/over ]] || break; sleep 0.05; done
 exit "${SRUN_EXIT:-0}"
 """
 SCONTROL = """#!/usr/bin/env bash
@@ -319,8 +319,9 @@ def test_a_signal_while_the_ranks_run(desk, number, state, again):
         deadline = time.monotonic() + 30
         while not (desk.folder / "environment").exists() and time.monotonic() < deadline:
             time.sleep(0.02)
-        time.sleep(0.2)
         os.kill(process.pid, number)
+        if not passed_on:
+            (desk.folder / "over").touch()
         _, said = process.communicate(timeout=60)
     assert process.returncode == 75, f"what srun ended with\n{said}"
     assert desk.called("scontrol") == (["requeue", "7"] if again else []), said
