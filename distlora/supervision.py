@@ -6,7 +6,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 
 import torch
@@ -45,16 +45,18 @@ class Supervision:
 
     def gather(self, device: torch.device, distributed: bool, asked_to_stop: Callable[[], bool] = lambda: False) -> Comm:
         """The process group, once all ranks have come. See `Comm`. Errors: TrainingError, naming those that have not;
-        UserError where the master cannot be reached."""
+        UserError where the master cannot be reached, or ranks share a GPU."""
         for note in self._topology.notes:
             log.info("%s", note)
         if not distributed or self._topology.world_size == 1:
             self._comm = Comm(self._topology, device, distributed=distributed, asked_to_stop=asked_to_stop)
             return self._comm
         roll = self._meet(asked_to_stop)
-        hosts = roll.exchange("host", socket.gethostname())
+        places = roll.exchange("place", [socket.gethostname(), _gpu(device)])
+        hosts = {rank: host for rank, (host, _) in places.items()}
         if len(hosts) < self._topology.world_size:
             raise TrainingError(_missing(hosts, self._topology.world_size))
+        refuse_shared_gpus(places)
         self._comm = Comm(self._topology, device, roll=roll, asked_to_stop=asked_to_stop)
         if self._hang_timeout:
             self._hosts = [hosts[rank] for rank in range(len(hosts))]
@@ -141,6 +143,28 @@ def _sentence(error: BaseException) -> str:
         return "interrupted"
     first = (str(error).strip().splitlines() or [""])[0]
     return f"{type(error).__name__}: {first}" if first else type(error).__name__
+
+
+def _gpu(device: torch.device) -> str | None:
+    """What tells a GPU from all others; None for a CPU."""
+    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None) if device.type == "cuda" else None
+    return uuid and str(uuid)
+
+
+def refuse_shared_gpus(places: Mapping[int, tuple[str, str | None]]) -> None:
+    """places: rank -> its host and GPU. Raises UserError where two have the same one: NCCL would only fail, in words of its own."""
+    users: dict[tuple[str, str], list[int]] = {}
+    for rank, (host, gpu) in sorted(places.items()):
+        if gpu is not None:
+            users.setdefault((host, gpu), []).append(rank)
+    for (host, gpu), ranks in users.items():
+        if len(ranks) > 1:
+            there = sum(host == other for other, _ in users)
+            raise UserError(
+                f"{len(ranks)} ranks on {host} share the GPU {gpu}: {', '.join(map(str, ranks))}; start one rank a GPU there: "
+                f"slots={there} in the hostfile, torchrun --nproc-per-node={there}, sbatch --gpus-per-node={there}",
+                agreed=True,
+            )
 
 
 def _missing(hosts: dict[int, str], world_size: int) -> str:

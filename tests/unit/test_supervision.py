@@ -6,6 +6,7 @@ import pytest
 
 from distlora import supervision
 from distlora.comm import Topology
+from distlora.errors import UserError
 from distlora.heartbeat import Verdict
 from distlora.status import StatusFile, new_start, read_status
 from distlora.supervision import Supervision
@@ -82,6 +83,15 @@ def test_it_ends_whatever_the_file_system_does(end, tmp_path, alone):
     assert end(rank, alone, status)[0].endswith(SILENT.sentence)
     (tmp_path / "gone").write_text("a file where the run directory was")
     assert end(rank, alone, status)[0].endswith(SILENT.sentence)
+
+
+def test_ranks_that_share_a_gpu_are_told_so_before_nccl_fails():
+    on_cpus = {3: ("node2", None), 4: ("node2", None)}
+    supervision.refuse_shared_gpus({0: ("node1", "a"), 1: ("node1", "b"), 2: ("node2", "a")} | on_cpus)
+    with pytest.raises(UserError) as refused:
+        supervision.refuse_shared_gpus({rank: ["node2" if rank > 1 else "node1", "ab"[rank % 2]] for rank in range(6)})
+    assert str(refused.value).startswith("2 ranks on node2 share the GPU a: 2, 4; start one rank a GPU there: slots=2 in ")
+    assert refused.value.agreed, "every rank knows, and one of them says it"
 
 
 def test_before_there_is_a_directory_it_only_speaks(end):
