@@ -34,6 +34,8 @@ RELEVANT = (
 )  # fmt: skip
 _EXACTLY = ("CC", "CXX")
 HIDDEN = "***"
+#: What a container's build that was not told a revision calls it.
+_UNKNOWN = "unknown"
 
 
 def versions() -> dict[str, str | None]:
@@ -82,6 +84,16 @@ def git_revision(folder: Path) -> dict[str, Any] | None:
     revision = _git(folder, "rev-parse", "HEAD")
     changes = _git(folder, "status", "--porcelain", "--untracked-files=no")
     return revision and {"revision": revision, "changed": None if changes is None else bool(changes)}
+
+
+def source_revision() -> dict[str, Any] | None:
+    """The same of distlora's own code. Where that lies in no checkout it is what the build of a container has left in
+    DISTLORA_REVISION; None where that does not say it either."""
+    folder = Path(distlora.__file__).parent
+    if _git(folder, "ls-files", Path(distlora.__file__).name):  # a virtual environment within a checkout is not the checkout's
+        return git_revision(folder)
+    built = os.environ.get("DISTLORA_REVISION", _UNKNOWN)
+    return None if built == _UNKNOWN else {"revision": built, "changed": None}
 
 
 def _git(folder: Path, *words: str) -> str | None:
@@ -153,6 +165,7 @@ def report(topology: Mapping[str, Any], deepspeed: Mapping[str, Any] | None, res
         "command": [_redacted_word(word) for word in (sys.executable, *sys.argv)],
         "working_directory": os.getcwd(),
         "git": git_revision(Path.cwd()),
+        "source": source_revision(),
         "versions": versions(),
         "platform": platform.platform(),
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,

@@ -112,7 +112,7 @@ def test_labels_say_what_it_is(parts):
     assert setup_value("description") in labels["description"]
     base = of(parts, "FROM")[0].split()[0].replace("${CUDA_FLAVOUR}", "base")
     assert labels["base.name"].split("/", 1)[1].removeprefix("library/") == base
-    assert labels["revision"] == "$REVISION"
+    assert labels["revision"] == "$REVISION" and "DISTLORA_REVISION=$REVISION" in of(parts, "ENV")
 
 
 @each_image

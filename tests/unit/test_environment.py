@@ -46,7 +46,7 @@ def test_one_object_for_every_start(tmp_path):
     assert first["deepspeed"] == {"zero_optimization": {"stage": 3}} and first["resumed_at"] is None
     assert (second["resumed_at"], second["topology"]["ranks"], second["deepspeed"]) == (40, 8, None)
     assert first["topology"] == WHERE and first["versions"]["torch"] == torch.__version__
-    assert {"started", "command", "working_directory", "git", "platform", "variables"} <= first.keys()
+    assert {"started", "command", "working_directory", "git", "source", "platform", "variables"} <= first.keys()
 
 
 @pytest.mark.parametrize("damage", ["", "{", '{"a": 1}'])
@@ -68,8 +68,9 @@ def test_variables_without_secrets(monkeypatch):
     assert "secret" not in text and "https://***@hub.example/x" in text
 
 
-def test_the_revision_of_a_checkout(tmp_path, monkeypatch):
-    assert environment.git_revision(tmp_path) is None
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """A checkout with the file `x` in it: its folder, and git there."""
     for name in ("GIT_DIR", "GIT_WORK_TREE"):
         monkeypatch.delenv(name, raising=False)
 
@@ -77,13 +78,34 @@ def test_the_revision_of_a_checkout(tmp_path, monkeypatch):
         who = ["-c", "user.name=a", "-c", "user.email=a@b.example"]
         return subprocess.run(["git", "-C", tmp_path, *who, *words], capture_output=True, text=True, check=True).stdout.strip()
 
+    assert environment.git_revision(tmp_path) is None
     git("init", "-q")
     (tmp_path / "x").write_text("1")
     git("add", "x")
     git("commit", "-qm", "one")
-    assert environment.git_revision(tmp_path) == {"revision": git("rev-parse", "HEAD"), "changed": False}
-    (tmp_path / "x").write_text("2")
-    assert environment.git_revision(tmp_path)["changed"] is True
+    return tmp_path, git
+
+
+def test_the_revision_of_a_checkout(checkout):
+    folder, git = checkout
+    assert environment.git_revision(folder) == {"revision": git("rev-parse", "HEAD"), "changed": False}
+    (folder / "x").write_text("2")
+    assert environment.git_revision(folder)["changed"] is True
+
+
+def test_the_revision_of_the_program_wherever_the_user_stands(checkout, monkeypatch, tmp_path_factory):
+    folder, git = checkout
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    monkeypatch.delenv("DISTLORA_REVISION", raising=False)
+    monkeypatch.setattr(environment.distlora, "__file__", str(folder / "x"))
+    told = environment.report(WHERE, None, None)
+    assert (told["git"], told["source"]) == (None, {"revision": git("rev-parse", "HEAD"), "changed": False})
+    (folder / "y").touch()
+    monkeypatch.setattr(environment.distlora, "__file__", str(folder / "y"))
+    assert environment.source_revision() is None, "installed into a folder of somebody else's checkout"
+    for built, revision in (("unknown", None), ("abc", {"revision": "abc", "changed": None})):
+        monkeypatch.setenv("DISTLORA_REVISION", built)
+        assert environment.source_revision() == revision
 
 
 def test_without_git(tmp_path, monkeypatch):
