@@ -53,7 +53,9 @@ def read_deepspeed(path: str, folders: Iterable[Path] = (Path(),), place: str = 
     candidates = [folder / Path(path).expanduser() for folder in folders]
     found = next((candidate for candidate in candidates if candidate.is_file()), None)
     if found is None:
-        raise UserError(f"{place}: no file {path} in the current folder, the recipe's or one above it; give a JSON file")
+        raise UserError(
+            f"{place}: no file {path} in the current folder, the recipe's or one above it; give a JSON file", agreed_on_node=True
+        )
     try:
         config = json.loads(found.read_text(encoding="utf-8"), object_pairs_hook=_unique_keys)
     except json.JSONDecodeError as error:
@@ -91,6 +93,15 @@ def _ranks(world_size: int) -> str:
     return "1 rank" if world_size == 1 else f"{world_size} ranks"
 
 
+def given_deepspeed(recipe: "Recipe") -> tuple[dict, str]:
+    """The DeepSpeed config as the recipe gives it, and what it is called in messages."""
+    if recipe.deepspeed is None:
+        raise ValueError("the recipe has no DeepSpeed config")
+    if isinstance(recipe.deepspeed, str):
+        return read_deepspeed(recipe.deepspeed)
+    return recipe.deepspeed, recipe.deepspeed_source
+
+
 def resolve_deepspeed(recipe: "Recipe", world_size: int, hidden_size: int | None) -> tuple[dict, list[str]]:
     """The config to hand to DeepSpeed, without any "auto", and one line for each key that was filled, added or removed.
 
@@ -98,11 +109,7 @@ def resolve_deepspeed(recipe: "Recipe", world_size: int, hidden_size: int | None
     recipe and removed, because optimizer and schedule are handed to DeepSpeed as objects. Keys that are not named in this
     file stay as they are. Errors: UserError for a contradiction (names both places), or an "auto" that means nothing here.
     """
-    if recipe.deepspeed is None:
-        raise ValueError("the recipe has no DeepSpeed config")
-    config, source = recipe.deepspeed, recipe.deepspeed_source
-    if isinstance(config, str):
-        config, source = read_deepspeed(config)
+    config, source = given_deepspeed(recipe)
     r = _Resolution(copy.deepcopy(config), source)
     for section in _MAPPINGS:
         if not isinstance(r.get(section, {}), dict):
@@ -117,6 +124,15 @@ def resolve_deepspeed(recipe: "Recipe", world_size: int, hidden_size: int | None
     return r.config, r.lines
 
 
+def look_up(config: dict, key: str, default: Any = None) -> Any:
+    """The value of a dotted key; the default where it is missing, or what it should stand in is no mapping."""
+    for part in key.split("."):
+        if not isinstance(config, dict) or part not in config:
+            return default
+        config = config[part]
+    return config
+
+
 class _Resolution:
     """A DeepSpeed config on its way to being whole. Keys are dotted."""
 
@@ -124,12 +140,7 @@ class _Resolution:
         self.config, self.source, self.lines = config, source, []
 
     def get(self, key: str, default: Any = None) -> Any:
-        node = self.config
-        for part in key.split("."):
-            if not isinstance(node, dict) or part not in node:
-                return default
-            node = node[part]
-        return node
+        return look_up(self.config, key, default)
 
     def set(self, key: str, value: Any, why: str) -> None:
         *sections, last = key.split(".")
@@ -214,6 +225,22 @@ def _zero(r: _Resolution, world_size: int, hidden_size: int | None) -> None:
     group = r.get(key, 1)
     if isinstance(group, int) and group > 1 and world_size % min(group, world_size):
         raise UserError(f"{key}={group} in {r.source} does not divide {world_size} ranks")
+    _refuse_layouts(r)
+
+
+def _refuse_layouts(r: _Resolution) -> None:
+    """What `distlora.zero` does not read or write."""
+    for section, old in (("offload_param", "cpu_offload_param"), ("offload_optimizer", "cpu_offload")):
+        key = f"zero_optimization.{section}"
+        if r.get(f"{key}.device") == "nvme":
+            raise UserError(f"{key}.device=nvme in {r.source} is not supported; set it to cpu or none")
+        if r.get(f"zero_optimization.{old}"):
+            raise UserError(f"zero_optimization.{old} in {r.source} is an old name; set {section}.device to cpu in its place")
+    for name in ("zero_quantized_weights", "zero_quantized_nontrainable_weights"):
+        if r.get(f"zero_optimization.{name}"):
+            raise UserError(f"zero_optimization.{name} in {r.source} is not supported; remove it")
+    if r.get("zero_optimization.mics_shard_size", -1) != -1:
+        raise UserError(f"zero_optimization.mics_shard_size in {r.source} is not supported; use zero_hpz_partition_size")
 
 
 def _optimizer(r: _Resolution, recipe: "Recipe") -> None:

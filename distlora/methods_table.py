@@ -12,6 +12,7 @@ from types import MappingProxyType
 from distlora.attach import ALL_LINEAR, target_linears
 from distlora.combination import check_base
 from distlora.config import ModelSection, Recipe, load_recipe
+from distlora.deepspeed_config import look_up
 from distlora.errors import UserError
 from distlora.hub import without_weights
 from distlora.methods import Method, registry
@@ -118,8 +119,8 @@ def _row(method: Method, subject: Subject | None, spec: OptimizerSpec, recipe: R
     else:
         method = method.fitted(subject.shapes)
         if recipe is not None:
-            zero = (recipe.deepspeed or {}).get("zero_optimization", {})
-            check_base(recipe.model_copy(update={"method": method}), partitioned=zero.get("stage") == 3)
+            partitioned = look_up(recipe.deepspeed or {}, "zero_optimization.stage") == 3
+            check_base(recipe.model_copy(update={"method": method}), partitioned)
         trained = _trained(method, subject)
         numbers = [f"{trained:,}", _bytes(trained * spec.bytes_per_element())]
     return [

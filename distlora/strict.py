@@ -83,7 +83,7 @@ def unknown_keys(cls: type[BaseModel], data: dict) -> list[tuple]:
     for key, value in data.items():
         if key not in cls.model_fields:
             unknown.append((key,))
-        elif isinstance(value, dict) and (nested := _nested_model(cls.model_fields[key].annotation)):
+        elif isinstance(value, dict) and (nested := nested_model(cls.model_fields[key].annotation)):
             unknown += [(key, *path) for path in unknown_keys(nested, value)]
     return unknown
 
@@ -92,28 +92,32 @@ def check_keys(cls: type[BaseModel], data: dict, prefix: str, place: Place) -> N
     """UserError for the first key of `data`, at any depth, that `cls` does not have. prefix: where `data` stands."""
     for *sections, name in unknown_keys(cls, data)[:1]:
         for section in sections:
-            cls = _nested_model(cls.model_fields[section].annotation)
+            cls = nested_model(cls.model_fields[section].annotation)
         raise UserError(f"{place(dotted(prefix, *sections, name))}: unknown key{nearest(str(name), cls.model_fields)}")
 
 
-def _nested_model(annotation: Any) -> type[BaseModel] | None:
+def nested_model(annotation: Any) -> type[BaseModel] | None:
     """The pydantic model in an annotation such as `Section | None`, if there is one."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    return next(filter(None, map(_nested_model, typing.get_args(annotation))), None)
+    return next(filter(None, map(nested_model, typing.get_args(annotation))), None)
 
 
 # ---------------------------------------------------------------------- values
 
 #: pydantic's error type -> what is wanted, with the error's context filled in.
 _WANTED = {
+    "bool_parsing": "true or false",
     "bool_type": "true or false",
     "dict_type": "a mapping",
+    "enum": "{expected}",
     "finite_number": "a finite number",
+    "float_parsing": "a number",
     "float_type": "a number",
     "greater_than": "a number above {gt:g}",
     "greater_than_equal": "a number of at least {ge:g}",
     "int_from_float": "a whole number",
+    "int_parsing": "a whole number",
     "int_type": "a whole number",
     "less_than": "a number below {lt:g}",
     "less_than_equal": "a number of at most {le:g}",
@@ -144,7 +148,7 @@ def validate_values(cls: type[Model], data: dict, prefix: str, place: Place) -> 
         # As JSON, because pydantic's strict mode for Python objects wants tuples for tuples and instances for sections.
         return cls.model_validate_json(json.dumps(data, default=str), strict=True)
     except ValidationError as error:
-        raise UserError(_sentence(error, data, prefix, place)) from None
+        raise UserError(sentence(error, data, prefix, place)) from None
 
 
 def show(value: Any) -> str:
@@ -153,7 +157,8 @@ def show(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _sentence(error: ValidationError, data: dict, prefix: str, place: Place) -> str:
+def sentence(error: ValidationError, data: Any, prefix: str, place: Place) -> str:
+    """What is wrong with `data`, which stands under the dotted key `prefix`."""
     mistakes = [(_path(mistake, data), mistake) for mistake in error.errors(include_url=False)]
     first = mistakes[0][0]
     # The alternatives of a union fail one by one: the one that got deepest into the value tells most.

@@ -14,10 +14,11 @@ from distlora import checkpoint as checkpoints
 from distlora import environment
 from distlora.combination import check_combination
 from distlora.comm import Topology
-from distlora.config import Recipe, plan_batches, resolve_deepspeed
-from distlora.errors import UserError
+from distlora.config import Recipe, plan_batches
+from distlora.deepspeed_check import checked_deepspeed
+from distlora.errors import UserError, agreed, agreed_on_node
 from distlora.logs import RankLog
-from distlora.objective import objective_of
+from distlora.objective import Objective, objective_of
 from distlora.optimizer import OptimizerSpec
 from distlora.quantized import library
 from distlora.rankzero import on_main, together
@@ -36,25 +37,44 @@ MONITORS = ("tensorboard", "wandb", "csv_monitor", "comet")
 
 def check(recipe: Recipe, topology: Topology, resume: bool | None) -> None:
     """Everything that can be wrong with a recipe and needs neither weights nor other ranks. Raises UserError."""
-    check_run_dir(recipe, resume)
+    with agreed():
+        objective, config = _check_settings(recipe, topology.world_size)
+    with agreed_on_node():
+        check_run_dir(recipe, resume)
+        recipe = _fitted(recipe, objective)
+    with agreed():
+        check_combination(recipe, config)
+    with agreed_on_node():
+        _check_packages(recipe)
+        for split in filter(None, (recipe.data.split, recipe.data.eval_split)):
+            objective.check_split(split)
+
+
+def _check_settings(recipe: Recipe, world_size: int) -> tuple[Objective, dict[str, Any]]:
+    """What is learned, and the DeepSpeed config; {} without one."""
     objective = objective_of(recipe)
-    plan_batches(recipe, topology.world_size)
+    plan_batches(recipe, world_size)
+    if recipe.deepspeed is None:
+        if world_size > 1:
+            raise UserError(f"{world_size} ranks need DeepSpeed; set deepspeed: to a ZeRO config, or start one process")
+        return objective, {}
+    # The sizes that depend on the model's width are of no interest here; contradictions are.
+    return objective, checked_deepspeed(recipe, world_size, hidden_size=1)
+
+
+def _fitted(recipe: Recipe, objective: Objective) -> Recipe:
+    """See `check_targets`; the recipe as it is where the model has to be fetched first."""
+    if recipe.model.path.startswith("pypi:") or Path(recipe.model.path).expanduser().is_dir() or recipe.model.path[0] in "./~":
+        return check_targets(recipe, objective)
+    return recipe
+
+
+def _check_packages(recipe: Recipe) -> None:
     lacking = OptimizerSpec(recipe.train.optimizer.name).problem()
     if lacking:
         raise UserError(lacking)
-    if recipe.deepspeed is None and topology.world_size > 1:
-        raise UserError(f"{topology.world_size} ranks need DeepSpeed; set deepspeed: to a ZeRO config, or start one process")
-    config: dict[str, Any] = {}
-    if recipe.deepspeed is not None:
-        # The sizes that depend on the model's width are of no interest here; contradictions are.
-        config, _ = resolve_deepspeed(recipe, topology.world_size, hidden_size=1)
-    if recipe.model.path.startswith("pypi:") or Path(recipe.model.path).expanduser().is_dir() or recipe.model.path[0] in "./~":
-        recipe = check_targets(recipe, objective)
-    check_combination(recipe, config)
     if recipe.model.quantization is not None:
         library()
-    for split in filter(None, (recipe.data.split, recipe.data.eval_split)):
-        objective.check_split(split)
 
 
 def train(

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from transformers.integrations import HfDeepSpeedConfig
 
 from distlora.comm import Comm
+from distlora.deepspeed_config import look_up
 from distlora.engine import (
     GradientMap,
     Part,
@@ -92,10 +93,9 @@ class ZeroEngine:
         self.stage = int(zero.get("stage", 0))
         self._clip = config.get("gradient_clipping")
         self.dtype = torch.bfloat16 if config.get("bf16", {}).get("enabled") else torch.float32
-        self._offload = zero.get("offload_optimizer", {}).get("device", "none") == "cpu"
+        self._offload = look_up(zero, "offload_optimizer.device") == "cpu"
         # DeepSpeed's own CPU Adam is faster but has to be compiled; the config says whether it must be used.
         self._cpu_adam = self._offload and config.get("zero_force_ds_cpu_optimizer", True)
-        _refuse_layouts(zero)
         # Before the first zero.Init, which would otherwise read the config as for one rank. The process group is there already.
         with contextlib.redirect_stdout(io.StringIO()):  # every rank would print that an operator was built
             deepspeed.init_distributed(comm.backend, auto_mpi_discovery=False, verbose=False)
@@ -162,7 +162,8 @@ class ZeroEngine:
             return {name: _whole_slice(p) for name, p in self._trained.items()}
         raise UserError(
             f"DeepSpeed chose the optimizer wrapper {type(wrapper).__name__}, whose layout is not known here; "
-            "use ZeRO stage 0-3 in float32 or bfloat16 without ZenFlow or SuperOffload"
+            "use ZeRO stage 0-3 in float32 or bfloat16 without ZenFlow or SuperOffload",
+            agreed=True,
         )
 
     def _stage3_slice(self, wrapper: DeepSpeedZeroOptimizer_Stage3, parameter: nn.Parameter) -> Slice | None:
@@ -557,18 +558,6 @@ def _fragment_slice(flats: list[Tensor], parameter: nn.Parameter) -> Slice | Non
         return None
     low, high = fragment.lp_fragment_address, fragment.hp_fragment_address
     return Slice(low.start, low.numel, fragment.hp_fragment.detach(), flats[fragment.param_group_index], high.start)
-
-
-def _refuse_layouts(zero: dict[str, Any]) -> None:
-    """Layouts whose shards this file does not read or write; named before any weight is loaded."""
-    for section in ("offload_param", "offload_optimizer"):
-        if zero.get(section, {}).get("device") == "nvme":
-            raise UserError(f"DeepSpeed config: zero_optimization.{section}.device=nvme is not supported; set cpu or none")
-    for key in ("zero_quantized_weights", "zero_quantized_nontrainable_weights"):
-        if zero.get(key):
-            raise UserError(f"DeepSpeed config: zero_optimization.{key} is not supported; remove it")
-    if zero.get("mics_shard_size", -1) > 0:
-        raise UserError("DeepSpeed config: zero_optimization.mics_shard_size is not supported; use zero_hpz_partition_size")
 
 
 def _buckets(layers: list[AdapterLinear], sizes: Callable[[AdapterLinear], dict], limit: int) -> Iterator[list[AdapterLinear]]:

@@ -59,6 +59,7 @@ def subject_of(recipe: Path | None, run_dir: Path | None, build: bool) -> Subjec
         return Subject(str((run_dir or Path.cwd()).absolute()), operators=tuple(operators) if build else ())
     from distlora.config import load_recipe
     from distlora.data import get_task
+    from distlora.deepspeed_config import look_up
 
     loaded = load_recipe(recipe)
     paths, model = {"recipe": str(recipe)}, None
@@ -69,8 +70,7 @@ def subject_of(recipe: Path | None, run_dir: Path | None, build: bool) -> Subjec
         model = loaded.model.path
     data = loaded.data.path or get_task(loaded.data.task).path
     hub = model is not None or (data is not None and "data" not in paths)
-    zero = (loaded.deepspeed or {}).get("zero_optimization", {})
-    if (zero.get("offload_optimizer") or {}).get("device") in ("cpu", "nvme"):
+    if look_up(loaded.deepspeed or {}, "zero_optimization.offload_optimizer.device") in ("cpu", "nvme"):
         operators.append("CPUAdamBuilder")
     wanted = tuple(operators) if build and loaded.deepspeed is not None else ()
     return Subject(str((run_dir or Path(loaded.output_dir)).absolute()), paths, model, hub, wanted)

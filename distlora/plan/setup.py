@@ -9,8 +9,10 @@ from typing import Any
 import torch
 
 from distlora.combination import check_combination
-from distlora.config import Recipe, plan_batches, resolve_deepspeed
+from distlora.config import Recipe, plan_batches
 from distlora.data import TrainOrder
+from distlora.deepspeed_check import checked_deepspeed
+from distlora.deepspeed_config import look_up
 from distlora.methods import Method
 from distlora.methods.base import ProbeSettings
 from distlora.plan.gathering import Gathered, Limits, gather, training_order
@@ -67,7 +69,7 @@ class Setup:
 
     def offloads(self, what: str) -> bool:
         """what: "param" or "optimizer"."""
-        return (self.zero.get(f"offload_{what}") or {}).get("device", "none") == "cpu"
+        return look_up(self.zero, f"offload_{what}.device") == "cpu"
 
     @property
     def limits(self) -> Limits:
@@ -159,7 +161,7 @@ def setup_of(recipe: Recipe, shapes: Shapes, world_size: int, samples: int | Non
     accumulation = plan_batches(recipe, world_size)
     config: dict[str, Any] = {}
     if recipe.deepspeed is not None:
-        config, _ = resolve_deepspeed(recipe, world_size, getattr(shapes.config, "hidden_size", None))
+        config = checked_deepspeed(recipe, world_size, getattr(shapes.config, "hidden_size", None))
     check_combination(recipe, config)
     return Setup(recipe, shapes, world_size, samples or samples_of(recipe), config, accumulation)
 

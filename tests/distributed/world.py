@@ -135,6 +135,10 @@ def write_random_factors(engine: Engine, attached: Attached) -> None:
         engine.write(attached.layers[name], {k: v.to(engine.comm.device) for k, v in factors.items()})
 
 
+#: What DeepSpeed takes for leaving them out.
+NOT_OFFLOADED = {"offload_param": None, "offload_optimizer": None}
+
+
 def deepspeed_config(
     stage: int,
     world_size: int,
@@ -151,7 +155,7 @@ def deepspeed_config(
         "train_batch_size": micro_batch * accumulation * world_size,
         "gradient_clipping": clip,
         # DeepSpeed's own linear map at stage 3 stays installed in the process: what other cases compute would depend on the order.
-        "zero_optimization": {"stage": stage, "memory_efficient_linear": False, **zero},
+        "zero_optimization": {"stage": stage, "memory_efficient_linear": False, **NOT_OFFLOADED, **zero},
         # DeepSpeed's own CPU Adam would be compiled first.
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,

@@ -16,7 +16,7 @@ MODULES = {
 #: A vendor and the only files that may import it, relative to the package.
 HOMES = {
     "torch.distributed": {"comm.py"},
-    "deepspeed": {"zero.py", "doctor/operators.py"},
+    "deepspeed": {"zero.py", "deepspeed_check.py", "doctor/operators.py"},
     "transformers": {"model.py", "smollm2.py", "zero.py"},
     "datasets": {"data/"},
     "tensorboard": {"monitor.py"},
@@ -189,13 +189,14 @@ def test_mathematics_imports_nothing_of_the_house(module):
     assert _own_imports(module, _tree(module)) <= {"distlora.errors"}
 
 
-def test_bitsandbytes_is_loaded_only_when_a_weight_is_to_be_packed():
-    """It takes seconds, and an installation without it is complete for every other run."""
-    tree = _tree("distlora.quantized")
+@pytest.mark.parametrize(("module", "vendor"), [("quantized", "bitsandbytes"), ("deepspeed_check", "deepspeed")])
+def test_what_takes_seconds_is_loaded_only_when_it_is_needed(module, vendor):
+    """Packed weights, and a DeepSpeed config. An installation without bitsandbytes is complete for every other run."""
+    tree = _tree(f"distlora.{module}")
     inside = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
     anywhere = ast.Module([node for node in tree.body if node not in inside], [])
-    assert any(_within(name, "bitsandbytes") for node in inside for name in _imports(node))
-    assert not any(_within(name, "bitsandbytes") for name in _imports(anywhere))
+    assert any(_within(name, vendor) for node in inside for name in _imports(node))
+    assert not any(_within(name, vendor) for name in _imports(anywhere))
 
 
 def test_only_training_chooses_the_engine():

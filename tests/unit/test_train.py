@@ -64,6 +64,8 @@ def short_recipe(model, folder):
         (["model.attention=flush"], "has only auto"),
         (["train.global_batch_size=3", "train.micro_batch_size=2"], "is not divisible"),
         (["deepspeed={train_batch_size: 7}"], "contradicts train_batch_size=7"),
+        (["deepspeed={gradient_cliping: 1}"], "deepspeed section: gradient_cliping: unknown key, did you mean gradient_clipping?"),
+        (["deepspeed={zero_optimization: {stage: 3, offload_param: cpu}}"], 'offload_param: found "cpu", wanted a mapping'),
         (["method.name=srlora", "method.interval=3"], "method.interval=3 passes step 2"),
         # What does not depend on the length is found where the length is not known yet.
         (["method.name=pissa", "train.weight_decay=0.1", "train.steps=null", "train.epochs=1"], "decays pretrained directions"),
@@ -77,6 +79,28 @@ def test_what_needs_no_weights_is_found_before_anything_happens(recipe, override
         train.check(recipe(*overrides), Topology(), None)
     assert expected in str(caught.value)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "everywhere"),
+    [
+        (["data.task=gsm"], True),
+        (["deepspeed={train_batch_size: 7}"], True),
+        (["deepspeed={gradient_cliping: 1}"], True),
+        (["train.global_batch_size=3", "train.micro_batch_size=2"], True),
+        (["method.name=srlora", "method.interval=3"], True),
+        (["model.path=/none"], False),
+        (["method.rank=50"], False),
+        (["data.path=/none/rows.jsonl"], False),
+        (["train.optimizer.name=paged_adamw"], False),
+    ],
+)
+def test_who_else_ends_with_the_same_sentence(recipe, overrides, everywhere, monkeypatch):
+    """Files and packages may be missing on one node alone."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError) as refused:
+        train.check(recipe(*overrides), Topology(), None)
+    assert (refused.value.agreed, refused.value.agreed_on_node) == (everywhere, not everywhere)
 
 
 SRLORA = ["method={name: srlora, rank: 4, target_rank: 8}", "train.steps=50"]
