@@ -39,6 +39,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
+class _Parser(argparse.ArgumentParser):
+    """Complains on rank 0 only: every rank has the same command."""
+
+    def error(self, message: str):
+        if _rank() > 0:
+            time.sleep(PATIENCE)  # as in `_sentence`
+            self.exit(USER_ERROR)
+        super().error(message)
+
+
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """As argparse does, but overrides may also stand behind an option: `train RECIPE --resume train.lr=1e-3`."""
     parser = _parser()
@@ -51,7 +61,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("distlora", description="Low-rank fine-tuning that is native to DeepSpeed ZeRO.")
+    parser = _Parser("distlora", description="Low-rank fine-tuning that is native to DeepSpeed ZeRO.")
     # DeepSpeed's launcher puts --local_rank=N before the verb; the environment says the same.
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     verbs = parser.add_subparsers(required=True, metavar="VERB")
@@ -170,13 +180,13 @@ def _train_until(options: argparse.Namespace, signals: StopSignals) -> int:
 
 
 def _recipe(path: str | Path, overrides: Sequence[str]):
-    """The recipe. A mistake in a text that is there is the same on every rank; a file that is missing may be so on one node."""
+    """The recipe. A mistake in a text that is there is every rank's; a file that is missing may be so on one node."""
     from distlora.config import load_recipe
 
     try:
         return load_recipe(path, overrides)
     except UserError as error:
-        error.agreed = Path(path).exists()
+        error.agreed = not error.agreed_on_node
         raise
 
 
@@ -185,7 +195,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     from distlora.resume import RECIPE
 
     if not (options.run_dir / RECIPE).exists():
-        raise UserError(f"{options.run_dir} holds no run: it has no {RECIPE}")
+        raise UserError(f"{options.run_dir} holds no run: it has no {RECIPE}", agreed_on_node=True)
     own_name = str(options.run_dir).replace("'", "''")  # a text, whatever YAML would take it for
     recipe = _recipe(options.run_dir / RECIPE, [*options.overrides, f"output_dir='{own_name}'"])
     from distlora import train
@@ -305,18 +315,25 @@ def _log_to_terminal(shown: bool) -> None:
 
 
 def _sentence(error: Ending, code: int, patience: float = PATIENCE) -> int:
-    """The error once, from rank 0; from another rank only if that one is alone with it and still alive after a while."""
-    from distlora.rendezvous import own_rank  # not from where torch comes along: verbs that do without it may fail too
+    """The error once, from rank 0; from another rank only if that one is alone with it on its node, or altogether, and still alive
+    after a while."""
+    from distlora.rendezvous import own_local_rank
 
-    rank = own_rank(os.environ)
+    rank = _rank()
     if rank == 0:
         print(f"distlora: {error}", file=sys.stderr, flush=True)
     else:
         # Launchers end all ranks as soon as one has ended: rank 0 must have spoken by then.
         time.sleep(patience)
-        if not error.agreed:
+        if not (error.agreed or (error.agreed_on_node and own_local_rank(os.environ) > 0)):
             print(f"distlora (rank {rank} on {socket.gethostname()}): {error}", file=sys.stderr, flush=True)
     return code
+
+
+def _rank() -> int:
+    from distlora.rendezvous import own_rank  # not from where torch comes along: verbs that do without it may fail too
+
+    return own_rank(os.environ)
 
 
 def _table(summary) -> str:

@@ -63,6 +63,12 @@ def own_rank(environment: Environment) -> int:
     return int(text) if _is_number(text) else 0
 
 
+def own_local_rank(environment: Environment) -> int:
+    """The rank within the node, likewise; 0 where nobody says it."""
+    text = next((environment[name] for name in _LOCAL_RANKS if environment.get(name)), "")
+    return int(text) if _is_number(text) else 0
+
+
 def find_place(environment: Environment) -> Place:
     """Errors: UserError where numbers are missing, are none, or contradict each other."""
     names = rank_name, size_name, _ = _launcher_variables(environment)

@@ -96,6 +96,18 @@ def test_misspelt_command(words, complaint, capsys):
     assert complaint in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.parametrize("words", [["trian", "x.yaml"], ["train", "x.yaml", "--resum3"], ["train"]])
+def test_a_misspelt_command_is_told_by_rank_0(words, monkeypatch, capsys, naps):
+    for rank, told in (("1", False), ("0", True)):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        with pytest.raises(SystemExit) as ending:
+            cli.main(words)
+        assert ending.value.code == 2
+        assert bool(capsys.readouterr().err) == told
+    assert naps == [cli.PATIENCE], "the other rank leaves later"
+
+
 # ---------------------------------------------------------------------- errors into sentences
 
 
@@ -144,6 +156,25 @@ def test_other_ranks_leave_it_to_rank_0_and_leave_later(rank, size, monkeypatch,
     monkeypatch.setattr(cli, "_methods", raising(lonely))
     assert cli.main(["methods"]) == 2
     assert re.fullmatch(r"distlora \(rank 1 on \S+\): y is missing here\n", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(("local_rank", "speaks"), [("0", True), ("1", False)])
+def test_of_a_node_that_lacks_a_file_the_first_rank_speaks(local_rank, speaks, monkeypatch, capsys, naps):
+    for name, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": local_rank}.items():
+        monkeypatch.setenv(name, value)
+    assert cli.main(["methods", "none.yaml"]) == 2  # under `methods` nobody marks the error otherwise
+    said = capsys.readouterr().err
+    assert bool(re.fullmatch(r"distlora \(rank 5 on \S+\): none.yaml: no such recipe; .*\n", said)) == speaks == bool(said)
+    assert naps == [cli.PATIENCE]
+
+
+def test_a_mistake_in_a_recipe_is_every_ranks_and_a_missing_file_the_nodes(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("model: {}")
+    for override, agreed in ((["deepspeed=none.json"], False), ([], True)):
+        with pytest.raises(UserError) as refused:
+            cli._recipe(recipe, override)
+        assert (refused.value.agreed, refused.value.agreed_on_node) == (agreed, not agreed)
 
 
 def test_log_of_rank_0_and_of_others(capsys):

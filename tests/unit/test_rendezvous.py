@@ -8,7 +8,7 @@ import pytest
 from distlora import mpi, nodelist, rendezvous
 from distlora.addresses import IN_USE
 from distlora.errors import UserError
-from distlora.rendezvous import Place, find_place, own_rank, settle
+from distlora.rendezvous import Place, find_place, own_local_rank, own_rank, settle
 
 SLURM = {
     "SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1", "SLURM_NODEID": "1", "SLURM_NNODES": "2", "SLURM_JOB_ID": "812",
@@ -92,11 +92,13 @@ def test_numbers_that_cannot_be(variables, part):
     with pytest.raises(UserError, match="set") as refused:
         find_place(variables)
     assert part in str(refused.value)
-    assert isinstance(own_rank(variables), int), "whoever speaks for the rank needs a number"
+    assert isinstance(own_rank(variables), int) and isinstance(own_local_rank(variables), int), "whoever speaks needs a number"
 
 
 def test_the_rank_is_known_without_an_address():
-    assert own_rank({"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4"}) == 3
+    variables = {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4"}
+    assert (own_rank(variables), own_local_rank(variables)) == (3, 0)
+    assert own_local_rank({**variables, "OMPI_COMM_WORLD_LOCAL_RANK": "1", "SLURM_LOCALID": "0"}) == 1
 
 
 # ---------------------------------------------------------------------- where ranks meet
