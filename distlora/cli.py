@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from distlora.arguments import size, whole_number, whole_numbers
-from distlora.errors import Ending, Preempted, TrainingError, UserError
+from distlora.errors import Ending, Preempted, TrainingError, UserError, before_ranks_meet
 from distlora.status import START_AGAIN, read_status
 from distlora.stopping import StopSignals
 
@@ -40,11 +40,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Complains on rank 0 only: every rank has the same command."""
+    """Complains as `_sentence` does of what comes before the ranks meet."""
 
     def error(self, message: str):
-        if _rank() > 0:
-            time.sleep(PATIENCE)  # as in `_sentence`
+        rank, first = _rank()
+        if rank > 0:
+            time.sleep(PATIENCE)
+        if not first:
             self.exit(USER_ERROR)
         super().error(message)
 
@@ -180,22 +182,19 @@ def _train_until(options: argparse.Namespace, signals: StopSignals) -> int:
 
 
 def _recipe(path: str | Path, overrides: Sequence[str]):
-    """The recipe. A mistake in a text that is there is every rank's; a file that is missing may be so on one node."""
     from distlora.config import load_recipe
 
-    try:
+    with before_ranks_meet():
         return load_recipe(path, overrides)
-    except UserError as error:
-        error.agreed = not error.agreed_on_node
-        raise
 
 
 def _evaluate(options: argparse.Namespace) -> None:
     topology = _topology()
     from distlora.resume import RECIPE
 
-    if not (options.run_dir / RECIPE).exists():
-        raise UserError(f"{options.run_dir} holds no run: it has no {RECIPE}", agreed_on_node=True)
+    with before_ranks_meet():
+        if not (options.run_dir / RECIPE).exists():
+            raise UserError(f"{options.run_dir} holds no run: it has no {RECIPE}")
     own_name = str(options.run_dir).replace("'", "''")  # a text, whatever YAML would take it for
     recipe = _recipe(options.run_dir / RECIPE, [*options.overrides, f"output_dir='{own_name}'"])
     from distlora import train
@@ -315,25 +314,23 @@ def _log_to_terminal(shown: bool) -> None:
 
 
 def _sentence(error: Ending, code: int, patience: float = PATIENCE) -> int:
-    """The error once, from rank 0; from another rank only if that one is alone with it on its node, or altogether, and still alive
-    after a while."""
-    from distlora.rendezvous import own_local_rank
-
-    rank = _rank()
+    """The error once, from rank 0; from another rank only if rank 0 may not know, and if it is still alive after a while."""
+    rank, first = _rank()
     if rank == 0:
         print(f"distlora: {error}", file=sys.stderr, flush=True)
     else:
         # Launchers end all ranks as soon as one has ended: rank 0 must have spoken by then.
         time.sleep(patience)
-        if not (error.agreed or (error.agreed_on_node and own_local_rank(os.environ) > 0)):
+        if not (error.agreed or (error.early and not first)):
             print(f"distlora (rank {rank} on {socket.gethostname()}): {error}", file=sys.stderr, flush=True)
     return code
 
 
-def _rank() -> int:
-    from distlora.rendezvous import own_rank  # not from where torch comes along: verbs that do without it may fail too
+def _rank() -> tuple[int, bool]:
+    """This process's rank, and whether it is the first of its node."""
+    from distlora.rendezvous import own_local_rank, own_rank  # without torch: verbs that do without it may fail too
 
-    return own_rank(os.environ)
+    return own_rank(os.environ), own_local_rank(os.environ) == 0
 
 
 def _table(summary) -> str:

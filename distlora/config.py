@@ -215,9 +215,9 @@ class _Document:
         try:
             text = path.read_text(encoding="utf-8")
         except FileNotFoundError:
-            raise UserError(f"{self.name}: no such recipe; give the path of a YAML file", agreed_on_node=True) from None
+            raise UserError(f"{self.name}: no such recipe; give the path of a YAML file") from None
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{self.name} cannot be read as a recipe: {error}", agreed_on_node=True) from None
+            raise UserError(f"{self.name} cannot be read as a recipe: {error}") from None
         self.content = parse_yaml(text, self.name)
         if not isinstance(self.content, dict):
             raise UserError(f"{self.name} is no recipe: wanted a mapping with the keys {', '.join(Recipe.model_fields)}")

@@ -28,8 +28,9 @@ _ALSO_KNOWN = {
     "optimizer": ("params",),
     "scheduler": ("params",),
 }
-#: Batch sizes that are right for the one rank that DeepSpeed takes this to be. The real ones are settled with the recipe.
-_ONE_RANK = {"train_batch_size": 1, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
+#: Batch sizes that are right for any number of ranks: DeepSpeed completes them. The real ones are settled with the recipe.
+_BATCH = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
+_WHOLE_BATCH = "train_batch_size"
 
 
 def checked_deepspeed(recipe: "Recipe", world_size: int, hidden_size: int | None) -> dict[str, Any]:
@@ -85,22 +86,27 @@ def _quiet() -> Iterator[None]:
         logger.disabled = before
 
 
-def _read(config: dict) -> set[str]:
-    """Lets DeepSpeed read a config; the names it asked for. Raises whatever DeepSpeed does."""
-    noting = _Noting(config | _ONE_RANK)
+def _read(config: dict) -> None:
+    """Lets DeepSpeed read a config. Raises whatever DeepSpeed does."""
     with _quiet():
         from deepspeed.runtime.config import DeepSpeedConfig  # late: a second or more
 
-        DeepSpeedConfig(noting)
-    return noting.asked
+        DeepSpeedConfig(config)
+
+
+def _with_batch(config: dict) -> dict:
+    return {key: value for key, value in config.items() if key != _WHOLE_BATCH} | _BATCH
 
 
 # ---------------------------------------------------------------------- names
 
 
 def _check_names(config: dict, source: str) -> None:
-    """UserError for a key that DeepSpeed does not know, at any depth; whatever the values are, "auto" included."""
-    known = _read({}) | set(_ALSO_KNOWN[""])
+    """UserError for a key that DeepSpeed does not know, at the top or in a section, and further down where DeepSpeed has a model of
+    its own of what stands there. Whatever the values are, "auto" included."""
+    everything = _Noting(_with_batch({}))
+    _read(everything)
+    known = everything.asked | set(_ALSO_KNOWN[""])
     for key, section in config.items():
         if key not in known:
             raise _unknown(source, (key,), known)
@@ -112,7 +118,7 @@ def _check_section(key: str, section: dict, source: str) -> None:
     section = _Noting(_without_autos(section))
     given = list(section)  # DeepSpeed adds to it
     try:
-        _read({key: section})
+        _read(_Noting(_with_batch({key: section})))
     except ValidationError as error:
         path = next((mistake["loc"] for mistake in error.errors() if mistake["type"] == "extra_forbidden"), None)
         if path is not None:
@@ -163,7 +169,7 @@ def _unknown(source: str, path: Iterable[str], known: Iterable[str]) -> UserErro
 def _check_values(config: dict, source: str) -> None:
     """UserError where DeepSpeed does not take a config without any "auto"."""
     try:
-        _read(config)
+        _read(_with_batch(config))
     except Exception as error:
         raise _refusal(error, config, source) from None
 
@@ -171,7 +177,7 @@ def _check_values(config: dict, source: str) -> None:
 def _refusal(error: Exception, config: dict, source: str) -> UserError:
     for key, value in config.items():
         try:
-            _read({key: value})
+            _read(_with_batch({key: value}))
         except Exception as alone:
             if str(alone) == str(error):
                 return UserError(_about(key, value, error, source))

@@ -39,7 +39,7 @@ _NEUTRAL_PARAMS = {
 _OPTIMIZER_TYPES = {"adamw": ("adamw", "adam")}
 _SCHEDULER_TYPES = {"linear": "WarmupDecayLR", "cosine": "WarmupCosineLR", "constant": "WarmupLR"}
 _MAPPINGS = (
-    "amp", "bf16", "bfloat16", "csv_monitor", "data_types", "fp16", "optimizer", "optimizer.params", "scheduler",
+    "bf16", "bfloat16", "csv_monitor", "data_types", "fp16", "optimizer", "optimizer.params", "scheduler",
     "scheduler.params", "tensorboard", "torch_autocast", "zero_optimization", "zero_optimization.zenflow",
 )  # fmt: skip
 
@@ -54,14 +54,16 @@ def read_deepspeed(path: str, folders: Iterable[Path] = (Path(),), place: str = 
     found = next((candidate for candidate in candidates if candidate.is_file()), None)
     if found is None:
         raise UserError(
-            f"{place}: no file {path} in the current folder, the recipe's or one above it; give a JSON file", agreed_on_node=True
+            f"{place}: no file {path} in the current folder, the recipe's or one above it; give a JSON file"
         )
     try:
         config = json.loads(found.read_text(encoding="utf-8"), object_pairs_hook=_unique_keys)
     except json.JSONDecodeError as error:
         where = f"at line {error.lineno}, column {error.colno}"
         raise UserError(f"{found} is not JSON: {error.msg} {where} (JSON has no comments and no trailing commas)") from None
-    except (UnicodeDecodeError, OSError, ValueError) as error:
+    except OSError as error:
+        raise UserError(f"{found} cannot be read: {error.strerror or error}") from None
+    except ValueError as error:
         raise UserError(f"{found} is not JSON: {error}") from None
     if not isinstance(config, dict):
         raise UserError(f"{found} is no DeepSpeed config: a JSON object is wanted")
@@ -194,7 +196,7 @@ def _batches(r: _Resolution, recipe: "Recipe", world_size: int) -> None:
 
 
 def _precision(r: _Resolution, recipe: "Recipe") -> None:
-    for section in ("fp16", "amp", "torch_autocast"):
+    for section in ("fp16", "torch_autocast"):
         r.fill(f"{section}.enabled", False)
         if r.get(f"{section}.enabled"):
             raise UserError(

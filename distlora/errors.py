@@ -5,15 +5,15 @@ from contextlib import contextmanager
 
 
 class Ending(Exception):
-    """Base of all. agreed: every rank ends with this sentence, so rank 0 alone says it. agreed_on_node: every rank of this node
-    does, so the first of them alone says it."""
+    """Base of all. agreed: every rank ends with this sentence, so rank 0 alone says it. early: it comes before the ranks have met,
+    so the first rank of each node says it: files, packages and what was typed are a node's."""
 
     agreed: bool = False
+    early: bool = False
 
-    def __init__(self, sentence: str, agreed: bool | None = None, agreed_on_node: bool = False):
+    def __init__(self, sentence: str, agreed: bool | None = None):
         """agreed: where it is otherwise than usual for the class."""
         super().__init__(sentence)
-        self.agreed_on_node = agreed_on_node
         if agreed is not None:
             self.agreed = agreed
 
@@ -45,20 +45,10 @@ class Preempted(Ending):
 
 
 @contextmanager
-def agreed() -> Iterator[None]:
-    """Around what looks at nothing but the recipe, the shapes of its model and the number of ranks: a mistake is every rank's."""
+def before_ranks_meet() -> Iterator[None]:
+    """Marks the mistakes that are found in it; see `Ending.early`."""
     try:
         yield
     except UserError as error:
-        error.agreed = True
-        raise
-
-
-@contextmanager
-def agreed_on_node() -> Iterator[None]:
-    """Around what looks at files and packages, which may be there on one node and missing on another."""
-    try:
-        yield
-    except UserError as error:
-        error.agreed_on_node = True
+        error.early = True
         raise

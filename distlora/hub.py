@@ -45,19 +45,20 @@ def resolve_path(path: str, progress: Callable[[str], None] | None = None) -> Pa
 
 def without_weights(path: str) -> str:
     """A `model.path` for what asks only for a model's shapes: of a repository on the hub its config alone is fetched."""
-    return str(_download(path, ("config.json",))) if _on_the_hub(path) else path
+    return str(_download(path, ("config.json",))) if on_the_hub(path) else path
 
 
 def may_download(path: str) -> bool:
     """Whether `resolve_path` may have to download a model, as far as can be seen without asking the hub."""
     try:
-        return _on_the_hub(path) and not is_cached(path)
+        return on_the_hub(path) and not is_cached(path)
     except HFValidationError:  # no repository can have this name
         return False
 
 
-def _on_the_hub(path: str) -> bool:
-    return not (path.startswith(("pypi:", ".", "/", "~")) or path.count("/") > 1 or Path(path).exists())
+def on_the_hub(path: str) -> bool:
+    """Whether a `model.path` means a repository on the hub, and not what is here."""
+    return not (path.startswith(("pypi:", ".", "/", "~")) or path.count("/") > 1 or Path(path).expanduser().exists())
 
 
 def _from_package(path: str, progress: Callable[[str], None] | None) -> Path:

@@ -33,10 +33,10 @@ def fetch(comm: Comm, recipe: Recipe) -> None:
         for split in filter(None, (recipe.data.split, recipe.data.eval_split)):
             download(recipe.data, split)
 
-    model, data = may_download(recipe.model.path), not is_at_hand(recipe.data)
-    model, data = comm.sum(model, data)  # before anyone downloads, or the others might find it there already
+    lacking = together(comm, lambda: (may_download(recipe.model.path), not is_at_hand(recipe.data)))
+    model, data = comm.sum(*lacking)  # before anyone downloads, or the others might find it there already
     if comm.world_size > 1 and (model or data) and not is_offline_mode():
-        what = " and ".join(name for name, lacking in (("the model", model), ("the data", data)) if lacking)
+        what = " and ".join(name for name, is_lacking in (("the model", model), ("the data", data)) if is_lacking)
         log.info("%s: one rank of each node downloads what its cache lacks, and all ranks wait for that", what)
     together(comm, lambda: bring() if comm.local_rank == 0 else None)
 

@@ -31,12 +31,12 @@ class Status:
 
     state: State
     step: int
-    saved: int
     steps: int | None
     requeue: bool
     message: str
     start: str
     time: str
+    saved: int = 0
 
     @property
     def code(self) -> int:
@@ -76,8 +76,8 @@ class StatusFile:
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
         if state == "failed" and requeue and self._failed_here_before():
             requeue = False
-            message += f"; not again, because the start before failed too, and no checkpoint came after that of step {self.saved}"
-        status = Status(state, self.step, self.saved, self.steps, requeue, message, self._start, now)
+            message += "; not again, because the start before failed too, and nothing has been saved since"
+        status = Status(state, self.step, self.steps, requeue, message, self._start, now, self.saved)
         write_text(self._path, json.dumps(asdict(status), indent=1) + "\n", writer=f"{socket.gethostname()}-{os.getpid()}")
         self.begun = True
 

@@ -52,8 +52,8 @@ class Supervision:
             self._comm = Comm(self._topology, device, distributed=distributed, asked_to_stop=asked_to_stop)
             return self._comm
         roll = self._meet(asked_to_stop)
-        places = roll.exchange("place", [socket.gethostname(), _gpu(device)])
-        hosts = {rank: host for rank, (host, _) in places.items()}
+        places = roll.exchange("place", [socket.gethostname(), *_gpu(device)])
+        hosts = {rank: host for rank, (host, *_) in places.items()}
         if len(hosts) < self._topology.world_size:
             raise TrainingError(_missing(hosts, self._topology.world_size))
         refuse_shared_gpus(places)
@@ -145,24 +145,25 @@ def _sentence(error: BaseException) -> str:
     return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 
-def _gpu(device: torch.device) -> str | None:
-    """What tells a GPU from all others; None for a CPU."""
+def _gpu(device: torch.device) -> tuple[str | None, int]:
+    """What tells this rank's GPU from all others, None for a CPU; and how many GPUs the rank sees."""
     uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None) if device.type == "cuda" else None
-    return uuid and str(uuid)
+    return uuid and str(uuid), torch.cuda.device_count()
 
 
-def refuse_shared_gpus(places: Mapping[int, tuple[str, str | None]]) -> None:
-    """places: rank -> its host and GPU. Raises UserError where two have the same one: NCCL would only fail, in words of its own."""
+def refuse_shared_gpus(places: Mapping[int, tuple[str, str | None, int]]) -> None:
+    """places: rank -> its host, its GPU, and how many of those it sees. Raises UserError where two ranks have the same GPU: NCCL
+    would only fail, in words of its own."""
     users: dict[tuple[str, str], list[int]] = {}
-    for rank, (host, gpu) in sorted(places.items()):
+    for rank, (host, gpu, _) in sorted(places.items()):
         if gpu is not None:
             users.setdefault((host, gpu), []).append(rank)
     for (host, gpu), ranks in users.items():
         if len(ranks) > 1:
-            there = sum(host == other for other, _ in users)
             raise UserError(
-                f"{len(ranks)} ranks on {host} share the GPU {gpu}: {', '.join(map(str, ranks))}; start one rank a GPU there: "
-                f"slots={there} in the hostfile, torchrun --nproc-per-node={there}, sbatch --gpus-per-node={there}",
+                f"{len(ranks)} ranks on {host} share the GPU {gpu}: {', '.join(map(str, ranks))}; start one rank a GPU, here "
+                f"{places[ranks[0]][2]} (slots in the hostfile, torchrun --nproc-per-node, sbatch --gpus-per-node), each with its "
+                "own LOCAL_RANK if the launcher sets none",
                 agreed=True,
             )
 

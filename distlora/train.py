@@ -16,7 +16,8 @@ from distlora.combination import check_combination
 from distlora.comm import Topology
 from distlora.config import Recipe, plan_batches
 from distlora.deepspeed_check import checked_deepspeed
-from distlora.errors import UserError, agreed, agreed_on_node
+from distlora.errors import UserError, before_ranks_meet
+from distlora.hub import on_the_hub
 from distlora.logs import RankLog
 from distlora.objective import Objective, objective_of
 from distlora.optimizer import OptimizerSpec
@@ -37,14 +38,11 @@ MONITORS = ("tensorboard", "wandb", "csv_monitor", "comet")
 
 def check(recipe: Recipe, topology: Topology, resume: bool | None) -> None:
     """Everything that can be wrong with a recipe and needs neither weights nor other ranks. Raises UserError."""
-    with agreed():
+    with before_ranks_meet():
         objective, config = _check_settings(recipe, topology.world_size)
-    with agreed_on_node():
         check_run_dir(recipe, resume)
         recipe = _fitted(recipe, objective)
-    with agreed():
         check_combination(recipe, config)
-    with agreed_on_node():
         _check_packages(recipe)
         for split in filter(None, (recipe.data.split, recipe.data.eval_split)):
             objective.check_split(split)
@@ -64,9 +62,7 @@ def _check_settings(recipe: Recipe, world_size: int) -> tuple[Objective, dict[st
 
 def _fitted(recipe: Recipe, objective: Objective) -> Recipe:
     """See `check_targets`; the recipe as it is where the model has to be fetched first."""
-    if recipe.model.path.startswith("pypi:") or Path(recipe.model.path).expanduser().is_dir() or recipe.model.path[0] in "./~":
-        return check_targets(recipe, objective)
-    return recipe
+    return recipe if on_the_hub(recipe.model.path) else check_targets(recipe, objective)
 
 
 def _check_packages(recipe: Recipe) -> None:
@@ -108,7 +104,7 @@ def evaluate(recipe: Recipe, topology: Topology) -> dict[str, float]:
     """Evaluates the newest checkpoint of the recipe's run on its evaluation samples: see `Summary.after`. Like
     `train`, after `check`, on every rank; writes nothing."""
     if recipe.data.eval_split is None:
-        raise UserError("data.eval_split is null, so there is nothing to evaluate on; name a split")
+        raise UserError("data.eval_split is null, so there is nothing to evaluate on; name a split", agreed=True)
     device = _device(topology)
     with own_random_state(recipe.train.seed, device), Supervision(topology, recipe.train.hang_timeout) as supervision:
         comm = supervision.gather(device, recipe.deepspeed is not None)

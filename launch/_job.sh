@@ -53,6 +53,11 @@ require_recipe() {  # require_recipe WORD…: the first one is a file
 
 # ------------------------------------------------------------------------------------------------------------- signals
 
+withhold_secrets() {  # from launchers, which look at their own variables, too
+    local name
+    while read -r name; do unset "$name"; done <"$PRIVATE/withheld"
+}
+
 signal_job() {  # signal_job SIGNAL all|ranks: to the job's processes on all hosts; soon done, also where one does not answer
     # The brackets keep the pattern from matching the command that looks for it.
     # Before the first option of a rank stands its Python, with spaces or not; shells, ssh and launchers have other options before.

@@ -99,7 +99,7 @@ prepare() {
 }
 
 launcher_options() {  # sets `options`: where DeepSpeed's launcher starts what
-    local count name
+    local count
     options=(--no_local_rank --master_port "${master_port:-$((10000 + RANDOM % 20000))}")
     if [[ ! -f $PRIVATE/hosts ]]; then
         options+=(--hostfile /dev/null)
@@ -117,7 +117,7 @@ launcher_options() {  # sets `options`: where DeepSpeed's launcher starts what
         options+=(--force_multi --no_ssh_check --launcher "$launcher")
         [[ -z $launcher_args ]] || options+=("--launcher_args=$launcher_args")
         export DS_ENV_FILE=$PRIVATE/environment
-        while read -r name; do unset "$name"; done <"$PRIVATE/withheld"
+        withhold_secrets
         # A host that dies must not hold up pdsh for ever.
         export PDSH_SSH_ARGS_APPEND="${PDSH_SSH_ARGS_APPEND-} -o BatchMode=yes -o ServerAliveInterval=5 -o ServerAliveCountMax=3"
     fi

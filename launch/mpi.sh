@@ -66,6 +66,7 @@ mpirun_options() {  # sets `options`
     if [[ -f $PRIVATE/hosts ]]; then
         mapfile -t HOSTS <"$PRIVATE/hosts"
         options+=(--hostfile "$PRIVATE/hostfile")
+        withhold_secrets  # or this host's ranks would have what the others do not
         while read -r name; do options+=(-x "$name"); done <"$PRIVATE/names"
         for name in MASTER_ADDR MASTER_PORT; do [[ -z ${!name-} ]] || options+=(-x "$name"); done
     fi

@@ -8,7 +8,7 @@ from distlora.comm import Topology
 from distlora.doctor.allocation import examine_job
 from distlora.doctor.hosts import examine_hosts
 from distlora.doctor.subject import Report, subject_of
-from distlora.errors import UserError
+from distlora.errors import UserError, before_ranks_meet
 from distlora.hostfile import read_hostfile
 
 PORT = 29500
@@ -28,9 +28,10 @@ def examine(
     port: of rank 0; default: MASTER_PORT, or 29500. build: whether DeepSpeed's operators are built. limit: seconds that a silent
     rank is waited for. Errors: UserError for a mistake in the hostfile, the recipe or a number.
     """
-    port = _port(port)
-    if not limit > 0:
-        raise UserError(f"--limit {limit} is no time to wait; give seconds above 0")
+    with before_ranks_meet():
+        port = _port(port)
+        if not limit > 0:
+            raise UserError(f"--limit {limit} is no time to wait; give seconds above 0")
     if hostfile is not None and topology.world_size > 1:
         raise UserError(
             f"{topology.world_size} ranks would each ask the hosts of {hostfile}; start one, or leave the hostfile out", agreed=True
@@ -40,7 +41,8 @@ def examine(
         # On this node, but maybe not on rank 0's, which is to tell it with all the rest.
         subject = replace(subject_of(None, run_dir, build), paths={"recipe": str(recipe)})
     else:
-        subject = subject_of(recipe, run_dir, build)
+        with before_ranks_meet():
+            subject = subject_of(recipe, run_dir, build)
     if hostfile is not None:
         return examine_hosts(read_hostfile(hostfile), subject, port, limit)
     if in_job:

@@ -251,6 +251,12 @@ def test_a_lock_of_the_build_that_another_node_was_just_asked_for(age, state, le
     assert finding.remedy.startswith("rm -f ") == (level == "failure")
 
 
+def test_on_one_machine_a_young_lock_that_nobody_holds_is_of_a_build_that_was_killed():
+    node = cluster()[0]
+    change(node, "extensions.locks", [{"path": "/c/x/lock", "age": 4.0, "holder": None}])
+    assert [finding.level for finding in bad([node]) if finding.check == "build lock"] == ["failure"]
+
+
 def test_a_build_that_goes_on():
     nodes = cluster()
     change(nodes[1], "operators", {"state": "running", "pid": 99, "log": "x.log"})

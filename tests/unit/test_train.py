@@ -81,26 +81,11 @@ def test_what_needs_no_weights_is_found_before_anything_happens(recipe, override
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(
-    ("overrides", "everywhere"),
-    [
-        (["data.task=gsm"], True),
-        (["deepspeed={train_batch_size: 7}"], True),
-        (["deepspeed={gradient_cliping: 1}"], True),
-        (["train.global_batch_size=3", "train.micro_batch_size=2"], True),
-        (["method.name=srlora", "method.interval=3"], True),
-        (["model.path=/none"], False),
-        (["method.rank=50"], False),
-        (["data.path=/none/rows.jsonl"], False),
-        (["train.optimizer.name=paged_adamw"], False),
-    ],
-)
-def test_who_else_ends_with_the_same_sentence(recipe, overrides, everywhere, monkeypatch):
-    """Files and packages may be missing on one node alone."""
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+@pytest.mark.parametrize("override", ["data.task=gsm", "model.path=/none", "data.path=/none/a.jsonl", "train.global_batch_size=3"])
+def test_a_mistake_from_before_the_ranks_meet_is_known_as_such(recipe, override):
     with pytest.raises(UserError) as refused:
-        train.check(recipe(*overrides), Topology(), None)
-    assert (refused.value.agreed, refused.value.agreed_on_node) == (everywhere, not everywhere)
+        train.check(recipe("train.micro_batch_size=2", override), Topology(), None)
+    assert refused.value.early and not refused.value.agreed
 
 
 SRLORA = ["method={name: srlora, rank: 4, target_rank: 8}", "train.steps=50"]
