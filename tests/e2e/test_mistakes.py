@@ -167,13 +167,23 @@ def test_several_ranks_without_deepspeed_or_an_address(recipe, monkeypatch):
     assert refused("train", recipe).startswith("2 ranks need DeepSpeed")
 
 
-@pytest.mark.parametrize("variable", ["RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID"])
-def test_other_ranks_than_0_say_nothing(recipe, monkeypatch, variable):
+@pytest.mark.parametrize(
+    ("variable", "local"),
+    [
+        ("RANK", "LOCAL_RANK"),
+        ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"),
+        ("PMI_RANK", "MPI_LOCALRANKID"),
+        ("SLURM_PROCID", "SLURM_LOCALID"),
+    ],
+)
+def test_other_ranks_than_the_first_of_a_node_say_nothing(recipe, monkeypatch, variable, local):
     """Each launcher tells a rank who it is in its own way."""
     monkeypatch.setattr("distlora.cli.PATIENCE", 0)
     size = {"RANK": "WORLD_SIZE", "SLURM_PROCID": "SLURM_NTASKS"}.get(variable, variable.replace("RANK", "SIZE"))
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
-    for name, value in {variable: "1", size: "2", "SLURM_STEP_ID": "0", **address}.items():
+    for name, value in {variable: "1", local: "1", size: "2", "SLURM_STEP_ID": "0", **address}.items():
         monkeypatch.setenv(name, value)
     outcome = call("train", recipe, "train.lrr=1")
     assert (outcome.code, outcome.out, outcome.err) == (2, "", "")
+    monkeypatch.setenv(local, "0")
+    assert call("train", recipe, "train.lrr=1").err.startswith("distlora (rank 1 on ")
