@@ -5,7 +5,6 @@ once the weights are loaded. Here it reads the config before anything is started
 for: what it never asks for, it does not know.
 """
 
-import difflib
 import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 from distlora.deepspeed_config import AUTO, given_deepspeed, resolve_deepspeed
 from distlora.errors import UserError
 from distlora.hub import first_line
-from distlora.strict import dotted, nested_model, sentence, show
+from distlora.strict import dotted, nearest, nested_model, sentence, show
 
 if TYPE_CHECKING:
     from distlora.config import Recipe
@@ -118,14 +117,14 @@ def _check_section(key: str, section: dict, source: str) -> None:
     section = _Noting(_without_autos(section))
     given = list(section)  # DeepSpeed adds to it
     try:
-        _read(_Noting(_with_batch({key: section})))
+        _read(_with_batch({key: section}))
     except ValidationError as error:
         path = next((mistake["loc"] for mistake in error.errors() if mistake["type"] == "extra_forbidden"), None)
         if path is not None:
             within = path if path[0] == key else (key, *path)
             raise _unknown(source, within, _fields(error.title, path[:-1])) from None
-    except Exception:
-        return  # a value that DeepSpeed cannot take: judged when no "auto" is left
+    except Exception:  # of whatever kind: a value that DeepSpeed cannot take, which is judged when no "auto" is left
+        return
     if not section.asked:
         return  # handed on whole to one of DeepSpeed's models, which has found nothing to complain of
     known = section.asked | set(_ALSO_KNOWN.get(key, ()))
@@ -158,9 +157,7 @@ def _descendants(cls: type[BaseModel]) -> Iterator[type[BaseModel]]:
 
 def _unknown(source: str, path: Iterable[str], known: Iterable[str]) -> UserError:
     *sections, name = map(str, path)
-    near = difflib.get_close_matches(name, map(str, known), n=1)
-    hint = f", did you mean {near[0]}?" if near else "; remove it"
-    return UserError(f"{source}: {dotted(*sections, name)}: unknown key{hint}")
+    return UserError(f"{source}: {dotted(*sections, name)}: unknown key{nearest(name, known, otherwise='remove it')}")
 
 
 # ---------------------------------------------------------------------- values

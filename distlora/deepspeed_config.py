@@ -53,9 +53,7 @@ def read_deepspeed(path: str, folders: Iterable[Path] = (Path(),), place: str = 
     candidates = [folder / Path(path).expanduser() for folder in folders]
     found = next((candidate for candidate in candidates if candidate.is_file()), None)
     if found is None:
-        raise UserError(
-            f"{place}: no file {path} in the current folder, the recipe's or one above it; give a JSON file"
-        )
+        raise UserError(f"{place}: no file {path} in the current folder, the recipe's or one above it; give a JSON file")
     try:
         config = json.loads(found.read_text(encoding="utf-8"), object_pairs_hook=_unique_keys)
     except json.JSONDecodeError as error:

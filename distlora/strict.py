@@ -65,11 +65,11 @@ def dump_yaml(content: Any) -> str:
 # ---------------------------------------------------------------------- keys
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """The end of a sentence about an unknown name: `, did you mean rank?`, or the known names where none is near."""
+def nearest(name: str, known: Iterable[str], otherwise: str = "known here: {}") -> str:
+    """The end of a sentence about an unknown name: `, did you mean rank?`, or `otherwise` (with the known names) where none is."""
     known = list(known)
     near = difflib.get_close_matches(name, known, n=1)
-    return f", did you mean {near[0]}?" if near else f"; known here: {', '.join(known)}"
+    return f", did you mean {near[0]}?" if near else f"; {otherwise.format(', '.join(known))}"
 
 
 def dotted(*parts: Any) -> str:

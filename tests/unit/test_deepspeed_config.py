@@ -5,6 +5,7 @@ import json
 import pytest
 
 from distlora.config import load_recipe, resolve_deepspeed
+from distlora.deepspeed_config import read_deepspeed
 from distlora.errors import UserError
 
 RECIPE = """\
@@ -70,6 +71,11 @@ def test_a_bad_deepspeed_file(content, expected):
     with pytest.raises(UserError) as error:
         load("deepspeed=zero.json")
     assert str(error.value) == expected
+
+
+def test_a_deepspeed_file_that_cannot_be_read():
+    with pytest.raises(UserError, match="^/proc/self/mem cannot be read: Input/output error$"):
+        read_deepspeed("/proc/self/mem")
 
 
 # ---------------------------------------------------------------------- resolving

@@ -287,8 +287,9 @@ def test_mistakes_are_told_before_anybody_is_asked(arguments, environment, compl
     monkeypatch.setattr("distlora.doctor.hosts.ask_all", lambda *_: pytest.fail("asked"))
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match=f"^{complaint}"):
+    with pytest.raises(UserError, match=f"^{complaint}") as refused:
         examine.examine(Topology(), **arguments)
+    assert refused.value.early or "hostfile" in arguments, "in a job, one rank a node says it; a hostfile is for one process"
 
 
 def test_a_hostfile_is_for_one_process(tmp_path):

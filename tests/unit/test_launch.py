@@ -305,6 +305,21 @@ def test_a_signal_is_for_ranks_whatever_their_python_is_called_and_not_for_who_s
     os.close(writing)
 
 
+def test_a_secret_that_does_not_travel_is_kept_from_mpirun_too(tmp_path):
+    """It would reach the ranks of mpirun's own host, and no others."""
+    told = f'case $1 in --version) echo "mpirun (Open MPI) 4.1.4";; *) env >{tmp_path}/told;; esac'
+    for name, text in (("mpirun", told), ("ssh", "exit 0")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "hosts").write_text("10.0.0.1 slots=1\n10.0.0.2 slots=1\n")
+    variables = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "HF_TOKEN": "hf_x", "HF_HOME": "/hf"}
+    words = ["--hostfile", tmp_path / "hosts", ROOT / "configs/recipes/quickstart.yaml", f"output_dir={tmp_path}/run"]
+    result = start(LAUNCH / "mpi.sh", *map(str, words), **variables)
+    assert result.returncode == 0 and "the ranks do not get HF_TOKEN" in result.stderr, result.stderr
+    told = (tmp_path / "told").read_text()
+    assert "HF_HOME=/hf\n" in told and "hf_x" not in told
+
+
 #: A job whose launcher says what pdsh says (`$1`) and waits; its ranks answer a signal as `$2` says.
 JOB = r"""
 . launch/_environment.sh && . launch/_job.sh

@@ -134,7 +134,7 @@ def test_caches_and_transports_travel_and_what_belongs_to_one_machine_does_not()
 
 def test_no_secret_travels_unless_the_user_says_so():
     """Also none that DeepSpeed's launcher would take along by itself."""
-    harmless = {"MLFLOW_TRACKING_SERVER_CERT_PATH": "/c.pem", "NCCL_IB_PKEY": "1", "MLFLOW_EXPERIMENT_ID": "3"}
+    harmless = {"MLFLOW_TRACKING_SERVER_CERT_PATH": "/c.pem", "NCCL_IB_PKEY": "1", "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1"}
     secret = {"MLFLOW_TRACKING_TOKEN": "x", "MLFLOW_TRACKING_PASSWORD": "x", "MLFLOW_TRACKING_URI": "https://me:x@host/"}
     given = {**harmless, **secret, "EDITOR_TOKEN": "x"}
     assert travelling(given, []) == list(harmless) and withheld(given, []) == list(secret)

@@ -91,6 +91,17 @@ def test_one_process_waits_for_nobody(brought, caplog):
     assert said(comm, recipe("some/model"), caplog) == [] and brought[0] == "some/model"
 
 
+def test_a_cache_that_one_rank_cannot_read_ends_all_of_them(brought, monkeypatch):
+    """Before the sum, in which the others would wait for it."""
+
+    def is_cached(repository):
+        raise PermissionError(13, "Permission denied", "/hub/refs")
+
+    monkeypatch.setattr(hub, "is_cached", is_cached)
+    with pytest.raises(UserError, match="^/hub/refs: Permission denied$"):
+        rundata.fetch(OneOfTwo(1), recipe("some/model"))
+
+
 def test_what_cannot_be_brought_is_said_by_who_tried(monkeypatch, caplog):
     """A name that no repository can have among them, which the cache refuses to look up."""
     with pytest.raises(UserError, match="no repository on the hub can have this name"):

@@ -142,7 +142,7 @@ def test_zero_config_resolves(path, dtype, world, tmp_path):
 
 @pytest.mark.parametrize("path", ZEROS, ids=by_name)
 def test_zero_config_is_accepted_by_deepspeed(path, tmp_path):
-    """DeepSpeed ignores unknown keys at the top, and only there: the sections are checked by its own classes."""
+    """And understood as it is meant."""
     runtime = pytest.importorskip("deepspeed.runtime.config")
     recipe = load_recipe(QUICKSTART, [f"deepspeed={path}", f"output_dir={tmp_path}/run"])
     given, _ = resolve_deepspeed(recipe, 1, 576)
@@ -157,13 +157,3 @@ def test_zero_config_is_accepted_by_deepspeed(path, tmp_path):
     assert parsed.bfloat16_config.enabled and parsed.gradient_clipping == 1.0
     assert parsed.monitor_config.tensorboard.enabled
     assert (parsed.train_batch_size, parsed.train_micro_batch_size_per_gpu, parsed.gradient_accumulation_steps) == (32, 16, 2)
-
-
-@pytest.mark.parametrize("path", ZEROS, ids=by_name)
-def test_zero_config_keys_are_known(path):
-    """A mistyped key at the top would be ignored in silence."""
-    known = {
-        "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "bf16",
-        "zero_optimization", "zero_force_ds_cpu_optimizer", "tensorboard",
-    }  # fmt: skip
-    assert set(json.loads(path.read_text(encoding="utf-8"))) <= known

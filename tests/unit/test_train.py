@@ -88,6 +88,12 @@ def test_a_mistake_from_before_the_ranks_meet_is_known_as_such(recipe, override)
     assert refused.value.early and not refused.value.agreed
 
 
+def test_without_an_evaluation_split_no_rank_goes_to_meet_the_others(recipe):
+    with pytest.raises(UserError, match="^data.eval_split is null") as refused:
+        train.evaluate(recipe("data.eval_split=null"), Topology())
+    assert refused.value.agreed
+
+
 SRLORA = ["method={name: srlora, rank: 4, target_rank: 8}", "train.steps=50"]
 
 
