@@ -264,7 +264,7 @@ def test_asked_to_stop_at_any_moment_it_goes_on_as_if_nothing_had_been(recipe, q
     told = read_status(Path(made.output_dir))
     assert (told.state, told.requeue, told.steps) == ("preempted", True, None if look == 1 else 4)
     kept = [path.name for path in Path(made.output_dir).glob("checkpoint-*")]
-    assert kept == ([f"checkpoint-{told.step}"] if told.step else [])
+    assert kept == ([f"checkpoint-{told.step}"] if told.step else []) and told.saved == told.step
     assert train.train(made, Topology(), None).steps == 4
     assert curves(made) == wanted
     assert read_status(Path(made.output_dir)).state == "done"
