@@ -219,6 +219,26 @@ def test_an_environment_that_stands_is_not_touched(tmp_path):
     assert other.returncode == 5
 
 
+def test_the_batch_of_the_quickstart_fits_the_ranks_and_what_the_user_says(tmp_path):
+    """What it starts, in an environment that stands."""
+    programs = tmp_path / "venv" / "bin"
+    programs.mkdir(parents=True)
+    answers = '*device_count*) echo 0 ;; *build_shm_op* | *resolve_path*) ;; *operator* | *extension*) mktemp -d ;;'
+    stubs = {"python": f'case $* in {answers} *) exec {sys.executable} "$@" ;; esac', "deepspeed": f'echo "$@" >{tmp_path}/told'}
+    for name, text in stubs.items():
+        (programs / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (programs / name).chmod(0o755)
+    variables = {"DISTLORA_VENV": str(tmp_path / "venv"), "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)}
+    stamp = '"$(cat "$REPOSITORY/constraints.txt" "$REPOSITORY/setup.py" | cksum) $REPOSITORY $VENV"'
+    assert shell(f'echo {stamp} >"$VENV/.distlora-quickstart"', **variables).returncode == 0
+    words = ["--ranks", "3", "--output", str(tmp_path / "run"), "train.global_batch_size=24"]
+    result = start(LAUNCH / "quickstart.sh", *words, **variables)
+    assert result.returncode == 0, result.stderr
+    told = (tmp_path / "told").read_text().split()
+    assert told[told.index("--num_gpus") + 1] == "3"
+    assert told[-2:] == ["train.micro_batch_size=8", "train.global_batch_size=24"]
+
+
 def test_a_foreign_directory_is_never_cleared(tmp_path):
     (tmp_path / "precious").write_text("x")
     result = shell("make_venv python3", DISTLORA_VENV=str(tmp_path))

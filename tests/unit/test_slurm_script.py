@@ -327,6 +327,14 @@ def test_a_signal_while_the_ranks_run(desk, number, state, again):
     assert desk.called("scontrol") == (["requeue", "7"] if again else []), said
 
 
+def test_a_signal_just_before_the_ranks_run(desk):
+    """After the last look at whether one has come: `date` is what the script asks next, and here it signals."""
+    desk.add("date", '#!/bin/sh\nkill -USR1 $PPID\nexec /bin/date "$@"\n')
+    done = desk.start("recipe.yaml", SRUN_WAITS="1", SRUN_EXIT="1")
+    assert done.returncode in (75, 138), "what srun ended with, before or after it could hear\n" + done.stderr
+    assert desk.called("scontrol") == ["requeue", "7"], done.stderr
+
+
 # ---------------------------------------------------------------------- containers
 
 

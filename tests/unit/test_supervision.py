@@ -3,6 +3,7 @@
 import threading
 
 import pytest
+import torch
 
 from distlora import supervision
 from distlora.comm import Topology
@@ -92,6 +93,17 @@ def test_ranks_that_share_a_gpu_are_told_so_before_nccl_fails():
         supervision.refuse_shared_gpus({rank: ["node2" if rank > 1 else "node1", "ab"[rank % 2], 2] for rank in range(6)})
     assert str(refused.value).startswith("2 ranks on node2 share the GPU a: 2, 4; start one rank a GPU, here 2 (slots in ")
     assert refused.value.agreed, "every rank knows, and one of them says it"
+
+
+def test_ranks_look_at_each_others_gpus_before_there_is_a_group(monkeypatch):
+    class Roll:
+        def exchange(self, topic, place):
+            return dict.fromkeys(range(2), [place[0], "a", 1])
+
+    company = Supervision(Topology(0, 2), 9.0)
+    monkeypatch.setattr(company, "_meet", lambda asked_to_stop: Roll())
+    with pytest.raises(UserError, match="^2 ranks on .* share the GPU a: 0, 1;"):
+        company.gather(torch.device("cpu"), True)
 
 
 def test_before_there_is_a_directory_it_only_speaks(end):

@@ -97,6 +97,14 @@ def test_without_an_evaluation_split_no_rank_goes_to_meet_the_others(recipe):
 SRLORA = ["method={name: srlora, rank: 4, target_rank: 8}", "train.steps=50"]
 
 
+def test_the_number_of_swaps_is_held_against_a_length_that_the_data_decide(recipe):
+    """And that the layers decide: from rank 5 to the 20 directions of the smallest one, a component at a time."""
+    made = recipe("method={name: srlora, rank: 5, gamma: 0.2}", "train.steps=null", "train.epochs=1")
+    train.check(made, Topology(), None)
+    with pytest.raises(UserError, match="asks for 15 replacements"):
+        train.train(made, Topology())
+
+
 @pytest.mark.parametrize("name", ["adamw8bit", "paged_adamw8bit"])
 def test_single_components_of_8_bit_moments_cannot_be_forgotten(recipe, name):
     with pytest.raises(UserError) as caught:
