@@ -114,7 +114,8 @@ class ZeroEngine:
         # With hpZ the groups of ranks may be made only once, which loading has done; `start` partitions the factors then.
         if self.stage < 3 or self._config["zero_optimization"].get("zero_hpz_partition_size", 1) > 1:
             return nullcontext()
-        return deepspeed.zero.Init(config_dict_or_path=self._config, dtype=self.dtype)
+        # The dtype comes from the config: one that is given here DeepSpeed 0.19 replaces by bfloat16 on a CPU without float16.
+        return deepspeed.zero.Init(config_dict_or_path=self._config)
 
     def start(self, model: nn.Module, optimizer: OptimizerSpec) -> None:
         self.module, self.optimizer = model, optimizer
