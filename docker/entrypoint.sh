@@ -35,7 +35,7 @@ ranks() {  # the process ids of distlora's ranks; launchers do not have RANK the
     local process
     for process in /proc/[0-9]*; do
         grep -qzsE '^(RANK|OMPI_COMM_WORLD_RANK)=' "$process/environ" || continue
-        { tr '\0' ' ' <"$process/cmdline"; } 2>/dev/null | grep -qE -- '(-m distlora([.]launched)?|/distlora) ' || continue
+        { tr '\0' ' ' <"$process/cmdline"; } 2>/dev/null | grep -qE -- '(-m distlora([.]cli[.]as_rank)?|/distlora) ' || continue
         echo "${process#/proc/}"
     done
 }

@@ -36,8 +36,8 @@ choose_python() {  # the one on PATH if it has what is needed; else the environm
 # Before anything runs: another start is as good.
 trap 'stop_child 75' TERM USR1
 
-prepare_job() {  # prepare_job OPTION… -- WORD…: checks hostfile, hosts and recipe; distlora/launching.py says what it leaves in PRIVATE
-    start_child "$PYTHON" -m distlora.launching --script "$NAME" "$@"
+prepare_job() {  # prepare_job OPTION… -- WORD…: checks hostfile, hosts and recipe; distlora/cluster/launching.py says what it leaves in PRIVATE
+    start_child "$PYTHON" -m distlora.cli.prepare_launch --script "$NAME" "$@"
     wait_for_child || exit
 }
 
@@ -62,7 +62,7 @@ signal_job() {  # signal_job SIGNAL all|ranks: to the job's processes on all hos
     # The brackets keep the pattern from matching the command that looks for it.
     # Before the first option of a rank stands its Python, with spaces or not; shells, ssh and launchers have other options before.
     local pattern="[${MARK:0:1}]${MARK:1}" host sent=()
-    [[ $2 == all ]] || pattern="^([^ ]| [^ -])+ -u -m distlora[.]launched $pattern"
+    [[ $2 == all ]] || pattern="^([^ ]| [^ -])+ -u -m distlora[.]cli[.]as_rank $pattern"
     ((${#HOSTS[@]})) || pkill "-$1" -f -- "$pattern"
     for host in ${HOSTS[@]+"${HOSTS[@]}"}; do
         ssh -n -o BatchMode=yes -o ConnectTimeout=4 -o ServerAliveInterval=2 -o ServerAliveCountMax=2 "$host" \

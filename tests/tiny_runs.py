@@ -10,15 +10,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from distlora.attach import attach
-from distlora.comm import Comm, Topology
-from distlora.compose import ProbeData, initialise, install_gradient_maps, open_ledger
-from distlora.engine import LocalEngine
+from distlora.adapter.attach import attach
+from distlora.engine.comm import Comm, Topology
+from distlora.engine.local import LocalEngine
+from distlora.engine.optimizers import OptimizerSpec
+from distlora.engine.owners import open_ledger
+from distlora.initialise.factors import initialise, install_gradient_maps
+from distlora.initialise.probe import Probe
 from distlora.methods import Method, registry
-from distlora.optimizer import OptimizerSpec
-from distlora.recompose import Recomposer
-from distlora.step import accumulate
-from distlora.swapreport import SwapReport
+from distlora.recompose.recomposer import Recomposer
+from distlora.recompose.report import SwapReport
+from distlora.training.step import accumulate
 
 FP32, BF16 = torch.float32, torch.bfloat16
 SEED, RATE = 11, 1e-2
@@ -87,15 +89,15 @@ class Run:
 
     @property
     def ledger(self):
-        return self.attached.ledger
+        return self.engine.ledger
 
     # ------------------------------------------------------------------ training
 
-    def probe(self, number: int) -> ProbeData:
+    def probe(self, number: int) -> Probe:
         data = [samples(500 + number, self.engine.dtype, PROBE_SAMPLES)]
-        return ProbeData(lambda: iter(data), lambda: iter(data), PROBE_SAMPLES, loss_sum)
+        return Probe(lambda: iter(data), lambda: iter(data), PROBE_SAMPLES, lambda net, batch: loss_sum(net, batch)[0])
 
-    def _numbered_probe(self, number: int) -> ProbeData:
+    def _numbered_probe(self, number: int) -> Probe:
         self.probes.append(number)
         return self.probe(number)
 

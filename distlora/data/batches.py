@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distlora.data.encode import IGNORE, Sample
+from distlora.data.encode import Sample
+from distlora.models.targets import IGNORE
 
 
 class TrainOrder:

@@ -13,9 +13,7 @@ from itertools import islice
 
 from distlora.data.examples import CHAT, DataSection, Example, Examples
 from distlora.errors import UserError
-
-#: The label of a position without a loss.
-IGNORE = -100
+from distlora.models.targets import IGNORE
 
 #: Texts given to the tokenizer at once: enough for its threads, few enough to stay small.
 CHUNK = 1000

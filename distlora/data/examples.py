@@ -5,10 +5,12 @@ from dataclasses import dataclass
 from string import Formatter
 from typing import Protocol
 
-from distlora.data import arithmetic, sources
-from distlora.data.sources import Row, nearest
-from distlora.data.tasks import ROLES, get_task
+from distlora.data import sources
+from distlora.data.sources import Row
 from distlora.errors import UserError
+from distlora.sentences import nearest
+from distlora.tasks import arithmetic
+from distlora.tasks.registry import ROLES, get_task
 
 #: The value of `data.template` that asks for the tokenizer's chat template.
 CHAT = "chat"

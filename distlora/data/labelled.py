@@ -13,10 +13,12 @@ from torch import Tensor
 
 from distlora.data import examples
 from distlora.data.batches import pad_rows
-from distlora.data.encode import CHUNK, IGNORE, Encoded
-from distlora.data.sources import Row, nearest
-from distlora.data.tasks import LabelTask, get_task
+from distlora.data.encode import CHUNK, Encoded
+from distlora.data.sources import Row
 from distlora.errors import UserError
+from distlora.models.targets import IGNORE
+from distlora.sentences import nearest
+from distlora.tasks.registry import LabelTask, get_task
 
 #: What a column can be used for; there may be no pair.
 ROLES = ("text", "pair", "label")

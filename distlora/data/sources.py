@@ -8,15 +8,15 @@ they mean to `datasets.load_dataset`, for local files as well.
 import csv
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from distlora.errors import UserError
+from distlora.sentences import first_line, nearest
 
 Row = dict[str, Any]
 
@@ -59,12 +59,6 @@ def parse_split(expression: str) -> list[SplitPart]:
             raise UserError(f"data: split {expression!r} cannot be read, write it like train[:50000] or train[10%:20%]")
         parts.append(SplitPart(part["name"], *(bounds.group("start", "stop") if bounds else ())))
     return parts
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """`, did you mean X?` if a known name resembles `name`, else nothing: the tail of an error message."""
-    matches = get_close_matches(name, list(known), n=1)
-    return f", did you mean {matches[0]}?" if matches else ""
 
 
 def load_rows(path: str, split: str, header: Sequence[str] | None = None) -> Sequence[Row]:
@@ -215,7 +209,7 @@ def _read_parquet(file: Path) -> list[Row]:
     try:
         return parquet.ParquetFile(file).read().to_pylist()
     except pyarrow.ArrowInvalid as error:
-        raise UserError(f"data.path: {file} is not a parquet file, or is damaged ({_first_line(error)})") from None
+        raise UserError(f"data.path: {file} is not a parquet file, or is damaged ({first_line(error)})") from None
 
 
 READERS: dict[str, Callable[..., list[Row]]] = {
@@ -263,7 +257,7 @@ def _hub_split(path: str, split: str):
 
 def _hub_problem(path: str, split: str, error: Exception) -> str:
     """A sentence for what `datasets` reports without an exception class of its own."""
-    reason = _first_line(error)
+    reason = first_line(error)
     if "Unknown split" in str(error):
         known = re.findall(r"'([\w.\-]+)'", reason.partition("Should be one of")[2])
         hint = nearest(split, known) or ", choose another"
@@ -273,7 +267,3 @@ def _hub_problem(path: str, split: str, error: Exception) -> str:
         listed = " ".join(str(error).split())
         return f"data.path: {path}: name the configuration after a colon, as in name:configuration ({listed[:300]})"
     return f"data.path: {path} cannot be loaded from the hub ({reason}), correct the name, or save it as local files"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

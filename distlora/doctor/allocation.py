@@ -4,12 +4,12 @@ import os
 import socket
 import time
 
-from distlora.addresses import free_port
-from distlora.comm import RollCall, Topology
+from distlora.cluster.addresses import free_port
 from distlora.doctor import facts, reduction, storage
 from distlora.doctor.findings import Finding, Node
 from distlora.doctor.node import answers
 from distlora.doctor.subject import BUILD_LIMIT, SHORT, Report, Subject, judge_nodes
+from distlora.engine.comm import RollCall, Topology
 from distlora.errors import Ending, UserError
 
 #: Seconds by which ranks can leave one and the same exchange apart.
@@ -44,7 +44,7 @@ def _look_around(topology: Topology, subject: Subject, roll: RollCall, came: dic
     speakers = _speakers(came)
     index, token = list(speakers).index(socket.gethostname()), came[min(came)]["token"].replace("-", "_")
     speaks = topology.rank in speakers.values()
-    master = {"master": os.environ.get("MASTER_ADDR"), "port": None, "is_master": False}
+    master = {"master": topology.master[0], "port": None, "is_master": False}
     try:
         found = facts.collect(subject.request(token, index) | master) if speaks else None
         heard = roll.exchange("facts", found, facts.LIMIT + BUILD_LIMIT + SHORT)
@@ -85,7 +85,7 @@ def _meeting(topology: Topology, came: dict[int, dict], nodes: list[Node]) -> li
     if not missing:
         return []
     whom = f"rank {missing[0]}" if len(missing) == 1 else f"ranks {', '.join(map(str, missing))}"
-    address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT', 29500)}"
+    address = "{}:{}".format(*topology.master)
     found = f"{whom} of {topology.world_size} did not come to {address}"
     remedy = "look at the logs of these ranks: they were not started, or do not find that address (firewall, name, interface)"
     return [Finding("rendezvous", "failure", tuple(node.name for node in nodes), found, remedy)]
@@ -96,7 +96,7 @@ def _reduce(topology: Topology, roll: RollCall, came: dict[int, dict], limit: fl
     port = came[0]["port"]
     request = {
         "first": topology.rank, "count": 1, "local": topology.local_rank, "world": topology.world_size,
-        "master": os.environ.get("MASTER_ADDR", "127.0.0.1"), "port": port, "limit": limit,
+        "master": topology.master[0], "port": port, "limit": limit,
     }  # fmt: skip
     said = [value for line in reduction.run_ranks(request) for value in answers(line)]
     outcomes = [outcome for some in roll.exchange("outcomes", said, 3 * limit + 60).values() for outcome in some]

@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 
-from distlora.addresses import is_loopback
+from distlora.cluster.addresses import is_loopback
 from distlora.doctor.findings import Finding, Node, gib, known
 
 #: Seconds that clocks may differ.

@@ -4,14 +4,13 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from distlora.comm import Topology
+from distlora.cluster.hostfile import read_hostfile
+from distlora.cluster.rendezvous import DEFAULT_PORT
 from distlora.doctor.allocation import examine_job
 from distlora.doctor.hosts import examine_hosts
 from distlora.doctor.subject import Report, subject_of
+from distlora.engine.comm import Topology
 from distlora.errors import UserError, before_ranks_meet
-from distlora.hostfile import read_hostfile
-
-PORT = 29500
 
 
 def examine(
@@ -51,7 +50,7 @@ def examine(
 
 
 def _port(given: int | None) -> int:
-    text = os.environ.get("MASTER_PORT", str(PORT)) if given is None else str(given)
+    text = os.environ.get("MASTER_PORT", str(DEFAULT_PORT)) if given is None else str(given)
     if not text.isdigit() or not 1 <= int(text) <= 65535:
         raise UserError(f"{'MASTER_PORT=' if given is None else '--port '}{text} is no port; give a number from 1 to 65535")
     return int(text)

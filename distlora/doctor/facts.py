@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from distlora.cluster.environment import versions
 from distlora.doctor import network, storage, toolchain
-from distlora.environment import versions
 
 Facts = dict[str, Any]
 

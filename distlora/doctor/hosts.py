@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import accumulate
 
-from distlora.addresses import free_port
+from distlora.cluster.addresses import free_port
+from distlora.cluster.hostfile import Host, this_machine_alone
 from distlora.doctor import facts, reduction
 from distlora.doctor.findings import Finding, Node
 from distlora.doctor.remote import Answer, ask_all
 from distlora.doctor.subject import BUILD_LIMIT, SHORT, Report, Subject, judge_nodes
-from distlora.hostfile import Host, this_machine_alone
 
 #: Ranks of the all-reduce on a machine without an accelerator, where nothing says how many.
 CPU_RANKS = 2

@@ -4,7 +4,7 @@ import os
 import socket
 from typing import Any
 
-from distlora.addresses import addresses, free_port, interface_of, interfaces, problem_with_port, source
+from distlora.cluster.addresses import addresses, free_port, interface_of, interfaces, problem_with_port, source
 
 #: Seconds that a connection to the master is tried.
 PATIENCE = 4.0

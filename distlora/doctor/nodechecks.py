@@ -154,7 +154,7 @@ def check_operators(nodes: Sequence[Node]) -> Iterator[Finding]:
             built.append((facts["seconds"], node.name))
         elif facts["state"] == "failed":
             found = f"the build of DeepSpeed's operators failed: {facts['said']}"
-            remedy = "run `python -m distlora.doctor.operators` with their names there to see all of it"
+            remedy = "run `python -m distlora.engine.zero.operators` with their names there to see all of it"
             yield Finding("operators", "failure", (node.name,), found, remedy)
         elif facts["state"] == "running":
             found = f"the build of DeepSpeed's operators goes on as process {facts['pid']}; its log: {PurePath(facts['log'])}"

@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 
-from distlora.comm import Comm, RollCall, Topology
+from distlora.cluster.topology import topology_from_environment
 from distlora.doctor.findings import Finding
+from distlora.engine.comm import Comm, RollCall, Topology
+from distlora.engine.device import device_of
 from distlora.errors import Ending
 
 #: How far a rank has come, in this order.
@@ -130,16 +132,8 @@ def be_a_rank(limit: float, tell: Callable[[Outcome], None]) -> None:
     watchdog = threading.Timer(3 * limit, give_up)
     watchdog.daemon = True
     watchdog.start()
-    topology = Topology.from_environment()
+    topology = topology_from_environment()
     reduce_once(topology, device_of(topology.local_rank), limit, remember)
-
-
-def device_of(local_rank: int) -> torch.device:
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    device = torch.device("cuda", local_rank % torch.cuda.device_count())
-    torch.cuda.set_device(device)
-    return device
 
 
 # ---------------------------------------------------------------------- what it means

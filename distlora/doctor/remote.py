@@ -13,9 +13,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from distlora.cluster.exported_variables import exported_names
+from distlora.cluster.ssh import explain, python_there
 from distlora.doctor.node import answers
-from distlora.ssh import explain, python_there
-from distlora.travelling import travelling
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def command(host: str | None) -> list[str]:
 
 def forwarded() -> dict[str, str]:
     """The variables that a launcher would take along."""
-    return {name: os.environ[name] for name in travelling(os.environ)}
+    return {name: os.environ[name] for name in exported_names(os.environ)}
 
 
 class Running:

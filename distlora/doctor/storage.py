@@ -79,7 +79,7 @@ def disk_facts(run_dir: str | None) -> dict[str, Any]:
 
 
 def _cache() -> str:
-    from distlora.hub import cache_directory
+    from distlora.models.hub import cache_directory
 
     return cache_directory()
 
@@ -92,7 +92,7 @@ def shm_facts() -> dict[str, Any]:
 
 def hub_facts(model: str | None, needed: bool) -> dict[str, Any]:
     """model: a repository on the hub. The hub is asked unless that is cached, or nothing is needed from it."""
-    from distlora import hub
+    from distlora.models import hub
 
     cached = model is not None and hub.is_cached(model)
     return {

@@ -57,9 +57,9 @@ def subject_of(recipe: Path | None, run_dir: Path | None, build: bool) -> Subjec
     operators = ["ShareMemCommBuilder"]
     if recipe is None:
         return Subject(str((run_dir or Path.cwd()).absolute()), operators=tuple(operators) if build else ())
-    from distlora.config import load_recipe
-    from distlora.data import get_task
-    from distlora.deepspeed_config import look_up
+    from distlora.recipe.deepspeed_config import look_up
+    from distlora.recipe.load import load_recipe
+    from distlora.tasks import get_task
 
     loaded = load_recipe(recipe)
     paths, model = {"recipe": str(recipe)}, None

@@ -116,7 +116,7 @@ def start_build(names: Sequence[str]) -> Build:
         return Build(None, "", there, "a lock is in the way" if names else "none is needed")
     handle, log = tempfile.mkstemp(prefix="distlora-doctor-", suffix=".log")
     with os.fdopen(handle, "wb") as output:
-        command = [sys.executable, "-m", "distlora.doctor.operators", *names]
+        command = [sys.executable, "-m", "distlora.engine.zero.operators", *names]
         streams = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.STDOUT}
         process = subprocess.Popen(command, start_new_session=True, **streams)
     return Build(process, log, there)

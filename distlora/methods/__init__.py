@@ -3,7 +3,7 @@
 import importlib
 import pkgutil
 
-from distlora.methods.base import Factors, Init, LowRank, Method, Recomposition
+from distlora.methods.contract import Factors, Init, Method, Recomposition
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
@@ -21,4 +21,4 @@ def registry() -> dict[str, type[Method]]:
     return dict(sorted(found.items()))
 
 
-__all__ = ["Factors", "Init", "LowRank", "Method", "Recomposition", "registry"]
+__all__ = ["Factors", "Init", "Method", "Recomposition", "registry"]

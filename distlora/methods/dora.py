@@ -5,8 +5,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from distlora.linalg import one_for_zero, row_norms
-from distlora.methods.base import Factors, HoldsPretrained, Init, LayerInit, LowRank
+from distlora.maths.linalg import one_for_zero, row_norms
+from distlora.maths.low_rank import LowRank
+from distlora.methods.contract import Factors, HoldsPretrained, Init, LayerInit
 from distlora.methods.lora import LoRA
 
 #: What the row of B of a zero row gets in an export, once. Any number will do that float16 holds times A: its magnitude is zero.

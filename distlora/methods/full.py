@@ -2,7 +2,8 @@
 
 from typing import ClassVar, Literal
 
-from distlora.methods.base import Factors, LowRank, Method
+from distlora.maths.low_rank import LowRank
+from distlora.methods.contract import Factors, Method
 
 
 class Full(Method):

@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from distlora.methods.base import Init, LayerInit, Method
+from distlora.methods.contract import Init, LayerInit, Method
 
 
 class LoRA(Method):

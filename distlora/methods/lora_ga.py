@@ -8,8 +8,9 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from distlora.linalg import captured_energy, truncated_svd
-from distlora.methods.base import Init, LayerInit, LowRank, ProbeSettings, TakenFromWeight
+from distlora.maths.linalg import captured_energy, truncated_svd
+from distlora.maths.low_rank import LowRank
+from distlora.methods.contract import Init, LayerInit, ProbeSettings, TakenFromWeight
 from distlora.methods.rslora import RSLoRA
 
 

@@ -8,8 +8,8 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from distlora.linalg import gram_spectrum, solve_sylvester
-from distlora.methods.base import Factors
+from distlora.maths.linalg import gram_spectrum, solve_sylvester
+from distlora.methods.contract import Factors
 from distlora.methods.rslora import DEFAULT_ALPHA, RSLoRA
 
 

@@ -10,10 +10,11 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
-from distlora.linalg import captured_energy, gram_inverse, squared_norm, truncated_svd
-from distlora.methods.base import Factors, Init, LayerInit, LowRank, Method, ProbeSettings, Recomposition
-from distlora.rounding import Rounding
-from distlora.switching import FixedSwitching, Switching, every_steps, fixed_steps
+from distlora.maths.linalg import captured_energy, gram_inverse, squared_norm, truncated_svd
+from distlora.maths.low_rank import LowRank
+from distlora.maths.recomposition_schedule import FixedSwitching, Switching, every_steps, fixed_steps
+from distlora.maths.rounding import Rounding
+from distlora.methods.contract import Factors, Init, LayerInit, Method, ProbeSettings, Recomposition
 
 
 class FirstStep(ProbeSettings):

@@ -4,8 +4,8 @@ from typing import ClassVar, Literal
 
 import torch
 
-from distlora.linalg import captured_energy, truncated_svd
-from distlora.methods.base import Init, LayerInit, Method
+from distlora.maths.linalg import captured_energy, truncated_svd
+from distlora.methods.contract import Init, LayerInit, Method
 
 
 class LoRAXS(Method):

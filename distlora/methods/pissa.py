@@ -5,8 +5,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from distlora.linalg import captured_energy, truncated_svd
-from distlora.methods.base import Init, LayerInit, LowRank, TakenFromWeight
+from distlora.maths.linalg import captured_energy, truncated_svd
+from distlora.maths.low_rank import LowRank
+from distlora.methods.contract import Init, LayerInit, TakenFromWeight
 
 
 class PiSSA(TakenFromWeight):

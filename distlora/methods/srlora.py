@@ -12,12 +12,20 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
-from distlora.importance import ElementScores
-from distlora.linalg import captured_energy, truncated_svd
-from distlora.methods.base import Factors, Init, LayerInit, LowRank, ProbeSettings, Recomposition
+from distlora.maths.importance import ElementScores
+from distlora.maths.linalg import captured_energy, truncated_svd
+from distlora.maths.low_rank import LowRank
+from distlora.maths.recomposition_schedule import (
+    AdaptiveSwitching,
+    FixedSwitching,
+    Switching,
+    every_steps,
+    fixed_steps,
+    freeze_start,
+)
+from distlora.maths.rounding import Rounding
+from distlora.methods.contract import Factors, Init, LayerInit, ProbeSettings, Recomposition
 from distlora.methods.pissa import PiSSA, balanced
-from distlora.rounding import Rounding
-from distlora.switching import AdaptiveSwitching, FixedSwitching, Switching, every_steps, fixed_steps, freeze_start
 
 
 class AdaptiveSettings(BaseModel):

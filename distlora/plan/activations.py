@@ -8,7 +8,7 @@ inputs of the other trained factors. Nothing is saved for a frozen weight.
 
 from dataclasses import dataclass
 
-from distlora.loss import BLOCK_ELEMENTS
+from distlora.models.loss import BLOCK_ELEMENTS
 from distlora.plan.setup import FLOAT32, Setup
 
 

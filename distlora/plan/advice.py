@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator, Sequence
 
-from distlora.config import Quantization, Recipe
 from distlora.errors import UserError
 from distlora.plan.columns import Plan, plan_of
+from distlora.recipe.sections import Quantization, Recipe
 
 #: Share of a GPU's memory that is left to CUDA, to workspaces of kernels and to what the allocator cannot use.
 RESERVE = 0.1

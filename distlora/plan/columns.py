@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from distlora.config import Recipe
 from distlora.errors import UserError
 from distlora.plan.memory import Memory, memory_of
 from distlora.plan.setup import Setup, setup_of
 from distlora.plan.shapes import Shapes, shapes_of
 from distlora.plan.traffic import Traffic, init_traffic, search_traffic, step_traffic, swap_traffic
+from distlora.recipe.sections import Recipe
 
 
 @dataclass(frozen=True)

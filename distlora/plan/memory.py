@@ -10,18 +10,18 @@ from math import prod
 
 import torch
 
-from distlora.linalg import EXACT_SIDE
+from distlora.engine.optimizers import OptimizerSpec
+from distlora.initialise.probe import BLOCK_COLUMNS, BLOCK_ELEMENTS
+from distlora.maths.linalg import EXACT_SIDE
 from distlora.methods import Method
-from distlora.optimizer import OptimizerSpec
 from distlora.plan.activations import Activations, activations
 from distlora.plan.packed import packed_anew, unpacked
 from distlora.plan.setup import FLOAT32, Setup
 from distlora.plan.traffic import columns_of
-from distlora.probe import BLOCK_COLUMNS, BLOCK_ELEMENTS
 
 #: Blocks of a gradient that are alive at once: two travel to the host while the next is formed.
 PROBE_BLOCKS = 3
-#: Prompts that are answered at once, as in `distlora.evaluate`.
+#: Prompts that are answered at once, as in `distlora.evaluation.scoring`.
 GENERATION_BATCH = 32
 
 

@@ -2,9 +2,9 @@
 
 import torch
 
-from distlora.linalg import BLOCK_ELEMENTS, NORM_BLOCK_ELEMENTS
+from distlora.adapter.packed import Packing
+from distlora.maths.linalg import BLOCK_ELEMENTS, NORM_BLOCK_ELEMENTS
 from distlora.plan.setup import FLOAT32, Setup
-from distlora.quantized import Packing
 
 
 def unpacked(setup: Setup, micro_batch: int) -> int:

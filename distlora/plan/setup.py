@@ -8,17 +8,17 @@ from typing import Any
 
 import torch
 
-from distlora.combination import check_combination
-from distlora.config import Recipe, plan_batches
 from distlora.data import TrainOrder
-from distlora.deepspeed_check import checked_deepspeed
-from distlora.deepspeed_config import look_up
+from distlora.maths.recomposition_schedule import Switching
 from distlora.methods import Method
-from distlora.methods.base import ProbeSettings
+from distlora.methods.contract import ProbeSettings
 from distlora.plan.gathering import Gathered, Limits, gather, training_order
 from distlora.plan.shapes import Shapes
-from distlora.rundata import probe_samples
-from distlora.switching import Switching
+from distlora.recipe.combination import check_combination
+from distlora.recipe.deepspeed_check import checked_deepspeed
+from distlora.recipe.deepspeed_config import look_up, plan_batches
+from distlora.recipe.sections import Recipe
+from distlora.training.samples import probe_samples
 
 #: DeepSpeed's own values where the config is silent.
 PERSISTENCE, BUCKET, ALL_GATHER_BUCKET = 100_000, 500_000_000, 500_000_000

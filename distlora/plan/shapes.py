@@ -8,13 +8,13 @@ from math import prod
 import torch
 from torch import nn
 
-from distlora.attach import Attached, attach, linears_to_pack
-from distlora.config import Recipe
-from distlora.hub import without_weights
-from distlora.model import attention_of
-from distlora.objective import objective_of
+from distlora.adapter.attach import Attached, attach, linears_to_pack
+from distlora.adapter.packed import Packing, packing_maker
+from distlora.models.hub import without_weights
+from distlora.models.loading import attention_of
 from distlora.plan.gathering import Event, Module, Piece
-from distlora.quantized import Packing, packing_maker
+from distlora.recipe.sections import Recipe
+from distlora.training.objective import objective_of
 
 
 @dataclass(frozen=True, eq=False)

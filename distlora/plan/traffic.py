@@ -12,7 +12,7 @@ from math import prod
 import torch
 
 from distlora.methods import Factors, Method
-from distlora.methods.base import LayerInit
+from distlora.methods.contract import LayerInit
 from distlora.plan.packed import renewed
 from distlora.plan.setup import FLOAT32, Setup
 

@@ -34,10 +34,10 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
-from distlora.config import Recipe
 from distlora.plan.memory import memory_of
 from distlora.plan.setup import setup_of
 from distlora.plan.shapes import shapes_of
+from distlora.recipe.sections import Recipe
 from tests.benchmarks.live_bytes import DEVICE, HOST
 from tests.benchmarks.phases import PHASES
 from tests.benchmarks.subjects import MODELS, REAL, REAL_PATH, REAL_RANK, REAL_TOKENS, SHAPES, SHAPES_RANK, SHAPES_TOKENS, subject

@@ -9,14 +9,16 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from distlora import probe as probe_module
-from distlora.attach import Attached
-from distlora.compose import InitReport, ProbeData, assign_owners, factorise_all, install_gradient_maps, search_eta
-from distlora.engine import Engine
-from distlora.layer import AdapterLinear
-from distlora.model import response_loss
-from distlora.probe import mean_gradients
-from distlora.step import train_step
+from distlora.adapter.attach import Attached
+from distlora.adapter.layer import AdapterLinear
+from distlora.engine.owners import assign_owners
+from distlora.engine.protocol import Engine
+from distlora.initialise import probe as probe_module
+from distlora.initialise.factors import InitReport, factorise_all, install_gradient_maps, search_eta
+from distlora.initialise.probe import Probe, mean_gradients
+from distlora.models.loading import response_loss
+from distlora.models.targets import loss_of_samples
+from distlora.training.step import train_step
 from tests.benchmarks.live_bytes import LiveBytes
 
 #: Blocks that are on their way to the host while the next one is formed: `probe._HostSums` has two buffers.
@@ -42,11 +44,11 @@ class Subject:
     def owners(self) -> dict[str, int]:
         return assign_owners(self.layers, self.attached.method, self.engine.comm.world_size)
 
-    def data(self) -> ProbeData:
+    def data(self) -> Probe:
         def batches() -> Iterator[dict[str, Tensor]]:
             return iter([self.batch] * PASSES)
 
-        return ProbeData(batches, batches, PASSES * self.engine.comm.world_size, response_loss)
+        return Probe(batches, batches, PASSES * self.engine.comm.world_size, loss_of_samples(response_loss))
 
 
 def probe(subject: Subject) -> Callable[[], object]:

@@ -20,17 +20,20 @@ from pathlib import Path
 
 import torch
 
-from distlora.attach import ALL_LINEAR, attach, pack_linears
-from distlora.comm import Comm, Topology
-from distlora.compose import initialise
-from distlora.config import Recipe, resolve_deepspeed
-from distlora.hub import resolve_path
-from distlora.model import IGNORE, load_model, response_loss
-from distlora.optimizer import OptimizerSpec
-from distlora.originals import Originals
+from distlora.adapter.attach import ALL_LINEAR, attach, pack_linears
+from distlora.adapter.packed import packer
+from distlora.cluster.topology import topology_from_environment
+from distlora.engine.comm import Comm
+from distlora.engine.optimizers import OptimizerSpec
+from distlora.engine.owners import open_ledger
+from distlora.initialise.factors import initialise
+from distlora.initialise.pretrained import PretrainedFiles
+from distlora.models.hub import resolve_path
+from distlora.models.loading import IGNORE, load_model, response_loss
 from distlora.plan import plan_of
-from distlora.quantized import packer
-from distlora.step import evaluation_loss, train_step
+from distlora.recipe.deepspeed_config import resolve_deepspeed
+from distlora.recipe.sections import Recipe
+from distlora.training.step import evaluation_loss, train_step
 from tests.benchmarks.live_bytes import DEVICE, LiveBytes
 from tests.benchmarks.phases import PHASES, Subject
 from tests.benchmarks.subjects import REAL_PATH, REAL_RANK, REAL_TOKENS
@@ -57,7 +60,7 @@ def recipe_of(stage: int, checkpointing: bool, world_size: int, method: str = "l
 
 def measure(recipe: Recipe, comm: Comm) -> dict[str, int]:
     """The peak of each phase on this rank, in bytes; "idle" between two steps."""
-    from distlora.zero import ZeroEngine
+    from distlora.engine.zero.engine import ZeroEngine
 
     with LiveBytes() as counter:
         config, _ = resolve_deepspeed(recipe, comm.world_size, hidden_size=576)
@@ -72,10 +75,10 @@ def measure(recipe: Recipe, comm: Comm) -> dict[str, int]:
             found["loading"] = counter.peak[DEVICE]
         with engine.attaching():
             attached = attach(model, recipe.method, ALL_LINEAR)
+        engine.start(model, OptimizerSpec(lr=1e-4))
         if asked is not None:
             shapes = {name: layer.shape for name, layer in attached.layers.items()}
-            attached.originals = Originals(resolve_path(REAL_PATH), shapes, engine.dtype)
-        engine.start(model, OptimizerSpec(lr=1e-4))
+            open_ledger(engine, attached, 0, PretrainedFiles(resolve_path(REAL_PATH), shapes, engine.dtype))
         counter.watch(model.buffers())
         ids = torch.arange(1, REAL_TOKENS + 1)[None]
         batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.masked_fill(ids == 1, IGNORE)}
@@ -123,7 +126,7 @@ def on_ranks(world_size: int, cases: list[tuple]) -> list[dict[str, int]]:
 
 def _worker(answer: str, cases: list[tuple]) -> None:
     torch.set_num_threads(1)
-    comm = Comm(Topology.from_environment(), torch.device("cpu"))
+    comm = Comm(topology_from_environment(), torch.device("cpu"))
     found = [measure(recipe_of(stage, on, comm.world_size, *rest), comm) for stage, on, *rest in cases]
     if comm.is_main:
         Path(answer).write_text(json.dumps(found))

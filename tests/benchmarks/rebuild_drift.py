@@ -22,11 +22,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from distlora.fusing import add_low_rank
-from distlora.hub import resolve_path
-from distlora.methods.base import LayerInit, LowRank
+from distlora.maths.low_rank import LowRank, add_low_rank
+from distlora.maths.rounding import Rounding, rounded, rounding_key
+from distlora.methods.contract import LayerInit
 from distlora.methods.srlora import SRLoRA
-from distlora.rounding import Rounding, rounded, rounding_key
+from distlora.models.hub import resolve_path
 
 BF16, CPU = torch.bfloat16, torch.device("cpu")
 ROUNDINGS: tuple[Rounding, ...] = ("nearest", "stochastic")

@@ -14,11 +14,11 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from distlora.comm import Comm
-from distlora.engine import StepInfo
-from distlora.layer import AdapterLinear
+from distlora.adapter.layer import AdapterLinear
+from distlora.engine.comm import Comm
+from distlora.engine.optimizers import OptimizerSpec, set_rate
+from distlora.engine.protocol import StepInfo
 from distlora.methods import Factors
-from distlora.optimizer import OptimizerSpec, set_rate
 
 #: Smaller parameters stay whole on every rank, as under DeepSpeed's default of stage3_param_persistence_threshold.
 PERSISTENT_ELEMENTS = 100_000
@@ -80,7 +80,7 @@ class SilentComm(Comm):
 
 
 class OneRankOfZero3:
-    """What LoRA-SB's initialisation and a training step ask of a `distlora.engine.Engine`.
+    """What LoRA-SB's initialisation and a training step ask of a `distlora.engine.protocol.Engine`.
 
     DeepSpeed also keeps parameters that it has prefetched or expects to need again, and buckets for gradients, up to limits of
     its config. They are left out: they are the same in every pass.

@@ -8,14 +8,15 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 from transformers import AutoModelForCausalLM, Gemma2Config, MistralConfig, PreTrainedConfig
 
-from distlora.attach import ALL_LINEAR, attach
-from distlora.comm import Comm, Topology
-from distlora.config import ModelSection
-from distlora.engine import Engine, LocalEngine
-from distlora.loss import OutputHead
+from distlora.adapter.attach import ALL_LINEAR, attach
+from distlora.engine.comm import Comm, Topology
+from distlora.engine.local import LocalEngine
+from distlora.engine.optimizers import OptimizerSpec
+from distlora.engine.protocol import Engine
 from distlora.methods.lora_sb import LoRASB
-from distlora.model import IGNORE, load_model
-from distlora.optimizer import OptimizerSpec
+from distlora.models.loading import IGNORE, load_model
+from distlora.models.loss import OutputHead
+from distlora.recipe.sections import ModelSection
 from tests.benchmarks.live_bytes import LiveBytes
 from tests.benchmarks.phases import Subject
 from tests.benchmarks.simulated import Guesses, OneRankOfZero3, SilentComm

@@ -10,18 +10,21 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from distlora import checkpoint as checkpoints
-from distlora.comm import Comm
-from distlora.compose import ProbeData, assign_owners, initialise, install_gradient_maps
+from distlora.checkpoints import checkpoint as checkpoints
 from distlora.data import collate, collate_labelled, collate_prompts, micro_batches, shard
-from distlora.engine import Engine, LocalEngine, transform
-from distlora.evaluate import label_scores
-from distlora.methods import LowRank
+from distlora.engine.comm import Comm
+from distlora.engine.local import LocalEngine
+from distlora.engine.optimizers import OptimizerSpec
+from distlora.engine.owners import assign_owners
+from distlora.engine.protocol import Engine, transform
+from distlora.evaluation.scoring import label_scores
+from distlora.initialise.factors import initialise, install_gradient_maps
+from distlora.initialise.probe import Probe, mean_gradients
+from distlora.maths.low_rank import LowRank
 from distlora.methods.dora import DoRA
-from distlora.model import generate, label_loss, response_loss
-from distlora.optimizer import OptimizerSpec
-from distlora.probe import mean_gradients
-from distlora.step import accumulate, evaluation_loss, train_step
+from distlora.models.loading import generate, label_loss, response_loss
+from distlora.models.targets import loss_of_samples
+from distlora.training.step import accumulate, evaluation_loss, train_step
 from tests.distributed.plan import GLOBAL_BATCH
 from tests.distributed.swap_cases import Collectives, swap_resuming, swap_saving, swap_traffic, swapping, whole_run
 from tests.distributed.traffic_cases import sent_at_the_start, sent_in_a_step
@@ -125,11 +128,11 @@ class Setting:
     def state(self) -> Results:
         return self.factors() | {"steps_taken": torch.tensor(self.engine.steps_taken())}
 
-    def probe_data(self, count: int, micro_batch: int) -> ProbeData:
+    def probe_data(self, count: int, micro_batch: int) -> Probe:
         rows = samples(count, 7)
         parts = shard(count, self.comm.rank, self.comm.world_size, micro_batch)
         batches = [collate([rows[i] for i in part], 0, self.comm.device) for part in parts]
-        return ProbeData(lambda: iter(batches), lambda: iter(batches), count, response_loss)
+        return Probe(lambda: iter(batches), lambda: iter(batches), count, loss_of_samples(response_loss))
 
 
 def _curve(losses: list[float], norms: list[float], *rest: float) -> Results:
@@ -237,7 +240,7 @@ def transform_traffic(setting: Setting) -> Results:
     seen = {}
     for what in ("one bucket", "a bucket a layer", "step", "plain step"):
         accumulate(engine, setting.batches(0), response_loss)
-        with Collectives() as seen[what], mock.patch("distlora.zero.GRADIENT_BUCKET", 0 if "layer" in what else 1 << 24):
+        with Collectives() as seen[what], mock.patch("distlora.engine.zero.engine.GRADIENT_BUCKET", 0 if "layer" in what else 1 << 24):
             if "bucket" in what:
                 engine.map_gradients(layers, transform)
         with Collectives() as stepping, mock.patch.object(engine, "_transforming", [] if what == "plain step" else layers):
@@ -425,6 +428,6 @@ def run(name: str, engine: Engine, directory: Path, work: Path, arguments: dict,
 
 
 def solo() -> Comm:
-    from distlora.comm import Topology
+    from distlora.engine.comm import Topology
 
     return Comm(Topology(), torch.device("cpu"), distributed=False)

@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distlora import checkpoint as checkpoints
-from distlora.compose import initialise, install_gradient_maps, open_ledger
-from distlora.model import response_loss
+from distlora.checkpoints import checkpoint as checkpoints
+from distlora.engine.owners import open_ledger
+from distlora.initialise.factors import initialise, install_gradient_maps
+from distlora.models.loading import response_loss
 from distlora.plan import traffic as plan_traffic
 from distlora.plan.traffic import ALL_REDUCE, BROADCAST
-from distlora.recompose import Recomposer
-from distlora.step import accumulate
+from distlora.recompose.recomposer import Recomposer
+from distlora.training.step import accumulate
 from tests.distributed.traffic_cases import planned
 
 SEED = 3
@@ -26,7 +27,7 @@ class Recomposing:
         self.setting, self.engine, self.attached = setting, setting.engine, setting.attached
         self.losses: list[float] = []
         self.found: dict[str, Tensor] = {}
-        open_ledger(self.engine, self.attached, SEED)
+        open_ledger(self.engine, self.attached, SEED, self.engine.ledger and self.engine.ledger.pretrained)
         reserves = None
         if begin:
             data = setting.probe_data(PROBE_SAMPLES, 1)
@@ -148,7 +149,7 @@ def swap_traffic(setting, steps: int = 3) -> dict[str, Tensor]:
 
 
 def _report(run: Recomposing, loss: float):
-    from distlora.swapreport import SwapReport
+    from distlora.recompose.report import SwapReport
 
     layers = list(run.attached.layers)
     return SwapReport(1, True, "asked for", run.recomposer._scores.table(), layers)

@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 
-from distlora.engine import LocalEngine
+from distlora.engine.local import LocalEngine
 from tests.distributed.cases import run, solo
 from tests.distributed.launch import launch, results_of
 from tests.distributed.plan import Entry, entries

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-from distlora.engine import LocalEngine
+from distlora.engine.local import LocalEngine
 from tests.distributed.cases import run as run_case
 from tests.distributed.cases import solo
 from tests.distributed.launch import launch, results_of

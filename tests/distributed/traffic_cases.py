@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distlora.compose import initialise
-from distlora.config import Recipe
+from distlora.initialise.factors import initialise
 from distlora.plan.setup import Setup, setup_of
 from distlora.plan.shapes import shapes_of
 from distlora.plan.traffic import ALL_GATHER, ALL_REDUCE, BROADCAST, GATHER, REDUCE, REDUCE_SCATTER, init_traffic, step_traffic
+from distlora.recipe.sections import Recipe
 
 SEED = 3
 KINDS = {

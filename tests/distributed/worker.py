@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from distlora.comm import Comm, Topology
-from distlora.zero import ZeroEngine
+from distlora.cluster.topology import topology_from_environment
+from distlora.engine.comm import Comm
+from distlora.engine.zero.engine import ZeroEngine
 from tests.distributed.cases import run
 from tests.distributed.plan import GLOBAL_BATCH
 from tests.distributed.world import deepspeed_config
@@ -22,7 +23,7 @@ from tests.distributed.world import deepspeed_config
 def main(plan_file: Path) -> int:
     torch.set_num_threads(1)
     plan = json.loads(plan_file.read_text())
-    comm = Comm(Topology.from_environment(), torch.device("cpu"), timeout_minutes=3)
+    comm = Comm(topology_from_environment(), torch.device("cpu"), timeout_minutes=3)
     for entry in plan["cases"]:
         out = Path(plan["out"])
         try:

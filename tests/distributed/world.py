@@ -7,17 +7,18 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertModel, Qwen2Config, Qwen2ForCausalLM
 
-from distlora.attach import Attached, attach, pack_linears
-from distlora.comm import Comm
-from distlora.config import ModelSection
+from distlora.adapter.attach import Attached, attach, pack_linears
+from distlora.adapter.packed import packer
 from distlora.data import LabelledSample, Sample, collate, micro_batches
-from distlora.engine import Engine
-from distlora.heads import draw_heads
+from distlora.engine.comm import Comm
+from distlora.engine.optimizers import OptimizerSpec
+from distlora.engine.owners import open_ledger
+from distlora.engine.protocol import Engine
+from distlora.initialise.heads import draw_heads
+from distlora.initialise.pretrained import PretrainedFiles
 from distlora.methods import registry
-from distlora.model import head_parameters, load_model
-from distlora.optimizer import OptimizerSpec
-from distlora.originals import Originals
-from distlora.quantized import packer
+from distlora.models.loading import head_parameters, load_model
+from distlora.recipe.sections import ModelSection
 
 VOCABULARY = 97
 #: Layers to adapt where a test does not care which: one of each shape, none of which a world divides.
@@ -109,10 +110,10 @@ def build(
     with engine.attaching():
         chosen = registry()[method](**{"rank": 7, **settings} if method != "full" else settings)
         attached = attach(model, chosen, FEW if targets == "few" else targets, new | head_parameters(model) if labels else new)
+    engine.start(model, spec or OptimizerSpec(lr=1e-2))
     if quantization:
         shapes = {name: layer.shape for name, layer in attached.layers.items() if layer.packing}
-        attached.originals = Originals(directory, shapes, engine.dtype)
-    engine.start(model, spec or OptimizerSpec(lr=1e-2))
+        open_ledger(engine, attached, 3, PretrainedFiles(directory, shapes, engine.dtype))
     draw_heads(engine, new, seed=3)
     engine.train_mode(True)
     return attached

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from distlora.status import Status, read_status
+from distlora.cluster.status import Status, read_status
 from tests.e2e.program import curve, recipe_of, succeed, write_recipe, write_rows
 from tests.tiny_models import tiny_model_dir
 

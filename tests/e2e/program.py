@@ -17,7 +17,7 @@ from pathlib import Path
 
 import yaml
 
-from distlora.cli import main
+from distlora.cli.main import main
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 NAMES = ("Tom", "Anna", "Benjamin", "Li")

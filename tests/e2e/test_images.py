@@ -163,7 +163,7 @@ def test_a_node_that_is_stopped_lets_its_ranks_save(nodes, tmp_path):
     nodes.podman("stop", "--time", "100", name)
     assert state(nodes, name, "ExitCode") == "0", "it was not killed"
     deadline = time.monotonic() + 90
-    while nodes.call("podman", "exec", container("node1"), "pgrep", "-f", "--", "-m distlora.launched").code == 0:
+    while nodes.call("podman", "exec", container("node1"), "pgrep", "-f", "--", "-m distlora.cli.as_rank").code == 0:
         assert time.monotonic() < deadline, "the rank of node1 has not followed"
         time.sleep(1)
     nodes.podman("cp", f"{container('node1')}:{run}/status.json", tmp_path)

@@ -178,7 +178,7 @@ def test_several_ranks_without_deepspeed_or_an_address(recipe, monkeypatch):
 )
 def test_other_ranks_than_the_first_of_a_node_say_nothing(recipe, monkeypatch, variable, local):
     """Each launcher tells a rank who it is in its own way."""
-    monkeypatch.setattr("distlora.cli.PATIENCE", 0)
+    monkeypatch.setattr("distlora.cli.main.PATIENCE", 0)
     size = {"RANK": "WORLD_SIZE", "SLURM_PROCID": "SLURM_NTASKS"}.get(variable, variable.replace("RANK", "SIZE"))
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     for name, value in {variable: "1", local: "1", size: "2", "SLURM_STEP_ID": "0", **address}.items():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from distlora.config import load_recipe
+from distlora.recipe.load import load_recipe
 from tests.e2e.program import REPOSITORY, curve, recipe_of, succeed, write_recipe
 from tests.tiny_models import ENCODERS, NAMES, tiny_encoder_dir, tiny_model_dir
 

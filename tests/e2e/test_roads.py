@@ -26,7 +26,7 @@ FAREWELL = 35
 #: What a shell would make something of.
 SIGNS = """a "b"; $(touch evil) `touch evil` %h 'c' \\ &"""
 #: How a rank's command line begins, after the interpreter's path.
-RANK = "-u -m distlora.launched"
+RANK = "-u -m distlora.cli.as_rank"
 
 
 @pytest.fixture(scope="module")

@@ -4,9 +4,9 @@ import pytest
 import torch
 import transformers
 
-from distlora.attach import attach, lora_parameters
+from distlora.adapter.attach import attach, lora_parameters
+from distlora.adapter.layer import AdapterLinear
 from distlora.errors import UserError
-from distlora.layer import AdapterLinear
 from distlora.methods import registry
 from distlora.methods.full import Full
 from distlora.methods.lora import LoRA

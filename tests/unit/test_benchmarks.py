@@ -6,12 +6,12 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 from transformers import AutoModelForCausalLM
 
-from distlora.attach import ALL_LINEAR, attach
-from distlora.comm import Comm, Topology
-from distlora.engine import LocalEngine
-from distlora.loss import OutputHead
+from distlora.adapter.attach import ALL_LINEAR, attach
+from distlora.engine.comm import Comm, Topology
+from distlora.engine.local import LocalEngine
+from distlora.engine.optimizers import OptimizerSpec
 from distlora.methods.lora_sb import LoRASB
-from distlora.optimizer import OptimizerSpec
+from distlora.models.loss import OutputHead
 from tests.benchmarks.live_bytes import DEVICE, HOST, LiveBytes
 from tests.benchmarks.phases import PHASES, Subject
 from tests.benchmarks.rebuild_drift import table

@@ -19,25 +19,28 @@ from safetensors.torch import load_file
 from safetensors.torch import save as save_bytes
 from torch import nn
 
-from distlora.addresses import free_port
-from distlora.attach import attach
-from distlora.checkpoint import newest, of_step, restore, save
-from distlora.comm import Comm, Topology
-from distlora.compose import assign_owners, initialise, open_ledger
-from distlora.engine import LocalEngine
+from distlora.adapter.attach import attach
+from distlora.checkpoints.checkpoint import newest, of_step, restore, save
+from distlora.cluster.addresses import free_port
+from distlora.engine.comm import Comm, Topology
+from distlora.engine.local import LocalEngine
+from distlora.engine.optimizers import OptimizerSpec
+from distlora.engine.owners import assign_owners, open_ledger
+from distlora.engine.random_state import own_random_state
 from distlora.errors import UserError
-from distlora.methods import LowRank, registry
-from distlora.optimizer import OptimizerSpec
-from distlora.recompose import Recomposer
-from distlora.rng import own_random_state
-from distlora.tensorfile import TensorFiles, TensorWriter, sha256_of
+from distlora.files.atomic import sha256_of
+from distlora.files.tensors import TensorFiles, TensorWriter
+from distlora.initialise.factors import initialise
+from distlora.maths.low_rank import LowRank
+from distlora.methods import registry
+from distlora.recompose.recomposer import Recomposer
 
 CPU = torch.device("cpu")
 IDENTITY = {"method": {"name": "lora_sb", "rank": 5}, "train": {"lr": 0.01, "betas": [0.9, 0.999]}}
 #: What a method needs beside rank and alpha on so small a model.
 SETTINGS = {"srlora": {"target_rank": 9}}
 FORK_SERVER = multiprocessing.get_context("forkserver")
-FORK_SERVER.set_forkserver_preload(["distlora.checkpoint", "pytest", "torch._dynamo"])
+FORK_SERVER.set_forkserver_preload(["distlora.checkpoints.checkpoint", "pytest", "torch._dynamo"])
 
 
 class Net(nn.Module):
@@ -87,7 +90,7 @@ def update_weights(engine, attached, numbers, rounding="nearest"):
             right = torch.randn(number + 1, layer.in_features, generator=generator)
             if number % 2:
                 left, right = left.bfloat16().float(), right.bfloat16().float()
-            attached.ledger.apply(engine, layer, number, rounding, LowRank(left, right))
+            engine.ledger.apply(engine, layer, number, rounding, LowRank(left, right))
 
 
 def build_with_ledger(*arguments, updates=(), **options):
@@ -336,7 +339,7 @@ def test_every_byte_of_an_updated_weight_comes_back(run_dir, method, dtype, roun
         engine, attached = build_with_ledger(method, dtype)
         pretrained = engine.module.first.weight.clone()
         go_on(engine, attached, range(5))
-        expected, entries = everything(engine), attached.ledger.describe()
+        expected, entries = everything(engine), engine.ledger.describe()
     with own_random_state(1, CPU):
         engine, attached = build_with_ledger(method, dtype)
         go_on(engine, attached, range(3))
@@ -351,7 +354,7 @@ def test_every_byte_of_an_updated_weight_comes_back(run_dir, method, dtype, roun
         assert not torch.equal(engine.module.first.weight, pretrained)
         go_on(engine, attached, range(3, 5))
         assert_same(everything(engine), expected)
-    assert attached.ledger.describe() == entries
+    assert engine.ledger.describe() == entries
     save(engine, attached, run_dir, 5, IDENTITY)
     assert newest(run_dir).state["ledger"] == entries, "a resumed run saves what came before it as well"
 
@@ -431,7 +434,7 @@ def test_wrong_tensor_of_the_ledger_is_named(run_dir, change, sentence):
     with pytest.raises(UserError, match=f"checkpoint-1: {sentence}"):
         restore(engine, attached, newest(run_dir))
     assert_same(everything(engine), before)
-    assert attached.ledger.describe() == {}
+    assert engine.ledger.describe() == {}
 
 
 def test_updates_that_the_run_cannot_have(run_dir):
@@ -532,7 +535,7 @@ def test_srlora_goes_on_as_if_nothing_had_happened(run_dir, dtype, saved_at):
     with own_random_state(1, CPU):
         engine, attached, recomposer = start(report=True)
         assert go_on(engine, recomposer, range(8)) == [2, 5]
-        expected, entries = everything(engine), attached.ledger.describe()
+        expected, entries = everything(engine), engine.ledger.describe()
     with own_random_state(1, CPU):
         engine, attached, recomposer = start(report=True)
         go_on(engine, recomposer, range(saved_at))
@@ -542,7 +545,7 @@ def test_srlora_goes_on_as_if_nothing_had_happened(run_dir, dtype, saved_at):
         restore(engine, attached, newest(run_dir), recomposer)
         go_on(engine, recomposer, range(saved_at, 8))
     assert_same(everything(engine), expected)
-    assert attached.ledger.describe() == entries
+    assert engine.ledger.describe() == entries
 
 
 # ---------------------------------------------------------------------- crashes
@@ -649,9 +652,8 @@ def frozen_weights(attached):
 
 
 def two_ranks(rank, run_dir, results):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-    os.environ.update(MASTER_PORT=(run_dir.parent / "port").read_text())
-    comm = Comm(Topology(rank, 2, rank), CPU, timeout_minutes=1)
+    master = "127.0.0.1", int((run_dir.parent / "port").read_text())
+    comm = Comm(Topology(rank, 2, rank, master=master), CPU, timeout_minutes=1)
     engine, attached = build_with_ledger(comm=comm)
     engine.__class__ = Replica
     owners = set(assign_owners(attached.layers, attached.method, 2).values())

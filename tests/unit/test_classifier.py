@@ -7,16 +7,17 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification
 
-from distlora.attach import attach
-from distlora.comm import Comm, Topology
-from distlora.config import ModelSection, load_recipe
+from distlora.adapter.attach import attach
 from distlora.data import LabelledSample, Sample, collate, collate_labelled
-from distlora.engine import LocalEngine
+from distlora.engine.comm import Comm, Topology
+from distlora.engine.local import LocalEngine
+from distlora.engine.optimizers import OptimizerSpec
 from distlora.errors import UserError
-from distlora.evaluate import label_scores
-from distlora.heads import draw_heads
+from distlora.evaluation.scoring import label_scores
+from distlora.initialise.heads import draw_heads
+from distlora.initialise.probe import mean_gradients
 from distlora.methods import registry
-from distlora.model import (
+from distlora.models.loading import (
     bare_model,
     head_parameters,
     label_loss,
@@ -25,11 +26,12 @@ from distlora.model import (
     load_tokenizer,
     position_limit,
 )
-from distlora.objective import objective_of
-from distlora.optimizer import OptimizerSpec
-from distlora.probe import mean_gradients, sample_weights
-from distlora.step import accumulate, targets_per_row, train_step
-from distlora.train import check
+from distlora.models.targets import loss_of_samples, sample_weights, targets_per_row
+from distlora.recipe.load import load_recipe
+from distlora.recipe.sections import ModelSection
+from distlora.training.objective import objective_of
+from distlora.training.step import accumulate, train_step
+from distlora.training.train import check
 from tests.tiny_models import ENCODERS, VOCAB_SIZE, tiny_encoder_config, tiny_encoder_dir, tiny_model_dir
 
 LABELS = ("red", "green", "blue")
@@ -236,7 +238,7 @@ def test_the_probe_gives_autograds_gradients(models, name):
     directory = tiny_encoder_dir(name, models)
     engine, attached = started(directory)
     owners = dict.fromkeys(attached.layers, 0)
-    found = mean_gradients(engine, attached.layers, owners, [*batches(name), collate_labelled([], PAD)], 7, label_loss)
+    found = mean_gradients(engine, attached.layers, owners, [*batches(name), collate_labelled([], PAD)], 7, loss_of_samples(label_loss))
     plain, _ = load_model(section(directory), LABELS)
     with torch.no_grad():
         for key in NEW[name]:
@@ -302,7 +304,7 @@ def test_a_good_recipe_passes_though_the_head_is_smaller_than_the_rank(recipe):
     ],
 )
 def test_what_needs_no_weights_is_refused_before_anything_is_loaded(recipe, overrides, expected, monkeypatch):
-    monkeypatch.setattr("distlora.model.AutoModelForSequenceClassification.from_pretrained", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("distlora.models.loading.AutoModelForSequenceClassification.from_pretrained", lambda *_: pytest.fail("loaded"))
     with pytest.raises(UserError, match="^[^\n]+$") as caught:
         check(recipe(*overrides), Topology(), None)
     assert expected in str(caught.value)

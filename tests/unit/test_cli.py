@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from distlora import cli
+from distlora.cli import main as cli
 from distlora.errors import TrainingError, UserError
-from distlora.train import Summary
+from distlora.training.train import Summary
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +26,7 @@ def logger_as_before():
 def naps(monkeypatch) -> list[float]:
     """Seconds that the program slept, without sleeping."""
     slept = []
-    monkeypatch.setattr("distlora.cli.time.sleep", slept.append)
+    monkeypatch.setattr("distlora.cli.main.time.sleep", slept.append)
     return slept
 
 
@@ -173,14 +173,14 @@ def test_of_a_node_that_lacks_a_file_the_first_rank_speaks(local_rank, speaks, m
 def test_log_of_rank_0_and_of_others(capsys):
     for shown in (True, False):
         cli._log_to_terminal(shown)
-        logging.getLogger("distlora.train").info("told")
-        logging.getLogger("distlora.train").error("wrong")
+        logging.getLogger("distlora.training.train").info("told")
+        logging.getLogger("distlora.training.train").error("wrong")
     assert capsys.readouterr() == ("", "told\nwrong\nwrong\n")
 
 
 def test_a_mistyped_command_does_not_wait_for_torch():
     """It takes seconds to import, on every rank."""
-    code = "import sys, distlora.cli; distlora.cli._parse(['train', 'x']); sys.exit('torch' in sys.modules)"
+    code = "import sys, distlora.cli.main; distlora.cli.main._parse(['train', 'x']); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.distributed
 
-from distlora.comm import Comm, Topology
+from distlora.cluster.topology import publish, topology_from_environment
+from distlora.engine.comm import Comm, Topology
 from distlora.errors import UserError
 
 LAUNCHER_VARIABLES = [
@@ -41,7 +42,7 @@ def _comm(**fields):
 
 
 def test_without_a_launcher_there_is_one_process():
-    assert Topology.from_environment() == Topology(0, 1, 0)
+    assert topology_from_environment() == Topology(0, 1, 0)
 
 
 @pytest.mark.parametrize(
@@ -58,36 +59,36 @@ def test_without_a_launcher_there_is_one_process():
 )
 def test_each_launcher_is_understood(monkeypatch, variables):
     _environment(monkeypatch, MASTER_ADDR="node0", **variables)
-    assert Topology.from_environment() == Topology(rank=3, world_size=4, local_rank=1)
+    assert topology_from_environment() == Topology(rank=3, world_size=4, local_rank=1)
 
 
 def test_the_most_explicit_launcher_wins(monkeypatch):
     """torchrun inside a SLURM job step: SLURM counts nodes there, torchrun ranks."""
     _environment(monkeypatch, MASTER_ADDR="node0", SLURM_PROCID=1, SLURM_NTASKS=2, SLURM_STEP_ID=0, RANK=5, WORLD_SIZE=8)
-    assert Topology.from_environment() == Topology(rank=5, world_size=8)
+    assert topology_from_environment() == Topology(rank=5, world_size=8)
 
 
 def test_an_interactive_slurm_shell_is_one_process(monkeypatch):
     _environment(monkeypatch, SLURM_PROCID=0, SLURM_NTASKS=8)
-    assert Topology.from_environment() == Topology()
+    assert topology_from_environment() == Topology()
 
 
 def test_several_processes_without_an_address_are_refused(monkeypatch):
     _environment(monkeypatch, RANK=0, WORLD_SIZE=4)
     with pytest.raises(UserError, match="MASTER_ADDR") as refused:
-        Topology.from_environment()
+        topology_from_environment()
     assert refused.value.agreed, "every rank sees it, so rank 0 alone says it"
     _environment(monkeypatch, WORLD_SIZE=1)  # a single one needs none
-    assert Topology.from_environment() == Topology()
+    assert topology_from_environment() == Topology()
 
 
 def test_what_was_derived_is_in_the_environment_and_told(monkeypatch):
     node = {"OMPI_COMM_WORLD_RANK": 1, "OMPI_COMM_WORLD_SIZE": 2, "OMPI_COMM_WORLD_LOCAL_SIZE": 2}
     _environment(monkeypatch, **node)
-    (note,) = Topology.from_environment().notes
+    (note,) = topology_from_environment().notes
     assert note == f"the ranks meet at 127.0.0.1:{os.environ['MASTER_PORT']}, for all are on this node"
     assert os.environ["MASTER_ADDR"] == "127.0.0.1"
-    assert Topology.from_environment().notes == (), "what is set by now is as if the user had set it"
+    assert topology_from_environment().notes == (), "what is set by now is as if the user had set it"
 
 
 @pytest.mark.parametrize(
@@ -104,7 +105,7 @@ def test_what_was_derived_is_in_the_environment_and_told(monkeypatch):
 )
 def test_who_said_so(monkeypatch, variables, launcher):
     _environment(monkeypatch, **variables)
-    assert Topology.from_environment().launcher == launcher
+    assert topology_from_environment().launcher == launcher
 
 
 # ---------------------------------------------------------------------- a group of one
@@ -118,6 +119,7 @@ def test_several_ranks_without_a_group_are_refused():
 def test_no_group_is_made_unless_asked_for():
     comm = _comm()
     assert not torch.distributed.is_initialized()
+    assert Comm.of_running_group(torch.device("cpu")).world_size == 1, "where the program has made none"
     assert (comm.rank, comm.world_size, comm.local_rank, comm.is_main) == (0, 1, 0, True)
     assert not _comm(rank=0).rank and comm.device == torch.device("cpu")
     comm.barrier()
@@ -151,15 +153,17 @@ def test_agreement_raises_the_error_itself_or_nothing():
 
 
 def test_one_process_can_be_a_real_group_and_leaves_none_behind():
-    """What DeepSpeed needs on one process; the address and a free port are found."""
+    """What DeepSpeed needs on one process; a free port is found, and the variables that it reads are set."""
     comm = Comm(Topology(), torch.device("cpu"))
     try:
         assert torch.distributed.is_initialized() and torch.distributed.get_world_size() == 1
+        publish(Topology(), comm.device, comm.master)
         assert os.environ["MASTER_ADDR"] == "127.0.0.1" and int(os.environ["MASTER_PORT"]) > 0
         assert (os.environ["RANK"], os.environ["WORLD_SIZE"], os.environ["LOCAL_RANK"]) == ("0", "1", "0")
         assert comm.sum(2.0) == (2.0,)
         assert comm.master == f"127.0.0.1:{os.environ['MASTER_PORT']}"
-        borrowed = Comm(Topology(), torch.device("cpu"))  # joins the group that is there, and does not own it
+        borrowed = Comm.of_running_group(torch.device("cpu"))
+        assert (borrowed.rank, borrowed.world_size, borrowed.sum(2.0)) == (0, 1, (2.0,))
         borrowed.close()
         assert torch.distributed.is_initialized()
     finally:

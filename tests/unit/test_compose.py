@@ -5,32 +5,31 @@ import math
 import pytest
 import torch
 
-from distlora import compose
-from distlora.compose import (
+from distlora.adapter.layer import AdapterLinear
+from distlora.data import collate, shard
+from distlora.engine.local import LocalEngine
+from distlora.engine.owners import assign_owners, broadcast_pair, open_ledger
+from distlora.errors import UserError
+from distlora.initialise import factors as compose
+from distlora.initialise.factors import (
     SEARCH_FROM,
     SEARCH_PATIENCE,
     SEARCH_REFINEMENTS,
     SEARCH_TO,
     InitReport,
-    ProbeData,
-    assign_owners,
-    broadcast_pair,
     initialise,
     install_gradient_maps,
-    layer_generator,
-    open_ledger,
 )
-from distlora.data import collate, shard
-from distlora.engine import LocalEngine
-from distlora.errors import UserError
-from distlora.functional import linear
-from distlora.layer import AdapterLinear
-from distlora.methods import LowRank, registry
-from distlora.methods.base import LayerInit
+from distlora.initialise.probe import Probe, mean_gradients
+from distlora.maths.functional import linear
+from distlora.maths.generators import layer_generator
+from distlora.maths.low_rank import LowRank
+from distlora.methods import registry
+from distlora.methods.contract import LayerInit
 from distlora.methods.lora_sb import LoRASB
-from distlora.model import response_loss
-from distlora.probe import mean_gradients, sample_weights
-from distlora.step import accumulate
+from distlora.models.loading import response_loss
+from distlora.models.targets import loss_of_samples, sample_weights
+from distlora.training.step import accumulate
 from tests.distributed.cases import solo
 from tests.distributed.world import build, samples
 from tests.tiny_models import tiny_model_dir
@@ -51,13 +50,13 @@ def started(directory, dtype=torch.float32, **settings):
     return engine, build(engine, directory, **settings)
 
 
-def probe_data(size=1) -> ProbeData:
+def probe_data(size=1) -> Probe:
     rows = samples(COUNT, 7)
 
     def batches(size):
         return (collate([rows[i] for i in part], 0) for part in shard(COUNT, 0, 1, size))
 
-    return ProbeData(lambda: batches(size), lambda: batches(3), COUNT, response_loss)
+    return Probe(lambda: batches(size), lambda: batches(3), COUNT, loss_of_samples(response_loss))
 
 
 def initialised(directory, seed=3, first_rate=1e-2, dtype=torch.float32, **settings):
@@ -102,7 +101,7 @@ def test_every_layer_gets_what_the_method_makes_of_it(method, directory):
     engine, attached, _ = initialised(directory, method=method, **settings)
     plain, of_plain = started(directory, method=method, **settings)
     gradients = mean_gradients(
-        plain, of_plain.layers, dict.fromkeys(of_plain.layers, 0), probe_data().batches(), COUNT, response_loss
+        plain, of_plain.layers, dict.fromkeys(of_plain.layers, 0), probe_data().batches(), COUNT, loss_of_samples(response_loss)
     )
     for name, layer in attached.layers.items():
         source = {"weight": of_plain.layers[name].weight.detach(), "gradient": gradients[name], None: None}
@@ -166,16 +165,16 @@ def test_a_method_that_fails_says_so(directory, monkeypatch):
 def test_what_the_factors_add_is_taken_from_the_weight(settings, dtype, directory):
     engine, attached, report = initialised(directory, dtype=dtype, **settings)
     _, of_plain = started(directory, dtype, **settings)
-    assert sorted(attached.ledger.entries) == sorted(attached.layers)
+    assert sorted(engine.ledger.entries) == sorted(attached.layers)
     for name, layer in attached.layers.items():
         before = of_plain.layers[name].weight.double()
         used = update(attached.method, {factor: value.detach() for factor, value in layer.factors().items()})
         # Each element once to the nearest: half a unit in the last place.
         missed = layer.weight.double() + used - before
         assert missed.norm() <= (1e-6 if dtype == torch.float32 else 1.001 * 2**-8) * before.norm(), name
-        (entry,) = attached.ledger.entries[name]
+        (entry,) = engine.ledger.entries[name]
         assert (entry.number, entry.rounding, entry.columns) == (0, "nearest", RANK)
-        pair = attached.ledger.pair(name, 0)
+        pair = engine.ledger.pair(name, 0)
         torch.testing.assert_close(pair.left.double() @ pair.right.double(), -used, rtol=0, atol=1e-6)
         assert used.norm() > 0.3 * before.norm()
 
@@ -207,18 +206,18 @@ def test_reserves_are_reported_for_every_layer(dtype, directory):
 
 
 def test_methods_that_leave_the_weight_alone_write_nothing_down(directory, searched):
-    _, attached, report = searched
+    engine, attached, report = searched
     _, of_plain = started(directory)
-    assert attached.ledger.describe() == {} and report.reserves == {}
+    assert engine.ledger.describe() == {} and report.reserves == {}
     assert all(torch.equal(layer.weight, of_plain.layers[name].weight) for name, layer in attached.layers.items())
 
 
 def test_an_open_ledger_is_gone_on_with(directory):
     engine, attached = started(directory, method="pissa")
     open_ledger(engine, attached, 3)
-    ledger = attached.ledger
+    ledger = engine.ledger
     initialise(engine, attached, 3, 1e-2)
-    assert attached.ledger is ledger and len(ledger.entries) == len(attached.layers)
+    assert engine.ledger is ledger and len(ledger.entries) == len(attached.layers)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -317,7 +316,7 @@ def test_a_number_and_the_schedule_are_what_they_say(step, directory):
 def test_the_update_is_the_best_copy_of_the_first_step(directory):
     engine, attached, _ = initialised(directory, init={"eta": 1e-3})
     gradients = mean_gradients(
-        engine, attached.layers, dict.fromkeys(attached.layers, 0), probe_data().batches(), COUNT, response_loss
+        engine, attached.layers, dict.fromkeys(attached.layers, 0), probe_data().batches(), COUNT, loss_of_samples(response_loss)
     )
     for name, layer in attached.layers.items():
         step = -1e-3 * gradients[name].double().sign()
@@ -386,14 +385,14 @@ def test_a_search_that_breaks_off_leaves_no_trial_behind(directory):
     engine, attached = started(directory)
     data, passes = probe_data(), []
 
-    def loss(model, batch, weights):
+    def loss(model, batch):
         passes.append(1)
         if len(passes) > COUNT + 5:  # past the gradients, in the middle of the search
             raise RuntimeError("broke")
-        return response_loss(model, batch, weights)
+        return response_loss(model, batch, sample_weights(batch))[0]
 
     with pytest.raises(RuntimeError, match="broke"):
-        initialise(engine, attached, 3, 1e-2, ProbeData(data.batches, data.forward_batches, COUNT, loss))
+        initialise(engine, attached, 3, 1e-2, Probe(data.batches, data.forward_batches, COUNT, loss))
     assert all(layer._trial is None and layer._tap is None for layer in attached.layers.values())
 
 

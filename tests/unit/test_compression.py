@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from distlora import compression
-from distlora.compression import compress, compress_within
-from distlora.methods import LowRank
+from distlora.maths import compression
+from distlora.maths.low_rank import LowRank, compress, compress_within
 
 DTYPES = [torch.float32, torch.bfloat16]
 

@@ -7,9 +7,11 @@ import pytest
 import yaml
 from pydantic import BaseModel, ConfigDict
 
-from distlora.config import Recipe, dump_recipe, load_recipe, plan_batches, resolve_deepspeed, run_identity
 from distlora.errors import UserError
 from distlora.methods import Method, registry
+from distlora.recipe.deepspeed_config import plan_batches, resolve_deepspeed
+from distlora.recipe.load import dump_recipe, load_recipe, run_identity
+from distlora.recipe.sections import Recipe
 
 MINIMAL = """\
 model: {path: some/model}
@@ -127,7 +129,7 @@ def test_nested_keys_that_another_method_lacks(monkeypatch):
         name: str
         init: Probe = Probe()
 
-    monkeypatch.setattr("distlora.config.registry", lambda: registry() | {"other": Other})
+    monkeypatch.setattr("distlora.recipe.sections.registry", lambda: registry() | {"other": Other})
     recipe = load("method.name=other", "method.init.gamma=2")
     assert recipe.method.init == Probe(gamma=2) and recipe.method.rank == 4
     assert recipe.notes == ("method other has no method.init.samples: dropped from what x.yaml says",)

@@ -13,10 +13,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distlora import methods
-from distlora.attach import attach
-from distlora.layer import AdapterLinear
+from distlora.adapter.attach import attach
+from distlora.adapter.layer import AdapterLinear
+from distlora.maths.low_rank import LowRank
 from distlora.methods import Method, registry
-from distlora.methods.base import Init, LayerInit, LowRank
+from distlora.methods.contract import Init, LayerInit
 
 RANK = 6
 SHAPES = [(60, 131), (131, 60)]  # (out, in): odd, so that no usual divisor fits
@@ -106,7 +107,7 @@ every_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 
 
 def test_every_file_is_a_method_under_its_own_name():
-    files = {path.stem for path in Path(methods.__file__).parent.glob("*.py")} - {"__init__", "base"}
+    files = {path.stem for path in Path(methods.__file__).parent.glob("*.py")} - {"__init__", "contract"}
     assert files == set(ALL)
     assert all(registry()[name].__module__ == f"distlora.methods.{name}" for name in ALL)
     assert {"lora", "lora_xs", "lora_sb", "full", "pissa", "srlora", "rslora", "lora_ga", "dora", "lora_pro"} <= set(ALL)

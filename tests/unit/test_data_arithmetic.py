@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from distlora.data.arithmetic import SIZES, STORIES, is_held_out, problem, rows
 from distlora.errors import UserError
+from distlora.tasks.arithmetic import SIZES, STORIES, is_held_out, problem, rows
 
 TRAIN = [problem("train", index) for index in range(SIZES["train"])]
 TEST = [problem("test", index) for index in range(SIZES["test"])]

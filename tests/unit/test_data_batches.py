@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from distlora.data import IGNORE, Sample, TrainOrder, collate, collate_prompts, micro_batches, shard
+from distlora.data import Sample, TrainOrder, collate, collate_prompts, micro_batches, shard
+from distlora.models.targets import IGNORE
 
 
 @pytest.mark.parametrize("n, size", [(50, 8), (50, 50), (50, 64), (48, 8), (1, 4)])

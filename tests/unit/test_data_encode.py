@@ -9,8 +9,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from distlora.data import IGNORE, load_split
+from distlora.data import load_split
 from distlora.errors import UserError
+from distlora.models.targets import IGNORE
 
 DATA = Path(os.environ.get("DISTLORA_TEST_DATA", "../shared/data"))
 TEXTS = ["Q: 1+1?\nAnswer: 2", "the answer is not long\n", "<user> hello <bot> hi there", "0123456789"] * 9

@@ -6,8 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from distlora.data import TASKS, LabelledRows, LabelledSample, LabelTask, collate_labelled, label_names, load_labelled
+from distlora.data import LabelledRows, LabelledSample, collate_labelled, label_names, load_labelled
 from distlora.errors import UserError
+from distlora.tasks import TASKS, LabelTask
 from tests.tiny_models import tiny_encoder_tokenizer
 
 #: The first lines of each task's official training file, and what they say.

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 
 from distlora.data.examples import Example, Examples, download
-from distlora.data.tasks import TASKS, ResponseTask, get_task, is_correct
 from distlora.errors import UserError
+from distlora.tasks.registry import TASKS, ResponseTask, get_task, is_correct
 
 
 def examples(tmp_path, rows, task="text", fields=None, template=None):

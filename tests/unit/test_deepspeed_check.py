@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from distlora.config import load_recipe
-from distlora.deepspeed_check import checked_deepspeed
 from distlora.errors import UserError
+from distlora.recipe.deepspeed_check import checked_deepspeed
+from distlora.recipe.load import load_recipe
 
 ZEROS = sorted((Path(__file__).parents[2] / "configs" / "zero").glob("*.json"))
 RECIPE = """\

@@ -4,9 +4,10 @@ import json
 
 import pytest
 
-from distlora.config import load_recipe, resolve_deepspeed
-from distlora.deepspeed_config import read_deepspeed
 from distlora.errors import UserError
+from distlora.recipe.deepspeed_config import resolve_deepspeed
+from distlora.recipe.deepspeed_file import read_deepspeed
+from distlora.recipe.load import load_recipe
 
 RECIPE = """\
 model: {path: some/model}

@@ -100,7 +100,7 @@ ONE_NODE = [
     ("compiler.ninjas", {}, "compiler", "failure", "ninja is not on PATH", "ninja"),
     ("compiler.header", False, "compiler", "failure", "Python.h", "python3-dev"),
     ("compiler.ninjas", {"/a/ninja": "1.13", "/b/ninja": "1.11"}, "compiler", "warning", "/b/ninja (1.11)", "anew"),
-    ("operators.state", "failed", "operators", "failure", "failed", "distlora.doctor.operators"),
+    ("operators.state", "failed", "operators", "failure", "failed", "distlora.engine.zero.operators"),
 ]  # fmt: skip
 
 

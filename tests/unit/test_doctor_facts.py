@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from distlora.comm import Topology
+from distlora.cluster.exported_variables import exported_names
 from distlora.doctor import examine, facts, network, node, remote, storage, toolchain
 from distlora.doctor.ending import unwinding
 from distlora.doctor.subject import subject_of
+from distlora.engine.comm import Topology
 from distlora.errors import UserError
-from distlora.travelling import travelling
 
 ROOT = Path(__file__).parents[2]
 
@@ -203,7 +203,7 @@ def test_a_node_is_asked_through_ssh_and_no_secret_stands_on_the_command_line(ss
 def test_the_doctor_looks_with_the_variables_that_launchers_send(monkeypatch):
     for name in ("RANK", "CUDA_VISIBLE_DEVICES", "DISTLORA_CACHE"):
         monkeypatch.setenv(name, "1")
-    assert list(remote.forwarded()) == travelling(os.environ)
+    assert list(remote.forwarded()) == exported_names(os.environ)
     assert remote.forwarded().keys() & {"RANK", "CUDA_VISIBLE_DEVICES", "DISTLORA_CACHE"} == {"DISTLORA_CACHE"}
 
 

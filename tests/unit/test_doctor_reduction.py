@@ -5,10 +5,10 @@ import socket
 
 import pytest
 
-from distlora.addresses import free_port
-from distlora.comm import RollCall, Topology
+from distlora.cluster.addresses import free_port
 from distlora.doctor import reduction
 from distlora.doctor.node import answers
+from distlora.engine.comm import RollCall, Topology
 from distlora.errors import UserError
 
 RANKS = {0: "node1", 1: "node1", 2: "node2", 3: "node2"}
@@ -63,31 +63,27 @@ def test_a_wrong_sum():
 
 
 @pytest.fixture
-def master(monkeypatch) -> int:
-    port = free_port()
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    monkeypatch.setenv("MASTER_PORT", str(port))
-    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
-    return port
+def master() -> tuple[str, int]:
+    return "127.0.0.1", free_port()
 
 
 def test_the_roll_is_called_and_the_missing_do_not_hold_it_up(master):
-    roll = RollCall(Topology(0, 3), seconds=0.3)
+    roll = RollCall(Topology(0, 3, master=master), seconds=0.3)
     assert roll.exchange("presence", {"host": "a"}) == {0: {"host": "a"}}
     assert roll.exchange("more", 1, seconds=1000) == {0: 1}, "who was missing is not waited for again"
     seen = []
-    found = reduction.reduce_once(Topology(0, 1), reduction.device_of(0), 5, lambda outcome: seen.append(dict(outcome)))
+    found = reduction.reduce_once(Topology(0, 1, master=master), reduction.device_of(0), 5, lambda outcome: seen.append(dict(outcome)))
     assert found["stage"] == "nowhere" and "cannot listen on the master" in found["error"], "the port is taken by now"
     assert [outcome["stage"] for outcome in seen] == ["nowhere", "nowhere"]
 
 
 def test_a_master_that_cannot_be_reached_is_named(master):
-    with pytest.raises(UserError, match=rf"^rank 1 on \S+ cannot reach the master 127.0.0.1:{master} \([^\n]*\)$"):
-        RollCall(Topology(1, 2), seconds=0.2)
+    with pytest.raises(UserError, match=rf"^rank 1 on \S+ cannot reach the master 127.0.0.1:{master[1]} \([^\n]*\)$"):
+        RollCall(Topology(1, 2, master=master), seconds=0.2)
 
 
 def test_missing_ranks_end_the_attempt(master):
-    found = reduction.reduce_once(Topology(0, 2), reduction.device_of(0), 0.3, lambda outcome: None)
+    found = reduction.reduce_once(Topology(0, 2, master=master), reduction.device_of(0), 0.3, lambda outcome: None)
     assert (found["stage"], found["missing"]) == ("master", [1]) and "wrong" not in found
 
 

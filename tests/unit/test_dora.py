@@ -4,15 +4,15 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from distlora.attach import attach
-from distlora.comm import Comm, Topology
-from distlora.engine import LocalEngine
-from distlora.layer import AdapterLinear
-from distlora.linalg import row_norms
-from distlora.methods import LowRank
-from distlora.methods.base import LayerInit
+from distlora.adapter.attach import attach
+from distlora.adapter.layer import AdapterLinear
+from distlora.engine.comm import Comm, Topology
+from distlora.engine.local import LocalEngine
+from distlora.engine.optimizers import OptimizerSpec
+from distlora.maths.linalg import row_norms
+from distlora.maths.low_rank import LowRank
+from distlora.methods.contract import LayerInit
 from distlora.methods.dora import DoRA
-from distlora.optimizer import OptimizerSpec
 
 FP32, BF16 = torch.float32, torch.bfloat16
 OUT, IN, RANK = 31, 23, 3

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from distlora import environment
-from distlora.comm import Comm, Topology
+from distlora.cluster import environment
+from distlora.cluster.logs import RankLog
+from distlora.engine.comm import Comm, Topology
 from distlora.errors import UserError
-from distlora.logs import RankLog
 
 WHERE = {"ranks": 4, "hosts": {"node1": [0, 1], "node2": [2, 3]}, "master": "node1:29500", "backend": "gloo", "launcher": "SLURM"}
 
@@ -122,7 +122,7 @@ def logger():
     logger = logging.getLogger("distlora")
     before = logger.handlers[:], logger.level
     logger.setLevel(logging.INFO)
-    yield logging.getLogger("distlora.train")
+    yield logging.getLogger("distlora.training.train")
     logger.handlers[:], logger.level = before
 
 
@@ -138,7 +138,7 @@ def test_what_was_said_before_the_directory_was_known_is_there_too(logger, tmp_p
         logger.warning("second")
     logger.info("third")
     lines = text(tmp_path, 3).splitlines()
-    assert [line.split(" ", 2)[2] for line in lines] == ["INFO distlora.train: first", "WARNING distlora.train: second"]
+    assert [line.split(" ", 2)[2] for line in lines] == ["INFO distlora.training.train: first", "WARNING distlora.training.train: second"]
     assert logging.getLogger("distlora").handlers == [] or all(
         "rank-3" not in str(h) for h in logging.getLogger("distlora").handlers
     )

@@ -3,15 +3,15 @@
 import pytest
 import torch
 
-from distlora import evaluate
-from distlora.attach import attach
-from distlora.config import ModelSection
+from distlora.adapter.attach import attach
 from distlora.data import Sample
-from distlora.engine import LocalEngine
-from distlora.evaluate import exact_match
+from distlora.engine.local import LocalEngine
+from distlora.engine.optimizers import OptimizerSpec
+from distlora.evaluation import scoring as evaluate
+from distlora.evaluation.scoring import exact_match
 from distlora.methods import registry
-from distlora.model import load_model, load_tokenizer
-from distlora.optimizer import OptimizerSpec
+from distlora.models.loading import load_model, load_tokenizer
+from distlora.recipe.sections import ModelSection
 from tests.distributed.cases import solo
 from tests.tiny_models import tiny_model_dir
 

@@ -11,17 +11,20 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForSequenceClassification
 
-from distlora import cli
-from distlora.attach import attach
-from distlora.checkpoint import save
-from distlora.comm import Comm, Topology
-from distlora.compose import initialise, open_ledger
-from distlora.engine import LocalEngine
+from distlora.adapter.attach import attach
+from distlora.checkpoints.checkpoint import save
+from distlora.cli import main as cli
+from distlora.engine.comm import Comm, Topology
+from distlora.engine.local import LocalEngine
+from distlora.engine.optimizers import OptimizerSpec
+from distlora.engine.owners import open_ledger
 from distlora.errors import UserError
-from distlora.export import export, export_peft_from_engine
-from distlora.methods import LowRank, registry
-from distlora.optimizer import OptimizerSpec
-from distlora.recompose import Recomposer
+from distlora.exports.peft import export_peft_from_engine
+from distlora.initialise.factors import initialise
+from distlora.maths.low_rank import LowRank
+from distlora.methods import registry
+from distlora.recompose.recomposer import Recomposer
+from distlora.training.export_run import export_run
 from tests.tiny_models import VOCAB_SIZE, tiny_config, tiny_model_dir
 
 CPU = torch.device("cpu")
@@ -70,7 +73,7 @@ class Run:
                     columns = number + 1
                     left = torch.randn(layer.out_features, columns, generator=generator) * 0.5**number
                     right = torch.randn(columns, layer.in_features, generator=generator) / layer.in_features**0.5
-                    self.attached.ledger.apply(self.engine, layer, number, "nearest", LowRank(left, right))
+                    self.engine.ledger.apply(self.engine, layer, number, "nearest", LowRank(left, right))
             self.train(1)
 
     def recompose(self, steps: int = 6) -> None:
@@ -88,7 +91,7 @@ class Run:
         adapted, pretrained = self.attached.layers[layer], load_file(self.base / "model.safetensors")[f"{layer}.weight"]
         factors = {name: factor.detach().double() for name, factor in adapted.factors().items()}
         pair = adapted.method.export_low_rank(factors)
-        frozen = sum(entry.left.double() @ entry.right.double() for entry in self.attached.ledger.pairs(layer))
+        frozen = sum(entry.left.double() @ entry.right.double() for entry in self.engine.ledger.pairs(layer))
         assert torch.allclose(adapted.weight.double(), pretrained.double() + frozen, atol=1e-2)
         return pair.left.double() @ pair.right.double() + frozen
 
@@ -109,7 +112,7 @@ def logits(model) -> torch.Tensor:
 
 
 def exported(*arguments, **options) -> Path:
-    return export(*arguments, **options).path
+    return export_run(*arguments, **options).path
 
 
 def assert_close(actual, expected, tolerance=1e-5):
@@ -309,7 +312,7 @@ def test_updated_weights_export_exactly(tmp_path, bases, name, method):
     run.update_weights()
     run.save()
     assert (run.logits() - without).abs().max() > 0.1, "the updates do something"
-    done = export(run.dir, "peft", tmp_path / "adapter")
+    done = export_run(run.dir, "peft", tmp_path / "adapter")
     assert done.errors == {} and done.compression is None, "nothing had to be compressed"
     assert set(ranks_in(done.path).values()) == {6 + 1, 6 + 1 + 2 + 3}
     assert max(true_errors(run, done.path).values()) < 1e-6
@@ -325,26 +328,26 @@ def test_recomposed_run_exports_in_every_form(tmp_path, bases, caplog):
     run = Run(tmp_path, tiny_model_dir("llama", bases), "srlora")
     run.recompose()
     run.save(step=6)
-    entries = run.attached.ledger.entries
+    entries = run.engine.ledger.entries
     assert all([entry.columns for entry in of_layer] == [6, 6, 6] for of_layer in entries.values())
-    done = export(run.dir, "peft", tmp_path / "adapter")
+    done = export_run(run.dir, "peft", tmp_path / "adapter")
     # Four stacks of six are wider than the projections of keys and values are high.
     narrow = {layer for layer in entries if layer.endswith(("k_proj", "v_proj"))}
     assert ranks_in(done.path) == {layer: 20 if layer in narrow else 24 for layer in entries}
     assert set(done.errors) == narrow and max(done.errors.values()) < 1e-6
     assert_close(logits(with_peft(run.base, done.path)), run.logits())
     assert_close(logits(AutoModelForCausalLM.from_pretrained(exported(run.dir, "merged", tmp_path / "merged"))), run.logits())
-    few = export(run.dir, "peft", tmp_path / "few", max_error=1e-3)
+    few = export_run(run.dir, "peft", tmp_path / "few", max_error=1e-3)
     assert_close(logits(with_peft(run.base, few.path)), run.logits(), 1e-2)
     # Training writes such an adapter at its end, and exports of the run are made from it.
     with caplog.at_level("INFO", "distlora"):
         export_peft_from_engine(run.engine, run.attached, run.dir / "adapter", str(run.base), step=7)
     assert "adapter: compressed 6 of 21 layers to rank 20: relative error" in caplog.text
     for format in ("peft", "merged"):
-        export(run.dir, format, tmp_path / f"{format}-7")
+        export_run(run.dir, format, tmp_path / f"{format}-7")
     assert_close(logits(with_peft(run.base, tmp_path / "peft-7")), run.logits())
     assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged-7")), run.logits())
-    half = export(run.dir, "peft", tmp_path / "half", dtype=torch.bfloat16)
+    half = export_run(run.dir, "peft", tmp_path / "half", dtype=torch.bfloat16)
     assert half.errors.keys() >= entries.keys() - narrow, "the finished adapter says which of its pairs are stacks"
     assert max(true_errors(run, half.path).values()) < 1e-2
 
@@ -359,7 +362,7 @@ def updated(tmp_path, bases):
 
 def test_compress_rank(updated, tmp_path):
     exact = exported(updated.dir, "peft", tmp_path / "exact")
-    done = export(updated.dir, "peft", tmp_path / "adapter", compress_rank=9)
+    done = export_run(updated.dir, "peft", tmp_path / "adapter", compress_rank=9)
     assert ranks_in(done.path) == {layer: min(rank, 9) for layer, rank in ranks_in(exact).items()}
     errors, untouched = true_errors(updated, done.path), pairs_in(exact)
     assert 0.001 < min(done.errors.values()) and max(done.errors.values()) < 0.9
@@ -390,7 +393,7 @@ def with_pairs(base: Path, adapter: Path):
 
 @pytest.mark.parametrize("max_error", [0.5, 0.1])
 def test_max_error_takes_the_smallest_rank_of_each_layer(updated, tmp_path, max_error):
-    done = export(updated.dir, "peft", tmp_path / "adapter", max_error=max_error)
+    done = export_run(updated.dir, "peft", tmp_path / "adapter", max_error=max_error)
     ranks, errors = ranks_in(done.path), true_errors(updated, done.path)
     compressed = [ranks[layer] for layer in done.errors]
     assert f"{len(compressed)} of 21 layers to ranks {min(compressed)} to {max(compressed)}: " in done.compression
@@ -404,7 +407,7 @@ def test_max_error_takes_the_smallest_rank_of_each_layer(updated, tmp_path, max_
 def test_a_rank_above_the_exact_one_changes_nothing(updated, tmp_path, caplog):
     exact = exported(updated.dir, "peft", tmp_path / "exact")
     with caplog.at_level("INFO", "distlora"):
-        done = export(updated.dir, "peft", tmp_path / "adapter", compress_rank=64)
+        done = export_run(updated.dir, "peft", tmp_path / "adapter", compress_rank=64)
     assert "--compress-rank 64: the exact rank is 12, and nothing is left out" in caplog.text
     assert done.errors == {}
     for file in ("adapter_config.json", "adapter_model.safetensors"):
@@ -419,7 +422,7 @@ def test_low_precision_stacks_are_summed_first(tmp_path, bases):
     run.train(1)
     run.save()
     exact = exported(run.dir, "peft", tmp_path / "exact")
-    done = export(run.dir, "peft", tmp_path / "adapter", dtype=torch.bfloat16)
+    done = export_run(run.dir, "peft", tmp_path / "adapter", dtype=torch.bfloat16)
     assert done.errors.keys() == run.attached.layers.keys()
     naive, written = pairs_in(exact), pairs_in(done.path)
     errors = true_errors(run, done.path)
@@ -429,17 +432,17 @@ def test_low_precision_stacks_are_summed_first(tmp_path, bases):
         update = run.update(layer)
         side_by_side = naive[layer].left.bfloat16().double() @ naive[layer].right.bfloat16().double()
         assert (side_by_side - update).norm() / update.norm() > 5 * errors[layer]
-    again = export(run.dir, "peft", tmp_path / "within", dtype=torch.bfloat16, max_error=0.02)
+    again = export_run(run.dir, "peft", tmp_path / "within", dtype=torch.bfloat16, max_error=0.02)
     assert max(true_errors(run, again.path).values()) <= 0.02
     with pytest.raises(UserError, match=r"--max-error 1e-05 cannot be met: writing .* in bfloat16 costs 0.00\d+ by itself"):
-        export(run.dir, "peft", tmp_path / "out", dtype=torch.bfloat16, max_error=1e-5)
+        export_run(run.dir, "peft", tmp_path / "out", dtype=torch.bfloat16, max_error=1e-5)
     assert not (tmp_path / "out").exists()
 
 
 def test_without_updates_low_precision_is_a_plain_cast(tmp_path, bases):
     run = Run(tmp_path, tiny_model_dir("llama", bases), "lora")
     run.save()
-    done = export(run.dir, "peft", tmp_path / "adapter", dtype=torch.bfloat16)
+    done = export_run(run.dir, "peft", tmp_path / "adapter", dtype=torch.bfloat16)
     exact = pairs_in(exported(run.dir, "peft", tmp_path / "exact"))
     assert done.compression is None
     for layer, pair in pairs_in(done.path).items():
@@ -534,7 +537,7 @@ def test_dora_is_not_compressed(tmp_path, bases, option):
     run = Run(tmp_path, tiny_model_dir("llama", bases), "dora")
     run.save()
     with pytest.raises(UserError, match=f"--{option.replace('_', '-')} cuts an update .* and method dora scales rows as well"):
-        export(run.dir, "peft", tmp_path / "out", **{option: {"compress_rank": 2, "max_error": 0.1}[option]})
+        export_run(run.dir, "peft", tmp_path / "out", **{option: {"compress_rank": 2, "max_error": 0.1}[option]})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
 
 
@@ -556,7 +559,7 @@ def test_each_mistake_is_one_sentence_and_leaves_nothing(tmp_path, bases):
     shutil.copytree(tiny_model_dir("llama", bases), base)
     run, out = Run(tmp_path, base, "lora_sb"), tmp_path / "out"
     with pytest.raises(UserError, match="no run directory"):
-        export(tmp_path / "nowhere", "peft", out)
+        export_run(tmp_path / "nowhere", "peft", out)
     with pytest.raises(UserError, match="no complete checkpoint"):
         exported(run.dir, "peft", out)
     checkpoint = run.save()

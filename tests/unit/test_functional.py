@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from distlora.functional import linear, tapped_linear
+from distlora.maths.functional import linear, tapped_linear
 
 OUT, IN = 7, 5
 

@@ -3,10 +3,9 @@
 import pytest
 import torch
 
-from distlora import fusing
-from distlora.fusing import add_low_rank
-from distlora.methods import LowRank
-from distlora.rounding import rounding_key
+from distlora.maths import low_rank as fusing
+from distlora.maths.low_rank import LowRank, add_low_rank
+from distlora.maths.rounding import rounding_key
 
 OUT, IN, RANK = 29, 23, 5
 KEY = rounding_key(3, "layer", 1)

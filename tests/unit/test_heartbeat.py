@@ -6,7 +6,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from distlora.heartbeat import Heartbeat
+from distlora.cluster.heartbeat import Heartbeat
 
 HOSTS = ["node1", "node1", "node2", "node2"]
 INTERVAL, PATIENCE = 0.02, 0.3

@@ -2,9 +2,9 @@
 
 import pytest
 
-from distlora.addresses import is_loopback
+from distlora.cluster.addresses import is_loopback
+from distlora.cluster.hostfile import Host, parse_hostfile, read_hostfile
 from distlora.errors import UserError
-from distlora.hostfile import Host, parse_hostfile, read_hostfile
 
 
 def test_hosts_in_their_order_without_comments_and_blank_lines(tmp_path):

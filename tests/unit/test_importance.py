@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from distlora.importance import ElementScores, component_of, group_sums, low_half_share
+from distlora.maths.importance import ElementScores, component_of, group_sums, low_half_share
 
 OUT, IN, RANK = 13, 17, 5
 SHAPES = {"A": (RANK, IN), "B": (OUT, RANK)}

@@ -13,39 +13,51 @@ MODULES = {
     for path in sorted(PACKAGE.rglob("*.py"))
 }
 
-#: A vendor and the only files that may import it, relative to the package.
+#: A vendor and the only places that may import it, relative to the package.
 HOMES = {
-    "torch.distributed": {"comm.py"},
-    "deepspeed": {"zero.py", "deepspeed_check.py", "doctor/operators.py"},
-    "transformers": {"model.py", "smollm2.py", "zero.py"},
+    "torch.distributed": {"engine/comm.py"},
+    "deepspeed": {"engine/zero/"},
+    "transformers": {"models/", "engine/zero/engine.py"},
     "datasets": {"data/"},
-    "tensorboard": {"monitor.py"},
-    "torch.utils.tensorboard": {"monitor.py"},
-    "bitsandbytes": {"bnb_optimizers.py", "quantized.py"},
+    "tensorboard": {"training/monitor.py"},
+    "torch.utils.tensorboard": {"training/monitor.py"},
+    "bitsandbytes": {"engine/bitsandbytes_adamw.py", "adapter/packed.py"},
     "matplotlib": {"plan/picture.py"},
-    "mpi4py": {"mpi.py"},
+    "mpi4py": {"cluster/mpi.py"},
     "peft": set(),
     "pickle": set(),
 }
 
-#: The floors of the house, lowest first; a module imports from lower floors only. What is not named lives on the floor of
-#: `attach`: there modules may use each other, but never in a circle.
+#: The floors of the house, lowest first: folders, and modules that stand beside them. Each imports from lower floors only; those of
+#: one floor do not know each other. Within a folder modules may use each other, but never in a circle.
 FLOORS = [
-    {"errors"},
-    {"functional", "linalg", "rounding", "importance", "moments", "switching", "blockwise", "quantized"},
+    {"errors", "sentences"},
+    {"files", "maths"},
     {"methods"},
-    {"bnb_optimizers", "addresses", "nodelist", "mpi"},
-    {"rendezvous"},
-    {"layer", "comm", "optimizer", "fusing"},
+    {"adapter"},
     {"engine"},
-    set(),
-    {"zero"},
-    {"run"},
-    {"train"},
+    {"initialise", "models"},
+    {"recompose", "tasks"},
+    {"checkpoints", "data"},
+    {"exports", "evaluation"},
+    {"recipe"},
+    {"cluster"},
+    {"api"},
+    {"training"},
+    {"doctor", "plan", "report"},
     {"cli"},
-    {"__main__", "launched"},
+    {"__main__"},
 ]
-MIDDLE = FLOORS.index(set())
+#: What a folder does not import, though it lies on a lower floor.
+STRANGERS = {
+    "cluster": {"methods", "adapter", "initialise", "recompose", "checkpoints", "exports", "models", "tasks", "data", "evaluation", "recipe"},
+    "recipe": {"models", "data", "evaluation", "checkpoints", "exports", "recompose", "initialise"},
+    "evaluation": {"recompose", "checkpoints"},
+    "models": {"adapter", "engine"},
+    "tasks": {"adapter", "engine", "models"},
+    "data": {"adapter", "engine"},
+    "api": {"models", "tasks", "data", "evaluation", "recipe", "cluster"},
+}
 
 
 def _imports(tree: ast.AST) -> set[str]:
@@ -93,7 +105,7 @@ SEEDING = {
 }
 #: Setting a generator's whole state is for the two places that put states back: around a run, and on resume.
 STATES = {"torch.set_rng_state", "torch.random.set_rng_state", "torch.cuda.set_rng_state", "torch.cuda.set_rng_state_all"}
-STATES_HOMES = {"rng.py", "checkpoint.py"}
+STATES_HOMES = {"engine/random_state.py"}
 
 
 def _forbidden(tree: ast.AST, file: str) -> list[str]:
@@ -105,7 +117,7 @@ def _forbidden(tree: ast.AST, file: str) -> list[str]:
         name = _dotted(node.func)
         if name in SEEDING or (name in STATES and file not in STATES_HOMES):
             found.append(f"{file}:{node.lineno} reseeds a global generator")
-        if name == "print" and file != "cli.py":
+        if name == "print" and file != "cli/main.py":
             found.append(f"{file}:{node.lineno} prints")
         if name in ("torch.load", "eval", "exec", "os.system"):
             found.append(f"{file}:{node.lineno} calls {name}")
@@ -128,9 +140,23 @@ def _without_type_hints(tree: ast.AST) -> ast.AST:
     return Remove().visit(tree)
 
 
+def _room(module: str) -> str:
+    """The folder of a module, or the module itself where it stands beside the folders."""
+    return module.split(".")[1] if "." in module else "__init__"
+
+
 def _floor(module: str) -> int:
-    name = module.split(".")[1] if "." in module else "__main__"
-    return next((i for i, names in enumerate(FLOORS) if name in names), MIDDLE)
+    return next(i for i, rooms in enumerate(FLOORS) if _room(module) in rooms)
+
+
+def _wrong_arrows(module: str, targets: set[str]) -> set[str]:
+    """Those of the targets that a module must not import."""
+    return {
+        target
+        for target in targets
+        if _room(target) != _room(module)
+        and (_floor(target) >= _floor(module) or _room(target) in STRANGERS.get(_room(module), ()))
+    }
 
 
 def _own_imports(module: str, tree: ast.AST) -> set[str]:
@@ -157,7 +183,7 @@ def test_each_vendor_stays_in_its_home(module):
 
 
 def test_of_transformers_the_zero_engine_takes_only_its_deepspeed_config():
-    names = {name for name in _imports(_tree("distlora.zero")) if _within(name, "transformers")}
+    names = {name for name in _imports(_tree("distlora.engine.zero.engine")) if _within(name, "transformers")}
     assert names <= {"transformers.integrations.HfDeepSpeedConfig", "transformers.integrations.deepspeed.HfDeepSpeedConfig"}
 
 
@@ -168,28 +194,31 @@ def test_the_library_does_nothing_forbidden(module):
 
 @every_module
 def test_imports_go_downwards(module):
-    above = {
-        target
-        for target in _own_imports(module, _tree(module))
-        if _floor(target) > _floor(module)
-        or (_floor(target) == _floor(module) != MIDDLE and target.split(".")[1] != module.split(".")[1])
-    }
-    assert above == set()
+    assert _wrong_arrows(module, _own_imports(module, _tree(module))) == set()
+
+
+@every_module
+def test_of_an_arrow_only_one_direction_is_allowed(module):
+    """Whichever import is turned round, the one above fails: two rooms that import each other cannot both be right."""
+    for target in _own_imports(module, _tree(module)):
+        if _room(target) != _room(module):
+            assert _wrong_arrows(target, {module}) == {module}
 
 
 @pytest.mark.parametrize("module", [m for m in MODULES if m.startswith("distlora.methods.")])
 def test_a_method_knows_no_module_rank_device_or_engine(module):
-    names = ("functional", "linalg", "rounding", "importance", "switching", "errors", "methods")
-    allowed = [f"distlora.{name}" for name in names]
+    allowed = [f"distlora.{name}" for name in ("maths", "errors", "methods")]
     assert all(any(_within(target, a) for a in allowed) for target in _own_imports(module, _tree(module)))
 
 
-@pytest.mark.parametrize("module", [f"distlora.{name}" for name in sorted(FLOORS[1])])
+@pytest.mark.parametrize("module", [m for m in MODULES if m.startswith("distlora.maths.")])
 def test_mathematics_imports_nothing_of_the_house(module):
-    assert _own_imports(module, _tree(module)) <= {"distlora.errors"}
+    assert {_room(target) for target in _own_imports(module, _tree(module))} <= {"maths", "errors"}
 
 
-@pytest.mark.parametrize(("module", "vendor"), [("quantized", "bitsandbytes"), ("deepspeed_check", "deepspeed")])
+@pytest.mark.parametrize(
+    ("module", "vendor"), [("adapter.packed", "bitsandbytes"), ("engine.zero.config_reader", "deepspeed")]
+)
 def test_what_takes_seconds_is_loaded_only_when_it_is_needed(module, vendor):
     """Packed weights, and a DeepSpeed config. An installation without bitsandbytes is complete for every other run."""
     tree = _tree(f"distlora.{module}")
@@ -199,9 +228,9 @@ def test_what_takes_seconds_is_loaded_only_when_it_is_needed(module, vendor):
     assert not any(_within(name, vendor) for name in _imports(anywhere))
 
 
-def test_only_training_chooses_the_engine():
-    users = {m for m in MODULES if "distlora.zero" in _own_imports(m, _tree(m))}
-    assert users <= {"distlora.run"}
+def test_ranks_do_not_ask_the_environment_who_they_are():
+    """They are told: `distlora.cluster` knows the launchers."""
+    assert not any(_within(name, "os") for name in _imports(_tree("distlora.engine.comm")))
 
 
 def test_every_folder_is_a_package():
@@ -276,8 +305,15 @@ def test_what_is_allowed_is_not_reported(source):
     assert _forbidden(ast.parse(source), "layer.py") == []
 
 
+def test_an_import_that_is_turned_round_is_seen():
+    assert _wrong_arrows("distlora.maths.linalg", {"distlora.methods.lora"}) == {"distlora.methods.lora"}
+    assert _wrong_arrows("distlora.engine.local", {"distlora.initialise.probe"}) == {"distlora.initialise.probe"}
+    assert _wrong_arrows("distlora.cluster.status", {"distlora.recipe.load"}) == {"distlora.recipe.load"}, "a stranger"
+    assert _wrong_arrows("distlora.tasks.metrics", {"distlora.recompose.scores"}) == {"distlora.recompose.scores"}, "the same floor"
+
+
 def test_the_modules_were_found_and_their_imports_read():
-    assert {"distlora.comm", "distlora.methods", "distlora.methods.lora_sb"} <= set(MODULES)
-    assert "distlora.linalg" in _own_imports("distlora.methods.lora_sb", _tree("distlora.methods.lora_sb"))
-    assert "torch.distributed" in _imports(_tree("distlora.comm"))
-    assert _floor("distlora.methods.lora") < _floor("distlora.engine") < _floor("distlora.attach") < _floor("distlora.train")
+    assert {"distlora.engine.comm", "distlora.methods", "distlora.methods.lora_sb"} <= set(MODULES)
+    assert "distlora.maths.linalg" in _own_imports("distlora.methods.lora_sb", _tree("distlora.methods.lora_sb"))
+    assert "torch.distributed" in _imports(_tree("distlora.engine.comm"))
+    assert _floor("distlora.methods.lora") < _floor("distlora.engine.local") < _floor("distlora.training.train")

@@ -292,7 +292,7 @@ def is_running(process):
     return not status.exists() or status.read_text().rsplit(")", 1)[1].split()[0] != "Z"
 
 
-WORDS = ["-u", "-m", "distlora.launched", "MARK", "--local_rank=0"]
+WORDS = ["-u", "-m", "distlora.cli.as_rank", "MARK", "--local_rank=0"]
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,11 @@ import threading
 import pytest
 import yaml
 
-from distlora import launched, launching
+from distlora.cli import as_rank, prepare_launch
+from distlora.cluster import launching
+from distlora.cluster.exported_variables import exported_names, withheld
+from distlora.cluster.packed_command import pack, unpack
 from distlora.errors import UserError
-from distlora.oneword import pack, unpack
-from distlora.travelling import travelling, withheld
 
 #: What a shell, pdsh or DeepSpeed's launcher would make something of.
 VALUES = ["a b", "$HOME", "`id`", '"', "\\", "'", "a;b&c|d", "100%", "%h", "*?[x]{y}", "#", "~", "é", "a=b", "/usr/bin:/bin", ""]
@@ -44,7 +45,7 @@ def prepare(tmp_path, monkeypatch, capsys, recipe):
         (tmp_path / "hosts").write_text(hostfile or "")
         name = "-" if hostfile is None else str(tmp_path / "hosts")
         words = ["--script", "x.sh", "--hostfile", name, *options, "--", str(folder), "train", str(recipe), *overrides]
-        return launching.main(words), capsys.readouterr().err, folder
+        return prepare_launch.main(words), capsys.readouterr().err, folder
 
     return call
 
@@ -61,12 +62,12 @@ def test_any_argument_survives_in_one_word(value):
 
 def test_the_rank_runs_what_was_packed_where_it_was_packed(tmp_path, monkeypatch, capsys):
     heard = []
-    monkeypatch.setattr("distlora.cli.main", lambda arguments: heard.append((os.getcwd(), list(arguments))) or 75)
+    monkeypatch.setattr("distlora.cli.main.main", lambda arguments: heard.append((os.getcwd(), list(arguments))) or 75)
     monkeypatch.chdir("/")
     monkeypatch.setattr("sys.argv", ["-m"])
-    assert launched.main(["--local_rank=1", "mark", pack(str(tmp_path), ["train", "r.yaml", "a=$(b)"])]) == 75
+    assert as_rank.main(["--local_rank=1", "mark", pack(str(tmp_path), ["train", "r.yaml", "a=$(b)"])]) == 75
     assert heard == [(str(tmp_path), ["train", "r.yaml", "a=$(b)"])]
-    assert launched.main(["mark", pack(str(tmp_path / "gone"), [])]) == 2
+    assert as_rank.main(["mark", pack(str(tmp_path / "gone"), [])]) == 2
     assert "gone: No such file or directory; start from a directory that all hosts share" in capsys.readouterr().err
 
 
@@ -119,16 +120,16 @@ def test_what_would_not_arrive_is_refused(name, value, through_shell, part):
 
 def test_only_named_variables_travel():
     given = {"PATH": "/bin", "HF_HOME": "/hf", "HF_TOKEN": "hf_x", "NCCL_IB_TC": "106", "RANK": "3", "EDITOR": "vi", "MINE": "1"}
-    assert travelling(given) == ["PATH", "HF_HOME", "NCCL_IB_TC"]
-    assert travelling(given, ["MINE"]) == ["PATH", "HF_HOME", "NCCL_IB_TC", "MINE"]
+    assert exported_names(given) == ["PATH", "HF_HOME", "NCCL_IB_TC"]
+    assert exported_names(given, ["MINE"]) == ["PATH", "HF_HOME", "NCCL_IB_TC", "MINE"]
     with pytest.raises(UserError, match="--export NOPE: there is no such variable"):
-        travelling(given, ["NOPE"])
+        exported_names(given, ["NOPE"])
 
 
 def test_caches_and_transports_travel_and_what_belongs_to_one_machine_does_not():
     along = ["DISTLORA_CACHE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE", "TORCH_NCCL_TRACE", "FI_PROVIDER", "MKL_CBWR"]
     stays = ["CUDA_VISIBLE_DEVICES", "LOCAL_RANK", "MASTER_ADDR", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID", "HOSTNAME"]
-    assert travelling(dict.fromkeys([*stays, *along], "1")) == along
+    assert exported_names(dict.fromkeys([*stays, *along], "1")) == along
     assert withheld({"HF_TOKEN": "hf_x", "HF_ENDPOINT": "https://me:x@hub.example"}) == ["HF_TOKEN", "HF_ENDPOINT"]
 
 
@@ -137,9 +138,9 @@ def test_no_secret_travels_unless_the_user_says_so():
     harmless = {"MLFLOW_TRACKING_SERVER_CERT_PATH": "/c.pem", "NCCL_IB_PKEY": "1", "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1"}
     secret = {"MLFLOW_TRACKING_TOKEN": "x", "MLFLOW_TRACKING_PASSWORD": "x", "MLFLOW_TRACKING_URI": "https://me:x@host/"}
     given = {**harmless, **secret, "EDITOR_TOKEN": "x"}
-    assert travelling(given, []) == list(harmless) and withheld(given, []) == list(secret)
+    assert exported_names(given, []) == list(harmless) and withheld(given, []) == list(secret)
     chosen = ["MLFLOW_TRACKING_TOKEN"]
-    assert travelling(given, chosen) == [*harmless, *chosen] and withheld(given, chosen) == list(secret)[1:]
+    assert exported_names(given, chosen) == [*harmless, *chosen] and withheld(given, chosen) == list(secret)[1:]
 
 
 def test_the_script_learns_which_names_deepspeed_must_not_see(prepare, monkeypatch):

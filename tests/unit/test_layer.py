@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from distlora.layer import AdapterLinear
+from distlora.adapter.layer import AdapterLinear
 from distlora.methods.dora import DoRA
 from distlora.methods.lora import LoRA
 from distlora.methods.lora_sb import LoRASB

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from distlora.ledger import Entry
-from distlora.methods import LowRank
-from distlora.rounding import rounding_key
+from distlora.engine.ledger import Entry
+from distlora.maths.low_rank import LowRank
+from distlora.maths.rounding import rounding_key
 from tests.tiny_runs import BF16, FP32, SEED, SRLORA, Run, copies, equal, relative, through_json
 
 ROUNDINGS = pytest.mark.parametrize("rounding", ["nearest", "stochastic"])

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distlora import linalg
-from distlora.linalg import (
+from distlora.maths import linalg
+from distlora.maths.linalg import (
     captured_energy,
     effective_rank,
     factorised,

@@ -6,14 +6,15 @@ import math
 import pytest
 import torch
 
-from distlora.attach import attach
-from distlora.comm import Comm, Topology
-from distlora.engine import LocalEngine, clip_factor
-from distlora.methods import LowRank
+from distlora.adapter.attach import attach
+from distlora.engine.comm import Comm, Topology
+from distlora.engine.local import LocalEngine
+from distlora.engine.optimizers import OptimizerSpec, Schedule
+from distlora.engine.protocol import clip_factor
+from distlora.maths.low_rank import LowRank
+from distlora.maths.rounding import rounding_key
 from distlora.methods.lora import LoRA
 from distlora.methods.lora_sb import LoRASB
-from distlora.optimizer import OptimizerSpec, Schedule
-from distlora.rounding import rounding_key
 
 FP32, BF16 = torch.float32, torch.bfloat16
 BOTH = pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from distlora.layer import AdapterLinear
+from distlora.adapter.layer import AdapterLinear
 from distlora.methods import Init
-from distlora.methods.base import LayerInit
+from distlora.methods.contract import LayerInit
 from distlora.methods.lora import LoRA
 
 OUT, IN, RANK = 60, 131, 8

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from distlora.layer import AdapterLinear
-from distlora.methods import LowRank
-from distlora.methods.base import LayerInit
+from distlora.adapter.layer import AdapterLinear
+from distlora.maths.low_rank import LowRank
+from distlora.methods.contract import LayerInit
 from distlora.methods.lora_ga import LoRAGA
 
 OUT, IN, RANK = 60, 131, 8

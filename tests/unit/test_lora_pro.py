@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from distlora.attach import attach
-from distlora.comm import Comm, Topology
-from distlora.engine import LocalEngine
-from distlora.methods.base import LayerInit
+from distlora.adapter.attach import attach
+from distlora.engine.comm import Comm, Topology
+from distlora.engine.local import LocalEngine
+from distlora.engine.optimizers import OptimizerSpec
+from distlora.methods.contract import LayerInit
 from distlora.methods.lora import LoRA
 from distlora.methods.lora_pro import LoRAPro
-from distlora.optimizer import OptimizerSpec
 
 OUT, IN, RANK = 8, 11, 3
 METHOD = LoRAPro(rank=RANK, alpha=5.0)

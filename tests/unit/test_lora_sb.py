@@ -5,15 +5,15 @@ import pydantic
 import pytest
 import torch
 
-from distlora.attach import attach, lora_parameters
-from distlora.comm import Comm, Topology
-from distlora.engine import LocalEngine
-from distlora.layer import AdapterLinear
-from distlora.methods.base import LayerInit
+from distlora.adapter.attach import attach, lora_parameters
+from distlora.adapter.layer import AdapterLinear
+from distlora.engine.comm import Comm, Topology
+from distlora.engine.local import LocalEngine
+from distlora.engine.optimizers import OptimizerSpec
+from distlora.methods.contract import LayerInit
 from distlora.methods.lora import LoRA
 from distlora.methods.lora_sb import LoRASB
 from distlora.methods.lora_xs import LoRAXS
-from distlora.optimizer import OptimizerSpec
 from tests.tiny_runs import BF16, FP32, PROBE_SAMPLES, Run, change, equal, relative, samples
 
 OUT, IN, RANK = 60, 131, 8

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from distlora.layer import AdapterLinear
-from distlora.linalg import captured_energy
-from distlora.methods.base import LayerInit
+from distlora.adapter.layer import AdapterLinear
+from distlora.maths.linalg import captured_energy
+from distlora.methods.contract import LayerInit
 from distlora.methods.lora_xs import LoRAXS
 
 OUT, IN, RANK = 60, 131, 8

@@ -7,8 +7,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distlora import loss as loss_module
-from distlora.loss import OutputHead, cross_entropy
+from distlora.models import loss as loss_module
+from distlora.models.loss import OutputHead, cross_entropy
 
 N, HIDDEN, VOCAB = 37, 12, 131
 

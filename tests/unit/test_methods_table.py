@@ -6,13 +6,14 @@ import math
 import pytest
 import torch
 
-from distlora.attach import attach
-from distlora.config import ModelSection, load_recipe
+from distlora.adapter.attach import attach
 from distlora.errors import UserError
 from distlora.methods import registry
-from distlora.methods_table import methods_table
-from distlora.model import bare_model
-from distlora.objective import objective_of
+from distlora.models.loading import bare_model
+from distlora.recipe.load import load_recipe
+from distlora.recipe.sections import ModelSection
+from distlora.report.methods_table import methods_table
+from distlora.training.objective import objective_of
 from tests.tiny_models import tiny_encoder_dir, tiny_model_dir
 
 RANK = 3
@@ -189,7 +190,7 @@ def test_targets_that_match_nothing(recipe):
 
 def test_of_a_model_on_the_hub_only_the_config_is_fetched(model, monkeypatch):
     asked = []
-    monkeypatch.setattr("distlora.hub.snapshot_download", lambda *_, allow_patterns, **__: asked.append(allow_patterns) or model)
+    monkeypatch.setattr("distlora.models.hub.snapshot_download", lambda *_, allow_patterns, **__: asked.append(allow_patterns) or model)
     assert (
         cells(methods_table(model="someone/tiny-of-the-table", rank=RANK), "lora")[2]
         == cells(methods_table(model=model, rank=RANK), "lora")[2]
@@ -201,7 +202,7 @@ def test_no_memory_is_taken_for_the_model(recipe, monkeypatch):
     """The shapes come from the meta device."""
     seen = []
     monkeypatch.setattr(
-        "distlora.methods_table.target_linears", lambda model, *_: seen.append(model) or {"x": torch.nn.Linear(8, 9)}
+        "distlora.report.methods_table.target_linears", lambda model, *_: seen.append(model) or {"x": torch.nn.Linear(8, 9)}
     )
     table = methods_table(recipe())
     assert all(parameter.is_meta for parameter in seen[0].parameters())

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from distlora.metrics import METRICS, accuracy, f1, matthews
+from distlora.tasks.metrics import METRICS, accuracy, f1, matthews
 
 
 def draws(count=20):

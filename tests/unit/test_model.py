@@ -9,11 +9,11 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import AutoTokenizer, GenerationConfig
 
-from distlora import model as model_module
-from distlora.config import ModelSection
 from distlora.errors import UserError
-from distlora.loss import OutputHead
-from distlora.model import IGNORE, generate, load_config, load_model, load_tokenizer, response_loss
+from distlora.models import loading as model_module
+from distlora.models.loading import IGNORE, generate, load_config, load_model, load_tokenizer, response_loss
+from distlora.models.loss import OutputHead
+from distlora.recipe.sections import ModelSection
 from tests.tiny_models import NAMES, VOCAB_SIZE, tiny_model_dir, tiny_tokenizer
 
 PAD = 3

@@ -11,11 +11,11 @@ from huggingface_hub import errors as hub_errors
 from huggingface_hub.constants import HF_HUB_CACHE
 from safetensors.torch import load_file, save_file
 
-from distlora import hub, smollm2
-from distlora.config import ModelSection
 from distlora.errors import UserError
-from distlora.hub import resolve_path
-from distlora.model import generate, load_config, load_model, load_tokenizer
+from distlora.models import hub, smollm2
+from distlora.models.hub import resolve_path
+from distlora.models.loading import generate, load_config, load_model, load_tokenizer
+from distlora.recipe.sections import ModelSection
 from tests.tiny_models import tiny_model_dir
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from distlora.moments import AGE_LIMIT, own_age
+from distlora.maths.moments import AGE_LIMIT, own_age
 
 BETA1, BETA2 = 0.9, 0.999
 RATE = 0.01

@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 
-from distlora.comm import Comm, Topology
-from distlora.monitor import Monitor, Progress
+from distlora.engine.comm import Comm, Topology
+from distlora.training.monitor import Monitor, Progress
 
 
 class Engine:
@@ -108,7 +108,7 @@ def test_the_bar_shows_loss_rate_speed_and_time_left(capsys):
 
 def test_speed_is_tokens_over_the_time_since_the_start(monkeypatch):
     clock = iter([10.0, 12.0, 15.0])
-    monkeypatch.setattr("distlora.monitor.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("distlora.training.monitor.time.perf_counter", lambda: next(clock))
     progress = Progress(steps=2, start=0, shown=False)
     assert progress.advance(1.0, 1e-3, 100) == 50.0
     assert progress.advance(1.0, 1e-3, 300) == 80.0

@@ -5,12 +5,13 @@ import importlib.util
 import pytest
 import torch
 
-from distlora.attach import attach
-from distlora.blockwise import BLOCK, decode, encode
-from distlora.comm import Comm, Topology
-from distlora.engine import LocalEngine, adapter_layers, left_factors
+from distlora.adapter.attach import attach
+from distlora.engine.comm import Comm, Topology
+from distlora.engine.local import LocalEngine
+from distlora.engine.optimizers import OptimizerSpec, moment_of, restore_state, set_rate, steps_taken
+from distlora.engine.protocol import adapter_layers, left_factors
+from distlora.maths.blockwise import BLOCK, decode, encode
 from distlora.methods import registry
-from distlora.optimizer import OptimizerSpec, moment_of, restore_state, set_rate, steps_taken
 
 RATE, RATIO = 1e-2, 16.0
 WIDE, NARROW = 700, 23  # with 7 columns or rows: above and below the 4096 elements from which on moments are 8-bit

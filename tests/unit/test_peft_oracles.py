@@ -4,12 +4,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from distlora.compose import initialise
 from distlora.data import collate
-from distlora.engine import LocalEngine
-from distlora.model import response_loss
-from distlora.optimizer import OptimizerSpec
-from distlora.step import accumulate, train_step
+from distlora.engine.local import LocalEngine
+from distlora.engine.optimizers import OptimizerSpec
+from distlora.initialise.factors import initialise
+from distlora.models.loading import response_loss
+from distlora.training.step import accumulate, train_step
 from tests.distributed.cases import solo
 from tests.distributed.world import build, random_factors, samples
 from tests.tiny_models import tiny_model_dir

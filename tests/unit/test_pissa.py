@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from distlora.linalg import captured_energy
-from distlora.methods.base import LayerInit
+from distlora.maths.linalg import captured_energy
+from distlora.methods.contract import LayerInit
 from distlora.methods.pissa import PiSSA
 
 OUT, IN, RANK = 60, 131, 8

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from distlora.cli import main
-from distlora.config import Recipe
+from distlora.cli.main import main
 from distlora.errors import UserError
 from distlora.methods import registry
 from distlora.plan import plan_of, side_by_side
@@ -29,6 +28,7 @@ from distlora.plan.traffic import (
     columns_of,
     over_links,
 )
+from distlora.recipe.sections import Recipe
 from tests.benchmarks.subjects import SHAPES, SHAPES_RANK, SHAPES_TOKENS
 from tests.tiny_models import tiny_config, tiny_encoder_config
 
@@ -407,7 +407,7 @@ def test_a_model_that_no_network_brings_is_named(recipe_file, monkeypatch, capsy
     def offline(*_, **__):
         raise LocalEntryNotFoundError("no connection")
 
-    monkeypatch.setattr("distlora.hub.snapshot_download", offline)
+    monkeypatch.setattr("distlora.models.hub.snapshot_download", offline)
     assert main(["plan", str(recipe_file), "model.path=nobody/has-this"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("distlora: model.path=nobody/has-this: no") and "cache" in line

@@ -8,16 +8,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from distlora.attach import attach
-from distlora.comm import Comm, Topology
-from distlora.config import ModelSection
+from distlora.adapter.attach import attach
 from distlora.data import Sample, collate, shard
-from distlora.engine import LocalEngine
+from distlora.engine.comm import Comm, Topology
+from distlora.engine.local import LocalEngine
+from distlora.engine.optimizers import OptimizerSpec
+from distlora.initialise.probe import BLOCK_ELEMENTS, _DeviceSums, _HostSums, mean_gradients
 from distlora.methods import registry
-from distlora.model import load_model, response_loss
-from distlora.optimizer import OptimizerSpec
-from distlora.probe import BLOCK_ELEMENTS, _DeviceSums, _HostSums, mean_gradients, sample_weights
-from distlora.step import accumulate, train_step
+from distlora.models.loading import load_model, response_loss
+from distlora.models.targets import loss_of_samples, sample_weights
+from distlora.recipe.sections import ModelSection
+from distlora.training.step import accumulate, train_step
 from tests.distributed.world import build, samples, write_random_factors
 from tests.tiny_models import NAMES, tiny_model_dir
 
@@ -60,7 +61,7 @@ def batches(size=1, rows=None):
 
 def probe(engine, attached, data=None, count=COUNT, owners=None, **settings):
     owners = owners or dict.fromkeys(attached.layers, 0)
-    return mean_gradients(engine, attached.layers, owners, data or batches(), count, response_loss, **settings)
+    return mean_gradients(engine, attached.layers, owners, data or batches(), count, loss_of_samples(response_loss), **settings)
 
 
 def autograds(directory, names, rows=None, updates=None) -> dict[str, torch.Tensor]:
@@ -246,11 +247,11 @@ def test_modes_checkpointing_and_the_adapters_come_back(failing, checkpointing, 
     before, loss = traces(engine), engine.run(response_loss, batches()[0])[0].item()
     calls = []
 
-    def loss_of(model, batch, weights):
+    def loss_of(model, batch):
         calls.append(model.is_activation_checkpointing)
         if failing and len(calls) == 2:
             raise RuntimeError("the loss broke")
-        return response_loss(model, batch, weights)
+        return response_loss(model, batch, sample_weights(batch))[0]
 
     owners = dict.fromkeys(attached.layers, 0)
     if failing:

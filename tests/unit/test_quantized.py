@@ -8,22 +8,27 @@ import pytest
 import torch
 from torch import nn
 
-from distlora import checkpoint as checkpoints
-from distlora.attach import attach, pack_linears
-from distlora.compose import ProbeData, initialise, open_ledger
-from distlora.config import Recipe
+from distlora.adapter.attach import attach, pack_linears
+from distlora.adapter.layer import AdapterLinear, PackedLinear
+from distlora.adapter.packed import packer, packing_maker, scale_bytes
+from distlora.checkpoints import checkpoint as checkpoints
 from distlora.data import collate
-from distlora.engine import LocalEngine
+from distlora.engine.ledger import pretrained_at_owner
+from distlora.engine.local import LocalEngine
+from distlora.engine.owners import open_ledger
 from distlora.errors import UserError
-from distlora.functional import linear, tapped_linear
-from distlora.layer import AdapterLinear, PackedLinear
-from distlora.methods import LowRank, registry
-from distlora.model import response_loss
-from distlora.originals import Originals, original_at_owner
+from distlora.files.tensors import TensorFiles
+from distlora.initialise.factors import initialise
+from distlora.initialise.pretrained import PretrainedFiles
+from distlora.initialise.probe import Probe
+from distlora.maths.functional import linear, tapped_linear
+from distlora.maths.low_rank import LowRank
+from distlora.methods import registry
+from distlora.models.loading import response_loss
+from distlora.models.targets import loss_of_samples
 from distlora.plan import plan_of
-from distlora.quantized import packer, packing_maker, scale_bytes
-from distlora.step import train_step
-from distlora.tensorfile import TensorFiles
+from distlora.recipe.sections import Recipe
+from distlora.training.step import train_step
 from tests.benchmarks.live_bytes import DEVICE, LiveBytes
 from tests.distributed.cases import Setting, solo
 from tests.distributed.swap_cases import Recomposing
@@ -316,7 +321,7 @@ def test_what_starts_from_the_weight_or_its_gradient_starts_from_the_matrix(dire
     for layer in engines[0][1].layers.values():
         engines[1][0].write_parameter(f"{layer.name}.weight", engines[0][0].weight_at_owner(layer, 0))
     rows = [collate(samples(4, 2), 0, CPU)]
-    data = ProbeData(lambda: iter(rows), lambda: iter(rows), 4, response_loss)
+    data = Probe(lambda: iter(rows), lambda: iter(rows), 4, loss_of_samples(response_loss))
     first, second = (initialise(engine, attached, 3, 1e-2, data) for engine, attached in engines)
     assert first.scalars == pytest.approx(second.scalars, rel=1e-3)
     assert train_steps(engines[0][0]) == pytest.approx(train_steps(engines[1][0]), rel=1e-3)
@@ -344,7 +349,7 @@ def test_what_is_left_of_the_pretrained_weight_is_packed_and_not_of_the_packed_o
     _, untouched = started(directory, dtype)
     plain, _ = started(directory, dtype, quantization=None)
     rows = [collate(samples(4, 2), 0, CPU)]
-    report = initialise(engine, attached, 3, 1e-2, ProbeData(lambda: iter(rows), lambda: iter(rows), 4, response_loss)).scalars
+    report = initialise(engine, attached, 3, 1e-2, Probe(lambda: iter(rows), lambda: iter(rows), 4, loss_of_samples(response_loss))).scalars
     before = after = weights = 0.0
     for layer in attached.layers.values():
         original = plain.module.get_parameter(f"{layer.name}.weight").detach().float()
@@ -379,7 +384,7 @@ def test_a_resumed_start_packs_the_same_bytes(directory, tmp_path):
     initialise(engine, attached, 3, 1e-2)
     checkpoints.save(engine, attached, tmp_path, 1, {})
     again, twin = started(directory, BF16, method="pissa")
-    open_ledger(again, twin, 3)
+    open_ledger(again, twin, 3, again.ledger.pretrained)
     checkpoints.restore(again, twin, checkpoints.newest(tmp_path))
     for name, layer in attached.layers.items():
         assert torch.equal(twin.layers[name].weight.view(torch.uint8), layer.weight.view(torch.uint8))
@@ -388,18 +393,18 @@ def test_a_resumed_start_packs_the_same_bytes(directory, tmp_path):
 
 def test_weights_that_are_not_in_the_files_are_named(directory):
     with pytest.raises(UserError, match=r"hold no model.layers.9.x.weight of shape \(3, 4\)"):
-        Originals(directory, {"model.layers.9.x": (3, 4)}, FP32)
+        PretrainedFiles(directory, {"model.layers.9.x": (3, 4)}, FP32)
 
 
 def test_whatever_goes_wrong_with_the_files_is_everyones_error(directory, monkeypatch):
-    originals = Originals(directory, {}, FP32)
+    originals = PretrainedFiles(directory, {}, FP32)
 
     def broken(layer: str):
         raise RuntimeError("header too small")
 
     monkeypatch.setattr(originals, "read", broken)
     with pytest.raises(UserError, match="weight of a layer cannot be read again: header too small"):
-        original_at_owner(solo(), originals, "a layer", 0)
+        pretrained_at_owner(solo(), originals, "a layer", 0)
 
 
 @pytest.mark.parametrize("name", registry())
@@ -436,7 +441,7 @@ def test_what_is_fused_stands_beside_a_packed_weight(directory, tmp_path):
     for name, layer in run.attached.layers.items():
         assert torch.equal(layer.weight.view(torch.uint8), stored[name].view(torch.uint8))
         assert layer.beside.right.shape == (8, layer.in_features)  # two swaps: two components fused, and two taken out, each
-        assert [entry.beside for entry in run.attached.ledger.entries[name]] == [False, True, True]
+        assert [entry.beside for entry in run.engine.ledger.entries[name]] == [False, True, True]
     assert run.recomposer.beside_bytes() == sum(4 * 8 * sum(layer.shape) for layer in run.attached.layers.values())
     checkpoints.save(run.engine, run.attached, tmp_path, 5, {}, recomposer=run.recomposer)
     run.losses.clear()
@@ -477,10 +482,10 @@ def test_what_the_cast_of_a_pair_beside_loses_is_told(directory):
 
 def test_fusing_into_a_packed_weight_packs_it_anew_and_tells_the_loss(directory):
     engine, attached = started(directory, fuse_into="base", **{k: v for k, v in SRLORA.items() if k != "quantization"})
-    open_ledger(engine, attached, 3)
+    open_ledger(engine, attached, 3, engine.ledger.pretrained)
     layer = next(iter(attached.layers.values()))
     before, update = layer.whole_weight(), LowRank(weight_of((60, 2)), weight_of((2, 60), seed=1))
-    error = attached.ledger.apply(engine, layer, 1, "nearest", update, attached.method.fuses_beside(packed=True))
+    error = engine.ledger.apply(engine, layer, 1, "nearest", update, attached.method.fuses_beside(packed=True))
     exact = before + update.left @ update.right
     assert layer.beside is None and 0 < error == pytest.approx(float((exact - layer.whole_weight()).square().sum()), rel=1e-4)
     assert (exact - layer.whole_weight()).norm() < 0.15 * exact.norm()

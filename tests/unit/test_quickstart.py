@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from distlora.config import load_recipe, plan_batches
+from distlora.cli.quickstart import batch_overrides, main
 from distlora.errors import UserError
-from distlora.quickstart import batch_overrides, main
+from distlora.recipe.deepspeed_config import plan_batches
+from distlora.recipe.load import load_recipe
 
 RECIPE = str(Path(__file__).parents[2] / "configs" / "recipes" / "quickstart.yaml")  # 32 samples a step, 16 a pass
 WHOLE, MICRO = "train.global_batch_size", "train.micro_batch_size"

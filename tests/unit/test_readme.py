@@ -14,10 +14,11 @@ from deepspeed.launcher.runner import parse_args as deepspeed_arguments
 from pydantic import BaseModel
 from torch.distributed.run import parse_args as torchrun_arguments
 
-from distlora import cli
-from distlora.arguments import size, whole_number, whole_numbers
-from distlora.config import Recipe, load_recipe, run_identity
+from distlora.cli import main as cli
+from distlora.cli.arguments import size, whole_number, whole_numbers
 from distlora.methods import Method, registry
+from distlora.recipe.load import load_recipe, run_identity
+from distlora.recipe.sections import Recipe
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -6,12 +6,12 @@ import weakref
 import pytest
 import torch
 
-from distlora import recompose
-from distlora.methods import LowRank
+from distlora.engine.optimizers import OptimizerSpec
+from distlora.maths.low_rank import LowRank
+from distlora.maths.moments import AGE_LIMIT
 from distlora.methods.srlora import SRLoRA
-from distlora.moments import AGE_LIMIT
-from distlora.optimizer import OptimizerSpec
-from distlora.recompose import NEVER, USED_UP, Recomposer
+from distlora.recompose.recomposer import NEVER, USED_UP, Recomposer
+from distlora.recompose.recomposer import recomposer as recompose
 from tests.tiny_runs import (
     BF16,
     FP32,

@@ -5,10 +5,10 @@ import sys
 
 import pytest
 
-from distlora import mpi, nodelist, rendezvous
-from distlora.addresses import IN_USE
+from distlora.cluster import mpi, nodelist, rendezvous
+from distlora.cluster.addresses import IN_USE
+from distlora.cluster.rendezvous import Place, find_place, own_local_rank, own_rank, settle
 from distlora.errors import UserError
-from distlora.rendezvous import Place, find_place, own_local_rank, own_rank, settle
 
 SLURM = {
     "SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1", "SLURM_NODEID": "1", "SLURM_NNODES": "2", "SLURM_JOB_ID": "812",

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from distlora.config import load_recipe
+from distlora.checkpoints.directory import MANIFEST, STATE, newest
 from distlora.errors import UserError
-from distlora.resume import check_run_dir, claim_run_dir, find_checkpoint
-from distlora.rundir import MANIFEST, STATE, newest
-from distlora.tensorfile import write_json
+from distlora.files.atomic import write_json
+from distlora.recipe.load import load_recipe
+from distlora.training.run_directory import check_run_dir, claim_run_dir, find_checkpoint
 
 CONTENT = {
     "model": {"path": "some/model"},

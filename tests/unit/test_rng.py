@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from distlora.rng import own_random_state, reseed
+from distlora.engine.random_state import own_random_state, reseed
 
 CPU = torch.device("cpu")
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from distlora import rounding
-from distlora.rounding import rounded, rounding_key
+from distlora.maths import rounding
+from distlora.maths.rounding import rounded, rounding_key
 
 KEY = rounding_key(42, "layers.0.q", 1)
 WORD = (1 << 64) - 1

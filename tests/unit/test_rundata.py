@@ -5,10 +5,11 @@ import logging
 import pytest
 import torch
 
-from distlora import hub, rundata
-from distlora.comm import Comm, Topology
-from distlora.config import Recipe
+from distlora.engine.comm import Comm, Topology
 from distlora.errors import UserError
+from distlora.models import hub
+from distlora.recipe.sections import Recipe
+from distlora.training import samples as rundata
 
 WAITING = "one rank of each node downloads what its cache lacks, and all ranks wait for that"
 

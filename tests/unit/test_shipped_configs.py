@@ -7,13 +7,14 @@ import pytest
 import yaml
 from transformers import LlamaConfig
 
-from distlora.comm import Topology
-from distlora.config import dump_recipe, load_recipe, plan_batches, resolve_deepspeed
+from distlora.engine.comm import Topology
 from distlora.errors import UserError
 from distlora.methods import registry
-from distlora.objective import objective_of
-from distlora.run import check_targets
-from distlora.train import check
+from distlora.recipe.deepspeed_config import plan_batches, resolve_deepspeed
+from distlora.recipe.load import dump_recipe, load_recipe
+from distlora.training.objective import objective_of
+from distlora.training.run import check_targets
+from distlora.training.train import check
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "configs" / "recipes").glob("*.yaml"))

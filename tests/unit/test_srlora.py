@@ -4,11 +4,12 @@ import pydantic
 import pytest
 import torch
 
-from distlora.importance import ElementScores
-from distlora.methods.base import LayerInit, LowRank
+from distlora.maths.importance import ElementScores
+from distlora.maths.low_rank import LowRank
+from distlora.maths.recomposition_schedule import AdaptiveSwitching, FixedSwitching, fixed_steps
+from distlora.methods.contract import LayerInit
 from distlora.methods.pissa import PiSSA
 from distlora.methods.srlora import AdaptiveSettings, SRLoRA
-from distlora.switching import AdaptiveSwitching, FixedSwitching, fixed_steps
 
 OUT, IN, RANK, TARGET = 60, 131, 6, 21
 SHAPES = [(OUT, IN), (IN, OUT)]
@@ -251,7 +252,7 @@ def test_it_starts_as_pissa_bit_by_bit(shape, alpha, dtype, fields):
 
 def test_without_a_schedule_only_r_triplets_are_computed(monkeypatch):
     """Where the SVD is iterated, its width changes the bits: PiSSA's bits need PiSSA's width."""
-    monkeypatch.setattr("distlora.linalg.EXACT_SIDE", 0)
+    monkeypatch.setattr("distlora.maths.linalg.EXACT_SIDE", 0)
     weight = _weight((150, 131))
     mine = _method(schedule="none").initialise(_layer(weight))
     theirs = PiSSA(rank=RANK).initialise(_layer(weight))
@@ -408,7 +409,7 @@ def test_components_from_a_gradient_are_its_leading_directions_of_descent(shape,
 
 
 def test_components_from_a_gradient_leave_it_alone_and_are_deterministic(monkeypatch):
-    monkeypatch.setattr("distlora.linalg.EXACT_SIDE", 0)
+    monkeypatch.setattr("distlora.maths.linalg.EXACT_SIDE", 0)
     gradient = _weight((150, 131))
     before = gradient.clone()
     first, again = (_method(refill="gradient").new_components(_layer(gradient), 1.0, 3) for _ in range(2))

@@ -4,8 +4,8 @@ import time
 
 import pytest
 
+from distlora.cluster.status import STATUS, StatusFile, new_start, read_status
 from distlora.errors import UserError
-from distlora.status import STATUS, StatusFile, new_start, read_status
 from tests.e2e.program import call, recipe_of, write_recipe
 
 

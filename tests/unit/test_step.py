@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from distlora.data import Sample, collate, micro_batches, shard
-from distlora.engine import LocalEngine
+from distlora.engine.local import LocalEngine
 from distlora.errors import TrainingError
-from distlora.model import response_loss
-from distlora.step import accumulate, count_targets, evaluation_loss, train_step
+from distlora.models.loading import response_loss
+from distlora.models.targets import count_targets
+from distlora.training.step import accumulate, evaluation_loss, train_step
 from tests.distributed.cases import solo
 from tests.distributed.world import build, samples, write_random_factors
 from tests.tiny_models import tiny_model_dir

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from distlora.stopping import StopSignals
+from distlora.cluster.stopping import StopSignals
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])

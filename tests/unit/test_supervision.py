@@ -5,12 +5,12 @@ import threading
 import pytest
 import torch
 
-from distlora import supervision
-from distlora.comm import Topology
+from distlora.cluster import supervision
+from distlora.cluster.heartbeat import Verdict
+from distlora.cluster.status import StatusFile, new_start, read_status
+from distlora.cluster.supervision import Supervision
+from distlora.engine.comm import Topology
 from distlora.errors import UserError
-from distlora.heartbeat import Verdict
-from distlora.status import StatusFile, new_start, read_status
-from distlora.supervision import Supervision
 
 SILENT = Verdict("rank 3 on node2 went silent for 9 s", silent=True)
 

@@ -6,9 +6,9 @@ import math
 import pytest
 import torch
 
-from distlora.comm import Comm, Topology
-from distlora.monitor import Monitor
-from distlora.swapreport import COLOURS, DECADES, PIXELS, LayerSwap, SwapReport, complete
+from distlora.engine.comm import Comm, Topology
+from distlora.recompose.report import COLOURS, DECADES, PIXELS, LayerSwap, SwapReport, complete
+from distlora.training.monitor import Monitor
 from tests.tiny_runs import BF16, SRLORA, Run
 
 NAMES = ["block.0.q", "block.0.v", "block.1.q"]

@@ -2,9 +2,9 @@
 
 import pytest
 
-from distlora.cli import main
+from distlora.cli.main import main
 from distlora.errors import UserError
-from distlora.sweep import check_directories, line_of, read_sweep
+from distlora.recipe.sweep import check_directories, line_of, read_sweep
 
 TEXT = """# four runs
 output_dir=runs/a train.lr=1e-3

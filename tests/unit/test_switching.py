@@ -4,7 +4,14 @@ import json
 
 import pytest
 
-from distlora.switching import AdaptiveSwitching, Decision, FixedSwitching, every_steps, fixed_steps, freeze_start
+from distlora.maths.recomposition_schedule import (
+    AdaptiveSwitching,
+    Decision,
+    FixedSwitching,
+    every_steps,
+    fixed_steps,
+    freeze_start,
+)
 
 
 def _no_share():

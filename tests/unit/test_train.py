@@ -7,16 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from distlora import run, train
-from distlora.comm import Comm, Topology
-from distlora.config import load_recipe
-from distlora.engine import LocalEngine, StepInfo
+from distlora.cluster.status import read_status
+from distlora.engine.comm import Comm, Topology
+from distlora.engine.coordination import on_every_rank
+from distlora.engine.local import LocalEngine
+from distlora.engine.protocol import StepInfo
 from distlora.errors import Preempted, TrainingError, UserError
-from distlora.export import export
-from distlora.rankzero import together
-from distlora.rundata import probe_samples
-from distlora.status import read_status
-from distlora.tensorfile import TensorFiles
+from distlora.files.tensors import TensorFiles
+from distlora.recipe.load import load_recipe
+from distlora.training import run, train
+from distlora.training.export_run import export_run
+from distlora.training.samples import probe_samples
 from tests.tiny_models import tiny_model_dir
 
 CPU = torch.device("cpu")
@@ -125,7 +126,7 @@ def test_a_missing_package_is_found_before_anything_happens(recipe, monkeypatch)
 
 def test_a_good_recipe_passes_and_hub_names_are_left_for_later(recipe, monkeypatch):
     train.check(recipe(), Topology(), None)
-    monkeypatch.setattr("distlora.hub.snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
+    monkeypatch.setattr("distlora.models.hub.snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
     monkeypatch.setattr("distlora.data.sources._hub_split", lambda *_: pytest.fail("asked the hub"))
     train.check(recipe("model.path=someone/model", "data.path=someone/rows"), Topology(), None)
 
@@ -186,8 +187,8 @@ def test_a_run_over_packed_weights_trains_is_told_and_evaluates_alike_from_its_c
 
 def test_the_merged_model_is_the_pretrained_one_in_full_precision_with_the_update(packed_run, model, tmp_path):
     recipe, _ = packed_run
-    export(recipe.output_dir, "merged", tmp_path / "merged")
-    export(recipe.output_dir, "peft", tmp_path / "adapter")
+    export_run(recipe.output_dir, "merged", tmp_path / "merged")
+    export_run(recipe.output_dir, "peft", tmp_path / "adapter")
     layer = "model.layers.1.mlp.up_proj"
     before, after = (TensorFiles(place, "model").read(f"{layer}.weight") for place in (model, tmp_path / "merged"))
     a, b = (TensorFiles(tmp_path / "adapter", "adapter_model").read(f"base_model.model.{layer}.lora_{x}.weight") for x in "AB")
@@ -331,7 +332,7 @@ def test_an_unreadable_file_is_a_users_matter():
         raise PermissionError(13, "Permission denied", "rows.jsonl")
 
     with pytest.raises(UserError, match="rows.jsonl: Permission denied"):
-        together(ALONE, work)
+        on_every_rank(ALONE, work)
 
 
 def test_evaluation_turns_the_monitors_off_and_keeps_the_rest(recipe):

@@ -1,0 +1,148 @@
+"""Putting a method on a model: match the targets, replace the layers, freeze the rest, report."""
+
+import fnmatch
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from distlora.adapter.layer import AdapterLinear, PackedLinear
+from distlora.adapter.packed import Packing
+from distlora.errors import UserError
+from distlora.methods import Method
+from distlora.sentences import nearest
+
+ALL_LINEAR = "all-linear"
+
+
+@dataclass
+class Attached:
+    """What `attach` did. method: fitted to the layers. layers: by name in the bare model. trained: names of all trained parameters,
+    in the model's order. """
+
+    method: Method
+    layers: dict[str, AdapterLinear] = field(default_factory=dict)
+    targets: list[str] = field(default_factory=list)
+    trained: list[str] = field(default_factory=list)
+
+
+def pack_linears(
+    model: nn.Module,
+    make: Callable[[tuple[int, int]], Packing],
+    device: torch.device,
+    new_parameters: Collection[str] = (),
+) -> list[Packing]:
+    """Packs the weights of all linear layers of `model`, one after the other, and returns how. `attach` goes on as without it.
+
+    make: from the shape (out, in). device: where the work is done.
+    """
+    packings = []
+    for name in linears_to_pack(model, new_parameters):
+        linear = model.get_submodule(name)
+        packings.append(make((linear.out_features, linear.in_features)))
+        _replace(model, name, PackedLinear(linear, packings[-1], device))
+    return packings
+
+
+def linears_to_pack(model: nn.Module, new_parameters: Collection[str] = ()) -> list[str]:
+    """Names of the layers that `pack_linears` packs: all but output embeddings, new heads, and shared weights."""
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    return [
+        name
+        for name in _all_linear(model, linears)
+        if f"{name}.weight" not in new_parameters and _uses(model, linears[name].weight) == 1
+    ]
+
+
+def attach(model: nn.Module, method: Method, targets: str | list[str], new_parameters: Collection[str] = ()) -> Attached:
+    """Adapt the target layers of `model` in place; afterwards exactly the method's factors and new heads are trained.
+
+    targets: "all-linear" (every `nn.Linear` but output embeddings and new heads), or a list of layer names, last parts of
+    names (`q_proj`) and patterns (`*.layers.1?.mlp.*`). new_parameters: parameters that the pretrained weights did not
+    contain, such as a classification head; they are trained fully, and their layers are no targets whatever their names.
+    Raises UserError for a target that matches no linear layer, and for a layer whose shape the method refuses.
+    """
+    linears = target_linears(model, targets, new_parameters)
+    method = method.fitted([(linear.out_features, linear.in_features) for linear in linears.values()])
+    chosen = list(linears)
+    for name in chosen:
+        problem = method.problem_with(linears[name].out_features, linears[name].in_features)
+        if problem:
+            raise UserError(f"method {method.name}: layer {name}: {problem} or name other targets")
+        if method.changes_weight and _uses(model, linears[name].weight) > 1:
+            raise UserError(
+                f"targets: {name} shares its weight with another layer, which would change too under {method.name}; leave it out"
+            )
+
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    attached = Attached(method, targets=chosen)
+    for name in chosen:
+        if method.trains_weight:
+            for parameter in linears[name].parameters():
+                parameter.requires_grad_(True)
+        else:
+            attached.layers[name] = _replace(model, name, AdapterLinear(linears[name], method, name))
+    for name, parameter in model.named_parameters():
+        if name in new_parameters:
+            parameter.requires_grad_(True)
+        if parameter.requires_grad:
+            attached.trained.append(name)
+    return attached
+
+
+def target_linears(model: nn.Module, targets: str | list[str], new_parameters: Collection[str] = ()) -> dict[str, nn.Linear]:
+    """The layers that `attach` adapts, in the model's order. Raises UserError where there is none, or a target is no layer."""
+    linears = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and f"{name}.weight" not in new_parameters
+    }
+    if not linears:
+        raise UserError(f"{type(model).__name__} has no linear layer to adapt")
+    chosen = _match(model, linears, targets)
+    if not chosen:
+        raise UserError(f"targets: {targets} leaves no layer of {type(model).__name__} to adapt; name some")
+    return {name: linears[name] for name in chosen}
+
+
+def _uses(model: nn.Module, weight: nn.Parameter) -> int:
+    """How many modules have this very parameter."""
+    return sum(parameter is weight for module in model.modules() for parameter in module.parameters(recurse=False))
+
+
+def _match(model: nn.Module, linears: dict[str, nn.Linear], targets: str | list[str]) -> list[str]:
+    """Names of the layers to adapt, in the model's order."""
+    if targets == ALL_LINEAR:
+        return _all_linear(model, linears)
+    matched: set[str] = set()
+    for target in targets:
+        hits = {name for name in linears if _matches(name, target)}
+        if not hits:
+            last_parts = sorted({name.rsplit(".", 1)[-1] for name in linears})
+            hint = nearest(target, last_parts + list(linears)) or f"; it has {', '.join(last_parts)}"
+            raise UserError(f"targets: {target} matches no linear layer of {type(model).__name__}{hint}")
+        matched |= hits
+    return [name for name in linears if name in matched]
+
+
+def _matches(name: str, target: str) -> bool:
+    return name == target or name.endswith("." + target) or fnmatch.fnmatchcase(name, target)
+
+
+def _all_linear(model: nn.Module, linears: dict[str, nn.Linear]) -> list[str]:
+    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    return [name for name, linear in linears.items() if linear is not output and id(linear.weight) not in embeddings]
+
+
+def _replace(model: nn.Module, name: str, layer: nn.Module) -> nn.Module:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, layer)
+    return layer
+
+
+def lora_parameters(attached_to: dict[str, tuple[int, int]], rank: int) -> int:
+    """Trained parameters of an ordinary LoRA of this rank on layers of these shapes (out, in)."""
+    return sum(rank * (out_features + in_features) for out_features, in_features in attached_to.values())

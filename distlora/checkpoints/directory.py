@@ -1,0 +1,139 @@
+"""The checkpoints in a run directory: which there are, whether they are whole, how one takes its place and old ones go."""
+
+import json
+import logging
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distlora.engine.comm import Comm
+from distlora.engine.coordination import on_main
+from distlora.errors import UserError
+from distlora.files.atomic import flush_directory, sha256_of
+
+FORMAT = 1
+MANIFEST, STATE = "manifest.json", "state.json"
+
+#: A complete checkpoint, or the one whose place a newer of the same step was about to take when the run was killed.
+_NAME = re.compile(r"checkpoint-(\d+)|\.checkpoint-(\d+)\.replaced")
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint. state: `state.json` without the random-number states."""
+
+    path: Path
+    step: int
+    state: dict[str, Any]
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What `save` was given, as JSON."""
+        return self.state["identity"]
+
+    @property
+    def extra(self) -> dict[str, Any]:
+        """What `save` was given, as JSON."""
+        return self.state["extra"]
+
+
+def newest(run_dir: str | os.PathLike, comm: Comm | None = None) -> Checkpoint | None:
+    """The complete checkpoint of the highest step, its checksums verified; None without one.
+
+    Broken ones are named in a warning and skipped. With `comm` this is collective: rank 0 looks, all ranks get its answer.
+    """
+    if comm is None:
+        return _newest(Path(run_dir))
+    return share_checkpoint(comm, on_main(comm, run_dir, lambda: _newest(Path(run_dir))))
+
+
+def share_checkpoint(comm: Comm, found: Checkpoint | None) -> Checkpoint | None:
+    """What rank 0 has found, on every rank."""
+    shared = comm.share(found and {"path": str(found.path), "step": found.step, "state": found.state})
+    return shared and Checkpoint(Path(shared["path"]), shared["step"], shared["state"])
+
+
+def of_step(run_dir: str | os.PathLike, step: int) -> Checkpoint:
+    """That very checkpoint. Raises UserError if it is missing or broken."""
+    path = Path(run_dir) / f"checkpoint-{step}"
+    if not path.is_dir():
+        there = ", ".join(str(number) for number, _ in _candidates(Path(run_dir))) or "none"
+        raise UserError(f"{run_dir} has no checkpoint of step {step}; there are: {there}")
+    problem = problem_with(path)
+    if problem:
+        raise UserError(f"{path} is broken: {problem}; take another one")
+    return _load(path)
+
+
+def _newest(run_dir: Path) -> Checkpoint | None:
+    for _, path in _candidates(run_dir):
+        problem = problem_with(path)
+        if problem is None:
+            return _load(path)
+        _log.warning("%s is broken and skipped: %s", path, problem)
+    return None
+
+
+def _candidates(run_dir: Path) -> list[tuple[int, Path]]:
+    """(step, directory) of what may be a checkpoint, newest first; of one step the one in place comes first."""
+    paths = [path for path in run_dir.iterdir() if _NAME.fullmatch(path.name)] if run_dir.is_dir() else []
+    return sorted(((_step_of(path), path) for path in paths), key=lambda item: (-item[0], item[1].name[0] == "."))
+
+
+def _step_of(path: Path) -> int:
+    return int(max(_NAME.fullmatch(path.name).groups(default="")))
+
+
+def problem_with(path: Path, checksums: bool = True) -> str | None:
+    """What is wrong with a checkpoint; None if it is complete."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_bytes())
+        if manifest["format"] != FORMAT or manifest["step"] != _step_of(path) or STATE not in manifest["files"]:
+            return f"{MANIFEST} is of another format or step"
+        for name, entry in manifest["files"].items():
+            size = (path / name).stat().st_size
+            if size != entry["bytes"]:
+                return f"{name} has {size} bytes and not {entry['bytes']}"
+            if checksums and sha256_of(path / name) != entry["sha256"]:
+                return f"{name} has another checksum than {MANIFEST} says"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except OSError as error:
+        return f"it cannot be read ({error.strerror})"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{MANIFEST} is damaged"
+    return None
+
+
+def _load(path: Path) -> Checkpoint:
+    state = json.loads((path / STATE).read_bytes())
+    return Checkpoint(path, state["step"], {key: value for key, value in state.items() if key != "rng"})
+
+
+# ---------------------------------------------------------------------- changing
+
+
+def put_in_place(partial: Path, final: Path) -> None:
+    """Renames. No single move replaces a directory, so an older one of this step waits aside, where `newest` looks too."""
+    replaced = final.with_name(f".{final.name}.replaced")
+    if final.exists():
+        if replaced.exists():
+            shutil.rmtree(replaced)
+        os.rename(final, replaced)
+    os.rename(partial, final)
+    flush_directory(final.parent)
+
+
+def prune(final: Path, keep: int) -> None:
+    """Removes older checkpoints once `final` is complete. Later steps are left alone: only broken ones can be there."""
+    complete = 0
+    for step, path in _candidates(final.parent):
+        whole = path.name[0] != "." and problem_with(path, checksums=False) is None
+        complete += whole and step <= _step_of(final)
+        if step <= _step_of(final) and not (whole and complete <= max(keep, 1)):
+            shutil.rmtree(path, ignore_errors=True)  # what stays of it is broken, and goes next time

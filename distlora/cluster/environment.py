@@ -1,0 +1,184 @@
+"""Where a run takes place: versions, topology, variables. Written into the run directory once for every start."""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import distlora
+from distlora.cluster.confidential import is_secret_name, without_login
+from distlora.engine.comm import Comm, Topology
+from distlora.files.atomic import write_text
+
+ENVIRONMENT = "environment.json"
+
+#: Packages whose version can change what a run does.
+_PACKAGES = (
+    "deepspeed", "transformers", "accelerate", "safetensors", "datasets", "numpy", "huggingface_hub", "bitsandbytes", "mpi4py",
+)  # fmt: skip
+#: What launchers, transports and libraries listen to.
+RELEVANT = (
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "CROSS_", "MASTER_", "OMPI_", "PMI", "SLURM_"),
+    *("TORCH", "PYTORCH_", "DEEPSPEED_", "DS_", "NCCL_", "GLOO_", "TP_", "UCX_", "MV2_", "FI_", "RDMAV_", "DISTLORA_"),
+    *("CUDA_", "HIP_", "ROCR_", "HF_", "TRANSFORMERS_", "TOKENIZERS_", "OMP_", "MKL_", "KMP_", "PYTHON", "MAX_JOBS"),
+    *("LOCAL_SIZE", "LD_LIBRARY_PATH", "LD_PRELOAD", "VIRTUAL_ENV", "XDG_CACHE_HOME"),
+)  # fmt: skip
+_EXACTLY = ("CC", "CXX")
+HIDDEN = "***"
+#: What a container's build that was not told a revision calls it.
+_UNKNOWN = "unknown"
+
+
+def versions() -> dict[str, str | None]:
+    """Version of everything that must be equal on all nodes; None for what is not there."""
+    found = {"python": platform.python_version(), "torch": torch.__version__, "distlora": distlora.__version__}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    found["cuda"] = torch.version.cuda or torch.version.hip
+    found["nccl"] = ".".join(map(str, torch.cuda.nccl.version())) if torch.cuda.is_available() else None
+    found["driver"] = _first_word(Path("/sys/module/nvidia/version"))
+    return found
+
+
+def _first_word(path: Path) -> str | None:
+    return path.read_text().split()[0] if path.exists() else None
+
+
+def relevant_variables(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables that can change what a run does, without those that hold a secret."""
+    chosen = {name: value for name, value in environment.items() if name.startswith(RELEVANT) or name in _EXACTLY}
+    return {name: value for name, value in sorted(chosen.items()) if not is_secret_name(name)}
+
+
+def redacted(value: Any) -> Any:
+    """A config without its secrets: texts under keys that are called so, and logins in addresses."""
+    if isinstance(value, Mapping):
+        return {
+            key: HIDDEN if is_secret_name(str(key)) and isinstance(item, str) else redacted(item) for key, item in value.items()
+        }
+    if isinstance(value, (list, tuple)):
+        return [redacted(item) for item in value]
+    return without_login(value) if isinstance(value, str) else value
+
+
+def _redacted_word(word: str) -> str:
+    """A word of the command line: of key=value without the value where that is a secret."""
+    key, equals, _ = word.partition("=")
+    return f"{key}={HIDDEN}" if equals and is_secret_name(key.rpartition(".")[2]) else without_login(word)
+
+
+def git_revision(folder: Path) -> dict[str, Any] | None:
+    """The revision of the checkout that `folder` lies in, and whether tracked files differ from it; None outside of one."""
+    revision = _git(folder, "rev-parse", "HEAD")
+    changes = _git(folder, "status", "--porcelain", "--untracked-files=no")
+    return revision and {"revision": revision, "changed": None if changes is None else bool(changes)}
+
+
+def source_revision() -> dict[str, Any] | None:
+    """The same of distlora's own code. Where that lies in no checkout it is what the build of a container has left in
+    DISTLORA_REVISION; None where that does not say it either."""
+    folder = Path(distlora.__file__).parent
+    if _git(folder, "ls-files", Path(distlora.__file__).name):  # a virtual environment within a checkout is not the checkout's
+        return git_revision(folder)
+    built = os.environ.get("DISTLORA_REVISION", _UNKNOWN)
+    return None if built == _UNKNOWN else {"revision": built, "changed": None}
+
+
+def _git(folder: Path, *words: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):  # no git, or a file server that is too slow for it
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+# ---------------------------------------------------------------------- topology
+
+
+def resolve_topology(comm: Comm, topology: Topology) -> dict[str, Any]:
+    """Ranks and hosts as they turned out. Collective; the same on every rank. hosts: name -> its ranks."""
+    hosts: dict[str, list[int]] = {}
+    for rank, host in enumerate(comm.gather(socket.gethostname())):
+        hosts.setdefault(host, []).append(rank)
+    return {
+        "ranks": comm.world_size,
+        "hosts": hosts,
+        "master": comm.master,
+        "backend": comm.backend if comm.master else None,
+        "device": str(comm.device.type),
+        "launcher": topology.launcher,
+    }
+
+
+def topology_line(found: Mapping[str, Any]) -> str:
+    """The topology in one line: "4 ranks on 2 hosts (node1: 0, 1; node2: 2, 3), master node1:29500, gloo, …"."""
+    hosts = "; ".join(f"{host}: {_spans(ranks)}" for host, ranks in found["hosts"].items())
+    group = f"master {found['master']}, {found['backend']}" if found["master"] else "no process group"
+    source = f"told by {found['launcher']}" if found["launcher"] else "started without a launcher"
+    return f"{_count(found['ranks'], 'rank')} on {_count(len(found['hosts']), 'host')} ({hosts}), {group}, {source}"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def _spans(ranks: list[int]) -> str:
+    """0, 1, 2, 5 -> "0-2, 5"."""
+    spans: list[list[int]] = []
+    for rank in ranks:
+        if spans and rank == spans[-1][1] + 1:
+            spans[-1][1] = rank
+        else:
+            spans.append([rank, rank])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in spans)
+
+
+# ---------------------------------------------------------------------- the report
+
+
+def record(run_dir: Path, topology: Mapping[str, Any], deepspeed: Mapping[str, Any] | None, resumed_at: int | None) -> None:
+    """Adds this start to `environment.json`, a JSON list with one object for every start of the run. For rank 0.
+
+    deepspeed: the resolved config. resumed_at: the step of the checkpoint that this start goes on from, None for a new run.
+    """
+    path = run_dir / ENVIRONMENT
+    write_text(path, json.dumps([*_earlier(path), report(topology, deepspeed, resumed_at)], indent=1) + "\n")
+
+
+def report(topology: Mapping[str, Any], deepspeed: Mapping[str, Any] | None, resumed_at: int | None) -> dict[str, Any]:
+    """One start: when, how, where, with what. JSON-able."""
+    return {
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "resumed_at": resumed_at,
+        "command": [_redacted_word(word) for word in (sys.executable, *sys.argv)],
+        "working_directory": os.getcwd(),
+        "git": git_revision(Path.cwd()),
+        "source": source_revision(),
+        "versions": versions(),
+        "platform": platform.platform(),
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "topology": dict(topology),
+        "deepspeed": redacted(deepspeed),
+        "variables": {name: without_login(value) for name, value in relevant_variables(os.environ).items()},
+    }
+
+
+def _earlier(path: Path) -> list[Any]:
+    """What earlier starts wrote. A damaged file is no reason not to train: it is begun anew."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return []
+    return found if isinstance(found, list) else []

@@ -1,0 +1,153 @@
+"""What launch scripts have to know before they start anything: see `distlora.cli.prepare_launch`.
+
+Reads and checks the hostfile, looks whether every host can be reached and has this Python, and writes into FOLDER, a private one:
+
+    hosts          one host a line, as ssh takes it; absent for this machine alone
+    slots          ranks on all of them, or on this machine, if the hostfile says it
+    hostfile       the hosts with their slots, without comments
+    environment    the variables that travel, for DS_ENV_FILE; absent with the launcher mpirun
+    names          their names
+    withheld       the names of those that would travel, too, but hold a secret
+    master         rank 0's address; absent where DeepSpeed must find it
+    program        ARGUMENTS in one word, see `distlora.cluster.packed_command`
+    run            the run directory of ARGUMENTS, which are `train RECIPE …`
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from distlora.cluster.addresses import addresses, is_loopback
+from distlora.cluster.exported_variables import exported_names, withheld
+from distlora.cluster.hostfile import Host, read_hostfile, this_machine_alone
+from distlora.cluster.packed_command import pack
+from distlora.cluster.ssh import explain, python_there
+from distlora.errors import UserError
+
+#: Seconds for a host to start Python.
+PATIENCE = 60
+#: What is run on every host before anything else.
+_LOOK = "import os, sys, distlora.cli.as_rank; os.path.isfile(sys.argv[1]) or sys.exit(f'{sys.argv[1]} is not there')"
+#: What DeepSpeed puts into double quotes for the shell, and what these do not protect.
+_NEEDS_QUOTES = re.compile(r"[^\w@%+=:,./-]")
+_NOT_PROTECTED = re.compile(r'([\\$`"])')  # % is pdsh's own, and doubled
+
+
+def prepare(options: argparse.Namespace, folder: Path) -> None:
+    """Writes all of it but `run` into the folder. Errors: UserError."""
+    (folder / "program").write_text(pack(os.getcwd(), options.arguments))
+    if options.hostfile not in ("-", "localhost"):
+        _prepare_hosts(options, folder)
+
+
+def _prepare_hosts(options: argparse.Namespace, folder: Path) -> None:
+    hosts = read_hostfile(options.hostfile)
+    _warn_if_uneven(hosts, options.script)
+    (folder / "slots").write_text(str(sum(host.slots for host in hosts)))
+    if this_machine_alone(hosts) and not options.no_ssh:
+        return
+    _refuse_loopback(hosts)
+    (folder / "hostfile").write_text("".join(f"{host.name} slots={host.slots}\n" for host in hosts))
+    (folder / "hosts").write_text("".join(f"{host.name}\n" for host in hosts))
+    master = reachable_address(hosts[0].address)
+    if master:
+        (folder / "master").write_text(master)
+    if options.no_ssh:
+        return
+    if options.launcher == "pdsh" and _NEEDS_QUOTES.search(sys.executable):
+        raise UserError(
+            f"the path {sys.executable} has a sign that DeepSpeed's launcher does not quote; put the environment elsewhere"
+        )
+    names = exported_names(os.environ, options.export)
+    (folder / "names").write_text("".join(f"{name}\n" for name in names))
+    _withhold(options, folder)
+    if options.launcher != "mpirun":
+        (folder / "environment").write_text(environment_file(os.environ, names, through_shell=options.launcher == "pdsh"))
+    _refuse_unreachable(hosts, options.arguments[1])
+
+
+# ---------------------------------------------------------------------- hosts
+
+
+def _warn_if_uneven(hosts: Sequence[Host], script: str) -> None:
+    if len({host.slots for host in hosts}) > 1:
+        shown = ", ".join(f"{host.address} has {host.slots}" for host in hosts[:8])
+        sys.stderr.write(f"{script}: uneven slots ({shown}): the slowest link and the fullest host set the pace\n")
+
+
+def _refuse_loopback(hosts: Sequence[Host]) -> None:
+    for host in hosts:
+        if is_loopback(host.address):
+            raise UserError(
+                f"{host.place}: {host.address} is another machine on every host; write the name by which others reach it"
+            )
+
+
+def _refuse_unreachable(hosts: Sequence[Host], recipe: str) -> None:
+    """All hosts at once: does this Python start there, and find this package and the recipe."""
+    command = ["-c", _LOOK, recipe]
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    try:
+        asked = [(host, subprocess.Popen(python_there(host.name, command), text=True, errors="replace", **pipes)) for host in hosts]
+    except OSError as error:
+        raise UserError(f"there is no {error.filename} here, by which the hosts are reached; install OpenSSH's client") from error
+    with ThreadPoolExecutor(len(asked)) as pool:
+        found = list(pool.map(_problem, (process for _, process in asked)))
+    problems = [f"{host.place}: {host.name}: {problem}" for (host, _), problem in zip(asked, found) if problem]
+    if problems:
+        more = f" (and {len(problems) - 3} more hosts)" if len(problems) > 3 else ""
+        raise UserError(f"{'; '.join(problems[:3])}{more}; see distlora doctor HOSTFILE")
+
+
+def _problem(process: subprocess.Popen) -> str | None:
+    try:
+        _, said = process.communicate(timeout=PATIENCE)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return f"no answer within {PATIENCE} s"
+    return explain(process.returncode, said) if process.returncode else None
+
+
+def reachable_address(name: str) -> str | None:
+    """An address of a host that other hosts can use; None where its name says nothing of the kind here."""
+    return next((address for address in addresses(name) if not is_loopback(address)), None)
+
+
+# ---------------------------------------------------------------------- variables
+
+
+def _withhold(options: argparse.Namespace, folder: Path) -> None:
+    """Leaves the names for the script, which has to unset them: DeepSpeed's launcher looks at its own variables, too."""
+    names = [] if options.no_ssh else withheld(os.environ, options.export)
+    (folder / "withheld").write_text("".join(f"{name}\n" for name in names))
+    if names:
+        sys.stderr.write(
+            f"{options.script}: the ranks do not get {', '.join(names)}: command lines would show a secret to all users of the "
+            "hosts (--export NAME sends it nevertheless)\n"
+        )
+
+
+def environment_file(environment: Mapping[str, str], names: Sequence[str], through_shell: bool) -> str:
+    """These variables as DeepSpeed reads them from DS_ENV_FILE: `NAME=value`, one a line, no blank line.
+
+    through_shell: whether the values pass through a shell there (pdsh), inside double quotes where DeepSpeed thinks them needed.
+    Errors: UserError for a value that would not arrive as it is.
+    """
+    return "".join(f"{name}={_quoted(name, environment[name], through_shell)}\n" for name in names)
+
+
+def _quoted(name: str, value: str, through_shell: bool) -> str:
+    if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
+        raise UserError(f"{name!r} is no name of a variable that a shell can export; unset it")
+    if not value.isprintable() or value != value.strip():
+        raise UserError(f"{name} has a line break, or a space at its end, which DeepSpeed's launcher loses; unset or change it")
+    if through_shell:
+        return _NOT_PROTECTED.sub(r"\\\1", value).replace("%", "%%")
+    if _NEEDS_QUOTES.search(value):
+        raise UserError(f"{name}={value!r} has a sign that only the launcher pdsh can carry; unset or change it")
+    return value

@@ -1,0 +1,206 @@
+"""The engine in plain PyTorch on one process. It defines the meaning that the others are tested against."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from distlora.adapter.layer import AdapterLinear
+from distlora.engine.comm import Comm
+from distlora.engine.ledger import Ledger
+from distlora.engine.optimizers import OptimizerSpec, moment_of, restore_state, set_rate, steps_taken
+from distlora.engine.protocol import (
+    GradientMap,
+    Part,
+    StepInfo,
+    adapter_layers,
+    clip_factor,
+    left_factors,
+    tell_changed,
+    transform,
+    transforming,
+)
+from distlora.maths.low_rank import LowRank, add_low_rank
+from distlora.maths.rounding import Rounding
+from distlora.methods import Factors
+
+
+class LocalEngine:
+    """Plain PyTorch on one process. Defines the meaning that the others are tested against.
+
+    dtype bfloat16: the forward pass uses bfloat16 parameters, the optimizer float32 masters of them.
+    """
+
+    def __init__(self, comm: Comm, dtype: torch.dtype = torch.float32, clip: float | None = None):
+        self.comm, self.dtype, self.clip = comm, dtype, clip
+        self.ledger: Ledger | None = None
+
+    @contextmanager
+    def loading(self, whole: bool = False) -> Iterator[None]:
+        yield
+
+    def attaching(self) -> AbstractContextManager:
+        return nullcontext()
+
+    def start(self, model: nn.Module, optimizer: OptimizerSpec) -> None:
+        self.module = model.to(self.comm.device)
+        self._parameters = dict(self.module.named_parameters())
+        self._trained = {name: p for name, p in self._parameters.items() if p.requires_grad}
+        self._masters = {
+            name: p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for name, p in self._trained.items()
+        }
+        self.optimizer = optimizer
+        self._layers = adapter_layers(self.module)
+        self._transforming = transforming(self._layers)
+        self._optimizer = optimizer.build(optimizer.groups(self._masters, left_factors(self._layers)))
+
+    def train_mode(self, on: bool) -> None:
+        self.module.train(on)
+
+    def run(self, function: Callable, *arguments):
+        return function(self.module, *arguments)
+
+    run_probe = run
+
+    # ------------------------------------------------------------------ stepping
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def step(self) -> StepInfo:
+        norm = self._norm()
+        self.map_gradients(self._transforming, transform)
+        for name, parameter in self._trained.items():
+            if self._masters[name] is not parameter and parameter.grad is not None:
+                self._masters[name].grad, parameter.grad = parameter.grad.float(), None
+        if self.clip:
+            torch.nn.utils.clip_grads_with_norm_(self._masters.values(), self.clip, norm)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        with torch.no_grad():
+            for name, parameter in self._trained.items():
+                if self._masters[name] is not parameter:
+                    parameter.copy_(self._masters[name])
+        for layer in self._layers.values():
+            layer.changed()
+        return StepInfo(float(norm))
+
+    def set_rate(self, rate: float) -> None:
+        set_rate(self._optimizer, rate)
+
+    def silent_tensors(self) -> dict[str, str]:
+        verdicts = {name: _verdict(p.grad) for name, p in self._trained.items()}
+        return {name: verdict for name, verdict in verdicts.items() if verdict}
+
+    def map_gradients(self, layers: list[AdapterLinear], change: GradientMap) -> None:
+        for layer in layers:
+            trained = {name: getattr(layer, name) for name in layer.method.trains}
+            for parameter in trained.values():
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+            gradients = {name: parameter.grad.float() for name, parameter in trained.items()}
+            factors = {name: factor.detach().float() for name, factor in layer.factors().items()}
+            for name, gradient in change(layer, gradients, factors).items():
+                trained[name].grad.copy_(gradient)
+
+    def clip_factor(self) -> float:
+        return clip_factor(float(self._norm()), self.clip)
+
+    def _norm(self) -> Tensor:
+        return torch.nn.utils.get_total_norm([p.grad.float() for p in self._trained.values() if p.grad is not None])
+
+    def parts(self, layer: AdapterLinear, gradients: bool = False) -> dict[str, Part]:
+        return {factor: self._part(f"{layer.name}.{factor}", gradients) for factor in layer.method.trains}
+
+    def _part(self, name: str, gradients: bool) -> Part:
+        gradient, master = self._trained[name].grad if gradients else None, self._masters[name]
+        moments = self._moments(name, self.optimizer.moments_in_place())
+        return Part(0, True, master.detach().view(-1), None if gradient is None else gradient.float().view(-1), moments)
+
+    @contextmanager
+    def probe_pass(self) -> Iterator[None]:
+        yield
+
+    @contextmanager
+    def whole_model(self) -> Iterator[bool]:
+        yield True
+
+    def write_events(self, events: list[tuple[str, float, int]]) -> None:
+        """The plain engine has no monitor beyond the run's own metrics file."""
+
+    write_details = write_events
+
+    def write_image(self, tag: str, image: Tensor, step: int) -> None:
+        """See `write_events`."""
+
+    # ------------------------------------------------------------------ reading and writing
+
+    def read(self, layer: AdapterLinear) -> Factors:
+        return {name: self._best_copy(f"{layer.name}.{name}").detach().clone() for name in layer.method.factor_names}
+
+    @torch.no_grad()
+    def write(self, layer: AdapterLinear, factors: Factors) -> None:
+        for name, value in factors.items():
+            self._overwrite(f"{layer.name}.{name}", value)
+
+    def add_low_rank(self, layer: AdapterLinear, update: LowRank, rounding: Rounding, key: int) -> float:
+        layer.changed()
+        return add_low_rank(layer.weight.detach().view(-1), 0, update, rounding, key, self.comm.device)
+
+    def weight_at_owner(self, layer: AdapterLinear, owner: int) -> Tensor | None:
+        return layer.whole_weight()
+
+    @torch.no_grad()
+    def weight_from_owner(self, layer: AdapterLinear, owner: int, weight: Tensor | None) -> float:
+        stored, error = layer.packed(weight)
+        layer.weight.copy_(stored)
+        layer.changed()
+        return error
+
+    def trained_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(p.shape) for name, p in self._trained.items()}
+
+    def read_trained(self, name: str) -> dict[str, Tensor] | None:
+        master = self._masters[name]
+        moments = {key: moment.view_as(master) for key, moment in self._moments(name, self.optimizer.moments()).items()}
+        tensors = {"master": master, **moments}
+        return {key: tensor.detach().to("cpu", torch.float32, copy=True) for key, tensor in tensors.items()}
+
+    def _moments(self, name: str, keys: Iterable[str]) -> dict[str, Tensor]:
+        """(n,) each; none before the first step."""
+        master = self._masters[name]
+        return {key: moment_of(self._optimizer, master, key) for key in keys} if self._optimizer.state.get(master) else {}
+
+    @torch.no_grad()
+    def write_trained(self, name: str, tensors: dict[str, Tensor] | None, steps: int) -> None:
+        self._overwrite(name, tensors["master"])
+        moments = [key for key in self.optimizer.moments() if key in tensors]
+        state = restore_state(self._optimizer, self._masters[name], moments, steps)
+        for key in moments:
+            state[key].copy_(tensors[key])
+
+    def read_parameter(self, name: str) -> Tensor | None:
+        return self._parameters[name].detach().to("cpu", copy=True)
+
+    @torch.no_grad()
+    def write_parameter(self, name: str, value: Tensor | None) -> None:
+        self._overwrite(name, value)
+
+    def steps_taken(self) -> int:
+        return steps_taken(self._optimizer)
+
+    def _best_copy(self, name: str) -> Tensor:
+        return self._masters.get(name, self._parameters[name])
+
+    def _overwrite(self, name: str, value: Tensor) -> None:
+        self._parameters[name].copy_(value)
+        if name in self._masters:
+            self._masters[name].copy_(value)
+        tell_changed(self._layers, name)
+
+
+def _verdict(gradient: Tensor | None) -> str | None:
+    if gradient is None or not gradient.any():
+        return "zero"
+    return None if bool(gradient.isfinite().all()) else "not finite"

@@ -1,0 +1,200 @@
+"""What it means to train: the protocol of an engine.
+
+An engine owns the live model. It can run it, step its optimizer, and read and write layers as whole tensors, however they are
+laid out. `loss` handed to `backward` is this micro-batch's share of the loss of the *global* batch; gradients add up over
+micro-batches and ranks, and nothing is divided afterwards.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from distlora.adapter.layer import AdapterLinear
+from distlora.engine.comm import Comm
+from distlora.engine.optimizers import OptimizerSpec
+from distlora.maths.low_rank import LowRank
+from distlora.maths.rounding import Rounding
+from distlora.methods import Factors
+
+if TYPE_CHECKING:
+    from distlora.engine.ledger import Ledger
+
+#: A change of gradients: from (layer, gradients of its trained factors, all its factors as the forward pass uses them) to new
+#: gradients; whole tensors in float32. A factor that is left out of the answer keeps its gradient.
+GradientMap = Callable[[AdapterLinear, Factors, Factors], Factors]
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """grad_norm: L2 norm of the whole averaged gradient, before the method transformed it and before clipping. skipped: the
+    optimizer refused the step."""
+
+    grad_norm: float
+    skipped: bool = False
+
+
+@dataclass(frozen=True)
+class Part:
+    """The part of one trained tensor that lies on this rank: elements [start, start + n) of the row-major tensor.
+
+    counted: whether a sum over ranks counts it (where every rank holds the whole, rank 0's counts). master: (n,) float32 view
+    of what the optimizer steps from. gradient: (n,) float32, averaged, not yet clipped; None unless asked for. moments: (n,)
+    views of the optimizer's state, empty before its first step and where it keeps 8-bit numbers. All on one device (the host
+    where the optimizer is offloaded). Views may be changed in place.
+    """
+
+    start: int
+    counted: bool
+    master: Tensor
+    gradient: Tensor | None
+    moments: dict[str, Tensor]
+
+
+class Engine(Protocol):
+    """See the module's docstring. Every method is collective: all ranks call it, in the same order, with equal arguments."""
+
+    module: nn.Module
+    comm: Comm
+    dtype: torch.dtype
+    optimizer: OptimizerSpec
+    #: What was added to frozen weights; None before `open_ledger`.
+    ledger: "Ledger | None"
+
+    def loading(self, whole: bool = False) -> AbstractContextManager:
+        """Under which pretrained weights are read (ZeRO-3: each rank keeps its part only, unless they are wanted whole)."""
+
+    def attaching(self) -> AbstractContextManager:
+        """Under which adapter layers are made."""
+
+    def start(self, model: nn.Module, optimizer: OptimizerSpec) -> None:
+        """Takes the model over; what requires a gradient now is what is trained."""
+
+    def train_mode(self, on: bool) -> None: ...
+
+    def run(self, function: Callable, *arguments):
+        """`function(module, *arguments)` as the forward pass of a training step or an evaluation."""
+
+    def run_probe(self, function: Callable, *arguments):
+        """The same inside `probe_pass`, with any backward pass called on the result by hand."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds d(loss) to the gradients. Exactly `accumulation` calls come between two steps."""
+
+    def step(self) -> StepInfo:
+        """Lets methods that transform gradients do so, clips, steps the optimizer, forgets the gradients.
+
+        The clipping coefficient is `clip_factor()` of the gradients as they are on entry, and multiplies what was made of them.
+        """
+
+    def set_rate(self, rate: float) -> None: ...
+
+    def silent_tensors(self) -> dict[str, str]:
+        """After the last backward, before the step: trained tensors whose averaged gradient is wrong, as {name: "zero" or
+        "not finite"}."""
+
+    def map_gradients(self, layers: list[AdapterLinear], change: GradientMap) -> None:
+        """Replaces averaged gradients after the last backward, before the step, which then knows only the new ones."""
+
+    def clip_factor(self) -> float:
+        """After the last backward, before the step: what clipping is going to multiply every gradient by."""
+
+    def parts(self, layer: AdapterLinear, gradients: bool = False) -> dict[str, Part]:
+        """This rank's parts of a layer's trained factors; a factor of which it holds nothing is left out. Not collective.
+
+        gradients: with their gradients, which are there after the last backward, before the step.
+        """
+
+    def probe_pass(self) -> AbstractContextManager:
+        """Around forward and backward passes that train nothing; no counter of the engine moves."""
+
+    def whole_model(self) -> AbstractContextManager[bool]:
+        """Around no-gradient passes over the bare model (`module`), with every parameter gathered once if that fits.
+
+        Yields False where it does not fit: then each layer is gathered as it is needed, and all ranks must make the same passes.
+        Nothing may be written inside.
+        """
+
+    def write_events(self, events: list[tuple[str, float, int]]) -> None:
+        """(tag, value, step) to the engine's monitors; rank 0's are kept."""
+
+    def write_details(self, events: list[tuple[str, float, int]]) -> None:
+        """The same for a tag of every layer, to TensorBoard alone: other monitors keep a file or a chart for each tag."""
+
+    def write_image(self, tag: str, image: Tensor, step: int) -> None:
+        """image: (height, width, 3) uint8, to the engine's monitors that take pictures; rank 0's is kept."""
+
+    def read(self, layer: AdapterLinear) -> Factors:
+        """All factors, whole, on every rank: float32 masters of the trained ones, the others as the forward uses them."""
+
+    def write(self, layer: AdapterLinear, factors: Factors) -> None:
+        """Writes whole factors into every copy: what the next forward reads, and what the optimizer steps from."""
+
+    def add_low_rank(self, layer: AdapterLinear, update: LowRank, rounding: Rounding, key: int) -> float:
+        """`W ← round(W + left @ right)` of a frozen weight that is not packed: every rank works on its own part, none travels.
+
+        key: of the draws of stochastic rounding. Returns this rank's share of the squared rounding error; the shares add up.
+        """
+
+    def weight_at_owner(self, layer: AdapterLinear, owner: int) -> Tensor | None:
+        """W (out, in) in float32 on rank `owner`, None elsewhere."""
+
+    def weight_from_owner(self, layer: AdapterLinear, owner: int, weight: Tensor | None) -> float:
+        """Packs a packed weight anew, from what rank `owner` brings: (out, in), float32. What travels is the packed form.
+
+        Returns the squared error of packing on the owner, 0 elsewhere.
+        """
+
+    def trained_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of all trained tensors by name, in one order on every rank."""
+
+    def read_trained(self, name: str) -> dict[str, Tensor] | None:
+        """On rank 0 the whole "master" and, once there are any, the optimizer's moments, float32 on the CPU; None elsewhere."""
+
+    def write_trained(self, name: str, tensors: dict[str, Tensor] | None, steps: int) -> None:
+        """Rank 0 brings what `read_trained` gave: every copy and the moments are overwritten (those that are not given are
+        forgotten), and the optimizer's count becomes `steps`."""
+
+    def read_parameter(self, name: str) -> Tensor | None:
+        """Any parameter as the forward pass uses it, whole, on rank 0's CPU; None elsewhere."""
+
+    def write_parameter(self, name: str, value: Tensor | None) -> None:
+        """Overwrites a frozen parameter with rank 0's value."""
+
+    def steps_taken(self) -> int:
+        """The optimizer's own step count."""
+
+
+def adapter_layers(module: nn.Module) -> dict[str, AdapterLinear]:
+    """The adapted layers of a bare model, by name."""
+    return {layer.name: layer for layer in module.modules() if isinstance(layer, AdapterLinear)}
+
+
+def tell_changed(layers: dict[str, AdapterLinear], parameter: str) -> None:
+    """Tells the layer that has this parameter, if there is one, that it has another value now."""
+    layer = layers.get(parameter.rpartition(".")[0])
+    if layer is not None:
+        layer.changed()
+
+
+def left_factors(layers: dict[str, AdapterLinear]) -> set[str]:
+    """Names of the trained factors that LoRA+ calls B."""
+    return {f"{name}.{layer.method.left_factor}" for name, layer in layers.items() if layer.method.left_factor}
+
+
+def clip_factor(norm: float, clip: float | None) -> float:
+    """What clipping to the norm `clip` multiplies gradients of this norm by, in torch's and DeepSpeed's form."""
+    return min(1.0, clip / (norm + 1e-6)) if clip else 1.0
+
+
+def transforming(layers: dict[str, AdapterLinear]) -> list[AdapterLinear]:
+    """The layers whose method transforms gradients, in the model's order."""
+    return [layer for layer in layers.values() if layer.method.transforms_gradients]
+
+
+def transform(layer: AdapterLinear, gradients: Factors, factors: Factors) -> Factors:
+    """The method's own change of gradients, as a GradientMap."""
+    return layer.method.transform_gradients(gradients, factors)

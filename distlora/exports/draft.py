@@ -1,0 +1,26 @@
+"""Directories that are filled under a temporary name, which becomes the final one when all is there."""
+
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from distlora.errors import UserError
+
+
+@contextmanager
+def new_directory(out: Path, may_hold: Iterable[str] = ()) -> Iterator[Path]:
+    """A directory to fill, which becomes `out` if all goes well. may_hold: files of an earlier export, to be replaced."""
+    if out.exists() and not (out.is_dir() and {path.name for path in out.iterdir()} <= set(may_hold)):
+        raise UserError(f"{out} is not an empty directory; name another one or remove it")
+    draft = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    try:
+        yield draft
+        if out.exists():
+            shutil.rmtree(out)
+        os.rename(draft, out)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)

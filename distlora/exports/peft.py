@@ -1,0 +1,137 @@
+"""An ordinary LoRA in PEFT's format, written tensor by tensor."""
+
+import json
+import logging
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distlora.adapter.attach import Attached
+from distlora.engine.coordination import stream_to_main
+from distlora.engine.protocol import Engine
+from distlora.errors import UserError
+from distlora.exports.draft import new_directory
+from distlora.exports.sources import MAGNITUDE, PREFIX, Compressed, EngineSource, Source
+from distlora.files.atomic import write_json
+from distlora.files.tensors import TensorWriter
+from distlora.methods import Method
+
+ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+_TASKS = {
+    "ForCausalLM": "CAUSAL_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+}
+
+#: Names under which PEFT looks for a classifier's head.
+_CLASSIFIERS = ("classifier", "score")
+
+_log = logging.getLogger(__name__)
+
+
+def export_peft_from_engine(
+    engine: Engine,
+    attached: Attached,
+    out: str | os.PathLike,
+    base_model: str,
+    step: int,
+    dtype: torch.dtype = torch.float32,
+) -> Path:
+    """The live adapter as PEFT's files in `out`, which may hold an earlier such export. Collective, layer by layer.
+
+    Exact, with the two exceptions of `export`; what they cost is logged.
+
+    base_model: what others find the pretrained model under. Errors: UserError on all ranks.
+    """
+    refuse_full(attached.method)
+    out, source = Path(out), Compressed(EngineSource(engine, attached, step), dtype)
+
+    def write(tensors: Iterable[tuple[str, Tensor]]) -> None:
+        config = _peft_config(source, base_model, attached.method.dropout)
+        with new_directory(out, may_hold={ADAPTER_WEIGHTS, ADAPTER_CONFIG}) as draft:
+            write_peft(draft, source, tensors, config, dtype)
+        if source.compression():
+            _log.info("%s: %s", out, source.compression())
+
+    stream_to_main(engine.comm, out, _peft_tensors(source), write)
+    return out
+
+
+def refuse_full(method: Method) -> None:
+    if method.trains_weight:
+        raise UserError(f"method {method.name} trains the weights themselves, which is no adapter; export with --format merged")
+
+
+def write_peft_adapter(draft: Path, source: Source, base_model: str, dropout: float, dtype: torch.dtype) -> None:
+    """An adapter out of files, into a directory that is to be filled."""
+    write_peft(draft, source, _peft_tensors(source), _peft_config(source, base_model, dropout), dtype)
+
+
+def _peft_tensors(source: Source) -> Iterator[tuple[str, Tensor | None]]:
+    """All tensors of the adapter under PEFT's names; None where the source answers on another rank."""
+    for layer in source.layers:
+        if layer in source.magnitudes:
+            yield f"{PREFIX}{layer}{MAGNITUDE}", source.magnitude(layer)
+    for layer in source.layers:
+        pair = source.low_rank(layer)
+        yield f"{PREFIX}{layer}.lora_A.weight", pair and pair.right
+        yield f"{PREFIX}{layer}.lora_B.weight", pair and pair.left
+    for name in source.heads:
+        yield PREFIX + name, source.read(name)
+
+
+def write_peft(draft: Path, source: Source, tensors: Iterable, config: dict[str, Any], dtype: torch.dtype) -> None:
+    # In float32 whatever the dtype: rounded, they would scale whole rows. Hence first in the file.
+    plan = {
+        f"{PREFIX}{layer}{MAGNITUDE}": (torch.float32, (shape[1],))
+        for layer, shape in source.layers.items()
+        if layer in source.magnitudes
+    }
+    for layer, (rank, out_features, in_features) in source.layers.items():
+        plan[f"{PREFIX}{layer}.lora_A.weight"] = dtype, (rank, in_features)
+        plan[f"{PREFIX}{layer}.lora_B.weight"] = dtype, (out_features, rank)
+    plan |= {PREFIX + name: (dtype, shape) for name, shape in source.heads.items()}
+    about = {"distlora": json.dumps({"step": source.step, "model": source.model, "stacked": sorted(source.stacked)})}
+    with TensorWriter(draft / ADAPTER_WEIGHTS, plan, about) as writer:
+        for name, tensor in tensors:
+            writer.write(name, tensor.to(plan[name][0]))
+    write_json(draft / ADAPTER_CONFIG, config)
+
+
+def _peft_config(source: Source, base: str, dropout: float) -> dict[str, Any]:
+    """The scaling is folded into B, so alpha is the rank. Full names of layers: last parts would match others too."""
+    ranks = {layer: shape[0] for layer, shape in source.layers.items()}
+    usual = max(set(ranks.values()), key=list(ranks.values()).count)
+    # PEFT reads the keys of these patterns as regular expressions.
+    unusual = {layer.replace(".", r"\."): rank for layer, rank in ranks.items() if rank != usual}
+    model_class = source.model["class"] or ""
+    return {
+        "peft_type": "LORA",
+        "task_type": next((task for ending, task in _TASKS.items() if model_class.endswith(ending)), None),
+        "base_model_name_or_path": base,
+        "r": usual,
+        "lora_alpha": usual,
+        "rank_pattern": unusual,
+        "alpha_pattern": unusual,
+        "use_rslora": False,
+        "use_dora": bool(source.magnitudes),
+        "lora_dropout": dropout,
+        "target_modules": list(ranks),
+        "modules_to_save": sorted({_saved_module(name) for name in source.heads}) or None,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }
+
+
+def _saved_module(head: str) -> str:
+    """The module that PEFT is to restore: the parameter's own, or a classifier around it, which PEFT restores in any case."""
+    parts = head.split(".")[:-1]
+    ends = [position for position, part in enumerate(parts, 1) if part in _CLASSIFIERS]
+    return ".".join(parts[: ends[0]] if ends else parts)

@@ -1,0 +1,235 @@
+"""What an export is made from: trained layers as low-rank pairs, and whole trained parameters, wherever they are kept."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from distlora.adapter.attach import Attached
+from distlora.checkpoints.checkpoint import Checkpoint, describe_model, ledger_files
+from distlora.engine.protocol import Engine
+from distlora.errors import UserError
+from distlora.files.tensors import TensorFiles
+from distlora.maths.low_rank import LowRank, compress, compress_within
+from distlora.methods import Method
+
+#: Before every name in PEFT's files.
+PREFIX = "base_model.model."
+#: Behind a layer's name there: the norms of its rows.
+MAGNITUDE = ".lora_magnitude_vector"
+
+_log = logging.getLogger(__name__)
+
+Shape = tuple[int, ...]
+
+
+class Source(Protocol):
+    """layers: (rank, out, in) of the exported pair of every adapted layer. stacked: the layers whose pair is made of updates side
+    by side, which nearly cancel each other. magnitudes: the layers whose rows have trained norms. heads: shapes of the parameters
+    that were trained whole. targets: names of the layers that the method was put on. model: the model's "class" and
+    "num_labels"."""
+
+    step: int
+    layers: dict[str, Shape]
+    stacked: set[str]
+    magnitudes: set[str]
+    heads: dict[str, Shape]
+    targets: list[str]
+    model: dict[str, Any]
+
+    def low_rank(self, layer: str) -> LowRank | None:
+        """`W_trained = W0 + left @ right`, float32. None on ranks that do not write."""
+
+    def magnitude(self, layer: str) -> Tensor | None:
+        """(out,) float32, for a layer of `magnitudes`: the norms to which the rows of that sum are scaled. None on ranks that do
+        not write.
+
+        The optimizer's own value. What a bfloat16 run multiplies with is rounded, and divided by a rounded norm: both errors
+        cancel at the start, but one alone would scale whole rows by up to 2⁻⁹ wherever norms are not rounded.
+        """
+
+    def read(self, head: str) -> Tensor | None:
+        """A parameter that was trained whole. None on ranks that do not write."""
+
+
+class EngineSource:
+    """The live model. Reading is collective."""
+
+    def __init__(self, engine: Engine, attached: Attached, step: int):
+        self._engine, self._attached, self.step = engine, attached, step
+        shapes = {name: layer.method.shapes(*layer.shape) for name, layer in attached.layers.items()}
+        entries = {name: engine.ledger.columns(name) if engine.ledger else 0 for name in attached.layers}
+        self.layers = {name: _pair_shape(layer.method, shapes[name], entries[name]) for name, layer in attached.layers.items()}
+        self.stacked = {name for name, columns in entries.items() if columns}
+        self.magnitudes = {name for name, layer in attached.layers.items() if layer.method.magnitude}
+        factors = {f"{layer}.{factor}" for layer, names in shapes.items() for factor in names}
+        self.heads = {name: shape for name, shape in engine.trained_shapes().items() if name not in factors}
+        self.targets, self.model = attached.targets, describe_model(engine)
+
+    def low_rank(self, layer: str) -> LowRank | None:
+        adapted = self._attached.layers[layer]
+        factors = {name: self._engine.read_parameter(f"{layer}.{name}") for name in adapted.method.shapes(*adapted.shape)}
+        pair = adapted.method.export_low_rank(factors) if self._engine.comm.is_main else None
+        return self._engine.ledger.stacked(layer, pair) if layer in self.stacked else pair
+
+    def magnitude(self, layer: str) -> Tensor | None:
+        tensors = self._engine.read_trained(f"{layer}.{self._attached.layers[layer].method.magnitude}")
+        return tensors and tensors["master"]
+
+    def read(self, head: str) -> Tensor | None:
+        return self._engine.read_parameter(head)
+
+
+class CheckpointSource:
+    """A checkpoint. Raises UserError if it is not of this method."""
+
+    def __init__(self, checkpoint: Checkpoint, method: Method):
+        state = checkpoint.state
+        if (state["method"], state["rank"]) != (method.name, method.rank):
+            raise UserError(
+                f"{checkpoint.path} is of {state['method']} with rank {state['rank']}, "
+                f"but the run's recipe.yaml of {method.name} with rank {method.rank}"
+            )
+        self.step, self.targets, self.model = checkpoint.step, state["targets"], state["model"]
+        self._files, self._method = TensorFiles(checkpoint.path, "adapter"), method
+        self._factors = list(method.shapes(1, 1))
+        self._entries = {layer: [entry["columns"] for entry in entries] for layer, entries in state.get("ledger", {}).items()}
+        self.layers = {} if method.trains_weight else {layer: self._pair_shape(layer) for layer in self.targets}
+        self.stacked = {layer for layer, entries in self._entries.items() if entries}
+        self.magnitudes = set(self.layers) if method.magnitude else set()
+        self._masters = TensorFiles(checkpoint.path, "optimizer") if self.magnitudes else None
+        self._ledger = ledger_files(checkpoint, {layer: shape for layer, (_, *shape) in self.layers.items()})
+        factors = {f"{layer}.{factor}" for layer in self.layers for factor in self._factors}
+        self.heads = {name: self._files.shape(name) for name in self._files.names if name not in factors}
+
+    def _pair_shape(self, layer: str) -> Shape:
+        shapes = {name: self._files.shape(f"{layer}.{name}") for name in self._factors}
+        return _pair_shape(self._method, shapes, sum(self._entries.get(layer, ())))
+
+    def low_rank(self, layer: str) -> LowRank:
+        pair = self._method.export_low_rank({name: self._files.read(f"{layer}.{name}") for name in self._factors})
+        if layer not in self.stacked:
+            return pair
+        entries = [f"{layer}/{index}" for index in range(len(self._entries[layer]))]
+        return LowRank(
+            torch.cat([pair.left, *(self._ledger.read(f"{entry}/left").float() for entry in entries)], 1),
+            torch.cat([pair.right, *(self._ledger.read(f"{entry}/right").float() for entry in entries)], 0),
+        )
+
+    def magnitude(self, layer: str) -> Tensor:
+        return self._masters.read(f"{layer}.{self._method.magnitude}/master")
+
+    def read(self, head: str) -> Tensor:
+        return self._files.read(head)
+
+
+class AdapterSource:
+    """The PEFT files that an earlier export wrote (alpha is the rank there, so the pair is B and A as they are)."""
+
+    def __init__(self, directory: Path):
+        self._files = TensorFiles(directory, "adapter_model")
+        about = json.loads(self._files.metadata("adapter_model.safetensors")["distlora"])
+        self.step, self.model, self.stacked = about["step"], about["model"], set(about.get("stacked", ()))
+        self.layers, self.heads, self.magnitudes = {}, {}, set()
+        for name in self._files.names:
+            layer, ending = name.removeprefix(PREFIX), ".lora_A.weight"
+            if layer.endswith(MAGNITUDE):
+                self.magnitudes.add(layer.removesuffix(MAGNITUDE))
+            elif layer.endswith(ending):
+                layer = layer.removesuffix(ending)
+                rank, in_features = self._files.shape(name)
+                self.layers[layer] = (rank, self._files.shape(f"{PREFIX}{layer}.lora_B.weight")[0], in_features)
+            elif not layer.endswith(".lora_B.weight"):
+                self.heads[layer] = self._files.shape(name)
+        self.targets = list(self.layers)
+
+    def low_rank(self, layer: str) -> LowRank:
+        a, b = (self._files.read(f"{PREFIX}{layer}.lora_{side}.weight").float() for side in "AB")
+        return LowRank(b, a)
+
+    def magnitude(self, layer: str) -> Tensor:
+        return self._files.read(f"{PREFIX}{layer}{MAGNITUDE}").float()
+
+    def read(self, head: str) -> Tensor:
+        return self._files.read(PREFIX + head)
+
+
+def check_compression(format: str, rank: int | None, max_error: float | None) -> None:
+    """Raises UserError for options of an export that make no sense."""
+    if rank is not None and max_error is not None:
+        raise UserError("--compress-rank and --max-error were both given; give one of them")
+    if format == "merged" and (rank, max_error) != (None, None):
+        option = "--max-error" if rank is None else "--compress-rank"
+        raise UserError(f"{option} is for --format peft: merged weights hold the whole update; leave it out")
+    if rank is not None and rank < 1:
+        raise UserError(f"--compress-rank is {rank}; wanted at least 1")
+    if max_error is not None and not 0 < max_error < 1:
+        raise UserError(f"--max-error is {max_error:g}; wanted a relative error between 0 and 1, such as 0.01")
+
+
+class Compressed:
+    """Another source, with an SVD in the place of each pair for which that is asked or needed.
+
+    Needed where a stack is wider than the matrix, and where one is going to be rounded: what nearly cancels must be summed first.
+    dtype: in which the pairs will be written. rank: the most columns of a pair. max_error: the largest relative Frobenius error of
+    a layer's update; every pair is read once before the first is asked for, since their ranks must be known.
+    errors: those of the pairs that were made so far; they are stated in `compression`.
+    """
+
+    def __init__(self, source: Source, dtype: torch.dtype, rank: int | None = None, max_error: float | None = None):
+        self._source, self._dtype = source, dtype
+        self.step, self.heads, self.targets, self.model = source.step, source.heads, source.targets, source.model
+        self.magnitudes, self.magnitude, self.read = source.magnitudes, source.magnitude, source.read
+        self.errors: dict[str, float] = {}
+        exact = max(min(shape) for shape in source.layers.values())
+        if rank is not None and rank > exact:
+            _log.info("--compress-rank %d: the exact rank is %d, and nothing is left out", rank, exact)
+        self.layers = {layer: self._shape(layer, rank, max_error) for layer in source.layers}
+        rounds = dtype.itemsize < torch.float32.itemsize
+        self._changed = {
+            layer
+            for layer, shape in self.layers.items()
+            if shape != source.layers[layer] or (rounds and (max_error is not None or layer in source.stacked))
+        }
+        self.stacked = source.stacked - self._changed
+
+    def _shape(self, layer: str, rank: int | None, max_error: float | None) -> Shape:
+        exact, *shape = self._source.layers[layer]
+        if max_error is None:
+            return min(exact, *shape, rank or exact), *shape
+        pair, error = compress_within(self._source.low_rank(layer), max_error, self._dtype)
+        if error > max_error:
+            raise UserError(
+                f"--max-error {max_error:g} cannot be met: writing the update of layer {layer} in "
+                f"{str(self._dtype).removeprefix('torch.')} costs {error:.2g} by itself; allow more, or take a wider dtype"
+            )
+        return pair.right.shape[0], *shape
+
+    def low_rank(self, layer: str) -> LowRank | None:
+        pair = self._source.low_rank(layer)
+        if layer not in self._changed or pair is None:
+            return pair
+        pair, self.errors[layer] = compress(pair, self.layers[layer][0], self._dtype)
+        return pair
+
+    def compression(self) -> str | None:
+        """What was done to the pairs that have been asked for, in one sentence; None if nothing."""
+        if not self.errors:
+            return None
+        ranks = {self.layers[layer][0] for layer in self.errors}
+        span = f"rank {max(ranks)}" if len(ranks) == 1 else f"ranks {min(ranks)} to {max(ranks)}"
+        worst = max(self.errors, key=self.errors.get)
+        return (
+            f"compressed {len(self.errors)} of {len(self.layers)} layers to {span}: "
+            f"relative error of a layer's update at most {self.errors[worst]:.2e} ({worst}), "
+            f"{sum(self.errors.values()) / len(self.errors):.2e} on average"
+        )
+
+
+def _pair_shape(method: Method, shapes: dict[str, Shape], ledger_columns: int) -> Shape:
+    """(rank, out, in) of the exact pair, found without computing it: what the factors give, and the ledger's columns."""
+    pair = method.export_low_rank({name: torch.empty(shape, device="meta") for name, shape in shapes.items()})
+    return pair.right.shape[0] + ledger_columns, pair.left.shape[0], pair.right.shape[1]

@@ -1,0 +1,103 @@
+"""Low-rank matrices, kept as a pair: what every change of a frozen weight is, how it is added, and its best copy of fewer columns."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from distlora.maths.linalg import factorised, low_rank_norm
+from distlora.maths.rounding import Rounding, rounded
+
+#: Elements of the exact sum that are in memory at once: 16 MiB in float32.
+BLOCK_ELEMENTS = 1 << 22
+
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """A matrix `left @ right`, kept as the pair. left: (out, k), right: (k, in)."""
+
+    left: Tensor
+    right: Tensor
+
+
+@torch.no_grad()
+def add_low_rank(part: Tensor, start: int, update: LowRank, rounding: Rounding, key: int, device: torch.device) -> float:
+    """`W ← round(W + left @ right)` on elements [start, start + n) of the row-major W, in float32 with one cast.
+
+    part: (n,) flat view of the stored weight, changed in place; it may begin and end in the middle of a row, and lie on another
+    device than `device`, where the sum is formed. Only the rows that the part covers are computed.
+    Returns the squared error ‖exact − stored‖² of the part.
+
+    The blocks begin at rows that do not depend on the part, so the same part always sums in the same order.
+    """
+    left, right = update.left.to(device, torch.float32), update.right.to(device, torch.float32)
+    columns = right.shape[1]
+    block = max(1, BLOCK_ELEMENTS // columns)
+    position, end, error = start, start + part.numel(), 0.0
+    while position < end:
+        row = position // columns
+        last = (row // block + 1) * block
+        stop = min(end, last * columns)
+        first_element = row * columns
+        exact = (left[row : -(-stop // columns)] @ right).view(-1)[position - first_element : stop - first_element]
+        here = part[position - start : stop - start]
+        exact = exact + here.to(device, torch.float32)
+        stored = rounded(exact, part.dtype, rounding, key, position)
+        error += float((exact - stored.float()).double().square().sum())
+        here.copy_(stored)
+        position = stop
+    return error
+
+
+_Triplets = tuple[Tensor, Tensor, Tensor]
+
+
+def compress(pair: LowRank, rank: int, dtype: torch.dtype = torch.float32) -> tuple[LowRank, float]:
+    """The pair of `rank` columns nearest to `left @ right` (Eckart–Young), and its relative Frobenius error.
+
+    pair: (out, k), (k, in). Both sides of the result carry √σ, so that neither is small, and are in `dtype`. The error is that
+    of the numbers that are returned, their rounding included; 0 for an update that is zero.
+    """
+    return _cut(factorised(pair.left, pair.right), rank, dtype)
+
+
+def compress_within(pair: LowRank, max_error: float, dtype: torch.dtype = torch.float32) -> tuple[LowRank, float]:
+    """Like `compress`, with the smallest rank whose error is at most `max_error`.
+
+    Where the rounding to `dtype` alone costs more, the answer is of full rank and its error says so. With every further rank the
+    error falls, up to rounding: within that of `dtype`, a smaller rank may meet the bound by chance, and is not looked for.
+    """
+    triplets = factorised(pair.left, pair.right)
+    low, high = _smallest_rank(triplets[1], max_error), triplets[1].numel()
+    found = _cut(triplets, low, dtype)
+    if found[1] <= max_error or low == high:  # where the rounding does not count
+        return found
+    best = _cut(triplets, high, dtype)
+    if best[1] > max_error:
+        return best
+    # `low` misses the bound, and `high`, of which `best` is made, meets it.
+    while high - low > 1:
+        middle = (low + high) // 2
+        found = _cut(triplets, middle, dtype)
+        if found[1] <= max_error:
+            high, best = middle, found
+        else:
+            low = middle
+    return best
+
+
+def _smallest_rank(sigma: Tensor, max_error: float) -> int:
+    """Before any rounding: the error of rank k is the norm of what follows the k-th singular value."""
+    squares = sigma.double().square()
+    left_out = squares.sum() - squares.cumsum(0)
+    return min(int((left_out > max_error**2 * squares.sum()).sum()) + 1, sigma.numel())
+
+
+def _cut(triplets: _Triplets, rank: int, dtype: torch.dtype) -> tuple[LowRank, float]:
+    u, sigma, vt = triplets
+    root = sigma[:rank].sqrt()
+    kept = LowRank((u[:, :rank] * root).to(dtype), (root[:, None] * vt[:rank]).to(dtype))
+    norm = float(sigma.double().norm())
+    difference = torch.cat([kept.left.float(), -u * sigma], 1), torch.cat([kept.right.float(), vt], 0)
+    return kept, low_rank_norm(*difference) / norm if norm > 0 else 0.0

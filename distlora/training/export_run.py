@@ -1,0 +1,97 @@
+"""From a run's directory to what other software loads. Works on files alone, without an engine."""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from distlora.checkpoints.directory import newest, of_step
+from distlora.engine.coordination import file_errors_explained
+from distlora.errors import UserError
+from distlora.exports.draft import new_directory
+from distlora.exports.merged import write_merged
+from distlora.exports.peft import ADAPTER_WEIGHTS, refuse_full, write_peft_adapter
+from distlora.exports.sources import AdapterSource, CheckpointSource, Compressed, Source, check_compression
+from distlora.methods import Method
+from distlora.models.hub import resolve_path
+from distlora.recipe.load import load_recipe
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written where. errors: relative Frobenius error of the update of every layer whose pair was compressed.
+    compression: the same in one sentence, None where nothing was compressed."""
+
+    path: Path
+    errors: dict[str, float] = field(default_factory=dict)
+    compression: str | None = None
+
+
+def export_run(
+    run_dir: str | os.PathLike,
+    format: Literal["peft", "merged"],
+    out: str | os.PathLike,
+    checkpoint: int | None = None,
+    dtype: torch.dtype | None = None,
+    compress_rank: int | None = None,
+    max_error: float | None = None,
+) -> Exported:
+    """Writes what a run has trained to the new directory `out`. Works on files alone, without an engine.
+
+    checkpoint: the step; None for the last state that the run has left. dtype: None for float32 ("peft") or that of the
+    pretrained weights ("merged": the sum is made in float32 and cast once).
+    compress_rank: the most columns of a layer's pair. max_error: of a layer's update, relative, in the Frobenius norm; each layer
+    has the smallest rank that meets it. Without both, what is exported is exact, except that a stack of updates is compressed
+    where it is wider than the matrix, or is going to be rounded to `dtype`.
+    Errors: UserError for a directory that is no run, one without a complete checkpoint, an `out` that is not empty, a format that
+    the method cannot have, and a compression that makes no sense.
+    """
+    run_dir, out = Path(run_dir), Path(out).absolute()
+    if format not in ("peft", "merged"):
+        raise UserError(f"format is {format}; wanted peft or merged")
+    check_compression(format, compress_rank, max_error)
+    if not (run_dir / "recipe.yaml").is_file():
+        raise UserError(f"{run_dir} is no run directory: it has no recipe.yaml")
+    recipe = load_recipe(run_dir / "recipe.yaml")
+    if (compress_rank, max_error) != (None, None):
+        _refuse_compression(recipe.method, "--max-error" if compress_rank is None else "--compress-rank")
+    with file_errors_explained(out), new_directory(out) as draft:
+        source = _last_state(run_dir, recipe.method) if checkpoint is None else _of_step(run_dir, checkpoint, recipe.method)
+        if format == "merged":
+            write_merged(draft, resolve_path(recipe.model.path), source, dtype)
+            return Exported(out)
+        refuse_full(recipe.method)
+        compressed = Compressed(source, dtype or torch.float32, compress_rank, max_error)
+        base = base_name(recipe.model.path)
+        write_peft_adapter(draft, compressed, base, recipe.method.dropout, dtype or torch.float32)
+    return Exported(out, compressed.errors, compressed.compression())
+
+
+def base_name(path: str) -> str:
+    """What others find the base model under: a hub name as it is, anything else as an absolute directory."""
+    local = path.startswith("pypi:") or Path(path).expanduser().is_dir()
+    return str(resolve_path(path).absolute()) if local else path
+
+
+def _refuse_compression(method: Method, option: str) -> None:
+    if method.magnitude:
+        raise UserError(
+            f"{option} cuts an update that is only added to the weight, and method {method.name} scales rows as well; leave it out"
+        )
+
+
+def _last_state(run_dir: Path, method: Method) -> Source:
+    """The newest checkpoint, or the adapter that training wrote at its end if that is of a later step."""
+    found, finished = newest(run_dir), run_dir / "adapter"
+    sources: list[Source] = [] if found is None else [CheckpointSource(found, method)]
+    if (finished / ADAPTER_WEIGHTS).is_file():
+        sources.append(AdapterSource(finished))
+    if not sources:
+        raise UserError(f"{run_dir} has no complete checkpoint and no adapter; train first")
+    return max(sources, key=lambda source: source.step)
+
+
+def _of_step(run_dir: Path, step: int, method: Method) -> Source:
+    return CheckpointSource(of_step(run_dir, step), method)

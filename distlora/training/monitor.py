@@ -1,0 +1,113 @@
+"""What a run tells: `metrics.jsonl`, the monitors of the DeepSpeed config, and a progress bar."""
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import TextIO
+
+from tqdm import tqdm
+
+from distlora.engine.protocol import Engine
+from distlora.files.atomic import write_text
+from distlora.recompose.report import SwapReport
+from distlora.training.run_directory import METRICS, RECOMPOSITIONS
+
+
+class Monitor:
+    """Writes scalars under TensorBoard tags such as `train/loss`. Every rank may call it; rank 0 writes.
+
+    metrics.jsonl: one JSON object a line, `{"step": n, tag: value, …}`; n counts finished optimizer steps. Numbers that JSON
+    does not know (NaN, infinities) are written as strings.
+    """
+
+    def __init__(self, engine: Engine, run_dir: Path, resumed_at: int = 0):
+        self._engine, self._path = engine, run_dir / METRICS
+        self._told = _keep_until(self._path, resumed_at) if engine.comm.is_main else set()
+        if engine.comm.is_main:
+            _keep_until(self._path.with_name(RECOMPOSITIONS), resumed_at)
+
+    def write(self, step: int, scalars: dict[str, float]) -> None:
+        scalars = {tag: value for tag, value in scalars.items() if (step, tag) not in self._told}
+        if not self._engine.comm.is_main or not scalars:
+            return
+        line = {"step": step, **{tag: _jsonable(value) for tag, value in scalars.items()}}
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        self._engine.write_events([(tag, value, step) for tag, value in scalars.items()])
+
+    def tell_swap(self, report: SwapReport) -> None:
+        """A decision about recomposition: means, every layer's own numbers and the importances as a picture where they are easy
+        to look at, and all of it in `recompositions.jsonl`."""
+        self.write(report.step, report.means())
+        self._engine.write_details([(tag, value, report.step) for tag, value in report.by_layer().items()])
+        picture = report.picture()
+        if picture is not None:
+            self._engine.write_image("recompose/importance", picture, report.step)
+        if self._engine.comm.is_main:
+            with self._path.with_name(RECOMPOSITIONS).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(report.record()) + "\n")
+
+
+def _keep_until(path: Path, step: int) -> set[tuple[int, str]]:
+    """Forgets lines of steps that a resumed run is going to make again, and a line that a crash cut short.
+
+    Returns the (step, tag) of all that is kept: a finished run that is started again has its last evaluation already.
+    """
+    if not path.exists():
+        return set()
+    kept, told = [], set()
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if step and record["step"] <= step:
+            kept.append(line + "\n")
+            told |= {(record["step"], tag) for tag in record}
+    write_text(path, "".join(kept))
+    return told
+
+
+def _jsonable(value: float) -> float | str:
+    return value if math.isfinite(value) else str(value)
+
+
+class _Lines:
+    """A stream on which a bar is not drawn over itself: launchers pass on, and label, whole lines."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def write(self, text: str) -> None:
+        text = text.strip("\r\n ")
+        if text:
+            self._stream.write(f"{text}\n")
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+
+class Progress:
+    """A progress bar on rank 0 with loss, learning rate, tokens a second and time left; nothing on the others."""
+
+    def __init__(self, steps: int, start: int, shown: bool):
+        # Where nobody watches a terminal, a line every ten seconds is enough for a log file.
+        watched = sys.stderr.isatty()
+        self._bar = tqdm(
+            total=steps, initial=start, desc="training", unit="step", disable=not shown, mininterval=0.5 if watched else 10,
+            file=sys.stderr if watched else _Lines(sys.stderr), dynamic_ncols=watched,
+        )  # fmt: skip
+        self._tokens, self._since = 0, time.perf_counter()
+
+    def advance(self, loss: float, rate: float, tokens: int) -> float:
+        """One finished step; returns tokens a second since the run began."""
+        self._tokens += tokens
+        speed = self._tokens / (time.perf_counter() - self._since)
+        self._bar.set_postfix_str(f"loss {loss:.4f}, lr {rate:.2e}, {speed:.0f} tokens/s", refresh=False)
+        self._bar.update()
+        return speed
+
+    def close(self) -> None:
+        self._bar.close()

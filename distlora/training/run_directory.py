@@ -1,0 +1,93 @@
+"""A run directory: who it belongs to, what is in it, and how a run is continued or begun anew."""
+
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from distlora.checkpoints.directory import Checkpoint, newest
+from distlora.cluster.environment import ENVIRONMENT
+from distlora.cluster.logs import LOGS
+from distlora.cluster.status import STATUS
+from distlora.errors import UserError
+from distlora.files.atomic import write_text
+from distlora.recipe.load import dump_recipe, load_recipe, run_identity
+from distlora.recipe.sections import Recipe
+
+log = logging.getLogger(__name__)
+
+RECIPE, METRICS, RECOMPOSITIONS, ADAPTER = "recipe.yaml", "metrics.jsonl", "recompositions.jsonl", "adapter"
+
+
+def check_run_dir(recipe: Recipe, resume: bool | None) -> None:
+    """Raises UserError if the directory holds another recipe's run, or no checkpoint where one is demanded.
+
+    resume: True demands a checkpoint, None takes one if it is there, False begins anew. Reads only.
+    """
+    run_dir = Path(recipe.output_dir)
+    if run_dir.exists() and not run_dir.is_dir():
+        raise UserError(f"output_dir: {run_dir} is a file; name a directory")
+    if not (run_dir / RECIPE).exists():
+        if resume:
+            raise UserError(f"--resume: {run_dir} holds no run; start it without --resume")
+        if run_dir.exists() and any(run_dir.glob("checkpoint-*")):
+            raise UserError(f"output_dir: {run_dir} holds checkpoints but no {RECIPE}; name another directory")
+        return
+    if not (run_dir / METRICS).exists() and not any(run_dir.glob("checkpoint-*")):
+        return  # a start that was refused: its recipe binds nobody
+    difference = _first_difference(run_identity(load_recipe(run_dir / RECIPE)), run_identity(recipe))
+    if difference:
+        raise UserError(f"output_dir: {run_dir} holds the run of another recipe ({difference}); name another directory")
+
+
+def find_checkpoint(recipe: Recipe, resume: bool | None) -> Checkpoint | None:
+    """The checkpoint to continue from, and a directory that can be written. For rank 0; removes nothing.
+
+    Raises UserError where there is nothing whole to continue from, though the run was begun or a checkpoint is demanded.
+    """
+    run_dir = Path(recipe.output_dir)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"output_dir: {run_dir} cannot be made ({error.strerror}); name another directory") from None
+    if not os.access(run_dir, os.W_OK):
+        raise UserError(f"output_dir: {run_dir} cannot be written; name another directory")
+    if resume is False:
+        return None
+    found = newest(run_dir)
+    if found is None and resume:
+        raise UserError(f"--resume: {run_dir} holds no complete checkpoint; start it without --resume")
+    if found is None and any(run_dir.glob("checkpoint-*")):
+        raise UserError(f"{run_dir}: every checkpoint is broken; --no-resume removes them and begins anew")
+    return found
+
+
+def claim_run_dir(recipe: Recipe, resume: bool | None) -> None:
+    """Writes the recipe into the directory, which from now on is this run's; forgets an earlier one that is not resumed."""
+    run_dir = Path(recipe.output_dir)
+    if resume is False:
+        _forget(run_dir)
+    write_text(run_dir / RECIPE, dump_recipe(recipe))
+
+
+def _forget(run_dir: Path) -> None:
+    # Killed between two renames, one lies under another name, from which runs go on too.
+    for checkpoint in [*run_dir.glob("checkpoint-*"), *run_dir.glob(".checkpoint-*")]:
+        log.info("beginning anew: removing %s", checkpoint)
+        shutil.rmtree(checkpoint)
+    # An export takes the adapter if it is of a later step than every checkpoint.
+    for name in (ADAPTER, LOGS):
+        shutil.rmtree(run_dir / name, ignore_errors=True)
+    for name in (METRICS, RECOMPOSITIONS, ENVIRONMENT, STATUS):
+        (run_dir / name).unlink(missing_ok=True)
+
+
+def _first_difference(there: Any, here: Any, key: str = "") -> str | None:
+    if isinstance(there, dict) and isinstance(here, dict):
+        for name in there | here:
+            found = _first_difference(there.get(name), here.get(name), f"{key}.{name}" if key else name)
+            if found:
+                return found
+        return None
+    return None if there == here else f"{key} is {there} there and {here} here"

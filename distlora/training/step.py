@@ -1,0 +1,56 @@
+"""One optimizer step over a global batch, whatever engine runs it. The loss of this project is defined here, once."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from distlora.engine.protocol import Engine, StepInfo
+from distlora.errors import TrainingError
+from distlora.models.targets import Batch, count_targets
+
+#: (model, batch) to (sum of the cross-entropy over the batch's targets, their number).
+LossSum = Callable[[nn.Module, Batch], tuple[Tensor, int]]
+
+
+def accumulate(engine: Engine, batches: Sequence[Batch], loss_sum: LossSum) -> float:
+    """Forward and backward over this rank's micro-batches of one global batch; returns the loss.
+
+    The loss is the sum over the targets of the *global* batch (response tokens, or rows with a label) divided by their number.
+    Their number is known before the first backward pass (one all-reduce), so each micro-batch's share is exact whatever the
+    micro-batch size, the accumulation and the world size; an average of micro-batch means would not be. Every rank brings
+    equally many micro-batches; one without targets has weight zero. Raises TrainingError if the loss is not finite, and Preempted
+    after a micro-batch in which a rank was asked to stop: then the gradients so far are of no use.
+    """
+    (targets,) = engine.comm.sum(sum(map(count_targets, batches)))
+    total = 0.0
+    for batch in batches:
+        loss, _ = engine.run(loss_sum, batch)
+        engine.backward(loss / targets)
+        total += engine.comm.sum_or_stop(float(loss.detach()))[0]
+    value = total / targets
+    if not math.isfinite(value):
+        raise TrainingError(f"the training loss is {value}")
+    return value
+
+
+def train_step(engine: Engine, batches: Sequence[Batch], loss_sum: LossSum, rate: float) -> tuple[float, StepInfo]:
+    """`accumulate`, then one step of the optimizer at this learning rate; returns the loss before the step."""
+    engine.set_rate(rate)
+    loss = accumulate(engine, batches, loss_sum)
+    return loss, engine.step()
+
+
+@torch.no_grad()
+def evaluation_loss(engine: Engine, batches: Sequence[Batch], loss_sum: LossSum) -> float:
+    """Mean cross-entropy over all targets of all ranks' batches; equally many batches on every rank. Raises Preempted between
+    two of them."""
+    engine.train_mode(False)
+    total, targets = 0.0, 0.0
+    for batch in batches:
+        loss, count = engine.run(loss_sum, batch)
+        loss, count = engine.comm.sum_or_stop(float(loss), count)
+        total, targets = total + loss, targets + count
+    engine.train_mode(True)
+    return total / targets

@@ -1,0 +1,121 @@
+"""A training run, from a recipe to an adapter.
+
+recipe -> model -> attach -> engine -> initialise (or resume) -> steps -> export
+"""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from distlora.adapter.packed import library
+from distlora.checkpoints import checkpoint as checkpoints
+from distlora.checkpoints.directory import share_checkpoint
+from distlora.cluster import environment
+from distlora.cluster.logs import RankLog
+from distlora.cluster.status import StatusFile, new_start
+from distlora.cluster.supervision import Supervision
+from distlora.engine.comm import Topology
+from distlora.engine.coordination import on_every_rank, on_main
+from distlora.engine.device import device_of
+from distlora.engine.optimizers import OptimizerSpec
+from distlora.engine.random_state import own_random_state
+from distlora.errors import UserError, before_ranks_meet
+from distlora.models.hub import on_the_hub
+from distlora.recipe.combination import check_combination
+from distlora.recipe.deepspeed_check import checked_deepspeed
+from distlora.recipe.deepspeed_config import plan_batches
+from distlora.recipe.sections import Recipe
+from distlora.training.objective import Objective, objective_of
+from distlora.training.run import Run, Summary, check_targets
+from distlora.training.run_directory import check_run_dir, claim_run_dir, find_checkpoint
+
+log = logging.getLogger(__name__)
+
+#: DeepSpeed's monitors, by their sections in its config.
+MONITORS = ("tensorboard", "wandb", "csv_monitor", "comet")
+
+
+def check(recipe: Recipe, topology: Topology, resume: bool | None) -> None:
+    """Everything that can be wrong with a recipe and needs neither weights nor other ranks. Raises UserError."""
+    with before_ranks_meet():
+        objective, config = _check_settings(recipe, topology.world_size)
+        check_run_dir(recipe, resume)
+        recipe = _fitted(recipe, objective)
+        check_combination(recipe, config)
+        _check_packages(recipe)
+        for split in filter(None, (recipe.data.split, recipe.data.eval_split)):
+            objective.check_split(split)
+
+
+def _check_settings(recipe: Recipe, world_size: int) -> tuple[Objective, dict[str, Any]]:
+    """What is learned, and the DeepSpeed config; {} without one."""
+    objective = objective_of(recipe)
+    plan_batches(recipe, world_size)
+    if recipe.deepspeed is None:
+        if world_size > 1:
+            raise UserError(f"{world_size} ranks need DeepSpeed; set deepspeed: to a ZeRO config, or start one process")
+        return objective, {}
+    # The sizes that depend on the model's width are of no interest here; contradictions are.
+    return objective, checked_deepspeed(recipe, world_size, hidden_size=1)
+
+
+def _fitted(recipe: Recipe, objective: Objective) -> Recipe:
+    """See `check_targets`; the recipe as it is where the model has to be fetched first."""
+    return recipe if on_the_hub(recipe.model.path) else check_targets(recipe, objective)
+
+
+def _check_packages(recipe: Recipe) -> None:
+    lacking = OptimizerSpec(recipe.train.optimizer.name).problem()
+    if lacking:
+        raise UserError(lacking)
+    if recipe.model.quantization is not None:
+        library()
+
+
+def train(
+    recipe: Recipe, topology: Topology, resume: bool | None = None, asked_to_stop: Callable[[], bool] = lambda: False
+) -> Summary:
+    """Runs a recipe that `check` has passed; on every rank. Returns the same summary on all.
+
+    resume: None continues from the newest complete checkpoint of the run directory if there is one, True demands one, False
+    begins anew. asked_to_stop: whether this rank should end early; one rank is enough. Raises UserError for mistakes that only
+    weights or data show, TrainingError if training breaks, Preempted once a run that was asked to stop has stopped.
+    With several ranks the process is ended, with exit code 1, where another one goes silent for `train.hang_timeout`.
+    """
+    device = device_of(topology.local_rank)
+    supervision = Supervision(topology, recipe.train.hang_timeout)
+    with own_random_state(recipe.train.seed, device), RankLog(topology.rank) as rank_log, supervision:
+        comm = supervision.gather(device, recipe.deepspeed is not None, asked_to_stop)
+        where = environment.resolve_topology(comm, topology)
+        log.info("%s", environment.topology_line(where))
+        checkpoint = share_checkpoint(comm, on_main(comm, recipe.output_dir, lambda: find_checkpoint(recipe, resume)))
+        status = StatusFile(Path(recipe.output_dir), checkpoint.step if checkpoint else 0, comm.share(new_start()))
+        with supervision.telling(status):
+            run = Run(comm, recipe, checkpoint, status)
+            on_main(comm, recipe.output_dir, lambda: claim_run_dir(recipe, resume))
+            on_main(comm, run.run_dir, lambda: status.write("running"))
+            on_every_rank(comm, lambda: rank_log.open(run.run_dir))
+            on_main(comm, run.run_dir, lambda: environment.record(run.run_dir, where, run.resolved, checkpoint and checkpoint.step))
+            return run.finish()
+
+
+def evaluate(recipe: Recipe, topology: Topology) -> dict[str, float]:
+    """Evaluates the newest checkpoint of the recipe's run on its evaluation samples: see `Summary.after`. Like
+    `train`, after `check`, on every rank; writes nothing."""
+    if recipe.data.eval_split is None:
+        raise UserError("data.eval_split is null, so there is nothing to evaluate on; name a split", agreed=True)
+    device = device_of(topology.local_rank)
+    with own_random_state(recipe.train.seed, device), Supervision(topology, recipe.train.hang_timeout) as supervision:
+        comm = supervision.gather(device, recipe.deepspeed is not None)
+        checkpoint = checkpoints.newest(recipe.output_dir, comm)
+        if checkpoint is None:
+            raise UserError(f"{recipe.output_dir} holds no complete checkpoint; train first", agreed=True)
+        return Run(comm, _without_monitors(recipe), checkpoint).evaluate_checkpoint()
+
+
+def _without_monitors(recipe: Recipe) -> Recipe:
+    """The recipe with a DeepSpeed config that turns no monitor on."""
+    if not isinstance(recipe.deepspeed, dict):
+        return recipe
+    return recipe.model_copy(update={"deepspeed": {k: v for k, v in recipe.deepspeed.items() if k not in MONITORS}})
