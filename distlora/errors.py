@@ -5,8 +5,9 @@ from contextlib import contextmanager
 
 
 class Ending(Exception):
-    """Base of all. agreed: every rank ends with this sentence, so rank 0 alone says it. early: it comes before the ranks have met,
-    so the first rank of each node says it: files, packages and what was typed are a node's."""
+    """Base of all. agreed: every rank ends with this sentence, so rank 0 alone says it. early: it comes
+    before the ranks have met, so the first rank of each node says it: files, packages and what was typed are
+    a node's."""
 
     agreed: bool = False
     early: bool = False
@@ -28,17 +29,19 @@ class UserError(Ending):
 class TrainingError(Ending):
     """A run that must not go on (a NaN loss, a tensor that does not train), in one sentence.
 
-    Raised from numbers that are reduced over ranks, so all ranks raise it alike. The command line prints the sentence once and
-    exits with code 1.
+    Raised from numbers that are reduced over ranks, so all ranks raise it alike. The command line prints the
+    sentence once and exits with code 1.
     """
 
     agreed = True
 
 
 class Preempted(Ending):
-    """A run that was asked to stop (SIGTERM, SIGUSR1) and has stopped, in one sentence; started again it goes on.
+    """A run that was asked to stop (SIGTERM, SIGUSR1) and has stopped, in one sentence; started again it goes
+    on.
 
-    All ranks raise it alike. The command line prints the sentence once and exits with code 75, EX_TEMPFAIL in sysexits.h.
+    All ranks raise it alike. The command line prints the sentence once and exits with code 75, EX_TEMPFAIL in
+    sysexits.h.
     """
 
     agreed = True

@@ -2,8 +2,9 @@
 
     python -m tests.mutations [WORD …]        only the mutations whose name contains one of the words
 
-Each mutation leaves out or spoils one thing in a copy of the working tree and names the cheapest tests that must notice. All
-those tests are run on the unspoiled copy first. Takes about half a minute a mutation; exit code 1 if one survives.
+Each mutation leaves out or spoils one thing in a copy of the working tree and names the cheapest tests that
+must notice. All those tests are run on the unspoiled copy first. Takes about half a minute a mutation; exit
+code 1 if one survives.
 """
 
 import os
@@ -19,7 +20,8 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 ZERO, COMPOSE, PROBE, STEP = (
-    f"distlora/{name}.py" for name in ("engine/zero/engine", "initialise/factors", "initialise/probe", "training/step")
+    f"distlora/{name}.py"
+    for name in ("engine/zero/engine", "initialise/factors", "initialise/probe", "training/step")
 )
 PARITY = "tests/distributed/test_parity.py::test_zero_gives_what_the_plain_engine_gives"
 SAME_LAYOUT = "tests/distributed/test_resume.py::test_at_the_same_layout_to_the_last_bit"
@@ -106,7 +108,11 @@ MUTATIONS = [
     # ------------------------------------------------------------------ norms: kept until something changes
     *(
         Mutation(
-            name, ZERO, old, new, parity("norming-world2-stage3-float32-method=dora-alpha=10-checkpointing=True")
+            name,
+            ZERO,
+            old,
+            new,
+            parity("norming-world2-stage3-float32-method=dora-alpha=10-checkpointing=True"),
         )
         for name, old, new in (
             (
@@ -115,7 +121,11 @@ MUTATIONS = [
                 "            pass\n        norm = self._engine",
             ),
             ("norms survive a write", "        tell_changed(self._layers, name)\n", ""),
-            ("norms survive an addition", "        layer.changed()\n        if self.stage < 3:\n", "        if self.stage < 3:\n"),
+            (
+                "norms survive an addition",
+                "        layer.changed()\n        if self.stage < 3:\n",
+                "        if self.stage < 3:\n",
+            ),
         )
     ),
     # ------------------------------------------------------------------ reading
@@ -193,8 +203,8 @@ MUTATIONS = [
     Mutation(
         "BF16_Optimizer: the fragment taken for the own slice",
         ZERO,
-        "        return fragment.narrow(0, own.start, own.length) if fragment.numel() == parameter.numel() else fragment\n",
-        "        return fragment\n",
+        "fragment.narrow(0, own.start, own.length) if fragment.numel() == parameter.numel() else fragment\n",
+        "fragment\n",
         parity("replacing_gradients-world2-stage1-bfloat16-clip=0_5-fp32grads"),
     ),
     Mutation(
@@ -361,8 +371,8 @@ MUTATIONS = [
     Mutation(
         "swap: the reserve gives the same components again",
         "distlora/recompose/reserve.py",
-        "LowRank(pair.left[:, count:].clone(memory_format=torch.contiguous_format), pair.right[count:].clone())",
-        "pair",
+        "            pair.left[:, count:].clone(memory_format=torch.contiguous_format), pair.right[count:].clone()\n",
+        "            pair.left, pair.right\n",
         (f"{UNIT}::test_the_reserve_is_used_in_descending_order_and_never_twice",),
     ),
     Mutation(
@@ -382,8 +392,9 @@ MUTATIONS = [
     Mutation(
         "swap: the weight is not updated",
         "distlora/engine/ledger.py",
-        "return engine.add_low_rank(layer, update, entry.rounding, rounding_key(self._seed, layer.name, entry.number))",
-        "return 0.0",
+        "            return engine.add_low_rank(\n                layer, update, entry.rounding, "
+        "rounding_key(self._seed, layer.name, entry.number)\n            )\n",
+        "            return 0.0\n",
         parity(f"swapping-world2-stage2-{SWAPS}"),
     ),
     Mutation(
@@ -433,7 +444,9 @@ MUTATIONS = [
         "distlora/recompose/shards.py",
         "    return comm.reduce_to(flat, owner).view(shape)\n",
         "    return flat.view(shape)\n",
-        parity("swapping-world2-stage3-float32-method=lora_sb-recompose={'times':2}-init={'eta':0_001}-targets=few"),
+        parity(
+            "swapping-world2-stage3-float32-method=lora_sb-recompose={'times':2}-init={'eta':0_001}-targets=few"
+        ),
     ),
     # ------------------------------------------------------------------ packed weights
     Mutation(
@@ -454,8 +467,8 @@ MUTATIONS = [
     Mutation(
         "whole model with ZeRO's hooks on",
         ZERO,
-        "(list(self._parameters.values())), _without_hooks(self._engine.module):\n",
-        "(list(self._parameters.values())):\n",
+        "            _without_hooks(self._engine.module),\n",
+        "",
         parity("generating-world3-stage3-float32-persist0"),
         hangs=True,
     ),
@@ -551,7 +564,11 @@ def main(words: list[str]) -> int:
         return 1
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder, "tree")
-        shutil.copytree(REPOSITORY, copy, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__", ".*_cache"))
+        shutil.copytree(
+            REPOSITORY,
+            copy,
+            ignore=shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__", ".*_cache"),
+        )
         for mutation in chosen:
             count = (copy / mutation.file).read_text().count(mutation.old)
             if count != 1:
@@ -579,7 +596,9 @@ def _try(copy: Path, mutation: Mutation) -> str:
         verdicts = [_run(copy, [test], patience) for test in mutation.tests]
     finally:
         file.write_text(text)
-    passed = [test for test, (verdict, _) in zip(mutation.tests, verdicts, strict=True) if verdict == "passed"]
+    passed = [
+        test for test, (verdict, _) in zip(mutation.tests, verdicts, strict=True) if verdict == "passed"
+    ]
     waited = any(word in why for _, why in verdicts for word in WAITED)
     if passed:
         verdict, why = "SURVIVED", ", ".join(map(_short, passed))

@@ -1,7 +1,8 @@
 """Tiny models of the real classes, as directories that `from_pretrained` reads without a network.
 
-Each has three layers, grouped key/value heads and sizes that no number of ranks divides. All parameters are drawn from a
-generator, biases and norms included: whatever starts at zero or one in a fresh model would hide errors.
+Each has three layers, grouped key/value heads and sizes that no number of ranks divides. All parameters are
+drawn from a generator, biases and norms included: whatever starts at zero or one in a fresh model would hide
+errors.
 """
 
 from pathlib import Path
@@ -65,21 +66,27 @@ _TEXT = [
 def tiny_config(name: str) -> PreTrainedConfig:
     """The config of one of NAMES."""
     if name == "llama":  # as Llama 3.2: tied embeddings, scaled rotary frequencies
-        rope = dict(rope_type="llama3", rope_theta=500000.0, factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0)
+        rope = dict(
+            rope_type="llama3", rope_theta=500000.0, factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0
+        )
         rope["original_max_position_embeddings"] = 64
         return LlamaConfig(**_SIZES, tie_word_embeddings=True, rope_parameters=rope)
     if name == "mistral":
         return MistralConfig(**_SIZES, tie_word_embeddings=False, sliding_window=None)
     if name == "gemma2":  # caps that bite: the tiny model's logits are of this size
         caps = dict(attn_logit_softcapping=3.0, final_logit_softcapping=2.0)
-        return Gemma2Config(**_SIZES, **caps, sliding_window=8, query_pre_attn_scalar=10, tie_word_embeddings=True)
+        return Gemma2Config(
+            **_SIZES, **caps, sliding_window=8, query_pre_attn_scalar=10, tie_word_embeddings=True
+        )
     if name == "qwen2":  # biases on the query, key and value projections
         return Qwen2Config(**_SIZES, tie_word_embeddings=True)
     raise KeyError(name)
 
 
 def tiny_model_dir(name: str, parent: Path, dtype: torch.dtype = torch.float32) -> Path:
-    """Saves one of NAMES with its tokenizer to `parent / name`, unless it is there, and returns the directory."""
+    """Saves one of NAMES with its tokenizer to `parent / name`, unless it is there, and returns the
+    directory.
+    """
     directory = Path(parent) / name
     if not directory.exists():
         model = AutoModelForCausalLM.from_config(tiny_config(name))
@@ -122,23 +129,35 @@ def tiny_encoder_config(name: str, **more) -> PreTrainedConfig:
     if name == "bert":
         return BertConfig(**sizes, max_position_embeddings=64, **more)
     if name == "roberta":  # positions are counted from behind the padding token's
-        return RobertaConfig(**sizes, max_position_embeddings=66, type_vocab_size=1, bos_token_id=0, eos_token_id=2, **more)
+        return RobertaConfig(
+            **sizes, max_position_embeddings=66, type_vocab_size=1, bos_token_id=0, eos_token_id=2, **more
+        )
     if name == "deberta":  # relative positions only, as in version 3
-        relative = dict(relative_attention=True, position_buckets=8, pos_att_type=["p2c", "c2p"], share_att_key=True)
-        norm = dict(norm_rel_ebd="layer_norm", position_biased_input=False, type_vocab_size=0, max_position_embeddings=64)
+        relative = dict(
+            relative_attention=True, position_buckets=8, pos_att_type=["p2c", "c2p"], share_att_key=True
+        )
+        norm = dict(
+            norm_rel_ebd="layer_norm",
+            position_biased_input=False,
+            type_vocab_size=0,
+            max_position_embeddings=64,
+        )
         return DebertaV2Config(**sizes, **relative, **norm, pooler_hidden_size=60, **more)
     raise KeyError(name)
 
 
 def tiny_encoder_dir(name: str, parent: Path) -> Path:
-    """Saves one of ENCODERS with its tokenizer to `parent / name`, unless it is there, and returns the directory.
+    """Saves one of ENCODERS with its tokenizer to `parent / name`, unless it is there, and returns the
+    directory.
 
-    As they are published: BERT with its pooler and DeBERTa without, under the base model's own names; RoBERTa under the names of
-    the masked language model, with a head that a classifier does not have.
+    As they are published: BERT with its pooler and DeBERTa without, under the base model's own names; RoBERTa
+    under the names of the masked language model, with a head that a classifier does not have.
     """
     directory = Path(parent) / name
     if not directory.exists():
-        model = (AutoModelForMaskedLM if name == "roberta" else AutoModel).from_config(tiny_encoder_config(name))
+        model = (AutoModelForMaskedLM if name == "roberta" else AutoModel).from_config(
+            tiny_encoder_config(name)
+        )
         _draw_parameters(model, torch.Generator().manual_seed(len(name)))
         model.save_pretrained(directory)
         tiny_encoder_tokenizer(name).save_pretrained(directory)
@@ -160,10 +179,16 @@ def tiny_encoder_tokenizer(name: str) -> PreTrainedTokenizerFast:
     )
     tokenizer.train_from_iterator(_TEXT, trainer)
     roberta = name == "roberta"
-    tokenizer.post_processor = (processors.RobertaProcessing if roberta else processors.BertProcessing)((end, 2), (start, 0))
+    tokenizer.post_processor = (processors.RobertaProcessing if roberta else processors.BertProcessing)(
+        (end, 2), (start, 0)
+    )
     inputs = ["input_ids", "attention_mask"] if roberta else ["input_ids", "token_type_ids", "attention_mask"]
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", cls_token=start, sep_token=end, model_input_names=inputs
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        cls_token=start,
+        sep_token=end,
+        model_input_names=inputs,
     )
 
 

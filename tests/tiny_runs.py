@@ -1,7 +1,7 @@
 """Short runs of a tiny classifier on one process: what training with recomposition does, without model files.
 
-Two adapted layers of odd sizes, one with a bias, and a head that trains fully. Everything is drawn from generators, so equal
-arguments give equal runs.
+Two adapted layers of odd sizes, one with a bias, and a head that trains fully. Everything is drawn from
+generators, so equal arguments give equal runs.
 """
 
 import json
@@ -74,7 +74,9 @@ class Run:
         net, generator = Net(), torch.Generator().manual_seed(3)
         with torch.no_grad():
             for parameter in net.parameters():
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) / max(parameter.shape) ** 0.5)
+                parameter.copy_(
+                    torch.randn(parameter.shape, generator=generator) / max(parameter.shape) ** 0.5
+                )
         net.to(dtype)
         self.attached = attach(net, self.method, ["first", "second"], {"head.weight", "head.bias"})
         self.layers = self.attached.layers
@@ -85,7 +87,9 @@ class Run:
         open_ledger(self.engine, self.attached, SEED)
         self.report = None if fresh else initialise(self.engine, self.attached, SEED, RATE, self.probe(0))
         reserves = self.report and self.report.reserves
-        self.recomposer = Recomposer(self.engine, self.attached, SEED, steps, reserves, self._numbered_probe, lambda step: RATE)
+        self.recomposer = Recomposer(
+            self.engine, self.attached, SEED, steps, reserves, self._numbered_probe, lambda step: RATE
+        )
 
     @property
     def ledger(self):
@@ -95,7 +99,9 @@ class Run:
 
     def probe(self, number: int) -> Probe:
         data = [samples(500 + number, self.engine.dtype, PROBE_SAMPLES)]
-        return Probe(lambda: iter(data), lambda: iter(data), PROBE_SAMPLES, lambda net, batch: loss_sum(net, batch)[0])
+        return Probe(
+            lambda: iter(data), lambda: iter(data), PROBE_SAMPLES, lambda net, batch: loss_sum(net, batch)[0]
+        )
 
     def _numbered_probe(self, number: int) -> Probe:
         self.probes.append(number)
@@ -104,15 +110,19 @@ class Run:
     def backward(self) -> float:
         whole = samples(self.done, self.engine.dtype)
         pieces = zip(*(whole[key].split(MICRO_BATCH) for key in ("x", "labels")))
-        return accumulate(self.engine, [dict(zip(("x", "labels"), piece)) for piece in pieces], self._scaled_loss_sum)
+        return accumulate(
+            self.engine, [dict(zip(("x", "labels"), piece)) for piece in pieces], self._scaled_loss_sum
+        )
 
     def _scaled_loss_sum(self, net: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
         loss, count = loss_sum(net, batch)
         return self.loss_scale * loss, count
 
-    def step(self, swap: bool = True, look: Callable[[], object] | None = None) -> tuple[float, SwapReport | None]:
-        """One step, and what was decided after it. swap: False leaves the decision to a call of `decide`. look: called between
-        the backward passes and everything that follows."""
+    def step(
+        self, swap: bool = True, look: Callable[[], object] | None = None
+    ) -> tuple[float, SwapReport | None]:
+        """One step, and what was decided after it. swap: False leaves the decision to a call of `decide`.
+        look: called between the backward passes and everything that follows."""
         self.loss = self.backward()
         if look is not None:
             look()
@@ -202,7 +212,9 @@ def copies(tensors) -> dict[str, Tensor]:
 
 
 def equal(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
-    return left.keys() == right.keys() and all(torch.equal(value, right[name]) for name, value in left.items())
+    return left.keys() == right.keys() and all(
+        torch.equal(value, right[name]) for name, value in left.items()
+    )
 
 
 def relative(found: Tensor, wanted: Tensor) -> float:

@@ -18,8 +18,8 @@ ALL_LINEAR = "all-linear"
 
 @dataclass
 class Attached:
-    """What `attach` did. method: fitted to the layers. layers: by name in the bare model. trained: names of all trained parameters,
-    in the model's order. """
+    """What `attach` did. method: fitted to the layers. layers: by name in the bare model. trained: names of
+    all trained parameters, in the model's order."""
 
     method: Method
     layers: dict[str, AdapterLinear] = field(default_factory=dict)
@@ -33,7 +33,8 @@ def pack_linears(
     device: torch.device,
     new_parameters: Collection[str] = (),
 ) -> list[Packing]:
-    """Packs the weights of all linear layers of `model`, one after the other, and returns how. `attach` goes on as without it.
+    """Packs the weights of all linear layers of `model`, one after the other, and returns how. `attach` goes
+    on as without it.
 
     make: from the shape (out, in). device: where the work is done.
     """
@@ -46,7 +47,9 @@ def pack_linears(
 
 
 def linears_to_pack(model: nn.Module, new_parameters: Collection[str] = ()) -> list[str]:
-    """Names of the layers that `pack_linears` packs: all but output embeddings, new heads, and shared weights."""
+    """Names of the layers that `pack_linears` packs: all but output embeddings, new heads, and shared
+    weights.
+    """
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     return [
         name
@@ -55,13 +58,17 @@ def linears_to_pack(model: nn.Module, new_parameters: Collection[str] = ()) -> l
     ]
 
 
-def attach(model: nn.Module, method: Method, targets: str | list[str], new_parameters: Collection[str] = ()) -> Attached:
-    """Adapt the target layers of `model` in place; afterwards exactly the method's factors and new heads are trained.
+def attach(
+    model: nn.Module, method: Method, targets: str | list[str], new_parameters: Collection[str] = ()
+) -> Attached:
+    """Adapt the target layers of `model` in place; afterwards exactly the method's factors and new heads are
+    trained.
 
-    targets: "all-linear" (every `nn.Linear` but output embeddings and new heads), or a list of layer names, last parts of
-    names (`q_proj`) and patterns (`*.layers.1?.mlp.*`). new_parameters: parameters that the pretrained weights did not
-    contain, such as a classification head; they are trained fully, and their layers are no targets whatever their names.
-    Raises UserError for a target that matches no linear layer, and for a layer whose shape the method refuses.
+    targets: "all-linear" (every `nn.Linear` but output embeddings and new heads), or a list of layer names,
+    last parts of names (`q_proj`) and patterns (`*.layers.1?.mlp.*`). new_parameters: parameters that the
+    pretrained weights did not contain, such as a classification head; they are trained fully, and their
+    layers are no targets whatever their names. Raises UserError for a target that matches no linear layer,
+    and for a layer whose shape the method refuses.
     """
     linears = target_linears(model, targets, new_parameters)
     method = method.fitted([(linear.out_features, linear.in_features) for linear in linears.values()])
@@ -92,8 +99,12 @@ def attach(model: nn.Module, method: Method, targets: str | list[str], new_param
     return attached
 
 
-def target_linears(model: nn.Module, targets: str | list[str], new_parameters: Collection[str] = ()) -> dict[str, nn.Linear]:
-    """The layers that `attach` adapts, in the model's order. Raises UserError where there is none, or a target is no layer."""
+def target_linears(
+    model: nn.Module, targets: str | list[str], new_parameters: Collection[str] = ()
+) -> dict[str, nn.Linear]:
+    """The layers that `attach` adapts, in the model's order. Raises UserError where there is none, or a
+    target is no layer.
+    """
     linears = {
         name: module
         for name, module in model.named_modules()
@@ -109,7 +120,9 @@ def target_linears(model: nn.Module, targets: str | list[str], new_parameters: C
 
 def _uses(model: nn.Module, weight: nn.Parameter) -> int:
     """How many modules have this very parameter."""
-    return sum(parameter is weight for module in model.modules() for parameter in module.parameters(recurse=False))
+    return sum(
+        parameter is weight for module in model.modules() for parameter in module.parameters(recurse=False)
+    )
 
 
 def _match(model: nn.Module, linears: dict[str, nn.Linear], targets: str | list[str]) -> list[str]:
@@ -134,7 +147,11 @@ def _matches(name: str, target: str) -> bool:
 def _all_linear(model: nn.Module, linears: dict[str, nn.Linear]) -> list[str]:
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    return [name for name, linear in linears.items() if linear is not output and id(linear.weight) not in embeddings]
+    return [
+        name
+        for name, linear in linears.items()
+        if linear is not output and id(linear.weight) not in embeddings
+    ]
 
 
 def _replace(model: nn.Module, name: str, layer: nn.Module) -> nn.Module:

@@ -1,10 +1,12 @@
 """Linear weights in 4 or 8 bits: the home of bitsandbytes.
 
-A packed weight is two things. Its numbers are a flat tensor in the model's own dtype, whatever bits it holds, so that ZeRO-3 cuts
-it up like any other parameter and no cast of the whole model touches it. Its scales are tensors beside it, whole on every rank.
+A packed weight is two things. Its numbers are a flat tensor in the model's own dtype, whatever bits it holds,
+so that ZeRO-3 cuts it up like any other parameter and no cast of the whole model touches it. Its scales are
+tensors beside it, whole on every rank.
 
-    nf4   4-bit normal floats, one scale for 64 numbers of the row-major matrix (Dettmers et al., arXiv 2305.14314)
-    int8  whole numbers -127 … 127, one scale a row (the weights of Dettmers et al., arXiv 2208.07339; here activations are never
+    nf4   4-bit normal floats, one scale for 64 numbers of the row-major matrix (Dettmers et al., arXiv
+    2305.14314) int8  whole numbers -127 … 127, one scale a row (the weights of Dettmers et al., arXiv
+    2208.07339; here activations are never
           quantised, so that the layer and its gradients use one and the same matrix)
 """
 
@@ -25,14 +27,18 @@ FLOAT32 = torch.float32.itemsize
 
 
 def library():
-    """bitsandbytes' functions. Loaded here and not with this file, because that takes seconds and few runs need it."""
+    """bitsandbytes' functions. Loaded here and not with this file, because that takes seconds and few runs
+    need it.
+    """
     noise = logging.getLogger("bitsandbytes")
     level = noise.level
     noise.setLevel(logging.ERROR)  # it recommends packages for products in 4 bits, which are not used here
     try:
         import bitsandbytes.functional
     except ImportError as error:
-        raise UserError(f"model.quantization needs the package bitsandbytes ({error}); pip install 'distlora[bnb]'") from None
+        raise UserError(
+            f"model.quantization needs the package bitsandbytes ({error}); pip install 'distlora[bnb]'"
+        ) from None
     finally:
         noise.setLevel(level)
     return bitsandbytes.functional
@@ -41,8 +47,9 @@ def library():
 class Packing(ABC):
     """How one weight is packed, and its scales.
 
-    shape: (out, in). storage: the dtype of the packed tensor. compute: the dtype of the matrix that `unpack` makes for the forward
-    pass. Packing is deterministic; what was unpacked packs to the same codes again, but scales that are quantised themselves move.
+    shape: (out, in). storage: the dtype of the packed tensor. compute: the dtype of the matrix that `unpack`
+    makes for the forward pass. Packing is deterministic; what was unpacked packs to the same codes again, but
+    scales that are quantised themselves move.
     """
 
     kind: ClassVar[str]
@@ -70,7 +77,9 @@ class Packing(ABC):
         return -(-self.nbytes // self.storage.itemsize)
 
     def pack(self, weight: Tensor) -> Tensor:
-        """(elements,) in the storage dtype, of a weight (out, in) in float32 or bfloat16; on its device, as the new scales."""
+        """(elements,) in the storage dtype, of a weight (out, in) in float32 or bfloat16; on its device, as
+        the new scales.
+        """
         codes = self._encode(weight.contiguous())
         stored = torch.zeros(self.elements * self.storage.itemsize, dtype=torch.uint8, device=codes.device)
         stored[: self.nbytes] = codes
@@ -82,7 +91,9 @@ class Packing(ABC):
 
     @abstractmethod
     def scales(self) -> list[Tensor]:
-        """All tensors that `unpack` needs beside the stored one and that depend on the weight; they may be overwritten in place."""
+        """All tensors that `unpack` needs beside the stored one and that depend on the weight; they may be
+        overwritten in place.
+        """
 
     @abstractmethod
     def _encode(self, weight: Tensor) -> Tensor:
@@ -98,7 +109,9 @@ class NF4(Packing):
 
     kind = "nf4"
 
-    def __init__(self, shape: tuple[int, int], storage: torch.dtype, compute: torch.dtype, double: bool = True):
+    def __init__(
+        self, shape: tuple[int, int], storage: torch.dtype, compute: torch.dtype, double: bool = True
+    ):
         super().__init__(shape, storage, compute)
         self._double = double
 
@@ -125,7 +138,9 @@ class NF4(Packing):
         return [state.absmax, state.state2.absmax, state.offset] if self._double else [state.absmax]
 
     def _encode(self, weight: Tensor) -> Tensor:
-        codes, self._state = library().quantize_4bit(weight, blocksize=BLOCK, compress_statistics=self._double, quant_type="nf4")
+        codes, self._state = library().quantize_4bit(
+            weight, blocksize=BLOCK, compress_statistics=self._double, quant_type="nf4"
+        )
         return codes.view(-1)
 
     def _decode(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
@@ -152,21 +167,24 @@ class Int8(Packing):
         return [self._rows]
 
     def _encode(self, weight: Tensor) -> Tensor:
-        # On an accelerator the library takes float16 alone, which large weights overflow: the rows are scaled first.
+        # On an accelerator the library takes float16 alone, which large weights overflow: the rows are scaled
+        # first.
         rows = weight.float().abs().amax(1)
         codes = torch.round(weight.float() * (127 / torch.where(rows > 0, rows, 1))[:, None])
         self._rows = rows
         return codes.to(torch.int8).view(torch.uint8).view(-1)
 
     def _decode(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
-        return library().int8_vectorwise_dequant(codes.view(torch.int8).view(self.shape), self._rows).to(dtype)
+        return (
+            library().int8_vectorwise_dequant(codes.view(torch.int8).view(self.shape), self._rows).to(dtype)
+        )
 
 
 def packing_maker(
     kind: str, storage: torch.dtype, compute: torch.dtype | None = None, double: bool = True
 ) -> Callable[[tuple[int, int]], Packing]:
-    """Makes the packing of a weight from its shape; sizes can be asked of it without bitsandbytes. kind: nf4 or int8. double: of
-    nf4's scales."""
+    """Makes the packing of a weight from its shape; sizes can be asked of it without bitsandbytes. kind: nf4
+    or int8. double: of nf4's scales."""
     compute = compute or storage
     if kind == "nf4":
         return lambda shape: NF4(shape, storage, compute, double)

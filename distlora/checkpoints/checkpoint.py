@@ -2,9 +2,11 @@
 
     RUN/checkpoint-<step>/   adapter.safetensors     every factor as the forward pass uses it, and other trained parameters
                              ledger.safetensors      what was added to frozen weights, by which they are made again from the
-                                                     pretrained ones; absent without any. A frozen weight itself is never here
+                                                     pretrained ones; absent without any. A frozen weight
+                                                     itself is never here
                              recompose.safetensors   what the next recompositions need, absent without such
-                             optimizer.safetensors   <tensor>/master and <tensor>/<moment> of every trained tensor, float32
+                             optimizer.safetensors   <tensor>/master and <tensor>/<moment> of every trained
+                             tensor, float32
                              state.json              step, method, what the caller adds, random-number states of all ranks
                              manifest.json           written last: the size and SHA-256 of every other file
 
@@ -27,7 +29,16 @@ import torch
 from torch import Tensor
 
 from distlora.adapter.attach import Attached
-from distlora.checkpoints.directory import FORMAT, MANIFEST, STATE, Checkpoint, newest, of_step, prune, put_in_place
+from distlora.checkpoints.directory import (
+    FORMAT,
+    MANIFEST,
+    STATE,
+    Checkpoint,
+    newest,
+    of_step,
+    prune,
+    put_in_place,
+)
 from distlora.engine.comm import Comm
 from distlora.engine.coordination import on_main, stream_to_main
 from distlora.engine.ledger import Ledger
@@ -46,7 +57,9 @@ _log = logging.getLogger(__name__)
 
 
 class Stateful(Protocol):
-    """What a run that recomposes has to remember beside factors and ledger. `tensors` and `restore` are collective."""
+    """What a run that recomposes has to remember beside factors and ledger. `tensors` and `restore` are
+    collective.
+    """
 
     @property
     def active(self) -> bool:
@@ -76,11 +89,13 @@ def save(
     split_bytes: int = SPLIT_BYTES,
     recomposer: Stateful | None = None,
 ) -> Path:
-    """Writes `run_dir/checkpoint-<step>` and returns it; then removes all but the newest `keep` of the steps up to this one.
+    """Writes `run_dir/checkpoint-<step>` and returns it; then removes all but the newest `keep` of the steps
+    up to this one.
 
-    Collective. A crash at any moment leaves the earlier checkpoints, or this one, whole. identity: what a run must have in
-    common with this one to resume it; extra: anything else of the caller's; both JSON. One of the same step is replaced.
-    Errors: UserError on all ranks where the disk refuses; nothing is left behind then.
+    Collective. A crash at any moment leaves the earlier checkpoints, or this one, whole. identity: what a run
+    must have in common with this one to resume it; extra: anything else of the caller's; both JSON. One of
+    the same step is replaced. Errors: UserError on all ranks where the disk refuses; nothing is left behind
+    then.
     """
     final = Path(run_dir) / f"checkpoint-{step}"
     state = {
@@ -104,12 +119,16 @@ def save(
 
 
 def describe_model(engine: Engine) -> dict[str, Any]:
-    """The model's class, and how many labels its head tells apart: what an export has to say about a new head."""
+    """The model's class, and how many labels its head tells apart: what an export has to say about a new
+    head.
+    """
     config = getattr(engine.module, "config", None)
     return {"class": type(engine.module).__name__, "num_labels": getattr(config, "num_labels", None)}
 
 
-def _tensors(engine: Engine, attached: Attached, recomposer: Stateful | None) -> Iterator[tuple[str, str, Tensor | None]]:
+def _tensors(
+    engine: Engine, attached: Attached, recomposer: Stateful | None
+) -> Iterator[tuple[str, str, Tensor | None]]:
     """(group, name, tensor) of everything to be saved, the tensors on rank 0 only. Collective."""
     for name in _adapter_shapes(engine, attached):
         yield ADAPTER, name, engine.read_parameter(name)
@@ -140,9 +159,14 @@ def _write(final: Path, tensors: Iterable[tuple[str, str, Tensor]], state: dict,
     try:
         digests = {}
         for group, members in groupby(tensors, key=lambda item: item[0]):
-            digests |= write_split(partial, group, ((name, tensor) for _, name, tensor in members), split_bytes)
+            digests |= write_split(
+                partial, group, ((name, tensor) for _, name, tensor in members), split_bytes
+            )
         digests[STATE] = write_json(partial / STATE, state)
-        write_json(partial / MANIFEST, {"format": FORMAT, "step": state["step"], "files": _verified(partial, digests)})
+        write_json(
+            partial / MANIFEST,
+            {"format": FORMAT, "step": state["step"], "files": _verified(partial, digests)},
+        )
         flush_directory(partial)
         put_in_place(partial, final)
     except BaseException:
@@ -155,23 +179,34 @@ def _verified(directory: Path, digests: dict[str, str]) -> dict[str, dict]:
     for name, digest in digests.items():
         if sha256_of(directory / name) != digest:
             raise UserError(f"{directory / name}: what was written reads back differently; check the disk")
-    return {name: {"bytes": (directory / name).stat().st_size, "sha256": digest} for name, digest in digests.items()}
+    return {
+        name: {"bytes": (directory / name).stat().st_size, "sha256": digest}
+        for name, digest in digests.items()
+    }
 
 
 # ---------------------------------------------------------------------- restoring
 
 
-def restore(engine: Engine, attached: Attached, checkpoint: Checkpoint, recomposer: Stateful | None = None) -> dict[str, Any]:
-    """Writes a checkpoint into an engine that has started, and returns its state (step, identity, extra, …). Collective.
+def restore(
+    engine: Engine, attached: Attached, checkpoint: Checkpoint, recomposer: Stateful | None = None
+) -> dict[str, Any]:
+    """Writes a checkpoint into an engine that has started, and returns its state (step, identity, extra, …).
+    Collective.
 
-    Where there is a ledger, the engine must hold the pretrained weights, and `engine.ledger` be empty: the frozen weights are
-    made first, entry by entry. recomposer: None leaves what belongs to it alone, as an evaluation does.
-    Any stage and world size will do. At the same world size the random-number states of all ranks are restored as well.
-    Errors: UserError on all ranks, naming the tensor, where checkpoint and model do not fit; nothing is written then.
+    Where there is a ledger, the engine must hold the pretrained weights, and `engine.ledger` be empty: the
+    frozen weights are made first, entry by entry. recomposer: None leaves what belongs to it alone, as an
+    evaluation does. Any stage and world size will do. At the same world size the random-number states of all
+    ranks are restored as well. Errors: UserError on all ranks, naming the tensor, where checkpoint and model
+    do not fit; nothing is written then.
     """
     comm, trained = engine.comm, engine.trained_shapes()
     shapes = _adapter_shapes(engine, attached)
-    files = on_main(comm, checkpoint.path, lambda: _open_fitting(checkpoint, attached, engine.ledger, shapes, trained, recomposer))
+    files = on_main(
+        comm,
+        checkpoint.path,
+        lambda: _open_fitting(checkpoint, attached, engine.ledger, shapes, trained, recomposer),
+    )
 
     def on_all(read: str) -> Callable[[str], Tensor | None]:
         """Reads on rank 0; an error there is everyone's."""
@@ -181,7 +216,9 @@ def restore(engine: Engine, attached: Attached, checkpoint: Checkpoint, recompos
         engine.ledger.replay(engine, attached.layers, checkpoint.state["ledger"], on_all("of_ledger"))
     for name in shapes:
         if name not in trained:
-            engine.write_parameter(name, on_main(comm, checkpoint.path, lambda name=name: files.adapter.read(name)))
+            engine.write_parameter(
+                name, on_main(comm, checkpoint.path, lambda name=name: files.adapter.read(name))
+            )
     for name in trained:
         tensors = on_main(comm, checkpoint.path, lambda name=name: files.trained(name))
         engine.write_trained(name, tensors, checkpoint.state["optimizer_steps"])
@@ -200,25 +237,33 @@ def ledger_files(checkpoint: Checkpoint, layers: dict[str, tuple[int, int]]) -> 
     wanted, dtypes = {}, {}
     for layer, entries in described.items():
         if layer not in layers:
-            raise UserError(f"{path}: the run has no layer {layer}; the ledger was written with another model or targets")
+            raise UserError(
+                f"{path}: the run has no layer {layer}; the ledger was written with another model or targets"
+            )
         out_features, in_features = layers[layer]
         for index, entry in enumerate(entries):
             sides = {"left": (out_features, entry["columns"]), "right": (entry["columns"], in_features)}
             wanted |= {f"{layer}/{index}/{side}": shape for side, shape in sides.items()}
-            dtypes |= dict.fromkeys((f"{layer}/{index}/{side}" for side in sides), getattr(torch, entry["dtype"]))
+            dtypes |= dict.fromkeys(
+                (f"{layer}/{index}/{side}" for side in sides), getattr(torch, entry["dtype"])
+            )
     if not wanted:
         return None
     files = TensorFiles(path, LEDGER)
     _compare(path, files, wanted)
     for name, dtype in dtypes.items():
         if files.dtype(name) != dtype:
-            raise UserError(f"{path}: tensor {name} is of {files.dtype(name)}, and {STATE} says {dtype}; take another checkpoint")
+            raise UserError(
+                f"{path}: tensor {name} is of {files.dtype(name)}, and {STATE} says {dtype}; take another checkpoint"
+            )
     return files
 
 
 @dataclass(frozen=True)
 class _Files:
-    """Of one checkpoint. keys: "master" and the optimizer's moments. ledger, recompose: None where there is nothing of it."""
+    """Of one checkpoint. keys: "master" and the optimizer's moments. ledger, recompose: None where there is
+    nothing of it.
+    """
 
     path: Path
     adapter: TensorFiles
@@ -240,14 +285,21 @@ class _Files:
 
 
 def _open_fitting(
-    checkpoint: Checkpoint, attached: Attached, ledger: Ledger | None, shapes: dict, trained: dict, recomposer: Stateful | None
+    checkpoint: Checkpoint,
+    attached: Attached,
+    ledger: Ledger | None,
+    shapes: dict,
+    trained: dict,
+    recomposer: Stateful | None,
 ) -> _Files:
     """The checkpoint's files, once all names and shapes are right."""
     path, state = checkpoint.path, checkpoint.state
     if state["method"] != attached.method.name:
         raise UserError(f"{path} is of method {state['method']}, and the run of {attached.method.name}")
     if state.get("ledger") and ledger is None:
-        raise UserError(f"{path} holds updates of frozen weights, and the run of {attached.method.name} keeps no ledger")
+        raise UserError(
+            f"{path} holds updates of frozen weights, and the run of {attached.method.name} keeps no ledger"
+        )
     if recomposer is not None and recomposer.active and state.get("recompose") is None:
         raise UserError(f"{path} does not say how far recomposition was; it was written without it")
     adapter, optimizer = TensorFiles(path, ADAPTER), TensorFiles(path, OPTIMIZER)
@@ -262,12 +314,18 @@ def _open_fitting(
 def _compare(path: Path, files: TensorFiles, wanted: dict[str, tuple[int, ...]]) -> None:
     for name, shape in wanted.items():
         if name not in files:
-            raise UserError(f"{path}: tensor {name} is missing; it was written with another model, method or targets")
+            raise UserError(
+                f"{path}: tensor {name} is missing; it was written with another model, method or targets"
+            )
         if files.shape(name) != tuple(shape):
-            raise UserError(f"{path}: tensor {name} has shape {files.shape(name)}, and the run's is {tuple(shape)}")
+            raise UserError(
+                f"{path}: tensor {name} has shape {files.shape(name)}, and the run's is {tuple(shape)}"
+            )
     for name in files.names:
         if name not in wanted:
-            raise UserError(f"{path}: the run has no tensor {name}; it was written with another model, method or targets")
+            raise UserError(
+                f"{path}: the run has no tensor {name}; it was written with another model, method or targets"
+            )
 
 
 # ---------------------------------------------------------------------- random-number states
@@ -275,16 +333,21 @@ def _compare(path: Path, files: TensorFiles, wanted: dict[str, tuple[int, ...]])
 
 def _gather_random_states(comm: Comm) -> dict[str, list[str]] | None:
     """On rank 0 the states of all ranks' global generators, which dropout draws from, in base64."""
-    gathered = {kind: comm.gather_to(state.to(comm.device), 0) for kind, state in random_states(comm.device).items()}
+    gathered = {
+        kind: comm.gather_to(state.to(comm.device), 0) for kind, state in random_states(comm.device).items()
+    }
     if not comm.is_main:
         return None
     return {
-        kind: [base64.b64encode(bytes(state.cpu().numpy())).decode() for state in of_ranks] for kind, of_ranks in gathered.items()
+        kind: [base64.b64encode(bytes(state.cpu().numpy())).decode() for state in of_ranks]
+        for kind, of_ranks in gathered.items()
     }
 
 
 def _restore_random_states(comm: Comm, checkpoint: Checkpoint) -> None:
-    states = comm.share(on_main(comm, checkpoint.path, lambda: json.loads((checkpoint.path / STATE).read_bytes())["rng"]))
+    states = comm.share(
+        on_main(comm, checkpoint.path, lambda: json.loads((checkpoint.path / STATE).read_bytes())["rng"])
+    )
     if len(states["cpu"]) != comm.world_size:
         _log.info("%s was written by %d ranks: dropout draws anew", checkpoint.path, len(states["cpu"]))
         return

@@ -1,4 +1,6 @@
-"""The checkpoints in a run directory: which there are, whether they are whole, how one takes its place and old ones go."""
+"""The checkpoints in a run directory: which there are, whether they are whole, how one takes its place and
+old ones go.
+"""
 
 import json
 import logging
@@ -17,7 +19,8 @@ from distlora.files.atomic import flush_directory, sha256_of
 FORMAT = 1
 MANIFEST, STATE = "manifest.json", "state.json"
 
-#: A complete checkpoint, or the one whose place a newer of the same step was about to take when the run was killed.
+#: A complete checkpoint, or the one whose place a newer of the same step was about to take when the run was
+#: killed.
 _NAME = re.compile(r"checkpoint-(\d+)|\.checkpoint-(\d+)\.replaced")
 
 _log = logging.getLogger(__name__)
@@ -45,7 +48,8 @@ class Checkpoint:
 def newest(run_dir: str | os.PathLike, comm: Comm | None = None) -> Checkpoint | None:
     """The complete checkpoint of the highest step, its checksums verified; None without one.
 
-    Broken ones are named in a warning and skipped. With `comm` this is collective: rank 0 looks, all ranks get its answer.
+    Broken ones are named in a warning and skipped. With `comm` this is collective: rank 0 looks, all ranks
+    get its answer.
     """
     if comm is None:
         return _newest(Path(run_dir))
@@ -82,7 +86,9 @@ def _newest(run_dir: Path) -> Checkpoint | None:
 def _candidates(run_dir: Path) -> list[tuple[int, Path]]:
     """(step, directory) of what may be a checkpoint, newest first; of one step the one in place comes first."""
     paths = [path for path in run_dir.iterdir() if _NAME.fullmatch(path.name)] if run_dir.is_dir() else []
-    return sorted(((_step_of(path), path) for path in paths), key=lambda item: (-item[0], item[1].name[0] == "."))
+    return sorted(
+        ((_step_of(path), path) for path in paths), key=lambda item: (-item[0], item[1].name[0] == ".")
+    )
 
 
 def _step_of(path: Path) -> int:
@@ -93,7 +99,11 @@ def problem_with(path: Path, checksums: bool = True) -> str | None:
     """What is wrong with a checkpoint; None if it is complete."""
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
-        if manifest["format"] != FORMAT or manifest["step"] != _step_of(path) or STATE not in manifest["files"]:
+        if (
+            manifest["format"] != FORMAT
+            or manifest["step"] != _step_of(path)
+            or STATE not in manifest["files"]
+        ):
             return f"{MANIFEST} is of another format or step"
         for name, entry in manifest["files"].items():
             size = (path / name).stat().st_size
@@ -119,7 +129,9 @@ def _load(path: Path) -> Checkpoint:
 
 
 def put_in_place(partial: Path, final: Path) -> None:
-    """Renames. No single move replaces a directory, so an older one of this step waits aside, where `newest` looks too."""
+    """Renames. No single move replaces a directory, so an older one of this step waits aside, where `newest`
+    looks too.
+    """
     replaced = final.with_name(f".{final.name}.replaced")
     if final.exists():
         if replaced.exists():
@@ -130,7 +142,9 @@ def put_in_place(partial: Path, final: Path) -> None:
 
 
 def prune(final: Path, keep: int) -> None:
-    """Removes older checkpoints once `final` is complete. Later steps are left alone: only broken ones can be there."""
+    """Removes older checkpoints once `final` is complete. Later steps are left alone: only broken ones can be
+    there.
+    """
     complete = 0
     for step, path in _candidates(final.parent):
         whole = path.name[0] != "." and problem_with(path, checksums=False) is None

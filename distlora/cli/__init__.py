@@ -1,1 +1,3 @@
-"""The command line. `main.main` runs one verb; the other modules are started by launch scripts: nothing here is for programs."""
+"""The command line. `main.main` runs one verb; the other modules are started by launch scripts: nothing here
+is for programs.
+"""

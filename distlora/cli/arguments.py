@@ -13,7 +13,9 @@ def whole_number(option: str, text: str) -> int:
 def whole_numbers(option: str, text: str) -> list[int]:
     """Numbers above 0 with commas between them."""
     numbers = [_number(int, part) for part in text.split(",")]
-    return numbers if all(numbers) else _refused(option, text, "whole numbers above 0 with commas between them")
+    return (
+        numbers if all(numbers) else _refused(option, text, "whole numbers above 0 with commas between them")
+    )
 
 
 def size(option: str, text: str) -> float:

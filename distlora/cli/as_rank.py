@@ -1,7 +1,8 @@
-"""`python -m distlora.cli.as_rank MARK WORD`: the program as a rank, with its command line packed into one word.
+"""`python -m distlora.cli.as_rank MARK WORD`: the program as a rank, with its command line packed into one
+word.
 
-DeepSpeed's pdsh launcher hands arguments to shells on other hosts as they are: spaces split them, and `$(…)` is run. MARK is for
-who looks for the processes of one job.
+DeepSpeed's pdsh launcher hands arguments to shells on other hosts as they are: spaces split them, and `$(…)`
+is run. MARK is for who looks for the processes of one job.
 """
 
 import os

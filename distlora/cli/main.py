@@ -24,8 +24,8 @@ SHARES = ("accuracy", "f1", "exact_match")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one verb; returns the exit code: 0, 1 (training broke, or the doctor found a failure), 2 (a mistake of the user's, in
-    one sentence) or 75 (asked to stop; the same command goes on)."""
+    """Runs one verb; returns the exit code: 0, 1 (training broke, or the doctor found a failure), 2 (a
+    mistake of the user's, in one sentence) or 75 (asked to stop; the same command goes on)."""
     options = _parse(arguments)
     try:
         return options.run(options) or 0
@@ -70,7 +70,12 @@ def _parser() -> argparse.ArgumentParser:
 
     train = verbs.add_parser("train", help="run a recipe")
     train.add_argument("recipe", help="a YAML file, see configs/recipes")
-    train.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="changes to the recipe, such as train.lr=1e-3")
+    train.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="dotted.key=value",
+        help="changes to the recipe, such as train.lr=1e-3",
+    )
     train.add_argument(
         "--resume",
         action=argparse.BooleanOptionalAction,
@@ -90,9 +95,16 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--out", type=Path, required=True, help="a directory that does not exist yet")
     export.add_argument("--step", type=int, help="of the checkpoint; default: the newest")
     export.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), help="default: float32 (peft), as the pretrained weights (merged)"
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="default: float32 (peft), as the pretrained weights (merged)",
     )
-    export.add_argument("--compress-rank", type=int, metavar="K", help="peft: at most K columns a layer, by an SVD of its update")
+    export.add_argument(
+        "--compress-rank",
+        type=int,
+        metavar="K",
+        help="peft: at most K columns a layer, by an SVD of its update",
+    )
     export.add_argument(
         "--max-error",
         type=float,
@@ -108,11 +120,20 @@ def _parser() -> argparse.ArgumentParser:
         "a rank went silent); 1 failed, still running or killed, or nothing to tell.",
     )
     status.add_argument("recipe", help="a recipe, or a run's output directory")
-    status.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="those that the run was started with")
-    status.add_argument("--since", type=float, metavar="SECONDS", help="nothing that was written before this time since the epoch")
+    status.add_argument(
+        "overrides", nargs="*", metavar="dotted.key=value", help="those that the run was started with"
+    )
+    status.add_argument(
+        "--since",
+        type=float,
+        metavar="SECONDS",
+        help="nothing that was written before this time since the epoch",
+    )
     status.set_defaults(run=_status)
 
-    plan = verbs.add_parser("plan", help="memory and traffic of a recipe on a cluster, before anything is loaded or started")
+    plan = verbs.add_parser(
+        "plan", help="memory and traffic of a recipe on a cluster, before anything is loaded or started"
+    )
     plan.add_argument("recipe", help="a YAML file, see configs/recipes")
     plan.add_argument("overrides", nargs="*", metavar="dotted.key=value")
     plan.add_argument("--nodes", default="1,2,4,8,16,32,64,128", metavar="N[,N…]", help="default: 1 to 128")
@@ -122,17 +143,30 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--plot", type=Path, metavar="FILE.png", help="also draw a picture (needs matplotlib)")
     plan.set_defaults(run=_plan)
 
-    doctor = verbs.add_parser("doctor", help="look for what is wrong with the machines, before a run finds out")
-    doctor.add_argument(
-        "hostfile", nargs="?", type=Path, help="lines of `host slots=N`, asked through ssh; default: this machine, or the job"
+    doctor = verbs.add_parser(
+        "doctor", help="look for what is wrong with the machines, before a run finds out"
     )
-    doctor.add_argument("--recipe", type=Path, help="also look for what this run needs: files, model, operators, output_dir")
     doctor.add_argument(
-        "--run-dir", type=Path, help="the directory that all nodes must share; default: the recipe's, or the current one"
+        "hostfile",
+        nargs="?",
+        type=Path,
+        help="lines of `host slots=N`, asked through ssh; default: this machine, or the job",
+    )
+    doctor.add_argument(
+        "--recipe", type=Path, help="also look for what this run needs: files, model, operators, output_dir"
+    )
+    doctor.add_argument(
+        "--run-dir",
+        type=Path,
+        help="the directory that all nodes must share; default: the recipe's, or the current one",
     )
     doctor.add_argument("--port", type=int, help="where rank 0 listens; default: MASTER_PORT, or 29500")
-    doctor.add_argument("--build", action=argparse.BooleanOptionalAction, default=True, help="build DeepSpeed's operators now")
-    doctor.add_argument("--limit", type=float, default=30.0, metavar="SECONDS", help="how long a silent rank is waited for")
+    doctor.add_argument(
+        "--build", action=argparse.BooleanOptionalAction, default=True, help="build DeepSpeed's operators now"
+    )
+    doctor.add_argument(
+        "--limit", type=float, default=30.0, metavar="SECONDS", help="how long a silent rank is waited for"
+    )
     doctor.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     doctor.set_defaults(run=_doctor)
 
@@ -145,21 +179,37 @@ def _parser() -> argparse.ArgumentParser:
     methods.add_argument("recipe", nargs="?", help="whose model, targets, rank and optimizer are taken")
     methods.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="changes to the recipe")
     methods.add_argument("--rank", type=int, metavar="R", help="of all methods; default: the recipe's, or 8")
-    methods.add_argument("--model", metavar="PATH", help="in place of the recipe's: a directory, a hub name, or pypi:<package>")
+    methods.add_argument(
+        "--model", metavar="PATH", help="in place of the recipe's: a directory, a hub name, or pypi:<package>"
+    )
     methods.set_defaults(run=_methods)
 
     sweep = verbs.add_parser("sweep", help="check a sweep, and show the overrides of its lines")
-    sweep.add_argument("file", help="a line of dotted.key=value … for each run, quoted as in a shell, each with its output_dir")
+    sweep.add_argument(
+        "file",
+        help="a line of dotted.key=value … for each run, quoted as in a shell, each with its output_dir",
+    )
     sweep.add_argument("recipe", help="that the lines change")
-    sweep.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="those that come before every line's own")
-    sweep.add_argument("--line", type=int, metavar="N", help="only line N, counted from 0: each word with a zero byte behind it")
+    sweep.add_argument(
+        "overrides", nargs="*", metavar="dotted.key=value", help="those that come before every line's own"
+    )
+    sweep.add_argument(
+        "--line",
+        type=int,
+        metavar="N",
+        help="only line N, counted from 0: each word with a zero byte behind it",
+    )
     sweep.set_defaults(run=_sweep)
     return parser
 
 
 def _train(options: argparse.Namespace) -> int:
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # below that, stack traces of connections that a dead rank has closed
-    with StopSignals() as signals:  # before the libraries are imported: that takes seconds in which a signal may come
+    os.environ.setdefault(
+        "TORCH_CPP_LOG_LEVEL", "ERROR"
+    )  # below that, stack traces of connections that a dead rank has closed
+    with (
+        StopSignals() as signals
+    ):  # before the libraries are imported: that takes seconds in which a signal may come
         try:
             return _train_until(options, signals)
         except Preempted as error:
@@ -239,7 +289,10 @@ def _status(options: argparse.Namespace) -> int:
 
 def _plan(options: argparse.Namespace) -> None:
     _log_to_terminal(shown=False)
-    nodes, gpus = whole_numbers("--nodes", options.nodes), whole_number("--gpus-per-node", options.gpus_per_node)
+    nodes, gpus = (
+        whole_numbers("--nodes", options.nodes),
+        whole_number("--gpus-per-node", options.gpus_per_node),
+    )
     gpu_memory = size("--gpu-memory", options.gpu_memory)
     samples = None if options.samples is None else whole_number("--samples", options.samples)
     recipe = _recipe(options.recipe, options.overrides)
@@ -257,7 +310,9 @@ def _plan(options: argparse.Namespace) -> None:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # before torch comes: its stack traces are no news beside the table
+    os.environ.setdefault(
+        "TORCH_CPP_LOG_LEVEL", "FATAL"
+    )  # before torch comes: its stack traces are no news beside the table
     topology = _topology()
     for note in topology.notes:
         logging.getLogger("distlora").info("%s", note)
@@ -266,7 +321,13 @@ def _doctor(options: argparse.Namespace) -> int:
 
     with unwinding():
         result = examine.examine(
-            topology, options.hostfile, options.recipe, options.run_dir, options.port, options.build, options.limit
+            topology,
+            options.hostfile,
+            options.recipe,
+            options.run_dir,
+            options.port,
+            options.build,
+            options.limit,
         )
     if result.told:
         print(table.table(result.findings, result.nodes))
@@ -306,7 +367,9 @@ def _log_to_terminal(shown: bool) -> None:
     """Rank 0 tells what happens; the others only what is wrong."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
-    handler.setLevel(logging.INFO if shown else logging.ERROR)  # not the logger's: every rank has a log file besides
+    handler.setLevel(
+        logging.INFO if shown else logging.ERROR
+    )  # not the logger's: every rank has a log file besides
     logger = logging.getLogger("distlora")
     logger.handlers[:] = [handler]
     logger.setLevel(logging.INFO)
@@ -314,7 +377,9 @@ def _log_to_terminal(shown: bool) -> None:
 
 
 def _sentence(error: Ending, code: int, patience: float = PATIENCE) -> int:
-    """The error once, from rank 0; from another rank only if rank 0 may not know, and if it is still alive after a while."""
+    """The error once, from rank 0; from another rank only if rank 0 may not know, and if it is still alive
+    after a while.
+    """
     rank, first = _rank()
     if rank == 0:
         print(f"distlora: {error}", file=sys.stderr, flush=True)
@@ -328,14 +393,21 @@ def _sentence(error: Ending, code: int, patience: float = PATIENCE) -> int:
 
 def _rank() -> tuple[int, bool]:
     """This process's rank, and whether it is the first of its node."""
-    from distlora.cluster.rendezvous import own_local_rank, own_rank  # without torch: verbs that do without it may fail too
+    from distlora.cluster.rendezvous import (
+        own_local_rank,
+        own_rank,
+    )  # without torch: verbs that do without it may fail too
 
     return own_rank(os.environ), own_local_rank(os.environ) == 0
 
 
 def _table(summary) -> str:
     """The run on one screen."""
-    ratio = f"{summary.lora_trained / summary.trained:.1f} times fewer than" if summary.trained < summary.lora_trained else "beside"
+    ratio = (
+        f"{summary.lora_trained / summary.trained:.1f} times fewer than"
+        if summary.trained < summary.lora_trained
+        else "beside"
+    )
     rows = [("", "before", "after")] if summary.after else []
     for key, value in summary.after.items():
         form = "{:.1%}" if key in SHARES else "{:.4f}"
@@ -348,7 +420,10 @@ def _table(summary) -> str:
         ("initialisation", f"{summary.init_seconds:.1f} s"),
         ("a step", f"{summary.step_seconds:.2f} s (mean of {summary.steps})"),
         ("adapter", str(summary.adapter or "none: the weights themselves were trained; see distlora export")),
-        ("TensorBoard log", summary.tensorboard or "none: the DeepSpeed config turns no tensorboard section on"),
+        (
+            "TensorBoard log",
+            summary.tensorboard or "none: the DeepSpeed config turns no tensorboard section on",
+        ),
         ("metrics", str(summary.run_dir / "metrics.jsonl")),
     ]
     return "\n".join(["", *lines, *(f"  {name:<24}{value}" for name, value in facts), ""])

@@ -1,4 +1,5 @@
-"""What launch scripts ask before they start anything: `python -m distlora.cli.prepare_launch OPTIONS -- FOLDER ARGUMENTS…`.
+"""What launch scripts ask before they start anything: `python -m distlora.cli.prepare_launch OPTIONS --
+FOLDER ARGUMENTS…`.
 
 ARGUMENTS are `train RECIPE …`. What is written into FOLDER stands in `distlora.cluster.launching`.
 """

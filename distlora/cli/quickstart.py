@@ -1,6 +1,8 @@
-"""What launch/quickstart.sh asks before it starts the ranks: `python -m distlora.cli.quickstart RECIPE RANKS [dotted.key=value …]`.
+"""What launch/quickstart.sh asks before it starts the ranks: `python -m distlora.cli.quickstart RECIPE RANKS
+[dotted.key=value …]`.
 
-Writes overrides, one a line, under which the recipe's batch divides among so many ranks; nothing where it does already.
+Writes overrides, one a line, under which the recipe's batch divides among so many ranks; nothing where it
+does already.
 """
 
 import sys
@@ -20,8 +22,8 @@ def main(words: Sequence[str]) -> int:
 
 
 def batch_overrides(path: str, ranks: int, overrides: Sequence[str]) -> list[str]:
-    """Of the two sizes of a batch those that must change, and that the user has not set. Nothing for a recipe that is refused: the
-    run says why."""
+    """Of the two sizes of a batch those that must change, and that the user has not set. Nothing for a recipe
+    that is refused: the run says why."""
     try:
         train = load_recipe(path, overrides).train
     except UserError:

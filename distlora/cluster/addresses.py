@@ -1,4 +1,6 @@
-"""Host names, addresses and interfaces, as this host sees them. Nothing here sends a packet, but for a look-up of a name."""
+"""Host names, addresses and interfaces, as this host sees them. Nothing here sends a packet, but for a
+look-up of a name.
+"""
 
 import errno
 import fcntl
@@ -21,7 +23,9 @@ def is_loopback(name: str) -> bool:
 def addresses(name: str) -> list[str]:
     """In the order in which a connection tries them; empty where the name means nothing."""
     try:
-        return list(dict.fromkeys(entry[4][0] for entry in socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)))
+        return list(
+            dict.fromkeys(entry[4][0] for entry in socket.getaddrinfo(name, None, type=socket.SOCK_STREAM))
+        )
     except (OSError, UnicodeError):
         return []
 

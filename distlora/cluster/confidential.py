@@ -3,7 +3,8 @@
 import re
 
 _SECRETS = ("TOKEN", "KEY", "SECRET", "PASSW", "CREDENTIAL", "JWT", "AUTH", "_PAT", "_PWD")
-#: Parts of names that the words above would take for secrets, and that are none. (InfiniBand's partitions have a PKEY.)
+#: Parts of names that the words above would take for secrets, and that are none. (InfiniBand's partitions
+#: have a PKEY.)
 _HARMLESS = ("TOKENIZERS_", "_PATH", "_PKEY", "_IMPLICIT_TOKEN")
 #: A user and a password in an address.
 _LOGIN = re.compile(r"(?<=//)[^/@\s]+@")

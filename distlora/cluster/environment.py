@@ -1,4 +1,6 @@
-"""Where a run takes place: versions, topology, variables. Written into the run directory once for every start."""
+"""Where a run takes place: versions, topology, variables. Written into the run directory once for every
+start.
+"""
 
 import datetime
 import importlib.metadata
@@ -40,7 +42,11 @@ _UNKNOWN = "unknown"
 
 def versions() -> dict[str, str | None]:
     """Version of everything that must be equal on all nodes; None for what is not there."""
-    found = {"python": platform.python_version(), "torch": torch.__version__, "distlora": distlora.__version__}
+    found = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "distlora": distlora.__version__,
+    }
     for package in _PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)
@@ -58,7 +64,9 @@ def _first_word(path: Path) -> str | None:
 
 def relevant_variables(environment: Mapping[str, str]) -> dict[str, str]:
     """The variables that can change what a run does, without those that hold a secret."""
-    chosen = {name: value for name, value in environment.items() if name.startswith(RELEVANT) or name in _EXACTLY}
+    chosen = {
+        name: value for name, value in environment.items() if name.startswith(RELEVANT) or name in _EXACTLY
+    }
     return {name: value for name, value in sorted(chosen.items()) if not is_secret_name(name)}
 
 
@@ -66,7 +74,8 @@ def redacted(value: Any) -> Any:
     """A config without its secrets: texts under keys that are called so, and logins in addresses."""
     if isinstance(value, Mapping):
         return {
-            key: HIDDEN if is_secret_name(str(key)) and isinstance(item, str) else redacted(item) for key, item in value.items()
+            key: HIDDEN if is_secret_name(str(key)) and isinstance(item, str) else redacted(item)
+            for key, item in value.items()
         }
     if isinstance(value, (list, tuple)):
         return [redacted(item) for item in value]
@@ -80,17 +89,21 @@ def _redacted_word(word: str) -> str:
 
 
 def git_revision(folder: Path) -> dict[str, Any] | None:
-    """The revision of the checkout that `folder` lies in, and whether tracked files differ from it; None outside of one."""
+    """The revision of the checkout that `folder` lies in, and whether tracked files differ from it; None
+    outside of one.
+    """
     revision = _git(folder, "rev-parse", "HEAD")
     changes = _git(folder, "status", "--porcelain", "--untracked-files=no")
     return revision and {"revision": revision, "changed": None if changes is None else bool(changes)}
 
 
 def source_revision() -> dict[str, Any] | None:
-    """The same of distlora's own code. Where that lies in no checkout it is what the build of a container has left in
-    DISTLORA_REVISION; None where that does not say it either."""
+    """The same of distlora's own code. Where that lies in no checkout it is what the build of a container has
+    left in DISTLORA_REVISION; None where that does not say it either."""
     folder = Path(distlora.__file__).parent
-    if _git(folder, "ls-files", Path(distlora.__file__).name):  # a virtual environment within a checkout is not the checkout's
+    if _git(
+        folder, "ls-files", Path(distlora.__file__).name
+    ):  # a virtual environment within a checkout is not the checkout's
         return git_revision(folder)
     built = os.environ.get("DISTLORA_REVISION", _UNKNOWN)
     return None if built == _UNKNOWN else {"revision": built, "changed": None}
@@ -148,16 +161,22 @@ def _spans(ranks: list[int]) -> str:
 # ---------------------------------------------------------------------- the report
 
 
-def record(run_dir: Path, topology: Mapping[str, Any], deepspeed: Mapping[str, Any] | None, resumed_at: int | None) -> None:
-    """Adds this start to `environment.json`, a JSON list with one object for every start of the run. For rank 0.
+def record(
+    run_dir: Path, topology: Mapping[str, Any], deepspeed: Mapping[str, Any] | None, resumed_at: int | None
+) -> None:
+    """Adds this start to `environment.json`, a JSON list with one object for every start of the run. For rank
+    0.
 
-    deepspeed: the resolved config. resumed_at: the step of the checkpoint that this start goes on from, None for a new run.
+    deepspeed: the resolved config. resumed_at: the step of the checkpoint that this start goes on from, None
+    for a new run.
     """
     path = run_dir / ENVIRONMENT
     write_text(path, json.dumps([*_earlier(path), report(topology, deepspeed, resumed_at)], indent=1) + "\n")
 
 
-def report(topology: Mapping[str, Any], deepspeed: Mapping[str, Any] | None, resumed_at: int | None) -> dict[str, Any]:
+def report(
+    topology: Mapping[str, Any], deepspeed: Mapping[str, Any] | None, resumed_at: int | None
+) -> dict[str, Any]:
     """One start: when, how, where, with what. JSON-able."""
     return {
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

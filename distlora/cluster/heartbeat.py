@@ -1,9 +1,10 @@
 """Noticing that a rank has gone silent, while the others wait for it in a collective.
 
-Every rank writes a new number to a board at rank 0's host, again and again, from a thread of its own; so it does even where its
-main thread factorises a large weight or waits for a slow file. Rank 0 looks at all numbers. Where one stands still too long it
-writes its verdict on the board, and every rank that reads it ends. A rank that cannot reach the board any more judges for itself
-that rank 0 is gone. Waiting alone never says who is missing: a collective ends after half an hour, with the address of a socket.
+Every rank writes a new number to a board at rank 0's host, again and again, from a thread of its own; so it
+does even where its main thread factorises a large weight or waits for a slow file. Rank 0 looks at all
+numbers. Where one stands still too long it writes its verdict on the board, and every rank that reads it
+ends. A rank that cannot reach the board any more judges for itself that rank 0 is gone. Waiting alone never
+says who is missing: a collective ends after half an hour, with the address of a socket.
 """
 
 import json
@@ -13,16 +14,20 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Protocol
 
-#: Seconds between two beats, at most and at least; between them, a tenth of the time that a rank may be silent.
+#: Seconds between two beats, at most and at least; between them, a tenth of the time that a rank may be
+#: silent.
 SLOWEST, QUICKEST = 2.0, 0.2
-#: Beats after which a rank is called silent once a collective has broken, and so something is known to be wrong.
+#: Beats after which a rank is called silent once a collective has broken, and so something is known to be
+#: wrong.
 BEATS_WHEN_BROKEN = 4
 
 VERDICT, TROUBLE, BEAT = "heartbeat/verdict", "heartbeat/trouble", "heartbeat/beat"
 
 
 class Board(Protocol):
-    """Texts under names, at rank 0's host. Raises ConnectionError where it cannot be reached; may also hang then."""
+    """Texts under names, at rank 0's host. Raises ConnectionError where it cannot be reached; may also hang
+    then.
+    """
 
     def write(self, name: str, text: str) -> None:
         """Replaces what is there."""
@@ -52,10 +57,11 @@ class Heartbeat:
         interval: float | None = None,
         hurried: Callable[[], bool] = lambda: False,
     ) -> None:
-        """hosts: of all ranks. hang_timeout: seconds that a rank may be silent. end(verdict, alone) is called once, in a thread of
-        this object, and should not return before `reading_time`; alone: the verdict is this rank's own, because it cannot reach
-        rank 0. interval: seconds between two beats. hurried: whether there is no time left to be patient, because a launcher that
-        has lost a rank will soon kill the others."""
+        """hosts: of all ranks. hang_timeout: seconds that a rank may be silent. end(verdict, alone) is called
+        once, in a thread of this object, and should not return before `reading_time`; alone: the verdict is
+        this rank's own, because it cannot reach rank 0. interval: seconds between two beats. hurried: whether
+        there is no time left to be patient, because a launcher that has lost a rank will soon kill the
+        others."""
         self._board, self._rank, self._hosts, self._end = board, rank, hosts, end
         self._patience, self._hurried = hang_timeout, hurried
         self._interval = interval or min(SLOWEST, max(QUICKEST, hang_timeout / 10))
@@ -66,7 +72,9 @@ class Heartbeat:
         self._own_trouble: str | None = None
         self._told = threading.Event()
         watched = range(len(hosts)) if rank == 0 else [0]
-        self._seen: dict[int, tuple[str | None, float]] = {other: (None, time.monotonic()) for other in watched}
+        self._seen: dict[int, tuple[str | None, float]] = {
+            other: (None, time.monotonic()) for other in watched
+        }
         self._threads = [threading.Thread(target=work, daemon=True) for work in (self._beat, self._guard)]
 
     def start(self) -> None:
@@ -78,9 +86,9 @@ class Heartbeat:
         self._closing.set()
 
     def explain(self, sentence: str | None) -> None:
-        """To be called by a rank that is about to end alone. sentence: what went wrong here; None where a collective broke, which
-        is rather the sign that another rank is gone: then this waits until a silent one would have been found, and does not return
-        if one is.
+        """To be called by a rank that is about to end alone. sentence: what went wrong here; None where a
+        collective broke, which is rather the sign that another rank is gone: then this waits until a silent
+        one would have been found, and does not return if one is.
         """
         if sentence is None:
             self._broken = True
@@ -95,7 +103,9 @@ class Heartbeat:
 
     @property
     def reading_time(self) -> float:
-        """Seconds that rank 0 stays after its verdict: the board ends with its process, and the others read it first."""
+        """Seconds that rank 0 stays after its verdict: the board ends with its process, and the others read
+        it first.
+        """
         return 2 * self._interval
 
     # ------------------------------------------------------------------ the two threads
@@ -132,9 +142,13 @@ class Heartbeat:
                 return
 
     def _wait_for_the_end(self) -> None:
-        """The board is gone. At the end of a run that is as it should be, and this object is closed in a moment."""
+        """The board is gone. At the end of a run that is as it should be, and this object is closed in a
+        moment.
+        """
         if not self._closing.wait((BEATS_WHEN_BROKEN + 1) * self._interval):
-            self._finish(Verdict(f"rank 0 on {self._hosts[0]} has ended without a word; {_REMEDY}", True), alone=True)
+            self._finish(
+                Verdict(f"rank 0 on {self._hosts[0]} has ended without a word; {_REMEDY}", True), alone=True
+            )
 
     def _finish(self, verdict: Verdict, alone: bool) -> None:
         with self._lock:
@@ -148,7 +162,10 @@ class Heartbeat:
     def _tell_trouble(self) -> None:
         if self._own_trouble is not None and not self._told.is_set():
             place = f"rank {self._rank} on {self._hosts[self._rank]}"
-            self._board.write(TROUBLE, json.dumps({"rank": self._rank, "sentence": f"{place} has ended: {self._own_trouble}"}))
+            self._board.write(
+                TROUBLE,
+                json.dumps({"rank": self._rank, "sentence": f"{place} has ended: {self._own_trouble}"}),
+            )
             self._told.set()
         elif self._broken:
             self._board.write(f"{TROUBLE}/broken", "1")
@@ -165,7 +182,9 @@ class Heartbeat:
     def _judge(self) -> Verdict | None:
         """Rank 0's own, written down for the others."""
         ranks = list(self._seen)
-        trouble, broken, *beats = self._board.read([TROUBLE, f"{TROUBLE}/broken", *(f"{BEAT}/{rank}" for rank in ranks)])
+        trouble, broken, *beats = self._board.read(
+            [TROUBLE, f"{TROUBLE}/broken", *(f"{BEAT}/{rank}" for rank in ranks)]
+        )
         self._broken = self._broken or broken is not None
         if trouble is not None:
             told = json.loads(trouble)
@@ -178,8 +197,12 @@ class Heartbeat:
 
     def _verdict_on(self, beats: dict[int, str | None]) -> Verdict | None:
         now = time.monotonic()
-        if now - self._answered > 3 * self._interval:  # not looked for a while: what stood still meanwhile is not known
-            self._seen = {rank: (beat, since + now - self._answered) for rank, (beat, since) in self._seen.items()}
+        if (
+            now - self._answered > 3 * self._interval
+        ):  # not looked for a while: what stood still meanwhile is not known
+            self._seen = {
+                rank: (beat, since + now - self._answered) for rank, (beat, since) in self._seen.items()
+            }
         for rank, beat in beats.items():
             if beat != self._seen[rank][0]:
                 self._seen[rank] = (beat, now)
@@ -202,5 +225,8 @@ def _named(ranks: Sequence[int], hosts: Sequence[str]) -> str:
     by_host: dict[str, list[str]] = {}
     for rank in ranks:
         by_host.setdefault(hosts[rank], []).append(str(rank))
-    parts = [f"rank{'s' if len(numbers) > 1 else ''} {', '.join(numbers)} on {host}" for host, numbers in by_host.items()]
+    parts = [
+        f"rank{'s' if len(numbers) > 1 else ''} {', '.join(numbers)} on {host}"
+        for host, numbers in by_host.items()
+    ]
     return " and ".join(parts)

@@ -46,7 +46,9 @@ def read_hostfile(path: str | Path) -> list[Host]:
 def this_machine_alone(hosts: Sequence[Host]) -> bool:
     """Whether all that the hosts come to is the machine that asks, which needs no ssh."""
     name = socket.gethostname()
-    return len(hosts) == 1 and (is_loopback(hosts[0].address) or hosts[0].address in (name, name.partition(".")[0]))
+    return len(hosts) == 1 and (
+        is_loopback(hosts[0].address) or hosts[0].address in (name, name.partition(".")[0])
+    )
 
 
 def parse_hostfile(content: bytes, source: str) -> list[Host]:
@@ -56,7 +58,9 @@ def parse_hostfile(content: bytes, source: str) -> list[Host]:
         place = f"{source}:{number}"
         if not raw.isascii():
             shown = raw.decode(errors="replace").strip()
-            raise UserError(f"{place}: {shown!r} has a character that is not ASCII; host names and `slots=N` are plain ASCII")
+            raise UserError(
+                f"{place}: {shown!r} has a character that is not ASCII; host names and `slots=N` are plain ASCII"
+            )
         line = raw.decode().partition("#")[0].strip()
         if line:
             hosts.append(_host(line, place))
@@ -70,7 +74,9 @@ def _host(line: str, place: str) -> Host:
     name, *words = line.split()
     slots = words[0].removeprefix("slots=") if len(words) == 1 and words[0].startswith("slots=") else ""
     if not slots.isdigit():
-        raise UserError(f"{place}: found {line!r}, wanted a host and its slots, such as `{_plain(name)} slots=8`")
+        raise UserError(
+            f"{place}: found {line!r}, wanted a host and its slots, such as `{_plain(name)} slots=8`"
+        )
     if not _HOST.fullmatch(name):
         raise UserError(f"{place}: {name!r} is no host name; write a name or an address that ssh reaches")
     if int(slots) == 0:
@@ -87,4 +93,6 @@ def _refuse_doubles(hosts: list[Host]) -> None:
     for host in hosts:
         other = seen.setdefault(host.address.lower(), host)
         if other is not host:
-            raise UserError(f"{host.place}: {host.address} stands in {other.place} already; write it once, with all its slots")
+            raise UserError(
+                f"{host.place}: {host.address} stands in {other.place} already; write it once, with all its slots"
+            )

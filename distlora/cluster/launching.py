@@ -1,6 +1,7 @@
 """What launch scripts have to know before they start anything: see `distlora.cli.prepare_launch`.
 
-Reads and checks the hostfile, looks whether every host can be reached and has this Python, and writes into FOLDER, a private one:
+Reads and checks the hostfile, looks whether every host can be reached and has this Python, and writes into
+FOLDER, a private one:
 
     hosts          one host a line, as ssh takes it; absent for this machine alone
     slots          ranks on all of them, or on this machine, if the hostfile says it
@@ -67,7 +68,9 @@ def _prepare_hosts(options: argparse.Namespace, folder: Path) -> None:
     (folder / "names").write_text("".join(f"{name}\n" for name in names))
     _withhold(options, folder)
     if options.launcher != "mpirun":
-        (folder / "environment").write_text(environment_file(os.environ, names, through_shell=options.launcher == "pdsh"))
+        (folder / "environment").write_text(
+            environment_file(os.environ, names, through_shell=options.launcher == "pdsh")
+        )
     _refuse_unreachable(hosts, options.arguments[1])
 
 
@@ -77,7 +80,9 @@ def _prepare_hosts(options: argparse.Namespace, folder: Path) -> None:
 def _warn_if_uneven(hosts: Sequence[Host], script: str) -> None:
     if len({host.slots for host in hosts}) > 1:
         shown = ", ".join(f"{host.address} has {host.slots}" for host in hosts[:8])
-        sys.stderr.write(f"{script}: uneven slots ({shown}): the slowest link and the fullest host set the pace\n")
+        sys.stderr.write(
+            f"{script}: uneven slots ({shown}): the slowest link and the fullest host set the pace\n"
+        )
 
 
 def _refuse_loopback(hosts: Sequence[Host]) -> None:
@@ -93,12 +98,19 @@ def _refuse_unreachable(hosts: Sequence[Host], recipe: str) -> None:
     command = ["-c", _LOOK, recipe]
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
     try:
-        asked = [(host, subprocess.Popen(python_there(host.name, command), text=True, errors="replace", **pipes)) for host in hosts]
+        asked = [
+            (host, subprocess.Popen(python_there(host.name, command), text=True, errors="replace", **pipes))
+            for host in hosts
+        ]
     except OSError as error:
-        raise UserError(f"there is no {error.filename} here, by which the hosts are reached; install OpenSSH's client") from error
+        raise UserError(
+            f"there is no {error.filename} here, by which the hosts are reached; install OpenSSH's client"
+        ) from error
     with ThreadPoolExecutor(len(asked)) as pool:
         found = list(pool.map(_problem, (process for _, process in asked)))
-    problems = [f"{host.place}: {host.name}: {problem}" for (host, _), problem in zip(asked, found) if problem]
+    problems = [
+        f"{host.place}: {host.name}: {problem}" for (host, _), problem in zip(asked, found) if problem
+    ]
     if problems:
         more = f" (and {len(problems) - 3} more hosts)" if len(problems) > 3 else ""
         raise UserError(f"{'; '.join(problems[:3])}{more}; see distlora doctor HOSTFILE")
@@ -122,7 +134,9 @@ def reachable_address(name: str) -> str | None:
 
 
 def _withhold(options: argparse.Namespace, folder: Path) -> None:
-    """Leaves the names for the script, which has to unset them: DeepSpeed's launcher looks at its own variables, too."""
+    """Leaves the names for the script, which has to unset them: DeepSpeed's launcher looks at its own
+    variables, too.
+    """
     names = [] if options.no_ssh else withheld(os.environ, options.export)
     (folder / "withheld").write_text("".join(f"{name}\n" for name in names))
     if names:
@@ -135,8 +149,8 @@ def _withhold(options: argparse.Namespace, folder: Path) -> None:
 def environment_file(environment: Mapping[str, str], names: Sequence[str], through_shell: bool) -> str:
     """These variables as DeepSpeed reads them from DS_ENV_FILE: `NAME=value`, one a line, no blank line.
 
-    through_shell: whether the values pass through a shell there (pdsh), inside double quotes where DeepSpeed thinks them needed.
-    Errors: UserError for a value that would not arrive as it is.
+    through_shell: whether the values pass through a shell there (pdsh), inside double quotes where DeepSpeed
+    thinks them needed. Errors: UserError for a value that would not arrive as it is.
     """
     return "".join(f"{name}={_quoted(name, environment[name], through_shell)}\n" for name in names)
 
@@ -145,9 +159,13 @@ def _quoted(name: str, value: str, through_shell: bool) -> str:
     if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
         raise UserError(f"{name!r} is no name of a variable that a shell can export; unset it")
     if not value.isprintable() or value != value.strip():
-        raise UserError(f"{name} has a line break, or a space at its end, which DeepSpeed's launcher loses; unset or change it")
+        raise UserError(
+            f"{name} has a line break, or a space at its end, which DeepSpeed's launcher loses; unset or change it"
+        )
     if through_shell:
         return _NOT_PROTECTED.sub(r"\\\1", value).replace("%", "%%")
     if _NEEDS_QUOTES.search(value):
-        raise UserError(f"{name}={value!r} has a sign that only the launcher pdsh can carry; unset or change it")
+        raise UserError(
+            f"{name}={value!r} has a sign that only the launcher pdsh can carry; unset or change it"
+        )
     return value

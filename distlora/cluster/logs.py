@@ -14,13 +14,16 @@ _FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 class RankLog:
-    """Keeps what this rank says, and writes it once the run directory is known to be this run's: a start that was refused
-    leaves nothing there. A context manager; the error that ends the run is the last thing in the file."""
+    """Keeps what this rank says, and writes it once the run directory is known to be this run's: a start that
+    was refused leaves nothing there. A context manager; the error that ends the run is the last thing in the
+    file."""
 
     def __init__(self, rank: int):
         self._rank = rank
         self._logger = logging.getLogger("distlora")
-        self._memory = logging.handlers.MemoryHandler(capacity=10_000, flushLevel=logging.CRITICAL + 1, flushOnClose=False)
+        self._memory = logging.handlers.MemoryHandler(
+            capacity=10_000, flushLevel=logging.CRITICAL + 1, flushOnClose=False
+        )
         self._file: logging.FileHandler | None = None
 
     def __enter__(self) -> "RankLog":
@@ -28,7 +31,9 @@ class RankLog:
         return self
 
     def open(self, run_dir: Path) -> None:
-        """From here on everything goes to the file, with what was said before; starts follow one another in it."""
+        """From here on everything goes to the file, with what was said before; starts follow one another in
+        it.
+        """
         folder = run_dir / LOGS
         folder.mkdir(parents=True, exist_ok=True)
         self._file = logging.FileHandler(folder / f"rank-{self._rank}.log", encoding="utf-8")
@@ -38,7 +43,9 @@ class RankLog:
         self._logger.removeHandler(self._memory)
         self._logger.addHandler(self._file)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._logger.removeHandler(self._memory)
         if self._file is not None:
             if error is not None:
@@ -47,5 +54,7 @@ class RankLog:
             self._file.close()
 
     def _last_words(self, error: BaseException) -> logging.LogRecord:
-        said = str(error) if isinstance(error, Ending) else "".join(traceback.format_exception(error)).rstrip()
+        said = (
+            str(error) if isinstance(error, Ending) else "".join(traceback.format_exception(error)).rstrip()
+        )
         return logging.LogRecord("distlora", logging.ERROR, __file__, 0, "ended: %s", (said,), None)

@@ -10,11 +10,14 @@ _REMEDY = "pip install 'distlora[mpi]', or export MASTER_ADDR (the host of rank 
 _NAME, _PLACE = 256, 1024
 
 
-def agree_on_place(own_name: str, choose: Callable[[list[str]], tuple[str, int]], world_size: int) -> tuple[str, int]:
-    """Rank 0's address and port, on every rank. Collective over all `world_size` ranks of the job; MPI is left again afterwards.
+def agree_on_place(
+    own_name: str, choose: Callable[[list[str]], tuple[str, int]], world_size: int
+) -> tuple[str, int]:
+    """Rank 0's address and port, on every rank. Collective over all `world_size` ranks of the job; MPI is
+    left again afterwards.
 
-    choose: called on rank 0 with the host names of all ranks. Errors: UserError without mpi4py, or where it knows another MPI than
-    the one that started this process.
+    choose: called on rank 0 with the host names of all ranks. Errors: UserError without mpi4py, or where it
+    knows another MPI than the one that started this process.
     """
     try:
         import mpi4py
@@ -22,7 +25,8 @@ def agree_on_place(own_name: str, choose: Callable[[list[str]], tuple[str, int]]
         raise UserError(
             f"{world_size} MPI ranks on several nodes cannot tell each other where to meet: there is no mpi4py; {_REMEDY}"
         ) from None
-    # Nothing but these two collectives is done through MPI: a rank that dies later is the launcher's business, not its barrier's.
+    # Nothing but these two collectives is done through MPI: a rank that dies later is the launcher's
+    # business, not its barrier's.
     mpi4py.rc.initialize = mpi4py.rc.finalize = False
     try:
         from mpi4py import MPI
@@ -30,14 +34,18 @@ def agree_on_place(own_name: str, choose: Callable[[list[str]], tuple[str, int]]
         MPI.Init()
     except (ImportError, RuntimeError) as error:  # no MPI library, or one that does not start
         reason = (str(error).splitlines() or ["no reason given"])[0]
-        raise UserError(f"mpi4py cannot use the MPI that is installed ({reason}); export MASTER_ADDR and MASTER_PORT") from error
+        raise UserError(
+            f"mpi4py cannot use the MPI that is installed ({reason}); export MASTER_ADDR and MASTER_PORT"
+        ) from error
     try:
         return _agree(MPI, own_name, choose, world_size)
     finally:
         MPI.Finalize()
 
 
-def _agree(MPI, own_name: str, choose: Callable[[list[str]], tuple[str, int]], world_size: int) -> tuple[str, int]:
+def _agree(
+    MPI, own_name: str, choose: Callable[[list[str]], tuple[str, int]], world_size: int
+) -> tuple[str, int]:
     world = MPI.COMM_WORLD
     if world.size != world_size:
         raise UserError(

@@ -12,7 +12,8 @@ _BRACKET = re.compile(r"\[([\d,-]+)\]")
 def hosts(text: str) -> Iterator[str]:
     """The hosts in their order, one after another: a list of thousands costs nothing to who wants the first.
 
-    Numbers keep the zeros before them. Errors: UserError for what is no such list; nothing for a list of none.
+    Numbers keep the zeros before them. Errors: UserError for what is no such list; nothing for a list of
+    none.
     """
     end = 0
     while end < len(text):
@@ -39,6 +40,8 @@ def _numbers(text: str) -> Iterator[str]:
     for span in filter(None, text.split(",")):
         first, _, last = span.partition("-")
         if not first or (not last and "-" in span) or "-" in last:
-            raise UserError(f"'{span}' is no span of numbers in a list of hosts, such as 1-3; set MASTER_ADDR to rank 0's host")
+            raise UserError(
+                f"'{span}' is no span of numbers in a list of hosts, such as 1-3; set MASTER_ADDR to rank 0's host"
+            )
         for number in range(int(first), int(last or first) + 1):
             yield str(number).zfill(len(first))

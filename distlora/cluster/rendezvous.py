@@ -1,7 +1,8 @@
 """Where this process belongs and where the ranks meet, from what the launcher's environment says.
 
-Every road leaves other variables: torchrun and DeepSpeed's launcher say everything, SLURM says ranks and nodes but no address, MPI
-says ranks and sizes only. What the user has set himself (MASTER_ADDR, MASTER_PORT, interfaces) always wins.
+Every road leaves other variables: torchrun and DeepSpeed's launcher say everything, SLURM says ranks and
+nodes but no address, MPI says ranks and sizes only. What the user has set himself (MASTER_ADDR, MASTER_PORT,
+interfaces) always wins.
 """
 
 import socket
@@ -24,16 +25,19 @@ from distlora.cluster.addresses import (
 from distlora.cluster.mpi import agree_on_place
 from distlora.errors import UserError
 
-#: Where each launcher puts rank and world size, most explicit first, and how many of the ranks are on this node.
+#: Where each launcher puts rank and world size, most explicit first, and how many of the ranks are on this
+#: node.
 _LAUNCHERS = [
     ("RANK", "WORLD_SIZE", ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")),
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", ("OMPI_COMM_WORLD_LOCAL_SIZE",)),
     ("PMI_RANK", "PMI_SIZE", ("MPI_LOCALNRANKS",)),
-    # The step's number first: in the step that is salloc's interactive shell, SLURM_NTASKS is the whole job's.
+    # The step's number first: in the step that is salloc's interactive shell, SLURM_NTASKS is the whole
+    # job's.
     ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", ()),
     ("SLURM_PROCID", "SLURM_NTASKS", ()),
 ]
-#: Where the rank within the node is. Apart from the above: SLURM's PMI gives ranks under PMI's names, the local one under its own.
+#: Where the rank within the node is. Apart from the above: SLURM's PMI gives ranks under PMI's names, the
+#: local one under its own.
 _LOCAL_RANKS = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID")
 #: The number of the node, and of the nodes.
 _NODE_NUMBERS = ("CROSS_RANK", "GROUP_RANK", "SLURM_NODEID")
@@ -53,8 +57,8 @@ Environment = Mapping[str, str]
 class Place:
     """This process within its job.
 
-    launcher: whose variables say so, empty for one process without any. several_nodes: None where they do not say it. first_node:
-    whether rank 0 is on this node.
+    launcher: whose variables say so, empty for one process without any. several_nodes: None where they do not
+    say it. first_node: whether rank 0 is on this node.
     """
 
     rank: int = 0
@@ -83,7 +87,9 @@ def find_place(environment: Environment) -> Place:
     names = rank_name, size_name, _ = _launcher_variables(environment)
     if not rank_name:
         if environment.get("RANK") and "WORLD_SIZE" not in environment:
-            raise UserError("RANK is set and WORLD_SIZE is not; set both for a rank of several, or unset RANK for one process")
+            raise UserError(
+                "RANK is set and WORLD_SIZE is not; set both for a rank of several, or unset RANK for one process"
+            )
         return Place()
     rank, world_size = _number(environment, rank_name), _number(environment, size_name)
     if world_size < 1 or rank >= world_size:
@@ -92,16 +98,24 @@ def find_place(environment: Environment) -> Place:
             "set both alike on all nodes"
         )
     local_rank = next((_number(environment, name) for name in _LOCAL_RANKS if environment.get(name)), 0)
-    node = next((_number(environment, name) for name in _NODE_NUMBERS if environment.get(name)), rank - local_rank)
+    node = next(
+        (_number(environment, name) for name in _NODE_NUMBERS if environment.get(name)), rank - local_rank
+    )
     return Place(
-        rank, world_size, local_rank, _who(environment, rank_name), _several_nodes(environment, names, world_size), node == 0
+        rank,
+        world_size,
+        local_rank,
+        _who(environment, rank_name),
+        _several_nodes(environment, names, world_size),
+        node == 0,
     )
 
 
 def _launcher_variables(environment: Environment) -> tuple[str, str, tuple[str, ...]]:
     """The row of _LAUNCHERS that holds; of empty names for one process without a launcher."""
     for rank, world_size, local_sizes in _LAUNCHERS:
-        # An interactive SLURM shell sets SLURM_PROCID=0 without being a step of several tasks: then one process is right.
+        # An interactive SLURM shell sets SLURM_PROCID=0 without being a step of several tasks: then one
+        # process is right.
         if rank == "SLURM_PROCID" and "SLURM_STEP_ID" not in environment:
             continue
         if rank in environment and world_size in environment:
@@ -116,11 +130,15 @@ def _is_number(text: str) -> bool:
 def _number(environment: Environment, name: str) -> int:
     text = environment[name]
     if not _is_number(text):
-        raise UserError(f"{name}='{text}' is no whole number; it comes from the launcher, or set it to one from 0 upwards")
+        raise UserError(
+            f"{name}='{text}' is no whole number; it comes from the launcher, or set it to one from 0 upwards"
+        )
     return int(text)
 
 
-def _several_nodes(environment: Environment, names: tuple[str, str, tuple[str, ...]], world_size: int) -> bool | None:
+def _several_nodes(
+    environment: Environment, names: tuple[str, str, tuple[str, ...]], world_size: int
+) -> bool | None:
     _, _, local_sizes = names
     for name in local_sizes:
         if environment.get(name):
@@ -146,8 +164,9 @@ def settle(
     place: Place,
     agree: Callable[[str, Callable[[list[str]], tuple[str, int]], int], tuple[str, int]] = agree_on_place,
 ) -> tuple[str, ...]:
-    """Adds MASTER_ADDR and MASTER_PORT where there are several ranks, and interfaces where they must be chosen. Collective where
-    the ranks have to ask each other. Returns what the user should know about it, in sentences.
+    """Adds MASTER_ADDR and MASTER_PORT where there are several ranks, and interfaces where they must be
+    chosen. Collective where the ranks have to ask each other. Returns what the user should know about it, in
+    sentences.
 
     Errors: UserError, agreed if every rank finds the same.
     """
@@ -203,9 +222,14 @@ def _meeting_point(environment: Environment, place: Place, agree) -> tuple[str, 
 
 
 def _is_slurm_task(environment: Environment, place: Place) -> bool:
-    """Whether the ranks are the tasks of a job step. (mpirun's are not: it numbers them itself, from a list of its own.)"""
+    """Whether the ranks are the tasks of a job step. (mpirun's are not: it numbers them itself, from a list
+    of its own.)
+    """
     as_task = str(place.rank), str(place.world_size)
-    said = environment.get("SLURM_PROCID"), environment.get("SLURM_STEP_NUM_TASKS") or environment.get("SLURM_NTASKS")
+    said = (
+        environment.get("SLURM_PROCID"),
+        environment.get("SLURM_STEP_NUM_TASKS") or environment.get("SLURM_NTASKS"),
+    )
     return "SLURM_STEP_ID" in environment and said == as_task and place.launcher != "Open MPI"
 
 
@@ -213,7 +237,8 @@ def _job_port(environment: Environment) -> int:
     """A port that all ranks of a job share, and two jobs on one node hardly ever."""
     job, step = environment.get("SLURM_JOB_ID", ""), environment.get("SLURM_STEP_ID", "")
     if job.isdigit() and "OMPI_COMM_WORLD_SIZE" not in environment:
-        # Different for the first 101 steps of jobs whose numbers are less than 197 apart; others can coincide.
+        # Different for the first 101 steps of jobs whose numbers are less than 197 apart; others can
+        # coincide.
         return _FIRST_PORT + (101 * int(job) + (int(step) if step.isdigit() else 0)) % _PORTS
     # Two calls of mpirun in one job of SLURM have names of their own.
     name = environment.get("PMIX_NAMESPACE") or environment.get("OMPI_MCA_ess_base_jobid")
@@ -249,12 +274,16 @@ def _reached_from(others: list[str]) -> str | None:
 
 
 def _check_master(master: str, place: Place) -> None:
-    """Refuses what cannot be reached from other nodes: waiting for it would take the launcher's whole patience."""
+    """Refuses what cannot be reached from other nodes: waiting for it would take the launcher's whole
+    patience.
+    """
     if not place.several_nodes:
         return
     remedy = "set MASTER_ADDR to an address of rank 0's host in the network that all nodes share"
     if is_loopback(master):
-        raise UserError(f"the master {master} is a loopback address, and the job has several nodes; {remedy}", agreed=True)
+        raise UserError(
+            f"the master {master} is a loopback address, and the job has several nodes; {remedy}", agreed=True
+        )
     found = addresses(master)
     if not found:
         raise UserError(
@@ -269,7 +298,9 @@ def _check_master(master: str, place: Place) -> None:
 
 
 def _choose_interfaces(environment: MutableMapping[str, str], place: Place, master: str) -> tuple[str, ...]:
-    """gloo listens where the own host name leads to; where that is a loopback address no other node would find it."""
+    """gloo listens where the own host name leads to; where that is a loopback address no other node would
+    find it.
+    """
     own = addresses(socket.gethostname())
     if place.several_nodes is False or is_loopback(master) or (own and not is_loopback(own[0])):
         return ()

@@ -8,7 +8,12 @@ from collections.abc import Sequence
 #: Seconds for a connection, and for a connected host that has fallen silent.
 CONNECT, SILENCE = 8, 15
 #: No question is asked, and a dead host is noticed.
-OPTIONS = {"BatchMode": "yes", "ConnectTimeout": CONNECT, "ServerAliveInterval": SILENCE // 3, "ServerAliveCountMax": 3}
+OPTIONS = {
+    "BatchMode": "yes",
+    "ConnectTimeout": CONNECT,
+    "ServerAliveInterval": SILENCE // 3,
+    "ServerAliveCountMax": 3,
+}
 #: What Python must know before it starts there.
 _FIRST = ("PYTHONPATH", "PATH", "LD_LIBRARY_PATH")
 
@@ -18,7 +23,9 @@ def option_words() -> list[str]:
 
 
 def python_there(host: str, words: Sequence[str]) -> list[str]:
-    """The command line of `python WORDS…` on a host, with this Python, in this directory. host: as ssh takes it."""
+    """The command line of `python WORDS…` on a host, with this Python, in this directory. host: as ssh takes
+    it.
+    """
     variables = [f"{name}={os.environ[name]}" for name in _FIRST if os.environ.get(name)]
     there = f"cd {shlex.quote(os.getcwd())} && exec env {shlex.join([*variables, sys.executable, *words])}"
     return ["ssh", *option_words(), host, there]

@@ -1,4 +1,5 @@
-"""What became of a run: `RUN/status.json`, written by the run itself, because a launcher may swallow its exit code.
+"""What became of a run: `RUN/status.json`, written by the run itself, because a launcher may swallow its exit
+code.
 
 Reading needs neither torch nor DeepSpeed: launch scripts ask once a run has ended, see `distlora status`.
 """
@@ -24,10 +25,10 @@ State = Literal["running", "preempted", "failed", "done"]
 
 @dataclass(frozen=True)
 class Status:
-    """state: "running" stays if the run is killed without a word. step, saved, steps: finished optimizer steps, those of the newest
-    checkpoint (0 without one), and of the whole run (None before that is known).
-    requeue: another start would go on where this one ended. message: why it ended, in a sentence. start: tells one start of a run
-    from the others. time: UTC, ISO 8601."""
+    """state: "running" stays if the run is killed without a word. step, saved, steps: finished optimizer
+    steps, those of the newest checkpoint (0 without one), and of the whole run (None before that is known).
+    requeue: another start would go on where this one ended. message: why it ended, in a sentence. start:
+    tells one start of a run from the others. time: UTC, ISO 8601."""
 
     state: State
     step: int
@@ -62,7 +63,9 @@ class StatusFile:
     """
 
     def __init__(self, run_dir: Path, step: int, start: str):
-        """step: where this start begins, that is, of the newest checkpoint. start: the same on all ranks, see `new_start`."""
+        """step: where this start begins, that is, of the newest checkpoint. start: the same on all ranks, see
+        `new_start`.
+        """
         self._path, self._start = run_dir / STATUS, start
         self.step, self.saved, self.steps = step, step, None
         self._before = self._found()
@@ -71,25 +74,35 @@ class StatusFile:
 
     def write(self, state: State, message: str = "", requeue: bool = False) -> None:
         """Replaces the file. Errors: OSError."""
-        from distlora.files.tensors import write_text  # imported late: it brings torch, which readers do without
+        from distlora.files.tensors import (
+            write_text,
+        )  # imported late: it brings torch, which readers do without
 
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
         if state == "failed" and requeue and self._failed_here_before():
             requeue = False
             message += "; not again, because the start before failed too, and nothing has been saved since"
         status = Status(state, self.step, self.steps, requeue, message, self._start, now, self.saved)
-        write_text(self._path, json.dumps(asdict(status), indent=1) + "\n", writer=f"{socket.gethostname()}-{os.getpid()}")
+        write_text(
+            self._path,
+            json.dumps(asdict(status), indent=1) + "\n",
+            writer=f"{socket.gethostname()}-{os.getpid()}",
+        )
         self.begun = True
 
     def _failed_here_before(self) -> bool:
         """A third start would begin where this one and the last did, and fail there too."""
         before = self._before
-        return before is not None and before.state == "failed" and before.requeue and before.saved == self.saved
+        return (
+            before is not None and before.state == "failed" and before.requeue and before.saved == self.saved
+        )
 
     def is_open(self) -> bool:
         """Whether nobody has written how this start ended, and no other start has begun."""
         found = self._found()
-        return found == self._before or (found is not None and (found.start, found.state) == (self._start, "running"))
+        return found == self._before or (
+            found is not None and (found.start, found.state) == (self._start, "running")
+        )
 
     def _found(self) -> Status | None:
         try:

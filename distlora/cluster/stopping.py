@@ -1,7 +1,8 @@
-"""Being asked to stop: SIGTERM (a scheduler takes the nodes back) or SIGUSR1 (a batch script that sees its time run out).
+"""Being asked to stop: SIGTERM (a scheduler takes the nodes back) or SIGUSR1 (a batch script that sees its
+time run out).
 
-The signal is only remembered here. Ranks agree on it between micro-batches, see `Comm.sum_or_stop`, so one rank that was asked is
-enough, and all stop at the same place.
+The signal is only remembered here. Ranks agree on it between micro-batches, see `Comm.sum_or_stop`, so one
+rank that was asked is enough, and all stop at the same place.
 """
 
 import contextlib
@@ -18,10 +19,12 @@ log = logging.getLogger(__name__)
 
 
 class StopSignals:
-    """A context manager: inside, SIGNALS do not end the process but are remembered. Outside the main thread it does nothing.
+    """A context manager: inside, SIGNALS do not end the process but are remembered. Outside the main thread
+    it does nothing.
 
-    Python calls handlers in the main thread, once that comes back from a collective: too late where a rank is gone. The signal's
-    number arrives at once, through a socket to which Python's own part in C writes it, and any thread can look there.
+    Python calls handlers in the main thread, once that comes back from a collective: too late where a rank is
+    gone. The signal's number arrives at once, through a socket to which Python's own part in C writes it, and
+    any thread can look there.
     """
 
     def __init__(self) -> None:
@@ -37,11 +40,15 @@ class StopSignals:
             for end in self._sockets:
                 end.setblocking(False)
             self._woken_before = signal.set_wakeup_fd(self._sockets[1].fileno(), warn_on_full_buffer=False)
-            os.register_at_fork(after_in_child=self._stay_deaf)  # what a helper process is told is not meant for this one
+            os.register_at_fork(
+                after_in_child=self._stay_deaf
+            )  # what a helper process is told is not meant for this one
             self._before = {number: signal.signal(number, self._remember) for number in SIGNALS}
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._stay_deaf()
@@ -68,4 +75,6 @@ class StopSignals:
     def _look(self) -> None:
         for end in self._sockets[:1]:
             with contextlib.suppress(OSError):  # nothing is there, or it was closed just now
-                self._received = next((signal.Signals(number) for number in end.recv(64) if number in SIGNALS), self._received)
+                self._received = next(
+                    (signal.Signals(number) for number in end.recv(64) if number in SIGNALS), self._received
+                )

@@ -1,4 +1,6 @@
-"""The ranks of a run together: how they meet, what is done about one that goes silent, and what is told about the end."""
+"""The ranks of a run together: how they meet, what is done about one that goes silent, and what is told about
+the end.
+"""
 
 import contextlib
 import logging
@@ -17,9 +19,11 @@ from distlora.cluster.topology import publish
 from distlora.engine.comm import Comm, RollCall, Topology, is_broken_collective
 from distlora.errors import Ending, Preempted, TrainingError, UserError
 
-#: Seconds that ranks wait for each other at the start at least: one may read its libraries from a slow file system.
+#: Seconds that ranks wait for each other at the start at least: one may read its libraries from a slow file
+#: system.
 LATECOMERS = 600.0
-#: Seconds that ranks without a word of their own let the others speak first: launchers end all as soon as one has ended.
+#: Seconds that ranks without a word of their own let the others speak first: launchers end all as soon as one
+#: has ended.
 COURTESY = 1.0
 #: Seconds for what is written at a sudden end.
 LAST_WORDS = 15.0
@@ -30,8 +34,8 @@ log = logging.getLogger(__name__)
 class Supervision:
     """A context manager around all that the ranks of one run do together.
 
-    With `hang_timeout` this process is ended (exit code 1) where another one goes silent for so many seconds: a main thread that
-    waits in a collective cannot be told otherwise.
+    With `hang_timeout` this process is ended (exit code 1) where another one goes silent for so many seconds:
+    a main thread that waits in a collective cannot be told otherwise.
     """
 
     def __init__(self, topology: Topology, hang_timeout: float | None):
@@ -44,9 +48,11 @@ class Supervision:
     def __enter__(self) -> "Supervision":
         return self
 
-    def gather(self, device: torch.device, distributed: bool, asked_to_stop: Callable[[], bool] = lambda: False) -> Comm:
-        """The process group, once all ranks have come. See `Comm`. Errors: TrainingError, naming those that have not;
-        UserError where the master cannot be reached, or ranks share a GPU."""
+    def gather(
+        self, device: torch.device, distributed: bool, asked_to_stop: Callable[[], bool] = lambda: False
+    ) -> Comm:
+        """The process group, once all ranks have come. See `Comm`. Errors: TrainingError, naming those that
+        have not; UserError where the master cannot be reached, or ranks share a GPU."""
         for note in self._topology.notes:
             log.info("%s", note)
         if not distributed or self._topology.world_size == 1:
@@ -64,7 +70,12 @@ class Supervision:
         if self._hang_timeout:
             self._hosts = [hosts[rank] for rank in range(len(hosts))]
             self._heartbeat = Heartbeat(
-                roll.board(), self._topology.rank, self._hosts, self._hang_timeout, self._end, hurried=asked_to_stop
+                roll.board(),
+                self._topology.rank,
+                self._hosts,
+                self._hang_timeout,
+                self._end,
+                hurried=asked_to_stop,
             )
             self._heartbeat.start()
         return self._comm
@@ -76,7 +87,9 @@ class Supervision:
             remedy = "MASTER_ADDR must name rank 0's host in a network that all nodes share, and MASTER_PORT a free port there"
             raise UserError(f"{error}; {remedy}") from error
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         agreed = error is None or (isinstance(error, Ending) and error.agreed)
         if self._heartbeat is not None:
             if not agreed:
@@ -89,7 +102,8 @@ class Supervision:
     def telling(self, status: StatusFile) -> Iterator[None]:
         """Inside, the run is under way; what becomes of it is told in its status file. Rank 0 writes.
 
-        A start that is refused leaves nothing in a new directory; in an old one it replaces the outcome of the start before.
+        A start that is refused leaves nothing in a new directory; in an old one it replaces the outcome of
+        the start before.
         """
         self._status = status
         if status.begun:
@@ -117,7 +131,9 @@ class Supervision:
             log.error("the run's status cannot be written: %s", error)
 
     def _end(self, verdict: Verdict, alone: bool) -> None:
-        """Ends this process from the heartbeat's thread. alone: rank 0 cannot be reached, and so cannot speak."""
+        """Ends this process from the heartbeat's thread. alone: rank 0 cannot be reached, and so cannot
+        speak.
+        """
         # What is left to do waits for a file system that may have gone with the silent host.
         deadline = threading.Timer(LAST_WORDS, os._exit, [1])
         deadline.daemon = True
@@ -130,7 +146,9 @@ class Supervision:
     def _last_words(self, verdict: Verdict, alone: bool) -> None:
         rank = self._topology.rank
         host = self._hosts[rank]
-        speaks = rank == (1 + self._hosts[1:].index(host) if alone else 0)  # if rank 0 cannot, one on every host
+        speaks = rank == (
+            1 + self._hosts[1:].index(host) if alone else 0
+        )  # if rank 0 cannot, one on every host
         who = "distlora" if rank == 0 else f"distlora (rank {rank} on {host})"
         log.log(logging.ERROR if speaks else logging.INFO, "%s: %s", who, verdict.sentence)
         if speaks and self._status is not None and (rank == 0 or self._status.is_open()):
@@ -155,8 +173,8 @@ def _gpu(device: torch.device) -> tuple[str | None, int]:
 
 
 def refuse_shared_gpus(places: Mapping[int, tuple[str, str | None, int]]) -> None:
-    """places: rank -> its host, its GPU, and how many of those it sees. Raises UserError where two ranks have the same GPU: NCCL
-    would only fail, in words of its own."""
+    """places: rank -> its host, its GPU, and how many of those it sees. Raises UserError where two ranks have
+    the same GPU: NCCL would only fail, in words of its own."""
     users: dict[tuple[str, str], list[int]] = {}
     for rank, (host, gpu, _) in sorted(places.items()):
         if gpu is not None:

@@ -1,4 +1,6 @@
-"""Who this process is, from the environment of its launcher; and the variables that libraries read for the same."""
+"""Who this process is, from the environment of its launcher; and the variables that libraries read for the
+same.
+"""
 
 import os
 
@@ -10,9 +12,11 @@ from distlora.errors import UserError
 
 
 def topology_from_environment() -> Topology:
-    """Also sets MASTER_ADDR, MASTER_PORT and the transports' interfaces where the launcher has left that to the program.
+    """Also sets MASTER_ADDR, MASTER_PORT and the transports' interfaces where the launcher has left that to
+    the program.
 
-    With Open MPI on several nodes this is collective. Raises UserError where the variables are wrong, or not enough.
+    With Open MPI on several nodes this is collective. Raises UserError where the variables are wrong, or not
+    enough.
     """
     place = find_place(os.environ)
     notes = settle(os.environ, place)
@@ -40,14 +44,16 @@ def _patience() -> float:
     try:
         return float(text)
     except ValueError:
-        raise UserError(f"DEEPSPEED_TIMEOUT={text} is no number of minutes; set it to one, or unset it", agreed=True) from None
+        raise UserError(
+            f"DEEPSPEED_TIMEOUT={text} is no number of minutes; set it to one, or unset it", agreed=True
+        ) from None
 
 
 def publish(topology: Topology, device: torch.device, master: str | None) -> None:
     """The variables that torch and DeepSpeed read; launchers that set others have been understood by now.
 
-    DeepSpeed takes LOCAL_RANK for the number of the GPU, which it is not where each task sees one GPU only. master: where the
-    ranks have met, as `Comm.master` says it.
+    DeepSpeed takes LOCAL_RANK for the number of the GPU, which it is not where each task sees one GPU only.
+    master: where the ranks have met, as `Comm.master` says it.
     """
     local_rank = str(device.index if device.type == "cuda" else topology.local_rank)
     if master is not None:

@@ -3,7 +3,8 @@
 sources ─► examples ─► encode ─► batches
         └► labelled: classification
 
-What the others use stands below. What is made of a row, and how an answer is judged, is a task's: see `distlora.tasks`.
+What the others use stands below. What is made of a row, and how an answer is judged, is a task's: see
+`distlora.tasks`.
 """
 
 from distlora.data.batches import TrainOrder, collate, collate_prompts, micro_batches, shard

@@ -1,8 +1,9 @@
-"""Which samples make up a step, a pass and a tensor: all of it deterministic, and no sample dropped or doubled.
+"""Which samples make up a step, a pass and a tensor: all of it deterministic, and no sample dropped or
+doubled.
 
-A *global batch* is what one optimizer step sees. Each rank takes its share in a fixed number of *passes*. Where samples are
-short a pass is empty and has weight zero, because every rank must make the same number of passes: under ZeRO-3 each is a
-collective.
+A *global batch* is what one optimizer step sees. Each rank takes its share in a fixed number of *passes*.
+Where samples are short a pass is empty and has weight zero, because every rank must make the same number of
+passes: under ZeRO-3 each is a collective.
 """
 
 from collections.abc import Sequence
@@ -18,7 +19,8 @@ from distlora.models.targets import IGNORE
 class TrainOrder:
     """The order in which `n` samples are trained. Its whole state is the step number.
 
-    Each epoch is a permutation drawn from (seed, epoch) and cut into global batches; the last one may be smaller.
+    Each epoch is a permutation drawn from (seed, epoch) and cut into global batches; the last one may be
+    smaller.
     """
 
     def __init__(self, n: int, global_batch_size: int, seed: int):
@@ -39,8 +41,11 @@ class TrainOrder:
         return self._permutation[start : start + self.global_batch_size].tolist()
 
 
-def micro_batches(indices: Sequence[int], rank: int, world_size: int, micro_batch_size: int, accumulation: int) -> list[list[int]]:
-    """One rank's share of a global batch as `accumulation` passes, the last of which may be empty (weight zero).
+def micro_batches(
+    indices: Sequence[int], rank: int, world_size: int, micro_batch_size: int, accumulation: int
+) -> list[list[int]]:
+    """One rank's share of a global batch as `accumulation` passes, the last of which may be empty (weight
+    zero).
 
     The shares of the ranks are disjoint, cover the batch and differ by at most one sample.
     Raises ValueError if the batch does not fit into the passes.
@@ -54,7 +59,8 @@ def micro_batches(indices: Sequence[int], rank: int, world_size: int, micro_batc
 
 
 def shard(n: int, rank: int, world_size: int, batch_size: int = 1) -> list[list[int]]:
-    """One rank's share of the samples 0..n-1 in passes of at most `batch_size`: for evaluation and for the probe.
+    """One rank's share of the samples 0..n-1 in passes of at most `batch_size`: for evaluation and for the
+    probe.
 
     Every rank gets the same number of passes; those that a rank lacks samples for are empty (weight zero).
     """
@@ -63,14 +69,19 @@ def shard(n: int, rank: int, world_size: int, batch_size: int = 1) -> list[list[
 
 
 def collate(samples: Sequence[Sample], pad_id: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """Right-padded `input_ids`, `attention_mask` and `labels`, int64 (batch, longest), for training and evaluation.
+    """Right-padded `input_ids`, `attention_mask` and `labels`, int64 (batch, longest), for training and
+    evaluation.
 
-    No samples give a 1 x 2 batch of padding without a loss, for a pass of weight zero. Its attention mask is one: a row that
-    may attend to nothing has a softmax over nothing, which is NaN in some kernels.
+    No samples give a 1 x 2 batch of padding without a loss, for a pass of weight zero. Its attention mask is
+    one: a row that may attend to nothing has a softmax over nothing, which is NaN in some kernels.
     """
     if not samples:
         ids = torch.full((1, 2), pad_id, device=device)
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.full_like(ids, IGNORE)}
+        return {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "labels": torch.full_like(ids, IGNORE),
+        }
     ids = [sample.input_ids for sample in samples]
     return {
         "input_ids": pad_rows(ids, pad_id, device),
@@ -79,8 +90,12 @@ def collate(samples: Sequence[Sample], pad_id: int, device: torch.device | str =
     }
 
 
-def collate_prompts(samples: Sequence[Sample], pad_id: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """Left-padded `input_ids` and `attention_mask`, int64 (batch, longest prompt), for generation; no samples: 1 x 2."""
+def collate_prompts(
+    samples: Sequence[Sample], pad_id: int, device: torch.device | str = "cpu"
+) -> dict[str, Tensor]:
+    """Left-padded `input_ids` and `attention_mask`, int64 (batch, longest prompt), for generation; no
+    samples: 1 x 2.
+    """
     if not samples:
         batch = collate(samples, pad_id, device)
         return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
@@ -92,7 +107,11 @@ def collate_prompts(samples: Sequence[Sample], pad_id: int, device: torch.device
 
 
 def pad_rows(rows: list[list[int]], value: int, device: torch.device | str, left: bool = False) -> Tensor:
-    """Rows of different length as one int64 tensor (len(rows), longest), filled up with `value` on the right or left."""
+    """Rows of different length as one int64 tensor (len(rows), longest), filled up with `value` on the right
+    or left.
+    """
     longest = max(map(len, rows))
     fill = [[value] * (longest - len(row)) for row in rows]
-    return torch.tensor([f + r if left else r + f for r, f in zip(rows, fill)], dtype=torch.int64, device=device)
+    return torch.tensor(
+        [f + r if left else r + f for r, f in zip(rows, fill)], dtype=torch.int64, device=device
+    )

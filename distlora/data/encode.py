@@ -2,9 +2,10 @@
 
     prompt tokens (BOS first, if the tokenizer adds one) | response tokens | EOS        loss on the response and EOS only
 
-The prompt is tokenised alone, exactly as generation will present it. The response continues it: if the tokens of the whole
-text start with the prompt's, the rest are the response's, which keeps white space at the seam natural to every kind of
-tokenizer; if they do not (a token spans the seam), the response is tokenised alone as well.
+The prompt is tokenised alone, exactly as generation will present it. The response continues it: if the tokens
+of the whole text start with the prompt's, the rest are the response's, which keeps white space at the seam
+natural to every kind of tokenizer; if they do not (a token spans the seam), the response is tokenised alone
+as well.
 """
 
 from collections.abc import Iterable, Iterator
@@ -23,8 +24,9 @@ CHUNK = 1000
 class Sample:
     """One tokenised example.
 
-    input_ids: prompt, response and EOS. labels: of the same length, not shifted, IGNORE on the prompt (and on the very first
-    token, which nothing predicts). prompt_ids: the prompt alone, for generation. answer: the expected final answer, if any.
+    input_ids: prompt, response and EOS. labels: of the same length, not shifted, IGNORE on the prompt (and on
+    the very first token, which nothing predicts). prompt_ids: the prompt alone, for generation. answer: the
+    expected final answer, if any.
     """
 
     input_ids: list[int]
@@ -35,7 +37,9 @@ class Sample:
 
 @dataclass
 class Encoded:
-    """The samples of a split, in its order; how many were cut to the maximal length; how many were left out, and why."""
+    """The samples of a split, in its order; how many were cut to the maximal length; how many were left out,
+    and why.
+    """
 
     samples: list
     truncated: int
@@ -46,7 +50,8 @@ class Encoded:
 def load_split(section: DataSection, split: str, tokenizer) -> Encoded:
     """Read, format and tokenise a split expression (`train`, `test[:100]`) of a recipe's data section.
 
-    Raises UserError for everything that is wrong with the section, its files or rows, and if no sample is left.
+    Raises UserError for everything that is wrong with the section, its files or rows, and if no sample is
+    left.
     """
     examples = Examples(section, split)
     prompts = _Prompts(tokenizer, chat=section.template == CHAT)
@@ -64,9 +69,13 @@ class _Prompts:
 
     def __init__(self, tokenizer, chat: bool):
         if tokenizer.eos_token_id is None:
-            raise UserError("model.path: the tokenizer has no token to end a response with, set its eos_token")
+            raise UserError(
+                "model.path: the tokenizer has no token to end a response with, set its eos_token"
+            )
         if chat and not tokenizer.chat_template:
-            raise UserError("data.template: the tokenizer has no chat template, write a template or leave data.template out")
+            raise UserError(
+                "data.template: the tokenizer has no chat template, write a template or leave data.template out"
+            )
         self.tokenizer, self.chat = tokenizer, chat
         self.eos = tokenizer.eos_token_id
         # A chat template writes BOS itself where the model wants it.
@@ -81,7 +90,9 @@ class _Prompts:
 
     def tokens(self, texts: list[str]) -> list[list[int]]:
         # verbose: transformers would warn of texts beyond the model's length, which are cut here.
-        return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)[
+            "input_ids"
+        ]
 
 
 def _start_tokens(tokenizer) -> list[int]:
@@ -95,7 +106,8 @@ def encode(examples: Iterable[Example], prompts: _Prompts, max_length: int) -> E
     encoded = Encoded([], truncated=0, dropped=0)
     shared: dict[int, int] = {}
     for prompt_ids, response_ids, answer in _tokenised(examples, prompts):
-        # The tokenizer makes a new int object for each token. Sharing them halves the memory of a large data set.
+        # The tokenizer makes a new int object for each token. Sharing them halves the memory of a large data
+        # set.
         ids = [shared.setdefault(token, token) for token in prompt_ids + response_ids]
         start = max(len(prompt_ids), 1)
         if start >= min(len(ids), max_length):
@@ -107,12 +119,17 @@ def encode(examples: Iterable[Example], prompts: _Prompts, max_length: int) -> E
     return encoded
 
 
-def _tokenised(examples: Iterable[Example], prompts: _Prompts) -> Iterator[tuple[list[int], list[int], str | None]]:
+def _tokenised(
+    examples: Iterable[Example], prompts: _Prompts
+) -> Iterator[tuple[list[int], list[int], str | None]]:
     """For each example the tokens of its prompt, those of its response with EOS, and its answer."""
     stream = iter(examples)
     while chunk := list(islice(stream, CHUNK)):
         prompt_texts = [prompts.render(example.prompt) for example in chunk]
-        responses = [_separator(prompt, example.response) + example.response for prompt, example in zip(prompt_texts, chunk)]
+        responses = [
+            _separator(prompt, example.response) + example.response
+            for prompt, example in zip(prompt_texts, chunk)
+        ]
         heads = prompts.tokens(prompt_texts)
         wholes = prompts.tokens([prompt + response for prompt, response in zip(prompt_texts, responses)])
         alone = prompts.tokens(responses)

@@ -28,7 +28,9 @@ class DataSection(Protocol):
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt, the response to learn, and the final answer in it. With a chat template, `prompt` is the user's message."""
+    """A prompt, the response to learn, and the final answer in it. With a chat template, `prompt` is the
+    user's message.
+    """
 
     prompt: str
     response: str
@@ -58,12 +60,16 @@ def parse_template(template: str) -> Template:
                 raise ValueError("only names may stand in braces")
             pieces.append((text, name))
     except ValueError as error:
-        raise UserError(f"data.template: {error}, write {{name}} for a column and {{{{ }}}} for braces as text") from None
+        raise UserError(
+            f"data.template: {error}, write {{name}} for a column and {{{{ }}}} for braces as text"
+        ) from None
     return Template(pieces)
 
 
 def download(section: DataSection, split: str) -> None:
-    """Bring a split into the local cache of the hub, if it comes from the hub. Let one process a node do this first."""
+    """Bring a split into the local cache of the hub, if it comes from the hub. Let one process a node do this
+    first.
+    """
     if not get_task(section.task).embedded:
         sources.fetch(_path(section), split)
 
@@ -78,7 +84,9 @@ def load_rows(section: DataSection, split: str) -> Sequence[Row]:
     """The rows of a split expression. Raises UserError, also where there is none."""
     if get_task(section.task).embedded:
         if section.path is not None:
-            raise UserError(f"data.path: the task {section.task} makes its own data, remove the path or choose another task")
+            raise UserError(
+                f"data.path: the task {section.task} makes its own data, remove the path or choose another task"
+            )
         rows = sources.select(sources.parse_split(split), arithmetic.rows)
     else:
         rows = sources.load_rows(_path(section), split, get_task(section.task).header)
@@ -109,23 +117,31 @@ def require_column(rows: Sequence[Row], column: str, where: str, origin: str) ->
 
 
 def cell_text(row: Row, column: str, position: int, origin: str) -> str:
-    """A cell as text. Raises UserError, which names row `position` of `origin`, where it holds neither text nor number."""
+    """A cell as text. Raises UserError, which names row `position` of `origin`, where it holds neither text
+    nor number.
+    """
     value = row.get(column)
     if not isinstance(value, str | int | float):
         found = "no value" if value is None else f"a {type(value).__name__}"
-        raise UserError(f"data: row {position} of {origin} has {found} in column {column!r}, make it text or a number")
+        raise UserError(
+            f"data: row {position} of {origin} has {found} in column {column!r}, make it text or a number"
+        )
     return str(value)
 
 
 def _path(section: DataSection) -> str:
     path = section.path or get_task(section.task).path
     if path is None:
-        raise UserError(f"data.path: the task {section.task} needs one, name a file, a directory or a data set of the hub")
+        raise UserError(
+            f"data.path: the task {section.task} needs one, name a file, a directory or a data set of the hub"
+        )
     return path
 
 
 class Examples:
-    """The rows of a split as examples, in order. The section is checked against the columns when this is made."""
+    """The rows of a split as examples, in order. The section is checked against the columns when this is
+    made.
+    """
 
     def __init__(self, section: DataSection, split: str):
         self.rows = load_rows(section, split)
@@ -151,7 +167,9 @@ class Examples:
             self._require(column, f"data.fields: {role}")
         defaults = {role: column for role, column in self._task.columns.items() if role not in fields}
         if "response" not in fields | defaults:
-            raise UserError("data.fields: no column for response, set it, as in {prompt: question, response: answer}")
+            raise UserError(
+                "data.fields: no column for response, set it, as in {prompt: question, response: answer}"
+            )
         if "response" in defaults:
             self._require(defaults["response"], f"response of the task {self._section.task}")
         return {**defaults, **fields}
@@ -173,11 +191,17 @@ class Examples:
         """A name in a template must be a role with a column, or a column, and not give the answer away."""
         column = self._columns.get(name, name)
         if column in (self._columns["response"], self._columns.get("answer")):
-            raise UserError(f"data.template: {{{name}}} would show the answer, remove it (the response is added by itself)")
+            raise UserError(
+                f"data.template: {{{name}}} would show the answer, remove it (the response is added by itself)"
+            )
         if name == "prompt" and name not in self._columns:
-            raise UserError("data.fields: no column for prompt, set it, as in {prompt: question, response: answer}")
+            raise UserError(
+                "data.fields: no column for prompt, set it, as in {prompt: question, response: answer}"
+            )
         explicit = self._section.template not in (None, CHAT)
-        self._require(column, f"data.template: {{{name}}}" if explicit else f"{name} of the task {self._section.task}")
+        self._require(
+            column, f"data.template: {{{name}}}" if explicit else f"{name} of the task {self._section.task}"
+        )
 
     def _require(self, column: str, where: str) -> None:
         require_column(self.rows, column, where, self.origin)
@@ -185,7 +209,10 @@ class Examples:
     def _example(self, row: Row, position: int) -> Example:
         has_input = bool(self._text(row, self._columns.get("input"), position, optional=True).strip())
         template = self._template_with_input if has_input else self._template
-        values = {name: self._text(row, self._columns.get(name, name), position, name == "input") for name in template.names}
+        values = {
+            name: self._text(row, self._columns.get(name, name), position, name == "input")
+            for name in template.names
+        }
         response = self._text(row, self._columns["response"], position)
         answer = self._text(row, self._columns.get("answer"), position, optional=True).strip()
         return Example(template.fill(values), response, answer or self._task.extract(response))

@@ -1,7 +1,7 @@
 """Classification: rows with a text, or a pair of texts, and a label, made into samples and batches.
 
-The tokens of a row are those that the tokenizer makes of it by its own rules, as the encoder has seen them in pretraining:
-`[CLS] text [SEP] pair [SEP]` for BERT, `<s> text </s></s> pair </s>` for RoBERTa.
+The tokens of a row are those that the tokenizer makes of it by its own rules, as the encoder has seen them in
+pretraining: `[CLS] text [SEP] pair [SEP]` for BERT, `<s> text </s></s> pair </s>` for RoBERTa.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -32,7 +32,9 @@ class DataSection(examples.DataSection, Protocol):
 
 @dataclass(frozen=True)
 class LabelledSample:
-    """One tokenised row. segments: the type of each token (text or pair), where the tokenizer gives one. label: its number."""
+    """One tokenised row. segments: the type of each token (text or pair), where the tokenizer gives one.
+    label: its number.
+    """
 
     input_ids: list[int]
     segments: list[int] | None
@@ -40,29 +42,43 @@ class LabelledSample:
 
 
 def label_names(section: DataSection) -> tuple[str, ...]:
-    """The labels that a section's task tells apart, in the order of their numbers. Raises UserError where they are unclear."""
+    """The labels that a section's task tells apart, in the order of their numbers. Raises UserError where
+    they are unclear.
+    """
     own, given = get_task(section.task).labels, section.labels
     if own and given is not None:
-        raise UserError(f"data.labels: the task {section.task} has its own labels ({', '.join(own)}), remove these")
+        raise UserError(
+            f"data.labels: the task {section.task} has its own labels ({', '.join(own)}), remove these"
+        )
     if not own and not given:
-        raise UserError(f"data.labels: the task {section.task} needs them, list the names, as in [negative, positive]")
+        raise UserError(
+            f"data.labels: the task {section.task} needs them, list the names, as in [negative, positive]"
+        )
     if given and (len(given) < 2 or len(set(given)) < len(given)):
-        raise UserError(f"data.labels: {', '.join(given)} are not at least two different names, correct the list")
+        raise UserError(
+            f"data.labels: {', '.join(given)} are not at least two different names, correct the list"
+        )
     return own or tuple(given)
 
 
 class LabelledRows:
-    """The rows of a split as (text, pair or None, number of the label or None), in order. Made, the section has been checked."""
+    """The rows of a split as (text, pair or None, number of the label or None), in order. Made, the section
+    has been checked.
+    """
 
     def __init__(self, section: DataSection, split: str):
         self.labels = label_names(section)
         if section.template is not None:
-            raise UserError(f"data.template: the task {section.task} shows texts as they are, remove the template")
+            raise UserError(
+                f"data.template: the task {section.task} shows texts as they are, remove the template"
+            )
         self.rows = examples.load_rows(section, split)
         self.origin = examples.origin(section, split)
         self._columns = self._assign_columns(get_task(section.task), section.task, section.fields or {})
         self._numbers = {name: number for number, name in enumerate(self.labels)}
-        self._numbers |= {str(number): number for number in range(len(self.labels)) if str(number) not in self._numbers}
+        self._numbers |= {
+            str(number): number for number in range(len(self.labels)) if str(number) not in self._numbers
+        }
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -75,7 +91,9 @@ class LabelledRows:
             yield text, second, self._label(row, position)
 
     def _assign_columns(self, task: LabelTask, name: str, fields: dict[str, str]) -> dict[str, str]:
-        """The column of each role: the recipe's, else the first of the task's names for it that the data set has."""
+        """The column of each role: the recipe's, else the first of the task's names for it that the data set
+        has.
+        """
         for role, column in fields.items():
             if role not in ROLES:
                 hint = nearest(role, ROLES) or f", choose from {', '.join(ROLES)}"
@@ -88,24 +106,31 @@ class LabelledRows:
                 examples.require_column(self.rows, columns[role], f"{role} of the task {name}", self.origin)
         for role in ("text", "label"):
             if role not in columns:
-                raise UserError(f"data.fields: no column for {role}, set it, as in {{text: sentence, label: label}}")
+                raise UserError(
+                    f"data.fields: no column for {role}, set it, as in {{text: sentence, label: label}}"
+                )
         return columns
 
     def _label(self, row: Row, position: int) -> int | None:
-        """A label is its name or number. None for an unlabelled row, as the hub's test splits have: null, empty, -1 or "-"."""
+        """A label is its name or number. None for an unlabelled row, as the hub's test splits have: null,
+        empty, -1 or "-".
+        """
         value = row.get(self._columns["label"])
         text = "" if value is None else str(value).strip()
         if text in ("", "-1", "-"):
             return None
         if text not in self._numbers:
             known = f"{', '.join(self.labels)} or 0 to {len(self.labels) - 1}"
-            raise UserError(f"data: row {position} of {self.origin} has the label {text!r}, which is none of {known}")
+            raise UserError(
+                f"data: row {position} of {self.origin} has the label {text!r}, which is none of {known}"
+            )
         return self._numbers[text]
 
 
 def load_labelled(section: DataSection, split: str, tokenizer) -> Encoded:
-    """Read and tokenise a split expression. Rows longer than the maximum are cut (of a pair, the longer text first) and counted;
-    those without a label are dropped. Raises UserError for all that is wrong with the section, its files or rows."""
+    """Read and tokenise a split expression. Rows longer than the maximum are cut (of a pair, the longer text
+    first) and counted; those without a label are dropped. Raises UserError for all that is wrong with the
+    section, its files or rows."""
     rows = LabelledRows(section, split)
     encoded = Encoded([], truncated=0, dropped=0, why_dropped="they have no label")
     for chunk in _chunks(rows):
@@ -151,13 +176,20 @@ def _samples(tokens, labels: Sequence[int]) -> list[LabelledSample]:
     return [LabelledSample(*row) for row in zip(tokens["input_ids"], segments, labels)]
 
 
-def collate_labelled(samples: Sequence[LabelledSample], pad_id: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """Right-padded `input_ids`, `attention_mask` and, where the samples have segments, `token_type_ids`, int64 (batch, longest),
-    and `labels`, int64 (batch,). No samples give a 1 x 2 batch without a label, for a pass of weight zero."""
+def collate_labelled(
+    samples: Sequence[LabelledSample], pad_id: int, device: torch.device | str = "cpu"
+) -> dict[str, Tensor]:
+    """Right-padded `input_ids`, `attention_mask` and, where the samples have segments, `token_type_ids`,
+    int64 (batch, longest), and `labels`, int64 (batch,). No samples give a 1 x 2 batch without a label, for a
+    pass of weight zero."""
     if not samples:
         ids = torch.full((1, 2), pad_id, device=device)
         # Not attended padding has a softmax over nothing; see `collate`.
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.full((1,), IGNORE, device=device)}
+        return {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "labels": torch.full((1,), IGNORE, device=device),
+        }
     ids = [sample.input_ids for sample in samples]
     batch = {
         "input_ids": pad_rows(ids, pad_id, device),

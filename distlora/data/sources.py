@@ -1,8 +1,8 @@
 """Where rows come from: local JSON, JSONL, CSV, TSV or parquet files, or a data set of the Hugging Face hub.
 
-A row is a mapping from column to value. A *split expression* is a split name with an optional slice, in the hub's syntax:
-`train`, `train[:50000]`, `train[10%:20%]`, `train[-500:]`, and several of these joined by `+`. The slices mean exactly what
-they mean to `datasets.load_dataset`, for local files as well.
+A row is a mapping from column to value. A *split expression* is a split name with an optional slice, in the
+hub's syntax: `train`, `train[:50000]`, `train[10%:20%]`, `train[-500:]`, and several of these joined by `+`.
+The slices mean exactly what they mean to `datasets.load_dataset`, for local files as well.
 """
 
 import csv
@@ -30,7 +30,9 @@ _LOCAL_NAMES = {"validation": "dev"}
 
 @dataclass(frozen=True)
 class SplitPart:
-    """One split with its bounds as written: None, `50000` or `10%`, each possibly negative (counted from the end)."""
+    """One split with its bounds as written: None, `50000` or `10%`, each possibly negative (counted from the
+    end).
+    """
 
     name: str
     start: str | None = None
@@ -54,19 +56,26 @@ def parse_split(expression: str) -> list[SplitPart]:
     parts = []
     for text in expression.split("+"):
         part = _PART.fullmatch(text.strip())
-        bounds = _SLICE.fullmatch(re.sub(r"[\s_]", "", part["slice"])) if part and part["slice"] is not None else None
+        bounds = (
+            _SLICE.fullmatch(re.sub(r"[\s_]", "", part["slice"]))
+            if part and part["slice"] is not None
+            else None
+        )
         if not part or (part["slice"] is not None and not bounds):
-            raise UserError(f"data: split {expression!r} cannot be read, write it like train[:50000] or train[10%:20%]")
+            raise UserError(
+                f"data: split {expression!r} cannot be read, write it like train[:50000] or train[10%:20%]"
+            )
         parts.append(SplitPart(part["name"], *(bounds.group("start", "stop") if bounds else ())))
     return parts
 
 
 def load_rows(path: str, split: str, header: Sequence[str] | None = None) -> Sequence[Row]:
-    """The rows of a split expression, from a local path if there is one, else from the hub (then memory-mapped, not copied).
+    """The rows of a split expression, from a local path if there is one, else from the hub (then
+    memory-mapped, not copied).
 
     header: the columns of TSV files whose first line is a row already.
-    path: a file; a directory with one file a split (`train.jsonl`; shards `train-00000-of-00002.parquet`); or a data set of
-    the hub, with its configuration after a colon if it has several (`openai/gsm8k:main`).
+    path: a file; a directory with one file a split (`train.jsonl`; shards `train-00000-of-00002.parquet`); or
+    a data set of the hub, with its configuration after a colon if it has several (`openai/gsm8k:main`).
     Raises UserError, in one sentence, for whatever is missing, unreadable or out of reach.
     """
     parts = parse_split(split)
@@ -76,7 +85,9 @@ def load_rows(path: str, split: str, header: Sequence[str] | None = None) -> Seq
 
 
 def is_local(path: str) -> bool:
-    """Whether a path means files here. What exists does, and so does what cannot be the name of a data set of the hub."""
+    """Whether a path means files here. What exists does, and so does what cannot be the name of a data set of
+    the hub.
+    """
     file = Path(path).expanduser()
     looks_local = path.startswith((".", "~", "/")) or path.count("/") > 1 or file.suffix.lower() in READERS
     return looks_local or file.exists()
@@ -106,7 +117,9 @@ def _split_files(path: Path, split: str) -> list[Path]:
     """The files of one split, shards in order. A single file is the split `train`, as on the hub."""
     if not path.exists():
         siblings = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise UserError(f"data.path: {path} does not exist{nearest(path.name, siblings) or ', check the path'}")
+        raise UserError(
+            f"data.path: {path} does not exist{nearest(path.name, siblings) or ', check the path'}"
+        )
     if path.is_file():
         if split != "train":
             raise UserError(
@@ -126,12 +139,16 @@ def _split_files(path: Path, split: str) -> list[Path]:
     files = found[split]
     if len(files) > 1 and any(not _SHARD.search(file.stem) for file in files):
         names = " and ".join(file.name for file in files)
-        raise UserError(f"data: split {split!r} in {path} could be {names}, keep one of them or name the file in data.path")
+        raise UserError(
+            f"data: split {split!r} in {path} could be {names}, keep one of them or name the file in data.path"
+        )
     return files
 
 
 def read_file(file: Path, header: Sequence[str] | None = None) -> list[Row]:
-    """All rows of one local file, by its suffix. Raises UserError that names the file, and the line where there is one."""
+    """All rows of one local file, by its suffix. Raises UserError that names the file, and the line where
+    there is one.
+    """
     reader = READERS.get(file.suffix.lower())
     if reader is None:
         raise UserError(f"data.path: {file} is none of {', '.join(READERS)}, convert it to one of these")
@@ -140,21 +157,29 @@ def read_file(file: Path, header: Sequence[str] | None = None) -> list[Row]:
     except UnicodeDecodeError:
         raise UserError(f"data.path: {file} is not UTF-8 text, convert it to UTF-8") from None
     except OSError as error:
-        raise UserError(f"data.path: {file} cannot be read ({error.strerror or error}), check the file") from error
+        raise UserError(
+            f"data.path: {file} cannot be read ({error.strerror or error}), check the file"
+        ) from error
 
 
 def _read_json(file: Path) -> list[Row]:
-    """A list of objects; a `.json` file that does not start with a bracket is read line by line, as many data sets are."""
+    """A list of objects; a `.json` file that does not start with a bracket is read line by line, as many data
+    sets are.
+    """
     text = file.read_text(encoding="utf-8-sig")
     if not text.lstrip().startswith("["):
         return _read_json_lines(file)
     try:
         rows = json.loads(text)
     except json.JSONDecodeError as error:
-        raise UserError(f"data.path: {file} is not valid JSON (line {error.lineno}: {error.msg}), correct it") from None
+        raise UserError(
+            f"data.path: {file} is not valid JSON (line {error.lineno}: {error.msg}), correct it"
+        ) from None
     for position, row in enumerate(rows):
         if not isinstance(row, dict):
-            raise UserError(f"data.path: entry {position} of {file} is not an object, write a list of objects")
+            raise UserError(
+                f"data.path: entry {position} of {file} is not an object, write a list of objects"
+            )
     return rows
 
 
@@ -167,9 +192,13 @@ def _read_json_lines(file: Path) -> list[Row]:
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
-                raise UserError(f"data.path: line {number} of {file} is not valid JSON ({error.msg}), correct it") from None
+                raise UserError(
+                    f"data.path: line {number} of {file} is not valid JSON ({error.msg}), correct it"
+                ) from None
             if not isinstance(row, dict):
-                raise UserError(f"data.path: line {number} of {file} is not an object, write one object a line")
+                raise UserError(
+                    f"data.path: line {number} of {file} is not an object, write one object a line"
+                )
             rows.append(row)
     return rows
 
@@ -180,12 +209,16 @@ def _read_csv(file: Path) -> list[Row]:
         try:
             rows = list(table)
         except csv.Error as error:
-            raise UserError(f"data.path: {file} is not valid CSV (line {table.line_num}: {error}), correct it") from None
+            raise UserError(
+                f"data.path: {file} is not valid CSV (line {table.line_num}: {error}), correct it"
+            ) from None
     return _of_equal_length(rows, file)
 
 
 def _read_tsv(file: Path, header: Sequence[str] | None = None) -> list[Row]:
-    """GLUE's format: cells between tabs, quotation marks are text. header: the columns, if the first line is a row."""
+    """GLUE's format: cells between tabs, quotation marks are text. header: the columns, if the first line is
+    a row.
+    """
     layout = dict(delimiter="\t", quoting=csv.QUOTE_NONE)
     with file.open(encoding="utf-8-sig", newline="") as lines:
         if header is not None and set(header) & set(next(csv.reader(lines, **layout), [])):
@@ -198,7 +231,9 @@ def _of_equal_length(rows: list[Row], file: Path) -> list[Row]:
     for position, row in enumerate(rows):
         # DictReader files surplus cells under None, and gives None to the cells that a short line lacks.
         if None in row or None in row.values():
-            raise UserError(f"data.path: row {position} of {file} has not as many cells as the header, correct it")
+            raise UserError(
+                f"data.path: row {position} of {file} has not as many cells as the header, correct it"
+            )
     return rows
 
 
@@ -209,7 +244,9 @@ def _read_parquet(file: Path) -> list[Row]:
     try:
         return parquet.ParquetFile(file).read().to_pylist()
     except pyarrow.ArrowInvalid as error:
-        raise UserError(f"data.path: {file} is not a parquet file, or is damaged ({first_line(error)})") from None
+        raise UserError(
+            f"data.path: {file} is not a parquet file, or is damaged ({first_line(error)})"
+        ) from None
 
 
 READERS: dict[str, Callable[..., list[Row]]] = {
@@ -244,14 +281,20 @@ def _hub_split(path: str, split: str):
                 f"data.path: {name} is a gated data set, ask for access on its page of the hub, "
                 "then set HF_TOKEN or run `hf auth login`"
             ) from error
-        raise UserError(f"data.path: {name} is no local path and no data set of the hub open to you, correct it") from error
+        raise UserError(
+            f"data.path: {name} is no local path and no data set of the hub open to you, correct it"
+        ) from error
     except ConnectionError as error:
         if datasets.config.HF_HUB_OFFLINE:
             raise UserError(
                 f"data.path: {name} is not in the local cache and HF_HUB_OFFLINE is set, unset it to download, or name local files"
             ) from error
-        raise UserError(f"data.path: the hub cannot be reached for {name}, check the network or name local files") from error
-    except Exception as error:  # whatever a download may raise, from HTTP clients too: the user needs one sentence
+        raise UserError(
+            f"data.path: the hub cannot be reached for {name}, check the network or name local files"
+        ) from error
+    except (
+        Exception
+    ) as error:  # whatever a download may raise, from HTTP clients too: the user needs one sentence
         raise UserError(_hub_problem(path, split, error)) from error
 
 

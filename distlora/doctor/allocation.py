@@ -17,16 +17,21 @@ _DOUBT = 0.5
 
 
 def examine_job(topology: Topology, subject: Subject, limit: float) -> Report:
-    """Collective over all ranks that come. The findings are rank 0's; other ranks get its exit code through them, untold.
+    """Collective over all ranks that come. The findings are rank 0's; other ranks get its exit code through
+    them, untold.
 
     A rank that does not find the master tells that itself.
     """
     host = socket.gethostname()
     try:
         roll = RollCall(topology, limit)
-        came = roll.exchange("presence", {"host": host, "token": f"{os.getpid()}-{time.time_ns()}", "port": free_port()})
+        came = roll.exchange(
+            "presence", {"host": host, "token": f"{os.getpid()}-{time.time_ns()}", "port": free_port()}
+        )
         if topology.rank not in came:
-            raise UserError(f"rank {topology.rank} came after the {limit:g} s that ranks are waited for; raise --limit")
+            raise UserError(
+                f"rank {topology.rank} came after the {limit:g} s that ranks are waited for; raise --limit"
+            )
         nodes = _look_around(topology, subject, roll, came)
         findings = judge_nodes(nodes)
         findings += _meeting(topology, came, nodes) or _reduce(topology, roll, came, limit)
@@ -49,7 +54,9 @@ def _look_around(topology: Topology, subject: Subject, roll: RollCall, came: dic
         found = facts.collect(subject.request(token, index) | master) if speaks else None
         heard = roll.exchange("facts", found, facts.LIMIT + BUILD_LIMIT + SHORT)
         now = time.time()  # every rank leaves the exchange at nearly the same time
-        seen = roll.exchange("look", {"time": now, "marks": _marks(subject.run_dir, token) if speaks else None}, SHORT)
+        seen = roll.exchange(
+            "look", {"time": now, "marks": _marks(subject.run_dir, token) if speaks else None}, SHORT
+        )
     finally:
         if speaks:
             storage.remove_marks(subject.run_dir, token)
@@ -92,13 +99,17 @@ def _meeting(topology: Topology, came: dict[int, dict], nodes: list[Node]) -> li
 
 
 def _reduce(topology: Topology, roll: RollCall, came: dict[int, dict], limit: float) -> list[Finding]:
-    """Each rank lets a process of its own take part, on another port: a transport that hangs or aborts takes only that along."""
+    """Each rank lets a process of its own take part, on another port: a transport that hangs or aborts takes
+    only that along.
+    """
     port = came[0]["port"]
     request = {
         "first": topology.rank, "count": 1, "local": topology.local_rank, "world": topology.world_size,
         "master": topology.master[0], "port": port, "limit": limit,
     }  # fmt: skip
     said = [value for line in reduction.run_ranks(request) for value in answers(line)]
-    outcomes = [outcome for some in roll.exchange("outcomes", said, 3 * limit + 60).values() for outcome in some]
+    outcomes = [
+        outcome for some in roll.exchange("outcomes", said, 3 * limit + 60).values() for outcome in some
+    ]
     ranks = {rank: there["host"] for rank, there in came.items()}
     return reduction.judge(outcomes, ranks, f"{request['master']}:{port}")

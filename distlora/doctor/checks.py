@@ -1,4 +1,6 @@
-"""What the nodes' facts mean together. Pure functions: nodes in, findings out; unreachable nodes have no facts."""
+"""What the nodes' facts mean together. Pure functions: nodes in, findings out; unreachable nodes have no
+facts.
+"""
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,7 +28,14 @@ def check_reachable(nodes: Sequence[Node]) -> Iterator[Finding]:
             yield Finding("node", "failure", (node.name,), f"{place}{node.problem}", remedy)
     there = [node for node in nodes if not node.problem]
     if there:
-        said = "; ".join(sorted({f"{facts['cores']} cores, {gib(facts['memory']['total'])}" for _, facts in known(there, "node")}))
+        said = "; ".join(
+            sorted(
+                {
+                    f"{facts['cores']} cores, {gib(facts['memory']['total'])}"
+                    for _, facts in known(there, "node")
+                }
+            )
+        )
         yield Finding("node", "ok", names(there), f"answers: {said}")
 
 
@@ -36,7 +45,9 @@ def check_unknown(nodes: Sequence[Node]) -> Iterator[Finding]:
         for topic, found in node.facts.items():
             if "error" in found:
                 remedy = "look at that node by hand: a collector that hangs usually waits for a dead file server or a device"
-                yield Finding(topic, "failure", (node.name,), f"could not be found out: {found['error']}", remedy)
+                yield Finding(
+                    topic, "failure", (node.name,), f"could not be found out: {found['error']}", remedy
+                )
 
 
 def check_machines(nodes: Sequence[Node]) -> Iterator[Finding]:
@@ -44,7 +55,9 @@ def check_machines(nodes: Sequence[Node]) -> Iterator[Finding]:
         if len(machine) > 1:
             places = ", ".join(filter(None, (node.place for node in machine)))
             remedy = "write each machine once, with all its slots" + (f" ({places})" if places else "")
-            yield Finding("hosts", "failure", names(machine), "these names mean one and the same machine", remedy)
+            yield Finding(
+                "hosts", "failure", names(machine), "these names mean one and the same machine", remedy
+            )
 
 
 def check_slots(nodes: Sequence[Node]) -> Iterator[Finding]:
@@ -61,11 +74,17 @@ def check_slots(nodes: Sequence[Node]) -> Iterator[Finding]:
         elif not there and cores and node.slots > cores:
             found = f"{place}slots={node.slots}, and {cores} cores are there"
             yield Finding(
-                "slots", "warning", (node.name,), found, f"set slots={cores} or fewer: ranks that share a core wait for each other"
+                "slots",
+                "warning",
+                (node.name,),
+                found,
+                f"set slots={cores} or fewer: ranks that share a core wait for each other",
             )
     slots = {node.slots for node in nodes if node.slots is not None}
     if len(slots) > 1:
-        found = "uneven: " + ", ".join(f"{node.name} has {node.slots}" for node in nodes if node.slots is not None)
+        found = "uneven: " + ", ".join(
+            f"{node.name} has {node.slots}" for node in nodes if node.slots is not None
+        )
         yield Finding(
             "slots",
             "warning",
@@ -82,10 +101,16 @@ def check_versions(nodes: Sequence[Node]) -> Iterator[Finding]:
         groups = _groups((facts.get(package), node) for node, facts in by_node.items())
         if len(groups) > 1:
             differing = True
-            said = ", ".join(f"{version or 'none'} on {_list(names(some))}" for version, some in groups.items())
+            said = ", ".join(
+                f"{version or 'none'} on {_list(names(some))}" for version, some in groups.items()
+            )
             level = "failure" if package in BINDING else "warning"
             yield Finding(
-                "versions", level, names(by_node), f"{package} differs: {said}", f"install the same {package} on every node"
+                "versions",
+                level,
+                names(by_node),
+                f"{package} differs: {said}",
+                f"install the same {package} on every node",
             )
     if by_node and not differing:
         facts = next(iter(by_node.values()))
@@ -106,7 +131,11 @@ def check_alike(nodes: Sequence[Node]) -> Iterator[Finding]:
             "take nodes of one kind: the slowest sets the pace, the smallest memory the size"
         )  # fmt: skip
         yield Finding(
-            "accelerators", level, tuple(name for some in groups.values() for name in names(some)), f"differ: {said}", remedy
+            "accelerators",
+            level,
+            tuple(name for some in groups.values() for name in names(some)),
+            f"differ: {said}",
+            remedy,
         )
 
 
@@ -127,9 +156,15 @@ def check_route(nodes: Sequence[Node]) -> Iterator[Finding]:
 def _route_problem(facts, several: bool) -> tuple[str, str, str] | None:
     for variable, asked in facts["asked"].items():
         chosen = [name.strip().lstrip("=^") for name in asked.split(",")]
-        if not asked.startswith("^") and not any(there.startswith(name) for name in chosen for there in facts["interfaces"]):
+        if not asked.startswith("^") and not any(
+            there.startswith(name) for name in chosen for there in facts["interfaces"]
+        ):
             have = ", ".join(facts["interfaces"])
-            return "failure", f"{variable}={asked}, but the interfaces are {have}", f"set {variable} to one of them, or unset it"
+            return (
+                "failure",
+                f"{variable}={asked}, but the interfaces are {have}",
+                f"set {variable} to one of them, or unset it",
+            )
     master = facts.get("master")
     if master is None:
         return None
@@ -141,8 +176,14 @@ def _route_problem(facts, several: bool) -> tuple[str, str, str] | None:
         )
     loop = [address for address in [master, *facts["master_addresses"][:1]] if is_loopback(address)]
     if several and loop:
-        found = f"the master {master} is the loopback address ({loop[-1]}) here: every node would wait for itself"
-        return "failure", found, "give the first host by a name or an address that means it on every node (see /etc/hosts)"
+        found = (
+            f"the master {master} is the loopback address ({loop[-1]}) here: every node would wait for itself"
+        )
+        return (
+            "failure",
+            found,
+            "give the first host by a name or an address that means it on every node (see /etc/hosts)",
+        )
     if facts.get("source") is None:
         return (
             "failure",
@@ -151,8 +192,16 @@ def _route_problem(facts, several: bool) -> tuple[str, str, str] | None:
         )
     if facts.get("answer") in ("silent", "unreachable"):
         found = f"{master} does not answer from {facts['source']} ({facts['interface']})"
-        return "failure", found, "open the port in the firewall between the nodes, or use the interface that they share"
-    if several and not facts["asked"].get("GLOO_SOCKET_IFNAME") and (not facts["own"] or is_loopback(facts["own"][0])):
+        return (
+            "failure",
+            found,
+            "open the port in the firewall between the nodes, or use the interface that they share",
+        )
+    if (
+        several
+        and not facts["asked"].get("GLOO_SOCKET_IFNAME")
+        and (not facts["own"] or is_loopback(facts["own"][0]))
+    ):
         own = facts["own"][0] if facts["own"] else "nothing"
         found = f"this host's own name resolves to {own}, which gloo would offer to the others"
         remedy = f"put the host's address into /etc/hosts, or set GLOO_SOCKET_IFNAME={facts['interface'] or 'the interface'}"
@@ -191,10 +240,19 @@ def check_run_dir(nodes: Sequence[Node]) -> Iterator[Finding]:
     blind = [node for node in asked if not written <= {mark.rpartition("-")[2] for mark in node.marks}]
     if blind:
         found = f"{wrote[blind[0].name]} is not one and the same directory: not all see what the others write"
-        yield Finding("run directory", "failure", names(blind), found, "put output_dir on a file system that all nodes share")
+        yield Finding(
+            "run directory",
+            "failure",
+            names(blind),
+            found,
+            "put output_dir on a file system that all nodes share",
+        )
     elif asked:
         yield Finding(
-            "run directory", "ok", names(asked), f"{wrote[asked[0].name]} is writable" + (", and shared" if len(asked) > 1 else "")
+            "run directory",
+            "ok",
+            names(asked),
+            f"{wrote[asked[0].name]} is writable" + (", and shared" if len(asked) > 1 else ""),
         )
 
 
@@ -212,7 +270,9 @@ def check_paths(nodes: Sequence[Node]) -> Iterator[Finding]:
             yield Finding(label, "failure", names(lacking), f"{path} cannot be seen", remedy)
         elif len(kinds) > 1:
             said = " and ".join(_list(names(some)) for some in kinds.values())
-            yield Finding(label, "failure", everybody, f"{path} differs between {said}", "copy one of them to all nodes")
+            yield Finding(
+                label, "failure", everybody, f"{path} differs between {said}", "copy one of them to all nodes"
+            )
         else:
             yield Finding(label, "ok", everybody, path)
 
@@ -224,11 +284,20 @@ def check_clocks(nodes: Sequence[Node]) -> Iterator[Finding]:
     first, last = min(timed, key=lambda node: node.skew), max(timed, key=lambda node: node.skew)
     apart = max(0.0, last.skew - first.skew - last.doubt - first.doubt)
     if apart <= SKEW_WARNING:
-        yield Finding("clock", "ok", names(timed), f"apart by less than {max(SKEW_WARNING, last.doubt + first.doubt):.0f} s")
+        yield Finding(
+            "clock",
+            "ok",
+            names(timed),
+            f"apart by less than {max(SKEW_WARNING, last.doubt + first.doubt):.0f} s",
+        )
         return
     found = f"{last.name} is at least {apart:.0f} s ahead of {first.name}"
-    remedy = "let all nodes take the time from one server (chrony, ntpd): builds and job authentication go wrong"
-    yield Finding("clock", "failure" if apart > SKEW_FAILURE else "warning", (first.name, last.name), found, remedy)
+    remedy = (
+        "let all nodes take the time from one server (chrony, ntpd): builds and job authentication go wrong"
+    )
+    yield Finding(
+        "clock", "failure" if apart > SKEW_FAILURE else "warning", (first.name, last.name), found, remedy
+    )
 
 
 def _groups(pairs: Iterable[tuple]) -> dict:

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 @contextmanager
 def unwinding() -> Iterator[None]:
-    """Inside, SIGTERM ends the process by an exception, with 143 as a shell would say: what lies in run directories is removed on
-    the way. Only in the main thread."""
+    """Inside, SIGTERM ends the process by an exception, with 143 as a shell would say: what lies in run
+    directories is removed on the way. Only in the main thread."""
 
     def stop(number: int, frame) -> None:
         signal.signal(number, signal.SIG_IGN)  # a second one must not cut that short

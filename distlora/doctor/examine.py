@@ -22,10 +22,12 @@ def examine(
     build: bool = True,
     limit: float = 30.0,
 ) -> Report:
-    """Looks at the hosts of a hostfile, at the nodes of the job that this process is a rank of, or at this machine.
+    """Looks at the hosts of a hostfile, at the nodes of the job that this process is a rank of, or at this
+    machine.
 
-    port: of rank 0; default: MASTER_PORT, or 29500. build: whether DeepSpeed's operators are built. limit: seconds that a silent
-    rank is waited for. Errors: UserError for a mistake in the hostfile, the recipe or a number.
+    port: of rank 0; default: MASTER_PORT, or 29500. build: whether DeepSpeed's operators are built. limit:
+    seconds that a silent rank is waited for. Errors: UserError for a mistake in the hostfile, the recipe or a
+    number.
     """
     with before_ranks_meet():
         port = _port(port)
@@ -33,7 +35,8 @@ def examine(
             raise UserError(f"--limit {limit} is no time to wait; give seconds above 0")
     if hostfile is not None and topology.world_size > 1:
         raise UserError(
-            f"{topology.world_size} ranks would each ask the hosts of {hostfile}; start one, or leave the hostfile out", agreed=True
+            f"{topology.world_size} ranks would each ask the hosts of {hostfile}; start one, or leave the hostfile out",
+            agreed=True,
         )
     in_job = topology.world_size > 1
     if in_job and recipe and not recipe.exists():
@@ -52,5 +55,7 @@ def examine(
 def _port(given: int | None) -> int:
     text = os.environ.get("MASTER_PORT", str(DEFAULT_PORT)) if given is None else str(given)
     if not text.isdigit() or not 1 <= int(text) <= 65535:
-        raise UserError(f"{'MASTER_PORT=' if given is None else '--port '}{text} is no port; give a number from 1 to 65535")
+        raise UserError(
+            f"{'MASTER_PORT=' if given is None else '--port '}{text} is no port; give a number from 1 to 65535"
+        )
     return int(text)

@@ -1,4 +1,6 @@
-"""What one node sees: versions, devices, memory, clock. Every collector may fail or hang without spoiling the others."""
+"""What one node sees: versions, devices, memory, clock. Every collector may fail or hang without spoiling the
+others.
+"""
 
 import os
 import socket
@@ -13,16 +15,19 @@ from distlora.doctor import network, storage, toolchain
 
 Facts = dict[str, Any]
 
-#: Seconds for all collectors but the build of operators. Importing torch from a busy file server takes the most.
+#: Seconds for all collectors but the build of operators. Importing torch from a busy file server takes the
+#: most.
 LIMIT = 90.0
 
 
 def collect(request: Mapping[str, Any], limit: float = LIMIT) -> dict[str, Facts]:
-    """All facts of this node, by topic; a topic that failed or gave no answer within `limit` seconds holds only "error".
+    """All facts of this node, by topic; a topic that failed or gave no answer within `limit` seconds holds
+    only "error".
 
-    request: "master" and "port" to be reached, "is_master", "run_dir" and "mark" (a file name to leave there), "paths" that must
-    be visible (label -> path), "model" (a hub name, or None), "hub" (whether it is needed), "operators" to build (names of
-    DeepSpeed's builders; may be empty), "build_limit" in seconds. All are optional.
+    request: "master" and "port" to be reached, "is_master", "run_dir" and "mark" (a file name to leave
+    there), "paths" that must be visible (label -> path), "model" (a hub name, or None), "hub" (whether it is
+    needed), "operators" to build (names of DeepSpeed's builders; may be empty), "build_limit" in seconds. All
+    are optional.
     """
     build = toolchain.start_build(request.get("operators") or ())
     facts = gather(
@@ -47,7 +52,9 @@ def collect(request: Mapping[str, Any], limit: float = LIMIT) -> dict[str, Facts
 
 
 def gather(collectors: Mapping[str, Callable[[], Facts]], limit: float) -> dict[str, Facts]:
-    """Each collector in a thread of its own; who is late is left behind (a dead file server holds a thread forever)."""
+    """Each collector in a thread of its own; who is late is left behind (a dead file server holds a thread
+    forever).
+    """
     results: dict[str, Facts] = {}
 
     def work(topic: str, collector: Callable[[], Facts]) -> None:
@@ -56,7 +63,9 @@ def gather(collectors: Mapping[str, Callable[[], Facts]], limit: float) -> dict[
         except Exception as error:  # of whatever kind: it is a fact about this node
             results[topic] = {"error": f"{type(error).__name__}: {error}"}
 
-    threads = {topic: threading.Thread(target=work, args=item, daemon=True) for topic, item in _items(collectors)}
+    threads = {
+        topic: threading.Thread(target=work, args=item, daemon=True) for topic, item in _items(collectors)
+    }
     deadline = time.monotonic() + limit
     for thread in threads.values():
         thread.start()
@@ -70,7 +79,9 @@ def _items(collectors: Mapping[str, Callable[[], Facts]]):
 
 
 def _node() -> Facts:
-    """machine: equal for two names of one machine, different for two machines (containers with a network of their own too)."""
+    """machine: equal for two names of one machine, different for two machines (containers with a network of
+    their own too).
+    """
     boot = Path("/proc/sys/kernel/random/boot_id")
     space = os.readlink("/proc/self/ns/net") if os.path.exists("/proc/self/ns/net") else ""
     memory = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
@@ -78,13 +89,16 @@ def _node() -> Facts:
         "host": socket.gethostname(),
         "machine": f"{boot.read_text().strip() if boot.exists() else socket.gethostname()} {space}",
         "cores": len(os.sched_getaffinity(0)),
-        "memory": {key: int(memory[name].split()[0]) * 1024 for key, name in (("total", "MemTotal"), ("free", "MemAvailable"))},
+        "memory": {
+            key: int(memory[name].split()[0]) * 1024
+            for key, name in (("total", "MemTotal"), ("free", "MemAvailable"))
+        },
     }
 
 
 def _accelerators() -> Facts:
-    """devices: as torch sees them, with bytes. hardware: how many NVIDIA or AMD devices the system has. hidden: whether the user
-    has asked for fewer."""
+    """devices: as torch sees them, with bytes. hardware: how many NVIDIA or AMD devices the system has.
+    hidden: whether the user has asked for fewer."""
     import torch
 
     devices = []

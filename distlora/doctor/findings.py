@@ -20,8 +20,9 @@ class Finding:
 
 @dataclass(frozen=True, eq=False)
 class Node:
-    """A node and what it said. slots: ranks on it, if known. place: its line in the hostfile, or empty. facts: by topic, see
-    facts.collect. problem: why there are none. skew: seconds that its clock is ahead. doubt: how far that can be wrong."""
+    """A node and what it said. slots: ranks on it, if known. place: its line in the hostfile, or empty.
+    facts: by topic, see facts.collect. problem: why there are none. skew: seconds that its clock is ahead.
+    doubt: how far that can be wrong."""
 
     name: str
     facts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -51,8 +52,13 @@ def merged(findings: Iterable[Finding]) -> list[Finding]:
     """One row for what is said of several nodes in the same words, in the place of the first."""
     rows: dict[tuple[str, str, str, str], list[str]] = {}
     for finding in findings:
-        rows.setdefault((finding.check, finding.level, finding.found, finding.remedy), []).extend(finding.nodes)
-    return [Finding(check, level, tuple(nodes), found, remedy) for (check, level, found, remedy), nodes in rows.items()]
+        rows.setdefault((finding.check, finding.level, finding.found, finding.remedy), []).extend(
+            finding.nodes
+        )
+    return [
+        Finding(check, level, tuple(nodes), found, remedy)
+        for (check, level, found, remedy), nodes in rows.items()
+    ]
 
 
 def gib(size: float) -> str:

@@ -24,11 +24,14 @@ def examine_hosts(hosts: Sequence[Host | None], subject: Subject, port: int, lim
     doors = [None] if here else [host.name for host in hosts]
     master = "127.0.0.1" if here else hosts[0].address
     requests = [
-        subject.request(token, index) | {"master": master, "port": port, "is_master": index == 0} for index in range(len(hosts))
+        subject.request(token, index) | {"master": master, "port": port, "is_master": index == 0}
+        for index in range(len(hosts))
     ]
     try:
         heard = ask_all(doors, requests, facts.LIMIT + (BUILD_LIMIT if subject.operators else 0) + SHORT)
-        looked = ask_all(doors, [{"do": "look", "run_dir": subject.run_dir, "mark": token}] * len(hosts), SHORT)
+        looked = ask_all(
+            doors, [{"do": "look", "run_dir": subject.run_dir, "mark": token}] * len(hosts), SHORT
+        )
     finally:
         ask_all(doors, [{"do": "forget", "run_dir": subject.run_dir, "mark": token}] * len(hosts), SHORT)
     nodes = [_node(host, answer, look) for host, answer, look in zip(hosts, heard, looked)]
@@ -52,7 +55,9 @@ def _node(host: Host | None, heard: Answer, looked: Answer) -> Node:
     return replace(node, skew=look["time"] - middle, doubt=doubt, marks=marks)
 
 
-def _reduce(there: Sequence[tuple[Node, str | None]], master: str | None, port: int, limit: float) -> list[Finding]:
+def _reduce(
+    there: Sequence[tuple[Node, str | None]], master: str | None, port: int, limit: float
+) -> list[Finding]:
     """The all-reduce between the nodes that answer. master: None if the first host is not among them."""
     first = there[0][0]
     taken = first.fact("port") or {}
@@ -67,7 +72,9 @@ def _reduce(there: Sequence[tuple[Node, str | None]], master: str | None, port: 
     shared = {"do": "ranks", "world": sum(counts), "master": master, "port": port, "limit": limit}
     requests = [shared | {"first": start, "count": count} for start, count in zip(starts, counts)]
     heard = ask_all([door for _, door in there], requests, 3 * limit + 60 + SHORT)
-    ranks = {start + i: node.name for start, count, (node, _) in zip(starts, counts, there) for i in range(count)}
+    ranks = {
+        start + i: node.name for start, count, (node, _) in zip(starts, counts, there) for i in range(count)
+    }
     outcomes = [outcome for answer in heard for outcome in answer.values]
     return reduction.judge(outcomes, ranks, f"{master}:{port}")
 

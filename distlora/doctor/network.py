@@ -4,7 +4,14 @@ import os
 import socket
 from typing import Any
 
-from distlora.cluster.addresses import addresses, free_port, interface_of, interfaces, problem_with_port, source
+from distlora.cluster.addresses import (
+    addresses,
+    free_port,
+    interface_of,
+    interfaces,
+    problem_with_port,
+    source,
+)
 
 #: Seconds that a connection to the master is tried.
 PATIENCE = 4.0
@@ -13,8 +20,8 @@ INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "TP_SOCKET_IF
 
 
 def facts(master: str | None, port: int | None) -> dict[str, Any]:
-    """own: what this host's name resolves to. source, interface: where packets for the master leave. answer: what the master's
-    port says: "open", "refused" (reached, nobody listens), "silent", "unreachable"."""
+    """own: what this host's name resolves to. source, interface: where packets for the master leave. answer:
+    what the master's port says: "open", "refused" (reached, nobody listens), "silent", "unreachable"."""
     found: dict[str, Any] = {
         "own": addresses(socket.gethostname()),
         "interfaces": interfaces(),

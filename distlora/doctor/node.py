@@ -1,4 +1,5 @@
-"""The program that runs on every node: `python -m distlora.doctor.node`, a request as JSON on its input, an answer on its output.
+"""The program that runs on every node: `python -m distlora.doctor.node`, a request as JSON on its input, an
+answer on its output.
 
 What it answers stands on lines that begin with a mark, because login scripts and libraries say things too.
 """
@@ -13,7 +14,9 @@ MARK = "distlora-doctor:"
 
 
 def answer(request: dict[str, Any]) -> list[Any]:
-    """request: "do" names one of the deeds below, the other keys are its own. Returns what to answer, one value a line."""
+    """request: "do" names one of the deeds below, the other keys are its own. Returns what to answer, one
+    value a line.
+    """
     if request["do"] == "facts":
         from distlora.doctor.facts import collect
 
@@ -25,7 +28,12 @@ def answer(request: dict[str, Any]) -> list[Any]:
     from distlora.doctor import storage
 
     if request["do"] == "look":
-        return [{"time": time.time(), "marks": storage.marks(request["run_dir"], request["mark"]) if request["run_dir"] else None}]
+        return [
+            {
+                "time": time.time(),
+                "marks": storage.marks(request["run_dir"], request["mark"]) if request["run_dir"] else None,
+            }
+        ]
     storage.remove_marks(request["run_dir"], request["mark"])
     return [True]
 

@@ -14,8 +14,8 @@ SHM_WARNING, SHM_FAILURE = 1 << 30, 128 << 20
 FREE_SHARE = 0.9
 #: Seconds after which a lock that no process of its node holds cannot be a living build of another node.
 OLD_LOCK = 1800
-#: Seconds up to which a lock may be that of a build just begun elsewhere; and of one that another node was asked for, which
-#: may have begun so much earlier.
+#: Seconds up to which a lock may be that of a build just begun elsewhere; and of one that another node was
+#: asked for, which may have begun so much earlier.
 YOUNG_LOCK, ASKED_LOCK = 60, 180
 
 
@@ -31,7 +31,13 @@ def check_accelerators(nodes: Sequence[Node]) -> Iterator[Finding]:
         for index, device in enumerate(devices):
             if device["free"] < FREE_SHARE * device["total"]:
                 found = f"of device {index}, {device['name']}, {gib(device['free'])} of {gib(device['total'])} are free"
-                yield Finding("accelerators", "warning", (node.name,), found, "end the other process that uses it (nvidia-smi)")
+                yield Finding(
+                    "accelerators",
+                    "warning",
+                    (node.name,),
+                    found,
+                    "end the other process that uses it (nvidia-smi)",
+                )
         kinds = ", ".join(f"{device['name']} ({gib(device['total'])})" for device in devices[:1])
         alike[f"{len(devices)} × {kinds}" if devices else "none: the CPU computes"].append(node.name)
     for found, some in alike.items():
@@ -45,7 +51,9 @@ def check_disks(nodes: Sequence[Node]) -> Iterator[Finding]:
         for label, place in short:
             level = "failure" if place["free"] < DISK_FAILURE else "warning"
             found = f"{gib(place['free'])} of {gib(place['total'])} are free in {place['path']} ({label})"
-            yield Finding("disk", level, (node.name,), found, "make room: a checkpoint, a model or a build may not fit")
+            yield Finding(
+                "disk", level, (node.name,), found, "make room: a checkpoint, a model or a build may not fit"
+            )
         if not short:
             fine.append((min(place["free"] for place in facts.values()), node.name))
     if fine:
@@ -63,7 +71,9 @@ def check_shm(nodes: Sequence[Node]) -> Iterator[Finding]:
         else:
             fine.append((facts["free"], node.name))
     if fine:
-        yield Finding("shared memory", "ok", tuple(name for _, name in fine), f"at least {gib(min(fine)[0])} free")
+        yield Finding(
+            "shared memory", "ok", tuple(name for _, name in fine), f"at least {gib(min(fine)[0])} free"
+        )
 
 
 def check_hub(nodes: Sequence[Node]) -> Iterator[Finding]:
@@ -77,9 +87,17 @@ def check_hub(nodes: Sequence[Node]) -> Iterator[Finding]:
             key = ("ok", "answers", "")
         elif facts["model"]:
             found = f"{facts['model']} is not in {facts['cache']}, and the hub gives no access ({facts['problem']})"
-            key = ("failure", found, "download it where there is access, and set HF_HOME to that cache, or give a local directory")
+            key = (
+                "failure",
+                found,
+                "download it where there is access, and set HF_HOME to that cache, or give a local directory",
+            )
         else:
-            key = ("warning", f"no access ({facts['problem']})", "models and data must be local, packaged, or in the cache")
+            key = (
+                "warning",
+                f"no access ({facts['problem']})",
+                "models and data must be local, packaged, or in the cache",
+            )
         alike[key].append(node.name)
     for (level, found, remedy), some in alike.items():
         yield Finding("hub", level, tuple(some), found, remedy)
@@ -99,14 +117,30 @@ def check_compiler(nodes: Sequence[Node]) -> Iterator[Finding]:
 
 def _compiler_problem(facts) -> tuple[str, str, str] | None:
     if not facts["compiler"]:
-        return "failure", f"no C++ compiler is there ({facts['asked']})", "install one (Debian and Ubuntu: g++), or set CXX"
+        return (
+            "failure",
+            f"no C++ compiler is there ({facts['asked']})",
+            "install one (Debian and Ubuntu: g++), or set CXX",
+        )
     if not facts["ninjas"]:
-        return "failure", "ninja is not on PATH", "pip install ninja, and put the environment's bin on PATH on every node"
+        return (
+            "failure",
+            "ninja is not on PATH",
+            "pip install ninja, and put the environment's bin on PATH on every node",
+        )
     if not facts["header"]:
-        return "failure", "the C header Python.h is missing", "install Python's headers (Debian and Ubuntu: python3-dev)"
+        return (
+            "failure",
+            "the C header Python.h is missing",
+            "install Python's headers (Debian and Ubuntu: python3-dev)",
+        )
     if len(set(facts["ninjas"].values())) > 1:
         said = ", ".join(f"{path} ({version})" for path, version in facts["ninjas"].items())
-        return "warning", f"several ninjas are on PATH: {said}", "leave one: each version builds the operators anew"
+        return (
+            "warning",
+            f"several ninjas are on PATH: {said}",
+            "leave one: each version builds the operators anew",
+        )
     return None
 
 
@@ -116,9 +150,16 @@ _STARTED = ("built", "failed", "running")
 
 def check_locks(nodes: Sequence[Node]) -> Iterator[Finding]:
     """A lock of a build that was killed: every later start waits for it, silently and for ever."""
-    held = {lock["path"] for _, facts in known(nodes, "extensions") for lock in facts["locks"] if lock["holder"] is not None}
+    held = {
+        lock["path"]
+        for _, facts in known(nodes, "extensions")
+        for lock in facts["locks"]
+        if lock["holder"] is not None
+    }
     built_in = {
-        facts["path"] for node, facts in known(nodes, "extensions") if (node.fact("operators") or {}).get("state") in _STARTED
+        facts["path"]
+        for node, facts in known(nodes, "extensions")
+        if (node.fact("operators") or {}).get("state") in _STARTED
     }
     free = []
     for node, facts in known(nodes, "extensions"):
@@ -126,13 +167,31 @@ def check_locks(nodes: Sequence[Node]) -> Iterator[Finding]:
             path, age = lock["path"], _age(lock["age"])
             if path in held:
                 found = f"{path}: a build is running, since {age}"
-                yield Finding("build lock", "warning", (node.name,), found, "wait for it; do not end it, or the lock stays")
+                yield Finding(
+                    "build lock",
+                    "warning",
+                    (node.name,),
+                    found,
+                    "wait for it; do not end it, or the lock stays",
+                )
             elif len(nodes) > 1 and lock["age"] < (ASKED_LOCK if facts["path"] in built_in else YOUNG_LOCK):
                 found = f"{path}, {age} old: another node that shares this cache has just begun to build, or a build was killed"
-                yield Finding("build lock", "warning", (node.name,), found, "ask again in a few minutes, when a build is over")
+                yield Finding(
+                    "build lock",
+                    "warning",
+                    (node.name,),
+                    found,
+                    "ask again in a few minutes, when a build is over",
+                )
             else:
-                sure = "" if lock["age"] > OLD_LOCK else " (unless a node that was not asked is building just now)"
-                found = f"{path}, {age} old, is held by no process{sure}: every start would wait for it, silently"
+                sure = (
+                    ""
+                    if lock["age"] > OLD_LOCK
+                    else " (unless a node that was not asked is building just now)"
+                )
+                found = (
+                    f"{path}, {age} old, is held by no process{sure}: every start would wait for it, silently"
+                )
                 yield Finding("build lock", "failure", (node.name,), found, f"rm -f {shlex.quote(path)}")
         if not facts["locks"]:
             free.append((node.name, facts["path"]))
@@ -159,12 +218,23 @@ def check_operators(nodes: Sequence[Node]) -> Iterator[Finding]:
         elif facts["state"] == "running":
             found = f"the build of DeepSpeed's operators goes on as process {facts['pid']}; its log: {PurePath(facts['log'])}"
             yield Finding(
-                "operators", "warning", (node.name,), found, "wait for it and ask again; do not end it, or its lock stays"
+                "operators",
+                "warning",
+                (node.name,),
+                found,
+                "wait for it and ask again; do not end it, or its lock stays",
             )
         elif facts["why"] == "a lock is in the way":
-            yield Finding("operators", "warning", (node.name,), "not built: a lock is in the way", "see build lock")
+            yield Finding(
+                "operators", "warning", (node.name,), "not built: a lock is in the way", "see build lock"
+            )
     if built:
-        yield Finding("operators", "ok", tuple(name for _, name in built), f"built and loaded, in {max(built)[0]:.0f} s at most")
+        yield Finding(
+            "operators",
+            "ok",
+            tuple(name for _, name in built),
+            f"built and loaded, in {max(built)[0]:.0f} s at most",
+        )
 
 
 NODE_CHECKS: tuple[Callable[[Sequence[Node]], Iterator[Finding]], ...] = (

@@ -1,4 +1,6 @@
-"""An all-reduce between real ranks: does everybody come, is the sum right, how fast is it; and what a failure means."""
+"""An all-reduce between real ranks: does everybody come, is the sum right, how fast is it; and what a failure
+means.
+"""
 
 import logging
 import os
@@ -29,24 +31,38 @@ SLOW_ACCELERATOR, SLOW_CPU = 1e9, 5e7
 Outcome = dict[str, Any]
 
 
-def reduce_once(topology: Topology, device: torch.device, limit: float, tell: Callable[[Outcome], None]) -> Outcome:
-    """One rank's part. Calls `tell` with how far it has come, at every stage, and never raises for what the network does.
+def reduce_once(
+    topology: Topology, device: torch.device, limit: float, tell: Callable[[Outcome], None]
+) -> Outcome:
+    """One rank's part. Calls `tell` with how far it has come, at every stage, and never raises for what the
+    network does.
 
-    The outcome: "rank", "host", "stage"; with "sum" also "wrong" (elements that are not the exact sum), "seconds" (the fastest
-    of a few rounds) and "bytes"; "missing" where others did not come; "error" where it broke.
+    The outcome: "rank", "host", "stage"; with "sum" also "wrong" (elements that are not the exact sum),
+    "seconds" (the fastest of a few rounds) and "bytes"; "missing" where others did not come; "error" where it
+    broke.
     """
-    outcome: Outcome = {"rank": topology.rank, "host": socket.gethostname(), "stage": "nowhere", "device": device.type}
+    outcome: Outcome = {
+        "rank": topology.rank,
+        "host": socket.gethostname(),
+        "stage": "nowhere",
+        "device": device.type,
+    }
     tell(outcome)
     try:
         roll = RollCall(topology, limit)
         came = roll.exchange("reduction", socket.gethostname())
-        outcome |= {"stage": "master", "missing": [rank for rank in range(topology.world_size) if rank not in came]}
+        outcome |= {
+            "stage": "master",
+            "missing": [rank for rank in range(topology.world_size) if rank not in came],
+        }
         tell(outcome)
         if not outcome["missing"]:
             comm = Comm(topology, device, timeout_minutes=limit / 60, roll=roll)
             tell(outcome | {"stage": "group"})
             outcome |= {"stage": "sum"} | _measure(comm)
-            roll.exchange("parting", True)  # else rank 0 takes the store along before the slowest has said that it is done
+            roll.exchange(
+                "parting", True
+            )  # else rank 0 takes the store along before the slowest has said that it is done
             comm.close()
     except Ending as error:
         outcome["error"] = str(error)
@@ -88,9 +104,11 @@ def _finish(device: torch.device) -> None:
 
 
 def run_ranks(request: Mapping[str, Any]) -> list[str]:
-    """Starts `count` ranks on this node, from `first` on of `world`, and returns the last line that each has said.
+    """Starts `count` ranks on this node, from `first` on of `world`, and returns the last line that each has
+    said.
 
-    request: also "master", "port", "limit", and "local" (of the first, default 0). Each rank ends itself, or is ended.
+    request: also "master", "port", "limit", and "local" (of the first, default 0). Each rank ends itself, or
+    is ended.
     """
     processes = [_start(request, local) for local in range(request["count"])]
     deadline = time.monotonic() + 3 * request["limit"] + 30
@@ -117,7 +135,9 @@ def _start(request: Mapping[str, Any], local: int) -> subprocess.Popen:
 
 
 def be_a_rank(limit: float, tell: Callable[[Outcome], None]) -> None:
-    """One process of `run_ranks`. A transport that hangs for good is ended from within, for nobody else may be left to do it."""
+    """One process of `run_ranks`. A transport that hangs for good is ended from within, for nobody else may
+    be left to do it.
+    """
     logging.disable(logging.WARNING)
     last: Outcome = {}
 
@@ -140,7 +160,9 @@ def be_a_rank(limit: float, tell: Callable[[Outcome], None]) -> None:
 
 
 def judge(outcomes: Sequence[Outcome], ranks: Mapping[int, str], master: str) -> list[Finding]:
-    """outcomes: one a rank, of those that said anything. ranks: rank -> the node that it belongs to. master: address and port."""
+    """outcomes: one a rank, of those that said anything. ranks: rank -> the node that it belongs to. master:
+    address and port.
+    """
     by_rank = {outcome["rank"]: outcome for outcome in outcomes}
     silent = [rank for rank in ranks if by_rank.get(rank, {}).get("stage", "nowhere") == "nowhere"]
     if silent:
@@ -148,22 +170,36 @@ def judge(outcomes: Sequence[Outcome], ranks: Mapping[int, str], master: str) ->
     cut_off = [rank for rank in ranks if by_rank[rank]["stage"] != "sum"]
     nodes = sorted(set(ranks.values()))
     if cut_off:
-        reason = next((by_rank[rank]["error"] for rank in cut_off if "error" in by_rank[rank]), "without a word")
+        reason = next(
+            (by_rank[rank]["error"] for rank in cut_off if "error" in by_rank[rank]), "without a word"
+        )
         found = f"{_named(cut_off, ranks)} reached the master, but not the other ranks ({reason})"
         remedy = "open all ports between the nodes, and set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the interface they share"
         return [Finding("all-reduce", "failure", tuple(nodes), found, remedy)]
     wrong = [rank for rank in ranks if by_rank[rank]["wrong"]]
     if wrong:
-        remedy = "take the node out, or change the transport (for a trial: NCCL_P2P_DISABLE=1, NCCL_IB_DISABLE=1)"
-        return [Finding("all-reduce", "failure", tuple(nodes), f"the sum is wrong on {_named(wrong, ranks)}", remedy)]
+        remedy = (
+            "take the node out, or change the transport (for a trial: NCCL_P2P_DISABLE=1, NCCL_IB_DISABLE=1)"
+        )
+        return [
+            Finding(
+                "all-reduce", "failure", tuple(nodes), f"the sum is wrong on {_named(wrong, ranks)}", remedy
+            )
+        ]
     return [_speed(by_rank, ranks)]
 
 
-def _absent(silent: list[int], by_rank: Mapping[int, Outcome], ranks: Mapping[int, str], master: str) -> Finding:
-    reason = next((f" ({by_rank[rank]['error']})" for rank in silent if by_rank.get(rank, {}).get("error")), "")
+def _absent(
+    silent: list[int], by_rank: Mapping[int, Outcome], ranks: Mapping[int, str], master: str
+) -> Finding:
+    reason = next(
+        (f" ({by_rank[rank]['error']})" for rank in silent if by_rank.get(rank, {}).get("error")), ""
+    )
     remedy = f"see that {master} can be reached from there (firewall, name resolution), and that nothing else listens on it"
     nodes = tuple(sorted({ranks[rank] for rank in silent}))
-    return Finding("all-reduce", "failure", nodes, f"{_named(silent, ranks)} did not come to {master}{reason}", remedy)
+    return Finding(
+        "all-reduce", "failure", nodes, f"{_named(silent, ranks)} did not come to {master}{reason}", remedy
+    )
 
 
 def _speed(by_rank: Mapping[int, Outcome], ranks: Mapping[int, str]) -> Finding:
@@ -172,9 +208,7 @@ def _speed(by_rank: Mapping[int, Outcome], ranks: Mapping[int, str]) -> Finding:
     # Bytes through the narrowest link of a ring, as the tests of NCCL define the bus bandwidth.
     rate = 2 * (count - 1) / count * some["bytes"] / seconds if count > 1 else 0.0
     nodes = tuple(sorted(set(ranks.values())))
-    found = (
-        f"right on {count} ranks, {some['bytes'] / 2**20:.0f} MiB in {seconds * 1e3:.1f} ms, bus bandwidth {rate / 1e9:.2f} GB/s"
-    )
+    found = f"right on {count} ranks, {some['bytes'] / 2**20:.0f} MiB in {seconds * 1e3:.1f} ms, bus bandwidth {rate / 1e9:.2f} GB/s"
     slow = SLOW_ACCELERATOR if some["device"] == "cuda" else SLOW_CPU
     if len(nodes) > 1 and rate < slow:
         remedy = "set NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME to the fast interface; NCCL_DEBUG=INFO says which transport is used"
@@ -187,4 +221,6 @@ def _named(ranks: Sequence[int], nodes: Mapping[int, str]) -> str:
     groups: dict[str, list[int]] = {}
     for rank in ranks:
         groups.setdefault(nodes[rank], []).append(rank)
-    return "; ".join(f"rank{'s' * (len(some) > 1)} {', '.join(map(str, some))} on {node}" for node, some in groups.items())
+    return "; ".join(
+        f"rank{'s' * (len(some) > 1)} {', '.join(map(str, some))} on {node}" for node, some in groups.items()
+    )

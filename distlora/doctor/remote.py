@@ -41,7 +41,9 @@ def forwarded() -> dict[str, str]:
 
 
 class Running:
-    """Processes that are under way, so that an interrupt can end them all, those included that are just being started."""
+    """Processes that are under way, so that an interrupt can end them all, those included that are just being
+    started.
+    """
 
     def __init__(self):
         self._processes: set[subprocess.Popen] = set()
@@ -71,12 +73,16 @@ def _kill(process: subprocess.Popen) -> None:
 
 
 def ask(host: str | None, request: Mapping[str, Any], limit: float, running: Running | None = None) -> Answer:
-    """One node's answer, after `limit` seconds at the latest. running: holds the node's process while it runs."""
+    """One node's answer, after `limit` seconds at the latest. running: holds the node's process while it
+    runs.
+    """
     asked = time.time()
     text = json.dumps(request | {"environment": forwarded() if host else {}})
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     try:
-        process = subprocess.Popen(command(host), text=True, errors="replace", start_new_session=True, **pipes)
+        process = subprocess.Popen(
+            command(host), text=True, errors="replace", start_new_session=True, **pipes
+        )
     except OSError as error:
         return Answer(problem=f"{error.filename}: {error.strerror}")
     running = running or Running()

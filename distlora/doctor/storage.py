@@ -24,7 +24,9 @@ def existing(path: str | Path) -> Path:
 
 
 def leave_mark(run_dir: str | None, mark: str | None) -> dict[str, Any]:
-    """Writes a file into the run directory, for the other nodes to see. The path of the directory is as it is here."""
+    """Writes a file into the run directory, for the other nodes to see. The path of the directory is as it is
+    here.
+    """
     if not run_dir or not mark:
         return {}
     place = existing(run_dir)
@@ -41,7 +43,11 @@ def leave_mark(run_dir: str | None, mark: str | None) -> dict[str, Any]:
 def marks(run_dir: str, token: str) -> list[str]:
     """The marks of this examination that can be seen here. Raises OSError where the directory cannot be read."""
     prefix = f"{MARK}-{token}"
-    return sorted(entry.name.removeprefix(f"{MARK}-") for entry in os.scandir(existing(run_dir)) if entry.name.startswith(prefix))
+    return sorted(
+        entry.name.removeprefix(f"{MARK}-")
+        for entry in os.scandir(existing(run_dir))
+        if entry.name.startswith(prefix)
+    )
 
 
 def remove_marks(run_dir: str, token: str) -> None:
@@ -67,7 +73,11 @@ def path_facts(paths: dict[str, str]) -> dict[str, Any]:
 
 def disk_facts(run_dir: str | None) -> dict[str, Any]:
     """Free bytes where a run writes, each file system once: label -> path, free, total."""
-    places = {"run directory": run_dir, "Hugging Face cache": _cache(), "temporary files": tempfile.gettempdir()}
+    places = {
+        "run directory": run_dir,
+        "Hugging Face cache": _cache(),
+        "temporary files": tempfile.gettempdir(),
+    }
     found, seen = {}, set()
     for label, name in places.items():
         if name is None or os.stat(existing(name)).st_dev in seen:

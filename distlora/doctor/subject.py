@@ -22,8 +22,8 @@ _CROSS_CHECKS: tuple[Callable[[Sequence[Node]], Iterator[Finding]], ...] = (
 
 @dataclass(frozen=True)
 class Subject:
-    """What the nodes are examined for. paths: label -> what must be visible. model: a hub name. hub: whether anything may have to
-    be downloaded. operators: DeepSpeed's builders."""
+    """What the nodes are examined for. paths: label -> what must be visible. model: a hub name. hub: whether
+    anything may have to be downloaded. operators: DeepSpeed's builders."""
 
     run_dir: str
     paths: Mapping[str, str] = field(default_factory=dict)

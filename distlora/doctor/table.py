@@ -9,7 +9,9 @@ WIDTH = 132
 
 
 def table(findings: Sequence[Finding], nodes: Sequence[str]) -> str:
-    """A row a finding, with the remedy below it; then how many there are of each kind. nodes: all that were asked."""
+    """A row a finding, with the remedy below it; then how many there are of each kind. nodes: all that were
+    asked.
+    """
     rows = [(finding.check, _who(finding.nodes, nodes), finding.level) for finding in findings]
     heads = ("check", "node", "result")
     widths = [max(len(row[column]) for row in [heads, *rows]) for column in range(3)]
@@ -36,8 +38,12 @@ def _who(some: Sequence[str], nodes: Sequence[str]) -> str:
 
 
 def summary(findings: Sequence[Finding]) -> str:
-    counts = {level: sum(finding.level == level for finding in findings) for level in ("failure", "warning", "ok")}
-    return f"{_count(counts['failure'], 'failure')}, {_count(counts['warning'], 'warning')}, {counts['ok']} ok"
+    counts = {
+        level: sum(finding.level == level for finding in findings) for level in ("failure", "warning", "ok")
+    }
+    return (
+        f"{_count(counts['failure'], 'failure')}, {_count(counts['warning'], 'warning')}, {counts['ok']} ok"
+    )
 
 
 def _count(number: int, what: str) -> str:

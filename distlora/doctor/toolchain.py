@@ -1,4 +1,6 @@
-"""The compiler, the cache of compiled extensions with its locks, and the build of DeepSpeed's operators on one node."""
+"""The compiler, the cache of compiled extensions with its locks, and the build of DeepSpeed's operators on
+one node.
+"""
 
 import os
 import shutil
@@ -35,7 +37,9 @@ def _first_line(command: list[str]) -> str | None:
 
 def _all_on_path(name: str) -> list[str]:
     folders = dict.fromkeys(os.environ.get("PATH", "").split(os.pathsep))
-    found = [os.path.join(folder, name) for folder in folders if os.access(os.path.join(folder, name), os.X_OK)]
+    found = [
+        os.path.join(folder, name) for folder in folders if os.access(os.path.join(folder, name), os.X_OK)
+    ]
     return list({os.path.realpath(path): path for path in reversed(found)}.values())[::-1]
 
 
@@ -91,12 +95,20 @@ def _open_files(process: Path) -> list[Path]:
 class Build:
     """DeepSpeed's operators, built where a run would look for them, by a process of its own."""
 
-    def __init__(self, process: subprocess.Popen | None, log: str, locks: list[dict[str, Any]], why: str = ""):
-        self.locks, self._process, self._log, self._why, self._began = locks, process, log, why, time.monotonic()
+    def __init__(
+        self, process: subprocess.Popen | None, log: str, locks: list[dict[str, Any]], why: str = ""
+    ):
+        self.locks, self._process, self._log, self._why, self._began = (
+            locks,
+            process,
+            log,
+            why,
+            time.monotonic(),
+        )
 
     def wait(self, limit: float) -> dict[str, Any]:
-        """state: "built", "failed", "skipped" or "running". What is not ready in `limit` seconds goes on: killed while it
-        compiles, it would leave the lock on which all later runs wait."""
+        """state: "built", "failed", "skipped" or "running". What is not ready in `limit` seconds goes on:
+        killed while it compiles, it would leave the lock on which all later runs wait."""
         if self._process is None:
             return {"state": "skipped", "why": self._why}
         try:
@@ -106,7 +118,11 @@ class Build:
         said = Path(self._log).read_text(errors="replace").strip().splitlines()
         Path(self._log).unlink()
         seconds = time.monotonic() - self._began
-        return {"state": "failed" if code else "built", "seconds": seconds, "said": said[-1] if said else f"exit code {code}"}
+        return {
+            "state": "failed" if code else "built",
+            "seconds": seconds,
+            "said": said[-1] if said else f"exit code {code}",
+        }
 
 
 def start_build(names: Sequence[str]) -> Build:

@@ -1,4 +1,5 @@
-"""AdamW as bitsandbytes has it: with 8-bit moments, or paged, so that moments move to the host when the device is full.
+"""AdamW as bitsandbytes has it: with 8-bit moments, or paged, so that moments move to the host when the
+device is full.
 
 What it keeps of a (flat) parameter of n elements:
 
@@ -6,7 +7,8 @@ What it keeps of a (flat) parameter of n elements:
     qmap1, qmap2        (256,)          the tables of the codes
     absmax1, absmax2    (⌈n/256⌉,)      the scales of the blocks
 
-Parameters of less than 4096 elements keep float32 moments. On the CPU there are 8-bit moments too, but paging does nothing.
+Parameters of less than 4096 elements keep float32 moments. On the CPU there are 8-bit moments too, but paging
+does nothing.
 """
 
 from collections.abc import Callable
@@ -23,9 +25,20 @@ SCALES = {"exp_avg_scale": 1, "exp_avg_sq_scale": 2}
 
 
 class BitsandbytesAdamW(Optimizer2State):
-    """See `distlora.engine.optimizers.PackedMoments`: between two steps the moments can be had under torch's names."""
+    """See `distlora.engine.optimizers.PackedMoments`: between two steps the moments can be had under torch's
+    names.
+    """
 
-    def __init__(self, parameters, lr: float, betas: tuple[float, float], eps: float, weight_decay: float, bits: int, paged: bool):
+    def __init__(
+        self,
+        parameters,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        bits: int,
+        paged: bool,
+    ):
         super().__init__("adam", parameters, lr, betas, eps, weight_decay, optim_bits=bits, is_paged=paged)
         self._keys = [*MOMENTS, *SCALES] if bits == 8 else [*MOMENTS]
 
@@ -45,8 +58,13 @@ class BitsandbytesAdamW(Optimizer2State):
     def unpack(self, parameter: Tensor) -> None:
         state = self.state[parameter]
         if "state1" in state:
-            whole = {key: self.moment(parameter, key, 0, parameter.numel()).to(parameter.device, copy=True) for key in self._keys}
-            self.state[parameter] = {"step": state["step"]} | {key: value.view_as(parameter) for key, value in whole.items()}
+            whole = {
+                key: self.moment(parameter, key, 0, parameter.numel()).to(parameter.device, copy=True)
+                for key in self._keys
+            }
+            self.state[parameter] = {"step": state["step"]} | {
+                key: value.view_as(parameter) for key, value in whole.items()
+            }
 
     def step(self, closure: Callable | None = None):
         for group_index, group in enumerate(self.param_groups):
@@ -65,6 +83,8 @@ class BitsandbytesAdamW(Optimizer2State):
         for (key, number), scale in zip(MOMENTS.items(), SCALES):
             values, kept = unpacked[key], state[f"state{number}"]
             if kept.dtype == torch.uint8:
-                values, blocks = encode(values.reshape(-1), unpacked[scale].reshape(-1), state[f"qmap{number}"])
+                values, blocks = encode(
+                    values.reshape(-1), unpacked[scale].reshape(-1), state[f"qmap{number}"]
+                )
                 state[f"absmax{number}"].copy_(blocks)
             kept.copy_(values.view_as(kept))

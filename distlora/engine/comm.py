@@ -45,7 +45,9 @@ STOPPED = "asked to stop; started again, the run goes on from its newest checkpo
 
 
 class Comm:
-    """The process group, or a group of one without torch.distributed. All calls are collective unless said otherwise."""
+    """The process group, or a group of one without torch.distributed. All calls are collective unless said
+    otherwise.
+    """
 
     def __init__(
         self,
@@ -68,13 +70,19 @@ class Comm:
         self.backend = "nccl" if device.type == "cuda" else "gloo"
         self._mine = False
         if distributed and not dist.is_initialized():
-            timeout = datetime.timedelta(minutes=topology.patience if timeout_minutes is None else timeout_minutes)
+            timeout = datetime.timedelta(
+                minutes=topology.patience if timeout_minutes is None else timeout_minutes
+            )
             store = _open_store(topology, timeout) if roll is None else roll.store
             self._master = topology.master or ("127.0.0.1", store.port)
-            dist.init_process_group(self.backend, timeout=timeout, store=store, rank=self.rank, world_size=self.world_size)
+            dist.init_process_group(
+                self.backend, timeout=timeout, store=store, rank=self.rank, world_size=self.world_size
+            )
             self._mine = True
         if not distributed and self.world_size > 1:
-            raise UserError("several ranks need DeepSpeed; set deepspeed: to a ZeRO config, or start one process")
+            raise UserError(
+                "several ranks need DeepSpeed; set deepspeed: to a ZeRO config, or start one process"
+            )
 
     @classmethod
     def of_running_group(cls, device: torch.device) -> "Comm":
@@ -144,7 +152,10 @@ class Comm:
         sizes = [int(size) for size in self.all_gather(torch.tensor(len(data), device=self.device))]
         buffer = torch.zeros(max(sizes), dtype=torch.uint8, device=self.device)
         buffer[: len(data)].copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
-        return [json.loads(bytes(part[:size].cpu().tolist())) for size, part in zip(sizes, self.all_gather(buffer))]
+        return [
+            json.loads(bytes(part[:size].cpu().tolist()))
+            for size, part in zip(sizes, self.all_gather(buffer))
+        ]
 
     def sum(self, *values: float) -> tuple[float, ...]:
         """Each value summed over ranks, in float64."""
@@ -152,7 +163,8 @@ class Comm:
         return tuple(self.all_reduce(total).tolist())
 
     def sum_or_stop(self, *values: float) -> tuple[float, ...]:
-        """`sum`, which also carries whether a rank was asked to stop. Raises Preempted on every rank if any was.
+        """`sum`, which also carries whether a rank was asked to stop. Raises Preempted on every rank if any
+        was.
 
         Only for where nothing is half done that must be whole.
         """
@@ -166,9 +178,11 @@ class Comm:
         return value if self.world_size == 1 else self._share_from(0, value)
 
     def agree(self, error: Exception | None) -> None:
-        """Raises on every rank if any rank brings an error, so that none is left waiting in a later collective.
+        """Raises on every rank if any rank brings an error, so that none is left waiting in a later
+        collective.
 
-        The error of the lowest rank that has one is raised there as it is, and elsewhere as a UserError with its sentence.
+        The error of the lowest rank that has one is raised there as it is, and elsewhere as a UserError with
+        its sentence.
         """
         if self.world_size == 1:
             if error is not None:
@@ -196,11 +210,13 @@ class Comm:
 
 
 class RollCall:
-    """Every rank says something at the master before a group is made, so that those who do not come can be named."""
+    """Every rank says something at the master before a group is made, so that those who do not come can be
+    named.
+    """
 
     def __init__(self, topology: Topology, seconds: float, asked_to_stop: Callable[[], bool] = lambda: False):
-        """Meets at the topology's master. seconds: how long a silent rank is waited for. asked_to_stop: whether this rank should
-        wait no longer, and raise Preempted.
+        """Meets at the topology's master. seconds: how long a silent rank is waited for. asked_to_stop:
+        whether this rank should wait no longer, and raise Preempted.
 
         Errors: UserError where the master cannot be reached, or its port cannot be listened on.
         """
@@ -208,7 +224,8 @@ class RollCall:
         self._expected = list(range(topology.world_size))
         address, port = topology.master
         listens = topology.rank == 0 and topology.rank_0_listens
-        # A launcher's store outlives the ranks: what those of an earlier attempt have said there is not meant.
+        # A launcher's store outlives the ranks: what those of an earlier attempt have said there is not
+        # meant.
         self._prefix = f"attempt-{topology.attempt}"
         patience = datetime.timedelta(seconds=seconds)
         self._connect = functools.partial(
@@ -226,11 +243,11 @@ class RollCall:
             ) from error
 
     def exchange(self, topic: str, value: Any, seconds: float | None = None) -> dict[int, Any]:
-        """The JSON-able values of all who came in time, by rank, on every rank that came. Each topic can be exchanged once.
-        Who was missing once is not waited for again.
+        """The JSON-able values of all who came in time, by rank, on every rank that came. Each topic can be
+        exchanged once. Who was missing once is not waited for again.
 
-        seconds: how long a silent rank is waited for, where that is not the usual. Errors: TrainingError on a rank that has lost
-        the master.
+        seconds: how long a silent rank is waited for, where that is not the usual. Errors: TrainingError on a
+        rank that has lost the master.
         """
         seconds = seconds or self._seconds
         try:
@@ -240,16 +257,23 @@ class RollCall:
                 self.store.set(f"{topic}/came", json.dumps(self._expected))
             # The master may have waited for somebody until its last second.
             self._wait(f"{topic}/came", 2 * seconds)
-            values = {rank: json.loads(self.store.get(f"{topic}/{rank}")) for rank in json.loads(self.store.get(f"{topic}/came"))}
+            values = {
+                rank: json.loads(self.store.get(f"{topic}/{rank}"))
+                for rank in json.loads(self.store.get(f"{topic}/came"))
+            }
             self.store.set(f"{topic}/read/{self._rank}", "")
             if self._rank == 0:
-                self._await(f"{topic}/read", values, self._seconds)  # if this process ends next, the store ends with it
+                self._await(
+                    f"{topic}/read", values, self._seconds
+                )  # if this process ends next, the store ends with it
             return values
         except dist.DistError as error:
             raise self._lost("has lost the master") from error
 
     def board(self) -> "StoreBoard":
-        """Where ranks write down what others may read, by a connection of its own: it can be used from another thread."""
+        """Where ranks write down what others may read, by a connection of its own: it can be used from
+        another thread.
+        """
         try:
             return StoreBoard(dist.PrefixStore(f"{self._prefix}/board", self._connect(is_master=False)))
         except dist.DistError as error:

@@ -40,7 +40,8 @@ def on_main(comm: Comm, what: object, action: Callable[[], Any]) -> Any:
 def stream_to_main(comm: Comm, what: object, items: Iterator, action: Callable[[Iterable], Any]) -> Any:
     """Like `on_main`, for an action on rank 0 that consumes items whose production is collective.
 
-    The other ranks produce along and throw away. If the action fails, rank 0 does the same to the end, and then all raise.
+    The other ranks produce along and throw away. If the action fails, rank 0 does the same to the end, and
+    then all raise.
     """
 
     def consume():

@@ -1,7 +1,8 @@
 """The ledger: every low-rank update of a frozen weight, as the very numbers that the arithmetic used.
 
-W is a function of W0 and the ledger, so a checkpoint needs no W: a resumed run replays the entries in order, with the same
-rounding at each (rounding the sum once would differ in many elements). An export needs the sum alone, in float32.
+W is a function of W0 and the ledger, so a checkpoint needs no W: a resumed run replays the entries in order,
+with the same rounding at each (rounding the sum once would differ in many elements). An export needs the sum
+alone, in float32.
 """
 
 from collections.abc import Callable, Iterator
@@ -28,9 +29,9 @@ class PretrainedWeights(Protocol):
 
 @dataclass(frozen=True)
 class Entry:
-    """One update of one layer. number: 0 for the initialisation, j for the j-th recomposition. columns: k of left (out, k) and
-    right (k, in). dtype: in which the two are kept; lower than float32 only where that loses nothing. beside: the stored weight is
-    left alone, and the forward pass adds the pair."""
+    """One update of one layer. number: 0 for the initialisation, j for the j-th recomposition. columns: k of
+    left (out, k) and right (k, in). dtype: in which the two are kept; lower than float32 only where that
+    loses nothing. beside: the stored weight is left alone, and the forward pass adds the pair."""
 
     number: int
     rounding: Rounding
@@ -40,13 +41,16 @@ class Entry:
 
 
 class Ledger:
-    """entries: of every layer, the same on every rank. The numbers lie in the host memory of the layer's owner alone.
+    """entries: of every layer, the same on every rank. The numbers lie in the host memory of the layer's
+    owner alone.
 
-    owners: the rank of each layer. seed: of the recipe, which stochastic rounding draws from. pretrained: of packed
-    layers; without, an update of the start is made on what was packed.
+    owners: the rank of each layer. seed: of the recipe, which stochastic rounding draws from. pretrained: of
+    packed layers; without, an update of the start is made on what was packed.
     """
 
-    def __init__(self, comm: Comm, owners: dict[str, int], seed: int, pretrained: PretrainedWeights | None = None):
+    def __init__(
+        self, comm: Comm, owners: dict[str, int], seed: int, pretrained: PretrainedWeights | None = None
+    ):
         self.entries: dict[str, list[Entry]] = {}
         self._comm, self._owners, self._seed, self.pretrained = comm, owners, seed, pretrained
         self._pairs: dict[tuple[str, int], LowRank] = {}
@@ -57,9 +61,16 @@ class Ledger:
         return sum(entry.columns for entry in self.entries.get(layer, ()))
 
     def apply(
-        self, engine: Engine, layer: AdapterLinear, number: int, rounding: Rounding, update: LowRank, beside: bool = False
+        self,
+        engine: Engine,
+        layer: AdapterLinear,
+        number: int,
+        rounding: Rounding,
+        update: LowRank,
+        beside: bool = False,
     ) -> float:
-        """Adds the update to the live weight, or puts it beside, and writes it down. Collective; every rank brings the same update.
+        """Adds the update to the live weight, or puts it beside, and writes it down. Collective; every rank
+        brings the same update.
 
         Returns this rank's share of the squared rounding error.
         """
@@ -73,7 +84,9 @@ class Ledger:
             error = layer.put_beside(update)
             return error if self._comm.is_main else 0.0
         if layer.packing is None:
-            return engine.add_low_rank(layer, update, entry.rounding, rounding_key(self._seed, layer.name, entry.number))
+            return engine.add_low_rank(
+                layer, update, entry.rounding, rounding_key(self._seed, layer.name, entry.number)
+            )
         owner = self._owners[layer.name]
         weight = self._before(engine, layer, owner, entry.number)
         if weight is not None:
@@ -81,7 +94,9 @@ class Ledger:
         return engine.weight_from_owner(layer, owner, weight)
 
     def _before(self, engine: Engine, layer: AdapterLinear, owner: int, number: int) -> Tensor | None:
-        """What a packed weight is before an entry, on its owner: at the start the pretrained one, with all its bits."""
+        """What a packed weight is before an entry, on its owner: at the start the pretrained one, with all
+        its bits.
+        """
         if number == 0 and self.pretrained is not None:
             return pretrained_at_owner(self._comm, self.pretrained, layer.name, owner)
         return engine.weight_at_owner(layer, owner)
@@ -119,9 +134,14 @@ class Ledger:
                 yield f"{layer}/{index}/right", pair and pair.right
 
     def replay(
-        self, engine: Engine, layers: dict[str, AdapterLinear], described: dict, read: Callable[[str], Tensor | None]
+        self,
+        engine: Engine,
+        layers: dict[str, AdapterLinear],
+        described: dict,
+        read: Callable[[str], Tensor | None],
     ) -> None:
-        """Applies what `describe` and `tensors` gave to the weights W0 of an engine that has started. Collective.
+        """Applies what `describe` and `tensors` gave to the weights W0 of an engine that has started.
+        Collective.
 
         read: the tensor of a name, on rank 0; collective.
         """
@@ -129,7 +149,10 @@ class Ledger:
             for index, fields in enumerate(entries):
                 entry, layer = Entry(**fields), layers[name]
                 sides = []
-                for side, shape in (("left", (layer.out_features, entry.columns)), ("right", (entry.columns, layer.in_features))):
+                for side, shape in (
+                    ("left", (layer.out_features, entry.columns)),
+                    ("right", (entry.columns, layer.in_features)),
+                ):
                     value = torch.zeros(shape, dtype=getattr(torch, entry.dtype), device=self._comm.device)
                     found = read(f"{name}/{index}/{side}")
                     if self._comm.is_main:
@@ -140,7 +163,9 @@ class Ledger:
                 self._change(engine, layer, entry, update)
 
     def stacked(self, layer: str, pair: LowRank | None) -> LowRank | None:
-        """The exact update of W0: `pair`, what the live factors add, beside every entry; float32. On rank 0. Collective."""
+        """The exact update of W0: `pair`, what the live factors add, beside every entry; float32. On rank 0.
+        Collective.
+        """
         updates = [self._brought(layer, index) for index in range(len(self.entries.get(layer, ())))]
         if not self._comm.is_main:
             return None
@@ -158,14 +183,19 @@ class Ledger:
         pair = self._pairs.get((layer, index))
         if pair is None:
             left, right = (out_features, entry.columns), (entry.columns, in_features)
-            pair = LowRank(torch.empty(left, dtype=dtype, device=device), torch.empty(right, dtype=dtype, device=device))
-        # A broadcast, though only rank 0 needs it: sending from rank to rank would open a communicator for every pair of them.
+            pair = LowRank(
+                torch.empty(left, dtype=dtype, device=device), torch.empty(right, dtype=dtype, device=device)
+            )
+        # A broadcast, though only rank 0 needs it: sending from rank to rank would open a communicator for
+        # every pair of them.
         moved = [self._comm.broadcast(side.to(device), owner) for side in (pair.left, pair.right)]
         return LowRank(*(side.cpu() for side in moved)) if self._comm.is_main else None
 
 
 def pretrained_at_owner(comm: Comm, pretrained: PretrainedWeights, layer: str, owner: int) -> Tensor | None:
-    """The layer's weight on the device of rank `owner`, None elsewhere. Collective: what cannot be read is everyone's error."""
+    """The layer's weight on the device of rank `owner`, None elsewhere. Collective: what cannot be read is
+    everyone's error.
+    """
     weight, failure = None, None
     if comm.rank == owner:
         try:

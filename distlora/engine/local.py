@@ -48,7 +48,8 @@ class LocalEngine:
         self._parameters = dict(self.module.named_parameters())
         self._trained = {name: p for name, p in self._parameters.items() if p.requires_grad}
         self._masters = {
-            name: p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for name, p in self._trained.items()
+            name: p if p.dtype == torch.float32 else nn.Parameter(p.detach().float())
+            for name, p in self._trained.items()
         }
         self.optimizer = optimizer
         self._layers = adapter_layers(self.module)
@@ -108,7 +109,9 @@ class LocalEngine:
         return clip_factor(float(self._norm()), self.clip)
 
     def _norm(self) -> Tensor:
-        return torch.nn.utils.get_total_norm([p.grad.float() for p in self._trained.values() if p.grad is not None])
+        return torch.nn.utils.get_total_norm(
+            [p.grad.float() for p in self._trained.values() if p.grad is not None]
+        )
 
     def parts(self, layer: AdapterLinear, gradients: bool = False) -> dict[str, Part]:
         return {factor: self._part(f"{layer.name}.{factor}", gradients) for factor in layer.method.trains}
@@ -116,7 +119,13 @@ class LocalEngine:
     def _part(self, name: str, gradients: bool) -> Part:
         gradient, master = self._trained[name].grad if gradients else None, self._masters[name]
         moments = self._moments(name, self.optimizer.moments_in_place())
-        return Part(0, True, master.detach().view(-1), None if gradient is None else gradient.float().view(-1), moments)
+        return Part(
+            0,
+            True,
+            master.detach().view(-1),
+            None if gradient is None else gradient.float().view(-1),
+            moments,
+        )
 
     @contextmanager
     def probe_pass(self) -> Iterator[None]:
@@ -137,7 +146,10 @@ class LocalEngine:
     # ------------------------------------------------------------------ reading and writing
 
     def read(self, layer: AdapterLinear) -> Factors:
-        return {name: self._best_copy(f"{layer.name}.{name}").detach().clone() for name in layer.method.factor_names}
+        return {
+            name: self._best_copy(f"{layer.name}.{name}").detach().clone()
+            for name in layer.method.factor_names
+        }
 
     @torch.no_grad()
     def write(self, layer: AdapterLinear, factors: Factors) -> None:
@@ -163,14 +175,21 @@ class LocalEngine:
 
     def read_trained(self, name: str) -> dict[str, Tensor] | None:
         master = self._masters[name]
-        moments = {key: moment.view_as(master) for key, moment in self._moments(name, self.optimizer.moments()).items()}
+        moments = {
+            key: moment.view_as(master)
+            for key, moment in self._moments(name, self.optimizer.moments()).items()
+        }
         tensors = {"master": master, **moments}
         return {key: tensor.detach().to("cpu", torch.float32, copy=True) for key, tensor in tensors.items()}
 
     def _moments(self, name: str, keys: Iterable[str]) -> dict[str, Tensor]:
         """(n,) each; none before the first step."""
         master = self._masters[name]
-        return {key: moment_of(self._optimizer, master, key) for key in keys} if self._optimizer.state.get(master) else {}
+        return (
+            {key: moment_of(self._optimizer, master, key) for key in keys}
+            if self._optimizer.state.get(master)
+            else {}
+        )
 
     @torch.no_grad()
     def write_trained(self, name: str, tensors: dict[str, Tensor] | None, steps: int) -> None:

@@ -19,21 +19,26 @@ RATE_RATIO = "rate_ratio"
 
 @runtime_checkable
 class PackedMoments(Protocol):
-    """An optimizer that keeps its moments in a form of its own, and can give and take them as torch's optimizers keep them."""
+    """An optimizer that keeps its moments in a form of its own, and can give and take them as torch's
+    optimizers keep them.
+    """
 
     def moment(self, parameter: Tensor, key: str, start: int, length: int) -> Tensor:
         """(length,) float32: elements of the moment `key`; a view if it is kept so, else a copy."""
 
     def unpack(self, parameter: Tensor) -> None:
-        """Until the next step the state of `parameter` holds every moment under its key, float32 and shaped like it."""
+        """Until the next step the state of `parameter` holds every moment under its key, float32 and shaped
+        like it.
+        """
 
 
 @dataclass(frozen=True)
 class OptimizerSpec:
     """An optimizer before it has parameters.
 
-    lr: rate of the first step. betas, eps: AdamW's. momentum: SGD's. weight_decay: decoupled for AdamW, L2 for SGD.
-    lora_plus_ratio: learning rate of B over that of everything else (LoRA+, arXiv 2402.12354); None: they are the same.
+    lr: rate of the first step. betas, eps: AdamW's. momentum: SGD's. weight_decay: decoupled for AdamW, L2
+    for SGD. lora_plus_ratio: learning rate of B over that of everything else (LoRA+, arXiv 2402.12354); None:
+    they are the same.
     """
 
     name: OptimizerName = "adamw"
@@ -44,8 +49,12 @@ class OptimizerSpec:
     weight_decay: float = 0.0
     lora_plus_ratio: float | None = None
 
-    def groups(self, parameters: Mapping[str, nn.Parameter], left_factors: Collection[str] = ()) -> list[dict[str, Any]]:
-        """The groups of named parameters to build an optimizer of. left_factors: names of those that LoRA+ calls B."""
+    def groups(
+        self, parameters: Mapping[str, nn.Parameter], left_factors: Collection[str] = ()
+    ) -> list[dict[str, Any]]:
+        """The groups of named parameters to build an optimizer of. left_factors: names of those that LoRA+
+        calls B.
+        """
         ratio = self.lora_plus_ratio
         if ratio is None:
             return [{"params": list(parameters.values())}]
@@ -58,12 +67,16 @@ class OptimizerSpec:
         """parameters: or groups of them, as `groups` gives them."""
         parameters = list(parameters)
         if self.name == "sgd":
-            return torch.optim.SGD(parameters, self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
+            return torch.optim.SGD(
+                parameters, self.lr, momentum=self.momentum, weight_decay=self.weight_decay
+            )
         settings = {"lr": self.lr, "betas": self.betas, "eps": self.eps, "weight_decay": self.weight_decay}
         if self.of_bitsandbytes:
             from distlora.engine.bitsandbytes_adamw import BitsandbytesAdamW  # seconds, and an extra package
 
-            return BitsandbytesAdamW(parameters, bits=8 if self.eight_bit else 32, paged=self.name.startswith("paged"), **settings)
+            return BitsandbytesAdamW(
+                parameters, bits=8 if self.eight_bit else 32, paged=self.name.startswith("paged"), **settings
+            )
         return torch.optim.AdamW(parameters, fused=_on_cuda(parameters) or None, **settings)
 
     @property
@@ -78,8 +91,8 @@ class OptimizerSpec:
     def moments(self) -> tuple[str, ...]:
         """Keys of the elementwise state that the built optimizer keeps, under torch's names.
 
-        For 8-bit moments also the scales that they were rounded with, a block's for each of its elements: without them a moment
-        that is read and written again would be rounded otherwise.
+        For 8-bit moments also the scales that they were rounded with, a block's for each of its elements:
+        without them a moment that is read and written again would be rounded otherwise.
         """
         if self.name == "sgd":
             return ("momentum_buffer",) if self.momentum else ()
@@ -109,7 +122,8 @@ class OptimizerSpec:
 class Schedule:
     """Learning rate by step: linear warm-up, then constant, linear or cosine decay to zero.
 
-    peak: the rate after warm-up. steps: length of the run. warmup_ratio: share of the steps that warm up, rounded up.
+    peak: the rate after warm-up. steps: length of the run. warmup_ratio: share of the steps that warm up,
+    rounded up.
     """
 
     kind: Literal["constant", "linear", "cosine"]
@@ -122,7 +136,9 @@ class Schedule:
         return math.ceil(self.warmup_ratio * self.steps)
 
     def rate(self, step: int) -> float:
-        """Rate of the optimizer step `step`, 0 … steps−1. No step of a warm-up has rate zero: the first has peak / w."""
+        """Rate of the optimizer step `step`, 0 … steps−1. No step of a warm-up has rate zero: the first has
+        peak / w.
+        """
         if step < self.warmup_steps:
             return self.peak * (step + 1) / self.warmup_steps
         if self.kind == "constant":
@@ -138,24 +154,31 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 def steps_taken(optimizer: torch.optim.Optimizer) -> int:
-    """The step count that the optimizer's state holds; 0 before the first step (and always 0 for SGD, which keeps none)."""
+    """The step count that the optimizer's state holds; 0 before the first step (and always 0 for SGD, which
+    keeps none).
+    """
     counts = [int(state["step"]) for state in optimizer.state.values() if "step" in state]
     return max(counts, default=0)
 
 
-def moment_of(optimizer: torch.optim.Optimizer, parameter: Tensor, key: str, start: int = 0, length: int | None = None) -> Tensor:
-    """(length,) elements of a moment of one of the optimizer's (flat) parameters, which it has stepped: a view of its state, a
-    copy where the moments are 8-bit."""
+def moment_of(
+    optimizer: torch.optim.Optimizer, parameter: Tensor, key: str, start: int = 0, length: int | None = None
+) -> Tensor:
+    """(length,) elements of a moment of one of the optimizer's (flat) parameters, which it has stepped: a
+    view of its state, a copy where the moments are 8-bit."""
     length = parameter.numel() - start if length is None else length
     if isinstance(optimizer, PackedMoments):
         return optimizer.moment(parameter, key, start, length)
     return optimizer.state[parameter][key].view(-1).narrow(0, start, length)
 
 
-def restore_state(optimizer: torch.optim.Optimizer, parameter: Tensor, moments: Iterable[str], steps: int) -> dict:
+def restore_state(
+    optimizer: torch.optim.Optimizer, parameter: Tensor, moments: Iterable[str], steps: int
+) -> dict:
     """State of one of the optimizer's (flat) parameters as after `steps` steps, to be filled in place.
 
-    Moments that are there stay, new ones are zero, and without any moments the optimizer forgets the parameter.
+    Moments that are there stay, new ones are zero, and without any moments the optimizer forgets the
+    parameter.
     """
     moments = tuple(moments)
     if not moments:
@@ -173,7 +196,9 @@ def restore_state(optimizer: torch.optim.Optimizer, parameter: Tensor, moments: 
 
 
 def _step_count(optimizer: torch.optim.Optimizer, parameter: Tensor, steps: int) -> Tensor | int:
-    """As the optimizer keeps it: torch's as a tensor (a fused one beside the parameter), those of other houses as an integer."""
+    """As the optimizer keeps it: torch's as a tensor (a fused one beside the parameter), those of other
+    houses as an integer.
+    """
     if not type(optimizer).__module__.startswith("torch."):
         return steps
     return torch.tensor(float(steps), device=parameter.device if optimizer.defaults.get("fused") else None)

@@ -1,4 +1,6 @@
-"""Which rank owns a layer: it alone factorises the layer, and keeps in its host memory what the others need not have."""
+"""Which rank owns a layer: it alone factorises the layer, and keeps in its host memory what the others need
+not have.
+"""
 
 from collections.abc import Iterator
 
@@ -24,14 +26,20 @@ def assign_owners(layers: dict[str, AdapterLinear], method: Method, world_size: 
     return owners
 
 
-def open_ledger(engine: Engine, attached: Attached, seed: int, pretrained: PretrainedWeights | None = None) -> None:
-    """An empty ledger for the attached layers. seed: of the recipe. pretrained: of packed layers, see `Ledger`."""
+def open_ledger(
+    engine: Engine, attached: Attached, seed: int, pretrained: PretrainedWeights | None = None
+) -> None:
+    """An empty ledger for the attached layers. seed: of the recipe. pretrained: of packed layers, see
+    `Ledger`.
+    """
     owners = assign_owners(attached.layers, attached.method, engine.comm.world_size)
     engine.ledger = Ledger(engine.comm, owners, seed, pretrained)
 
 
 def turns(layers: dict[str, AdapterLinear], owners: dict[str, int]) -> Iterator[dict[str, AdapterLinear]]:
-    """At most one layer an owner at a time: all ranks factorise at once, none holds more than one whole weight."""
+    """At most one layer an owner at a time: all ranks factorise at once, none holds more than one whole
+    weight.
+    """
     queues: dict[int, list[str]] = {}
     for name in layers:
         queues.setdefault(owners[name], []).append(name)
@@ -40,7 +48,9 @@ def turns(layers: dict[str, AdapterLinear], owners: dict[str, int]) -> Iterator[
 
 
 def broadcast_pair(comm: Comm, shape: tuple[int, int], owner: int, pair: LowRank | None) -> LowRank | None:
-    """The owner's pair for a weight of this shape (out, in), on every rank in float32 on the device; None if it has none."""
+    """The owner's pair for a weight of this shape (out, in), on every rank in float32 on the device; None if
+    it has none.
+    """
     columns = torch.tensor(0 if pair is None else pair.right.shape[0], device=comm.device)
     count = int(comm.broadcast(columns, owner))
     if count == 0:

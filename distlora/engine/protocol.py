@@ -1,8 +1,8 @@
 """What it means to train: the protocol of an engine.
 
-An engine owns the live model. It can run it, step its optimizer, and read and write layers as whole tensors, however they are
-laid out. `loss` handed to `backward` is this micro-batch's share of the loss of the *global* batch; gradients add up over
-micro-batches and ranks, and nothing is divided afterwards.
+An engine owns the live model. It can run it, step its optimizer, and read and write layers as whole tensors,
+however they are laid out. `loss` handed to `backward` is this micro-batch's share of the loss of the *global*
+batch; gradients add up over micro-batches and ranks, and nothing is divided afterwards.
 """
 
 from collections.abc import Callable
@@ -23,15 +23,16 @@ from distlora.methods import Factors
 if TYPE_CHECKING:
     from distlora.engine.ledger import Ledger
 
-#: A change of gradients: from (layer, gradients of its trained factors, all its factors as the forward pass uses them) to new
-#: gradients; whole tensors in float32. A factor that is left out of the answer keeps its gradient.
+#: A change of gradients: from (layer, gradients of its trained factors, all its factors as the forward pass
+#: uses them) to new gradients; whole tensors in float32. A factor that is left out of the answer keeps its
+#: gradient.
 GradientMap = Callable[[AdapterLinear, Factors, Factors], Factors]
 
 
 @dataclass(frozen=True)
 class StepInfo:
-    """grad_norm: L2 norm of the whole averaged gradient, before the method transformed it and before clipping. skipped: the
-    optimizer refused the step."""
+    """grad_norm: L2 norm of the whole averaged gradient, before the method transformed it and before
+    clipping. skipped: the optimizer refused the step."""
 
     grad_norm: float
     skipped: bool = False
@@ -39,12 +40,14 @@ class StepInfo:
 
 @dataclass(frozen=True)
 class Part:
-    """The part of one trained tensor that lies on this rank: elements [start, start + n) of the row-major tensor.
+    """The part of one trained tensor that lies on this rank: elements [start, start + n) of the row-major
+    tensor.
 
-    counted: whether a sum over ranks counts it (where every rank holds the whole, rank 0's counts). master: (n,) float32 view
-    of what the optimizer steps from. gradient: (n,) float32, averaged, not yet clipped; None unless asked for. moments: (n,)
-    views of the optimizer's state, empty before its first step and where it keeps 8-bit numbers. All on one device (the host
-    where the optimizer is offloaded). Views may be changed in place.
+    counted: whether a sum over ranks counts it (where every rank holds the whole, rank 0's counts). master:
+    (n,) float32 view of what the optimizer steps from. gradient: (n,) float32, averaged, not yet clipped;
+    None unless asked for. moments: (n,) views of the optimizer's state, empty before its first step and where
+    it keeps 8-bit numbers. All on one device (the host where the optimizer is offloaded). Views may be
+    changed in place.
     """
 
     start: int
@@ -55,7 +58,9 @@ class Part:
 
 
 class Engine(Protocol):
-    """See the module's docstring. Every method is collective: all ranks call it, in the same order, with equal arguments."""
+    """See the module's docstring. Every method is collective: all ranks call it, in the same order, with
+    equal arguments.
+    """
 
     module: nn.Module
     comm: Comm
@@ -65,7 +70,9 @@ class Engine(Protocol):
     ledger: "Ledger | None"
 
     def loading(self, whole: bool = False) -> AbstractContextManager:
-        """Under which pretrained weights are read (ZeRO-3: each rank keeps its part only, unless they are wanted whole)."""
+        """Under which pretrained weights are read (ZeRO-3: each rank keeps its part only, unless they are
+        wanted whole).
+        """
 
     def attaching(self) -> AbstractContextManager:
         """Under which adapter layers are made."""
@@ -87,23 +94,27 @@ class Engine(Protocol):
     def step(self) -> StepInfo:
         """Lets methods that transform gradients do so, clips, steps the optimizer, forgets the gradients.
 
-        The clipping coefficient is `clip_factor()` of the gradients as they are on entry, and multiplies what was made of them.
+        The clipping coefficient is `clip_factor()` of the gradients as they are on entry, and multiplies what
+        was made of them.
         """
 
     def set_rate(self, rate: float) -> None: ...
 
     def silent_tensors(self) -> dict[str, str]:
-        """After the last backward, before the step: trained tensors whose averaged gradient is wrong, as {name: "zero" or
-        "not finite"}."""
+        """After the last backward, before the step: trained tensors whose averaged gradient is wrong, as
+        {name: "zero" or "not finite"}."""
 
     def map_gradients(self, layers: list[AdapterLinear], change: GradientMap) -> None:
-        """Replaces averaged gradients after the last backward, before the step, which then knows only the new ones."""
+        """Replaces averaged gradients after the last backward, before the step, which then knows only the new
+        ones.
+        """
 
     def clip_factor(self) -> float:
         """After the last backward, before the step: what clipping is going to multiply every gradient by."""
 
     def parts(self, layer: AdapterLinear, gradients: bool = False) -> dict[str, Part]:
-        """This rank's parts of a layer's trained factors; a factor of which it holds nothing is left out. Not collective.
+        """This rank's parts of a layer's trained factors; a factor of which it holds nothing is left out. Not
+        collective.
 
         gradients: with their gradients, which are there after the last backward, before the step.
         """
@@ -112,38 +123,48 @@ class Engine(Protocol):
         """Around forward and backward passes that train nothing; no counter of the engine moves."""
 
     def whole_model(self) -> AbstractContextManager[bool]:
-        """Around no-gradient passes over the bare model (`module`), with every parameter gathered once if that fits.
+        """Around no-gradient passes over the bare model (`module`), with every parameter gathered once if
+        that fits.
 
-        Yields False where it does not fit: then each layer is gathered as it is needed, and all ranks must make the same passes.
-        Nothing may be written inside.
+        Yields False where it does not fit: then each layer is gathered as it is needed, and all ranks must
+        make the same passes. Nothing may be written inside.
         """
 
     def write_events(self, events: list[tuple[str, float, int]]) -> None:
         """(tag, value, step) to the engine's monitors; rank 0's are kept."""
 
     def write_details(self, events: list[tuple[str, float, int]]) -> None:
-        """The same for a tag of every layer, to TensorBoard alone: other monitors keep a file or a chart for each tag."""
+        """The same for a tag of every layer, to TensorBoard alone: other monitors keep a file or a chart for
+        each tag.
+        """
 
     def write_image(self, tag: str, image: Tensor, step: int) -> None:
         """image: (height, width, 3) uint8, to the engine's monitors that take pictures; rank 0's is kept."""
 
     def read(self, layer: AdapterLinear) -> Factors:
-        """All factors, whole, on every rank: float32 masters of the trained ones, the others as the forward uses them."""
+        """All factors, whole, on every rank: float32 masters of the trained ones, the others as the forward
+        uses them.
+        """
 
     def write(self, layer: AdapterLinear, factors: Factors) -> None:
-        """Writes whole factors into every copy: what the next forward reads, and what the optimizer steps from."""
+        """Writes whole factors into every copy: what the next forward reads, and what the optimizer steps
+        from.
+        """
 
     def add_low_rank(self, layer: AdapterLinear, update: LowRank, rounding: Rounding, key: int) -> float:
-        """`W ← round(W + left @ right)` of a frozen weight that is not packed: every rank works on its own part, none travels.
+        """`W ← round(W + left @ right)` of a frozen weight that is not packed: every rank works on its own
+        part, none travels.
 
-        key: of the draws of stochastic rounding. Returns this rank's share of the squared rounding error; the shares add up.
+        key: of the draws of stochastic rounding. Returns this rank's share of the squared rounding error; the
+        shares add up.
         """
 
     def weight_at_owner(self, layer: AdapterLinear, owner: int) -> Tensor | None:
         """W (out, in) in float32 on rank `owner`, None elsewhere."""
 
     def weight_from_owner(self, layer: AdapterLinear, owner: int, weight: Tensor | None) -> float:
-        """Packs a packed weight anew, from what rank `owner` brings: (out, in), float32. What travels is the packed form.
+        """Packs a packed weight anew, from what rank `owner` brings: (out, in), float32. What travels is the
+        packed form.
 
         Returns the squared error of packing on the owner, 0 elsewhere.
         """
@@ -152,11 +173,13 @@ class Engine(Protocol):
         """Shapes of all trained tensors by name, in one order on every rank."""
 
     def read_trained(self, name: str) -> dict[str, Tensor] | None:
-        """On rank 0 the whole "master" and, once there are any, the optimizer's moments, float32 on the CPU; None elsewhere."""
+        """On rank 0 the whole "master" and, once there are any, the optimizer's moments, float32 on the CPU;
+        None elsewhere.
+        """
 
     def write_trained(self, name: str, tensors: dict[str, Tensor] | None, steps: int) -> None:
-        """Rank 0 brings what `read_trained` gave: every copy and the moments are overwritten (those that are not given are
-        forgotten), and the optimizer's count becomes `steps`."""
+        """Rank 0 brings what `read_trained` gave: every copy and the moments are overwritten (those that are
+        not given are forgotten), and the optimizer's count becomes `steps`."""
 
     def read_parameter(self, name: str) -> Tensor | None:
         """Any parameter as the forward pass uses it, whole, on rank 0's CPU; None elsewhere."""
@@ -182,7 +205,9 @@ def tell_changed(layers: dict[str, AdapterLinear], parameter: str) -> None:
 
 def left_factors(layers: dict[str, AdapterLinear]) -> set[str]:
     """Names of the trained factors that LoRA+ calls B."""
-    return {f"{name}.{layer.method.left_factor}" for name, layer in layers.items() if layer.method.left_factor}
+    return {
+        f"{name}.{layer.method.left_factor}" for name, layer in layers.items() if layer.method.left_factor
+    }
 
 
 def clip_factor(norm: float, clip: float | None) -> float:

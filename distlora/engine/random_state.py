@@ -9,7 +9,9 @@ from torch import Tensor
 
 @contextmanager
 def own_random_state(seed: int, device: torch.device) -> Iterator[None]:
-    """Inside, torch's default generators (dropout, new heads) start from `seed`; afterwards the caller's states are back."""
+    """Inside, torch's default generators (dropout, new heads) start from `seed`; afterwards the caller's
+    states are back.
+    """
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         reseed(seed, device)

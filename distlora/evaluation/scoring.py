@@ -1,4 +1,6 @@
-"""Held-out samples: answers generated greedily and judged by the task's own rule, and labels predicted by a classifier."""
+"""Held-out samples: answers generated greedily and judged by the task's own rule, and labels predicted by a
+classifier.
+"""
 
 from collections.abc import Iterable, Sequence
 
@@ -16,10 +18,14 @@ GENERATION_BATCH = 32
 
 
 @torch.no_grad()
-def exact_match(engine: Engine, tokenizer, task: str, samples: Sequence[Sample], max_new_tokens: int) -> float:
-    """Share (0 … 1) of the samples whose generated answer is the expected one, spread over the ranks. Raises Preempted.
+def exact_match(
+    engine: Engine, tokenizer, task: str, samples: Sequence[Sample], max_new_tokens: int
+) -> float:
+    """Share (0 … 1) of the samples whose generated answer is the expected one, spread over the ranks. Raises
+    Preempted.
 
-    The model is gathered once if it fits, and then runs without ZeRO's hooks; otherwise layer by layer, in lockstep.
+    The model is gathered once if it fits, and then runs without ZeRO's hooks; otherwise layer by layer, in
+    lockstep.
     """
     comm = engine.comm
     correct = 0.0
@@ -30,7 +36,12 @@ def exact_match(engine: Engine, tokenizer, task: str, samples: Sequence[Sample],
             part = [samples[i] for i in indices]
             batch = collate_prompts(part, tokenizer.pad_token_id, comm.device)
             answers = generate(
-                engine.module, batch, max_new_tokens, tokenizer.eos_token_id, tokenizer.pad_token_id, partitioned=not gathered
+                engine.module,
+                batch,
+                max_new_tokens,
+                tokenizer.eos_token_id,
+                tokenizer.pad_token_id,
+                partitioned=not gathered,
             )
             texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
             right = sum(is_correct(task, text, sample.answer) for text, sample in zip(texts, part))
@@ -43,8 +54,8 @@ def exact_match(engine: Engine, tokenizer, task: str, samples: Sequence[Sample],
 def label_scores(
     engine: Engine, samples: Sequence[LabelledSample], pad_id: int, batch_size: int, metrics: Iterable[str]
 ) -> dict[str, float]:
-    """The mean cross-entropy over the samples as "loss", and the `distlora.tasks.metrics` of these names; one pass, spread over the
-    ranks. Raises Preempted between two batches."""
+    """The mean cross-entropy over the samples as "loss", and the `distlora.tasks.metrics` of these names; one
+    pass, spread over the ranks. Raises Preempted between two batches."""
     comm = engine.comm
     loss = 0.0
     predicted = torch.zeros(len(samples), dtype=torch.int64, device=comm.device)

@@ -11,7 +11,9 @@ from distlora.errors import UserError
 
 @contextmanager
 def new_directory(out: Path, may_hold: Iterable[str] = ()) -> Iterator[Path]:
-    """A directory to fill, which becomes `out` if all goes well. may_hold: files of an earlier export, to be replaced."""
+    """A directory to fill, which becomes `out` if all goes well. may_hold: files of an earlier export, to be
+    replaced.
+    """
     if out.exists() and not (out.is_dir() and {path.name for path in out.iterdir()} <= set(may_hold)):
         raise UserError(f"{out} is not an empty directory; name another one or remove it")
     draft = out.with_name(f".{out.name}.partial")

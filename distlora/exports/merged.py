@@ -1,4 +1,6 @@
-"""The merged model: the pretrained files again, with the trained weights in their places, written tensor by tensor."""
+"""The merged model: the pretrained files again, with the trained weights in their places, written tensor by
+tensor.
+"""
 
 import json
 import math
@@ -53,12 +55,16 @@ def write_merged(draft: Path, base: Path, source: Source, dtype: torch.dtype | N
                 writer.write(name, value(name).to(plan[name][0]))
         total_bytes += sum(kind.itemsize * math.prod(shape) for kind, shape in plan.values())
     _write_index(draft, base, shards, total_bytes)
-    resized = [name for name, head in heads.items() if name in files and files.shape(name) != source.heads[head]]
+    resized = [
+        name for name, head in heads.items() if name in files and files.shape(name) != source.heads[head]
+    ]
     _copy_companions(draft, base, _config_changes(source, new_heads + resized, dtype))
 
 
 def _check_names(base: Path, files: TensorFiles, source: Source) -> list[str]:
-    """The heads that the pretrained files lack. Raises UserError where they lack a target or hold it in another shape."""
+    """The heads that the pretrained files lack. Raises UserError where they lack a target or hold it in
+    another shape.
+    """
     for layer, (_, *shape) in source.layers.items():
         name = stored_name(files, f"{layer}.weight")
         if name in files and files.shape(name) != tuple(shape):

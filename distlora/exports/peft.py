@@ -42,7 +42,8 @@ def export_peft_from_engine(
     step: int,
     dtype: torch.dtype = torch.float32,
 ) -> Path:
-    """The live adapter as PEFT's files in `out`, which may hold an earlier such export. Collective, layer by layer.
+    """The live adapter as PEFT's files in `out`, which may hold an earlier such export. Collective, layer by
+    layer.
 
     Exact, with the two exceptions of `export`; what they cost is logged.
 
@@ -64,10 +65,14 @@ def export_peft_from_engine(
 
 def refuse_full(method: Method) -> None:
     if method.trains_weight:
-        raise UserError(f"method {method.name} trains the weights themselves, which is no adapter; export with --format merged")
+        raise UserError(
+            f"method {method.name} trains the weights themselves, which is no adapter; export with --format merged"
+        )
 
 
-def write_peft_adapter(draft: Path, source: Source, base_model: str, dropout: float, dtype: torch.dtype) -> None:
+def write_peft_adapter(
+    draft: Path, source: Source, base_model: str, dropout: float, dtype: torch.dtype
+) -> None:
     """An adapter out of files, into a directory that is to be filled."""
     write_peft(draft, source, _peft_tensors(source), _peft_config(source, base_model, dropout), dtype)
 
@@ -85,7 +90,9 @@ def _peft_tensors(source: Source) -> Iterator[tuple[str, Tensor | None]]:
         yield PREFIX + name, source.read(name)
 
 
-def write_peft(draft: Path, source: Source, tensors: Iterable, config: dict[str, Any], dtype: torch.dtype) -> None:
+def write_peft(
+    draft: Path, source: Source, tensors: Iterable, config: dict[str, Any], dtype: torch.dtype
+) -> None:
     # In float32 whatever the dtype: rounded, they would scale whole rows. Hence first in the file.
     plan = {
         f"{PREFIX}{layer}{MAGNITUDE}": (torch.float32, (shape[1],))
@@ -96,7 +103,11 @@ def write_peft(draft: Path, source: Source, tensors: Iterable, config: dict[str,
         plan[f"{PREFIX}{layer}.lora_A.weight"] = dtype, (rank, in_features)
         plan[f"{PREFIX}{layer}.lora_B.weight"] = dtype, (out_features, rank)
     plan |= {PREFIX + name: (dtype, shape) for name, shape in source.heads.items()}
-    about = {"distlora": json.dumps({"step": source.step, "model": source.model, "stacked": sorted(source.stacked)})}
+    about = {
+        "distlora": json.dumps(
+            {"step": source.step, "model": source.model, "stacked": sorted(source.stacked)}
+        )
+    }
     with TensorWriter(draft / ADAPTER_WEIGHTS, plan, about) as writer:
         for name, tensor in tensors:
             writer.write(name, tensor.to(plan[name][0]))
@@ -104,7 +115,9 @@ def write_peft(draft: Path, source: Source, tensors: Iterable, config: dict[str,
 
 
 def _peft_config(source: Source, base: str, dropout: float) -> dict[str, Any]:
-    """The scaling is folded into B, so alpha is the rank. Full names of layers: last parts would match others too."""
+    """The scaling is folded into B, so alpha is the rank. Full names of layers: last parts would match others
+    too.
+    """
     ranks = {layer: shape[0] for layer, shape in source.layers.items()}
     usual = max(set(ranks.values()), key=list(ranks.values()).count)
     # PEFT reads the keys of these patterns as regular expressions.
@@ -131,7 +144,9 @@ def _peft_config(source: Source, base: str, dropout: float) -> dict[str, Any]:
 
 
 def _saved_module(head: str) -> str:
-    """The module that PEFT is to restore: the parameter's own, or a classifier around it, which PEFT restores in any case."""
+    """The module that PEFT is to restore: the parameter's own, or a classifier around it, which PEFT restores
+    in any case.
+    """
     parts = head.split(".")[:-1]
     ends = [position for position, part in enumerate(parts, 1) if part in _CLASSIFIERS]
     return ".".join(parts[: ends[0]] if ends else parts)

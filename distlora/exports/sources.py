@@ -1,4 +1,6 @@
-"""What an export is made from: trained layers as low-rank pairs, and whole trained parameters, wherever they are kept."""
+"""What an export is made from: trained layers as low-rank pairs, and whole trained parameters, wherever they
+are kept.
+"""
 
 import json
 import logging
@@ -27,10 +29,10 @@ Shape = tuple[int, ...]
 
 
 class Source(Protocol):
-    """layers: (rank, out, in) of the exported pair of every adapted layer. stacked: the layers whose pair is made of updates side
-    by side, which nearly cancel each other. magnitudes: the layers whose rows have trained norms. heads: shapes of the parameters
-    that were trained whole. targets: names of the layers that the method was put on. model: the model's "class" and
-    "num_labels"."""
+    """layers: (rank, out, in) of the exported pair of every adapted layer. stacked: the layers whose pair is
+    made of updates side by side, which nearly cancel each other. magnitudes: the layers whose rows have
+    trained norms. heads: shapes of the parameters that were trained whole. targets: names of the layers that
+    the method was put on. model: the model's "class" and "num_labels"."""
 
     step: int
     layers: dict[str, Shape]
@@ -44,11 +46,12 @@ class Source(Protocol):
         """`W_trained = W0 + left @ right`, float32. None on ranks that do not write."""
 
     def magnitude(self, layer: str) -> Tensor | None:
-        """(out,) float32, for a layer of `magnitudes`: the norms to which the rows of that sum are scaled. None on ranks that do
-        not write.
+        """(out,) float32, for a layer of `magnitudes`: the norms to which the rows of that sum are scaled.
+        None on ranks that do not write.
 
-        The optimizer's own value. What a bfloat16 run multiplies with is rounded, and divided by a rounded norm: both errors
-        cancel at the start, but one alone would scale whole rows by up to 2⁻⁹ wherever norms are not rounded.
+        The optimizer's own value. What a bfloat16 run multiplies with is rounded, and divided by a rounded
+        norm: both errors cancel at the start, but one alone would scale whole rows by up to 2⁻⁹ wherever
+        norms are not rounded.
         """
 
     def read(self, head: str) -> Tensor | None:
@@ -62,7 +65,10 @@ class EngineSource:
         self._engine, self._attached, self.step = engine, attached, step
         shapes = {name: layer.method.shapes(*layer.shape) for name, layer in attached.layers.items()}
         entries = {name: engine.ledger.columns(name) if engine.ledger else 0 for name in attached.layers}
-        self.layers = {name: _pair_shape(layer.method, shapes[name], entries[name]) for name, layer in attached.layers.items()}
+        self.layers = {
+            name: _pair_shape(layer.method, shapes[name], entries[name])
+            for name, layer in attached.layers.items()
+        }
         self.stacked = {name for name, columns in entries.items() if columns}
         self.magnitudes = {name for name, layer in attached.layers.items() if layer.method.magnitude}
         factors = {f"{layer}.{factor}" for layer, names in shapes.items() for factor in names}
@@ -71,7 +77,10 @@ class EngineSource:
 
     def low_rank(self, layer: str) -> LowRank | None:
         adapted = self._attached.layers[layer]
-        factors = {name: self._engine.read_parameter(f"{layer}.{name}") for name in adapted.method.shapes(*adapted.shape)}
+        factors = {
+            name: self._engine.read_parameter(f"{layer}.{name}")
+            for name in adapted.method.shapes(*adapted.shape)
+        }
         pair = adapted.method.export_low_rank(factors) if self._engine.comm.is_main else None
         return self._engine.ledger.stacked(layer, pair) if layer in self.stacked else pair
 
@@ -96,8 +105,13 @@ class CheckpointSource:
         self.step, self.targets, self.model = checkpoint.step, state["targets"], state["model"]
         self._files, self._method = TensorFiles(checkpoint.path, "adapter"), method
         self._factors = list(method.shapes(1, 1))
-        self._entries = {layer: [entry["columns"] for entry in entries] for layer, entries in state.get("ledger", {}).items()}
-        self.layers = {} if method.trains_weight else {layer: self._pair_shape(layer) for layer in self.targets}
+        self._entries = {
+            layer: [entry["columns"] for entry in entries]
+            for layer, entries in state.get("ledger", {}).items()
+        }
+        self.layers = (
+            {} if method.trains_weight else {layer: self._pair_shape(layer) for layer in self.targets}
+        )
         self.stacked = {layer for layer, entries in self._entries.items() if entries}
         self.magnitudes = set(self.layers) if method.magnitude else set()
         self._masters = TensorFiles(checkpoint.path, "optimizer") if self.magnitudes else None
@@ -110,7 +124,9 @@ class CheckpointSource:
         return _pair_shape(self._method, shapes, sum(self._entries.get(layer, ())))
 
     def low_rank(self, layer: str) -> LowRank:
-        pair = self._method.export_low_rank({name: self._files.read(f"{layer}.{name}") for name in self._factors})
+        pair = self._method.export_low_rank(
+            {name: self._files.read(f"{layer}.{name}") for name in self._factors}
+        )
         if layer not in self.stacked:
             return pair
         entries = [f"{layer}/{index}" for index in range(len(self._entries[layer]))]
@@ -127,7 +143,9 @@ class CheckpointSource:
 
 
 class AdapterSource:
-    """The PEFT files that an earlier export wrote (alpha is the rank there, so the pair is B and A as they are)."""
+    """The PEFT files that an earlier export wrote (alpha is the rank there, so the pair is B and A as they
+    are).
+    """
 
     def __init__(self, directory: Path):
         self._files = TensorFiles(directory, "adapter_model")
@@ -141,7 +159,11 @@ class AdapterSource:
             elif layer.endswith(ending):
                 layer = layer.removesuffix(ending)
                 rank, in_features = self._files.shape(name)
-                self.layers[layer] = (rank, self._files.shape(f"{PREFIX}{layer}.lora_B.weight")[0], in_features)
+                self.layers[layer] = (
+                    rank,
+                    self._files.shape(f"{PREFIX}{layer}.lora_B.weight")[0],
+                    in_features,
+                )
             elif not layer.endswith(".lora_B.weight"):
                 self.heads[layer] = self._files.shape(name)
         self.targets = list(self.layers)
@@ -167,21 +189,31 @@ def check_compression(format: str, rank: int | None, max_error: float | None) ->
     if rank is not None and rank < 1:
         raise UserError(f"--compress-rank is {rank}; wanted at least 1")
     if max_error is not None and not 0 < max_error < 1:
-        raise UserError(f"--max-error is {max_error:g}; wanted a relative error between 0 and 1, such as 0.01")
+        raise UserError(
+            f"--max-error is {max_error:g}; wanted a relative error between 0 and 1, such as 0.01"
+        )
 
 
 class Compressed:
     """Another source, with an SVD in the place of each pair for which that is asked or needed.
 
-    Needed where a stack is wider than the matrix, and where one is going to be rounded: what nearly cancels must be summed first.
-    dtype: in which the pairs will be written. rank: the most columns of a pair. max_error: the largest relative Frobenius error of
-    a layer's update; every pair is read once before the first is asked for, since their ranks must be known.
-    errors: those of the pairs that were made so far; they are stated in `compression`.
+    Needed where a stack is wider than the matrix, and where one is going to be rounded: what nearly cancels
+    must be summed first. dtype: in which the pairs will be written. rank: the most columns of a pair.
+    max_error: the largest relative Frobenius error of a layer's update; every pair is read once before the
+    first is asked for, since their ranks must be known. errors: those of the pairs that were made so far;
+    they are stated in `compression`.
     """
 
-    def __init__(self, source: Source, dtype: torch.dtype, rank: int | None = None, max_error: float | None = None):
+    def __init__(
+        self, source: Source, dtype: torch.dtype, rank: int | None = None, max_error: float | None = None
+    ):
         self._source, self._dtype = source, dtype
-        self.step, self.heads, self.targets, self.model = source.step, source.heads, source.targets, source.model
+        self.step, self.heads, self.targets, self.model = (
+            source.step,
+            source.heads,
+            source.targets,
+            source.model,
+        )
         self.magnitudes, self.magnitude, self.read = source.magnitudes, source.magnitude, source.read
         self.errors: dict[str, float] = {}
         exact = max(min(shape) for shape in source.layers.values())
@@ -192,7 +224,8 @@ class Compressed:
         self._changed = {
             layer
             for layer, shape in self.layers.items()
-            if shape != source.layers[layer] or (rounds and (max_error is not None or layer in source.stacked))
+            if shape != source.layers[layer]
+            or (rounds and (max_error is not None or layer in source.stacked))
         }
         self.stacked = source.stacked - self._changed
 
@@ -230,6 +263,8 @@ class Compressed:
 
 
 def _pair_shape(method: Method, shapes: dict[str, Shape], ledger_columns: int) -> Shape:
-    """(rank, out, in) of the exact pair, found without computing it: what the factors give, and the ledger's columns."""
+    """(rank, out, in) of the exact pair, found without computing it: what the factors give, and the ledger's
+    columns.
+    """
     pair = method.export_low_rank({name: torch.empty(shape, device="meta") for name, shape in shapes.items()})
     return pair.right.shape[0] + ledger_columns, pair.left.shape[0], pair.right.shape[1]

@@ -18,8 +18,8 @@ def write_json(path: Path, value: Any) -> str:
 
 
 def write_text(path: Path, text: str, writer: str = "") -> None:
-    """Replaces a file so that a crash leaves the old content or the new one, never a part. writer: tells several processes apart
-    that may write the same file at once."""
+    """Replaces a file so that a crash leaves the old content or the new one, never a part. writer: tells
+    several processes apart that may write the same file at once."""
     draft = path.with_name(f".{path.name}{writer and '.' + writer}.partial")
     with draft.open("w", encoding="utf-8") as file:
         file.write(text)

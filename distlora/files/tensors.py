@@ -1,4 +1,6 @@
-"""Tensors on disk: safetensors files, written one tensor at a time, flushed, and split where they would grow too large."""
+"""Tensors on disk: safetensors files, written one tensor at a time, flushed, and split where they would grow
+too large.
+"""
 
 import hashlib
 import json
@@ -27,8 +29,9 @@ _DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
 class TensorWriter:
     """One safetensors file whose tensors come one after the other, so that only one is in memory.
 
-    The library's own writer wants all tensors of a file at once. plan: dtype and shape of every tensor. The tensors must
-    be written in `order`. After the `with` block the file is on the disk, and `sha256` is the checksum of what was written.
+    The library's own writer wants all tensors of a file at once. plan: dtype and shape of every tensor. The
+    tensors must be written in `order`. After the `with` block the file is on the disk, and `sha256` is the
+    checksum of what was written.
     """
 
     def __init__(self, path: Path, plan: Plan, metadata: Mapping[str, str] | None = None):
@@ -46,7 +49,9 @@ class TensorWriter:
         if self._written == len(self.order) or name != self.order[self._written]:
             raise ValueError(f"{name} is not the next tensor of the plan")
         if (tensor.dtype, tuple(tensor.shape)) != self._plan[name]:
-            raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)} and not {self._plan[name]} as planned")
+            raise ValueError(
+                f"{name} is {tensor.dtype} {tuple(tensor.shape)} and not {self._plan[name]} as planned"
+            )
         self._put(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
         self._written += 1
 
@@ -80,10 +85,14 @@ def _header(plan: Plan, order: list[str], metadata: dict[str, str]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def write_split(directory: Path, group: str, tensors: Iterable[tuple[str, Tensor]], limit: int) -> dict[str, str]:
-    """Writes `group.safetensors`, or `group-00001-of-0000n.safetensors` and an index, and returns {file name: SHA-256}.
+def write_split(
+    directory: Path, group: str, tensors: Iterable[tuple[str, Tensor]], limit: int
+) -> dict[str, str]:
+    """Writes `group.safetensors`, or `group-00001-of-0000n.safetensors` and an index, and returns {file name:
+    SHA-256}.
 
-    limit: bytes of tensors in one file, and so in memory; a tensor that is larger alone has a file of its own.
+    limit: bytes of tensors in one file, and so in memory; a tensor that is larger alone has a file of its
+    own.
     """
     parts, weight_map = [], {}
     for number, batch in enumerate(_batches(tensors, limit), 1):
@@ -92,7 +101,11 @@ def write_split(directory: Path, group: str, tensors: Iterable[tuple[str, Tensor
         batch.clear()
     digests = {}
     for number, (path, names, digest) in enumerate(parts, 1):
-        final = f"{group}.safetensors" if len(parts) == 1 else f"{group}-{number:05}-of-{len(parts):05}.safetensors"
+        final = (
+            f"{group}.safetensors"
+            if len(parts) == 1
+            else f"{group}-{number:05}-of-{len(parts):05}.safetensors"
+        )
         os.rename(path, directory / final)
         digests[final] = digest
         weight_map |= dict.fromkeys(names, final)
@@ -113,17 +126,23 @@ def _batches(tensors: Iterable[tuple[str, Tensor]], limit: int) -> Iterator[dict
 
 
 def _write_file(path: Path, tensors: Mapping[str, Tensor]) -> str:
-    with TensorWriter(path, {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}) as writer:
+    with TensorWriter(
+        path, {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    ) as writer:
         for name in writer.order:
             writer.write(name, tensors[name])
     return writer.sha256
 
 
 class TensorFiles:
-    """Tensors by name, out of `group.safetensors` or of several such files with an index. Reads only what is asked for."""
+    """Tensors by name, out of `group.safetensors` or of several such files with an index. Reads only what is
+    asked for.
+    """
 
     def __init__(self, directory: Path, group: str):
-        """Raises UserError if there is neither, and OSError or safetensors' error for files that cannot be read."""
+        """Raises UserError if there is neither, and OSError or safetensors' error for files that cannot be
+        read.
+        """
         self.directory, self._open = directory, {}
         single, index = directory / f"{group}.safetensors", directory / f"{group}.safetensors.index.json"
         if index.exists():
@@ -169,6 +188,8 @@ class TensorFiles:
 
 
 def stored_name(files: TensorFiles, name: str) -> str:
-    """The parameter's name in the pretrained files. Those of a base model lack the prefix that it has in a model with a head."""
+    """The parameter's name in the pretrained files. Those of a base model lack the prefix that it has in a
+    model with a head.
+    """
     inner = name.partition(".")[2]
     return inner if name not in files and inner in files else name

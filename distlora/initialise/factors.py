@@ -30,8 +30,8 @@ SEARCH_REFINEMENTS = (0.25,)
 
 @dataclass
 class InitReport:
-    """What initialisation did. scalars: for logging under `init/`. search: (eta, probe loss) in the order tried.
-    reserves: components for later, of the layers that this rank owns."""
+    """What initialisation did. scalars: for logging under `init/`. search: (eta, probe loss) in the order
+    tried. reserves: components for later, of the layers that this rank owns."""
 
     scalars: dict[str, float] = field(default_factory=dict)
     search: list[tuple[float, float]] = field(default_factory=list)
@@ -49,10 +49,11 @@ def initialise(
 ) -> InitReport:
     """Gives every layer its factors, the same for every world size and ZeRO stage.
 
-    seed: of the recipe. first_rate: the schedule's first learning rate that is not zero (for `eta: schedule`).
-    data: the probe's samples, needed where the method starts from gradients. number: 0 at the start of a run, j for the j-th
-    time that the adapter starts anew. keep_function: the factor that eta scales stays zero.
-    Layer i is factorised by its owner alone (`assign_owners`); everyone else receives the factors.
+    seed: of the recipe. first_rate: the schedule's first learning rate that is not zero (for `eta:
+    schedule`). data: the probe's samples, needed where the method starts from gradients. number: 0 at the
+    start of a run, j for the j-th time that the adapter starts anew. keep_function: the factor that eta
+    scales stays zero. Layer i is factorised by its owner alone (`assign_owners`); everyone else receives the
+    factors.
     """
     method, layers = attached.method, attached.layers
     report = InitReport()
@@ -65,7 +66,9 @@ def initialise(
     gradients: dict[str, Tensor] = {}
     if settings is not None:
         log.info("probing the full gradients of %d layers on %d samples", len(layers), data.samples)
-        gradients = mean_gradients(engine, layers, owners, data.batches(), data.samples, data.loss, settings.sums)
+        gradients = mean_gradients(
+            engine, layers, owners, data.batches(), data.samples, data.loss, settings.sums
+        )
         report.scalars["samples"] = data.samples
     eta = 1.0
     takes_step = settings is not None and settings.eta is not None
@@ -74,14 +77,18 @@ def initialise(
 
     log.info("initialising the factors of %d layers", len(layers))
     draw_seed, starting = _draw_seed(seed, number), number == 0
-    report.scalars |= factorise_all(engine, attached, owners, gradients, draw_seed, eta, report.reserves, stoppable=starting)
+    report.scalars |= factorise_all(
+        engine, attached, owners, gradients, draw_seed, eta, report.reserves, stoppable=starting
+    )
     if takes_step:
         if keep_function:
             eta = 0.0
             _scale(engine, layers, method.proportional_to_eta(), eta)
         elif settings.eta == "search":
             factor = method.proportional_to_eta()
-            eta = search_eta(engine, layers, factor, data, report, may_stay=number > 0 and factor in method.trains)
+            eta = search_eta(
+                engine, layers, factor, data, report, may_stay=number > 0 and factor in method.trains
+            )
         report.scalars["eta"] = eta
     return report
 
@@ -96,11 +103,12 @@ def factorise_all(
     reserves: dict[str, LowRank] | None = None,
     stoppable: bool = False,
 ) -> dict[str, float]:
-    """Factors for every layer, from its weight or gradient, written into the engine; returns the means and the least values of
-    what the method reported.
+    """Factors for every layer, from its weight or gradient, written into the engine; returns the means and
+    the least values of what the method reported.
 
-    gradients: of the layers that this rank owns, where the method asks for them; each is taken out as it is used.
-    reserves: where to put the reserves of the layers that this rank owns. stoppable: Preempted may be raised between layers.
+    gradients: of the layers that this rank owns, where the method asks for them; each is taken out as it is
+    used. reserves: where to put the reserves of the layers that this rank owns. stoppable: Preempted may be
+    raised between layers.
     """
     layers = attached.layers
     scalars: dict[str, dict[str, float]] = {}
@@ -119,10 +127,12 @@ def factorise_all(
 
 @dataclass
 class _Losses:
-    """Squared norms over the whole model of what the change of frozen weights cost, each summed over this rank's shares.
+    """Squared norms over the whole model of what the change of frozen weights cost, each summed over this
+    rank's shares.
 
-    Of plain weights: what was rounded away, and what was added (`added` is the sum of all ranks already). Of packed ones: the
-    pretrained weights, what packing them had cost, and what packing costs once the factors have their part.
+    Of plain weights: what was rounded away, and what was added (`added` is the sum of all ranks already). Of
+    packed ones: the pretrained weights, what packing them had cost, and what packing costs once the factors
+    have their part.
     """
 
     rounded_away: float = 0.0
@@ -132,7 +142,9 @@ class _Losses:
     packing_the_rest: float = 0.0
 
     def report(self, comm: Comm) -> dict[str, float]:
-        rounded_away, weights, before, after = comm.sum(self.rounded_away, self.weights, self.packing_them, self.packing_the_rest)
+        rounded_away, weights, before, after = comm.sum(
+            self.rounded_away, self.weights, self.packing_them, self.packing_the_rest
+        )
         found = {"rounding_loss": math.sqrt(rounded_away / self.added)} if self.added else {}
         if before:
             found["quantization_error"] = math.sqrt(before / weights)
@@ -163,14 +175,18 @@ def _factorise(
     """The own layers of this turn, with their factors."""
     method, sources = attached.method, {}
     for name, layer in turn.items():
-        weight = _weight(engine, attached, layer, owners[name]) if method.source_matrix() == "weight" else None
+        weight = (
+            _weight(engine, attached, layer, owners[name]) if method.source_matrix() == "weight" else None
+        )
         if owners[name] == engine.comm.rank:
             sources[name] = weight if method.source_matrix() == "weight" else gradients.pop(name, None)
     found, failure = {}, None
     try:
         for name, source in sources.items():
             generator = layer_generator(seed, name)
-            found[name] = method.initialise(LayerInit(turn[name].shape, source, generator, engine.dtype, eta, engine.comm.device))
+            found[name] = method.initialise(
+                LayerInit(turn[name].shape, source, generator, engine.dtype, eta, engine.comm.device)
+            )
     except Exception as error:  # the others wait in a broadcast: tell them before this rank leaves
         failure = error
     engine.comm.agree(failure)
@@ -178,19 +194,27 @@ def _factorise(
 
 
 def _weight(engine: Engine, attached: Attached, layer: AdapterLinear, owner: int) -> Tensor | None:
-    """The weight that a layer's factors are made of, on its owner: of a packed one what packing made of it, unless the method is
-    going to take something out of it."""
-    if layer.packing is not None and engine.ledger.pretrained is not None and attached.method.takes_from_weight:
+    """The weight that a layer's factors are made of, on its owner: of a packed one what packing made of it,
+    unless the method is going to take something out of it."""
+    if (
+        layer.packing is not None
+        and engine.ledger.pretrained is not None
+        and attached.method.takes_from_weight
+    ):
         return pretrained_at_owner(engine.comm, engine.ledger.pretrained, layer.name, owner)
     return engine.weight_at_owner(layer, owner)
 
 
-def _install(engine: Engine, attached: Attached, layer: AdapterLinear, owner: int, init: Init | None, losses: _Losses) -> None:
-    """The owner's factors into the layer on every rank, with the update of the weight and the correction of gradients that go
-    with them."""
+def _install(
+    engine: Engine, attached: Attached, layer: AdapterLinear, owner: int, init: Init | None, losses: _Losses
+) -> None:
+    """The owner's factors into the layer on every rank, with the update of the weight and the correction of
+    gradients that go with them."""
     factors = _broadcast(engine.comm, layer, owner, init)
     engine.write(layer, factors)
-    layer.map_gradients(layer.method.gradient_map({name: factor.to(engine.dtype) for name, factor in factors.items()}))
+    layer.map_gradients(
+        layer.method.gradient_map({name: factor.to(engine.dtype) for name, factor in factors.items()})
+    )
     update = broadcast_pair(engine.comm, layer.shape, owner, init and init.base_update)
     if update is None:
         return
@@ -202,8 +226,12 @@ def _install(engine: Engine, attached: Attached, layer: AdapterLinear, owner: in
     losses.packing_the_rest += engine.ledger.apply(engine, layer, 0, "nearest", update)
 
 
-def _measure_packing(engine: Engine, attached: Attached, layer: AdapterLinear, owner: int, losses: _Losses) -> None:
-    """What packing the pretrained weight has cost. Apart from what follows, which takes as many whole weights itself."""
+def _measure_packing(
+    engine: Engine, attached: Attached, layer: AdapterLinear, owner: int, losses: _Losses
+) -> None:
+    """What packing the pretrained weight has cost. Apart from what follows, which takes as many whole weights
+    itself.
+    """
     live, original = engine.weight_at_owner(layer, owner), _weight(engine, attached, layer, owner)
     if live is not None:
         losses.weights += squared_norm(original)
@@ -211,7 +239,9 @@ def _measure_packing(engine: Engine, attached: Attached, layer: AdapterLinear, o
 
 
 def _broadcast(comm: Comm, layer: AdapterLinear, owner: int, init: Init | None) -> Factors:
-    """The owner's factors on every rank, float32 on the device. Frozen ones may hold values rounded to a lower dtype."""
+    """The owner's factors on every rank, float32 on the device. Frozen ones may hold values rounded to a
+    lower dtype.
+    """
     factors = {}
     for name, shape in layer.method.shapes(*layer.shape).items():
         value = torch.zeros(shape, device=comm.device)
@@ -223,7 +253,9 @@ def _broadcast(comm: Comm, layer: AdapterLinear, owner: int, init: Init | None) 
 
 def _means(comm: Comm, scalars: dict[str, dict[str, float]], names: list[str]) -> dict[str, float]:
     """Each reported number as mean and least value over all layers; one collective."""
-    keys = comm.share(sorted({key for report in scalars.values() for key in report}) if comm.is_main else None)
+    keys = comm.share(
+        sorted({key for report in scalars.values() for key in report}) if comm.is_main else None
+    )
     table = torch.zeros(len(names), max(1, len(keys)), dtype=torch.float64, device=comm.device)
     for row, name in enumerate(names):
         for column, key in enumerate(keys):
@@ -237,9 +269,15 @@ def _means(comm: Comm, scalars: dict[str, dict[str, float]], names: list[str]) -
 
 
 def search_eta(
-    engine: Engine, layers: dict[str, AdapterLinear], factor: str, data: Probe, report: InitReport, may_stay: bool = False
+    engine: Engine,
+    layers: dict[str, AdapterLinear],
+    factor: str,
+    data: Probe,
+    report: InitReport,
+    may_stay: bool = False,
 ) -> float:
-    """The eta with the least loss on the probe's samples: half decades upwards until the loss has risen twice, then finer.
+    """The eta with the least loss on the probe's samples: half decades upwards until the loss has risen
+    twice, then finer.
 
     may_stay: answer 0 where no step lowers the loss, as happens late in a run.
     Only a scale changes, so one try is one forward pass, and nothing is written before the choice is made.

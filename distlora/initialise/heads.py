@@ -12,11 +12,12 @@ SPREAD = 0.02
 
 
 def draw_heads(engine: Engine, names: Collection[str], seed: int) -> None:
-    """Fills the matrices among these trained parameters with normal numbers of the spread that the model's config asks for.
+    """Fills the matrices among these trained parameters with normal numbers of the spread that the model's
+    config asks for.
 
-    Each has a generator of its own, so that they are the same at every ZeRO stage and world size, which cannot be said of what the
-    model's class draws while it is loaded. The vectors stay as the class made them: zero for a bias, one for a norm.
-    Collective, before the first step.
+    Each has a generator of its own, so that they are the same at every ZeRO stage and world size, which
+    cannot be said of what the model's class draws while it is loaded. The vectors stay as the class made
+    them: zero for a bias, one for a norm. Collective, before the first step.
     """
     spread = getattr(engine.module.config, "initializer_range", SPREAD)
     for name, shape in engine.trained_shapes().items():

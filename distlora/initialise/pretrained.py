@@ -1,6 +1,7 @@
 """Pretrained weights out of their files, one at a time: what a packed layer cannot tell any more.
 
-A method that takes something out of W needs W itself: packing the rest of it then costs less than packing W did (QPiSSA).
+A method that takes something out of W needs W itself: packing the rest of it then costs less than packing W
+did (QPiSSA).
 """
 
 from pathlib import Path
@@ -13,7 +14,8 @@ from distlora.files.tensors import TensorFiles, stored_name
 
 
 class PretrainedFiles:
-    """The weights of some layers. shapes: (out, in) by layer. dtype: the model's, in which they were before they were packed.
+    """The weights of some layers. shapes: (out, in) by layer. dtype: the model's, in which they were before
+    they were packed.
 
     Raises UserError where the files do not hold one of them as it is.
     """

@@ -1,9 +1,10 @@
-"""Full-weight gradients of the target layers, layer by layer, from activations, while every weight stays frozen.
+"""Full-weight gradients of the target layers, layer by layer, from activations, while every weight stays
+frozen.
 
-LoRA-SB and LoRA-GA start from the gradient that full fine-tuning would see. Backpropagation forms `g = dyᵀ x` of a linear layer
-from two things that pass by anyway: its input x and the gradient dy of its output. So g is formed in blocks the
-moment dy is there, each block is reduced to the rank that owns the layer, added to that rank's sum, and forgotten: beyond the
-pass itself no rank ever holds more than one block on its device.
+LoRA-SB and LoRA-GA start from the gradient that full fine-tuning would see. Backpropagation forms `g = dyᵀ x`
+of a linear layer from two things that pass by anyway: its input x and the gradient dy of its output. So g is
+formed in blocks the moment dy is there, each block is reduced to the rank that owns the layer, added to that
+rank's sum, and forgotten: beyond the pass itself no rank ever holds more than one block on its device.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -20,7 +21,8 @@ from distlora.engine.protocol import Engine
 
 #: Elements of a block: 8 MiB in float32, of which three are alive while two travel to the host.
 BLOCK_ELEMENTS = 1 << 21
-#: Columns of a block at most, so that the part of x that is cast to float32 at a time stays small for the widest layers too.
+#: Columns of a block at most, so that the part of x that is cast to float32 at a time stays small for the
+#: widest layers too.
 BLOCK_COLUMNS = 1 << 12
 
 #: (model, batch) to a scalar: the sum over the batch's samples of each one's own loss.
@@ -31,8 +33,9 @@ Loss = Callable[[nn.Module, Any], Tensor]
 class Probe:
     """The samples from which the first step of full fine-tuning is approximated.
 
-    batches: this rank's, for backward passes; equally many on every rank. forward_batches: the same samples in larger batches, for
-    passes without gradients. samples: their number over all ranks, by which the sum of their losses is divided.
+    batches: this rank's, for backward passes; equally many on every rank. forward_batches: the same samples
+    in larger batches, for passes without gradients. samples: their number over all ranks, by which the sum of
+    their losses is divided.
     """
 
     batches: Callable[[], Iterator[Any]]
@@ -52,11 +55,12 @@ def mean_gradients(
     block_elements: int = BLOCK_ELEMENTS,
     adapted: bool = False,
 ) -> dict[str, Tensor]:
-    """`(1/n) Σ_i g_i` of every layer that this rank owns, (out, in) float32; g_i is the gradient of sample i's own loss.
+    """`(1/n) Σ_i g_i` of every layer that this rank owns, (out, in) float32; g_i is the gradient of sample
+    i's own loss.
 
-    batches: this rank's, equally many on every rank; a batch without targets counts nothing. samples: n, over all
-    ranks. adapted: at the adapted weight, else the adapters are left out of the passes. No parameter collects a gradient, no
-    counter of the engine moves.
+    batches: this rank's, equally many on every rank; a batch without targets counts nothing. samples: n, over
+    all ranks. adapted: at the adapted weight, else the adapters are left out of the passes. No parameter
+    collects a gradient, no counter of the engine moves.
     """
     store = _HostSums(engine.comm.device) if sums == "host" else _DeviceSums()
     anchor = torch.zeros((), device=engine.comm.device, requires_grad=True)
@@ -64,7 +68,11 @@ def mean_gradients(
         mine = owners[name] == engine.comm.rank
         if mine:
             store.open(name, layer.shape)
-        layer.tap(anchor, _tap(engine.comm, owners[name], store.add if mine else None, name, block_elements), adapted)
+        layer.tap(
+            anchor,
+            _tap(engine.comm, owners[name], store.add if mine else None, name, block_elements),
+            adapted,
+        )
     try:
         with engine.probe_pass(), _checkpointed(engine.module):
             for batch in batches:
@@ -75,7 +83,9 @@ def mean_gradients(
     return {name: total.div_(samples) for name, total in store.close().items()}
 
 
-def _tap(comm: Comm, owner: int, add: Callable | None, name: str, block_elements: int) -> Callable[[Tensor, Tensor], None]:
+def _tap(
+    comm: Comm, owner: int, add: Callable | None, name: str, block_elements: int
+) -> Callable[[Tensor, Tensor], None]:
     def tap(dy: Tensor, x: Tensor) -> None:
         # All ranks must cut alike, so the blocks do not depend on the number of tokens.
         columns = min(x.shape[1], BLOCK_COLUMNS)
@@ -116,7 +126,8 @@ class _DeviceSums:
 
 
 class _HostSums(_DeviceSums):
-    """Sums in host memory. From an accelerator each block travels through pinned memory while backward goes on.
+    """Sums in host memory. From an accelerator each block travels through pinned memory while backward goes
+    on.
 
     Two staging buffers alternate: a block is added on the host only when its buffer is needed again.
     """
@@ -152,9 +163,11 @@ class _HostSums(_DeviceSums):
 
 @contextmanager
 def _checkpointed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode (no dropout) with activation checkpointing in every block that knows it, as the model had it afterwards.
+    """Evaluation mode (no dropout) with activation checkpointing in every block that knows it, as the model
+    had it afterwards.
 
-    Blocks checkpoint in training mode only, so that flag alone is set on them, and their children stay in evaluation mode.
+    Blocks checkpoint in training mode only, so that flag alone is set on them, and their children stay in
+    evaluation mode.
     """
     was_training = {module: module.training for module in model.modules()}
     able = getattr(model, "supports_gradient_checkpointing", False)

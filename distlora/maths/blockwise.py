@@ -21,11 +21,12 @@ def scales_of(blocks: Tensor, start: int, length: int) -> Tensor:
 
 
 def encode(values: Tensor, scales: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes (n,) uint8 of the entries nearest to values (n,), and the scales (⌈n/256⌉,) of the blocks: the largest of each.
+    """Codes (n,) uint8 of the entries nearest to values (n,), and the scales (⌈n/256⌉,) of the blocks: the
+    largest of each.
 
-    scales: (n,) that the elements were decoded with, zero for one that was not. Where the blocks are the same as then, codes and
-    scales come back bit for bit. The largest magnitude alone would not do: a table without -1 shrinks a block whose largest
-    element is negative.
+    scales: (n,) that the elements were decoded with, zero for one that was not. Where the blocks are the same
+    as then, codes and scales come back bit for bit. The largest magnitude alone would not do: a table without
+    -1 shrinks a block whose largest element is negative.
     """
     wanted = torch.maximum(scales, values.abs())
     blocks = torch.nn.functional.pad(wanted, (0, -values.numel() % BLOCK)).view(-1, BLOCK).amax(1)

@@ -1,7 +1,8 @@
 """The one linear map that every layer is made of.
 
-The weight W (out, in) may be stored in another form, a packed one. Then `unpack` makes W of it, in the dtype of the product; W is
-made anew in the backward pass, because kept until then it would take the memory that packing saves.
+The weight W (out, in) may be stored in another form, a packed one. Then `unpack` makes W of it, in the dtype
+of the product; W is made anew in the backward pass, because kept until then it would take the memory that
+packing saves.
 """
 
 from collections.abc import Callable
@@ -15,9 +16,10 @@ Unpack = Callable[[Tensor], Tensor]
 class _Linear(torch.autograd.Function):
     """`y = x Wᵀ + b`, saving only what its own backward needs.
 
-    `torch.nn.functional.linear` under `deepspeed.zero.Init` keeps the input alive even where the weight is frozen. Here the
-    input is saved only if the weight is trained. The weight itself is held by reference and not through
-    `save_for_backward`: under ZeRO-3 its storage comes and goes, and a saved alias would keep the gathered copy alive.
+    `torch.nn.functional.linear` under `deepspeed.zero.Init` keeps the input alive even where the weight is
+    frozen. Here the input is saved only if the weight is trained. The weight itself is held by reference and
+    not through `save_for_backward`: under ZeRO-3 its storage comes and goes, and a saved alias would keep the
+    gathered copy alive.
     """
 
     @staticmethod
@@ -38,10 +40,14 @@ class _Linear(torch.autograd.Function):
 
 
 class _TappedLinear(torch.autograd.Function):
-    """`y = x Wᵀ + b` whose backward shows `(dL/dy, x)` to a tap: all that the weight's gradient `dyᵀ x` is made of."""
+    """`y = x Wᵀ + b` whose backward shows `(dL/dy, x)` to a tap: all that the weight's gradient `dyᵀ x` is
+    made of.
+    """
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, anchor: Tensor, tap, unpack: Unpack | None) -> Tensor:
+    def forward(
+        ctx, x: Tensor, weight: Tensor, bias: Tensor | None, anchor: Tensor, tap, unpack: Unpack | None
+    ) -> Tensor:
         ctx.weight, ctx.tap, ctx.unpack = weight, tap, unpack
         ctx.save_for_backward(x)
         return _product(x, weight, bias, unpack)
@@ -59,7 +65,9 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None, unpack: Unpack | No
     if unpack is None:
         return torch.nn.functional.linear(x, weight, bias)
     matrix = unpack(weight)
-    return torch.nn.functional.linear(x.to(matrix.dtype), matrix, None if bias is None else bias.to(matrix.dtype)).to(x.dtype)
+    return torch.nn.functional.linear(
+        x.to(matrix.dtype), matrix, None if bias is None else bias.to(matrix.dtype)
+    ).to(x.dtype)
 
 
 def _back(dy: Tensor, weight: Tensor, unpack: Unpack | None) -> Tensor:
@@ -76,14 +84,19 @@ def _rows(tensor: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, unpack: Unpack | None = None) -> Tensor:
-    """`x Wᵀ + b`. x: (…, in), weight: (out, in) or what `unpack` makes that of, bias: (out,) or None. Returns (…, out)."""
+    """`x Wᵀ + b`. x: (…, in), weight: (out, in) or what `unpack` makes that of, bias: (out,) or None. Returns
+    (…, out).
+    """
     return _Linear.apply(x, weight, bias, unpack)
 
 
-def tapped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, anchor: Tensor, tap, unpack: Unpack | None = None) -> Tensor:
+def tapped_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, anchor: Tensor, tap, unpack: Unpack | None = None
+) -> Tensor:
     """`linear` that calls `tap(dy, x)` in its backward, with dy: (tokens, out) and x: (tokens, in).
 
-    anchor: any tensor that requires a gradient. It makes the output require one even where neither x nor the weight does
-    (the first block over frozen embeddings), so that `backward(inputs=[anchor])` reaches every tapped layer and no parameter.
+    anchor: any tensor that requires a gradient. It makes the output require one even where neither x nor the
+    weight does (the first block over frozen embeddings), so that `backward(inputs=[anchor])` reaches every
+    tapped layer and no parameter.
     """
     return _TappedLinear.apply(x, weight, bias, anchor, tap, unpack)

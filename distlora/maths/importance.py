@@ -1,7 +1,9 @@
-"""Which components matter: scores of single elements, followed through training, and their means over a component.
+"""Which components matter: scores of single elements, followed through training, and their means over a
+component.
 
-Component k of `B·A` is column k of B (out, r) and row k of A (r, in). A *part* is a flat piece of one factor, as a rank of a
-partitioned model holds it: elements `start … start + length − 1` of the row-major factor. It may begin and end inside a row.
+Component k of `B·A` is column k of B (out, r) and row k of A (r, in). A *part* is a flat piece of one factor,
+as a rank of a partitioned model holds it: elements `start … start + length − 1` of the row-major factor. It
+may begin and end inside a row.
 """
 
 from dataclasses import dataclass
@@ -16,10 +18,11 @@ ScoreState = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class ElementScores:
-    """Smoothed sensitivity times its uncertainty (Zhang et al., "AdaLoRA", arXiv 2303.10512, as SRLoRA uses it).
+    """Smoothed sensitivity times its uncertainty (Zhang et al., "AdaLoRA", arXiv 2303.10512, as SRLoRA uses
+    it).
 
-    `I = |w·g|`, `Ī ← β₁Ī + (1−β₁)I`, `Ū ← β₂Ū + (1−β₂)|I − Ī|` with the new Ī, `s(w) = Ī·Ū`. Elementwise, so any part of a
-    factor is followed on its own.
+    `I = |w·g|`, `Ī ← β₁Ī + (1−β₁)I`, `Ū ← β₂Ū + (1−β₂)|I − Ī|` with the new Ī, `s(w) = Ī·Ū`. Elementwise, so
+    any part of a factor is followed on its own.
     """
 
     beta1: float = 0.85
@@ -44,11 +47,12 @@ class ElementScores:
 def group_sums(factor: Literal["A", "B"], scores: Tensor, start: int, shape: tuple[int, int]) -> Tensor:
     """A part's share of the means in `S_k = mean_i s(B_ik) + mean_j s(A_kj)`: (r,) float64.
 
-    scores: of the part's elements, flat. shape: of the whole factor. Sums over the part are divided by the component's full
-    length, so that adding up the answers of all parts of both factors gives S.
+    scores: of the part's elements, flat. shape: of the whole factor. Sums over the part are divided by the
+    component's full length, so that adding up the answers of all parts of both factors gives S.
     """
     rows, columns = shape
-    # Whole rows, padded with zeros where the part leaves off: no index per element, and the same order of sums everywhere.
+    # Whole rows, padded with zeros where the part leaves off: no index per element, and the same order of
+    # sums everywhere.
     before, after = start % columns, -(start + scores.numel()) % columns
     whole = torch.nn.functional.pad(scores.reshape(-1), (before, after)).view(-1, columns)
     if factor == "B":
@@ -60,15 +64,22 @@ def group_sums(factor: Literal["A", "B"], scores: Tensor, start: int, shape: tup
 
 
 def component_of(
-    factor: Literal["A", "B"], start: int, length: int, shape: tuple[int, int], device: torch.device | None = None
+    factor: Literal["A", "B"],
+    start: int,
+    length: int,
+    shape: tuple[int, int],
+    device: torch.device | None = None,
 ) -> Tensor:
-    """Number of the component that each element of a part belongs to: (length,) int64. shape: of the whole factor."""
+    """Number of the component that each element of a part belongs to: (length,) int64. shape: of the whole
+    factor.
+    """
     index = torch.arange(start, start + length, device=device)
     return index % shape[1] if factor == "B" else index // shape[1]
 
 
 def low_half_share(scores: Tensor) -> float:
-    """Share of the total score that the ⌊r/2⌋ components with the lowest carry, 0 … 0.5. scores: (r,), not negative.
+    """Share of the total score that the ⌊r/2⌋ components with the lowest carry, 0 … 0.5. scores: (r,), not
+    negative.
 
     Where every score is zero, all components are alike, and so are their shares.
     """

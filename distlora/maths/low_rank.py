@@ -1,4 +1,6 @@
-"""Low-rank matrices, kept as a pair: what every change of a frozen weight is, how it is added, and its best copy of fewer columns."""
+"""Low-rank matrices, kept as a pair: what every change of a frozen weight is, how it is added, and its best
+copy of fewer columns.
+"""
 
 from dataclasses import dataclass
 
@@ -12,7 +14,6 @@ from distlora.maths.rounding import Rounding, rounded
 BLOCK_ELEMENTS = 1 << 22
 
 
-
 @dataclass(frozen=True)
 class LowRank:
     """A matrix `left @ right`, kept as the pair. left: (out, k), right: (k, in)."""
@@ -22,12 +23,15 @@ class LowRank:
 
 
 @torch.no_grad()
-def add_low_rank(part: Tensor, start: int, update: LowRank, rounding: Rounding, key: int, device: torch.device) -> float:
-    """`W ← round(W + left @ right)` on elements [start, start + n) of the row-major W, in float32 with one cast.
+def add_low_rank(
+    part: Tensor, start: int, update: LowRank, rounding: Rounding, key: int, device: torch.device
+) -> float:
+    """`W ← round(W + left @ right)` on elements [start, start + n) of the row-major W, in float32 with one
+    cast.
 
-    part: (n,) flat view of the stored weight, changed in place; it may begin and end in the middle of a row, and lie on another
-    device than `device`, where the sum is formed. Only the rows that the part covers are computed.
-    Returns the squared error ‖exact − stored‖² of the part.
+    part: (n,) flat view of the stored weight, changed in place; it may begin and end in the middle of a row,
+    and lie on another device than `device`, where the sum is formed. Only the rows that the part covers are
+    computed. Returns the squared error ‖exact − stored‖² of the part.
 
     The blocks begin at rows that do not depend on the part, so the same part always sums in the same order.
     """
@@ -40,7 +44,9 @@ def add_low_rank(part: Tensor, start: int, update: LowRank, rounding: Rounding, 
         last = (row // block + 1) * block
         stop = min(end, last * columns)
         first_element = row * columns
-        exact = (left[row : -(-stop // columns)] @ right).view(-1)[position - first_element : stop - first_element]
+        exact = (left[row : -(-stop // columns)] @ right).view(-1)[
+            position - first_element : stop - first_element
+        ]
         here = part[position - start : stop - start]
         exact = exact + here.to(device, torch.float32)
         stored = rounded(exact, part.dtype, rounding, key, position)
@@ -56,17 +62,20 @@ _Triplets = tuple[Tensor, Tensor, Tensor]
 def compress(pair: LowRank, rank: int, dtype: torch.dtype = torch.float32) -> tuple[LowRank, float]:
     """The pair of `rank` columns nearest to `left @ right` (Eckart–Young), and its relative Frobenius error.
 
-    pair: (out, k), (k, in). Both sides of the result carry √σ, so that neither is small, and are in `dtype`. The error is that
-    of the numbers that are returned, their rounding included; 0 for an update that is zero.
+    pair: (out, k), (k, in). Both sides of the result carry √σ, so that neither is small, and are in `dtype`.
+    The error is that of the numbers that are returned, their rounding included; 0 for an update that is zero.
     """
     return _cut(factorised(pair.left, pair.right), rank, dtype)
 
 
-def compress_within(pair: LowRank, max_error: float, dtype: torch.dtype = torch.float32) -> tuple[LowRank, float]:
+def compress_within(
+    pair: LowRank, max_error: float, dtype: torch.dtype = torch.float32
+) -> tuple[LowRank, float]:
     """Like `compress`, with the smallest rank whose error is at most `max_error`.
 
-    Where the rounding to `dtype` alone costs more, the answer is of full rank and its error says so. With every further rank the
-    error falls, up to rounding: within that of `dtype`, a smaller rank may meet the bound by chance, and is not looked for.
+    Where the rounding to `dtype` alone costs more, the answer is of full rank and its error says so. With
+    every further rank the error falls, up to rounding: within that of `dtype`, a smaller rank may meet the
+    bound by chance, and is not looked for.
     """
     triplets = factorised(pair.left, pair.right)
     low, high = _smallest_rank(triplets[1], max_error), triplets[1].numel()

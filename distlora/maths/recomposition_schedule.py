@@ -1,7 +1,7 @@
 """When components are replaced. Plain arithmetic on steps and losses: deterministic, and its state is JSON.
 
-A swap comes *after* an optimizer step, and `done` counts the steps finished by then. Equal arguments give equal decisions, so
-every rank decides alike without asking the others.
+A swap comes *after* an optimizer step, and `done` counts the steps finished by then. Equal arguments give
+equal decisions, so every rank decides alike without asking the others.
 """
 
 from collections.abc import Callable
@@ -23,9 +23,9 @@ class Switching(Protocol):
     def after_step(self, done: int, loss: float, low_share: Callable[[], float]) -> Decision | None:
         """Called once after every step; None where nothing was to be decided.
 
-        done: steps finished. loss: of the step just made, the same on all ranks. low_share: the share of the total importance
-        that the lower half of the components carries, 0 … 0.5; collective, so whether it is called depends on the other
-        arguments and the state alone.
+        done: steps finished. loss: of the step just made, the same on all ranks. low_share: the share of the
+        total importance that the lower half of the components carries, 0 … 0.5; collective, so whether it is
+        called depends on the other arguments and the state alone.
         """
 
     def finished(self, done: int) -> bool:
@@ -55,7 +55,9 @@ def every_steps(total: int, interval: int) -> tuple[int, ...]:
 
 
 class FixedSwitching:
-    """Swaps after the given steps (ascending). most: how many of them at most; what is left out is said, once."""
+    """Swaps after the given steps (ascending). most: how many of them at most; what is left out is said,
+    once.
+    """
 
     def __init__(self, steps: tuple[int, ...], most: int | None = None):
         self.steps, self.most = steps, len(steps) if most is None else min(most, len(steps))
@@ -82,7 +84,9 @@ class FixedSwitching:
 
 
 def freeze_start(total: int, freeze_fraction: float) -> int:
-    """The step from which on nothing is replaced: where the last `freeze_fraction` of `total` steps begins, at most the last."""
+    """The step from which on nothing is replaced: where the last `freeze_fraction` of `total` steps begins,
+    at most the last.
+    """
     return total - int(freeze_fraction * total + 1e-9)
 
 
@@ -90,9 +94,10 @@ def freeze_start(total: int, freeze_fraction: float) -> int:
 class _Progress:
     """What an adaptive schedule remembers.
 
-    losses: of the last steps, two windows at most, none from before the last swap. next: no decision before so many steps.
-    interval: steps between a swap and the next decision. swaps: made so far. judge: step at which the last swap is judged, 0
-    for none. before: mean loss of the window before the last swap. ended: the last word was said.
+    losses: of the last steps, two windows at most, none from before the last swap. next: no decision before
+    so many steps. interval: steps between a swap and the next decision. swaps: made so far. judge: step at
+    which the last swap is judged, 0 for none. before: mean loss of the window before the last swap. ended:
+    the last word was said.
     """
 
     next: int
@@ -107,18 +112,27 @@ class _Progress:
 class AdaptiveSwitching:
     """Swaps when the loss has stopped improving and the lower half of the components hardly matters.
 
-    total: steps of the run. most: swaps at most. window: steps over which losses are averaged. improvement: the loss has stopped
-    improving when the mean of the last window is no more than this share below the mean of the window before. share: swap only
-    while the lower half of the components carries less than this of the total importance. freeze_fraction: no swap in this last
-    share of the run, and none after its last step. interval: steps before the first decision and from each swap to the next
-    one; at least two windows, so that a decision never compares losses from both sides of a swap.
+    total: steps of the run. most: swaps at most. window: steps over which losses are averaged. improvement:
+    the loss has stopped improving when the mean of the last window is no more than this share below the mean
+    of the window before. share: swap only while the lower half of the components carries less than this of
+    the total importance. freeze_fraction: no swap in this last share of the run, and none after its last
+    step. interval: steps before the first decision and from each swap to the next one; at least two windows,
+    so that a decision never compares losses from both sides of a swap.
 
-    One window after a swap its effect is judged: where the mean loss is more than `improvement` above the mean before the swap,
-    the interval doubles. A decision against a swap is reconsidered after another window.
+    One window after a swap its effect is judged: where the mean loss is more than `improvement` above the
+    mean before the swap, the interval doubles. A decision against a swap is reconsidered after another
+    window.
     """
 
     def __init__(
-        self, total: int, most: int, window: int, improvement: float, share: float, freeze_fraction: float, interval: int = 0
+        self,
+        total: int,
+        most: int,
+        window: int,
+        improvement: float,
+        share: float,
+        freeze_fraction: float,
+        interval: int = 0,
     ):
         self.total, self.most, self.window = total, most, window
         self.improvement, self.share = improvement, share
@@ -133,13 +147,18 @@ class AdaptiveSwitching:
         now.losses = [*now.losses, loss][-2 * self.window :]
         if done >= self.freeze_from:
             now.ended = True
-            return Decision(False, f"frozen: no swap from step {self.freeze_from} of {self.total} on; {now.swaps} were made")
+            return Decision(
+                False,
+                f"frozen: no swap from step {self.freeze_from} of {self.total} on; {now.swaps} were made",
+            )
         if now.judge:
             return self._judge(done) if done == now.judge else None
         if now.swaps >= self.most:
             now.ended = True
             return Decision(False, _all_made(self.most))
-        return self._decide(done, low_share) if done >= now.next and len(now.losses) == 2 * self.window else None
+        return (
+            self._decide(done, low_share) if done >= now.next and len(now.losses) == 2 * self.window else None
+        )
 
     def finished(self, done: int) -> bool:
         return self._now.ended or self._now.swaps >= self.most
@@ -156,7 +175,9 @@ class AdaptiveSwitching:
         losses = f"mean loss {earlier:.4g} → {later:.4g} over two windows of {self.window} steps"
         now.next = done + self.window
         if earlier - later > self.improvement * abs(earlier):
-            return Decision(False, f"keep: {losses}, still improving by more than {self.improvement:.3g} of it")
+            return Decision(
+                False, f"keep: {losses}, still improving by more than {self.improvement:.3g} of it"
+            )
         carried = low_share()
         importance = f"the lower half carries {carried:.3g} of the importance"
         if carried >= self.share:
@@ -164,7 +185,9 @@ class AdaptiveSwitching:
         now.swaps += 1
         now.next, now.judge, now.before, now.losses = done + now.interval, done + self.window, later, []
         losses += f", improving by no more than {self.improvement:.3g} of it"
-        return Decision(True, f"swap {now.swaps} of at most {self.most}: {losses}; {importance}, below {self.share:.3g}")
+        return Decision(
+            True, f"swap {now.swaps} of at most {self.most}: {losses}; {importance}, below {self.share:.3g}"
+        )
 
     def _judge(self, done: int) -> Decision:
         now = self._now

@@ -1,7 +1,8 @@
 """From float32 to a stored dtype: to the nearest value, or at random so that the mean is exact.
 
-Stochastic rounding draws from a counter-based generator: the random bits of an element are a hash of a key and of its flat index
-in the whole matrix. So every cut of the matrix into shards, every device and every repetition draws the same.
+Stochastic rounding draws from a counter-based generator: the random bits of an element are a hash of a key
+and of its flat index in the whole matrix. So every cut of the matrix into shards, every device and every
+repetition draws the same.
 """
 
 import hashlib
@@ -13,7 +14,8 @@ from torch import Tensor
 
 Rounding = Literal["nearest", "stochastic"]
 
-#: Elements that are rounded at once: the hash works on int64, and several of them would outweigh a large shard.
+#: Elements that are rounded at once: the hash works on int64, and several of them would outweigh a large
+#: shard.
 BLOCK_ELEMENTS = 1 << 20
 
 #: Bits that bfloat16 drops from float32.
@@ -21,7 +23,9 @@ _DROPPED = 16
 
 
 def rounding_key(seed: int, layer: str, number: int) -> int:
-    """Key of one rounding of one layer's weight, 0 … 2⁶³−1. number: of the write, so that no two draw the same bits."""
+    """Key of one rounding of one layer's weight, 0 … 2⁶³−1. number: of the write, so that no two draw the
+    same bits.
+    """
     text = json.dumps([seed, layer, number])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
@@ -29,9 +33,10 @@ def rounding_key(seed: int, layer: str, number: int) -> int:
 def rounded(exact: Tensor, dtype: torch.dtype, rounding: Rounding, key: int, first: int) -> Tensor:
     """A flat piece of a matrix in the dtype that it is stored in.
 
-    exact: (n,) float32. key: of `rounding_key`; only stochastic rounding uses it. first: index of exact[0] in the whole matrix,
-    `row·in + column`. Float32 is returned as it is. Values that `dtype` can represent stay what they are, under either rounding.
-    Stochastic rounding goes up or down to a neighbour with the probability that makes the mean exact.
+    exact: (n,) float32. key: of `rounding_key`; only stochastic rounding uses it. first: index of exact[0] in
+    the whole matrix, `row·in + column`. Float32 is returned as it is. Values that `dtype` can represent stay
+    what they are, under either rounding. Stochastic rounding goes up or down to a neighbour with the
+    probability that makes the mean exact.
     """
     if dtype == torch.float32:
         return exact
@@ -49,7 +54,8 @@ def rounded(exact: Tensor, dtype: torch.dtype, rounding: Rounding, key: int, fir
 def _stochastic_bfloat16(exact: Tensor, key: int, first: int) -> Tensor:
     """(n,) float32 to bfloat16: random bits are added below the kept ones, then the lower half is cut off.
 
-    A float's bits are sign and magnitude, so the magnitude grows with the probability that the cut-off part has of one unit.
+    A float's bits are sign and magnitude, so the magnitude grows with the probability that the cut-off part
+    has of one unit.
     """
     draws = _random_bits(key, first, exact.numel(), exact.device)
     bits = (exact.contiguous().view(torch.int32) + draws.to(torch.int32)) & -(1 << _DROPPED)
@@ -60,8 +66,9 @@ def _stochastic_bfloat16(exact: Tensor, key: int, first: int) -> Tensor:
 def _random_bits(key: int, first: int, count: int, device: torch.device) -> Tensor:
     """Uniform integers 0 … 2¹⁶−1 for counters first … first+count−1: (count,) int64.
 
-    SplitMix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number generators", 2014) at these positions of the sequence
-    that starts from `key`; the upper bits, as they are the best mixed. Integer operations alone, so all devices agree.
+    SplitMix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number generators", 2014) at these positions
+    of the sequence that starts from `key`; the upper bits, as they are the best mixed. Integer operations
+    alone, so all devices agree.
     """
     z = torch.arange(first + 1, first + count + 1, device=device)
     z.mul_(_signed(0x9E3779B97F4A7C15)).add_(key)

@@ -1,4 +1,6 @@
-"""DoRA: direction and magnitude of the weight's rows apart, `m ⊙ (W + s·B·A)/‖W + s·B·A‖_row` (Liu et al., arXiv 2402.09353)."""
+"""DoRA: direction and magnitude of the weight's rows apart, `m ⊙ (W + s·B·A)/‖W + s·B·A‖_row` (Liu et al.,
+arXiv 2402.09353).
+"""
 
 from typing import ClassVar, Literal
 
@@ -10,7 +12,8 @@ from distlora.maths.low_rank import LowRank
 from distlora.methods.contract import Factors, HoldsPretrained, Init, LayerInit
 from distlora.methods.lora import LoRA
 
-#: What the row of B of a zero row gets in an export, once. Any number will do that float16 holds times A: its magnitude is zero.
+#: What the row of B of a zero row gets in an export, once. Any number will do that float16 holds times A: its
+#: magnitude is zero.
 NOT_ZERO = 2.0**-10
 
 
@@ -43,7 +46,12 @@ class DoRA(HoldsPretrained, LoRA):
 
         Rounded to m's dtype before anything is divided by it: at the start m/norm is then exactly 1.
         """
-        pair = self.delta({name: factors[name].to(torch.promote_types(factors[name].dtype, torch.float32)) for name in self.path})
+        pair = self.delta(
+            {
+                name: factors[name].to(torch.promote_types(factors[name].dtype, torch.float32))
+                for name in self.path
+            }
+        )
         return {"norm": one_for_zero(row_norms(weight, pair.left, pair.right).to(factors["m"].dtype))}
 
     def row_scale(self, factors: Factors, prepared: Factors) -> Tensor | None:
@@ -51,7 +59,9 @@ class DoRA(HoldsPretrained, LoRA):
         return factors["m"] / prepared["norm"]
 
     def export_low_rank(self, factors: Factors) -> LowRank:
-        """As LoRA, with one entry in the row of B of every row that is zero and stays so, since others divide by its norm."""
+        """As LoRA, with one entry in the row of B of every row that is zero and stays so, since others divide
+        by its norm.
+        """
         pair = super().export_low_rank(factors)
         silent = (factors["m"] == 0) & ~pair.left.any(1)
         # Times the largest row of A, so that the product is not zero either.

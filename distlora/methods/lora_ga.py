@@ -1,6 +1,8 @@
-"""LoRA-GA: A and B start on the leading singular directions of the first full gradient (Wang et al., arXiv 2407.05000).
+"""LoRA-GA: A and B start on the leading singular directions of the first full gradient (Wang et al., arXiv
+2407.05000).
 
-B takes other directions than A, so the first step of both together moves W along the best rank-2r copy of the gradient.
+B takes other directions than A, so the first step of both together moves W along the best rank-2r copy of the
+gradient.
 """
 
 import math
@@ -17,7 +19,10 @@ from distlora.methods.rslora import RSLoRA
 class GradientProbe(ProbeSettings):
     """How the gradient is sampled."""
 
-    eta: None = Field(None, description="always null: only directions are taken from the gradient, so there is no first step")
+    eta: None = Field(
+        None,
+        description="always null: only directions are taken from the gradient, so there is no first step",
+    )
 
 
 class LoRAGA(TakenFromWeight, RSLoRA):

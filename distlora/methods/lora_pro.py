@@ -15,9 +15,13 @@ from distlora.methods.rslora import DEFAULT_ALPHA, RSLoRA
 
 class LoRAPro(RSLoRA):
     name: Literal["lora_pro"] = "lora_pro"
-    scaled_by: Literal["sqrt_rank", "rank"] = Field("sqrt_rank", description="what alpha is divided by: sqrt_rank or rank")
+    scaled_by: Literal["sqrt_rank", "rank"] = Field(
+        "sqrt_rank", description="what alpha is divided by: sqrt_rank or rank"
+    )
 
-    summary: ClassVar[str] = "train A and B, by gradients nearest to full fine-tuning's; scaled as rslora, or by alpha / rank"
+    summary: ClassVar[str] = (
+        "train A and B, by gradients nearest to full fine-tuning's; scaled as rslora, or by alpha / rank"
+    )
     source: ClassVar[str] = "arXiv 2407.18242"
     transforms_gradients: ClassVar[bool] = True
 
@@ -33,9 +37,11 @@ class LoRAPro(RSLoRA):
             g_A* = (1/s²)(BᵀB)⁻¹ g_A + X A        g_B* = (1/s²)(I − P_B) g_B (AAᵀ)⁻¹ − B X        P_B = B(BᵀB)⁻¹Bᵀ
 
         X does not change that effect; the one taken keeps g_A*, g_B* nearest to g_A, g_B:
-        `BᵀB X + X AAᵀ = −(1/s²)(BᵀB)⁻¹ g_A Aᵀ`. With pseudo-inverses all of it holds for any rank of B (0: then g_A* = X = 0).
+        `BᵀB X + X AAᵀ = −(1/s²)(BᵀB)⁻¹ g_A Aᵀ`. With pseudo-inverses all of it holds for any rank of B (0:
+        then g_A* = X = 0).
         """
-        # All in float64: in float32 the products, not the inverses, cost 1e-3 of the effect where B's condition number is 1e3.
+        # All in float64: in float32 the products, not the inverses, cost 1e-3 of the effect where B's
+        # condition number is 1e3.
         a, b, g_a, g_b = (t.double() for t in (factors["A"], factors["B"], gradients["A"], gradients["B"]))
         left, right = gram_spectrum(b.T @ b), gram_spectrum(a @ a.T)
         left_inverse = left.inverse()

@@ -1,4 +1,5 @@
-"""LoRA-SB: frozen orthonormal B, A and a trained core R that starts as the best rank-r copy of the first full step.
+"""LoRA-SB: frozen orthonormal B, A and a trained core R that starts as the best rank-r copy of the first full
+step.
 
 Ponkshe et al., "Initialization using Update Approximation is a Silver Bullet", arXiv 2411.19557.
 """
@@ -20,12 +21,18 @@ from distlora.methods.contract import Factors, Init, LayerInit, Method, ProbeSet
 class FirstStep(ProbeSettings):
     """How the first step of full fine-tuning is approximated, and the paper's ablations."""
 
-    step: Literal["adamw", "sgd"] = Field("adamw", description="ΔW = −η·sign(Σ g_i) under adamw, −η·mean g_i under sgd")
+    step: Literal["adamw", "sgd"] = Field(
+        "adamw", description="ΔW = −η·sign(Σ g_i) under adamw, −η·mean g_i under sgd"
+    )
     matrix: Literal["gradient", "kaiming"] = Field(
         "gradient", description="what is factorised: the step, or a Kaiming-uniform matrix (ablation)"
     )
-    noise_std: float = Field(0.0, ge=0, description="standard deviation of noise added to ΔW before the SVD (ablation)")
-    orthonormal: bool = Field(True, description="false: B = UΣ, A = Vᵀ, R = I/s, without gradient correction (Eq. 11–12)")
+    noise_std: float = Field(
+        0.0, ge=0, description="standard deviation of noise added to ΔW before the SVD (ablation)"
+    )
+    orthonormal: bool = Field(
+        True, description="false: B = UΣ, A = Vᵀ, R = I/s, without gradient correction (Eq. 11–12)"
+    )
 
     @model_validator(mode="after")
     def _check_eta(self):
@@ -37,7 +44,8 @@ class FirstStep(ProbeSettings):
 
 
 class Restart(BaseModel):
-    """At intervals `s·B R A` is fused into W, and the adapter starts anew from the gradients of then: SRLoRA's idea for LoRA-SB.
+    """At intervals `s·B R A` is fused into W, and the adapter starts anew from the gradients of then:
+    SRLoRA's idea for LoRA-SB.
 
     One trained core thus explores more than one subspace of r dimensions.
     """
@@ -47,9 +55,12 @@ class Restart(BaseModel):
     times: int | None = Field(None, ge=1, description="restarts, spread evenly over the run")
     interval: int | None = Field(None, ge=1, description="steps between two restarts, instead of times")
     start: Literal["step", "zero"] = Field(
-        "step", description="step: with an approximated step, as at first; zero: with R = 0, so that the function is kept"
+        "step",
+        description="step: with an approximated step, as at first; zero: with R = 0, so that the function is kept",
     )
-    rounding: Rounding = Field("nearest", description="of the frozen weight: nearest, or stochastic, which is unbiased")
+    rounding: Rounding = Field(
+        "nearest", description="of the frozen weight: nearest, or stochastic, which is unbiased"
+    )
 
     @model_validator(mode="after")
     def _one_schedule(self):
@@ -72,7 +83,9 @@ class LoRASB(Method):
         if self.recompose is None:
             return self
         if self.init.matrix != "gradient":
-            raise ValueError(f"recompose starts anew from gradients: set init.matrix to gradient, not {self.init.matrix}")
+            raise ValueError(
+                f"recompose starts anew from gradients: set init.matrix to gradient, not {self.init.matrix}"
+            )
         if self.recompose.start == "zero" and (self.init.noise_std > 0 or not self.init.orthonormal):
             raise ValueError(
                 "recompose.start=zero needs orthonormal factors without noise: set init.orthonormal to true, noise_std to 0"
@@ -102,20 +115,28 @@ class LoRASB(Method):
         return "R" if self.init.orthonormal else "B"
 
     def initialise(self, layer: LayerInit) -> Init:
-        """B = U_r, A = V_rᵀ, R = Σ_r/s of ΔW = U Σ Vᵀ (Eq. 9–10), refitted to the factors as they will be stored."""
+        """B = U_r, A = V_rᵀ, R = Σ_r/s of ΔW = U Σ Vᵀ (Eq. 9–10), refitted to the factors as they will be
+        stored.
+        """
         step = self._first_step(layer)
         u, s, vt = truncated_svd(step, self.rank, layer.generator)
-        report = {"captured_energy": captured_energy(step, s), "step_rms": math.sqrt(squared_norm(step) / step.numel())}
+        report = {
+            "captured_energy": captured_energy(step, s),
+            "step_rms": math.sqrt(squared_norm(step) / step.numel()),
+        }
         if not self.init.orthonormal:
             b, r, a = u * s, torch.eye(self.rank) / self.scaling, vt
         else:
-            # Cast factors are not orthonormal (bf16: ‖BᵀB − I‖ ≈ 1e-3), so R is solved for the cast ones; in float32 this is Σ_r/s.
+            # Cast factors are not orthonormal (bf16: ‖BᵀB − I‖ ≈ 1e-3), so R is solved for the cast ones; in
+            # float32 this is Σ_r/s.
             b, a = u.to(layer.dtype), vt.to(layer.dtype)
             r = self._best_core(step, b.float(), a.float())
         return Init({"A": a.cpu(), "R": r.cpu(), "B": b.cpu()}, report)
 
     def gradient_map(self, factors: Factors) -> dict[str, tuple[Tensor, Tensor]]:
-        """Theorem 3: the optimal gradient is `g_R* = (1/s²)(BᵀB)⁻¹ g_R (AAᵀ)⁻¹`; nothing to do where that is g_R itself."""
+        """Theorem 3: the optimal gradient is `g_R* = (1/s²)(BᵀB)⁻¹ g_R (AAᵀ)⁻¹`; nothing to do where that is
+        g_R itself.
+        """
         if not self.init.orthonormal:
             return {}
         left, right = _grams(factors["B"].float(), factors["A"].float())
@@ -145,7 +166,9 @@ class LoRASB(Method):
     def choose(self, scores: Tensor | None) -> tuple[int, ...]:
         return tuple(range(self.rank))
 
-    def fuse(self, factors: Factors, used: Factors, replaced: tuple[int, ...], new: LowRank | None) -> Recomposition:
+    def fuse(
+        self, factors: Factors, used: Factors, replaced: tuple[int, ...], new: LowRank | None
+    ) -> Recomposition:
         """All of `s·B R A` goes into W, and R becomes zero."""
         return Recomposition(factors | {"R": torch.zeros_like(factors["R"])}, self.delta(used), replaced)
 

@@ -24,15 +24,23 @@ class PiSSA(TakenFromWeight):
     def initialise(self, layer: LayerInit) -> Init:
         """B = U√(σ/s), A = √(σ/s)Vᵀ of the r leading triplets of W; W becomes W − s·B·A (Eq. 2–4)."""
         u, sigma, vt = truncated_svd(layer.source.to(layer.device), self.rank, layer.generator)
-        return self._begin(balanced(u, sigma, vt, self.scaling, layer.dtype), captured_energy(layer.source, sigma))
+        return self._begin(
+            balanced(u, sigma, vt, self.scaling, layer.dtype), captured_energy(layer.source, sigma)
+        )
 
     def _begin(self, leading: LowRank, energy: float, reserve: LowRank | None = None) -> Init:
-        """leading: the first B and A, already cast, so that what is taken from W is what the forward pass adds again."""
+        """leading: the first B and A, already cast, so that what is taken from W is what the forward pass
+        adds again.
+        """
         b, a = leading.left.float(), leading.right.float()
-        return Init({"A": a, "B": b}, {"captured_energy": energy}, LowRank(-self.scaling * b, a.clone()), reserve)
+        return Init(
+            {"A": a, "B": b}, {"captured_energy": energy}, LowRank(-self.scaling * b, a.clone()), reserve
+        )
 
 
 def balanced(u: Tensor, sigma: Tensor, vt: Tensor, scaling: float, dtype: torch.dtype) -> LowRank:
-    """Components of which `s·B·A = U diag(σ) Vᵀ`, each half of σ: B = U√(σ/s), A = √(σ/s)Vᵀ, cast to `dtype`, on the CPU."""
+    """Components of which `s·B·A = U diag(σ) Vᵀ`, each half of σ: B = U√(σ/s), A = √(σ/s)Vᵀ, cast to `dtype`,
+    on the CPU.
+    """
     root = (sigma / scaling).sqrt()
     return LowRank((u * root).to("cpu", dtype), (root[:, None] * vt).to("cpu", dtype))

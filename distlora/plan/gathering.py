@@ -1,9 +1,10 @@
 """What ZeRO-3 gathers in one pass: DeepSpeed's fetching, prefetching and releasing, replayed on sizes alone.
 
-DeepSpeed records the order in which modules run, and from the second pass on keeps a gathered parameter while it is used again
-within `stage3_max_reuse_distance` elements, and fetches up to `stage3_prefetch_bucket_size` elements ahead. A frozen parameter
-that a checkpointed block gathers to compute its activations again is released with the block's last module, and gathered once
-more for the backward pass of its own: three times a pass in all.
+DeepSpeed records the order in which modules run, and from the second pass on keeps a gathered parameter while
+it is used again within `stage3_max_reuse_distance` elements, and fetches up to `stage3_prefetch_bucket_size`
+elements ahead. A frozen parameter that a checkpointed block gathers to compute its activations again is
+released with the block's last module, and gathered once more for the backward pass of its own: three times a
+pass in all.
 """
 
 from collections import Counter, deque
@@ -14,7 +15,9 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Piece:
-    """One parameter that is partitioned and not persistent. name: of the parameter. elements: of the whole. frozen: not trained."""
+    """One parameter that is partitioned and not persistent. name: of the parameter. elements: of the whole.
+    frozen: not trained.
+    """
 
     name: str
     elements: int
@@ -36,8 +39,8 @@ class Limits:
 
 @dataclass(frozen=True)
 class Event:
-    """A module is entered (its parameters must be there) or left. owner: of what a recomputation gathers, the module whose
-    backward pass began it."""
+    """A module is entered (its parameters must be there) or left. owner: of what a recomputation gathers, the
+    module whose backward pass began it."""
 
     kind: Literal["enter", "leave", "enter backward", "leave backward"]
     module: int
@@ -46,19 +49,22 @@ class Event:
 
 @dataclass(frozen=True)
 class Gathered:
-    """times: how often each parameter is gathered in one pass. peak: the most elements that are whole at once. together: the most
-    that one call gathers of several parameters, which for a moment lie in its buffer as well."""
+    """times: how often each parameter is gathered in one pass. peak: the most elements that are whole at
+    once. together: the most that one call gathers of several parameters, which for a moment lie in its buffer
+    as well."""
 
     times: dict[str, int]
     peak: int
     together: int
 
 
-def training_order(forward: Sequence[Event], blocks: set[int], silent: set[int], holders: set[int]) -> list[Event]:
+def training_order(
+    forward: Sequence[Event], blocks: set[int], silent: set[int], holders: set[int]
+) -> list[Event]:
     """A forward and a backward pass. forward: the modules as they are entered and left, nested.
 
-    blocks: modules that are checkpointed. silent: modules without a backward pass, because nothing in them or before them is
-    trained. holders: modules that have parameters of their own.
+    blocks: modules that are checkpointed. silent: modules without a backward pass, because nothing in them or
+    before them is trained. holders: modules that have parameters of their own.
     """
     events, opened = list(forward), None
     for position in reversed(range(len(forward))):
@@ -72,15 +78,17 @@ def training_order(forward: Sequence[Event], blocks: set[int], silent: set[int],
         if event.module in blocks:
             opened = forward.index(Event("enter", event.module))
         if opened is not None and event.module in holders:
-            # The first of its tensors that the backward pass asks for is not there: all up to here is computed once more, and
-            # stops inside this module.
+            # The first of its tensors that the backward pass asks for is not there: all up to here is
+            # computed once more, and stops inside this module.
             again = forward[opened : forward.index(Event("enter", event.module), opened) + 1]
             events += [Event(passed.kind, passed.module, event.module) for passed in again]
             opened = None
     return events
 
 
-def gather(modules: Sequence[Module], events: Sequence[Event], limits: Limits, recorded: bool = True) -> Gathered:
+def gather(
+    modules: Sequence[Module], events: Sequence[Event], limits: Limits, recorded: bool = True
+) -> Gathered:
     """What one pass gathers. recorded: False for the first one, whose order DeepSpeed does not know yet."""
     return _Coordinator(modules, events, limits, recorded).run()
 
@@ -91,7 +99,9 @@ class _Coordinator:
     def __init__(self, modules: Sequence[Module], events: Sequence[Event], limits: Limits, recorded: bool):
         self._modules, self._events, self._limits, self._recorded = modules, events, limits, recorded
         self._order = [event.module for event in events if event.kind.startswith("enter")]
-        self._queue = deque((piece, step) for step, module in enumerate(self._order) for piece in modules[module])
+        self._queue = deque(
+            (piece, step) for step, module in enumerate(self._order) for piece in modules[module]
+        )
         self._fetched_for: dict[str, int] = {}
         self._step, self._whole, self._peak = 0, 0, 0
         self._there: set[str] = set()

@@ -1,7 +1,8 @@
-"""Memory of one rank, in bytes: what lies on its GPU all the time, the peak of each phase of a run, and what lies on the host.
+"""Memory of one rank, in bytes: what lies on its GPU all the time, the peak of each phase of a run, and what
+lies on the host.
 
-Counted are tensors, as the memory benchmarks count them. Not counted: CUDA's own memory, the allocator's cache, and what kernels
-need for themselves.
+Counted are tensors, as the memory benchmarks count them. Not counted: CUDA's own memory, the allocator's
+cache, and what kernels need for themselves.
 """
 
 import functools
@@ -27,10 +28,11 @@ GENERATION_BATCH = 32
 
 @dataclass(frozen=True)
 class Memory:
-    """weights, adapters, optimizer, gradients, activations, gathered: parts of the training step's peak, which they add up to.
-    adapters: with what their gradients are corrected by, and what recompositions put beside weights.
-    gathered: weights that are whole for a while, under ZeRO-3 or because they are packed, and DeepSpeed's buffers. peaks: by phase.
-    host: of a rank. loading: of a rank, before its weights are on the GPU."""
+    """weights, adapters, optimizer, gradients, activations, gathered: parts of the training step's peak,
+    which they add up to. adapters: with what their gradients are corrected by, and what recompositions put
+    beside weights. gathered: weights that are whole for a while, under ZeRO-3 or because they are packed, and
+    DeepSpeed's buffers. peaks: by phase. host: of a rank. loading: of a rank, before its weights are on the
+    GPU."""
 
     weights: int
     adapters: int
@@ -49,8 +51,8 @@ class Memory:
 
 
 def memory_of(setup: Setup, deepspeed: bool = True) -> Memory:
-    """deepspeed: False leaves out its prefetching, what it keeps gathered beyond the module at work, and its buckets, as the
-    benchmark with a simulated rank does."""
+    """deepspeed: False leaves out its prefetching, what it keeps gathered beyond the module at work, and its
+    buckets, as the benchmark with a simulated rank does."""
     gathered = _whole(setup, deepspeed, setup.recipe.train.micro_batch_size)
     training = activations(setup, setup.recipe.train.micro_batch_size, setup.checkpointing)
     weights, adapters = _weights(setup)
@@ -81,17 +83,29 @@ def _here(setup: Setup, sizes: dict[str, int]) -> int:
         return sum(sizes.values())
     parts = sum(setup.padded(size) // setup.world_size for size in sizes.values())
     group = min(setup.group, setup.world_size)
-    second = sum(-(-size // group) for name, size in sizes.items() if name not in setup.shapes.trained) if group > 1 else 0
+    second = (
+        sum(-(-size // group) for name, size in sizes.items() if name not in setup.shapes.trained)
+        if group > 1
+        else 0
+    )
     return parts + second + sum(size for name, size in sizes.items() if name in setup.persistent)
 
 
 def _weights(setup: Setup) -> tuple[int, int]:
-    """Of the model, in the type in which it is stored, with the scales of packed weights; and of the adapters."""
-    factors = {f"{name}.{factor}" for name, layer in setup.shapes.attached.layers.items() for factor in layer.method.path}
+    """Of the model, in the type in which it is stored, with the scales of packed weights; and of the
+    adapters.
+    """
+    factors = {
+        f"{name}.{factor}"
+        for name, layer in setup.shapes.attached.layers.items()
+        for factor in layer.method.path
+    }
     own = {name: size for name, size in setup.shapes.sizes.items() if name not in factors}
     added = {name: size for name, size in setup.shapes.sizes.items() if name in factors}
     if setup.offloads("param"):
-        parts = (sum(size for name, size in sizes.items() if name in setup.persistent) for sizes in (own, added))
+        parts = (
+            sum(size for name, size in sizes.items() if name in setup.persistent) for sizes in (own, added)
+        )
     else:
         parts = (_here(setup, sizes) for sizes in (own, added))
     weights, adapters = (setup.shapes.width * part for part in parts)
@@ -100,16 +114,24 @@ def _weights(setup: Setup) -> tuple[int, int]:
 
 def _beside(setup: Setup) -> int:
     """Of the pairs that the forward pass adds to weights, at the end of the run."""
-    kept = [shape for name, shape in setup.layers.items() if setup.method.fuses_beside(name in setup.shapes.packings)]
+    kept = [
+        shape
+        for name, shape in setup.layers.items()
+        if setup.method.fuses_beside(name in setup.shapes.packings)
+    ]
     return setup.shapes.width * setup.swaps * setup.columns_of_a_swap * sum(map(sum, kept))
 
 
 @functools.lru_cache
 def _corrections(method: Method) -> int:
-    """Of the matrices by which the gradients of one layer are corrected, found by asking for those of a small layer."""
+    """Of the matrices by which the gradients of one layer are corrected, found by asking for those of a small
+    layer.
+    """
     generator = torch.Generator().manual_seed(0)
     shapes = method.shapes(2 * method.rank, 2 * method.rank)
-    maps = method.gradient_map({name: torch.randn(shape, generator=generator) for name, shape in shapes.items()})
+    maps = method.gradient_map(
+        {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    )
     return sum(matrix.nbytes for pair in maps.values() for matrix in pair)
 
 
@@ -162,7 +184,9 @@ def _buckets(setup: Setup) -> int:
 
 @dataclass(frozen=True)
 class _Whole:
-    """Bytes of weights that are whole, beside what is stored of them: at the head, in a block, and in a pass without gradients."""
+    """Bytes of weights that are whole, beside what is stored of them: at the head, in a block, and in a pass
+    without gradients.
+    """
 
     head: int = 0
     block: int = 0
@@ -185,7 +209,10 @@ def _gathered(setup: Setup, deepspeed: bool) -> _Whole:
         # A pass without gradients is none that was recorded: weights may stay from the one before.
         return _Whole(together, together, together)
     adapted = shapes.targets()
-    size = [sum(piece.elements for piece in pieces if piece.name in setup.partitioned) for pieces in shapes.modules]
+    size = [
+        sum(piece.elements for piece in pieces if piece.name in setup.partitioned)
+        for pieces in shapes.modules
+    ]
     block = max((size[number] for number in adapted), default=0)
     head = max((size[number] for number in range(len(size)) if number not in adapted), default=0)
     return _Whole(shapes.width * head, shapes.width * block, shapes.width * max(head, block))
@@ -200,13 +227,17 @@ def _at_the_start(setup: Setup, quiet: int, deepspeed: bool) -> dict[str, int]:
         gathered = _whole(setup, deepspeed, settings.micro_batch_size)
         tokens = settings.micro_batch_size * setup.recipe.data.max_length
         widest = min(BLOCK_COLUMNS, max(into for _, into in setup.layers.values()))
-        forming = FLOAT32 * (PROBE_BLOCKS * min(BLOCK_ELEMENTS, max(map(prod, setup.layers.values()))) + tokens * widest)
+        forming = FLOAT32 * (
+            PROBE_BLOCKS * min(BLOCK_ELEMENTS, max(map(prod, setup.layers.values()))) + tokens * widest
+        )
         sums = _sums(setup) if settings.sums == "device" else 0
         alive = passed.kept + max(passed.block + forming + gathered.block, passed.loss + gathered.head)
         peaks["probe"] = quiet + alive + sums
         if settings.eta == "search":
             size = max(settings.micro_batch_size, setup.recipe.train.micro_batch_size)
-            peaks["search"] = quiet + activations(setup, size, True).forward + _whole(setup, deepspeed, size).forward
+            peaks["search"] = (
+                quiet + activations(setup, size, True).forward + _whole(setup, deepspeed, size).forward
+            )
     peaks["SVDs"] = quiet + _decomposition(setup)
     return peaks
 
@@ -237,7 +268,9 @@ def _factorising(setup: Setup, name: str, shape: tuple[int, int]) -> int:
 
 
 def _answers(setup: Setup) -> int:
-    """Keys and values of answers that are generated. Under ZeRO-3 the model is gathered for them only where it fits beside."""
+    """Keys and values of answers that are generated. Under ZeRO-3 the model is gathered for them only where
+    it fits beside.
+    """
     train, data, config = setup.recipe.train, setup.recipe.data, setup.shapes.config
     if not train.exact_match_samples or not setup.recipe.data.eval_split:
         return 0
@@ -257,23 +290,33 @@ def _sums(setup: Setup) -> int:
 
 
 def _host(setup: Setup) -> int:
-    """Offloaded state, the probe's sums, a pretrained weight that is read again, reserve and ledger; not the process itself."""
+    """Offloaded state, the probe's sums, a pretrained weight that is read again, reserve and ledger; not the
+    process itself.
+    """
     share, held = _share_of_trained(setup), 0
     if setup.offloads("optimizer"):
         held += 2 * FLOAT32 * share + _moments(setup)
     if setup.offloads("param"):
-        held += setup.shapes.width * sum(setup.padded(size) // setup.world_size for size in setup.shapes.sizes.values())
+        held += setup.shapes.width * sum(
+            setup.padded(size) // setup.world_size for size in setup.shapes.sizes.values()
+        )
     settings = setup.method.probe_settings()
     if setup.layers and settings is not None and settings.sums == "host":
         held += _sums(setup)
     if setup.method.takes_from_weight:
-        read = [prod(packing.shape) for name, packing in setup.shapes.packings.items() if name in setup.layers]
-        held += (2 * setup.shapes.width + FLOAT32) * max(read, default=0)  # as in its file, in the model's type, and in float32
+        read = [
+            prod(packing.shape) for name, packing in setup.shapes.packings.items() if name in setup.layers
+        ]
+        held += (2 * setup.shapes.width + FLOAT32) * max(
+            read, default=0
+        )  # as in its file, in the model's type, and in float32
     return held + (_ledger(setup) + _reserve(setup)) // setup.world_size
 
 
 def _loading(setup: Setup) -> int:
-    """Weights on their way from the files: ZeRO-3 gives each rank its part at once, but what is to be packed comes whole first."""
+    """Weights on their way from the files: ZeRO-3 gives each rank its part at once, but what is to be packed
+    comes whole first.
+    """
     if setup.stage == 3 and not setup.shapes.packings:
         return setup.shapes.width * max(setup.shapes.sizes.values())
     return setup.shapes.width * (setup.shapes.elements - setup.shapes.factors)
@@ -291,11 +334,25 @@ def _reserve(setup: Setup) -> int:
 
 
 def _checkpoint(setup: Setup) -> int:
-    """Factors and other trained parameters, masters with their moments, ledger, scores and reserve, at their largest."""
+    """Factors and other trained parameters, masters with their moments, ledger, scores and reserve, at their
+    largest.
+    """
     trained = sum(setup.shapes.trained.values())
     heads = trained - sum(
-        size for name, size in setup.shapes.trained.items() if name.rpartition(".")[0] in setup.shapes.attached.layers
+        size
+        for name, size in setup.shapes.trained.items()
+        if name.rpartition(".")[0] in setup.shapes.attached.layers
     )
     state = FLOAT32 * trained * (1 + len(_spec(setup).moments()))
-    scores = 2 * FLOAT32 * trained if setup.switching is not None and setup.method.element_scores() is not None else 0
-    return setup.shapes.width * (setup.shapes.factors + heads) + state + scores + _ledger(setup) + _reserve(setup)
+    scores = (
+        2 * FLOAT32 * trained
+        if setup.switching is not None and setup.method.element_scores() is not None
+        else 0
+    )
+    return (
+        setup.shapes.width * (setup.shapes.factors + heads)
+        + state
+        + scores
+        + _ledger(setup)
+        + _reserve(setup)
+    )

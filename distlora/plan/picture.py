@@ -1,4 +1,6 @@
-"""The plan as a picture: memory of a GPU and traffic of a step over the number of GPUs. The home of matplotlib."""
+"""The plan as a picture: memory of a GPU and traffic of a step over the number of GPUs. The home of
+matplotlib.
+"""
 
 import os
 from pathlib import Path
@@ -12,7 +14,9 @@ PARTS = ("weights", "adapters", "gradients", "optimizer", "activations", "gather
 
 
 def check_picture(path: Path) -> None:
-    """Raises UserError where `draw` could not write to `path`: before the plans are made, which takes a while."""
+    """Raises UserError where `draw` could not write to `path`: before the plans are made, which takes a
+    while.
+    """
     if path.suffix.lstrip(".").lower() not in _figure().canvas.get_supported_filetypes():
         raise UserError(f"--plot {path}: wanted a name that ends in .png, .svg or .pdf")
     if path.is_dir():
@@ -35,7 +39,9 @@ def _figure():
 
 
 def draw(plans: list[Plan], gpu_memory: float, path: Path) -> None:
-    """Writes the picture to `path`, in the format that its ending says. Raises UserError where that cannot be."""
+    """Writes the picture to `path`, in the format that its ending says. Raises UserError where that cannot
+    be.
+    """
     figure = _figure()
     memory, traffic = figure.subplots(1, 2)
     places, names = range(len(plans)), [str(plan.world_size) for plan in plans]
@@ -44,11 +50,19 @@ def draw(plans: list[Plan], gpu_memory: float, path: Path) -> None:
         heights = [getattr(plan.memory, part) / GIB for plan in plans]
         memory.bar(places, heights, bottom=bottom, label=part)
         bottom = [low + height for low, height in zip(bottom, heights)]
-    memory.plot(places, [plan.memory.peak / GIB for plan in plans], "k_", markersize=18, label="largest peak of the run")
+    memory.plot(
+        places,
+        [plan.memory.peak / GIB for plan in plans],
+        "k_",
+        markersize=18,
+        label="largest peak of the run",
+    )
     highest = max(plan.memory.peak for plan in plans) / GIB
     if highest > gpu_memory / 3:  # a line far above the bars would flatten them
         memory.axhline(gpu_memory, color="red", linestyle="--", label=f"memory of a GPU, {gpu_memory:g} GiB")
-    memory.set(xlabel="GPUs", ylabel="GiB", title=f"Memory of a GPU in a training step, of {gpu_memory:g} GiB")
+    memory.set(
+        xlabel="GPUs", ylabel="GiB", title=f"Memory of a GPU in a training step, of {gpu_memory:g} GiB"
+    )
     links = [over_links(plan.step, plan.nodes, plan.gpus, plan.setup.group) for plan in plans]
     traffic.plot(places, [link.inter / GIB for link in links], "o-", label="out of a node")
     traffic.plot(places, [link.intra / GIB for link in links], "s--", label="out of a GPU within its node")

@@ -27,7 +27,9 @@ FLOAT32 = torch.float32.itemsize
 
 @dataclass(frozen=True)
 class Setup:
-    """samples: of the training set; None where nobody knows before it is read. config: DeepSpeed's, without any "auto"."""
+    """samples: of the training set; None where nobody knows before it is read. config: DeepSpeed's, without
+    any "auto".
+    """
 
     recipe: Recipe
     shapes: Shapes
@@ -110,7 +112,12 @@ class Setup:
         train = self.recipe.train
         if train.steps or self.samples is None:
             return train.steps
-        return max(1, round(train.epochs * TrainOrder(self.samples, train.global_batch_size, train.seed).steps_per_epoch))
+        return max(
+            1,
+            round(
+                train.epochs * TrainOrder(self.samples, train.global_batch_size, train.seed).steps_per_epoch
+            ),
+        )
 
     @cached_property
     def switching(self) -> Switching | None:
@@ -146,12 +153,17 @@ class Setup:
 
 
 @functools.lru_cache(maxsize=64)  # the same for all numbers of ranks
-def _gathered(shapes: Shapes, limits: Limits, threshold: int, checkpointing: bool, probe: bool, recorded: bool) -> Gathered:
+def _gathered(
+    shapes: Shapes, limits: Limits, threshold: int, checkpointing: bool, probe: bool, recorded: bool
+) -> Gathered:
     modules = [tuple(piece for piece in pieces if piece.elements > threshold) for pieces in shapes.modules]
-    # Activation checkpointing lets the embeddings ask for a gradient; the probe, which is always checkpointed, does not.
+    # Activation checkpointing lets the embeddings ask for a gradient; the probe, which is always
+    # checkpointed, does not.
     silent = set() if checkpointing and not probe else shapes.silent()
     holders = {number for number, pieces in enumerate(modules) if pieces}
-    events = training_order(shapes.forward, shapes.blocks if checkpointing or probe else set(), silent, holders)
+    events = training_order(
+        shapes.forward, shapes.blocks if checkpointing or probe else set(), silent, holders
+    )
     return gather(modules, events, limits, recorded)
 
 

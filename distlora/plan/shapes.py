@@ -1,4 +1,6 @@
-"""What a recipe's model is made of, from its config alone: the parameters of every module, and the order in which modules run."""
+"""What a recipe's model is made of, from its config alone: the parameters of every module, and the order in
+which modules run.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,11 +23,12 @@ from distlora.training.objective import objective_of
 class Shapes:
     """Compared by identity, so that what is found out about one can be kept.
 
-    modules: parameters of each module, by its number. forward: the modules as a pass enters and leaves them. blocks: numbers of
-    those that activation checkpointing covers. names: of the modules. trained: elements of every trained parameter. config: of
-    the text model, from transformers. width: bytes of an element of the weights. attention: the implementation that this machine
-    would run. labels: of a classifier, else 0. sizes: elements of every parameter as it is stored, a shared one under its first
-    name. linears: (out, in). packings: of the layers whose weights are packed, by the layer's name.
+    modules: parameters of each module, by its number. forward: the modules as a pass enters and leaves them.
+    blocks: numbers of those that activation checkpointing covers. names: of the modules. trained: elements of
+    every trained parameter. config: of the text model, from transformers. width: bytes of an element of the
+    weights. attention: the implementation that this machine would run. labels: of a classifier, else 0.
+    sizes: elements of every parameter as it is stored, a shared one under its first name. linears: (out, in).
+    packings: of the layers whose weights are packed, by the layer's name.
     """
 
     modules: list[Module]
@@ -45,7 +48,9 @@ class Shapes:
     @property
     def elements(self) -> int:
         """Of all parameters, adapters included, before any is packed; a shared one counts once."""
-        return sum(self.sizes.values()) + sum(prod(packing.shape) - packing.elements for packing in self.packings.values())
+        return sum(self.sizes.values()) + sum(
+            prod(packing.shape) - packing.elements for packing in self.packings.values()
+        )
 
     @property
     def scales(self) -> int:
@@ -122,7 +127,11 @@ def _packings(recipe: Recipe, model: nn.Module, heads: set[str]) -> dict[str, Pa
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
     """The members of the longest list of equal modules: what activation checkpointing covers one by one."""
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len({type(m) for m in module}) == 1]
+    lists = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.ModuleList) and len({type(m) for m in module}) == 1
+    ]
     return list(max(lists, key=len, default=[]))
 
 
@@ -147,7 +156,9 @@ def _watched(model: nn.Module, seen: list[tuple[str, nn.Module]]) -> Iterator[No
     hooks = []
     for module in model.modules():
         hooks.append(module.register_forward_pre_hook(lambda module, inputs: seen.append(("enter", module))))
-        hooks.append(module.register_forward_hook(lambda module, inputs, output: seen.append(("leave", module))))
+        hooks.append(
+            module.register_forward_hook(lambda module, inputs, output: seen.append(("leave", module)))
+        )
     try:
         yield
     finally:

@@ -38,7 +38,10 @@ def table(columns: Columns, gpus: int, gpu_memory: float) -> str:
         *_traffic_rows(plans),
         None,
         ("checkpoint", _sizes(plans, lambda plan: plan.memory.checkpoint)),
-        (f"fits into {gpu_memory:g} GiB", _each(plans, lambda plan: "yes" if fits(plan, gpu_memory) else "NO")),
+        (
+            f"fits into {gpu_memory:g} GiB",
+            _each(plans, lambda plan: "yes" if fits(plan, gpu_memory) else "NO"),
+        ),
     ]
     return "\n".join([*_headline(first), "", *_aligned(rows), "", *_remarks(columns, gpu_memory)])
 
@@ -93,11 +96,21 @@ def _traffic_rows(plans: Sequence[Plan | UserError]) -> list:
         ("traffic of a try of eta", lambda plan: plan.search),
         ("traffic of a recomposition", lambda plan: plan.swap),
     ):
-        if not any(traffic(plan) for plan in plans if isinstance(plan, Plan)) and title != "traffic of a step":
+        if (
+            not any(traffic(plan) for plan in plans if isinstance(plan, Plan))
+            and title != "traffic of a step"
+        ):
             continue
         rows.append((title, None))
-        rows.append(("  out of a node", _each(plans, lambda plan, t=traffic: amount(_links(plan, t(plan)).inter))))
-        rows.append(("  out of a GPU within its node", _each(plans, lambda plan, t=traffic: amount(_links(plan, t(plan)).intra))))
+        rows.append(
+            ("  out of a node", _each(plans, lambda plan, t=traffic: amount(_links(plan, t(plan)).inter)))
+        )
+        rows.append(
+            (
+                "  out of a GPU within its node",
+                _each(plans, lambda plan, t=traffic: amount(_links(plan, t(plan)).intra)),
+            )
+        )
     return rows
 
 
@@ -116,7 +129,9 @@ def _aligned(rows: list) -> list[str]:
         elif row[1] is None:
             lines.append(row[0])
         else:
-            lines.append("  ".join([row[0].ljust(label), *(cell.rjust(width) for cell, width in zip(row[1], widths))]))
+            lines.append(
+                "  ".join([row[0].ljust(label), *(cell.rjust(width) for cell, width in zip(row[1], widths))])
+            )
     return lines
 
 

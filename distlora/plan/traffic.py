@@ -1,7 +1,8 @@
 """What ranks send each other, by kind: in a training step, in the initialisation, and at a recomposition.
 
-Bytes are those of the whole tensor that a collective works on: of what an all-reduce or broadcast carries, of an all-gather's
-result, of a reduce-scatter's operand. Left out are single numbers and tables of a few numbers a layer (counts, losses, norms).
+Bytes are those of the whole tensor that a collective works on: of what an all-reduce or broadcast carries, of
+an all-gather's result, of a reduce-scatter's operand. Left out are single numbers and tables of a few numbers
+a layer (counts, losses, norms).
 """
 
 import functools
@@ -36,14 +37,21 @@ def step_traffic(setup: Setup) -> Traffic:
         traffic[ALL_REDUCE] = width * trained
     if setup.stage == 2:
         traffic[ALL_REDUCE] = width * trained * setup.accumulation
-    if setup.stage in (1, 2):  # every rank has stepped its own part of all trained parameters, laid end to end
+    if setup.stage in (
+        1,
+        2,
+    ):  # every rank has stepped its own part of all trained parameters, laid end to end
         traffic[ALL_GATHER] = width * _rounded_up(trained, 2 * setup.world_size)
     if setup.stage == 3:
         scattered = sum(setup.padded(size) for size in setup.shapes.trained.values())
         traffic[REDUCE_SCATTER] = width * scattered * setup.accumulation
         traffic += _times(weights_of_a_pass(setup), setup.accumulation)
-        traffic[ALL_GATHER] += width * sum(setup.padded(setup.shapes.sizes[name]) for name in setup.persistent)
-    if setup.method.transforms_gradients:  # made whole on every rank, and the factors too where they are cut up
+        traffic[ALL_GATHER] += width * sum(
+            setup.padded(setup.shapes.sizes[name]) for name in setup.persistent
+        )
+    if (
+        setup.method.transforms_gradients
+    ):  # made whole on every rank, and the factors too where they are cut up
         sizes = [_sizes(setup.method, shape) for shape in setup.layers.values()]
         factors = sum(size for layer in sizes for name, size in layer.items() if name in setup.method.trains)
         traffic[ALL_REDUCE] += FLOAT32 * factors * (2 if setup.stage == 3 else 1)
@@ -84,7 +92,8 @@ def init_traffic(setup: Setup) -> Traffic:
         traffic += probe_traffic(setup, setup.probe_passes(method.probe_settings()))
     taken, _ = columns_of(method)
     for name in setup.layers:
-        # The rest of a packed weight is packed anew, and compared with what was there; the pretrained one is read from its file.
+        # The rest of a packed weight is packed anew, and compared with what was there; the pretrained one is
+        # read from its file.
         rest = method.takes_from_weight and name in setup.shapes.packings
         if setup.stage == 3 and (rest or method.source_matrix() == "weight"):
             traffic[GATHER] += setup.shapes.width * setup.padded(setup.shapes.sizes[f"{name}.weight"])
@@ -97,8 +106,8 @@ def init_traffic(setup: Setup) -> Traffic:
 
 
 def probe_traffic(setup: Setup, passes: int) -> Traffic:
-    """Of so many passes: every layer's gradient to its owner, and under ZeRO-3 the weights. DeepSpeed learns the order of the
-    modules in the first one, and gathers more in it."""
+    """Of so many passes: every layer's gradient to its owner, and under ZeRO-3 the weights. DeepSpeed learns
+    the order of the modules in the first one, and gathers more in it."""
     traffic = _times(weights_of_a_pass(setup, probe=True), max(0, passes - 1))
     traffic += weights_of_a_pass(setup, probe=True, recorded=False)
     traffic[REDUCE] = FLOAT32 * passes * sum(map(prod, setup.layers.values()))
@@ -116,13 +125,19 @@ def search_traffic(setup: Setup) -> Traffic:
 
 @functools.lru_cache
 def columns_of(method: Method) -> tuple[int, int]:
-    """Of what the method adds to a frozen weight at the start, and of its reserve, found by initialising a small layer."""
+    """Of what the method adds to a frozen weight at the start, and of its reserve, found by initialising a
+    small layer.
+    """
     if not method.changes_weight:
         return 0, 0
     side = 2 * method.rank
     while method.problem_with(side, side) is not None:
         side *= 2
-    source = torch.randn(side, side, generator=torch.Generator().manual_seed(0)) if method.source_matrix() else None
+    source = (
+        torch.randn(side, side, generator=torch.Generator().manual_seed(0))
+        if method.source_matrix()
+        else None
+    )
     init = method.initialise(LayerInit((side, side), source, torch.Generator().manual_seed(0)))
     return tuple(0 if pair is None else pair.right.shape[0] for pair in (init.base_update, init.reserve))
 
@@ -152,7 +167,9 @@ def swap_traffic(setup: Setup) -> Traffic:
             # Sizes of all columns of B and rows of A; and whether an owner failed.
             traffic[ALL_REDUCE] += 2 * method.rank * table + FLAG
     traffic[BROADCAST] += sum(
-        renewed(packing) for name, packing in setup.shapes.packings.items() if name in layers and not method.fuses_beside(True)
+        renewed(packing)
+        for name, packing in setup.shapes.packings.items()
+        if name in layers and not method.fuses_beside(True)
     )
     traffic += _reading(setup)
     # Whether an owner failed; the rounding error and four norms of every layer.
@@ -189,8 +206,9 @@ class Links:
 
 
 def over_links(traffic: Traffic, nodes: int, gpus: int, group: int = 1) -> Links:
-    """Rings in rank order, of which one edge leaves each node. Of S bytes on n ranks an all-gather or reduce-scatter sends
-    S·(n−1)/n over every edge and an all-reduce twice that; a broadcast or reduce sends S, a gather on average half of it.
+    """Rings in rank order, of which one edge leaves each node. Of S bytes on n ranks an all-gather or
+    reduce-scatter sends S·(n−1)/n over every edge and an all-reduce twice that; a broadcast or reduce sends
+    S, a gather on average half of it.
 
     group: ranks of an `all-gather in groups`.
     """

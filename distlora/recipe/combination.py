@@ -8,8 +8,8 @@ from distlora.recipe.sections import Recipe
 
 
 def check_combination(recipe: Recipe, config: dict[str, Any]) -> None:
-    """Raises UserError for a method, weights, optimizer and ZeRO stage that exclude each other. config: the resolved DeepSpeed
-    config, {} without DeepSpeed."""
+    """Raises UserError for a method, weights, optimizer and ZeRO stage that exclude each other. config: the
+    resolved DeepSpeed config, {} without DeepSpeed."""
     problem = recipe.method.problem_with_decay(recipe.train.weight_decay)
     if problem:
         raise UserError(problem)

@@ -1,8 +1,8 @@
 """DeepSpeed's own opinion of a DeepSpeed config: names that it does not know, and values that it cannot take.
 
-Left to itself DeepSpeed ignores most names that it does not know, and breaks off at the others, with a traceback on every rank,
-once the weights are loaded. Here it reads the config before anything is started, from dictionaries that note what they are asked
-for: what it never asks for, it does not know.
+Left to itself DeepSpeed ignores most names that it does not know, and breaks off at the others, with a
+traceback on every rank, once the weights are loaded. Here it reads the config before anything is started,
+from dictionaries that note what they are asked for: what it never asks for, it does not know.
 """
 
 from collections.abc import Iterable
@@ -17,14 +17,16 @@ from distlora.recipe.sections import Recipe
 from distlora.recipe.strict import dotted, nested_model, sentence, show
 from distlora.sentences import first_line, nearest
 
-#: Names that DeepSpeed reads elsewhere than in its config class, only sometimes, or (thread_count) in its documentation alone.
+#: Names that DeepSpeed reads elsewhere than in its config class, only sometimes, or (thread_count) in its
+#: documentation alone.
 _ALSO_KNOWN = {
     "": ("data_parallel_size", "sequence_parallel_size"),
     "aio": ("thread_count",),
     "optimizer": ("params",),
     "scheduler": ("params",),
 }
-#: Batch sizes that are right for any number of ranks: DeepSpeed completes them. The real ones are settled with the recipe.
+#: Batch sizes that are right for any number of ranks: DeepSpeed completes them. The real ones are settled
+#: with the recipe.
 _BATCH = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
 _WHOLE_BATCH = "train_batch_size"
 
@@ -42,7 +44,9 @@ def checked_deepspeed(recipe: Recipe, world_size: int, hidden_size: int | None) 
 
 
 class _Noting(dict):
-    """A dictionary that notes the keys it is asked for; `**` asks for all that it has. Copies go on noting in the same set."""
+    """A dictionary that notes the keys it is asked for; `**` asks for all that it has. Copies go on noting in
+    the same set.
+    """
 
     def __init__(self, *content):
         super().__init__(*content)
@@ -79,8 +83,8 @@ def _with_batch(config: dict) -> dict:
 
 
 def _check_names(config: dict, source: str) -> None:
-    """UserError for a key that DeepSpeed does not know, at the top or in a section, and further down where DeepSpeed has a model of
-    its own of what stands there. Whatever the values are, "auto" included."""
+    """UserError for a key that DeepSpeed does not know, at the top or in a section, and further down where
+    DeepSpeed has a model of its own of what stands there. Whatever the values are, "auto" included."""
     everything = _Noting(_with_batch({}))
     read_config(everything)
     known = everything.asked | set(_ALSO_KNOWN[""])
@@ -97,11 +101,15 @@ def _check_section(key: str, section: dict, source: str) -> None:
     try:
         read_config(_with_batch({key: section}))
     except ValidationError as error:
-        path = next((mistake["loc"] for mistake in error.errors() if mistake["type"] == "extra_forbidden"), None)
+        path = next(
+            (mistake["loc"] for mistake in error.errors() if mistake["type"] == "extra_forbidden"), None
+        )
         if path is not None:
             within = path if path[0] == key else (key, *path)
             raise _unknown(source, within, _fields(error.title, path[:-1])) from None
-    except Exception:  # of whatever kind: a value that DeepSpeed cannot take, which is judged when no "auto" is left
+    except (
+        Exception
+    ):  # of whatever kind: a value that DeepSpeed cannot take, which is judged when no "auto" is left
         return
     if not section.asked:
         return  # handed on whole to one of DeepSpeed's models, which has found nothing to complain of
@@ -122,13 +130,17 @@ def _fields(title: str, sections: Iterable[str]) -> list[str]:
     model = deepspeed_section(title)
     for section in sections:
         names = model.model_fields.items()
-        model = nested_model(next(field.annotation for name, field in names if section in (name, field.alias)))
+        model = nested_model(
+            next(field.annotation for name, field in names if section in (name, field.alias))
+        )
     return [field.alias or name for name, field in model.model_fields.items()]
 
 
 def _unknown(source: str, path: Iterable[str], known: Iterable[str]) -> UserError:
     *sections, name = map(str, path)
-    return UserError(f"{source}: {dotted(*sections, name)}: unknown key{nearest(name, known) or '; remove it'}")
+    return UserError(
+        f"{source}: {dotted(*sections, name)}: unknown key{nearest(name, known) or '; remove it'}"
+    )
 
 
 # ---------------------------------------------------------------------- values
@@ -156,4 +168,6 @@ def _about(key: str, value: Any, error: Exception, source: str) -> str:
     if not isinstance(error, ValidationError):
         return f"{source}: {key}: found {show(value)}, which DeepSpeed refuses: {first_line(error)}"
     named = error.errors()[0]["loc"][:1] == (key,)  # some of DeepSpeed's models hold several sections
-    return sentence(error, {key: value} if named else value, "" if named else key, lambda place: f"{source}: {place}")
+    return sentence(
+        error, {key: value} if named else value, "" if named else key, lambda place: f"{source}: {place}"
+    )

@@ -1,6 +1,7 @@
 """A DeepSpeed config as it is, made whole: every "auto" filled, every contradiction with the recipe refused.
 
-DeepSpeed itself does not know "auto": it drops or misreads it. Plain dictionaries only; DeepSpeed is not imported here.
+DeepSpeed itself does not know "auto": it drops or misreads it. Plain dictionaries only; DeepSpeed is not
+imported here.
 """
 
 import copy
@@ -22,7 +23,8 @@ _NATIVE_AUTOS = (
     "zero_optimization.zenflow.select_interval",
     "zero_optimization.zenflow.update_interval",
 )
-#: Parameters of an optimizer section with the values at which they change nothing of what the recipe's optimizer computes.
+#: Parameters of an optimizer section with the values at which they change nothing of what the recipe's
+#: optimizer computes.
 _NEUTRAL_PARAMS = {
     "torch_adam": (True, False),
     "adam_w_mode": (True,),
@@ -44,7 +46,9 @@ _MAPPINGS = (
 
 
 def plan_batches(recipe: Recipe, world_size: int) -> int:
-    """Micro-batches that each rank accumulates before an optimizer step. Errors: UserError if the batch does not divide."""
+    """Micro-batches that each rank accumulates before an optimizer step. Errors: UserError if the batch does
+    not divide.
+    """
     whole, micro = recipe.train.global_batch_size, recipe.train.micro_batch_size
     steps, rest = divmod(whole, micro * world_size)
     if rest:
@@ -70,11 +74,13 @@ def given_deepspeed(recipe: Recipe) -> tuple[dict, str]:
 
 
 def resolve_deepspeed(recipe: Recipe, world_size: int, hidden_size: int | None) -> tuple[dict, list[str]]:
-    """The config to hand to DeepSpeed, without any "auto", and one line for each key that was filled, added or removed.
+    """The config to hand to DeepSpeed, without any "auto", and one line for each key that was filled, added
+    or removed.
 
-    hidden_size: of the model, None if it has no such number. The `optimizer` and `scheduler` sections are compared with the
-    recipe and removed, because optimizer and schedule are handed to DeepSpeed as objects. Keys that are not named in this
-    file stay as they are. Errors: UserError for a contradiction (names both places), or an "auto" that means nothing here.
+    hidden_size: of the model, None if it has no such number. The `optimizer` and `scheduler` sections are
+    compared with the recipe and removed, because optimizer and schedule are handed to DeepSpeed as objects.
+    Keys that are not named in this file stay as they are. Errors: UserError for a contradiction (names both
+    places), or an "auto" that means nothing here.
     """
     config, source = given_deepspeed(recipe)
     r = _Resolution(copy.deepcopy(config), source)
@@ -147,11 +153,18 @@ class _Resolution:
 def _batches(r: _Resolution, recipe: Recipe, world_size: int) -> None:
     train = recipe.train
     accumulation = plan_batches(recipe, world_size)
-    r.settle("train_batch_size", train.global_batch_size, f"train.global_batch_size={train.global_batch_size}", add=True)
+    r.settle(
+        "train_batch_size",
+        train.global_batch_size,
+        f"train.global_batch_size={train.global_batch_size}",
+        add=True,
+    )
     micro = f"train.micro_batch_size={train.micro_batch_size}"
     r.settle("train_micro_batch_size_per_gpu", train.micro_batch_size, micro, add=True)
     both = f"train.global_batch_size={train.global_batch_size} with {micro} on {_ranks(world_size)}"
-    r.settle("gradient_accumulation_steps", accumulation, f"{both} ({accumulation} accumulation steps)", add=True)
+    r.settle(
+        "gradient_accumulation_steps", accumulation, f"{both} ({accumulation} accumulation steps)", add=True
+    )
     r.settle("gradient_clipping", train.clip or 0.0, f"train.clip={json.dumps(train.clip)}", add=True)
     if train.clip and recipe.method.transforms_gradients:
         r.lines.append(
@@ -186,7 +199,9 @@ def _zero(r: _Resolution, world_size: int, hidden_size: int | None) -> None:
     for name, value in sizes.items():
         key = f"zero_optimization.{name}"
         if r.get(key) == AUTO and hidden_size is None:
-            raise UserError(f"{key} is auto in {r.source}, but the model's config has no hidden_size; give a number")
+            raise UserError(
+                f"{key} is auto in {r.source}, but the model's config has no hidden_size; give a number"
+            )
         r.fill(key, value)
     key = "zero_optimization.zero_hpz_partition_size"
     group = r.get(key, 1)
@@ -202,12 +217,16 @@ def _refuse_layouts(r: _Resolution) -> None:
         if r.get(f"{key}.device") == "nvme":
             raise UserError(f"{key}.device=nvme in {r.source} is not supported; set it to cpu or none")
         if r.get(f"zero_optimization.{old}"):
-            raise UserError(f"zero_optimization.{old} in {r.source} is an old name; set {section}.device to cpu in its place")
+            raise UserError(
+                f"zero_optimization.{old} in {r.source} is an old name; set {section}.device to cpu in its place"
+            )
     for name in ("zero_quantized_weights", "zero_quantized_nontrainable_weights"):
         if r.get(f"zero_optimization.{name}"):
             raise UserError(f"zero_optimization.{name} in {r.source} is not supported; remove it")
     if r.get("zero_optimization.mics_shard_size", -1) != -1:
-        raise UserError(f"zero_optimization.mics_shard_size in {r.source} is not supported; use zero_hpz_partition_size")
+        raise UserError(
+            f"zero_optimization.mics_shard_size in {r.source} is not supported; use zero_hpz_partition_size"
+        )
 
 
 def _optimizer(r: _Resolution, recipe: Recipe) -> None:
@@ -270,14 +289,18 @@ def _monitors(r: _Resolution, recipe: Recipe) -> None:
 
 def _rest(r: _Resolution) -> None:
     if str(r.get("gradient_allreduce_op", "mean")).lower() not in ("mean", AUTO):
-        raise UserError(f"gradient_allreduce_op in {r.source} must be mean: the loss is a mean over the global batch")
+        raise UserError(
+            f"gradient_allreduce_op in {r.source} must be mean: the loss is a mean over the global batch"
+        )
     r.fill("gradient_allreduce_op", "mean")
     for key in _NATIVE_AUTOS:
         if r.get(key) == AUTO:
             r.remove(key, "left to DeepSpeed (auto)")
     left = next(_autos(r.config, ""), None)
     if left:
-        raise UserError(f"{left} is auto in {r.source}, and nothing in the recipe decides it; give a value or remove it")
+        raise UserError(
+            f"{left} is auto in {r.source}, and nothing in the recipe decides it; give a value or remove it"
+        )
 
 
 def _autos(node: Any, key: str) -> Iterable[str]:

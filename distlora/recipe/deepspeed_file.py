@@ -8,21 +8,27 @@ from typing import Any
 from distlora.errors import UserError
 
 
-def read_deepspeed(path: str, folders: Iterable[Path] = (Path(),), place: str = "deepspeed") -> tuple[dict, str]:
+def read_deepspeed(
+    path: str, folders: Iterable[Path] = (Path(),), place: str = "deepspeed"
+) -> tuple[dict, str]:
     """The DeepSpeed config in a JSON file, and the name of the file that was read.
 
-    path: absolute, or relative to the first of `folders` that has it. place: what names the path in a message.
-    Errors: UserError naming the file.
+    path: absolute, or relative to the first of `folders` that has it. place: what names the path in a
+    message. Errors: UserError naming the file.
     """
     candidates = [folder / Path(path).expanduser() for folder in folders]
     found = next((candidate for candidate in candidates if candidate.is_file()), None)
     if found is None:
-        raise UserError(f"{place}: no file {path} in the current folder, the recipe's or one above it; give a JSON file")
+        raise UserError(
+            f"{place}: no file {path} in the current folder, the recipe's or one above it; give a JSON file"
+        )
     try:
         config = json.loads(found.read_text(encoding="utf-8"), object_pairs_hook=_unique_keys)
     except json.JSONDecodeError as error:
         where = f"at line {error.lineno}, column {error.colno}"
-        raise UserError(f"{found} is not JSON: {error.msg} {where} (JSON has no comments and no trailing commas)") from None
+        raise UserError(
+            f"{found} is not JSON: {error.msg} {where} (JSON has no comments and no trailing commas)"
+        ) from None
     except OSError as error:
         raise UserError(f"{found} cannot be read: {error.strerror or error}") from None
     except ValueError as error:

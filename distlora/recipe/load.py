@@ -10,15 +10,25 @@ from distlora.errors import UserError
 from distlora.methods import registry
 from distlora.recipe.deepspeed_file import read_deepspeed
 from distlora.recipe.sections import INLINE, Recipe, method_class
-from distlora.recipe.strict import check_keys, dotted, dump_yaml, parse_yaml, show, unknown_keys, validate, validate_values
+from distlora.recipe.strict import (
+    check_keys,
+    dotted,
+    dump_yaml,
+    parse_yaml,
+    show,
+    unknown_keys,
+    validate,
+    validate_values,
+)
 
 
 def load_recipe(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe in a YAML file, with overrides such as `train.lr=1e-3` (values are YAML) applied in their order.
+    """The recipe in a YAML file, with overrides such as `train.lr=1e-3` (values are YAML) applied in their
+    order.
 
-    A path in `deepspeed` is looked up in the current folder, then in the recipe's and those above it. An override of
-    `method.name` keeps the keys of the file's method section that the new method has, and drops the others: see
-    `Recipe.notes`.
+    A path in `deepspeed` is looked up in the current folder, then in the recipe's and those above it. An
+    override of `method.name` keeps the keys of the file's method section that the new method has, and drops
+    the others: see `Recipe.notes`.
     Errors: UserError for everything that is wrong with the file, its values or an override.
     """
     document = _Document(Path(path))
@@ -49,7 +59,9 @@ class _Document:
             raise UserError(f"{self.name} cannot be read as a recipe: {error}") from None
         self.content = parse_yaml(text, self.name)
         if not isinstance(self.content, dict):
-            raise UserError(f"{self.name} is no recipe: wanted a mapping with the keys {', '.join(Recipe.model_fields)}")
+            raise UserError(
+                f"{self.name} is no recipe: wanted a mapping with the keys {', '.join(Recipe.model_fields)}"
+            )
         method = self.content.get("method")
         self.file_method = copy.deepcopy(method) if isinstance(method, dict) else {}
         self.given: list[str] = []  # dotted keys that an override set or made
@@ -106,18 +118,24 @@ class _Document:
                 del functools.reduce(dict.__getitem__, sections, section)[last]
                 notes.append(key)
         if notes:
-            self.notes.append(f"method {section['name']} has no {', '.join(notes)}: dropped from what {self.name} says")
+            self.notes.append(
+                f"method {section['name']} has no {', '.join(notes)}: dropped from what {self.name} says"
+            )
 
     def read_deepspeed(self) -> None:
         """Put the file's content in the place of its path."""
         path = self.content.get("deepspeed")
         if isinstance(path, str):
             folders = [Path(), *self.path.absolute().parents]
-            self.content["deepspeed"], self.deepspeed_source = read_deepspeed(path, folders, self.place("deepspeed"))
+            self.content["deepspeed"], self.deepspeed_source = read_deepspeed(
+                path, folders, self.place("deepspeed")
+            )
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """The recipe as YAML: every key with its value, the DeepSpeed config written out (its "auto" kept). Itself a recipe."""
+    """The recipe as YAML: every key with its value, the DeepSpeed config written out (its "auto" kept).
+    Itself a recipe.
+    """
     content = recipe.model_dump(mode="json")
     if isinstance(recipe.deepspeed, str):
         content["deepspeed"] = read_deepspeed(recipe.deepspeed)[0]
@@ -125,10 +143,11 @@ def dump_recipe(recipe: Recipe) -> str:
 
 
 def run_identity(recipe: Recipe) -> dict:
-    """What two recipes must have in common for one to resume the other's run: all that decides the trained numbers.
+    """What two recipes must have in common for one to resume the other's run: all that decides the trained
+    numbers.
 
-    Left out: where and how fast it runs (DeepSpeed, micro-batch, checkpointing, attention, output directory), and what only
-    looks on (evaluation and checkpoints).
+    Left out: where and how fast it runs (DeepSpeed, micro-batch, checkpointing, attention, output directory),
+    and what only looks on (evaluation and checkpoints).
     """
     content = recipe.model_dump(mode="json")
     for key in ("deepspeed", "output_dir"):

@@ -1,4 +1,6 @@
-"""The sections of a recipe: the reference of all keys, except `method:`, whose keys are those of the method's class."""
+"""The sections of a recipe: the reference of all keys, except `method:`, whose keys are those of the method's
+class.
+"""
 
 from typing import Annotated, Any, Literal
 
@@ -25,7 +27,9 @@ NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 # 0 and null mean the same, "off", and are stored as None.
 OffOrCount = Annotated[Annotated[int, Field(ge=0)] | None, AfterValidator(lambda value: value or None)]
-NoneOrCount = Annotated[Annotated[int, Field(ge=0)] | None, AfterValidator(lambda value: value or 0)]  # null is stored as 0
+NoneOrCount = Annotated[
+    Annotated[int, Field(ge=0)] | None, AfterValidator(lambda value: value or 0)
+]  # null is stored as 0
 OffOrNumber = Annotated[NotNegative | None, AfterValidator(lambda value: value or None)]
 
 INLINE = "the recipe's deepspeed section"
@@ -38,46 +42,69 @@ class Section(BaseModel):
 class Quantization(Section):
     """How the frozen linear weights are stored. `quantization: nf4` stands for `{kind: nf4}`."""
 
-    kind: Literal["nf4", "int8"] = Field(description="4-bit normal floats in blocks of 64, or 8-bit whole numbers in rows")
+    kind: Literal["nf4", "int8"] = Field(
+        description="4-bit normal floats in blocks of 64, or 8-bit whole numbers in rows"
+    )
     double: bool = Field(True, description="nf4 only: its scales are stored in 8 bits")
-    compute_dtype: Literal["bfloat16", "float32"] | None = Field(None, description="of products with them; null: model.dtype")
+    compute_dtype: Literal["bfloat16", "float32"] | None = Field(
+        None, description="of products with them; null: model.dtype"
+    )
 
 
 class ModelSection(Section):
     path: Text = Field(description="a hub name, a local directory, or pypi:<package> with a model in it")
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    attention: Text = Field("auto", description="auto: the best that the model class supports; or transformers' name of one")
+    attention: Text = Field(
+        "auto", description="auto: the best that the model class supports; or transformers' name of one"
+    )
     gradient_checkpointing: bool = True
     quantization: Annotated[
-        Quantization | None, BeforeValidator(lambda value: {"kind": value} if isinstance(value, str) else value)
+        Quantization | None,
+        BeforeValidator(lambda value: {"kind": value} if isinstance(value, str) else value),
     ] = Field(None, description="null, nf4, int8, or a mapping with one of these as its kind")
 
 
 class OptimizerSection(Section):
-    name: OptimizerName = Field("adamw", description="those with 8bit or paged in their names are of bitsandbytes")
+    name: OptimizerName = Field(
+        "adamw", description="those with 8bit or paged in their names are of bitsandbytes"
+    )
     betas: tuple[NotNegative, NotNegative] = Field((0.9, 0.999), description="not for sgd")
     eps: Positive = Field(1e-8, description="not for sgd")
     momentum: NotNegative = Field(0.0, lt=1, description="sgd only")
-    lora_plus_ratio: Positive | None = Field(None, description="LoRA+: learning rate of B over that of the rest; null: the same")
+    lora_plus_ratio: Positive | None = Field(
+        None, description="LoRA+: learning rate of B over that of the rest; null: the same"
+    )
 
     @model_validator(mode="after")
     def _consistent(self):
         if max(self.betas) >= 1:
             raise ValueError(f"betas are {list(self.betas)}, wanted two numbers below 1")
         if self.momentum and self.name != "sgd":
-            raise ValueError(f"momentum is for sgd, and name is {self.name}; set momentum to 0 or name to sgd")
+            raise ValueError(
+                f"momentum is for sgd, and name is {self.name}; set momentum to 0 or name to sgd"
+            )
         return self
 
 
 class DataSection(Section):
     task: Text = Field(description="how rows become prompts and answers, or texts and labels")
-    path: Text | None = Field(None, description="a hub data set, a local file or folder; null: the task's own")
+    path: Text | None = Field(
+        None, description="a hub data set, a local file or folder; null: the task's own"
+    )
     split: Text = Field("train", description='as in the datasets library: "train", "train[:1000]"')
     eval_split: Text | None = Field(None, description="null: no evaluation")
-    fields: dict[str, Text] | None = Field(None, description="the task's field name -> the column of the data")
-    labels: list[Text] | None = Field(None, description="task classification: names in the order of their numbers, from 0 on")
-    template: Text | None = Field(None, description="prompt with {field} placeholders, or chat; null: the task's own")
-    max_length: int = Field(512, ge=2, description="tokens of a sample; longer ones are truncated, and counted")
+    fields: dict[str, Text] | None = Field(
+        None, description="the task's field name -> the column of the data"
+    )
+    labels: list[Text] | None = Field(
+        None, description="task classification: names in the order of their numbers, from 0 on"
+    )
+    template: Text | None = Field(
+        None, description="prompt with {field} placeholders, or chat; null: the task's own"
+    )
+    max_length: int = Field(
+        512, ge=2, description="tokens of a sample; longer ones are truncated, and counted"
+    )
     max_new_tokens: Count = Field(8, description="tokens generated for an exact-match answer")
 
 
@@ -85,7 +112,9 @@ class TrainSection(Section):
     epochs: OffOrNumber = 1.0
     steps: OffOrCount = Field(None, description="optimizer steps; wins over epochs")
     micro_batch_size: Count = Field(1, description="samples of one pass on one rank")
-    global_batch_size: Count = Field(32, description="samples of one optimizer step, over all ranks and accumulation")
+    global_batch_size: Count = Field(
+        32, description="samples of one optimizer step, over all ranks and accumulation"
+    )
     optimizer: OptimizerSection = OptimizerSection()
     lr: Positive = 1e-4
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -97,8 +126,12 @@ class TrainSection(Section):
     save_every: OffOrCount = Field(200, description="steps; 0 or null: only at the end")
     eval_samples: Count | None = Field(256, description="of the evaluation split; null: all")
     keep_checkpoints: Count = 2
-    exact_match_samples: NoneOrCount = Field(0, description="evaluation problems answered before and after training")
-    hang_timeout: OffOrNumber = Field(600.0, description="seconds that a rank may be silent before all end; 0 or null: no limit")
+    exact_match_samples: NoneOrCount = Field(
+        0, description="evaluation problems answered before and after training"
+    )
+    hang_timeout: OffOrNumber = Field(
+        600.0, description="seconds that a rank may be silent before all end; 0 or null: no limit"
+    )
 
     @model_validator(mode="after")
     def _has_a_length(self):
@@ -111,12 +144,16 @@ def method_class(section: Any, place: Place) -> type[Method]:
     """The class that the `name` of a method section says."""
     methods = registry()
     if not isinstance(section, dict):
-        raise UserError(f"{place('method')}: found {show(section)}, wanted a mapping with a name ({', '.join(methods)})")
+        raise UserError(
+            f"{place('method')}: found {show(section)}, wanted a mapping with a name ({', '.join(methods)})"
+        )
     if "name" not in section:
         raise UserError(f"{place('method.name')} is missing; methods: {', '.join(methods)}")
     name = section["name"]
     if not isinstance(name, str) or name not in methods:
-        raise UserError(f"{place('method.name')}: no method is called {name}{nearest(str(name), methods)} (methods: {', '.join(methods)})")
+        raise UserError(
+            f"{place('method.name')}: no method is called {name}{nearest(str(name), methods)} (methods: {', '.join(methods)})"
+        )
     return methods[name]
 
 

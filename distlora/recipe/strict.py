@@ -1,6 +1,8 @@
-"""YAML into pydantic models, strictly: each mistake becomes one sentence with its place, what was found and what is wanted.
+"""YAML into pydantic models, strictly: each mistake becomes one sentence with its place, what was found and
+what is wanted.
 
-A place is a function from a dotted key to the words that name it: "recipes/x.yaml: train.lr", or "override train.lr".
+A place is a function from a dotted key to the words that name it: "recipes/x.yaml: train.lr", or "override
+train.lr".
 """
 
 import json
@@ -28,14 +30,17 @@ class _Loader(yaml.SafeLoader):
     """SafeLoader that reads `1e-4` as a number, keeps dates as text, and refuses a key that is given twice."""
 
     yaml_implicit_resolvers = {
-        first: [pair for pair in pairs if pair[0] != _TIMESTAMP] for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+        first: [pair for pair in pairs if pair[0] != _TIMESTAMP]
+        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
     def construct_mapping(self, node, deep=False):
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         twice = next((key for index, key in enumerate(keys) if key in keys[:index]), None)
         if twice is not None:
-            raise yaml.constructor.ConstructorError(None, None, f"key {twice} is given twice", node.start_mark)
+            raise yaml.constructor.ConstructorError(
+                None, None, f"key {twice} is given twice", node.start_mark
+            )
         return super().construct_mapping(node, deep)
 
 
@@ -82,7 +87,9 @@ def unknown_keys(cls: type[BaseModel], data: dict) -> list[tuple]:
 
 
 def check_keys(cls: type[BaseModel], data: dict, prefix: str, place: Place) -> None:
-    """UserError for the first key of `data`, at any depth, that `cls` does not have. prefix: where `data` stands."""
+    """UserError for the first key of `data`, at any depth, that `cls` does not have. prefix: where `data`
+    stands.
+    """
     for *sections, name in unknown_keys(cls, data)[:1]:
         for section in sections:
             cls = nested_model(cls.model_fields[section].annotation)
@@ -139,7 +146,8 @@ def validate(cls: type[Model], data: dict, prefix: str, place: Place) -> Model:
 def validate_values(cls: type[Model], data: dict, prefix: str, place: Place) -> Model:
     """As `validate`, for keys that are checked. Nothing is converted: neither true nor "8" is a number."""
     try:
-        # As JSON, because pydantic's strict mode for Python objects wants tuples for tuples and instances for sections.
+        # As JSON, because pydantic's strict mode for Python objects wants tuples for tuples and instances for
+        # sections.
         return cls.model_validate_json(json.dumps(data, default=str), strict=True)
     except ValidationError as error:
         raise UserError(sentence(error, data, prefix, place)) from None

@@ -1,4 +1,6 @@
-"""The lines of a sweep: each holds the overrides of one run. Imports nothing heavy: launch scripts ask it before a run."""
+"""The lines of a sweep: each holds the overrides of one run. Imports nothing heavy: launch scripts ask it
+before a run.
+"""
 
 import os
 import shlex
@@ -17,7 +19,9 @@ def read_sweep(path: str | os.PathLike) -> list[list[str]]:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as a sweep: {getattr(error, 'strerror', None) or error}") from None
+        raise UserError(
+            f"{path} cannot be read as a sweep: {getattr(error, 'strerror', None) or error}"
+        ) from None
     lines = [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
     if not lines:
         raise UserError(f"{path} is empty; write a line of overrides for each run")
@@ -31,19 +35,27 @@ def _words(line: str, name: str) -> list[str]:
         raise UserError(f"{name} is not quoted as in a shell: {str(error).lower()}") from None
     stray = next((word for word in words if "=" not in word or word.startswith("-")), None)
     if stray is not None:
-        raise UserError(f"{name}: '{stray}' is no dotted.key=value; put the whole override in quotes where it has spaces")
+        raise UserError(
+            f"{name}: '{stray}' is no dotted.key=value; put the whole override in quotes where it has spaces"
+        )
     return words
 
 
 def line_of(path: str | os.PathLike, number: int, lines: Sequence[list[str]]) -> list[str]:
     """The words of one line, counted from 0. Raises UserError if it is missing."""
     if not 0 <= number < len(lines):
-        raise UserError(f"{path} has no line {number}, only {len(lines)}, counted from 0; sbatch --array=0-{len(lines) - 1}")
+        raise UserError(
+            f"{path} has no line {number}, only {len(lines)}, counted from 0; sbatch --array=0-{len(lines) - 1}"
+        )
     return lines[number]
 
 
-def check_directories(path: str | os.PathLike, lines: Sequence[list[str]], recipe: str, common: Sequence[str] = ()) -> None:
-    """Raises UserError if two lines would train into the same directory. common: the overrides that come before every line's."""
+def check_directories(
+    path: str | os.PathLike, lines: Sequence[list[str]], recipe: str, common: Sequence[str] = ()
+) -> None:
+    """Raises UserError if two lines would train into the same directory. common: the overrides that come
+    before every line's.
+    """
     own, first = _own_directory(recipe), {}
     for index, words in enumerate(lines):
         directory = _directory([*common, *words], own)

@@ -1,6 +1,7 @@
 """What components were when they were put in place: the zero point of what they learn.
 
-Both classes answer the same calls. Everything that is not a small number lies elsewhere already, or beside the trained factors.
+Both classes answer the same calls. Everything that is not a small number lies elsewhere already, or beside
+the trained factors.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,7 +18,8 @@ from distlora.recompose.shards import assembled, own_values
 
 
 class OriginsInLedger:
-    """Of components that are replaced one by one: each was taken out of W when it was put in place, and the ledger knows it.
+    """Of components that are replaced one by one: each was taken out of W when it was put in place, and the
+    ledger knows it.
 
     As (entry, column) of every component of every layer. Those of the start are the first entry.
     """
@@ -31,7 +33,9 @@ class OriginsInLedger:
         """Nothing: the ledger's first entry says it all."""
 
     def negated(self, layer: AdapterLinear, components: tuple[int, ...], used: Factors) -> list[LowRank]:
-        """Pairs whose sum is −s·B·A of these components as they were put in place; on the layer's owner, none elsewhere."""
+        """Pairs whose sum is −s·B·A of these components as they were put in place; on the layer's owner, none
+        elsewhere.
+        """
         if self._owners[layer.name] != self._comm.rank:
             return []
         pairs = []
@@ -61,7 +65,9 @@ class OriginsInLedger:
 
 
 class OriginsInStart:
-    """Of an adapter that starts anew as a whole: its trained factors as they were then, each rank's parts of them."""
+    """Of an adapter that starts anew as a whole: its trained factors as they were then, each rank's parts of
+    them.
+    """
 
     def __init__(self, engine: Engine, attached: Attached, owners: dict[str, int]):
         self._engine, self._comm, self._owners = engine, engine.comm, owners
@@ -71,10 +77,14 @@ class OriginsInStart:
     def start(self) -> None:
         """The adapter has just been given new factors."""
         for name, layer in self._layers.items():
-            self._values[name] = {factor: part.master.clone() for factor, part in self._engine.parts(layer).items()}
+            self._values[name] = {
+                factor: part.master.clone() for factor, part in self._engine.parts(layer).items()
+            }
 
     def negated(self, layer: AdapterLinear, components: tuple[int, ...], used: Factors) -> list[LowRank]:
-        """A pair that is −s·B·R·A as at the start; on the layer's owner, none elsewhere. used: the factors of now. Collective."""
+        """A pair that is −s·B·R·A as at the start; on the layer's owner, none elsewhere. used: the factors of
+        now. Collective.
+        """
         owner, then = self._owners[layer.name], dict(used)
         for factor, shape, part in self._factors(layer):
             values = self._values[layer.name].get(factor)
@@ -103,7 +113,9 @@ class OriginsInStart:
             for factor, shape, part in self._factors(layer):
                 values = own_values(self._comm, shape, part, read(f"{name}/{factor}/start"))
                 if part is not None:
-                    self._values.setdefault(name, {})[factor] = values.to(part.master.device, torch.float32, copy=True)
+                    self._values.setdefault(name, {})[factor] = values.to(
+                        part.master.device, torch.float32, copy=True
+                    )
 
     def _factors(self, layer: AdapterLinear):
         parts, shapes = self._engine.parts(layer), self._method.shapes(*layer.shape)

@@ -1,7 +1,8 @@
-"""Recomposition: at intervals, components of the adapter are fused into the frozen weight, and new ones take their places.
+"""Recomposition: at intervals, components of the adapter are fused into the frozen weight, and new ones take
+their places.
 
-What is kept on a rank between two swaps belongs to its own parts of the factors (`scores`, `origins`) or to the layers that it
-owns (`reserve`, on the host). A swap sends factors, and never a part of W.
+What is kept on a rank between two swaps belongs to its own parts of the factors (`scores`, `origins`) or to
+the layers that it owns (`reserve`, on the host). A swap sends factors, and never a part of W.
 """
 
 import logging
@@ -35,7 +36,8 @@ log = logging.getLogger(__name__)
 
 #: An optimizer step that no component can have been put in place after.
 NEVER = -1
-#: The moment that a new component starts without; the second ones get the bias correction of their own age instead.
+#: The moment that a new component starts without; the second ones get the bias correction of their own age
+#: instead.
 FORGOTTEN = ("exp_avg", "momentum_buffer")
 USED_UP = "the reserve of unused singular directions is used up: no further recomposition"
 
@@ -44,8 +46,9 @@ USED_UP = "the reserve of unused singular directions is used up: no further reco
 class _Carried:
     """What is remembered of a swap until its numbers are computed.
 
-    errors: of every layer, this rank's share of the squared rounding error. live, begun: of the layers that this rank owns, what
-    the factors add to W now, and what the replaced components were when they were put in place, negated; in host memory.
+    errors: of every layer, this rank's share of the squared rounding error. live, begun: of the layers that
+    this rank owns, what the factors add to W now, and what the replaced components were when they were put in
+    place, negated; in host memory.
     """
 
     errors: dict[str, float] = field(default_factory=dict)
@@ -54,11 +57,12 @@ class _Carried:
 
 
 class Recomposer:
-    """Follows the importance of components through training, and replaces them when the method's schedule says so.
+    """Follows the importance of components through training, and replaces them when the method's schedule
+    says so.
 
-    steps: of the whole run. reserves: of the layers that this rank owns, as `initialise` reported them. probe: the samples of
-    the j-th new probe, where the method needs one. rate: the learning rate of step 0, 1, ….
-    Without a schedule it does nothing. All calls are collective.
+    steps: of the whole run. reserves: of the layers that this rank owns, as `initialise` reported them.
+    probe: the samples of the j-th new probe, where the method needs one. rate: the learning rate of step 0,
+    1, …. Without a schedule it does nothing. All calls are collective.
     """
 
     def __init__(
@@ -79,7 +83,8 @@ class Recomposer:
         elements = self._method.element_scores() if self._switching else None
         self._scores = Scores(engine, self._layers, elements) if elements else None
         self._reserve = Reserve(self._comm, self._layers, self._owners, engine.dtype, reserves or {})
-        #: Swaps made, and optimizer steps. Not the optimizer's own count, which a rank without a part of any tensor lacks.
+        #: Swaps made, and optimizer steps. Not the optimizer's own count, which a rank without a part of any
+        #: tensor lacks.
         self._swaps, self._done = 0, 0
         #: No further replacement, whatever the schedule says; young components are still looked after.
         self._ended = False
@@ -117,12 +122,16 @@ class Recomposer:
 
     @torch.no_grad()
     def on_gradient(self) -> None:
-        """After the last backward, before the step: scores see the averaged gradient, and young components get second moments
-        of their own age."""
+        """After the last backward, before the step: scores see the averaged gradient, and young components
+        get second moments of their own age."""
         if not self.active:
             return
         step = self._done + 1
-        young = {name for name, born in self._born.items() if any(b != NEVER and step - b <= AGE_LIMIT for b in born)}
+        young = {
+            name
+            for name, born in self._born.items()
+            if any(b != NEVER and step - b <= AGE_LIMIT for b in born)
+        }
         if "exp_avg_sq" not in self._engine.optimizer.moments():
             young = set()
         clip = self._engine.clip_factor() if young else 1.0
@@ -140,7 +149,9 @@ class Recomposer:
                     own_age(part.moments["exp_avg_sq"], part.gradient * clip, ages, step, beta2)
 
     def _ages(self, name: str, step: int) -> Tensor:
-        """(r,) int64: the how manieth step of each component the optimizer step `step` is; 0 for those of the start."""
+        """(r,) int64: the how manieth step of each component the optimizer step `step` is; 0 for those of the
+        start.
+        """
         ages = [0 if born == NEVER else step - born for born in self._born[name]]
         return torch.tensor(ages, device=self._comm.device)
 
@@ -148,7 +159,9 @@ class Recomposer:
 
     @torch.no_grad()
     def after_step(self, done: int, loss: float) -> SwapReport | None:
-        """done: finished steps. loss: of the last one, the same on all ranks. Returns what was decided, if anything was."""
+        """done: finished steps. loss: of the last one, the same on all ranks. Returns what was decided, if
+        anything was.
+        """
         followed, self._done = self._following, done
         if not self.active or self._ended:
             return None
@@ -162,8 +175,12 @@ class Recomposer:
         decision = self._switching.after_step(done, loss, lambda: _mean_low_share(scores()))
         if decision is None:
             return None
-        log.info("step %d: %s: %s", done, "recomposition" if decision.swap else "no recomposition", decision.reason)
-        report = SwapReport(done, decision.swap, decision.reason, scores() if followed else None, list(self._layers))
+        log.info(
+            "step %d: %s: %s", done, "recomposition" if decision.swap else "no recomposition", decision.reason
+        )
+        report = SwapReport(
+            done, decision.swap, decision.reason, scores() if followed else None, list(self._layers)
+        )
         if decision.swap:
             self._swap(report)
         return report
@@ -190,7 +207,9 @@ class Recomposer:
         scores = [None] * len(self._layers) if report.scores is None else report.scores
         chosen = {name: self._method.choose(row) for name, row in zip(self._layers, scores)}
         from_reserve = self._method.refill_from() == "reserve"
-        if from_reserve and any(self._reserve.left(name) < len(components) for name, components in chosen.items()):
+        if from_reserve and any(
+            self._reserve.left(name) < len(components) for name, components in chosen.items()
+        ):
             log.info(USED_UP)
             self._ended = True
             report.swapped, report.reason = False, USED_UP
@@ -204,7 +223,9 @@ class Recomposer:
             factors, used = self._read(layer)
             self._carry_out(layer, self._method.fuse(factors, used, chosen[name], new), used, carried)
             report.layers[name] = seen = LayerSwap(chosen[name], reserve_left=self._reserve.left(name))
-            seen.sigma = [self._method.scaling * float(b.norm() * a.norm()) for b, a in zip(new.left.T, new.right)]
+            seen.sigma = [
+                self._method.scaling * float(b.norm() * a.norm()) for b, a in zip(new.left.T, new.right)
+            ]
             if report.scores is not None:
                 seen.low_half_share = low_half_share(report.scores[len(report.layers) - 1])
         self._measure(report, carried)
@@ -221,8 +242,9 @@ class Recomposer:
         carried = _Carried()
         for name, layer in self._layers.items():
             factors, used = self._read(layer)
-            # Every rank forms the (out, r) product s·B·R for itself: out·r² multiplications. Its own rows of left @ right cost
-            # out·in·r/world, and an owner's broadcast would have to wait for the product and then send it.
+            # Every rank forms the (out, r) product s·B·R for itself: out·r² multiplications. Its own rows of
+            # left @ right cost out·in·r/world, and an owner's broadcast would have to wait for the product
+            # and then send it.
             answer = self._method.fuse(factors, used, self._method.choose(None), None)
             self._carry_out(layer, answer, used, carried)
             report.layers[name] = LayerSwap(answer.replaced)
@@ -245,12 +267,19 @@ class Recomposer:
     def _as_used(self, factors: Factors) -> Factors:
         return {name: factor.to(self._engine.dtype).float() for name, factor in factors.items()}
 
-    def _carry_out(self, layer: AdapterLinear, answer: Recomposition, used: Factors, carried: _Carried) -> None:
+    def _carry_out(
+        self, layer: AdapterLinear, answer: Recomposition, used: Factors, carried: _Carried
+    ) -> None:
         """Factors, weight, moments and ledger of one layer. used: the factors before."""
         name, begun = layer.name, self._origins.negated(layer, answer.replaced, used)
         self._engine.write(layer, answer.factors)
-        rounding, beside = self._method.update_rounding(), self._method.fuses_beside(layer.packing is not None)
-        carried.errors[name] = self._ledger.apply(self._engine, layer, self._swaps, rounding, answer.base_update, beside)
+        rounding, beside = (
+            self._method.update_rounding(),
+            self._method.fuses_beside(layer.packing is not None),
+        )
+        carried.errors[name] = self._ledger.apply(
+            self._engine, layer, self._swaps, rounding, answer.base_update, beside
+        )
         replaced = torch.zeros(self._method.rank, dtype=torch.bool, device=self._comm.device)
         replaced[list(answer.replaced)] = True
         for factor, part in self._engine.parts(layer).items():
@@ -266,8 +295,8 @@ class Recomposer:
             carried.begun[name] = [_on_host(pair) for pair in begun]
 
     def _measure(self, report: SwapReport, carried: _Carried) -> None:
-        """What there is to tell of every layer, computed by its owner: apart from the swap itself, so that owners do not wait for
-        each other, and none for one that failed."""
+        """What there is to tell of every layer, computed by its owner: apart from the swap itself, so that
+        owners do not wait for each other, and none for one that failed."""
         failure = None
         try:
             for name, live in carried.live.items():
@@ -290,14 +319,25 @@ class Recomposer:
         }  # fmt: skip
 
     def tensors(self) -> Iterator[tuple[str, Tensor | None]]:
-        """Scores where they are followed, starts, and what is unused of the reserve, on rank 0's CPU. Collective."""
+        """Scores where they are followed, starts, and what is unused of the reserve, on rank 0's CPU.
+        Collective.
+        """
         if self.active:
-            yield from chain(self._scores.tensors() if self._following else (), self._origins.tensors(), self._reserve.tensors())
+            yield from chain(
+                self._scores.tensors() if self._following else (),
+                self._origins.tensors(),
+                self._reserve.tensors(),
+            )
 
     def restore(self, state: dict[str, Any], read: Callable[[str], Tensor | None]) -> None:
-        """Goes on from what `state` and `tensors` gave, at any stage and world size. Collective. read: the tensor of a name, on
-        rank 0; collective."""
-        self._swaps, self._done, self._born, self._ended = state["swaps"], state["done"], state["born"], state["ended"]
+        """Goes on from what `state` and `tensors` gave, at any stage and world size. Collective. read: the
+        tensor of a name, on rank 0; collective."""
+        self._swaps, self._done, self._born, self._ended = (
+            state["swaps"],
+            state["done"],
+            state["born"],
+            state["ended"],
+        )
         self._switching.restore(state["switching"])
         if self._following:
             self._scores.restore(read)
@@ -310,7 +350,9 @@ def _on_host(pair: LowRank) -> LowRank:
 
 
 def _component(factor: str, part: Part, layer: AdapterLinear) -> Tensor:
-    """(n,) int64: the component that each element of a part belongs to. A core belongs to all, which are replaced together."""
+    """(n,) int64: the component that each element of a part belongs to. A core belongs to all, which are
+    replaced together.
+    """
     if factor == "R":
         return torch.zeros(part.master.numel(), dtype=torch.int64, device=part.master.device)
     shape = layer.method.shapes(*layer.shape)[factor]

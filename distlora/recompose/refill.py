@@ -13,22 +13,38 @@ from distlora.methods.contract import LayerInit
 
 
 def from_gradients(
-    engine: Engine, attached: Attached, owners: dict[str, int], chosen: dict[str, tuple[int, ...]], data: Probe, seed: int | str
+    engine: Engine,
+    attached: Attached,
+    owners: dict[str, int],
+    chosen: dict[str, tuple[int, ...]],
+    data: Probe,
+    seed: int | str,
 ) -> dict[str, LowRank]:
     """Leading directions of the gradients at the adapted weights, as large as what they replace. Collective.
 
-    chosen: of every layer the components to be replaced. data: the probe's samples. seed: of the decompositions' draws.
+    chosen: of every layer the components to be replaced. data: the probe's samples. seed: of the
+    decompositions' draws.
     """
     method, device = attached.method, engine.comm.device
     sizes = component_sizes(engine, attached)
     with torch.enable_grad():
         gradients = mean_gradients(
-            engine, attached.layers, owners, data.batches(), data.samples, data.loss, method.refill_probe().sums, adapted=True
+            engine,
+            attached.layers,
+            owners,
+            data.batches(),
+            data.samples,
+            data.loss,
+            method.refill_probe().sums,
+            adapted=True,
         )
     fresh, failure = {}, None
     try:
         for name in list(gradients):
-            gradient, generator = gradients.pop(name).to(device), layer_generator(seed, name)  # out of the list: freed when used
+            gradient, generator = (
+                gradients.pop(name).to(device),
+                layer_generator(seed, name),
+            )  # out of the list: freed when used
             source = LayerInit(gradient.shape, gradient, generator, engine.dtype, device=device)
             replaced = list(chosen[name])
             fresh[name] = method.new_components(source, float(sizes[name][replaced].mean()), len(replaced))
@@ -40,8 +56,8 @@ def from_gradients(
 
 
 def component_sizes(engine: Engine, attached: Attached) -> dict[str, Tensor]:
-    """Of every layer the norms of s·B_k·A_k as the forward pass uses them: (r,) float64. From each rank's parts, in one
-    collective of 2r numbers a layer."""
+    """Of every layer the norms of s·B_k·A_k as the forward pass uses them: (r,) float64. From each rank's
+    parts, in one collective of 2r numbers a layer."""
     method, layers = attached.method, attached.layers
     means = torch.zeros(len(layers), 2, method.rank, dtype=torch.float64, device=engine.comm.device)
     for rows, layer in zip(means, layers.values()):
@@ -49,7 +65,12 @@ def component_sizes(engine: Engine, attached: Attached) -> dict[str, Tensor]:
         for factor, part in engine.parts(layer).items():
             if part.counted:
                 squares = part.master.to(engine.dtype).float().square()
-                rows["AB".index(factor)] += group_sums(factor, squares, part.start, shapes[factor]).to(rows.device)
+                rows["AB".index(factor)] += group_sums(factor, squares, part.start, shapes[factor]).to(
+                    rows.device
+                )
     means = engine.comm.all_reduce(means).cpu()  # of the elements' squares, over a column of B and a row of A
     numbers = [layer.in_features * layer.out_features for layer in layers.values()]
-    return {name: method.scaling * (number * both.prod(0)).sqrt() for name, number, both in zip(layers, numbers, means)}
+    return {
+        name: method.scaling * (number * both.prod(0)).sqrt()
+        for name, number, both in zip(layers, numbers, means)
+    }

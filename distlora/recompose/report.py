@@ -21,11 +21,12 @@ DECADES = 4
 class LayerSwap:
     """One layer at one swap.
 
-    components: the numbers of those replaced. low_half_share: what the lower half of the components carried of the importance.
-    sigma: the singular values of s·B·A of the new components. reserve_left: components that are still unused.
-    rounding_loss: ‖W_exact − W_stored‖ / ‖what was added to W‖; rounding_loss_of_learned: the same error / ‖what the replaced
-    components had learned since they were put in place‖. delta_norm, effective_rank: of the whole update of W0 so far; the
-    effective rank is exp(entropy of σ/Σσ).
+    components: the numbers of those replaced. low_half_share: what the lower half of the components carried
+    of the importance. sigma: the singular values of s·B·A of the new components. reserve_left: components
+    that are still unused. rounding_loss: ‖W_exact − W_stored‖ / ‖what was added to W‖;
+    rounding_loss_of_learned: the same error / ‖what the replaced components had learned since they were put
+    in place‖. delta_norm, effective_rank: of the whole update of W0 so far; the effective rank is exp(entropy
+    of σ/Σσ).
     """
 
     components: tuple[int, ...]
@@ -43,13 +44,21 @@ class LayerSwap:
 #: Of a layer, known to its owner alone.
 OWNED = ("update_norm", "learned_norm", "delta_norm", "effective_rank")
 #: Of a layer, beside the largest `sigma`: what is worth a curve.
-SHOWN = ("low_half_share", "rounding_loss", "rounding_loss_of_learned", "delta_norm", "effective_rank", "reserve_left")
+SHOWN = (
+    "low_half_share",
+    "rounding_loss",
+    "rounding_loss_of_learned",
+    "delta_norm",
+    "effective_rank",
+    "reserve_left",
+)
 
 
 @dataclass
 class SwapReport:
-    """step: optimizer steps done. swapped, reason: the decision. scores: (layers, r) importance of every component, if it was
-    followed. names: of the layers, in the order of the rows. layers: what happened to each, if components were replaced."""
+    """step: optimizer steps done. swapped, reason: the decision. scores: (layers, r) importance of every
+    component, if it was followed. names: of the layers, in the order of the rows. layers: what happened to
+    each, if components were replaced."""
 
     step: int
     swapped: bool
@@ -60,19 +69,32 @@ class SwapReport:
     scalars: dict[str, float] = field(default_factory=dict)
 
     def means(self) -> dict[str, float]:
-        """By tag, under `recompose/`: what concerns the swap as a whole, and each quantity's mean over the layers."""
-        found = {f"recompose/{key}": value for key, value in self.scalars.items()} | {"recompose/swapped": float(self.swapped)}
-        return found | {f"recompose/{key}": sum(by.values()) / len(by) for key, by in self._quantities().items()}
+        """By tag, under `recompose/`: what concerns the swap as a whole, and each quantity's mean over the
+        layers.
+        """
+        found = {f"recompose/{key}": value for key, value in self.scalars.items()} | {
+            "recompose/swapped": float(self.swapped)
+        }
+        return found | {
+            f"recompose/{key}": sum(by.values()) / len(by) for key, by in self._quantities().items()
+        }
 
     def by_layer(self) -> dict[str, float]:
         """By tag, `recompose/<quantity>/<layer>`."""
-        return {f"recompose/{key}/{name}": value for key, by in self._quantities().items() for name, value in by.items()}
+        return {
+            f"recompose/{key}/{name}": value
+            for key, by in self._quantities().items()
+            for name, value in by.items()
+        }
 
     def _quantities(self) -> dict[str, dict[str, float]]:
         """Numbers by quantity and layer, as far as they are known."""
         found = {key: {name: getattr(layer, key) for name, layer in self.layers.items()} for key in SHOWN}
         found["sigma"] = {name: max(layer.sigma, default=None) for name, layer in self.layers.items()}
-        known = {key: {name: float(value) for name, value in by.items() if value is not None} for key, by in found.items()}
+        known = {
+            key: {name: float(value) for name, value in by.items() if value is not None}
+            for key, by in found.items()
+        }
         return {key: by for key, by in known.items() if by}
 
     def record(self) -> dict:
@@ -83,12 +105,16 @@ class SwapReport:
         }  # fmt: skip
 
     def picture(self) -> Tensor | None:
-        """(r·8, layers·8, 3) uint8: a column for each layer, a row for each component, brighter where it matters more."""
+        """(r·8, layers·8, 3) uint8: a column for each layer, a row for each component, brighter where it
+        matters more.
+        """
         if self.scores is None:
             return None
         largest = self.scores.max(1, keepdim=True).values
         # A layer's own scale, logarithmic: scores of one layer span decades, and layers are not compared.
-        ratio = torch.where(largest > 0, self.scores / largest.clamp(min=1e-300), torch.zeros_like(self.scores))
+        ratio = torch.where(
+            largest > 0, self.scores / largest.clamp(min=1e-300), torch.zeros_like(self.scores)
+        )
         level = (1 + ratio.clamp(min=10.0**-DECADES).log10() / DECADES).T * (len(COLOURS) - 1)
         low = level.floor().clamp(max=len(COLOURS) - 2).long()
         colours = torch.tensor(COLOURS, dtype=level.dtype)
@@ -96,11 +122,14 @@ class SwapReport:
         return (mixed * 255).round().to(torch.uint8).repeat_interleave(PIXELS, 0).repeat_interleave(PIXELS, 1)
 
 
-def measure(layer: LayerSwap, update: LowRank, begun: list[LowRank], total: list[LowRank], device: torch.device) -> None:
-    """Computes what the owner of a layer tells of it. Every pair (out, k), (k, in); the norms are taken on `device`.
+def measure(
+    layer: LayerSwap, update: LowRank, begun: list[LowRank], total: list[LowRank], device: torch.device
+) -> None:
+    """Computes what the owner of a layer tells of it. Every pair (out, k), (k, in); the norms are taken on
+    `device`.
 
-    update: what was added to W; its first columns are what was fused, one for each replaced component. begun: add up to the same
-    components as they were put in place, negated. total: add up to the whole update of W0.
+    update: what was added to W; its first columns are what was fused, one for each replaced component. begun:
+    add up to the same components as they were put in place, negated. total: add up to the whole update of W0.
     """
     count = len(layer.components)
     fused = LowRank(update.left[:, :count], update.right[:count])
@@ -117,9 +146,12 @@ def _stacked(pairs: list[LowRank], device: torch.device) -> tuple[Tensor, Tensor
 
 
 def complete(comm: Comm, report: SwapReport, errors: dict[str, float]) -> None:
-    """Brings together what single ranks know of the layers; one collective. errors: this rank's shares of the squared rounding
-    errors."""
-    table = [[errors[name], *(float(getattr(layer, key)) for key in OWNED)] for name, layer in report.layers.items()]
+    """Brings together what single ranks know of the layers; one collective. errors: this rank's shares of the
+    squared rounding errors."""
+    table = [
+        [errors[name], *(float(getattr(layer, key)) for key in OWNED)]
+        for name, layer in report.layers.items()
+    ]
     whole = comm.all_reduce(torch.tensor(table, dtype=torch.float64, device=comm.device)).tolist()
     for layer, (error, *owned) in zip(report.layers.values(), whole):
         for key, value in zip(OWNED, owned):

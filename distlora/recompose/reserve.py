@@ -14,12 +14,17 @@ from distlora.maths.low_rank import LowRank
 class Reserve:
     """How many components a layer has left is known on every rank, their numbers on its owner alone.
 
-    owners: the rank of each layer. dtype: of the numbers. pairs: of the layers that this rank owns; column i of left (out, n) and
-    row i of right (n, in) are one component. Making one is collective.
+    owners: the rank of each layer. dtype: of the numbers. pairs: of the layers that this rank owns; column i
+    of left (out, n) and row i of right (n, in) are one component. Making one is collective.
     """
 
     def __init__(
-        self, comm: Comm, layers: dict[str, AdapterLinear], owners: dict[str, int], dtype: torch.dtype, pairs: dict[str, LowRank]
+        self,
+        comm: Comm,
+        layers: dict[str, AdapterLinear],
+        owners: dict[str, int],
+        dtype: torch.dtype,
+        pairs: dict[str, LowRank],
     ):
         self._comm, self._layers, self._owners, self._dtype = comm, layers, owners, dtype
         self._pairs = dict(pairs)
@@ -39,13 +44,17 @@ class Reserve:
         return int(max(self._comm.all_gather(torch.tensor(own, device=self._comm.device))))
 
     def take(self, layer: str, count: int) -> LowRank | None:
-        """The next `count` components, which are forgotten here; None on other ranks than the owner. All ranks call it."""
+        """The next `count` components, which are forgotten here; None on other ranks than the owner. All
+        ranks call it.
+        """
         self._left[layer] -= count
         if layer not in self._pairs:
             return None
         pair = self._pairs[layer]
         # What is left gets memory of its own, so that the used part is freed.
-        self._pairs[layer] = LowRank(pair.left[:, count:].clone(memory_format=torch.contiguous_format), pair.right[count:].clone())
+        self._pairs[layer] = LowRank(
+            pair.left[:, count:].clone(memory_format=torch.contiguous_format), pair.right[count:].clone()
+        )
         return LowRank(pair.left[:, :count], pair.right[:count])
 
     # ------------------------------------------------------------------ to a checkpoint and back
@@ -68,16 +77,26 @@ class Reserve:
         if pair is None:
             left, right = (layer.out_features, count), (count, layer.in_features)
             pair = LowRank(*(torch.empty(shape, dtype=self._dtype, device=device) for shape in (left, right)))
-        # A broadcast, though only rank 0 needs it: sending from rank to rank would open a communicator for every pair of them.
-        return tuple(self._comm.broadcast(side.to(device), self._owners[layer.name]) for side in (pair.left, pair.right))
+        # A broadcast, though only rank 0 needs it: sending from rank to rank would open a communicator for
+        # every pair of them.
+        return tuple(
+            self._comm.broadcast(side.to(device), self._owners[layer.name])
+            for side in (pair.left, pair.right)
+        )
 
     def restore(self, left: dict[str, int], read: Callable[[str], Tensor | None]) -> None:
-        """Takes back what `state` and `tensors` gave, to the owners of now. read: the tensor of a name, on rank 0; collective."""
+        """Takes back what `state` and `tensors` gave, to the owners of now. read: the tensor of a name, on
+        rank 0; collective.
+        """
         self._left = dict(left)
         for name, layer in self._layers.items():
             if not self._left[name]:
                 continue
             sides = [read(f"{name}/reserve/{side}") for side in ("left", "right")]
-            whole = broadcast_pair(self._comm, layer.shape, 0, LowRank(*sides) if self._comm.is_main else None)
+            whole = broadcast_pair(
+                self._comm, layer.shape, 0, LowRank(*sides) if self._comm.is_main else None
+            )
             if self._owners[name] == self._comm.rank:
-                self._pairs[name] = LowRank(*(side.to("cpu", self._dtype, copy=True) for side in (whole.left, whole.right)))
+                self._pairs[name] = LowRank(
+                    *(side.to("cpu", self._dtype, copy=True) for side in (whole.left, whole.right))
+                )

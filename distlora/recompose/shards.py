@@ -1,4 +1,5 @@
-"""Tensors that follow a trained factor element by element: on every rank only what belongs to its own part of the factor.
+"""Tensors that follow a trained factor element by element: on every rank only what belongs to its own part of
+the factor.
 
 Whole ones exist for a moment, on the way to a checkpoint and back.
 """
@@ -10,7 +11,9 @@ from distlora.engine.comm import Comm
 from distlora.engine.protocol import Part
 
 
-def assembled(comm: Comm, shape: tuple[int, ...], part: Part | None, values: Tensor | None, owner: int) -> Tensor:
+def assembled(
+    comm: Comm, shape: tuple[int, ...], part: Part | None, values: Tensor | None, owner: int
+) -> Tensor:
     """The whole tensor, float32 on rank `owner`'s device; what the other ranks get is undefined. Collective.
 
     part: this rank's of the factor, None where it holds nothing. values: (n,), what belongs to that part.
@@ -22,7 +25,9 @@ def assembled(comm: Comm, shape: tuple[int, ...], part: Part | None, values: Ten
 
 
 def own_values(comm: Comm, shape: tuple[int, ...], part: Part | None, whole: Tensor | None) -> Tensor | None:
-    """What belongs to this rank's part of the factor, (n,); None where it holds nothing. Collective. whole: on rank 0."""
+    """What belongs to this rank's part of the factor, (n,); None where it holds nothing. Collective. whole:
+    on rank 0.
+    """
     everywhere = torch.zeros(shape, device=comm.device)
     if comm.is_main:
         everywhere.copy_(whole)

@@ -1,6 +1,8 @@
-"""`distlora methods`: what each method trains, what that costs on a given model, and what it is given and gives.
+"""`distlora methods`: what each method trains, what that costs on a given model, and what it is given and
+gives.
 
-Every fact is asked of the method contract, every number of the shapes of the model's layers: no weight is read.
+Every fact is asked of the method contract, every number of the shapes of the model's layers: no weight is
+read.
 """
 
 import math
@@ -30,8 +32,8 @@ AT_START = {"same": "yes", "near": "nearly", "moved": "no"}
 
 @dataclass(frozen=True)
 class Subject:
-    """What the methods are put on. shapes: (out, in) of every target layer. biases, heads: numbers that `full` trains besides,
-    and that every method trains besides."""
+    """What the methods are put on. shapes: (out, in) of every target layer. biases, heads: numbers that
+    `full` trains besides, and that every method trains besides."""
 
     title: str
     shapes: list[tuple[int, int]] = field(default_factory=list)
@@ -40,14 +42,17 @@ class Subject:
 
 
 def methods_table(
-    recipe_path: str | None = None, overrides: Sequence[str] = (), rank: int | None = None, model: str | None = None
+    recipe_path: str | None = None,
+    overrides: Sequence[str] = (),
+    rank: int | None = None,
+    model: str | None = None,
 ) -> str:
     """The table as text, every registered method a line.
 
-    recipe_path, overrides: a recipe whose model, targets, optimizer and method are taken. rank: of all methods; by default the
-    recipe's, or each one's own default. model: in place of the recipe's. Without a model, numbers are formulas for one layer.
-    Errors: UserError in one sentence for a recipe, a model or a rank that there cannot be. What only a single method cannot do
-    is said in its line.
+    recipe_path, overrides: a recipe whose model, targets, optimizer and method are taken. rank: of all
+    methods; by default the recipe's, or each one's own default. model: in place of the recipe's. Without a
+    model, numbers are formulas for one layer. Errors: UserError in one sentence for a recipe, a model or a
+    rank that there cannot be. What only a single method cannot do is said in its line.
     """
     if rank is not None and rank < 1:
         raise UserError(f"--rank={rank}: wanted a whole number of at least 1")
@@ -104,7 +109,9 @@ def _subject(recipe: Recipe | None, path: str | None) -> Subject | None:
 
 def _method(name: str, recipe: Recipe | None, rank: int | None) -> Method:
     """The recipe's own method as it is set there, another one with its defaults."""
-    content = recipe.method.model_dump(mode="json") if recipe and recipe.method.name == name else {"name": name}
+    content = (
+        recipe.method.model_dump(mode="json") if recipe and recipe.method.name == name else {"name": name}
+    )
     if rank is not None:
         content["rank"] = rank
     return validate(registry()[name], content, "method", lambda key: key)
@@ -114,7 +121,9 @@ def _method(name: str, recipe: Recipe | None, rank: int | None) -> Method:
 
 
 def _row(method: Method, subject: Subject | None, spec: OptimizerSpec, recipe: Recipe | None) -> list[str]:
-    """Raises UserError where the method cannot be put on a layer, or not on weights that are stored as the recipe says."""
+    """Raises UserError where the method cannot be put on a layer, or not on weights that are stored as the
+    recipe says.
+    """
     if subject is None:
         numbers = [_formula(method)]
     else:
@@ -145,13 +154,17 @@ def _trained(method: Method, subject: Subject) -> int:
 
 
 def _formula(method: Method) -> str:
-    """Trained numbers of one layer, in r, out and in: the sizes of the factors, read off a layer whose sizes are unmistakable."""
+    """Trained numbers of one layer, in r, out and in: the sizes of the factors, read off a layer whose sizes
+    are unmistakable.
+    """
     if method.trains_weight:
         return "out·in"
     out_features, in_features = method.rank + 1_000_003, method.rank + 2_000_003
     symbols = {method.rank: "r", out_features: "out", in_features: "in"}
     shapes = method.shapes(out_features, in_features)
-    terms = ("·".join(symbols.get(size, str(size)) for size in sorted(shapes[factor])) for factor in method.trains)
+    terms = (
+        "·".join(symbols.get(size, str(size)) for size in sorted(shapes[factor])) for factor in method.trains
+    )
     return " + ".join(terms).replace("r·r", "r²")
 
 
@@ -187,7 +200,9 @@ def _lines(rows: list[list[str]], remarks: Mapping[int, str] = MappingProxyType(
 
 
 def _legend(subject: Subject | None, spec: OptimizerSpec, rank: int | None) -> list[str]:
-    moments = {0: "", 1: ", one moment"}.get(sum(not key.endswith("_scale") for key in spec.moments()), ", two moments")
+    moments = {0: "", 1: ", one moment"}.get(
+        sum(not key.endswith("_scale") for key in spec.moments()), ", two moments"
+    )
     default = Method.model_fields["rank"].default
     lines = [
         f"r is {f'the rank, by default {default}' if rank is None else rank}; an export can always be a merged model instead",
@@ -195,6 +210,9 @@ def _legend(subject: Subject | None, spec: OptimizerSpec, rank: int | None) -> l
         "at ZeRO 1 to 3 that is all ranks together",
     ]
     if subject is None:
-        return ["trained parameters: of one layer (out × in); a recipe or --model gives those of a model", *lines]
+        return [
+            "trained parameters: of one layer (out × in); a recipe or --model gives those of a model",
+            *lines,
+        ]
     heads = f", and a new head of {subject.heads:,} numbers, which is counted" if subject.heads else ""
     return [f"{subject.title}{heads}", *lines]

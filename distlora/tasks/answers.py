@@ -4,7 +4,8 @@ import re
 from decimal import Decimal
 
 _NUMBER = r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|-?\.\d+"
-#: A number that is the whole answer, up to currency, percent and a unit in words: `$1,000.00`, `1 kid`; not `5/6` or `5x`.
+#: A number that is the whole answer, up to currency, percent and a unit in words: `$1,000.00`, `1 kid`; not
+#: `5/6` or `5x`.
 _WHOLE_NUMBER = re.compile(rf"(?:\\?\$)?\s*({_NUMBER})\s*(?:\\?%)?(?:\s+[A-Za-z ]+)?(?:\\?\$)?")
 #: The options of the LLM-Adapters data sets. Models like to repeat the option's text behind its label.
 _LABEL = re.compile(r"(?:true|false|(?:solution|answer|option|ending)\s?\d)\b", re.IGNORECASE)
@@ -23,7 +24,9 @@ def after_the_answer_is(text: str) -> str | None:
 
 
 def choice_or_text(text: str) -> str | None:
-    """LLM-Adapters: what stands behind `the correct answer is`, only the label if it is an option; else the whole text."""
+    """LLM-Adapters: what stands behind `the correct answer is`, only the label if it is an option; else the
+    whole text.
+    """
     parts = re.split(r"the (?:correct )?answer is\s*:?", text, flags=re.IGNORECASE)
     found = _line(parts[-1]) if len(parts) > 1 else exact_text(text)
     label = _LABEL.match(found) if found else None
@@ -43,7 +46,9 @@ def exact_text(text: str) -> str | None:
 
 
 def same(found: str | None, expected: str | None) -> bool:
-    """Whether two answers are equal: as numbers where both are numbers, else as text without case, spaces and full stop."""
+    """Whether two answers are equal: as numbers where both are numbers, else as text without case, spaces and
+    full stop.
+    """
     if found is None or expected is None:
         return False
     numbers = [_value(found), _value(expected)]

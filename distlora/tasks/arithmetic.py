@@ -1,8 +1,9 @@
 """Embedded arithmetic word problems: a data set that needs no file and no network.
 
-A problem is a pure function of (split, seed, index), so every process has the same data. What is held out are the
-*operands*: numbers that make up a test problem make up, in any order, no training problem, whatever story and operation
-surround them. So the exact match on the test split is about arithmetic and not about remembered problems.
+A problem is a pure function of (split, seed, index), so every process has the same data. What is held out are
+the *operands*: numbers that make up a test problem make up, in any order, no training problem, whatever story
+and operation surround them. So the exact match on the test split is about arithmetic and not about remembered
+problems.
 """
 
 import random
@@ -23,7 +24,9 @@ _ITEMS = "apples books cards coins cookies eggs flowers marbles oranges pencils 
 
 @dataclass(frozen=True)
 class Operation:
-    """An operation on `count` operands, each in 'low..high': the numbers that a story shows, and the answer (0..99)."""
+    """An operation on `count` operands, each in 'low..high': the numbers that a story shows, and the answer
+    (0..99).
+    """
 
     count: int
     low: int
@@ -32,7 +35,8 @@ class Operation:
     answer: Callable[..., int]
 
 
-# Subtraction and division are built backwards from the answer, so that they are never negative and always whole.
+# Subtraction and division are built backwards from the answer, so that they are never negative and always
+# whole.
 SUM = Operation(2, 1, 20, lambda a, b: (a, b), lambda a, b: a + b)
 DIFFERENCE = Operation(2, 1, 20, lambda a, b: (a + b, b), lambda a, b: a)
 PRODUCT = Operation(2, 2, 9, lambda a, b: (a, b), lambda a, b: a * b)
@@ -52,8 +56,14 @@ STORIES: list[tuple[str, Operation]] = [
     ("{name} has {0} boxes with {1} {items} in each. How many {items} does {name} have?", PRODUCT),
     ("{name} drives {0} km an hour for {1} hours. How many km does {name} drive?", PRODUCT),
     ("{name} shares {0} {items} equally among {1} friends. How many {items} does each friend get?", QUOTIENT),
-    ("{name} has {0} {items}, gives {1} away and then finds {2}. How many {items} does {name} have now?", LESS_THEN_MORE),
-    ("{name} has {0} bags with {1} {items} in each and {2} more. How many {items} does {name} have?", PRODUCT_AND_REST),
+    (
+        "{name} has {0} {items}, gives {1} away and then finds {2}. How many {items} does {name} have now?",
+        LESS_THEN_MORE,
+    ),
+    (
+        "{name} has {0} bags with {1} {items} in each and {2} more. How many {items} does {name} have?",
+        PRODUCT_AND_REST,
+    ),
 ]
 
 

@@ -1,4 +1,6 @@
-"""How good predicted labels are: pure functions of (predicted, expected), int64 tensors of equal length that is not 0."""
+"""How good predicted labels are: pure functions of (predicted, expected), int64 tensors of equal length that
+is not 0.
+"""
 
 from torch import Tensor
 
@@ -16,7 +18,9 @@ def f1(predicted: Tensor, expected: Tensor) -> float:
 
 
 def matthews(predicted: Tensor, expected: Tensor) -> float:
-    """Matthews correlation (-1 … 1) of label 1 against the others; 0 where all are predicted, or expected, to be alike."""
+    """Matthews correlation (-1 … 1) of label 1 against the others; 0 where all are predicted, or expected, to
+    be alike.
+    """
     found, there, count = predicted == 1, expected == 1, len(expected)
     both, first, second = int((found & there).sum()), int(found.sum()), int(there.sum())
     spread = first * (count - first) * second * (count - second)

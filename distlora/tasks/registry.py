@@ -1,7 +1,9 @@
-"""Tasks: which columns a data set has, and what is made of them: a prompt and its response, or texts and their label.
+"""Tasks: which columns a data set has, and what is made of them: a prompt and its response, or texts and
+their label.
 
-Adding a task is adding one entry to `TASKS`. The recipe overrides an entry's columns by `data.fields`, its prompt by
-`data.template`. The kinds of tasks are the classes; what is trained for each kind, `distlora.training.objective` says.
+Adding a task is adding one entry to `TASKS`. The recipe overrides an entry's columns by `data.fields`, its
+prompt by `data.template`. The kinds of tasks are the classes; what is trained for each kind,
+`distlora.training.objective` says.
 """
 
 from collections.abc import Callable
@@ -27,8 +29,9 @@ ROLES = ("prompt", "response", "input", "answer")
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What all kinds have. path: the data set to read where the recipe names none. embedded: the rows are made by the project,
-    there is no path. header: the columns of the data set's official TSV files, where these do not name them."""
+    """What all kinds have. path: the data set to read where the recipe names none. embedded: the rows are
+    made by the project, there is no path. header: the columns of the data set's official TSV files, where
+    these do not name them."""
 
     path: str | None = None
     embedded: bool = False
@@ -40,9 +43,9 @@ class ResponseTask(Task):
     """A prompt and the response to learn.
 
     columns: the column of each role, before `data.fields`.
-    template: the prompt, a format string of roles and columns; `template_with_input` replaces it for a row with an input.
-    extract: the final answer in a text, or None if it has none. Without a column for `answer`, the expected answer is the
-    extract of the response.
+    template: the prompt, a format string of roles and columns; `template_with_input` replaces it for a row
+    with an input. extract: the final answer in a text, or None if it has none. Without a column for `answer`,
+    the expected answer is the extract of the response.
     """
 
     columns: dict[str, str] = field(default_factory=dict)
@@ -55,9 +58,10 @@ class ResponseTask(Task):
 class LabelTask(Task):
     """A text or a pair of texts, and the label to predict.
 
-    columns: for "text", "pair" (if there is one) and "label", the names that the column goes by in the data set's various
-    copies. labels: the names of the labels, in the order of the numbers that stand for them; empty: the recipe names them.
-    metrics: names from `distlora.tasks.metrics` that are reported beside the loss.
+    columns: for "text", "pair" (if there is one) and "label", the names that the column goes by in the data
+    set's various copies. labels: the names of the labels, in the order of the numbers that stand for them;
+    empty: the recipe names them. metrics: names from `distlora.tasks.metrics` that are reported beside the
+    loss.
     """
 
     columns: dict[str, tuple[str, ...]] = field(default_factory=dict)
@@ -85,10 +89,16 @@ GLUE: dict[str, LabelTask] = {
         path="nyu-mll/glue:cola",
     ),
     "sst2": LabelTask(
-        columns={"text": ("sentence",), "label": ("label",)}, labels=("negative", "positive"), path="nyu-mll/glue:sst2"
+        columns={"text": ("sentence",), "label": ("label",)},
+        labels=("negative", "positive"),
+        path="nyu-mll/glue:sst2",
     ),
     "mrpc": LabelTask(
-        columns={"text": ("sentence1", "#1 String"), "pair": ("sentence2", "#2 String"), "label": ("label", "Quality")},
+        columns={
+            "text": ("sentence1", "#1 String"),
+            "pair": ("sentence2", "#2 String"),
+            "label": ("label", "Quality"),
+        },
         labels=("not_equivalent", "equivalent"),
         metrics=("accuracy", "f1"),
         path="nyu-mll/glue:mrpc",
@@ -100,12 +110,18 @@ GLUE: dict[str, LabelTask] = {
         path="nyu-mll/glue:qqp",
     ),
     "mnli": LabelTask(
-        columns={"text": ("premise", "sentence1"), "pair": ("hypothesis", "sentence2"), "label": ("label", "gold_label")},
+        columns={
+            "text": ("premise", "sentence1"),
+            "pair": ("hypothesis", "sentence2"),
+            "label": ("label", "gold_label"),
+        },
         labels=("entailment", "neutral", "contradiction"),
         path="nyu-mll/glue:mnli",
     ),
     "qnli": LabelTask(
-        columns={"text": ("question",), "pair": ("sentence",), "label": ("label",)}, labels=_ENTAILMENT, path="nyu-mll/glue:qnli"
+        columns={"text": ("question",), "pair": ("sentence",), "label": ("label",)},
+        labels=_ENTAILMENT,
+        path="nyu-mll/glue:qnli",
     ),
     "rte": LabelTask(columns=_SENTENCES, labels=_ENTAILMENT, path="nyu-mll/glue:rte"),
     "wnli": LabelTask(columns=_SENTENCES, labels=("not_entailment", "entailment"), path="nyu-mll/glue:wnli"),
@@ -147,8 +163,8 @@ def get_task(name: str) -> Task:
 
 
 def is_correct(task: str, generated_text: str, answer: str | None) -> bool:
-    """Whether the final answer in a text generated for a `ResponseTask` is the expected one: as a number where both are
-    numbers, else as text.
+    """Whether the final answer in a text generated for a `ResponseTask` is the expected one: as a number
+    where both are numbers, else as text.
 
     Where no answer is known (None), nothing is correct.
     """

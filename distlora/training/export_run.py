@@ -21,8 +21,8 @@ from distlora.recipe.load import load_recipe
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written where. errors: relative Frobenius error of the update of every layer whose pair was compressed.
-    compression: the same in one sentence, None where nothing was compressed."""
+    """What was written where. errors: relative Frobenius error of the update of every layer whose pair was
+    compressed. compression: the same in one sentence, None where nothing was compressed."""
 
     path: Path
     errors: dict[str, float] = field(default_factory=dict)
@@ -40,13 +40,14 @@ def export_run(
 ) -> Exported:
     """Writes what a run has trained to the new directory `out`. Works on files alone, without an engine.
 
-    checkpoint: the step; None for the last state that the run has left. dtype: None for float32 ("peft") or that of the
-    pretrained weights ("merged": the sum is made in float32 and cast once).
-    compress_rank: the most columns of a layer's pair. max_error: of a layer's update, relative, in the Frobenius norm; each layer
-    has the smallest rank that meets it. Without both, what is exported is exact, except that a stack of updates is compressed
-    where it is wider than the matrix, or is going to be rounded to `dtype`.
-    Errors: UserError for a directory that is no run, one without a complete checkpoint, an `out` that is not empty, a format that
-    the method cannot have, and a compression that makes no sense.
+    checkpoint: the step; None for the last state that the run has left. dtype: None for float32 ("peft") or
+    that of the pretrained weights ("merged": the sum is made in float32 and cast once).
+    compress_rank: the most columns of a layer's pair. max_error: of a layer's update, relative, in the
+    Frobenius norm; each layer has the smallest rank that meets it. Without both, what is exported is exact,
+    except that a stack of updates is compressed where it is wider than the matrix, or is going to be rounded
+    to `dtype`.
+    Errors: UserError for a directory that is no run, one without a complete checkpoint, an `out` that is not
+    empty, a format that the method cannot have, and a compression that makes no sense.
     """
     run_dir, out = Path(run_dir), Path(out).absolute()
     if format not in ("peft", "merged"):
@@ -58,7 +59,11 @@ def export_run(
     if (compress_rank, max_error) != (None, None):
         _refuse_compression(recipe.method, "--max-error" if compress_rank is None else "--compress-rank")
     with file_errors_explained(out), new_directory(out) as draft:
-        source = _last_state(run_dir, recipe.method) if checkpoint is None else _of_step(run_dir, checkpoint, recipe.method)
+        source = (
+            _last_state(run_dir, recipe.method)
+            if checkpoint is None
+            else _of_step(run_dir, checkpoint, recipe.method)
+        )
         if format == "merged":
             write_merged(draft, resolve_path(recipe.model.path), source, dtype)
             return Exported(out)

@@ -18,8 +18,8 @@ from distlora.training.run_directory import METRICS, RECOMPOSITIONS
 class Monitor:
     """Writes scalars under TensorBoard tags such as `train/loss`. Every rank may call it; rank 0 writes.
 
-    metrics.jsonl: one JSON object a line, `{"step": n, tag: value, …}`; n counts finished optimizer steps. Numbers that JSON
-    does not know (NaN, infinities) are written as strings.
+    metrics.jsonl: one JSON object a line, `{"step": n, tag: value, …}`; n counts finished optimizer steps.
+    Numbers that JSON does not know (NaN, infinities) are written as strings.
     """
 
     def __init__(self, engine: Engine, run_dir: Path, resumed_at: int = 0):
@@ -38,8 +38,8 @@ class Monitor:
         self._engine.write_events([(tag, value, step) for tag, value in scalars.items()])
 
     def tell_swap(self, report: SwapReport) -> None:
-        """A decision about recomposition: means, every layer's own numbers and the importances as a picture where they are easy
-        to look at, and all of it in `recompositions.jsonl`."""
+        """A decision about recomposition: means, every layer's own numbers and the importances as a picture
+        where they are easy to look at, and all of it in `recompositions.jsonl`."""
         self.write(report.step, report.means())
         self._engine.write_details([(tag, value, report.step) for tag, value in report.by_layer().items()])
         picture = report.picture()
@@ -53,7 +53,8 @@ class Monitor:
 def _keep_until(path: Path, step: int) -> set[tuple[int, str]]:
     """Forgets lines of steps that a resumed run is going to make again, and a line that a crash cut short.
 
-    Returns the (step, tag) of all that is kept: a finished run that is started again has its last evaluation already.
+    Returns the (step, tag) of all that is kept: a finished run that is started again has its last evaluation
+    already.
     """
     if not path.exists():
         return set()
@@ -90,7 +91,9 @@ class _Lines:
 
 
 class Progress:
-    """A progress bar on rank 0 with loss, learning rate, tokens a second and time left; nothing on the others."""
+    """A progress bar on rank 0 with loss, learning rate, tokens a second and time left; nothing on the
+    others.
+    """
 
     def __init__(self, steps: int, start: int, shown: bool):
         # Where nobody watches a terminal, a line every ten seconds is enough for a log file.

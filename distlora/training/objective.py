@@ -1,4 +1,6 @@
-"""What is learned: a language model's responses or a classifier's labels. The kind of the recipe's task is looked at only here."""
+"""What is learned: a language model's responses or a classifier's labels. The kind of the recipe's task is
+looked at only here.
+"""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -22,7 +24,15 @@ from distlora.data import (
 from distlora.engine.protocol import Engine
 from distlora.errors import UserError
 from distlora.evaluation.scoring import exact_match, label_scores
-from distlora.models.loading import bare_model, head_parameters, label_loss, load_config, load_model, position_limit, response_loss
+from distlora.models.loading import (
+    bare_model,
+    head_parameters,
+    label_loss,
+    load_config,
+    load_model,
+    position_limit,
+    response_loss,
+)
 from distlora.models.targets import Batch
 from distlora.recipe.sections import Recipe
 from distlora.tasks import LabelTask, get_task
@@ -32,7 +42,8 @@ from distlora.training.step import evaluation_loss
 class Objective(ABC):
     """What the kinds share. labels: the names that a classifier tells apart; empty for a language model.
 
-    loss: (model, batch, weights of the rows) to (sum over the targets, their number); see `distlora.training.step`.
+    loss: (model, batch, weights of the rows) to (sum over the targets, their number); see
+    `distlora.training.step`.
     """
 
     labels: tuple[str, ...] = ()
@@ -97,7 +108,9 @@ class Responses(Objective):
     def __init__(self, recipe: Recipe):
         super().__init__(recipe)
         if recipe.data.labels is not None:
-            raise UserError(f"data.labels: the task {recipe.data.task} has responses and no labels; remove them")
+            raise UserError(
+                f"data.labels: the task {recipe.data.task} has responses and no labels; remove them"
+            )
 
     def _rows(self, split: str) -> Examples:
         return Examples(self.recipe.data, split)
@@ -106,15 +119,21 @@ class Responses(Objective):
         return load_split(self.recipe.data, split, tokenizer)
 
     def evaluate(self, engine: Engine, tokenizer, samples: Sequence) -> dict[str, float]:
-        parts = shard(len(samples), engine.comm.rank, engine.comm.world_size, self.recipe.train.micro_batch_size)
-        batches = (collate([samples[i] for i in part], tokenizer.pad_token_id, engine.comm.device) for part in parts)
+        parts = shard(
+            len(samples), engine.comm.rank, engine.comm.world_size, self.recipe.train.micro_batch_size
+        )
+        batches = (
+            collate([samples[i] for i in part], tokenizer.pad_token_id, engine.comm.device) for part in parts
+        )
         return {"loss": evaluation_loss(engine, batches, self.loss)}
 
     def generate(self, engine: Engine, tokenizer, samples: Sequence) -> dict[str, float]:
         data, count = self.recipe.data, self.recipe.train.exact_match_samples
         if not count:
             return {}
-        return {"exact_match": exact_match(engine, tokenizer, data.task, samples[:count], data.max_new_tokens)}
+        return {
+            "exact_match": exact_match(engine, tokenizer, data.task, samples[:count], data.max_new_tokens)
+        }
 
 
 class Labels(Objective):
@@ -127,7 +146,9 @@ class Labels(Objective):
         super().__init__(recipe)
         self.labels = label_names(recipe.data)
         if recipe.train.exact_match_samples:
-            raise UserError(f"train.exact_match_samples: the task {recipe.data.task} generates no answers; set it to 0")
+            raise UserError(
+                f"train.exact_match_samples: the task {recipe.data.task} generates no answers; set it to 0"
+            )
 
     def _rows(self, split: str) -> LabelledRows:
         return LabelledRows(self.recipe.data, split)
@@ -139,7 +160,9 @@ class Labels(Objective):
         model, wanted = super().bare_model(), self.recipe.data.max_length
         limit = position_limit(model)
         if limit is not None and wanted > limit:
-            raise UserError(f"data.max_length={wanted} is beyond the {limit} positions of {self.recipe.model.path}; lower it")
+            raise UserError(
+                f"data.max_length={wanted} is beyond the {limit} positions of {self.recipe.model.path}; lower it"
+            )
         return model
 
     def head(self, model: nn.Module) -> set[str]:
@@ -147,7 +170,9 @@ class Labels(Objective):
 
     def evaluate(self, engine: Engine, tokenizer, samples: Sequence) -> dict[str, float]:
         metrics = get_task(self.recipe.data.task).metrics
-        return label_scores(engine, samples, tokenizer.pad_token_id, self.recipe.train.micro_batch_size, metrics)
+        return label_scores(
+            engine, samples, tokenizer.pad_token_id, self.recipe.train.micro_batch_size, metrics
+        )
 
 
 def objective_of(recipe: Recipe) -> Objective:

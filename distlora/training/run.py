@@ -48,7 +48,9 @@ EVALUATION_DUE = "evaluation_due"
 
 @dataclass
 class _State:
-    """What a checkpoint holds beside tensors. step: finished optimizer steps. random: the generators' states after them."""
+    """What a checkpoint holds beside tensors. step: finished optimizer steps. random: the generators' states
+    after them.
+    """
 
     step: int
     extra: dict[str, Any]
@@ -57,8 +59,8 @@ class _State:
 
 @dataclass
 class Summary:
-    """What a run came to. before, after, on the evaluation set: "loss", a classifier's metrics, and "exact_match" (0 … 1) where it
-    was asked for."""
+    """What a run came to. before, after, on the evaluation set: "loss", a classifier's metrics, and
+    "exact_match" (0 … 1) where it was asked for."""
 
     run_dir: Path
     adapter: Path | None
@@ -74,18 +76,26 @@ class Summary:
 
 
 def check_targets(recipe: Recipe, objective: Objective) -> Recipe:
-    """Attaches the method to the model without weights: what is wrong with targets or rank shows before anything is loaded.
-    Returns the recipe with the method fitted to the model."""
+    """Attaches the method to the model without weights: what is wrong with targets or rank shows before
+    anything is loaded. Returns the recipe with the method fitted to the model."""
     model = objective.bare_model()
-    return recipe.model_copy(update={"method": attach(model, recipe.method, recipe.targets, objective.head(model)).method})
+    return recipe.model_copy(
+        update={"method": attach(model, recipe.method, recipe.targets, objective.head(model)).method}
+    )
 
 
 class Run:
     """The state of one run, in the order in which it comes about."""
 
-    def __init__(self, comm: Comm, recipe: Recipe, checkpoint: checkpoints.Checkpoint | None, status: StatusFile | None = None):
-        """checkpoint: to continue from, or to evaluate. status: of a run that is to train. Nothing is written to the run directory
-        before `finish`. Raises Preempted between what takes long."""
+    def __init__(
+        self,
+        comm: Comm,
+        recipe: Recipe,
+        checkpoint: checkpoints.Checkpoint | None,
+        status: StatusFile | None = None,
+    ):
+        """checkpoint: to continue from, or to evaluate. status: of a run that is to train. Nothing is written
+        to the run directory before `finish`. Raises Preempted between what takes long."""
         self.comm, self.recipe, self.checkpoint, self.status = comm, recipe, checkpoint, status
         self.run_dir = Path(recipe.output_dir)
         self.objective = objective_of(recipe)
@@ -101,7 +111,9 @@ class Run:
         on_every_rank(comm, lambda: check_length(fitted, self.steps))
 
         config = on_every_rank(comm, self.objective.load_config)
-        self.engine, self.tensorboard, self.resolved = on_every_rank(comm, lambda: _make_engine(comm, recipe, config))
+        self.engine, self.tensorboard, self.resolved = on_every_rank(
+            comm, lambda: _make_engine(comm, recipe, config)
+        )
         self.attached = self._load_and_attach()
         comm.sum_or_stop()
         self.summary = self._summary()
@@ -119,7 +131,10 @@ class Run:
         self.pretrained = None
         if recipe.model.quantization is not None and recipe.method.takes_from_weight:
             self.pretrained = on_every_rank(self.comm, lambda: self._pretrained(attached))
-        self.engine.start(model, OptimizerSpec(lr=settings.lr, weight_decay=settings.weight_decay, **dict(settings.optimizer)))
+        self.engine.start(
+            model,
+            OptimizerSpec(lr=settings.lr, weight_decay=settings.weight_decay, **dict(settings.optimizer)),
+        )
         draw_heads(self.engine, new, settings.seed)
         # From here on ranks may draw different numbers (dropout); new heads were drawn alike.
         reseed(settings.seed + self.comm.rank, self.comm.device)
@@ -131,7 +146,9 @@ class Run:
         if asked is None:
             return
         compute = asked.compute_dtype and getattr(torch, asked.compute_dtype)
-        made = pack_linears(model, packer(asked.kind, storage, compute, asked.double), self.comm.device, heads)
+        made = pack_linears(
+            model, packer(asked.kind, storage, compute, asked.double), self.comm.device, heads
+        )
         log.info(
             "%s: the weights of %d linear layers take %.1f MiB, and their scales %.1f MiB on every rank",
             asked.kind, len(made), sum(p.nbytes for p in made) / 2**20, sum(map(scale_bytes, made)) / 2**20,
@@ -139,7 +156,9 @@ class Run:
 
     def _pretrained(self, attached: Attached) -> PretrainedFiles:
         shapes = {name: layer.shape for name, layer in attached.layers.items() if layer.packing is not None}
-        return PretrainedFiles(resolve_path(self.recipe.model.path), shapes, getattr(torch, self.recipe.model.dtype))
+        return PretrainedFiles(
+            resolve_path(self.recipe.model.path), shapes, getattr(torch, self.recipe.model.dtype)
+        )
 
     def _start(self) -> dict[str, Any]:
         """Initialises, or restores the checkpoint. Returns the caller's part of the checkpoint's state."""
@@ -153,7 +172,10 @@ class Run:
             log.info("continuing from %s", self.checkpoint.path)
         held = self.recomposer.reserve_bytes()
         if held:
-            log.info("the reserve of new components takes %.1f MiB of host memory, on the rank with the most", held / 2**20)
+            log.info(
+                "the reserve of new components takes %.1f MiB of host memory, on the rank with the most",
+                held / 2**20,
+            )
         return state
 
     def _initialise(self) -> dict[str, Any]:
@@ -183,7 +205,9 @@ class Run:
             "initialised %d layers in %.1f s%s%s", len(self.attached.layers), seconds, ": " if report.scalars else "",
             ", ".join(f"{key} {value:.4g}" for key, value in report.scalars.items()),
         )  # fmt: skip
-        self.monitor.write(0, {f"init/{key}": value for key, value in report.scalars.items()} | {"init/seconds": seconds})
+        self.monitor.write(
+            0, {f"init/{key}": value for key, value in report.scalars.items()} | {"init/seconds": seconds}
+        )
 
     # ------------------------------------------------------------------ the run
 
@@ -198,7 +222,9 @@ class Run:
         self._train(first, extra)
         if self.data.held_out:
             self.summary.after = self._evaluate()
-            self.monitor.write(self.steps, {f"eval/{key}": value for key, value in self.summary.after.items()})
+            self.monitor.write(
+                self.steps, {f"eval/{key}": value for key, value in self.summary.after.items()}
+            )
         if not self.attached.method.trains_weight:
             self.summary.adapter = self.run_dir / "adapter"
             base = base_name(self.recipe.model.path)
@@ -207,7 +233,9 @@ class Run:
 
     def evaluate_checkpoint(self) -> dict[str, float]:
         open_ledger(self.engine, self.attached, self.recipe.train.seed, self.pretrained)
-        checkpoints.restore(self.engine, self.attached, self.checkpoint)  # nothing of what only further training needs
+        checkpoints.restore(
+            self.engine, self.attached, self.checkpoint
+        )  # nothing of what only further training needs
         return self._evaluate()
 
     def _train(self, first: int, extra: dict[str, Any]) -> None:
@@ -226,9 +254,16 @@ class Run:
                 good = saved  # the loss of its weights, or of later ones, has just turned out finite
                 self.status.step = step + 1
                 state = _State(step + 1, extra, random_states(self.comm.device))
-                if settings.eval_every and state.step % settings.eval_every == 0 and state.step < self.steps and self.data.held_out:
+                if (
+                    settings.eval_every
+                    and state.step % settings.eval_every == 0
+                    and state.step < self.steps
+                    and self.data.held_out
+                ):
                     self._look(state)
-                if state.step == self.steps or (settings.save_every and state.step % settings.save_every == 0):
+                if state.step == self.steps or (
+                    settings.save_every and state.step % settings.save_every == 0
+                ):
                     saved = self._save(state)
         except Preempted:
             raise Preempted(self._leave(state, saved)) from None
@@ -259,7 +294,9 @@ class Run:
         """Keeps the last completed step, whatever was begun of the next one; returns what to tell the user."""
         if state.step == 0:
             return f"asked to stop before the first of {self.steps} steps was complete; the same command begins anew"
-        restore_random_states(state.random, self.comm.device)  # dropout has drawn for micro-batches that do not count
+        restore_random_states(
+            state.random, self.comm.device
+        )  # dropout has drawn for micro-batches that do not count
         there = self.run_dir / f"checkpoint-{state.step}"
         if saved != there:
             self._save(state)
@@ -280,7 +317,12 @@ class Run:
         # Of all ranks, whose shares are alike up to one sample: exact enough for a speed, and no collective.
         tokens = sum(int(batch["attention_mask"].sum()) for batch in batches) * self.comm.world_size
         speed = progress.advance(loss, rate, tokens)
-        scalars = {"loss": loss, "learning_rate": rate, "grad_norm": info.grad_norm, "tokens_per_second": speed}
+        scalars = {
+            "loss": loss,
+            "learning_rate": rate,
+            "grad_norm": info.grad_norm,
+            "tokens_per_second": speed,
+        }
         self.monitor.write(step + 1, {f"train/{key}": value for key, value in scalars.items()})
         if info.skipped or not math.isfinite(info.grad_norm):
             raise TrainingError(f"the optimizer refused step {step + 1}: its gradient is not finite")
@@ -293,15 +335,21 @@ class Run:
         excused = self.attached.method.zero_gradient_at_start if step == 0 else ()
         for name, verdict in self.engine.silent_tensors().items():
             if verdict != "zero" or name.rpartition(".")[2] not in excused:
-                raise TrainingError(f"the gradient of {name} is {verdict} at step {step + 1}, so it would not be trained")
+                raise TrainingError(
+                    f"the gradient of {name} is {verdict} at step {step + 1}, so it would not be trained"
+                )
 
     # ------------------------------------------------------------------ looking on
 
     def _scores(self) -> dict[str, float]:
-        return self.objective.evaluate(self.engine, self.data.tokenizer, self.data.held_out[: self.recipe.train.eval_samples])
+        return self.objective.evaluate(
+            self.engine, self.data.tokenizer, self.data.held_out[: self.recipe.train.eval_samples]
+        )
 
     def _evaluate_pretrained(self) -> dict[str, float]:
-        """Before there are factors: zeros in their places are no change under most methods, but not under all."""
+        """Before there are factors: zeros in their places are no change under most methods, but not under
+        all.
+        """
         with ExitStack() as stack:
             for layer in self.attached.layers.values():
                 stack.enter_context(layer.bare())
@@ -309,7 +357,9 @@ class Run:
 
     def _evaluate(self) -> dict[str, float]:
         """The scores, and what takes longer."""
-        result = self._scores() | self.objective.generate(self.engine, self.data.tokenizer, self.data.held_out)
+        result = self._scores() | self.objective.generate(
+            self.engine, self.data.tokenizer, self.data.held_out
+        )
         log.info("evaluation: %s", ", ".join(f"{key} {value:.4f}" for key, value in result.items()))
         return result
 
@@ -329,8 +379,8 @@ class Run:
 
 
 def _make_engine(comm: Comm, recipe: Recipe, config) -> tuple[Engine, str | None, dict[str, Any] | None]:
-    """The only place that chooses between the engines. Also returns where TensorBoard's log will lie, if there is to be one, and
-    the DeepSpeed config as it was resolved."""
+    """The only place that chooses between the engines. Also returns where TensorBoard's log will lie, if
+    there is to be one, and the DeepSpeed config as it was resolved."""
     if recipe.deepspeed is None:
         return LocalEngine(comm, getattr(torch, recipe.model.dtype), recipe.train.clip), None, None
     from distlora.engine.zero.engine import (

@@ -32,25 +32,32 @@ def check_run_dir(recipe: Recipe, resume: bool | None) -> None:
         if resume:
             raise UserError(f"--resume: {run_dir} holds no run; start it without --resume")
         if run_dir.exists() and any(run_dir.glob("checkpoint-*")):
-            raise UserError(f"output_dir: {run_dir} holds checkpoints but no {RECIPE}; name another directory")
+            raise UserError(
+                f"output_dir: {run_dir} holds checkpoints but no {RECIPE}; name another directory"
+            )
         return
     if not (run_dir / METRICS).exists() and not any(run_dir.glob("checkpoint-*")):
         return  # a start that was refused: its recipe binds nobody
     difference = _first_difference(run_identity(load_recipe(run_dir / RECIPE)), run_identity(recipe))
     if difference:
-        raise UserError(f"output_dir: {run_dir} holds the run of another recipe ({difference}); name another directory")
+        raise UserError(
+            f"output_dir: {run_dir} holds the run of another recipe ({difference}); name another directory"
+        )
 
 
 def find_checkpoint(recipe: Recipe, resume: bool | None) -> Checkpoint | None:
     """The checkpoint to continue from, and a directory that can be written. For rank 0; removes nothing.
 
-    Raises UserError where there is nothing whole to continue from, though the run was begun or a checkpoint is demanded.
+    Raises UserError where there is nothing whole to continue from, though the run was begun or a checkpoint
+    is demanded.
     """
     run_dir = Path(recipe.output_dir)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"output_dir: {run_dir} cannot be made ({error.strerror}); name another directory") from None
+        raise UserError(
+            f"output_dir: {run_dir} cannot be made ({error.strerror}); name another directory"
+        ) from None
     if not os.access(run_dir, os.W_OK):
         raise UserError(f"output_dir: {run_dir} cannot be written; name another directory")
     if resume is False:
@@ -64,7 +71,9 @@ def find_checkpoint(recipe: Recipe, resume: bool | None) -> Checkpoint | None:
 
 
 def claim_run_dir(recipe: Recipe, resume: bool | None) -> None:
-    """Writes the recipe into the directory, which from now on is this run's; forgets an earlier one that is not resumed."""
+    """Writes the recipe into the directory, which from now on is this run's; forgets an earlier one that is
+    not resumed.
+    """
     run_dir = Path(recipe.output_dir)
     if resume is False:
         _forget(run_dir)

@@ -1,4 +1,6 @@
-"""One optimizer step over a global batch, whatever engine runs it. The loss of this project is defined here, once."""
+"""One optimizer step over a global batch, whatever engine runs it. The loss of this project is defined here,
+once.
+"""
 
 import math
 from collections.abc import Callable, Sequence
@@ -17,11 +19,12 @@ LossSum = Callable[[nn.Module, Batch], tuple[Tensor, int]]
 def accumulate(engine: Engine, batches: Sequence[Batch], loss_sum: LossSum) -> float:
     """Forward and backward over this rank's micro-batches of one global batch; returns the loss.
 
-    The loss is the sum over the targets of the *global* batch (response tokens, or rows with a label) divided by their number.
-    Their number is known before the first backward pass (one all-reduce), so each micro-batch's share is exact whatever the
-    micro-batch size, the accumulation and the world size; an average of micro-batch means would not be. Every rank brings
-    equally many micro-batches; one without targets has weight zero. Raises TrainingError if the loss is not finite, and Preempted
-    after a micro-batch in which a rank was asked to stop: then the gradients so far are of no use.
+    The loss is the sum over the targets of the *global* batch (response tokens, or rows with a label) divided
+    by their number. Their number is known before the first backward pass (one all-reduce), so each
+    micro-batch's share is exact whatever the micro-batch size, the accumulation and the world size; an
+    average of micro-batch means would not be. Every rank brings equally many micro-batches; one without
+    targets has weight zero. Raises TrainingError if the loss is not finite, and Preempted after a micro-batch
+    in which a rank was asked to stop: then the gradients so far are of no use.
     """
     (targets,) = engine.comm.sum(sum(map(count_targets, batches)))
     total = 0.0
@@ -35,7 +38,9 @@ def accumulate(engine: Engine, batches: Sequence[Batch], loss_sum: LossSum) -> f
     return value
 
 
-def train_step(engine: Engine, batches: Sequence[Batch], loss_sum: LossSum, rate: float) -> tuple[float, StepInfo]:
+def train_step(
+    engine: Engine, batches: Sequence[Batch], loss_sum: LossSum, rate: float
+) -> tuple[float, StepInfo]:
     """`accumulate`, then one step of the optimizer at this learning rate; returns the loss before the step."""
     engine.set_rate(rate)
     loss = accumulate(engine, batches, loss_sum)
@@ -44,8 +49,8 @@ def train_step(engine: Engine, batches: Sequence[Batch], loss_sum: LossSum, rate
 
 @torch.no_grad()
 def evaluation_loss(engine: Engine, batches: Sequence[Batch], loss_sum: LossSum) -> float:
-    """Mean cross-entropy over all targets of all ranks' batches; equally many batches on every rank. Raises Preempted between
-    two of them."""
+    """Mean cross-entropy over all targets of all ranks' batches; equally many batches on every rank. Raises
+    Preempted between two of them."""
     engine.train_mode(False)
     total, targets = 0.0, 0.0
     for batch in batches:

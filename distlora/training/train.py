@@ -54,7 +54,9 @@ def _check_settings(recipe: Recipe, world_size: int) -> tuple[Objective, dict[st
     plan_batches(recipe, world_size)
     if recipe.deepspeed is None:
         if world_size > 1:
-            raise UserError(f"{world_size} ranks need DeepSpeed; set deepspeed: to a ZeRO config, or start one process")
+            raise UserError(
+                f"{world_size} ranks need DeepSpeed; set deepspeed: to a ZeRO config, or start one process"
+            )
         return objective, {}
     # The sizes that depend on the model's width are of no interest here; contradictions are.
     return objective, checked_deepspeed(recipe, world_size, hidden_size=1)
@@ -74,14 +76,18 @@ def _check_packages(recipe: Recipe) -> None:
 
 
 def train(
-    recipe: Recipe, topology: Topology, resume: bool | None = None, asked_to_stop: Callable[[], bool] = lambda: False
+    recipe: Recipe,
+    topology: Topology,
+    resume: bool | None = None,
+    asked_to_stop: Callable[[], bool] = lambda: False,
 ) -> Summary:
     """Runs a recipe that `check` has passed; on every rank. Returns the same summary on all.
 
-    resume: None continues from the newest complete checkpoint of the run directory if there is one, True demands one, False
-    begins anew. asked_to_stop: whether this rank should end early; one rank is enough. Raises UserError for mistakes that only
-    weights or data show, TrainingError if training breaks, Preempted once a run that was asked to stop has stopped.
-    With several ranks the process is ended, with exit code 1, where another one goes silent for `train.hang_timeout`.
+    resume: None continues from the newest complete checkpoint of the run directory if there is one, True
+    demands one, False begins anew. asked_to_stop: whether this rank should end early; one rank is enough.
+    Raises UserError for mistakes that only weights or data show, TrainingError if training breaks, Preempted
+    once a run that was asked to stop has stopped. With several ranks the process is ended, with exit code 1,
+    where another one goes silent for `train.hang_timeout`.
     """
     device = device_of(topology.local_rank)
     supervision = Supervision(topology, recipe.train.hang_timeout)
@@ -89,24 +95,37 @@ def train(
         comm = supervision.gather(device, recipe.deepspeed is not None, asked_to_stop)
         where = environment.resolve_topology(comm, topology)
         log.info("%s", environment.topology_line(where))
-        checkpoint = share_checkpoint(comm, on_main(comm, recipe.output_dir, lambda: find_checkpoint(recipe, resume)))
-        status = StatusFile(Path(recipe.output_dir), checkpoint.step if checkpoint else 0, comm.share(new_start()))
+        checkpoint = share_checkpoint(
+            comm, on_main(comm, recipe.output_dir, lambda: find_checkpoint(recipe, resume))
+        )
+        status = StatusFile(
+            Path(recipe.output_dir), checkpoint.step if checkpoint else 0, comm.share(new_start())
+        )
         with supervision.telling(status):
             run = Run(comm, recipe, checkpoint, status)
             on_main(comm, recipe.output_dir, lambda: claim_run_dir(recipe, resume))
             on_main(comm, run.run_dir, lambda: status.write("running"))
             on_every_rank(comm, lambda: rank_log.open(run.run_dir))
-            on_main(comm, run.run_dir, lambda: environment.record(run.run_dir, where, run.resolved, checkpoint and checkpoint.step))
+            on_main(
+                comm,
+                run.run_dir,
+                lambda: environment.record(run.run_dir, where, run.resolved, checkpoint and checkpoint.step),
+            )
             return run.finish()
 
 
 def evaluate(recipe: Recipe, topology: Topology) -> dict[str, float]:
-    """Evaluates the newest checkpoint of the recipe's run on its evaluation samples: see `Summary.after`. Like
-    `train`, after `check`, on every rank; writes nothing."""
+    """Evaluates the newest checkpoint of the recipe's run on its evaluation samples: see `Summary.after`.
+    Like `train`, after `check`, on every rank; writes nothing."""
     if recipe.data.eval_split is None:
-        raise UserError("data.eval_split is null, so there is nothing to evaluate on; name a split", agreed=True)
+        raise UserError(
+            "data.eval_split is null, so there is nothing to evaluate on; name a split", agreed=True
+        )
     device = device_of(topology.local_rank)
-    with own_random_state(recipe.train.seed, device), Supervision(topology, recipe.train.hang_timeout) as supervision:
+    with (
+        own_random_state(recipe.train.seed, device),
+        Supervision(topology, recipe.train.hang_timeout) as supervision,
+    ):
         comm = supervision.gather(device, recipe.deepspeed is not None)
         checkpoint = checkpoints.newest(recipe.output_dir, comm)
         if checkpoint is None:
@@ -118,4 +137,6 @@ def _without_monitors(recipe: Recipe) -> Recipe:
     """The recipe with a DeepSpeed config that turns no monitor on."""
     if not isinstance(recipe.deepspeed, dict):
         return recipe
-    return recipe.model_copy(update={"deepspeed": {k: v for k, v in recipe.deepspeed.items() if k not in MONITORS}})
+    return recipe.model_copy(
+        update={"deepspeed": {k: v for k, v in recipe.deepspeed.items() if k not in MONITORS}}
+    )

@@ -1,11 +1,12 @@
-"""Peak memory of LoRA-SB's initialisation beside that of the training step that follows, and beside the naive way.
+"""Peak memory of LoRA-SB's initialisation beside that of the training step that follows, and beside the naive
+way.
 
     python -m tests.benchmarks.init_memory [--model smollm2|mistral-7b|gemma2-9b|all] [--ranks 1,2,8]
         [--response TOKENS] [--explain]
 
-How to read the table. Every figure is the largest sum of live tensor bytes on one rank's compute device, in GiB, weights
-included; in parentheses, its ratio to the training step. At most 1.000 means: whoever can train can initialise. Each figure
-comes from a process of its own.
+How to read the table. Every figure is the largest sum of live tensor bytes on one rank's compute device, in
+GiB, weights included; in parentheses, its ratio to the training step. At most 1.000 means: whoever can train
+can initialise. Each figure comes from a process of its own.
 
     idle      weights, adapters and the optimizer's float32 masters, between passes
     training  the first full step: forward, backward, clipping, AdamW with its state
@@ -15,15 +16,17 @@ comes from a process of its own.
     naive     one backward pass that keeps the gradients of all target weights (under ZeRO-3: of each the rank's own part)
     host      the probe's sums in the owner's host memory
 
-smollm2 is a real run on the CPU, on one rank: the sums lie in the same memory as everything else there, but are counted
-separately all the same, because beside an accelerator they are host memory; "process" is the largest resident size, sums,
-libraries and workspaces included. The other two are shapes without memory: one rank of ZeRO-3 that gathers one module at a time.
+smollm2 is a real run on the CPU, on one rank: the sums lie in the same memory as everything else there, but
+are counted separately all the same, because beside an accelerator they are host memory; "process" is the
+largest resident size, sums, libraries and workspaces included. The other two are shapes without memory: one
+rank of ZeRO-3 that gathers one module at a time.
 
-"planned" is what `distlora plan` expects of the same, without DeepSpeed's own buffers; `tests.benchmarks.ranks` compares it with
-real ranks of DeepSpeed.
+"planned" is what `distlora plan` expects of the same, without DeepSpeed's own buffers;
+`tests.benchmarks.ranks` compares it with real ranks of DeepSpeed.
 
-What is not seen: workspaces inside kernels (cuSOLVER's for a 14336 × 200 QR is about as large as its operand, 11 MiB), what the
-allocator keeps in its cache, and DeepSpeed's prefetched parameters and gradient buckets, which training has as well.
+What is not seen: workspaces inside kernels (cuSOLVER's for a 14336 × 200 QR is about as large as its operand,
+11 MiB), what the allocator keeps in its cache, and DeepSpeed's prefetched parameters and gradient buckets,
+which training has as well.
 """
 
 import argparse
@@ -40,13 +43,25 @@ from distlora.plan.shapes import shapes_of
 from distlora.recipe.sections import Recipe
 from tests.benchmarks.live_bytes import DEVICE, HOST
 from tests.benchmarks.phases import PHASES
-from tests.benchmarks.subjects import MODELS, REAL, REAL_PATH, REAL_RANK, REAL_TOKENS, SHAPES, SHAPES_RANK, SHAPES_TOKENS, subject
+from tests.benchmarks.subjects import (
+    MODELS,
+    REAL,
+    REAL_PATH,
+    REAL_RANK,
+    REAL_TOKENS,
+    SHAPES,
+    SHAPES_RANK,
+    SHAPES_TOKENS,
+    subject,
+)
 
 GIB = 1 << 30
 
 
 def measure(model: str, world_size: int, phase: str, response: int | None = None) -> dict:
-    """Bytes: "idle" before the phase, "peak" and "host" during it, "process"; "largest": what was alive at the peak."""
+    """Bytes: "idle" before the phase, "peak" and "host" during it, "process"; "largest": what was alive at
+    the peak.
+    """
     with subject(model, world_size, response) as under_test:
         counter = under_test.counter
         idle = counter.now[DEVICE]
@@ -107,7 +122,10 @@ def table(model: str, ranks: list[int], response: int | None, explain: bool) -> 
         if explain:
             for phase, figures in found.items():
                 yield f"    at the peak of {phase}:"
-                yield from (f"    {size / GIB:10.3f} GiB  {count:>5} x {what}" for what, count, size in figures["largest"])
+                yield from (
+                    f"    {size / GIB:10.3f} GiB  {count:>5} x {what}"
+                    for what, count, size in figures["largest"]
+                )
 
 
 def main() -> None:

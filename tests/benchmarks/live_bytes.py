@@ -1,8 +1,8 @@
 """How many bytes of tensors are alive: the instrument of the memory benchmark.
 
-The result of every operation passes by here. A storage counts from the moment it is first seen until it is freed, whole and
-once, however many views share it. What a kernel allocates inside itself (the workspace of an SVD or a matrix product) is
-not seen, nor is what an allocator keeps in its cache.
+The result of every operation passes by here. A storage counts from the moment it is first seen until it is
+freed, whole and once, however many views share it. What a kernel allocates inside itself (the workspace of an
+SVD or a matrix product) is not seen, nor is what an allocator keeps in its cache.
 """
 
 import weakref
@@ -20,7 +20,9 @@ DEVICE, HOST = "device", "host"
 
 @dataclass(frozen=True)
 class _Alive:
-    """One storage. what: operation, shape and type of the tensor by which it was first seen. watch: tells when it is freed."""
+    """One storage. what: operation, shape and type of the tensor by which it was first seen. watch: tells
+    when it is freed.
+    """
 
     size: int
     account: str
@@ -31,8 +33,8 @@ class _Alive:
 class LiveBytes(TorchDispatchMode):
     """A context that counts; works on real tensors and on fake ones (enter `FakeTensorMode` first).
 
-    There are two accounts: "device", and "host" for what is made inside `on_host()`: on a CPU, and on a simulated device, both
-    lie in the same memory. now, peak: bytes by account; each account has its own peak.
+    There are two accounts: "device", and "host" for what is made inside `on_host()`: on a CPU, and on a
+    simulated device, both lie in the same memory. now, peak: bytes by account; each account has its own peak.
     """
 
     def __init__(self):

@@ -23,14 +23,16 @@ from tests.benchmarks.live_bytes import LiveBytes
 
 #: Blocks that are on their way to the host while the next one is formed: `probe._HostSums` has two buffers.
 BLOCKS_UNDER_WAY = 2
-#: Micro-batches of every phase. With more, the training step would hold its accumulated gradients in the later ones: 4 MiB for
-#: Mistral-7B, which are left out in training's disfavour.
+#: Micro-batches of every phase. With more, the training step would hold its accumulated gradients in the
+#: later ones: 4 MiB for Mistral-7B, which are left out in training's disfavour.
 PASSES = 1
 
 
 @dataclass
 class Subject:
-    """What is measured: an engine with adapters attached, under a counter, and the one batch that every pass uses."""
+    """What is measured: an engine with adapters attached, under a counter, and the one batch that every pass
+    uses.
+    """
 
     engine: Engine
     attached: Attached
@@ -62,7 +64,9 @@ def probe(subject: Subject) -> Callable[[], object]:
 
     def run() -> None:
         with _sums_on_host(subject.counter, under_way):
-            mean_gradients(subject.engine, subject.layers, subject.owners(), batches(), data.samples, data.loss)
+            mean_gradients(
+                subject.engine, subject.layers, subject.owners(), batches(), data.samples, data.loss
+            )
 
     return run
 
@@ -72,7 +76,9 @@ def svds(subject: Subject) -> Callable[[], object]:
     owners, generator = subject.owners(), torch.Generator().manual_seed(0)
     with subject.counter.on_host():
         gradients = {
-            name: torch.randn(layer.shape, generator=generator) for name, layer in subject.layers.items() if owners[name] == 0
+            name: torch.randn(layer.shape, generator=generator)
+            for name, layer in subject.layers.items()
+            if owners[name] == 0
         }
     return lambda: factorise_all(subject.engine, subject.attached, owners, gradients, seed=0, eta=1.0)
 
@@ -118,13 +124,17 @@ def _give_factors(subject: Subject) -> None:
     generator = torch.Generator().manual_seed(0)
     for layer in subject.layers.values():
         shapes = layer.method.shapes(*layer.shape)
-        subject.engine.write(layer, {name: torch.randn(shape, generator=generator) * 0.01 for name, shape in shapes.items()})
+        subject.engine.write(
+            layer, {name: torch.randn(shape, generator=generator) * 0.01 for name, shape in shapes.items()}
+        )
     install_gradient_maps(subject.engine, subject.attached)
 
 
 @contextmanager
 def _sums_on_host(counter: LiveBytes, under_way: deque[Tensor]) -> Iterator[None]:
-    """Lets the probe keep its sums as beside an accelerator: booked as host memory, the last blocks still on their way there."""
+    """Lets the probe keep its sums as beside an accelerator: booked as host memory, the last blocks still on
+    their way there.
+    """
 
     class HostSums(probe_module._DeviceSums):
         def __init__(self, device: torch.device):

@@ -1,12 +1,14 @@
-"""Peaks of live tensor bytes on real ranks of ZeRO, with DeepSpeed's own buffers and whatever it keeps gathered.
+"""Peaks of live tensor bytes on real ranks of ZeRO, with DeepSpeed's own buffers and whatever it keeps
+gathered.
 
-    python -m tests.benchmarks.ranks [--ranks 1,2,4] [--stages 2,3] [--checkpointing both|on|off] [--quantization nf4|int8]
+    python -m tests.benchmarks.ranks [--ranks 1,2,4] [--stages 2,3] [--checkpointing both|on|off]
+    [--quantization nf4|int8]
         [--method lora_sb]
 
-SmolLM2-135M with LoRA-SB on the CPU, as `init_memory` runs it on one rank of plain PyTorch; beside each figure what
-`distlora plan` expects. "training" is the third step. "loading" is what is alive before DeepSpeed gets the model: beside an
-accelerator that is host memory, as is pissa's ledger, which on a CPU is among the measured bytes. Every world is a set of
-processes of its own.
+SmolLM2-135M with LoRA-SB on the CPU, as `init_memory` runs it on one rank of plain PyTorch; beside each
+figure what `distlora plan` expects. "training" is the third step. "loading" is what is alive before DeepSpeed
+gets the model: beside an accelerator that is host memory, as is pissa's ledger, which on a CPU is among the
+measured bytes. Every world is a set of processes of its own.
 """
 
 import argparse
@@ -43,7 +45,9 @@ GIB = 1 << 30
 STEPS = 3
 
 
-def recipe_of(stage: int, checkpointing: bool, world_size: int, method: str = "lora_sb", quantization: str | None = None) -> Recipe:
+def recipe_of(
+    stage: int, checkpointing: bool, world_size: int, method: str = "lora_sb", quantization: str | None = None
+) -> Recipe:
     """What is run: one sample of REAL_TOKENS tokens a rank and step."""
     return Recipe(
         model={
@@ -67,7 +71,11 @@ def measure(recipe: Recipe, comm: Comm) -> dict[str, int]:
         engine, asked = ZeroEngine(comm, config), recipe.model.quantization
         with engine.loading(whole=asked is not None):
             model, _ = load_model(recipe.model)
-        counter.watch(p for parameter in model.parameters() for p in (parameter, getattr(parameter, "ds_tensor", parameter)))
+        counter.watch(
+            p
+            for parameter in model.parameters()
+            for p in (parameter, getattr(parameter, "ds_tensor", parameter))
+        )
         found = {}
         if asked is not None:
             counter.reset_peak()
@@ -81,7 +89,11 @@ def measure(recipe: Recipe, comm: Comm) -> dict[str, int]:
             open_ledger(engine, attached, 0, PretrainedFiles(resolve_path(REAL_PATH), shapes, engine.dtype))
         counter.watch(model.buffers())
         ids = torch.arange(1, REAL_TOKENS + 1)[None]
-        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.masked_fill(ids == 1, IGNORE)}
+        batch = {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "labels": ids.masked_fill(ids == 1, IGNORE),
+        }
         subject = Subject(engine, attached, counter, batch)
         if recipe.method.source_matrix() == "weight":
             counter.reset_peak()
@@ -117,7 +129,15 @@ def on_ranks(world_size: int, cases: list[tuple]) -> list[dict[str, int]]:
                 "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": port, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
             }  # fmt: skip
-            words = [sys.executable, "-m", "tests.benchmarks.ranks", "--worker", answer.name, "--cases", json.dumps(cases)]
+            words = [
+                sys.executable,
+                "-m",
+                "tests.benchmarks.ranks",
+                "--worker",
+                answer.name,
+                "--cases",
+                json.dumps(cases),
+            ]
             ranks.append(subprocess.Popen(words, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL))
         if any([process.wait() for process in ranks]):
             raise SystemExit(f"a rank of {world_size} failed")
@@ -149,7 +169,9 @@ def main() -> None:
     how = (options.method, options.quantization)
     cases = [(int(stage), on, *how) for stage in options.stages.split(",") for on in switches]
     stored = f"linear weights in {options.quantization}, " if options.quantization else ""
-    print(f"smollm2 on real ranks: bfloat16, {stored}micro-batch 1, {REAL_TOKENS} tokens, {options.method} of rank {REAL_RANK}")
+    print(
+        f"smollm2 on real ranks: bfloat16, {stored}micro-batch 1, {REAL_TOKENS} tokens, {options.method} of rank {REAL_RANK}"
+    )
     print("GiB measured / planned")
     for world_size in map(int, options.ranks.split(",")):
         for (stage, checkpointing, *_), found in zip(cases, on_ranks(world_size, cases)):
@@ -159,7 +181,10 @@ def main() -> None:
                 f"  {phase} {size / GIB:.3f} / {expected[phase] / GIB:.3f} ({expected[phase] / size - 1:+.1%})"
                 for phase, size in found.items()
             )
-            print(f"{world_size} ranks, stage {stage}, {'' if checkpointing else 'not '}checkpointed:{cells}", flush=True)
+            print(
+                f"{world_size} ranks, stage {stage}, {'' if checkpointing else 'not '}checkpointed:{cells}",
+                flush=True,
+            )
     return None
 
 

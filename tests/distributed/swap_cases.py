@@ -33,7 +33,12 @@ class Recomposing:
             data = setting.probe_data(PROBE_SAMPLES, 1)
             reserves = initialise(self.engine, self.attached, SEED, setting.rate(0), data).reserves
         self.recomposer = Recomposer(
-            self.engine, self.attached, SEED, steps, reserves, lambda number: setting.probe_data(PROBE_SAMPLES, 1)
+            self.engine,
+            self.attached,
+            SEED,
+            steps,
+            reserves,
+            lambda number: setting.probe_data(PROBE_SAMPLES, 1),
         )
 
     def restore(self) -> None:
@@ -63,11 +68,16 @@ class Recomposing:
             self.losses.append(after)
             if self.keeps_function():
                 tolerance = 1e-5 if self.engine.dtype == torch.float32 else 2e-2
-                assert abs(after - before) <= tolerance * before, f"a swap moved the loss from {before} to {after}"
+                assert abs(after - before) <= tolerance * before, (
+                    f"a swap moved the loss from {before} to {after}"
+                )
 
     def keeps_function(self) -> bool:
         """A restart takes a step of its own, and packing a fused weight anew rounds it to its codes."""
-        method, packed = self.attached.method, any(layer.packing is not None for layer in self.attached.layers.values())
+        method, packed = (
+            self.attached.method,
+            any(layer.packing is not None for layer in self.attached.layers.values()),
+        )
         return method.refill_from() != "restart" and (not packed or method.fuses_beside(packed))
 
     def trained(self) -> dict[str, Tensor]:
@@ -81,16 +91,25 @@ class Recomposing:
     def weights(self) -> dict[str, Tensor]:
         """The frozen weights as the forward pass reads them, on rank 0.
 
-        Packed ones are left out: where a number lies between two codes the last bit of a sum decides, and the losses tell as much.
+        Packed ones are left out: where a number lies between two codes the last bit of a sum decides, and the
+        losses tell as much.
         """
-        return {f"weight.{name}": self.weight(name) for name, layer in self.attached.layers.items() if layer.packing is None}
+        return {
+            f"weight.{name}": self.weight(name)
+            for name, layer in self.attached.layers.items()
+            if layer.packing is None
+        }
 
     def weight(self, name: str) -> Tensor:
         found = self.engine.read_parameter(f"{name}.weight")
         return torch.zeros(0) if found is None else found.clone()  # on a CPU it may be the live one
 
     def results(self) -> dict[str, Tensor]:
-        return {"losses": torch.tensor([*self.losses, self.setting.evaluation()])} | self.setting.state() | self.found
+        return (
+            {"losses": torch.tensor([*self.losses, self.setting.evaluation()])}
+            | self.setting.state()
+            | self.found
+        )
 
 
 def swapping(setting, steps: int = 8) -> dict[str, Tensor]:
@@ -122,7 +141,9 @@ def _nbytes(argument) -> int:
 
 
 def swap_traffic(setting, steps: int = 3) -> dict[str, Tensor]:
-    """Of what crosses the network at a swap, not one byte is W's: it is the factors, the new components and a few numbers."""
+    """Of what crosses the network at a swap, not one byte is W's: it is the factors, the new components and a
+    few numbers.
+    """
     run = Recomposing(setting, steps + 1)
     run.steps(0, steps)
     run.engine.set_rate(0.1 * setting.rate(steps))
@@ -136,7 +157,8 @@ def swap_traffic(setting, steps: int = 3) -> dict[str, Tensor]:
         run.recomposer._swap(_report(run, loss))
     sides = sum(layer.in_features + layer.out_features for layer in layers.values())
     expected = {
-        # Scores; the factors; at the end whether an owner failed, the rounding error and four norms of every layer.
+        # Scores; the factors; at the end whether an owner failed, the rounding error and four norms of every
+        # layer.
         "allreduce_": method.rank * table + 4 * method.rank * sides + 8 + 5 * table,
         "broadcast_": 4 * method.replaced_at_once * sides + table,  # new components, and how many there are
     }
@@ -144,7 +166,9 @@ def swap_traffic(setting, steps: int = 3) -> dict[str, Tensor]:
     assert alone or dict(seen.bytes) == expected, f"{dict(seen.bytes)} and not {expected}"
     planned_for = {ALL_REDUCE: expected["allreduce_"], BROADCAST: expected["broadcast_"]}
     assert alone or plan_traffic.swap_traffic(planned(setting)) == planned_for
-    assert sum(expected.values()) < sum(4 * layer.in_features * layer.out_features for layer in layers.values())
+    assert sum(expected.values()) < sum(
+        4 * layer.in_features * layer.out_features for layer in layers.values()
+    )
     return {"losses": torch.tensor([loss, setting.evaluation()])}
 
 
@@ -167,8 +191,8 @@ def swap_saving(setting, steps: int = 10, at: int = 8) -> dict[str, Tensor]:
 
 
 def whole_run(setting, steps: int = 3, at: int = 2) -> dict[str, Tensor]:
-    """A method's whole life, whatever the method: its own start, training, swaps if it has any, a checkpoint after step `at`; and
-    from that checkpoint, on a second engine, to the same end to the last bit."""
+    """A method's whole life, whatever the method: its own start, training, swaps if it has any, a checkpoint
+    after step `at`; and from that checkpoint, on a second engine, to the same end to the last bit."""
     run = Recomposing(setting, steps)
     run.steps(0, at)
     checkpoints.save(setting.engine, setting.attached, setting.work, at, {}, recomposer=run.recomposer)
@@ -177,7 +201,9 @@ def whole_run(setting, steps: int = 3, at: int = 2) -> dict[str, Tensor]:
     again = Recomposing(setting.anew(), steps, begin=False)
     again.restore()
     again.steps(at, steps)
-    assert again.losses == run.losses[told:], f"{again.losses} after the checkpoint, and not {run.losses[told:]}"
+    assert again.losses == run.losses[told:], (
+        f"{again.losses} after the checkpoint, and not {run.losses[told:]}"
+    )
     for kind in (Recomposing.trained, Recomposing.weights):
         ended, ended_again = kind(run), kind(again)
         assert ended.keys() == ended_again.keys()

@@ -1,6 +1,7 @@
 """ZeroEngine at stage s on n ranks gives what LocalEngine gives on one.
 
-Same model, same samples, same global batches, rows of very different length. The ranks of each world are started once.
+Same model, same samples, same global batches, rows of very different length. The ranks of each world are
+started once.
 """
 
 import json
@@ -74,7 +75,11 @@ def test_zero_gives_what_the_plain_engine_gives(entry, worlds, reference):
 def test_a_case_that_fails_fails_alone(world, model, tmp_path):
     """New ranks go on behind it; and a rank that fails is heard where rank 0 has a result."""
     quick = Entry(world, "naming_silent_tensors", 0).for_worker()
-    cases = [quick | {"key": "before"}, quick | {"key": "wrong", "case": "unheard_of"}, quick | {"key": "after"}]
+    cases = [
+        quick | {"key": "before"},
+        quick | {"key": "wrong", "case": "unheard_of"},
+        quick | {"key": "after"},
+    ]
     launch(world, model, tmp_path, cases)
     assert results_of(tmp_path, "before").keys() == results_of(tmp_path, "after").keys() == {"right"}
     (tmp_path / "before.rank1.error").write_text("ValueError: only here")

@@ -1,6 +1,7 @@
 """A checkpoint knows neither world nor stage: any continues any other's curve, and its own to the last bit.
 
-Two ranks write and read at every stage; three ranks and the plain engine go on from what they left, and the other way round.
+Two ranks write and read at every stage; three ranks and the plain engine go on from what they left, and the
+other way round.
 """
 
 from dataclasses import dataclass, field
@@ -33,12 +34,16 @@ class Run:
 
     @property
     def swaps(self) -> bool:
-        """Whether components are replaced meanwhile: then it is `steps` steps with a checkpoint after step `at`."""
+        """Whether components are replaced meanwhile: then it is `steps` steps with a checkpoint after step
+        `at`.
+        """
         return self.at > 0
 
     @property
     def key(self) -> str:
-        key = "-".join([f"world{self.world}-stage{self.stage}-{self.dtype}", *map(str, self.setting.values())]).replace(".", "_")
+        key = "-".join(
+            [f"world{self.world}-stage{self.stage}-{self.dtype}", *map(str, self.setting.values())]
+        ).replace(".", "_")
         key += f"-at{self.at}" if self.swaps else ""
         return f"{key}-from-{getattr(self.source, 'key', self.source)}" if self.source else key
 
@@ -61,7 +66,8 @@ MOVED = [
     Run(3, 3, source=Run(2, 2)),
     Run(3, 1, source=Run(2, 3)),
 ]
-#: A swap after steps 2, 4, 6 and 8: a checkpoint right after the last of them, and one right before the third.
+#: A swap after steps 2, 4, 6 and 8: a checkpoint right after the last of them, and one right before the
+#: third.
 SRLORA = {"method": "srlora", "target_rank": 20, "gamma": 0.5, "interval": 2, "clip": 0.5, "targets": "few"}
 AFTER_A_SWAP, BEFORE_A_SWAP = 8, 5
 SWAPPED = [
@@ -112,7 +118,12 @@ def results(folder, local, local_swaps, request):
     wanted = set()
     for item in request.session.items:
         if item.path == request.path:
-            wanted |= {each for run in item.callspec.params.values() for each in (run, run.source) if isinstance(each, Run)}
+            wanted |= {
+                each
+                for run in item.callspec.params.values()
+                for each in (run, run.source)
+                if isinstance(each, Run)
+            }
 
     def of(run: Run):
         out = folder / f"world{run.world}"

@@ -9,7 +9,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from distlora.initialise.factors import initialise
 from distlora.plan.setup import Setup, setup_of
 from distlora.plan.shapes import shapes_of
-from distlora.plan.traffic import ALL_GATHER, ALL_REDUCE, BROADCAST, GATHER, REDUCE, REDUCE_SCATTER, init_traffic, step_traffic
+from distlora.plan.traffic import (
+    ALL_GATHER,
+    ALL_REDUCE,
+    BROADCAST,
+    GATHER,
+    REDUCE,
+    REDUCE_SCATTER,
+    init_traffic,
+    step_traffic,
+)
 from distlora.recipe.sections import Recipe
 
 SEED = 3
@@ -22,8 +31,8 @@ OF_PARTS = (GATHER, ALL_GATHER)
 
 
 class Collectives(TorchDispatchMode):
-    """Bytes of the whole tensor of every collective, by kind; whoever asks for it. Single numbers, whole numbers and float64,
-    in which counts, norms and reports travel, are left out."""
+    """Bytes of the whole tensor of every collective, by kind; whoever asks for it. Single numbers, whole
+    numbers and float64, in which counts, norms and reports travel, are left out."""
 
     def __init__(self, world_size: int):
         super().__init__()
@@ -78,20 +87,27 @@ def sent_in_a_step(setting) -> dict[str, Tensor]:
     with Collectives(setting.comm.world_size) as seen:
         losses += setting.steps(2, 3)[0]
     expected = step_traffic(planned(setting))
-    assert setting.comm.world_size == 1 or seen.bytes == expected, f"{dict(seen.bytes)} and not {dict(expected)}"
+    assert setting.comm.world_size == 1 or seen.bytes == expected, (
+        f"{dict(seen.bytes)} and not {dict(expected)}"
+    )
     return {"losses": torch.tensor(losses)}
 
 
 def sent_at_the_start(setting, count: int = 6) -> dict[str, Tensor]:
-    """The whole initialisation, without scales of packed weights that `Collectives` leaves out. What ZeRO-3 gathers for the probe
-    is only near: DeepSpeed releases more than it needs to in the passes in which it learns the order of the modules."""
+    """The whole initialisation, without scales of packed weights that `Collectives` leaves out. What ZeRO-3
+    gathers for the probe is only near: DeepSpeed releases more than it needs to in the passes in which it
+    learns the order of the modules."""
     data = setting.probe_data(count, 1)
     with Collectives(setting.comm.world_size) as seen:
         initialise(setting.engine, setting.attached, SEED, setting.rate(0), data)
     expected = init_traffic(planned(setting, count))
     if setting.attached.method.takes_from_weight:
-        packed = (layer.packing.scales() for layer in setting.attached.layers.values() if layer.packing is not None)
-        expected[BROADCAST] -= sum(s.nbytes for scales in packed for s in scales if s.dtype == torch.uint8 or s.numel() == 1)
+        packed = (
+            layer.packing.scales() for layer in setting.attached.layers.values() if layer.packing is not None
+        )
+        expected[BROADCAST] -= sum(
+            s.nbytes for scales in packed for s in scales if s.dtype == torch.uint8 or s.numel() == 1
+        )
     if setting.comm.world_size > 1:
         gathered, wanted = seen.bytes.pop(ALL_GATHER, 0), expected.pop(ALL_GATHER, 0)
         assert abs(gathered - wanted) <= 0.05 * wanted, f"{gathered} bytes gathered, {wanted} expected"

@@ -1,7 +1,9 @@
-"""One rank of a distributed test: runs a list of cases in one process, because starting DeepSpeed costs seconds.
+"""One rank of a distributed test: runs a list of cases in one process, because starting DeepSpeed costs
+seconds.
 
-The plan is {"model": directory, "out": directory, "cases": [{"key", "case", "engine", "setting", "arguments"}, …]}. Rank 0
-writes out/<key>.safetensors; a rank on which a case fails writes out/<key>.rank<rank>.error with the traceback, and ends.
+The plan is {"model": directory, "out": directory, "cases": [{"key", "case", "engine", "setting",
+"arguments"}, …]}. Rank 0 writes out/<key>.safetensors; a rank on which a case fails writes
+out/<key>.rank<rank>.error with the traceback, and ends.
 """
 
 import gc
@@ -35,16 +37,25 @@ def main(plan_file: Path) -> int:
                 clip=setting.get("clip", 0.0), **entry["engine"],
             )  # fmt: skip
             work = out / (entry.get("work") or entry["key"] + ".work")
-            results = run(entry["case"], ZeroEngine(comm, config), Path(plan["model"]), work, entry["arguments"], **setting)
+            results = run(
+                entry["case"],
+                ZeroEngine(comm, config),
+                Path(plan["model"]),
+                work,
+                entry["arguments"],
+                **setting,
+            )
         except Exception:
-            # The other ranks may be inside a collective of this case: nothing after it can be trusted in this process.
+            # The other ranks may be inside a collective of this case: nothing after it can be trusted in this
+            # process.
             (out / f"{entry['key']}.rank{comm.rank}.error").write_text(traceback.format_exc())
             return 1
         if comm.is_main:
             tensors = {name: tensor.contiguous() for name, tensor in results.items()}
             save_file(tensors, out / f"{entry['key']}.safetensors")
         if entry is plan["cases"][0]:
-            # DeepSpeed collects garbage at every start of an engine; what imports left is not worth going through each time.
+            # DeepSpeed collects garbage at every start of an engine; what imports left is not worth going
+            # through each time.
             gc.freeze()
     comm.close()
     return 0

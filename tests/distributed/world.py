@@ -1,4 +1,6 @@
-"""What every rank of a distributed test builds: a small model with all the shapes that shards stumble over, and its data."""
+"""What every rank of a distributed test builds: a small model with all the shapes that shards stumble over,
+and its data.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +28,9 @@ FEW = ["k_proj", "o_proj", "down_proj"]
 
 
 def save_model(directory: Path) -> None:
-    """Three blocks, biases, tied embeddings, grouped key/value heads, and sizes such as 60 × 131 that no world divides."""
+    """Three blocks, biases, tied embeddings, grouped key/value heads, and sizes such as 60 × 131 that no
+    world divides.
+    """
     config = Qwen2Config(
         vocab_size=VOCABULARY, hidden_size=60, intermediate_size=131, num_hidden_layers=3, num_attention_heads=6,
         num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=True, initializer_range=0.2,
@@ -42,7 +46,9 @@ def save_model(directory: Path) -> None:
 
 
 def save_encoder(directory: Path) -> None:
-    """A BERT as it is published, but without its pooler: a classifier's head and the pooler are new, and tensors are small."""
+    """A BERT as it is published, but without its pooler: a classifier's head and the pooler are new, and
+    tensors are small.
+    """
     config = BertConfig(
         vocab_size=VOCABULARY, hidden_size=60, intermediate_size=131, num_hidden_layers=3, num_attention_heads=6,
         max_position_embeddings=64, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, initializer_range=0.1,
@@ -76,7 +82,9 @@ def labelled_samples(count: int, labels: int, seed: int = 0) -> list[LabelledSam
     return rows
 
 
-def share(comm: Comm, rows: list[Sample], micro_batch: int, accumulation: int) -> list[dict[str, torch.Tensor]]:
+def share(
+    comm: Comm, rows: list[Sample], micro_batch: int, accumulation: int
+) -> list[dict[str, torch.Tensor]]:
     """This rank's micro-batches of a global batch."""
     indices = micro_batches(range(len(rows)), comm.rank, comm.world_size, micro_batch, accumulation)
     return [collate([rows[i] for i in part], 0, comm.device) for part in indices]
@@ -94,12 +102,14 @@ def build(
     quantization: str | None = None,
     **settings,
 ) -> Attached:
-    """Loads, attaches and starts, as the training program does. when_loaded: shown the model before anything is attached.
-    targets: as in a recipe, or "few". labels: how many the encoder tells apart; 0 for the language model. quantization: kind of
-    packed weights."""
+    """Loads, attaches and starts, as the training program does. when_loaded: shown the model before anything
+    is attached. targets: as in a recipe, or "few". labels: how many the encoder tells apart; 0 for the
+    language model. quantization: kind of packed weights."""
     directory = directory / "encoder" if labels else directory
     section = ModelSection(
-        path=str(directory), dtype=str(engine.dtype).removeprefix("torch."), gradient_checkpointing=checkpointing
+        path=str(directory),
+        dtype=str(engine.dtype).removeprefix("torch."),
+        gradient_checkpointing=checkpointing,
     )
     with engine.loading(whole=quantization is not None):
         model, new = load_model(section, [f"label {number}" for number in range(labels)])
@@ -109,7 +119,12 @@ def build(
         pack_linears(model, packer(quantization, engine.dtype), engine.comm.device, heads)
     with engine.attaching():
         chosen = registry()[method](**{"rank": 7, **settings} if method != "full" else settings)
-        attached = attach(model, chosen, FEW if targets == "few" else targets, new | head_parameters(model) if labels else new)
+        attached = attach(
+            model,
+            chosen,
+            FEW if targets == "few" else targets,
+            new | head_parameters(model) if labels else new,
+        )
     engine.start(model, spec or OptimizerSpec(lr=1e-2))
     if quantization:
         shapes = {name: layer.shape for name, layer in attached.layers.items() if layer.packing}
@@ -155,7 +170,8 @@ def deepspeed_config(
         "gradient_accumulation_steps": accumulation,
         "train_batch_size": micro_batch * accumulation * world_size,
         "gradient_clipping": clip,
-        # DeepSpeed's own linear map at stage 3 stays installed in the process: what other cases compute would depend on the order.
+        # DeepSpeed's own linear map at stage 3 stays installed in the process: what other cases compute would
+        # depend on the order.
         "zero_optimization": {"stage": stage, "memory_efficient_linear": False, **NOT_OFFLOADED, **zero},
         # DeepSpeed's own CPU Adam would be compiled first.
         "zero_force_ds_cpu_optimizer": False,

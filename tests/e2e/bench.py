@@ -1,4 +1,6 @@
-"""A recipe with a known loss curve: what a run must be like by whichever road it was started, and whatever came between."""
+"""A recipe with a known loss curve: what a run must be like by whichever road it was started, and whatever
+came between.
+"""
 
 import contextlib
 from pathlib import Path
@@ -16,7 +18,9 @@ class Bench:
     def __init__(self, folder: Path, rows: int = 22, **train):
         """rows: of the training set. train: of the recipe's section."""
         self.folder = folder
-        content = recipe_of(tiny_model_dir("llama", folder), write_rows(folder / "data", rows), folder / "plain")
+        content = recipe_of(
+            tiny_model_dir("llama", folder), write_rows(folder / "data", rows), folder / "plain"
+        )
         # One number for η spares the line search: that is a hundred gathers of the model under ZeRO-3.
         content["method"]["init"]["eta"] = 0.01
         content["targets"] = ["q_proj", "v_proj", "down_proj"]
@@ -53,6 +57,10 @@ class Bench:
         assert found == pytest.approx({step: wanted[step] for step in found}, rel=1e-4)
         wanted, found = (curve(self.folder / place, "eval/loss") for place in (quiet, name))
         assert max(found) == steps
-        common = found.keys() & wanted.keys()  # a shorter run has its last one where the other need not have any
+        common = (
+            found.keys() & wanted.keys()
+        )  # a shorter run has its last one where the other need not have any
         assert common >= {step for step in wanted if step <= steps}
-        assert {step: found[step] for step in common} == pytest.approx({step: wanted[step] for step in common}, rel=1e-4)
+        assert {step: found[step] for step in common} == pytest.approx(
+            {step: wanted[step] for step in common}, rel=1e-4
+        )

@@ -66,6 +66,8 @@ def ssh_cluster(_ssh_hosts) -> Iterator[Cluster]:
 
 @pytest.fixture
 def slurm_cluster(_slurm_hosts) -> Iterator[Cluster]:
-    """The same with SLURM: its controller on head, two fake GPUs on each node; repaired after every test, jobs aside."""
+    """The same with SLURM: its controller on head, two fake GPUs on each node; repaired after every test,
+    jobs aside.
+    """
     yield _slurm_hosts
     _slurm_hosts.repair()

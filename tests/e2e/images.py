@@ -1,7 +1,9 @@
-"""Images built and run without a container engine's daemon: podman as root, chroot isolation, a base image made by debootstrap.
+"""Images built and run without a container engine's daemon: podman as root, chroot isolation, a base image
+made by debootstrap.
 
-The base is Debian's whatever FROM names, so what is shown is a Dockerfile's logic, not its base. Nothing is pulled. pip inside
-has the settings of pip outside, by mounts that leave nothing in the image. All storage lies in one folder.
+The base is Debian's whatever FROM names, so what is shown is a Dockerfile's logic, not its base. Nothing is
+pulled. pip inside has the settings of pip outside, by mounts that leave nothing in the image. All storage
+lies in one folder.
 """
 
 import os
@@ -44,7 +46,9 @@ class Engine:
             '[engine]\nruntime = "runc"\ncgroup_manager = "cgroupfs"\nevents_logger = "file"\n'
             f'[network]\nnetwork_config_dir = "{root}/networks"\n'
         )
-        (root / "storage.conf").write_text(f'[storage]\ndriver = "overlay"\ngraphroot = "{root}/storage"\nrunroot = "{root}/run"\n')
+        (root / "storage.conf").write_text(
+            f'[storage]\ndriver = "overlay"\ngraphroot = "{root}/storage"\nrunroot = "{root}/run"\n'
+        )
         self.environment = os.environ | {
             "CONTAINERS_CONF": str(root / "containers.conf"), "CONTAINERS_STORAGE_CONF": str(root / "storage.conf"),
             "BUILDAH_ISOLATION": "chroot",
@@ -73,7 +77,14 @@ class Engine:
     def _root_file_system(self) -> Path:
         root = self.folder / "base"
         if not root.exists():
-            command = ["debootstrap", "--variant=minbase", "--include=ca-certificates", "bookworm", str(root), MIRROR]
+            command = [
+                "debootstrap",
+                "--variant=minbase",
+                "--include=ca-certificates",
+                "bookworm",
+                str(root),
+                MIRROR,
+            ]
             made = self.call(*command, seconds=900)
             assert made.code == 0, made.out[-2000:]
         return root
@@ -88,11 +99,21 @@ class Engine:
             self.podman("import", archive, f"docker.io/{base if '/' in base else 'library/' + base}")
             archive.unlink()
             self.bases.add(base)
-        options = ["--isolation=chroot", "--format=docker", "--pull=never", "--layers", *_pip_settings(self.folder)]
+        options = [
+            "--isolation=chroot",
+            "--format=docker",
+            "--pull=never",
+            "--layers",
+            *_pip_settings(self.folder),
+        ]
         self.podman("build", *options, "--file", f"docker/{dockerfile}", "--tag", tag, ".", seconds=3000)
 
     def close(self) -> None:
-        for arguments in (["rm", "--all", "--force", "--time=0"], ["volume", "prune", "--force"], ["network", "prune", "--force"]):
+        for arguments in (
+            ["rm", "--all", "--force", "--time=0"],
+            ["volume", "prune", "--force"],
+            ["network", "prune", "--force"],
+        ):
             self.call("podman", *arguments)
         self.call("podman", "rmi", "--all", "--force")
         self.call("umount", self.folder / "storage" / "overlay")
@@ -101,7 +122,9 @@ class Engine:
 
 def _pip_settings(folder: Path) -> list[str]:
     """Options of `podman build` that give pip the index, the wheels and the certificate that it has outside."""
-    listed = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run(
+        [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True
+    ).stdout
     found: dict[str, list[str]] = {}
     for key, value in re.findall(r"^\S*\.([\w-]+)='(.*)'$", listed, re.MULTILINE):
         if key in ("index-url", "extra-index-url", "find-links", "trusted-host", "cert", "proxy"):
@@ -112,11 +135,15 @@ def _pip_settings(folder: Path) -> list[str]:
     for number, certificate in enumerate(found.get("cert", [])):
         mounts[certificate] = f"/run/pip-certificate-{number}"
         found["cert"] = [mounts[certificate]]
-    for place in (word for key in ("index-url", "extra-index-url", "find-links") for word in found.get(key, [])):
+    for place in (
+        word for key in ("index-url", "extra-index-url", "find-links") for word in found.get(key, [])
+    ):
         # An index may lead to files beside it.
         path = str(Path(place.removeprefix("file://")).parent) if place.startswith("file://") else place
         if path.startswith("/"):
             mounts[path] = path
-    (folder / "pip.conf").write_text("[global]\n" + "".join(f"{key} = {' '.join(values)}\n" for key, values in found.items()))
+    (folder / "pip.conf").write_text(
+        "[global]\n" + "".join(f"{key} = {' '.join(values)}\n" for key, values in found.items())
+    )
     options = [f"--volume={source}:{target}:ro" for source, target in mounts.items() if Path(source).exists()]
     return [*options, f"--build-arg=TORCH_INDEX={found.get('index-url', [PYPI])[0]}"]

@@ -43,7 +43,9 @@ class Outcome:
 
 
 def write_rows(folder: Path, train: int = 22, test: int = 7) -> Path:
-    """A folder with `train.jsonl` and `test.jsonl` in GSM8K's columns: texts of different length. Returns the folder."""
+    """A folder with `train.jsonl` and `test.jsonl` in GSM8K's columns: texts of different length. Returns the
+    folder.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for split, count in (("train", train), ("test", test)):
         lines = [json.dumps(_row(number if split == "train" else number + 1000)) for number in range(count)]
@@ -54,7 +56,10 @@ def write_rows(folder: Path, train: int = 22, test: int = 7) -> Path:
 def _row(number: int) -> dict[str, str]:
     name, have, more = NAMES[number % 4], number % 7 + 1, number % 5
     story = f"{name} has {have} apples. " + f"{name} buys {more} more. " * (number % 3)
-    return {"question": story + "How many?", "answer": f"{name} has " * (number % 4) + f"#### {have + more * (number % 3)}"}
+    return {
+        "question": story + "How many?",
+        "answer": f"{name} has " * (number % 4) + f"#### {have + more * (number % 3)}",
+    }
 
 
 def recipe_of(model: Path, data: Path, output_dir: Path) -> dict:
@@ -115,7 +120,9 @@ def started(*command: object, **environment: str) -> Iterator[subprocess.Popen]:
         "PYTHONPATH": os.pathsep.join([str(REPOSITORY), *filter(None, [plain.get("PYTHONPATH")])]),
     } | environment  # fmt: skip
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    process = subprocess.Popen(list(map(str, command)), cwd=REPOSITORY, env=settings, start_new_session=True, **pipes)
+    process = subprocess.Popen(
+        list(map(str, command)), cwd=REPOSITORY, env=settings, start_new_session=True, **pipes
+    )
     try:
         yield process
     finally:
@@ -187,4 +194,8 @@ def curve(run_dir: Path, tag: str = "train/loss") -> dict[int, float]:
 
 
 def files_of(run_dir: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(run_dir)): path.read_bytes() for path in sorted(run_dir.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(run_dir)): path.read_bytes()
+        for path in sorted(run_dir.rglob("*"))
+        if path.is_file()
+    }

@@ -20,18 +20,24 @@ def broken(*arguments) -> str:
 
 
 def test_a_loss_that_is_no_number_names_the_step_and_the_last_good_checkpoint(recipe, tmp_path):
-    """At a learning rate of 1e30 the first step ruins the weights: the second loss shows it. Checkpoint 1 holds the ruin."""
+    """At a learning rate of 1e30 the first step ruins the weights: the second loss shows it. Checkpoint 1
+    holds the ruin.
+    """
     run_dir = tmp_path / "run"
     rate = ["train.lr=1e30", "train.eval_every=0"]
     sentence = broken("train", recipe, *rate, "train.save_every=1")
-    assert re.fullmatch(r"distlora: the training loss is (nan|inf) at step 2; the last good checkpoint: none", sentence)
+    assert re.fullmatch(
+        r"distlora: the training loss is (nan|inf) at step 2; the last good checkpoint: none", sentence
+    )
     assert list(curve(run_dir)) == [1]
     assert (run_dir / "checkpoint-1").exists() and not (run_dir / "checkpoint-2").exists()
     assert not (run_dir / "adapter").exists()
 
 
 def test_the_last_good_checkpoint_is_one_whose_loss_was_a_number(recipe, model, tmp_path):
-    """Weights that are ruined behind the run's back after checkpoint 3: it, at least, had a loss that was a number."""
+    """Weights that are ruined behind the run's back after checkpoint 3: it, at least, had a loss that was a
+    number.
+    """
     base = shutil.copytree(model, tmp_path / "base")
     own = f"model.path={base}"
     run_dir = tmp_path / "run"
@@ -41,12 +47,17 @@ def test_the_last_good_checkpoint_is_one_whose_loss_was_a_number(recipe, model, 
     weights["model.norm.weight"][0] = float("nan")
     save_file(weights, base / "model.safetensors", {"format": "pt"})
     sentence = broken("train", recipe, own)
-    assert sentence == f"distlora: the training loss is nan at step 4; the last good checkpoint: {run_dir / 'checkpoint-3'}"
+    assert (
+        sentence
+        == f"distlora: the training loss is nan at step 4; the last good checkpoint: {run_dir / 'checkpoint-3'}"
+    )
     assert max(curve(run_dir)) == 3
 
 
 def test_a_tensor_that_would_not_train_is_named(recipe, model, tmp_path):
-    """A layer behind an output of zeros gets no gradient: W of the value projection is fed into a dead output projection."""
+    """A layer behind an output of zeros gets no gradient: W of the value projection is fed into a dead output
+    projection.
+    """
     dead = shutil.copytree(model, tmp_path / "dead")
     weights = load_file(dead / "model.safetensors")
     weights["model.layers.1.self_attn.o_proj.weight"].zero_()

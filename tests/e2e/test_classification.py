@@ -85,7 +85,9 @@ def test_a_classifier_is_trained_evaluated_and_loaded_by_others(name, models, da
     adapted = PeftModel.from_pretrained(plain, run / "adapter")
     assert scores(adapted, tokenizer, data) == pytest.approx(tuple(last.values()), rel=1e-4)
     succeed("export", run, "--format", "merged", "--out", tmp_path / "merged")
-    merged, info = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged", output_loading_info=True)
+    merged, info = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "merged", output_loading_info=True
+    )
     assert not info["missing_keys"] and not info["mismatched_keys"]
     assert scores(merged, tokenizer, data) == pytest.approx(tuple(last.values()), rel=1e-4)
 

@@ -23,7 +23,8 @@ def instructions(text: str) -> list[tuple[str, str]]:
     lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
     joined = "\n".join(lines).replace("\\\n", " ")
     return [
-        (word, " ".join(rest.split())) for word, _, rest in (line.partition(" ") for line in joined.splitlines() if line.strip())
+        (word, " ".join(rest.split()))
+        for word, _, rest in (line.partition(" ") for line in joined.splitlines() if line.strip())
     ]
 
 
@@ -41,7 +42,11 @@ def final_stage(parts: list[tuple[str, str]]) -> list[tuple[str, str]]:
 
 def setup_value(name: str):
     """A literal argument of `setup(…)`."""
-    calls = [node for node in ast.walk(ast.parse((REPOSITORY / "setup.py").read_text())) if isinstance(node, ast.Call)]
+    calls = [
+        node
+        for node in ast.walk(ast.parse((REPOSITORY / "setup.py").read_text()))
+        if isinstance(node, ast.Call)
+    ]
     (value,) = [keyword.value for call in calls for keyword in call.keywords if keyword.arg == name]
     return ast.literal_eval(value)
 
@@ -53,9 +58,13 @@ def setup_value(name: str):
 def test_everything_is_pinned(parts):
     stages = {stage for line in of(parts, "FROM") for stage in re.findall(r" AS (\w+)$", line)}
     outside = [image for image in (line.split()[0] for line in of(parts, "FROM")) if image not in stages]
-    assert outside and all(re.search(r":\d+\.\d+(\.\d+)?-", image) for image in outside), "a whole version, of one release"
+    assert outside and all(re.search(r":\d+\.\d+(\.\d+)?-", image) for image in outside), (
+        "a whole version, of one release"
+    )
     for command in re.findall(r"pip (?:install|wheel) [^&]*", " && ".join(of(parts, "RUN"))):
-        pinned = "--constraint constraints.txt" in command or re.search(r"--no-deps .*grep '\^[\w-]+=='", command)
+        pinned = "--constraint constraints.txt" in command or re.search(
+            r"--no-deps .*grep '\^[\w-]+=='", command
+        )
         assert pinned or command.split()[-1] == ".", command
     for package in re.findall(r"grep '\^([\w-]+)=='", " ".join(of(parts, "RUN"))):
         assert re.search(rf"^{package}==", CONSTRAINTS, re.MULTILINE), package
@@ -71,9 +80,17 @@ def test_cuda_is_the_one_that_torch_was_built_with():
 
 @each_image
 def test_what_is_copied_is_there_and_not_ignored(parts):
-    ignored, *allowed = [line for line in (REPOSITORY / ".dockerignore").read_text().splitlines() if not line.startswith("#")]
+    ignored, *allowed = [
+        line for line in (REPOSITORY / ".dockerignore").read_text().splitlines() if not line.startswith("#")
+    ]
     assert ignored == "*"
-    sources = [word for line in of(parts, "COPY") if "--from=" not in line for word in line.split()[:-1] if word[:2] != "--"]
+    sources = [
+        word
+        for line in of(parts, "COPY")
+        if "--from=" not in line
+        for word in line.split()[:-1]
+        if word[:2] != "--"
+    ]
     assert len(sources) >= 10
     for source in sources:
         assert (REPOSITORY / source).exists() and f"!{source.split('/')[0]}" in allowed, source
@@ -94,11 +111,20 @@ def test_layers_that_cost_most_come_before_the_source(parts):
 @each_image
 def test_how_a_container_runs(parts):
     last = final_stage(parts)
-    assert of(last, "USER") == ["$USER_ID"] and int(dict(line.split("=") for line in of(last, "ARG"))["USER_ID"]) > 0
-    assert [word for word, _ in last].index("USER") > max(n for n, (word, _) in enumerate(last) if word in ("RUN", "COPY"))
+    assert (
+        of(last, "USER") == ["$USER_ID"]
+        and int(dict(line.split("=") for line in of(last, "ARG"))["USER_ID"]) > 0
+    )
+    assert [word for word, _ in last].index("USER") > max(
+        n for n, (word, _) in enumerate(last) if word in ("RUN", "COPY")
+    )
     (entry,), (command,), (health,) = of(last, "ENTRYPOINT"), of(last, "CMD"), of(last, "HEALTHCHECK")
-    installed = re.findall(r"docker/([\w.]+) /usr/local/bin/([\w-]+)$", "\n".join(of(last, "COPY")), re.MULTILINE)
-    assert json.loads(entry) == ["/usr/bin/tini", "--", dict(installed)["entrypoint.sh"]], "a list: no shell holds signals back"
+    installed = re.findall(
+        r"docker/([\w.]+) /usr/local/bin/([\w-]+)$", "\n".join(of(last, "COPY")), re.MULTILINE
+    )
+    assert json.loads(entry) == ["/usr/bin/tini", "--", dict(installed)["entrypoint.sh"]], (
+        "a list: no shell holds signals back"
+    )
     assert json.loads(command)[0] == "distlora"
     assert json.loads(health.partition("CMD ")[2]) == [dict(installed)["healthcheck.sh"]]
     packages = next(line for line in of(last, "RUN") if "apt-get install" in line).split()
@@ -118,10 +144,14 @@ def test_labels_say_what_it_is(parts):
 @each_image
 def test_no_secret_is_baked_in(parts):
     names = re.findall(r"(\w+)=", " ".join(of(parts, "ENV") + of(parts, "ARG")))
-    assert not [name for name in names if re.search("TOKEN|PASSWORD|SECRET|KEY|CREDENTIAL", name, re.IGNORECASE)]
+    assert not [
+        name for name in names if re.search("TOKEN|PASSWORD|SECRET|KEY|CREDENTIAL", name, re.IGNORECASE)
+    ]
     assert "ssh-keygen" not in " ".join(of(parts, "RUN"))
     server = next(line for line in of(parts, "RUN") if "openssh-server" in line)
-    assert server.endswith("/etc/ssh/ssh_host_*"), "the keys that the package makes for itself go in the same layer"
+    assert server.endswith("/etc/ssh/ssh_host_*"), (
+        "the keys that the package makes for itself go in the same layer"
+    )
 
 
 def test_both_images_have_one_shape():
@@ -140,7 +170,9 @@ def test_both_images_have_one_shape():
 
 def script(name: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
     command = [shutil.which("bash"), str(FOLDER / name), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env={"PATH": "/usr/bin:/bin"} | environment, timeout=30)
+    return subprocess.run(
+        command, capture_output=True, text=True, env={"PATH": "/usr/bin:/bin"} | environment, timeout=30
+    )
 
 
 def test_the_entrypoint_becomes_the_command():
@@ -174,18 +206,31 @@ def test_health_is_a_driver_that_answers(tmp_path, code, health):
 
 @pytest.mark.skipif(shutil.which("ssh") is None, reason="there is no ssh")
 def test_both_ends_of_ssh_agree():
-    shown = subprocess.run(["ssh", "-G", "-F", str(FOLDER / "ssh_config"), "node2"], capture_output=True, text=True, check=True)
+    shown = subprocess.run(
+        ["ssh", "-G", "-F", str(FOLDER / "ssh_config"), "node2"], capture_output=True, text=True, check=True
+    )
     client = dict(line.split(" ", 1) for line in shown.stdout.splitlines() if " " in line)
-    server = dict(line.split(" ", 1) for line in (FOLDER / "sshd_config").read_text().splitlines() if line and line[0] != "#")
+    server = dict(
+        line.split(" ", 1)
+        for line in (FOLDER / "sshd_config").read_text().splitlines()
+        if line and line[0] != "#"
+    )
     assert client["port"] == server["Port"] == of(FILES["Dockerfile"], "EXPOSE")[0]
     assert int(server["Port"]) > 1024, "sshd is not root"
     assert client["user"] == server["AllowUsers"]
     assert client["stricthostkeychecking"] in ("true", "yes") and client["batchmode"] == "yes"
     keys = (FOLDER / "entrypoint.sh").read_text()
-    for path in (client["identityfile"], client["userknownhostsfile"], server["HostKey"], server["AuthorizedKeysFile"]):
+    for path in (
+        client["identityfile"],
+        client["userknownhostsfile"],
+        server["HostKey"],
+        server["AuthorizedKeysFile"],
+    ):
         assert path.startswith("/keys/") and path.removeprefix("/keys/") in keys
     assert f'"{client["hostkeyalias"]} ' in keys
-    assert {server["PasswordAuthentication"], server["KbdInteractiveAuthentication"], server["UsePAM"]} == {"no"}
+    assert {server["PasswordAuthentication"], server["KbdInteractiveAuthentication"], server["UsePAM"]} == {
+        "no"
+    }
 
 
 # ---------------------------------------------------------------------- compose.yaml
@@ -198,7 +243,10 @@ def test_compose_has_two_nodes_of_one_host_and_keys_made_at_start():
     for name, service in services.items():
         assert (REPOSITORY / service["build"]["dockerfile"]).exists()
         assert not service.get("privileged") and "user" not in service
-        volumes = {target: (source, mode) for source, target, *mode in (volume.split(":") for volume in service["volumes"])}
+        volumes = {
+            target: (source, mode)
+            for source, target, *mode in (volume.split(":") for volume in service["volumes"])
+        }
         for source, _ in volumes.values():
             assert source in COMPOSE["volumes"] or (REPOSITORY / source).is_file(), source
         if name in hosts:

@@ -1,4 +1,6 @@
-"""The container images, built and run for real: two containers train as two nodes. Takes a quarter of an hour, and a network."""
+"""The container images, built and run for real: two containers train as two nodes. Takes a quarter of an
+hour, and a network.
+"""
 
 import json
 import re
@@ -44,7 +46,10 @@ def work(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("work")
     content = recipe_of(tiny_model_dir("llama", folder), write_rows(folder / "data"), Path("runs/two"))
     content["method"]["init"]["eta"] = 0.01  # its search is a hundred gathers of the model
-    inside = {"model": {**content["model"], "path": "runs/work/llama"}, "data": {**content["data"], "path": "runs/work/data"}}
+    inside = {
+        "model": {**content["model"], "path": "runs/work/llama"},
+        "data": {**content["data"], "path": "runs/work/data"},
+    }
     write_recipe(folder / "recipe.yaml", content | inside | {"deepspeed": "configs/zero/zero3.json"})
     for path in (folder, *folder.rglob("*")):  # the container's user is another one
         path.chmod(0o755)
@@ -83,22 +88,30 @@ def state(engine: Engine, name: str, what: str = "Status") -> str:
 
 
 @pytest.mark.parametrize(
-    ("dockerfile", "tag"), [("Dockerfile.cpu", "localhost/distlora:cpu"), ("Dockerfile", "localhost/distlora:cuda")]
+    ("dockerfile", "tag"),
+    [("Dockerfile.cpu", "localhost/distlora:cpu"), ("Dockerfile", "localhost/distlora:cuda")],
 )
 def test_an_image_holds_the_tested_versions_and_no_keys(engine, dockerfile, tag):
     engine.build(dockerfile, tag)
-    pinned = dict(re.findall(r"^([\w.-]+)==(\S+)$", (REPOSITORY / "constraints.txt").read_text(), re.MULTILINE))
+    pinned = dict(
+        re.findall(r"^([\w.-]+)==(\S+)$", (REPOSITORY / "constraints.txt").read_text(), re.MULTILINE)
+    )
     found = json.loads(engine.podman("run", "--rm", tag, "python", "-c", INSPECT))
-    normal = {re.sub("[-_.]+", "-", name).lower(): version.partition("+")[0] for name, version in found.items()}
+    normal = {
+        re.sub("[-_.]+", "-", name).lower(): version.partition("+")[0] for name, version in found.items()
+    }
     wanted = {re.sub("[-_.]+", "-", name).lower(): version for name, version in pinned.items()}
     assert {"torch", "deepspeed", "mpi4py", "bitsandbytes", "distlora"} <= set(normal)
     assert {name: normal[name] for name in wanted if name in normal and normal[name] != wanted[name]} == {}
 
-    look = (
-        "id -u; ls /etc/ssh/ssh_host_* /keys/* 2>/dev/null; touch /workspace/configs/x 2>/dev/null || echo read-only; sshd -V 2>&1"
-    )
+    look = "id -u; ls /etc/ssh/ssh_host_* /keys/* 2>/dev/null; touch /workspace/configs/x 2>/dev/null || echo read-only; sshd -V 2>&1"
     said = engine.podman(
-        "run", "--rm", tag, "bash", "-c", look.replace("sshd -V", "/usr/sbin/sshd -V") + " | grep -o OpenSSH; pdsh -V"
+        "run",
+        "--rm",
+        tag,
+        "bash",
+        "-c",
+        look.replace("sshd -V", "/usr/sbin/sshd -V") + " | grep -o OpenSSH; pdsh -V",
     )
     assert said.splitlines()[:3] == ["1000", "read-only", "OpenSSH"] and "pdsh-" in said
     assert "Low-rank" in engine.podman("run", "--rm", tag)
@@ -131,7 +144,15 @@ def test_two_nodes_train_as_one(nodes, tmp_path):
     done = train_on_both(nodes)
     assert done.code == 0, done.err[-3000:] + done.out[-2000:]
     assert "2 ranks on 2 hosts" in done.out + done.err
-    one = ["python", "-m", "distlora", "train", "runs/work/recipe.yaml", "deepspeed=null", "output_dir=runs/one"]
+    one = [
+        "python",
+        "-m",
+        "distlora",
+        "train",
+        "runs/work/recipe.yaml",
+        "deepspeed=null",
+        "output_dir=runs/one",
+    ]
     nodes.podman("exec", container("node2"), *one)
     nodes.podman("cp", f"{container('node2')}:/workspace/runs/.", tmp_path)
     assert curve(tmp_path / "two") == pytest.approx(curve(tmp_path / "one"), rel=1e-4)
@@ -157,13 +178,22 @@ def test_health_follows_what_a_launcher_would_meet(nodes):
 
 def test_a_node_that_is_stopped_lets_its_ranks_save(nodes, tmp_path):
     name, run = container("node2"), "/workspace/runs/stopped"
-    command = [*LAUNCH, "runs/work/recipe.yaml", "train.steps=100000", "train.eval_every=0", "output_dir=runs/stopped"]
+    command = [
+        *LAUNCH,
+        "runs/work/recipe.yaml",
+        "train.steps=100000",
+        "train.eval_every=0",
+        "output_dir=runs/stopped",
+    ]
     nodes.podman("exec", "--detach", container("node1"), *command)
     wait_for_a_step(nodes, name, run)
     nodes.podman("stop", "--time", "100", name)
     assert state(nodes, name, "ExitCode") == "0", "it was not killed"
     deadline = time.monotonic() + 90
-    while nodes.call("podman", "exec", container("node1"), "pgrep", "-f", "--", "-m distlora.cli.as_rank").code == 0:
+    while (
+        nodes.call("podman", "exec", container("node1"), "pgrep", "-f", "--", "-m distlora.cli.as_rank").code
+        == 0
+    ):
         assert time.monotonic() < deadline, "the rank of node1 has not followed"
         time.sleep(1)
     nodes.podman("cp", f"{container('node1')}:{run}/status.json", tmp_path)

@@ -1,4 +1,5 @@
-"""The program under every launcher, on two ranks of this machine: one loss curve, one sentence, and nobody left behind.
+"""The program under every launcher, on two ranks of this machine: one loss curve, one sentence, and nobody
+left behind.
 
 A start with DeepSpeed takes many seconds, so each has to show several things.
 """
@@ -31,7 +32,9 @@ FAREWELL = 60
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory) -> Bench:
-    return Bench(tmp_path_factory.mktemp("launchers"), steps=STEPS, save_every=4, eval_every=6, exact_match_samples=3)
+    return Bench(
+        tmp_path_factory.mktemp("launchers"), steps=STEPS, save_every=4, eval_every=6, exact_match_samples=3
+    )
 
 
 def under_deepspeed(*arguments: str) -> list[str]:
@@ -50,7 +53,9 @@ def test_deepspeed_and_its_monitors(bench):
     enabled = "{enabled: true, output_path: auto, job_name: auto}"
     monitors = [f"deepspeed.tensorboard={enabled}", f"deepspeed.csv_monitor={enabled}"]
     persistence = "deepspeed.zero_optimization.stage3_param_persistence_threshold=auto"
-    outcome = run(*under_deepspeed("train", *bench.arguments("deepspeed", *monitors, persistence, "train.steps=6")))
+    outcome = run(
+        *under_deepspeed("train", *bench.arguments("deepspeed", *monitors, persistence, "train.steps=6"))
+    )
     assert outcome.code == 0, outcome.err
     bench.expect_same_curve("deepspeed", 6)
     assert "deepspeed.zero_optimization.stage3_param_persistence_threshold = 600 (auto)" in outcome.err
@@ -60,9 +65,13 @@ def test_deepspeed_and_its_monitors(bench):
 
     run_dir = bench.folder / "deepspeed"
     (start,) = json.loads((run_dir / "environment.json").read_text())
-    assert start["deepspeed"]["zero_optimization"]["stage3_param_persistence_threshold"] == 600, "as it was resolved"
+    assert start["deepspeed"]["zero_optimization"]["stage3_param_persistence_threshold"] == 600, (
+        "as it was resolved"
+    )
     assert sorted(path.name for path in (run_dir / "logs").iterdir()) == ["rank-0.log", "rank-1.log"]
-    assert "data: 20 samples" in (run_dir / "logs" / "rank-1.log").read_text(), "every rank tells it to its file"
+    assert "data: 20 samples" in (run_dir / "logs" / "rank-1.log").read_text(), (
+        "every rank tells it to its file"
+    )
     events = EventAccumulator(str(run_dir / "tensorboard")).Reload()
     for tag in ("train/loss", "train/learning_rate", "train/grad_norm", "eval/loss", "init/seconds"):
         written = {event.step: event.value for event in events.Scalars(tag)}
@@ -76,7 +85,9 @@ def test_a_rank_that_dies_under_torchrun_and_one_process_that_goes_on(bench):
     mark = {"DISTLORA_TEST_MARK": str(run_dir)}
     with started(*under_torchrun("train", *bench.arguments("torchrun", stage=2)), **mark) as launcher:
         wait_until((run_dir / "checkpoint-8").exists, PATIENCE, "the checkpoint of step 8", launcher)
-        ranks = {variables["RANK"]: pid for pid, variables in processes_with(**mark).items() if "RANK" in variables}
+        ranks = {
+            variables["RANK"]: pid for pid, variables in processes_with(**mark).items() if "RANK" in variables
+        }
         os.kill(ranks["1"], signal.SIGKILL)
         outcome = finish(launcher, FAREWELL)
         assert outcome.code != 0
@@ -90,7 +101,12 @@ def test_a_rank_that_dies_under_torchrun_and_one_process_that_goes_on(bench):
 
 
 def test_srun_sets_only_its_own_variables(bench):
-    common = {"SLURM_NTASKS": "2", "SLURM_STEP_ID": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    common = {
+        "SLURM_NTASKS": "2",
+        "SLURM_STEP_ID": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": free_port(),
+    }
     command = python("train", *bench.arguments("srun", "train.steps=6", stage=1))
     with (
         started(*command, SLURM_PROCID="0", SLURM_LOCALID="0", **common) as first,
@@ -119,7 +135,8 @@ def test_mpirun(bench):
     ("mistake", "sentence"),
     [
         ("train.lrr=1", "distlora: override train.lrr: unknown key, did you mean lr?"),
-        # Every answer is cut away, which shows once the ranks have met and the tokenizer has been at the data.
+        # Every answer is cut away, which shows once the ranks have met and the tokenizer has been at the
+        # data.
         ("data.max_length=4", "none of the 22 samples"),
     ],
 )

@@ -30,12 +30,21 @@ def sentence_of(outcome) -> str:
         ("method.rnak=8", "override method.rnak: unknown key, did you mean rank?"),
         ("train.lr", "override train.lr: wanted dotted.key=value, as in train.lr=1e-3"),
         ("train.lr=fast", 'override train.lr: found "fast", wanted a number'),
-        ("train.optimizer.name=adma", 'override train.optimizer.name: found "adma", wanted adamw, sgd, adamw8bit, paged_adamw or'),
+        (
+            "train.optimizer.name=adma",
+            'override train.optimizer.name: found "adma", wanted adamw, sgd, adamw8bit, paged_adamw or',
+        ),
         ("method.name=lorasb", "override method.name: no method is called lorasb, did you mean lora_sb?"),
         ("data.task=gsm9k", "data.task: unknown task 'gsm9k', did you mean gsm8k?"),
-        ("targets=[q_porj]", "targets: q_porj matches no linear layer of LlamaForCausalLM, did you mean q_proj?"),
+        (
+            "targets=[q_porj]",
+            "targets: q_porj matches no linear layer of LlamaForCausalLM, did you mean q_proj?",
+        ),
         ("method.rank=50", "rank 50"),
-        ("train.global_batch_size=5", "train.global_batch_size=5 is not divisible by train.micro_batch_size=2"),
+        (
+            "train.global_batch_size=5",
+            "train.global_batch_size=5 is not divisible by train.micro_batch_size=2",
+        ),
         ("model.attention=flush", "model.attention=flush: LlamaForCausalLM has only auto"),
         ("data.max_length=4", "none of the 22 samples"),
         ("data.fields={prompt: quession}", "has no column 'quession', did you mean question?"),
@@ -125,8 +134,12 @@ def test_deepspeed_config(recipe, tmp_path):
 
 def test_run_directory(recipe, tmp_path):
     (tmp_path / "file").write_text("")
-    assert f"{tmp_path}/file is a file; name a directory" in refused("train", recipe, f"output_dir={tmp_path}/file")
-    assert refused("train", recipe, "output_dir=/proc/none/run").startswith("output_dir: /proc/none/run cannot be made")
+    assert f"{tmp_path}/file is a file; name a directory" in refused(
+        "train", recipe, f"output_dir={tmp_path}/file"
+    )
+    assert refused("train", recipe, "output_dir=/proc/none/run").startswith(
+        "output_dir: /proc/none/run cannot be made"
+    )
 
 
 def test_other_verbs(finished, model, tmp_path):
@@ -145,7 +158,9 @@ def test_other_verbs(finished, model, tmp_path):
 
 
 def test_a_process_of_its_own_has_only_the_sentence_to_show(recipe, tmp_path):
-    """Behind the line on where it runs; no noise of imported libraries. Here for a hub name that is out of reach."""
+    """Behind the line on where it runs; no noise of imported libraries. Here for a hub name that is out of
+    reach.
+    """
     hub = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub")}
     outcome = run(*python("train", recipe, "model.path=someone/some-model"), **hub)
     assert outcome.code == 2
@@ -179,7 +194,9 @@ def test_several_ranks_without_deepspeed_or_an_address(recipe, monkeypatch):
 def test_other_ranks_than_the_first_of_a_node_say_nothing(recipe, monkeypatch, variable, local):
     """Each launcher tells a rank who it is in its own way."""
     monkeypatch.setattr("distlora.cli.main.PATIENCE", 0)
-    size = {"RANK": "WORLD_SIZE", "SLURM_PROCID": "SLURM_NTASKS"}.get(variable, variable.replace("RANK", "SIZE"))
+    size = {"RANK": "WORLD_SIZE", "SLURM_PROCID": "SLURM_NTASKS"}.get(
+        variable, variable.replace("RANK", "SIZE")
+    )
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     for name, value in {variable: "1", local: "1", size: "2", "SLURM_STEP_ID": "0", **address}.items():
         monkeypatch.setenv(name, value)

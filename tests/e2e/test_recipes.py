@@ -1,4 +1,6 @@
-"""Every shipped recipe takes steps with a tiny model of its class and rows in its task's format; so does every class."""
+"""Every shipped recipe takes steps with a tiny model of its class and rows in its task's format; so does
+every class.
+"""
 
 import json
 import math
@@ -17,9 +19,18 @@ RECIPES = sorted((REPOSITORY / "configs" / "recipes").glob("*.yaml"))
 CLASSES = {"mistral": "mistral", "gemma": "gemma2", "llama": "llama", "smollm2": "llama", "minilm": "bert"}
 #: Columns of the data sets that the recipes name, and a row of each.
 ROWS = {
-    "metamath": {"query": "What is 2 + {n}?", "response": "Add them. The answer is: {n}", "type": "GSM_Rephrased"},
+    "metamath": {
+        "query": "What is 2 + {n}?",
+        "response": "Add them. The answer is: {n}",
+        "type": "GSM_Rephrased",
+    },
     "gsm8k": {"question": "What is 2 + {n}?", "answer": "Add them.\n#### {n}"},
-    "commonsense": {"instruction": "Is {n} even?", "input": "", "output": "the correct answer is true", "answer": "true"},
+    "commonsense": {
+        "instruction": "Is {n} even?",
+        "input": "",
+        "output": "the correct answer is true",
+        "answer": "true",
+    },
     "rte": {"sentence1": "Tom has {n} apples.", "sentence2": "Tom has apples.", "label": "entailment"},
 }
 

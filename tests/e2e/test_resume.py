@@ -45,7 +45,9 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(model, data, tmp_path):
     assert f"continuing from {killed}/checkpoint-" in outcome.err
     for tag in ("train/loss", "train/grad_norm", "train/learning_rate", "eval/loss"):
         assert curve(killed, tag) == curve(tmp_path / "whole", tag), tag
-    assert [line["step"] for line in metrics(killed)] == [line["step"] for line in metrics(tmp_path / "whole")]
+    assert [line["step"] for line in metrics(killed)] == [
+        line["step"] for line in metrics(tmp_path / "whole")
+    ]
     assert files_of(killed / "adapter") == files_of(tmp_path / "whole" / "adapter")
 
 
@@ -57,14 +59,21 @@ def test_a_finished_run_trains_nothing_more(finished, tmp_path):
     assert metrics(copy) == metrics(run_dir)
     assert files_of(copy / "adapter") == files_of(run_dir / "adapter")
     assert files_of(copy / "checkpoint-6") == files_of(run_dir / "checkpoint-6")
-    assert again.out.splitlines()[1:5] == outcome.out.splitlines()[1:5], "loss and exact match, before and after"
+    assert again.out.splitlines()[1:5] == outcome.out.splitlines()[1:5], (
+        "loss and exact match, before and after"
+    )
 
 
 def test_what_only_looks_on_may_change(finished, tmp_path):
     _, run_dir = finished
     copy = shutil.copytree(run_dir, tmp_path / "copy")
     shutil.rmtree(copy / "checkpoint-6")
-    changes = ["train.micro_batch_size=1", "train.eval_every=0", "train.save_every=5", "model.gradient_checkpointing=true"]
+    changes = [
+        "train.micro_batch_size=1",
+        "train.eval_every=0",
+        "train.save_every=5",
+        "model.gradient_checkpointing=true",
+    ]
     succeed("train", run_dir / "recipe.yaml", "--resume", f"output_dir={copy}", *changes)
     assert curve(copy) == pytest.approx(curve(run_dir), rel=1e-4)
     assert (copy / "checkpoint-5").exists()
@@ -76,7 +85,9 @@ def test_no_resume_begins_anew(finished, tmp_path):
     outcome = succeed("train", run_dir / "recipe.yaml", f"output_dir={copy}", "--no-resume")
     assert "continuing" not in outcome.err
     assert curve(copy) == curve(run_dir) and len(metrics(copy)) == len(metrics(run_dir))
-    assert [line["step"] for line in metrics(copy)].count(0) == 2, "the initialisation and the first evaluation"
+    assert [line["step"] for line in metrics(copy)].count(0) == 2, (
+        "the initialisation and the first evaluation"
+    )
 
 
 def test_a_broken_checkpoint_is_passed_over(finished, tmp_path):
@@ -120,9 +131,14 @@ def test_resume_of_a_run_without_a_whole_checkpoint(finished, tmp_path):
         (copy / f"checkpoint-{step}" / "manifest.json").unlink()
     outcome = call("train", run_dir / "recipe.yaml", f"output_dir={copy}", "--resume")
     assert outcome.code == 2
-    assert outcome.sentences == [f"distlora: --resume: {copy} holds no complete checkpoint; start it without --resume"]
+    assert outcome.sentences == [
+        f"distlora: --resume: {copy} holds no complete checkpoint; start it without --resume"
+    ]
     outcome = call("train", run_dir / "recipe.yaml", f"output_dir={copy}")
-    assert outcome.code == 2 and "every checkpoint is broken; --no-resume removes them and begins anew" in outcome.err
+    assert (
+        outcome.code == 2
+        and "every checkpoint is broken; --no-resume removes them and begins anew" in outcome.err
+    )
 
 
 def test_a_mistake_that_is_corrected_may_use_the_same_directory(recipe, tmp_path):

@@ -1,4 +1,5 @@
-"""Two hosts by every road, on a cluster of namespaces: one loss curve, and an end in good order whatever happens.
+"""Two hosts by every road, on a cluster of namespaces: one loss curve, and an end in good order whatever
+happens.
 
 A start over two hosts takes ten seconds and more, so each has to show several things.
 """
@@ -52,7 +53,18 @@ def mpi_sh(*words: object) -> list[object]:
 
 def torchrun(node: int, *arguments: str) -> list[object]:
     """One node's part, as the README says it."""
-    place = ["--nnodes", "2", "--nproc-per-node", "1", "--node-rank", node, "--master-addr", "node1", "--master-port", "29511"]
+    place = [
+        "--nnodes",
+        "2",
+        "--nproc-per-node",
+        "1",
+        "--node-rank",
+        node,
+        "--master-addr",
+        "node1",
+        "--master-port",
+        "29511",
+    ]
     return [Path(sys.executable).with_name("torchrun"), *place, "-m", "distlora", "train", *arguments]
 
 
@@ -65,7 +77,9 @@ def run(cluster, command):
 
 
 def interrupt(cluster, bench, name, command, victim, number=signal.SIGTERM):
-    """Signals `victim(cluster)` once the run is under way; returns the outcome and the seconds until everything had ended."""
+    """Signals `victim(cluster)` once the run is under way; returns the outcome and the seconds until
+    everything had ended.
+    """
     with started(*cluster.on("head", *command)) as process:
         wait_for(lambda: bench.steps(name) >= 3 or process.poll() is not None, PATIENCE, "step 3")
         assert process.poll() is None, finish(process, 10).err[-4000:]
@@ -78,7 +92,9 @@ def interrupt(cluster, bench, name, command, victim, number=signal.SIGTERM):
 
 def the_script(cluster) -> int:
     """The first one of its processes: the others are parts of it."""
-    return min(pid for pid, command in cluster.processes("head").items() if command.startswith("bash launch/"))
+    return min(
+        pid for pid, command in cluster.processes("head").items() if command.startswith("bash launch/")
+    )
 
 
 # ---------------------------------------------------------------------- DeepSpeed's launcher
@@ -93,7 +109,11 @@ def test_deepspeed_over_ssh_stops_when_it_is_told_and_goes_on(bench, hostfile, s
     assert outcome.code == 75, outcome.err[-4000:]
     assert seconds < FAREWELL and ssh_cluster.processes() == {}
     stopped = bench.status(name)
-    assert stopped.state == "preempted" and stopped.requeue and f"preempted at step {stopped.step} of {STEPS}" in outcome.err
+    assert (
+        stopped.state == "preempted"
+        and stopped.requeue
+        and f"preempted at step {stopped.step} of {STEPS}" in outcome.err
+    )
     outcome = run(ssh_cluster, command)
     assert "2 ranks on 2 hosts (node1: 0; node2: 1), master 10.231.77.11:" in outcome.err
     assert f"/checkpoint-{stopped.step}" in outcome.err, "it went on from where it stopped"
@@ -104,7 +124,10 @@ def test_deepspeed_over_ssh_stops_when_it_is_told_and_goes_on(bench, hostfile, s
 def test_every_host_for_itself(bench, hostfile, ssh_cluster):
     """Without ssh between the hosts: the same command on each, with its own number."""
     words = [hostfile, *bench.arguments("no-ssh", "train.steps=6")]
-    parts = [ssh_cluster.on(f"node{node + 1}", *deepspeed_sh("--no-ssh", "--node-rank", node, *words)) for node in (0, 1)]
+    parts = [
+        ssh_cluster.on(f"node{node + 1}", *deepspeed_sh("--no-ssh", "--node-rank", node, *words))
+        for node in (0, 1)
+    ]
     with started(*parts[0]) as first, started(*parts[1]) as second:
         outcomes = [finish(process, PATIENCE) for process in (first, second)]
     assert [outcome.code for outcome in outcomes] == [0, 0], outcomes[0].err[-4000:]
@@ -121,7 +144,9 @@ def test_every_host_for_itself(bench, hostfile, ssh_cluster):
         ("node1 slots=1\nnode9 slots=1\n", "hosts:2: node9: cannot be reached through ssh"),
     ],
 )
-def test_a_mistake_in_the_hostfile_shows_before_anything_starts(bench, ssh_cluster, tmp_path, lines, sentence):
+def test_a_mistake_in_the_hostfile_shows_before_anything_starts(
+    bench, ssh_cluster, tmp_path, lines, sentence
+):
     (tmp_path / "hosts").write_text(lines)
     outcome = ssh_cluster.run("head", *deepspeed_sh(tmp_path / "hosts", *bench.arguments("mistake")))
     assert outcome.code == 2 and outcome.out == "" and len(outcome.err.splitlines()) == 1
@@ -131,7 +156,9 @@ def test_a_mistake_in_the_hostfile_shows_before_anything_starts(bench, ssh_clust
 # ---------------------------------------------------------------------- Open MPI and torchrun
 
 
-@pytest.mark.skipif(shutil.which("mpirun") is None, reason="there is no mpirun (Debian and Ubuntu: the package openmpi-bin)")
+@pytest.mark.skipif(
+    shutil.which("mpirun") is None, reason="there is no mpirun (Debian and Ubuntu: the package openmpi-bin)"
+)
 def test_mpi_over_two_hosts(bench, hostfile, ssh_cluster):
     pytest.importorskip("mpi4py", reason="there is no mpi4py (pip install 'distlora[mpi]')")
     outcome = run(ssh_cluster, mpi_sh("--hostfile", hostfile, *bench.arguments("mpi", "train.steps=6")))
@@ -188,7 +215,9 @@ def test_whoever_is_told_to_stop_all_stop(bench, hostfile, ssh_cluster, road, vi
     """In the middle of an accumulation of many micro-batches."""
     host, words = victim
     name = f"{road}-{host}-{words.split()[-1].replace('/', '')}-{number}"
-    arguments = bench.arguments(name, "train.global_batch_size=64", "train.micro_batch_size=1", "train.steps=400")
+    arguments = bench.arguments(
+        name, "train.global_batch_size=64", "train.micro_batch_size=1", "train.steps=400"
+    )
     command = {
         "deepspeed": deepspeed_sh(hostfile, *arguments),
         "mpi": mpi_sh("--hostfile", hostfile, *arguments),
@@ -196,7 +225,9 @@ def test_whoever_is_told_to_stop_all_stop(bench, hostfile, ssh_cluster, road, vi
     }[road]
 
     def find(cluster):
-        return min(pid for pid, line in cluster.processes(host).items() if words in line and "export " not in line)
+        return min(
+            pid for pid, line in cluster.processes(host).items() if words in line and "export " not in line
+        )
 
     outcome, seconds = interrupt(ssh_cluster, bench, name, command, find, number)
     assert outcome.code == 75, outcome.err[-4000:]
@@ -206,7 +237,9 @@ def test_whoever_is_told_to_stop_all_stop(bench, hostfile, ssh_cluster, road, vi
 
 @long
 def test_a_stop_does_not_wait_for_an_accumulation_of_slow_micro_batches(hostfile, ssh_cluster, tmp_path):
-    """32 of them a rank, whose weights come over a slow link. What was accumulated is thrown away, and made again later."""
+    """32 of them a rank, whose weights come over a slow link. What was accumulated is thrown away, and made
+    again later.
+    """
     bench = Bench(tmp_path, rows=64, steps=3, global_batch_size=64, micro_batch_size=1, save_every=0)
     gathers = "deepspeed.zero_optimization.stage3_param_persistence_threshold=0"
     command = deepspeed_sh(hostfile, *bench.arguments("slow", gathers))
@@ -227,14 +260,20 @@ def test_a_stop_does_not_wait_for_an_accumulation_of_slow_micro_batches(hostfile
 
 
 @long
-def test_a_cut_link_ends_the_job_and_names_the_host_and_the_same_command_goes_on(bench, hostfile, ssh_cluster):
+def test_a_cut_link_ends_the_job_and_names_the_host_and_the_same_command_goes_on(
+    bench, hostfile, ssh_cluster
+):
     limit = 6
-    command = deepspeed_sh("--grace", 10, hostfile, *bench.arguments("cut", f"train.hang_timeout={limit}", "train.save_every=2"))
+    command = deepspeed_sh(
+        "--grace", 10, hostfile, *bench.arguments("cut", f"train.hang_timeout={limit}", "train.save_every=2")
+    )
     with started(*ssh_cluster.on("head", *command)) as process:
         wait_for(lambda: bench.steps("cut") >= 3 or process.poll() is not None, PATIENCE, "step 3")
         ssh_cluster.cut("node2")
         began = time.monotonic()
-        wait_for(lambda: not ssh_cluster.processes("node2"), limit + 20, "the end of node2's rank, which is alone")
+        wait_for(
+            lambda: not ssh_cluster.processes("node2"), limit + 20, "the end of node2's rank, which is alone"
+        )
         outcome = finish(process, 60)
         seconds = time.monotonic() - began
     assert outcome.code == 75 and "rank 1 on node2 went silent for" in outcome.err, outcome.err[-4000:]
@@ -247,7 +286,9 @@ def test_a_cut_link_ends_the_job_and_names_the_host_and_the_same_command_goes_on
 
 @long
 def test_a_cut_link_ends_the_job_long_before_the_usual_limit(bench, hostfile, ssh_cluster):
-    """ssh notices it within 15 s. The ranks that can be reached are asked to end then, and look who is silent."""
+    """ssh notices it within 15 s. The ranks that can be reached are asked to end then, and look who is
+    silent.
+    """
     command = deepspeed_sh(hostfile, *bench.arguments("early", "train.steps=400"))
     with started(*ssh_cluster.on("head", *command)) as process:
         wait_for(lambda: bench.steps("early") >= 3 or process.poll() is not None, PATIENCE, "step 3")
@@ -270,16 +311,32 @@ def test_hosts_whose_own_names_mean_a_loopback_address(bench, ssh_cluster, tmp_p
     parts = []
     for node in (0, 1):
         own = tmp_path / f"hosts-{node}"
-        own.write_text("".join(f"{line}\n" for line in known.splitlines() if not line.endswith(f"node{node + 1}")))
+        own.write_text(
+            "".join(f"{line}\n" for line in known.splitlines() if not line.endswith(f"node{node + 1}"))
+        )
         own.write_text(f"{own.read_text()}127.0.1.1 node{node + 1}\n")
         start = torchrun(node, *bench.arguments("loopback", "train.steps=6"))
-        hidden = ["unshare", "--mount", "bash", "-c", 'mount --bind "$0" /etc/hosts && exec "$@"', own, *start]
+        hidden = [
+            "unshare",
+            "--mount",
+            "bash",
+            "-c",
+            'mount --bind "$0" /etc/hosts && exec "$@"',
+            own,
+            *start,
+        ]
         parts.append(ssh_cluster.on(f"node{node + 1}", *hidden))
     with started(*parts[0]) as first, started(*parts[1]) as second:
         outcomes = [finish(process, PATIENCE) for process in (first, second)]
     assert [outcome.code for outcome in outcomes] == [0, 0], outcomes[0].err[-4000:]
-    assert "node1, means the address 127.0.1.1 here: GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME set to eth0" in outcomes[0].err
-    assert "node2, means the address 127.0.1.1" in (bench.folder / "loopback" / "logs" / "rank-1.log").read_text()
+    assert (
+        "node1, means the address 127.0.1.1 here: GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME set to eth0"
+        in outcomes[0].err
+    )
+    assert (
+        "node2, means the address 127.0.1.1"
+        in (bench.folder / "loopback" / "logs" / "rank-1.log").read_text()
+    )
     bench.expect_same_curve("loopback", 6)
 
 
@@ -287,14 +344,25 @@ def test_hosts_whose_own_names_mean_a_loopback_address(bench, ssh_cluster, tmp_p
 def test_a_master_that_is_every_hosts_own_ends_all_at_once(bench, ssh_cluster):
     """No rank waits for one that cannot come, and the sentence comes once."""
     words = bench.arguments("own-master")
-    place = ["WORLD_SIZE=2", "LOCAL_RANK=0", "LOCAL_WORLD_SIZE=1", "MASTER_ADDR=localhost", "MASTER_PORT=29512"]
+    place = [
+        "WORLD_SIZE=2",
+        "LOCAL_RANK=0",
+        "LOCAL_WORLD_SIZE=1",
+        "MASTER_ADDR=localhost",
+        "MASTER_PORT=29512",
+    ]
     codes, said = [], ""
     for rank in (0, 1):
         variables = [f"RANK={rank}", f"GROUP_RANK={rank}", *place]
-        outcome = ssh_cluster.run(f"node{rank + 1}", "env", *variables, "python", "-m", "distlora", "train", *words)
+        outcome = ssh_cluster.run(
+            f"node{rank + 1}", "env", *variables, "python", "-m", "distlora", "train", *words
+        )
         codes.append(outcome.code)
         said += outcome.err
-    assert codes == [2, 2] and said.count("localhost is a loopback address, and the job has several nodes; set MASTER_ADDR") == 1
+    assert (
+        codes == [2, 2]
+        and said.count("localhost is a loopback address, and the job has several nodes; set MASTER_ADDR") == 1
+    )
 
 
 @long

@@ -1,4 +1,6 @@
-"""A whole run on the plain engine: what it says, what it leaves behind, and what the other verbs make of that."""
+"""A whole run on the plain engine: what it says, what it leaves behind, and what the other verbs make of
+that.
+"""
 
 import json
 import re
@@ -45,7 +47,9 @@ def test_metrics(finished):
         assert list(curve(run_dir, tag)) == every_step
     assert curve(run_dir, "train/learning_rate") == dict.fromkeys(every_step, 0.02)
     assert list(curve(run_dir, "eval/loss")) == [0, 2, 4, 6]
-    assert list(curve(run_dir, "eval/exact_match")) == [0, 6], "answers are generated before and after training"
+    assert list(curve(run_dir, "eval/exact_match")) == [0, 6], (
+        "answers are generated before and after training"
+    )
     tags = {tag for line in metrics(run_dir) for tag in line}
     assert {"init/seconds", "init/samples", "init/captured_energy", "init/eta"} <= tags
     assert [line["step"] for line in metrics(run_dir)] == sorted(line["step"] for line in metrics(run_dir))
@@ -121,7 +125,9 @@ def test_exports_agree(finished, tmp_path):
     _, run_dir = finished
     recipe = load_recipe(run_dir / "recipe.yaml")
     for kind in ("peft", "merged"):
-        assert succeed("export", run_dir, "--format", kind, "--out", tmp_path / kind).out.strip() == str(tmp_path / kind)
+        assert succeed("export", run_dir, "--format", kind, "--out", tmp_path / kind).out.strip() == str(
+            tmp_path / kind
+        )
     base = AutoModelForCausalLM.from_pretrained(recipe.model.path, dtype=torch.float32)
     adapted = PeftModel.from_pretrained(base, tmp_path / "peft").eval()
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
@@ -170,8 +176,14 @@ def test_a_run_with_recompositions(recipe, tmp_path, monkeypatch):
     told, losses = (run_dir / "recompositions.jsonl").read_text(), curve(run_dir)
     swaps = [json.loads(line) for line in told.splitlines()]
     assert [(swap["step"], swap["reason"]) for swap in swaps] == [(2, "swap 1 of 2"), (4, "swap 2 of 2")]
-    assert all(len(layer["components"]) == 2 and layer["learned_norm"] > 0 for swap in swaps for layer in swap["layers"].values())
-    assert list(curve(run_dir, "recompose/seconds")) == list(curve(run_dir, "recompose/rounding_loss")) == [2, 4]
+    assert all(
+        len(layer["components"]) == 2 and layer["learned_norm"] > 0
+        for swap in swaps
+        for layer in swap["layers"].values()
+    )
+    assert (
+        list(curve(run_dir, "recompose/seconds")) == list(curve(run_dir, "recompose/rounding_loss")) == [2, 4]
+    )
 
     shutil.rmtree(run_dir / "checkpoint-6")
     resumed = succeed("train", recipe, *method)
@@ -198,14 +210,21 @@ def test_chat_template_with_a_tokenizer_without_a_pad_token(name, data, tmp_path
     succeed("train", recipe, "data.template=chat", "data.max_length=64", "train.steps=2")
     assert json.loads((model / "tokenizer_config.json").read_text()).get("pad_token") is None
     # What CHAT_TEMPLATE makes of one message, written out.
-    same = f"data.template='[user] {{prompt}}{load_tokenizer(load_recipe(recipe).model).eos_token}[assistant] '"
+    same = (
+        f"data.template='[user] {{prompt}}{load_tokenizer(load_recipe(recipe).model).eos_token}[assistant] '"
+    )
     succeed("train", recipe, same, "data.max_length=64", "train.steps=2", f"output_dir={tmp_path / 'same'}")
     assert len(curve(tmp_path / "run")) == 2
     assert curve(tmp_path / "run") == curve(tmp_path / "same")
 
 
 def test_nothing_is_evaluated_or_saved_where_the_recipe_says_so(recipe, tmp_path):
-    overrides = ["data.eval_split=null", "train.exact_match_samples=0", "train.eval_every=0", "train.save_every=null"]
+    overrides = [
+        "data.eval_split=null",
+        "train.exact_match_samples=0",
+        "train.eval_every=0",
+        "train.save_every=null",
+    ]
     outcome = succeed("train", recipe, *overrides)
     run_dir = tmp_path / "run"
     assert not any(tag.startswith("eval/") for line in metrics(run_dir) for tag in line)
@@ -217,7 +236,9 @@ def test_nothing_is_evaluated_or_saved_where_the_recipe_says_so(recipe, tmp_path
 
 
 def test_micro_batches_and_the_recipes_epochs(recipe, tmp_path):
-    """20 samples in batches of 6: four steps an epoch, the last of two samples; how they are cut into passes is all one."""
+    """20 samples in batches of 6: four steps an epoch, the last of two samples; how they are cut into passes
+    is all one.
+    """
     sizes = ["train.steps=null", "train.epochs=2", "train.global_batch_size=6"]
     succeed("train", recipe, *sizes, "train.micro_batch_size=3", f"output_dir={tmp_path / 'three'}")
     succeed("train", recipe, *sizes, "train.micro_batch_size=1", f"output_dir={tmp_path / 'one'}")
@@ -231,7 +252,14 @@ def test_the_evaluation_before_training_is_of_the_pretrained_model(recipe, tmp_p
     told = {}
     for name in ("lora", "dora"):
         run_dir = tmp_path / name
-        succeed("train", recipe, f"method.name={name}", "train.steps=1", "train.exact_match_samples=0", f"output_dir={run_dir}")
+        succeed(
+            "train",
+            recipe,
+            f"method.name={name}",
+            "train.steps=1",
+            "train.exact_match_samples=0",
+            f"output_dir={run_dir}",
+        )
         told[name] = curve(run_dir, "eval/loss")[0]
     base = AutoModelForCausalLM.from_pretrained(load_recipe(recipe).model.path, dtype=torch.float32).eval()
     assert told == pytest.approx(dict.fromkeys(told, mean_loss(base, load_recipe(recipe))), rel=1e-5)

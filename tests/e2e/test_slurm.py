@@ -1,4 +1,6 @@
-"""`launch/slurm.sbatch` on a SLURM cluster of two nodes: one loss curve, whatever comes between its beginning and its end."""
+"""`launch/slurm.sbatch` on a SLURM cluster of two nodes: one loss curve, whatever comes between its beginning
+and its end.
+"""
 
 import copy
 import os
@@ -27,11 +29,15 @@ PAIR = ("--nodes=2", "--gpus-per-node=1")
 class Job:
     """One job, from its submission on."""
 
-    def __init__(self, cluster: Cluster, folder: Path, *options: str, words: tuple[str, ...], **variables: str):
+    def __init__(
+        self, cluster: Cluster, folder: Path, *options: str, words: tuple[str, ...], **variables: str
+    ):
         """words: after the script's name; without any, the options say what runs."""
         self._cluster, self._folder = cluster, folder
         script = (SCRIPT, *words) if words else ()
-        told = cluster.run("head", "sbatch", "--parsable", f"--output={folder}/%j.out", *options, *script, **variables)
+        told = cluster.run(
+            "head", "sbatch", "--parsable", f"--output={folder}/%j.out", *options, *script, **variables
+        )
         assert told.code == 0, told.err
         self.number = told.out.strip()
 
@@ -53,7 +59,10 @@ class Job:
         return self.facts["JobState"]
 
     def output(self) -> str:
-        return "\n".join(path.read_text() for path in sorted(self._folder.glob("*.out"))) + self._cluster.logs()[-3000:]
+        return (
+            "\n".join(path.read_text() for path in sorted(self._folder.glob("*.out")))
+            + self._cluster.logs()[-3000:]
+        )
 
     def until(self, condition: Callable[[], object], what: str) -> None:
         """Fails if the job ends before."""
@@ -79,12 +88,14 @@ class Job:
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory) -> Bench:
     folder = tmp_path_factory.mktemp("slurm")
-    return Bench(folder, steps=STEPS, save_every=4, global_batch_size=16, micro_batch_size=16, hang_timeout=15)
+    return Bench(
+        folder, steps=STEPS, save_every=4, global_batch_size=16, micro_batch_size=16, hang_timeout=15
+    )
 
 
 def words_of(bench: Bench, name: str, *overrides: str) -> tuple[str, ...]:
-    """The job's arguments for a run in the directory `name`. Its steps take long enough to be interrupted: eight micro-batches on
-    each of two ranks."""
+    """The job's arguments for a run in the directory `name`. Its steps take long enough to be interrupted:
+    eight micro-batches on each of two ranks."""
     return (*bench.arguments(name, "train.micro_batch_size=1"), *overrides)
 
 
@@ -103,7 +114,9 @@ def queue(slurm_cluster, tmp_path) -> Iterator[Callable[..., Job]]:
     slurm_cluster.repair()
     slurm_cluster.run("head", "scancel", "--user=root")
     nodes = ("sinfo", "--noheader", "--partition=debug", "--format=%T %D")
-    wait_for(lambda: slurm_cluster.run("head", *nodes).out == "idle 2\n", 60, "idle nodes", slurm_cluster.logs)
+    wait_for(
+        lambda: slurm_cluster.run("head", *nodes).out == "idle 2\n", 60, "idle nodes", slurm_cluster.logs
+    )
 
 
 def interrupted(bench: Bench, queue, name: str, *options: str) -> Job:
@@ -205,8 +218,8 @@ def test_scontrol_requeue(bench, queue):
 @pytest.mark.cluster_long
 @pytest.mark.parametrize("node", ["node1", "node2"])
 def test_a_node_fails(bench, queue, slurm_cluster, node):
-    """Of the ranks' nodes, the first runs the batch script too. A minute later SLURM tells the node once more to end the job, which
-    may have begun there anew: then it is interrupted a second time."""
+    """Of the ranks' nodes, the first runs the batch script too. A minute later SLURM tells the node once more
+    to end the job, which may have begun there anew: then it is interrupted a second time."""
     job = interrupted(bench, queue, f"without-{node}", *PAIR)
     slurm_cluster.crash(node)
     job.until(lambda: job.state != "RUNNING", f"the failure of {node} is noticed")

@@ -1,4 +1,6 @@
-"""The cluster of namespaces itself: what the other tests take for granted of it, and that nothing of it is left."""
+"""The cluster of namespaces itself: what the other tests take for granted of it, and that nothing of it is
+left.
+"""
 
 import os
 import shutil
@@ -13,17 +15,23 @@ from tests.e2e.testbed import SCRIPT, cluster, lacking, wait_for
 
 
 def test_hosts_are_apart_but_for_their_files(ssh_cluster, tmp_path):
-    said = ssh_cluster.run("head", "pdsh", "-R", "ssh", "-S", "-w", "node[1-2]", f"hostname -I; touch {tmp_path}/$(hostname)")
+    said = ssh_cluster.run(
+        "head", "pdsh", "-R", "ssh", "-S", "-w", "node[1-2]", f"hostname -I; touch {tmp_path}/$(hostname)"
+    )
     assert sorted(said.out.split("\n")) == ["", "node1: 10.231.77.11 ", "node2: 10.231.77.12 "], said.err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["node1", "node2"]
     with started(*ssh_cluster.on("node2", "sleep", "1000")):
-        wait_for(lambda: "sleep 1000" in ssh_cluster.processes("node2").values(), PATIENCE, "a process on node2")
+        wait_for(
+            lambda: "sleep 1000" in ssh_cluster.processes("node2").values(), PATIENCE, "a process on node2"
+        )
         assert ssh_cluster.processes("node1") == {}
         assert "sleep" not in ssh_cluster.run("node1", "ps", "-e").out
 
 
 def test_a_cut_link_is_silent_and_a_crash_is_mended(ssh_cluster):
-    def ask(patience: int) -> Outcome:  # it covers ssh's greeting too, which takes a second where all cores are busy
+    def ask(
+        patience: int,
+    ) -> Outcome:  # it covers ssh's greeting too, which takes a second where all cores are busy
         return ssh_cluster.run("node1", "ssh", "-o", f"ConnectTimeout={patience}", "node2", "hostname")
 
     ssh_cluster.cut("node2")
@@ -38,9 +46,13 @@ def test_a_cut_link_is_silent_and_a_crash_is_mended(ssh_cluster):
 
 def test_slurm_runs_tasks_on_both_nodes_with_their_gpus(slurm_cluster):
     shown = "echo $SLURM_PROCID $(hostname) $CUDA_VISIBLE_DEVICES"
-    said = slurm_cluster.run("head", "srun", "--nodes=2", "--ntasks-per-node=2", "--gpus-per-task=1", "bash", "-c", shown)
+    said = slurm_cluster.run(
+        "head", "srun", "--nodes=2", "--ntasks-per-node=2", "--gpus-per-task=1", "bash", "-c", shown
+    )
     lines = sorted(line.split()[:2] for line in said.out.splitlines())
-    assert lines == [["0", "node1"], ["1", "node1"], ["2", "node2"], ["3", "node2"]], said.err + slurm_cluster.logs()
+    assert lines == [["0", "node1"], ["1", "node1"], ["2", "node2"], ["3", "node2"]], (
+        said.err + slurm_cluster.logs()
+    )
 
 
 def test_nothing_is_left(tmp_path):
@@ -53,7 +65,9 @@ def test_nothing_is_left(tmp_path):
         sleeping = made.process("node1", "sleep")
         assert any(path.name.startswith(name) for path in Path("/run/netns").iterdir())
     assert not (tmp_path / "bed").exists()
-    wait_for(lambda: not Path(f"/proc/{sleeping}").exists(), PATIENCE, "its end")  # the kernel ends it in its own time
+    wait_for(
+        lambda: not Path(f"/proc/{sleeping}").exists(), PATIENCE, "its end"
+    )  # the kernel ends it in its own time
     assert not any(path.name.startswith(name) for path in Path("/run/netns").iterdir())
 
 
@@ -62,7 +76,11 @@ def test_a_cluster_whose_owner_was_killed_goes_down(tmp_path):
     if reason:
         pytest.skip(reason)
     with subprocess.Popen(["sleep", "1000"]) as owner:
-        settings = {"TESTBED_DIR": str(tmp_path / "bed"), "TESTBED_NAME": f"o{os.getpid()}", "TESTBED_OWNER": str(owner.pid)}
+        settings = {
+            "TESTBED_DIR": str(tmp_path / "bed"),
+            "TESTBED_NAME": f"o{os.getpid()}",
+            "TESTBED_OWNER": str(owner.pid),
+        }
         subprocess.run(["bash", SCRIPT, "up"], check=True, env=os.environ | settings, timeout=60)
         owner.kill()
     wait_for(lambda: not (tmp_path / "bed").exists(), PATIENCE, "the end of the cluster")

@@ -33,7 +33,12 @@ def _llama(tied=True):
 
 def _bert():
     config = transformers.BertConfig(
-        vocab_size=97, hidden_size=60, num_hidden_layers=3, num_attention_heads=6, intermediate_size=131, num_labels=3
+        vocab_size=97,
+        hidden_size=60,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        intermediate_size=131,
+        num_labels=3,
     )
     return transformers.BertForSequenceClassification(config)
 
@@ -162,15 +167,22 @@ def test_a_new_head_trains_fully_and_is_not_adapted():
     model = _bert()
     attached = attach(model, LoRASB(rank=4), "all-linear", NEW_HEAD)
     assert type(model.classifier) is torch.nn.Linear
-    assert set(attached.trained) == set(_trained(model)) == NEW_HEAD | {f"{name}.R" for name in attached.layers}
-    assert "bert.encoder.layer.0.attention.self.query" in attached.layers and "bert.pooler.dense" in attached.layers
+    assert (
+        set(attached.trained) == set(_trained(model)) == NEW_HEAD | {f"{name}.R" for name in attached.layers}
+    )
+    assert (
+        "bert.encoder.layer.0.attention.self.query" in attached.layers
+        and "bert.pooler.dense" in attached.layers
+    )
     assert len(attached.layers) == 3 * 6 + 1
 
     for layer in attached.layers.values():  # a gradient arrives at every one
         for factor in layer.factors().values():
             factor.data.normal_(generator=torch.Generator().manual_seed(2)).mul_(0.1)
     model(torch.arange(12).reshape(2, 6), labels=torch.tensor([0, 2])).loss.backward()
-    assert {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()} == set(attached.trained)
+    assert {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()} == set(
+        attached.trained
+    )
 
 
 def test_without_being_new_the_head_is_an_ordinary_linear_layer():
@@ -198,7 +210,11 @@ def test_a_new_head_is_no_target_even_if_a_pattern_matches_it():
 
 @pytest.mark.parametrize(
     ("target", "near"),
-    [("q_porj", "q_proj"), ("gate_prj", "gate_proj"), ("model.layers.0.self_attn.q_prj", "model.layers.0.self_attn.q_proj")],
+    [
+        ("q_porj", "q_proj"),
+        ("gate_prj", "gate_proj"),
+        ("model.layers.0.self_attn.q_prj", "model.layers.0.self_attn.q_proj"),
+    ],
 )
 def test_a_target_that_matches_nothing_names_the_nearest(target, near):
     with pytest.raises(UserError) as error:

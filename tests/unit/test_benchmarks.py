@@ -102,7 +102,12 @@ def _tiny_subject(engine, counter) -> Subject:
     engine.start(model, OptimizerSpec())
     counter.watch(model.parameters())
     ids = torch.arange(1, 9)[None]
-    return Subject(engine, attached, counter, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()})
+    return Subject(
+        engine,
+        attached,
+        counter,
+        {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()},
+    )
 
 
 def _peak(subject: Subject, phase: str) -> int:
@@ -128,7 +133,9 @@ def test_all_gradients_at_once_show_and_the_probe_does_not_keep_them():
 def test_a_simulated_rank_runs_every_phase_and_holds_its_share(phase):
     def idle_and_peak(world_size: int) -> tuple[int, int]:
         with FakeTensorMode(), Guesses(response=7), LiveBytes() as counter:
-            subject = _tiny_subject(OneRankOfZero3(SilentComm(world_size), torch.float32, persistent=60), counter)
+            subject = _tiny_subject(
+                OneRankOfZero3(SilentComm(world_size), torch.float32, persistent=60), counter
+            )
             idle = counter.now[DEVICE]
             return idle, _peak(subject, phase)
 
@@ -157,6 +164,10 @@ def test_a_simulated_rank_gathers_one_module_at_a_time():
 def test_roundings_of_swaps_add_up_like_independent_errors():
     """The start and three swaps: four roundings, of which stochastic ones cost the square root of two more."""
     weight = torch.randn(120, 96, generator=torch.Generator().manual_seed(0)) / 10
-    number, nearest, stochastic, *_ = list(table({"weight": weight}, rank=4, swaps=3, learned=0.1))[-1].split()
+    number, nearest, stochastic, *_ = list(table({"weight": weight}, rank=4, swaps=3, learned=0.1))[
+        -1
+    ].split()
     assert number == "3"
-    assert float(nearest) == pytest.approx(4**0.5, rel=0.05) and float(stochastic) == pytest.approx(7**0.5, rel=0.05)
+    assert float(nearest) == pytest.approx(4**0.5, rel=0.05) and float(stochastic) == pytest.approx(
+        7**0.5, rel=0.05
+    )

@@ -44,7 +44,9 @@ FORK_SERVER.set_forkserver_preload(["distlora.checkpoints.checkpoint", "pytest",
 
 
 class Net(nn.Module):
-    """Three layers to adapt, two with a bias, and a head that is trained whole; dropout draws from the global generator."""
+    """Three layers to adapt, two with a bias, and a head that is trained whole; dropout draws from the global
+    generator.
+    """
 
     def __init__(self):
         super().__init__()
@@ -58,12 +60,23 @@ class Net(nn.Module):
         return self.head(x)
 
 
-def build(method="lora_sb", dtype=torch.float32, rank=5, seed=0, targets=("first", "second", "third"), spec=None, comm=None):
+def build(
+    method="lora_sb",
+    dtype=torch.float32,
+    rank=5,
+    seed=0,
+    targets=("first", "second", "third"),
+    spec=None,
+    comm=None,
+):
     """An engine over `Net` that has started, all parameters random (factors too)."""
     generator = torch.Generator().manual_seed(seed)
     model = Net().to(dtype)
     attached = attach(
-        model, registry()[method](rank=rank, alpha=7.0, **SETTINGS.get(method, {})), list(targets), {"head.weight", "head.bias"}
+        model,
+        registry()[method](rank=rank, alpha=7.0, **SETTINGS.get(method, {})),
+        list(targets),
+        {"head.weight", "head.bias"},
     )
     with torch.no_grad():
         for parameter in model.parameters():
@@ -82,7 +95,9 @@ def train(engine, steps):
 
 
 def update_weights(engine, attached, numbers, rounding="nearest"):
-    """Low-rank updates of all frozen weights, the j-th of j + 1 columns; some have numbers that bfloat16 does not hold."""
+    """Low-rank updates of all frozen weights, the j-th of j + 1 columns; some have numbers that bfloat16 does
+    not hold.
+    """
     for number in numbers:
         generator = torch.Generator().manual_seed(number)
         for layer in attached.layers.values():
@@ -135,7 +150,9 @@ def run_dir(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("method", sorted(registry()))
-@pytest.mark.parametrize("spec", [OptimizerSpec(lr=0.01), OptimizerSpec("sgd", lr=0.1, momentum=0.9)], ids=lambda s: s.name)
+@pytest.mark.parametrize(
+    "spec", [OptimizerSpec(lr=0.01), OptimizerSpec("sgd", lr=0.1, momentum=0.9)], ids=lambda s: s.name
+)
 def test_resumed_run_is_the_same_to_the_last_bit(run_dir, method, dtype, spec):
     with own_random_state(1, CPU):
         engine, _ = build(method, dtype, spec=spec)
@@ -186,7 +203,11 @@ def test_files_and_names(run_dir):
     assert set(optimizer) == {f"{name}/{key}" for name in attached.trained for key in keys}
     assert all(value.dtype == torch.float32 for value in optimizer.values())
     state = json.loads((path / "state.json").read_text())
-    assert state["step"] == state["optimizer_steps"] == 2 and state["method"] == "lora_sb" and state["extra"] == {"epoch": 0.5}
+    assert (
+        state["step"] == state["optimizer_steps"] == 2
+        and state["method"] == "lora_sb"
+        and state["extra"] == {"epoch": 0.5}
+    )
     assert "rng" not in newest(run_dir).state
 
 
@@ -205,7 +226,9 @@ def test_large_groups_are_split_with_an_index(run_dir):
     single = save(engine, attached, run_dir / "single", 1, IDENTITY)
     for group in ("adapter", "optimizer"):
         split = TensorFiles(path, group)
-        assert_same({name: split.read(name) for name in split.names}, load_file(single / f"{group}.safetensors"))
+        assert_same(
+            {name: split.read(name) for name in split.names}, load_file(single / f"{group}.safetensors")
+        )
 
 
 @pytest.mark.parametrize(
@@ -250,7 +273,8 @@ def damaged(path, kind):
 
 @pytest.mark.parametrize("kind", ["missing", "truncated", "empty", "flipped"])
 @pytest.mark.parametrize(
-    "name", ["adapter.safetensors", "ledger.safetensors", "optimizer.safetensors", "state.json", "manifest.json"]
+    "name",
+    ["adapter.safetensors", "ledger.safetensors", "optimizer.safetensors", "state.json", "manifest.json"],
 )
 def test_broken_checkpoint_is_named_and_skipped(run_dir, caplog, kind, name):
     engine, attached = build_with_ledger(updates=(0,))
@@ -308,7 +332,9 @@ def test_full_disk_is_one_sentence_and_leaves_nothing(run_dir):
     engine, attached = build()
     save(engine, attached, run_dir, 1, IDENTITY)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limits[1]))  # the system refuses to write more, as a full disk does
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (3000, limits[1])
+    )  # the system refuses to write more, as a full disk does
     try:
         with pytest.raises(UserError, match="checkpoint-2: File too large"):
             save(engine, attached, run_dir, 2, IDENTITY)
@@ -365,12 +391,20 @@ def test_a_frozen_weight_is_never_in_a_checkpoint(run_dir, dtype):
     train(engine, range(2))
     path = save(engine, attached, run_dir, 2, IDENTITY)
     tensors = {file.name: load_file(file) for file in path.glob("*.safetensors")}
-    names = {f"{layer}/{index}/{side}" for layer in attached.layers for index in range(4) for side in ("left", "right")}
+    names = {
+        f"{layer}/{index}/{side}"
+        for layer in attached.layers
+        for index in range(4)
+        for side in ("left", "right")
+    }
     assert set(tensors["ledger.safetensors"]) == names
     shapes = {tuple(tensor.shape) for group in tensors.values() for tensor in group.values()}
     frozen = {layer.shape for layer in attached.layers.values()}
     assert not shapes & (frozen | {shape[::-1] for shape in frozen})
-    weights = {layer.weight.detach().flatten()[:8].view(torch.uint8).numpy().tobytes() for layer in attached.layers.values()}
+    weights = {
+        layer.weight.detach().flatten()[:8].view(torch.uint8).numpy().tobytes()
+        for layer in attached.layers.values()
+    }
     assert not any(weight in file.read_bytes() for weight in weights for file in path.iterdir())
     kinds = [tensors["ledger.safetensors"][f"first/{index}/left"].dtype for index in range(4)]
     low = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
@@ -379,7 +413,10 @@ def test_a_frozen_weight_is_never_in_a_checkpoint(run_dir, dtype):
 
 def test_without_updates_there_is_no_file_of_them(run_dir):
     path = save(*build_with_ledger("lora"), run_dir, 1, IDENTITY)
-    assert {file.name for file in path.glob("*.safetensors")} == {"adapter.safetensors", "optimizer.safetensors"}
+    assert {file.name for file in path.glob("*.safetensors")} == {
+        "adapter.safetensors",
+        "optimizer.safetensors",
+    }
     state = newest(run_dir).state
     assert state["ledger"] == {} and state["recompose"] is None
     restore(*build("lora"), newest(run_dir))
@@ -413,12 +450,18 @@ def change_ledger(path, change):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (lambda tensors: tensors.pop("second/1/right"), "tensor second/1/right is missing; it was written with another model"),
+        (
+            lambda tensors: tensors.pop("second/1/right"),
+            "tensor second/1/right is missing; it was written with another model",
+        ),
         (
             lambda tensors: tensors.update({"third/0/left": torch.zeros(11, 2)}),
             r"tensor third/0/left has shape \(11, 2\), and the run's is \(11, 1\)",
         ),
-        (lambda tensors: tensors.update({"third/7/left": torch.zeros(2)}), "the run has no tensor third/7/left"),
+        (
+            lambda tensors: tensors.update({"third/7/left": torch.zeros(2)}),
+            "the run has no tensor third/7/left",
+        ),
         (
             lambda tensors: tensors.update({"first/1/left": torch.zeros(31, 2).half()}),
             "tensor first/1/left is of torch.float16, and state.json says torch.float32",
@@ -439,7 +482,9 @@ def test_wrong_tensor_of_the_ledger_is_named(run_dir, change, sentence):
 
 def test_updates_that_the_run_cannot_have(run_dir):
     save(*build_with_ledger("lora", updates=(0,)), run_dir, 1, IDENTITY)
-    with pytest.raises(UserError, match="holds updates of frozen weights, and the run of lora keeps no ledger"):
+    with pytest.raises(
+        UserError, match="holds updates of frozen weights, and the run of lora keeps no ledger"
+    ):
         restore(*build("lora"), newest(run_dir))
     path = run_dir / "checkpoint-1"
     state = json.loads((path / "state.json").read_text())
@@ -453,7 +498,9 @@ def test_updates_that_the_run_cannot_have(run_dir):
 
 
 class Remembering:
-    """What a recomposer is to a checkpoint. calls: what was restored, in order, as the engine and this have seen it."""
+    """What a recomposer is to a checkpoint. calls: what was restored, in order, as the engine and this have
+    seen it.
+    """
 
     def __init__(self, value=None, active=True, calls=None):
         self.value, self.active, self.calls = value, active, [] if calls is None else calls
@@ -495,7 +542,9 @@ def test_order_of_restoring(run_dir):
     assert torch.equal(recomposer.read("first/scores"), value) and recomposer.given == {"swaps": 2}
     first_seen = list(dict.fromkeys(engine.calls))
     assert first_seen == ["weight", "factor", "trained", "recomposer"]
-    assert engine.calls == sorted(engine.calls, key=first_seen.index), "weights before factors, and the recomposer last"
+    assert engine.calls == sorted(engine.calls, key=first_seen.index), (
+        "weights before factors, and the recomposer last"
+    )
     with pytest.raises(UserError, match="checkpoint-1: tensor second/scores is missing"):
         recomposer.read("second/scores")
 
@@ -689,7 +738,9 @@ def of_other_method(checkpoint):
 
 def test_two_ranks_save_restore_and_fail_together(run_dir):
     (run_dir.parent / "port").write_text(str(free_port()))
-    processes = [FORK_SERVER.Process(target=two_ranks, args=(rank, run_dir, run_dir.parent)) for rank in range(2)]
+    processes = [
+        FORK_SERVER.Process(target=two_ranks, args=(rank, run_dir, run_dir.parent)) for rank in range(2)
+    ]
     for process in processes:
         process.start()
     for process in processes:
@@ -726,7 +777,9 @@ def test_writer_makes_files_that_the_library_reads(tmp_path):
     header = json.loads(data[8 : 8 + header_size])
     assert header_size % 8 == 0
     for name, tensor in tensors.items():
-        assert header[name]["data_offsets"][0] % tensor.element_size() == 0, "readers map elements where they lie"
+        assert header[name]["data_offsets"][0] % tensor.element_size() == 0, (
+            "readers map elements where they lie"
+        )
     with safe_open(tmp_path / "x.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt", "who": "me"}
 

@@ -1,4 +1,6 @@
-"""Encoders with a new head: loading, the loss, the head's numbers, the probe, the scores, and what is refused."""
+"""Encoders with a new head: loading, the loss, the head's numbers, the probe, the scores, and what is
+refused.
+"""
 
 import json
 
@@ -39,7 +41,9 @@ PAD = 1
 #: The parameters that the published weights of each class lack.
 NEW = {
     "bert": {"classifier.weight", "classifier.bias"},
-    "roberta": {f"classifier.{layer}.{kind}" for layer in ("dense", "out_proj") for kind in ("weight", "bias")},
+    "roberta": {
+        f"classifier.{layer}.{kind}" for layer in ("dense", "out_proj") for kind in ("weight", "bias")
+    },
     "deberta": {f"{layer}.{kind}" for layer in ("pooler.dense", "classifier") for kind in ("weight", "bias")},
 }
 every_encoder = pytest.mark.parametrize("name", ENCODERS)
@@ -51,7 +55,9 @@ def models(tmp_path_factory):
 
 
 def section(directory, **more) -> ModelSection:
-    return ModelSection(**{"path": str(directory), "dtype": "float32", "gradient_checkpointing": False, **more})
+    return ModelSection(
+        **{"path": str(directory), "dtype": "float32", "gradient_checkpointing": False, **more}
+    )
 
 
 def rows(count=7, segments=True):
@@ -59,7 +65,9 @@ def rows(count=7, segments=True):
     found = []
     for number in range(count):
         ids = torch.randint(5, VOCAB_SIZE, (3 + 5 * (number % 4),), generator=generator).tolist()
-        found.append(LabelledSample(ids, [int(i > 2) for i in range(len(ids))] if segments else None, ids[1] % 3))
+        found.append(
+            LabelledSample(ids, [int(i > 2) for i in range(len(ids))] if segments else None, ids[1] % 3)
+        )
     return found
 
 
@@ -72,7 +80,9 @@ def started(directory, method="lora", dtype=torch.float32, seed=5, **settings):
     """(engine, attached) with a drawn head."""
     where = section(directory, dtype=str(dtype).removeprefix("torch."))
     model, new = load_model(where, LABELS)
-    attached = attach(model, registry()[method](rank=4, **settings), "all-linear", new | head_parameters(model))
+    attached = attach(
+        model, registry()[method](rank=4, **settings), "all-linear", new | head_parameters(model)
+    )
     engine = LocalEngine(Comm(Topology(), torch.device("cpu"), distributed=False), dtype)
     engine.start(model, OptimizerSpec(lr=0.01))
     draw_heads(engine, new, seed)
@@ -96,7 +106,9 @@ def test_the_weights_are_there_and_the_head_is_new(models, name):
 @pytest.mark.parametrize("labels", [3, 2])
 def test_a_head_in_the_weights_is_kept_if_it_fits(models, tmp_path, labels):
     """It is trained whole in any case; with another number of labels it is a new one."""
-    trained = AutoModelForSequenceClassification.from_config(tiny_encoder_config("deberta", num_labels=labels))
+    trained = AutoModelForSequenceClassification.from_config(
+        tiny_encoder_config("deberta", num_labels=labels)
+    )
     trained.save_pretrained(tmp_path)
     model, new = load_model(section(tmp_path), LABELS)
     assert new == (set() if labels == 3 else {"classifier.weight", "classifier.bias"})
@@ -150,7 +162,9 @@ def test_position_limit(models, name, limit):
 @every_encoder
 @pytest.mark.parametrize("checkpointing", [True, False])
 def test_the_loss_is_the_models_own(models, name, checkpointing):
-    model, _ = load_model(section(tiny_encoder_dir(name, models), gradient_checkpointing=checkpointing), LABELS)
+    model, _ = load_model(
+        section(tiny_encoder_dir(name, models), gradient_checkpointing=checkpointing), LABELS
+    )
     model.train()
     (batch,) = batches(name, size=7)
     loss, count = label_loss(model, batch)
@@ -159,7 +173,9 @@ def test_the_loss_is_the_models_own(models, name, checkpointing):
     weights = torch.arange(7.0)
     weighted, count = label_loss(model, batch, weights)
     logits = model(**{key: value for key, value in batch.items() if key != "labels"}).logits
-    torch.testing.assert_close(weighted, (F.cross_entropy(logits, batch["labels"], reduction="none") * weights).sum())
+    torch.testing.assert_close(
+        weighted, (F.cross_entropy(logits, batch["labels"], reduction="none") * weights).sum()
+    )
     assert count == 7
 
 
@@ -185,7 +201,9 @@ def test_the_loss_of_a_global_batch_does_not_depend_on_how_it_is_cut(models, nam
 def test_targets_are_rows_with_a_label_or_response_tokens():
     assert targets_per_row({"labels": torch.tensor([2, -100, 0])}).tolist() == [1, 0, 1]
     assert sample_weights({"labels": torch.tensor([2, -100, 0])}).tolist() == [1.0, 0.0, 1.0]
-    responses = collate([Sample([1, 2, 3], [1, -100, 3], [1], None), Sample([1, 2], [-100] * 2, [1], None)], 0)
+    responses = collate(
+        [Sample([1, 2, 3], [1, -100, 3], [1], None), Sample([1, 2], [-100] * 2, [1], None)], 0
+    )
     assert targets_per_row(responses).tolist() == [1, 0]
 
 
@@ -238,14 +256,23 @@ def test_the_probe_gives_autograds_gradients(models, name):
     directory = tiny_encoder_dir(name, models)
     engine, attached = started(directory)
     owners = dict.fromkeys(attached.layers, 0)
-    found = mean_gradients(engine, attached.layers, owners, [*batches(name), collate_labelled([], PAD)], 7, loss_of_samples(label_loss))
+    found = mean_gradients(
+        engine,
+        attached.layers,
+        owners,
+        [*batches(name), collate_labelled([], PAD)],
+        7,
+        loss_of_samples(label_loss),
+    )
     plain, _ = load_model(section(directory), LABELS)
     with torch.no_grad():
         for key in NEW[name]:
             plain.get_parameter(key).copy_(engine.module.get_parameter(key))
     sum(label_loss(plain, batch)[0] for batch in batches(name)).backward()
     for layer, gradient in found.items():
-        torch.testing.assert_close(gradient, plain.get_parameter(f"{layer}.weight").grad / 7, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(
+            gradient, plain.get_parameter(f"{layer}.weight").grad / 7, rtol=1e-3, atol=1e-5
+        )
     assert any(gradient.abs().max() > 1e-3 for gradient in found.values())
 
 
@@ -258,7 +285,11 @@ def test_scores(models, size):
     loss, _ = label_loss(engine.module.eval(), batch)
     right = engine.module(**batch).logits.argmax(-1) == batch["labels"]
     assert scores["loss"] == pytest.approx(loss.item() / 7, rel=1e-5)
-    assert scores["accuracy"] == pytest.approx(right.float().mean().item()) and set(scores) == {"loss", "accuracy", "f1"}
+    assert scores["accuracy"] == pytest.approx(right.float().mean().item()) and set(scores) == {
+        "loss",
+        "accuracy",
+        "f1",
+    }
 
 
 # ---------------------------------------------------------------------- what is refused
@@ -291,9 +322,15 @@ def test_a_good_recipe_passes_though_the_head_is_smaller_than_the_rank(recipe):
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["train.exact_match_samples=3"], "train.exact_match_samples: the task rte generates no answers; set it to 0"),
+        (
+            ["train.exact_match_samples=3"],
+            "train.exact_match_samples: the task rte generates no answers; set it to 0",
+        ),
         (["data.labels=[a, b]"], "data.labels: the task rte has its own labels"),
-        (["data.task=gsm8k", "data.labels=[a, b]"], "data.labels: the task gsm8k has responses and no labels"),
+        (
+            ["data.task=gsm8k", "data.labels=[a, b]"],
+            "data.labels: the task gsm8k has responses and no labels",
+        ),
         (["data.task=classification"], "data.labels: the task classification needs them"),
         (["data.max_length=65"], "data.max_length=65 is beyond the 64 positions of"),
         (["data.task=gsm8k"], "the type bert is no causal language model"),
@@ -304,7 +341,10 @@ def test_a_good_recipe_passes_though_the_head_is_smaller_than_the_rank(recipe):
     ],
 )
 def test_what_needs_no_weights_is_refused_before_anything_is_loaded(recipe, overrides, expected, monkeypatch):
-    monkeypatch.setattr("distlora.models.loading.AutoModelForSequenceClassification.from_pretrained", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(
+        "distlora.models.loading.AutoModelForSequenceClassification.from_pretrained",
+        lambda *_: pytest.fail("loaded"),
+    )
     with pytest.raises(UserError, match="^[^\n]+$") as caught:
         check(recipe(*overrides), Topology(), None)
     assert expected in str(caught.value)

@@ -1,4 +1,6 @@
-"""The command line itself: words into options, errors into one sentence and an exit code, a summary into a table."""
+"""The command line itself: words into options, errors into one sentence and an exit code, a summary into a
+table.
+"""
 
 import logging
 import re
@@ -36,7 +38,13 @@ def naps(monkeypatch) -> list[float]:
 @pytest.mark.parametrize(
     "words",
     [
-        ["--local_rank=1", "train", "x.yaml", "train.lr=1", "train.seed=2"],  # as DeepSpeed's launcher injects it
+        [
+            "--local_rank=1",
+            "train",
+            "x.yaml",
+            "train.lr=1",
+            "train.seed=2",
+        ],  # as DeepSpeed's launcher injects it
         ["train", "x.yaml", "train.lr=1", "train.seed=2", "--local_rank", "1"],
         ["train", "--local-rank", "1", "x.yaml", "train.lr=1", "train.seed=2"],
         ["train", "x.yaml", "train.lr=1", "--local_rank=1", "train.seed=2"],
@@ -57,11 +65,21 @@ def test_resume_has_three_values(words, resume):
 
 def test_export_and_eval():
     options = cli._parse(["export", "runs/x", "--format", "peft", "--out", "y", "--step", "5"])
-    assert (options.run_dir, options.format, options.out, options.step) == (Path("runs/x"), "peft", Path("y"), 5)
+    assert (options.run_dir, options.format, options.out, options.step) == (
+        Path("runs/x"),
+        "peft",
+        Path("y"),
+        5,
+    )
     assert options.dtype is options.compress_rank is options.max_error is None
-    options = cli._parse(["export", "x", "--format", "peft", "--out", "y", "--max-error", "1e-2", "--dtype", "bfloat16"])
+    options = cli._parse(
+        ["export", "x", "--format", "peft", "--out", "y", "--max-error", "1e-2", "--dtype", "bfloat16"]
+    )
     assert (options.max_error, options.dtype) == (0.01, "bfloat16")
-    assert cli._parse(["export", "x", "--format", "peft", "--out", "y", "--compress-rank", "8"]).compress_rank == 8
+    assert (
+        cli._parse(["export", "x", "--format", "peft", "--out", "y", "--compress-rank", "8"]).compress_rank
+        == 8
+    )
     assert cli._parse(["eval", "runs/x", "a.b=1"]).overrides == ["a.b=1"]
 
 
@@ -84,8 +102,14 @@ def test_methods_takes_a_recipe_or_none():
         (["methods", "--rank", "many"], "invalid int value: 'many'"),
         (["export", "runs/x", "--out", "y"], "required: --format"),
         (["export", "runs/x", "--format", "onnx", "--out", "y"], "invalid choice: 'onnx'"),
-        (["export", "runs/x", "--format", "peft", "--out", "y", "--compress-rank", "few"], "invalid int value: 'few'"),
-        (["export", "runs/x", "--format", "peft", "--out", "y", "--max-error", "1%"], "invalid float value: '1%'"),
+        (
+            ["export", "runs/x", "--format", "peft", "--out", "y", "--compress-rank", "few"],
+            "invalid int value: 'few'",
+        ),
+        (
+            ["export", "runs/x", "--format", "peft", "--out", "y", "--max-error", "1%"],
+            "invalid float value: '1%'",
+        ),
         (["export", "runs/x", "--format", "peft", "--out", "y", "--dtype", "int8"], "invalid choice: 'int8'"),
     ],
 )
@@ -125,7 +149,11 @@ def raising(error):
     [
         (UserError("x is wrong"), 2, "distlora: x is wrong\n"),
         (TrainingError("the loss is nan"), 1, "distlora: the loss is nan\n"),
-        (PermissionError(13, "Permission denied", "/theirs/recipe.yaml"), 2, "distlora: /theirs/recipe.yaml: permission denied\n"),
+        (
+            PermissionError(13, "Permission denied", "/theirs/recipe.yaml"),
+            2,
+            "distlora: /theirs/recipe.yaml: permission denied\n",
+        ),
         (KeyboardInterrupt(), 130, ""),
     ],
 )
@@ -143,10 +171,13 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("rank", "size"), [("RANK", "WORLD_SIZE"), ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"), ("PMI_RANK", "PMI_SIZE")]
+    ("rank", "size"),
+    [("RANK", "WORLD_SIZE"), ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"), ("PMI_RANK", "PMI_SIZE")],
 )
 def test_other_ranks_leave_it_to_rank_0_and_leave_later(rank, size, monkeypatch, capsys, naps):
-    """A launcher ends rank 0 as soon as another rank has ended. One that nobody has ended is alone with its mistake."""
+    """A launcher ends rank 0 as soon as another rank has ended. One that nobody has ended is alone with its
+    mistake.
+    """
     for name, value in {rank: "1", size: "2", "MASTER_ADDR": "127.0.0.1"}.items():
         monkeypatch.setenv(name, value)
     shared, lonely = UserError("x is wrong"), UserError("y is missing here")
@@ -166,7 +197,11 @@ def test_of_a_node_that_lacks_a_file_the_first_rank_speaks(local_rank, speaks, m
         monkeypatch.setenv(name, value)
     assert cli.main(["plan", "none.yaml"]) == 2
     said = capsys.readouterr().err
-    assert bool(re.fullmatch(r"distlora \(rank 5 on \S+\): none.yaml: no such recipe; .*\n", said)) == speaks == bool(said)
+    assert (
+        bool(re.fullmatch(r"distlora \(rank 5 on \S+\): none.yaml: no such recipe; .*\n", said))
+        == speaks
+        == bool(said)
+    )
     assert naps == [cli.PATIENCE]
 
 
@@ -188,18 +223,35 @@ def test_a_mistyped_command_does_not_wait_for_torch():
 
 
 def summary(**values) -> Summary:
-    known = dict(run_dir=Path("runs/x"), adapter=Path("runs/x/adapter"), trained=100, lora_trained=1500, rank=4, steps=7)
+    known = dict(
+        run_dir=Path("runs/x"),
+        adapter=Path("runs/x/adapter"),
+        trained=100,
+        lora_trained=1500,
+        rank=4,
+        steps=7,
+    )
     return Summary(**known | values)
 
 
 def test_table_of_a_run_with_everything():
     before, after = {"loss": 2.5, "exact_match": 0.125}, {"loss": 1.25, "exact_match": 0.5}
-    text = cli._table(summary(before=before, after=after, init_seconds=3.21, step_seconds=0.456, tensorboard="tb"))
+    text = cli._table(
+        summary(before=before, after=after, init_seconds=3.21, step_seconds=0.456, tensorboard="tb")
+    )
     rows = [line.split() for line in text.splitlines() if line]
-    assert rows[:3] == [["before", "after"], ["loss", "2.5000", "1.2500"], ["exact", "match", "12.5%", "50.0%"]]
+    assert rows[:3] == [
+        ["before", "after"],
+        ["loss", "2.5000", "1.2500"],
+        ["exact", "match", "12.5%", "50.0%"],
+    ]
     assert "100 (15.0 times fewer than LoRA's 1,500 at rank 4)" in text
     assert "3.2 s" in text and "0.46 s (mean of 7)" in text
-    assert [line.split()[-1] for line in text.splitlines()[-3:]] == ["runs/x/adapter", "tb", "runs/x/metrics.jsonl"]
+    assert [line.split()[-1] for line in text.splitlines()[-3:]] == [
+        "runs/x/adapter",
+        "tb",
+        "runs/x/metrics.jsonl",
+    ]
 
 
 def test_table_of_a_run_without_evaluation_or_adapter():

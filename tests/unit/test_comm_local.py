@@ -12,10 +12,23 @@ from distlora.errors import UserError
 
 LAUNCHER_VARIABLES = [
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
-    *("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+    *(
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_SIZE",
+        "OMPI_COMM_WORLD_LOCAL_RANK",
+        "OMPI_COMM_WORLD_LOCAL_SIZE",
+    ),
     *("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
     *("TORCHELASTIC_RUN_ID", "GROUP_RANK", "CROSS_RANK", "CROSS_SIZE", "LOCAL_SIZE"),
-    *("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE", "SLURM_NODEID", "SLURM_NNODES", "SLURM_JOB_ID"),
+    *(
+        "SLURM_PROCID",
+        "SLURM_NTASKS",
+        "SLURM_LOCALID",
+        "SLURM_NTASKS_PER_NODE",
+        "SLURM_NODEID",
+        "SLURM_NNODES",
+        "SLURM_JOB_ID",
+    ),
     *("SLURM_STEP_ID", "SLURM_STEP_NUM_NODES", "SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST"),
     *("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"),
 ]
@@ -53,7 +66,14 @@ def test_without_a_launcher_there_is_one_process():
         {"PMI_RANK": 3, "PMI_SIZE": 4, "MPI_LOCALRANKID": 1},
         {"SLURM_PROCID": 3, "SLURM_NTASKS": 4, "SLURM_LOCALID": 1, "SLURM_STEP_ID": 0},
         # SLURM's PMI plugin speaks PMI's names, but keeps the local rank under its own.
-        {"PMI_SIZE": 4, "PMI_RANK": 3, "SLURM_PROCID": 3, "SLURM_NTASKS": 4, "SLURM_LOCALID": 1, "SLURM_STEP_ID": 0},
+        {
+            "PMI_SIZE": 4,
+            "PMI_RANK": 3,
+            "SLURM_PROCID": 3,
+            "SLURM_NTASKS": 4,
+            "SLURM_LOCALID": 1,
+            "SLURM_STEP_ID": 0,
+        },
     ],
     ids=lambda variables: next(iter(variables)),
 )
@@ -64,7 +84,15 @@ def test_each_launcher_is_understood(monkeypatch, variables):
 
 def test_the_most_explicit_launcher_wins(monkeypatch):
     """torchrun inside a SLURM job step: SLURM counts nodes there, torchrun ranks."""
-    _environment(monkeypatch, MASTER_ADDR="node0", SLURM_PROCID=1, SLURM_NTASKS=2, SLURM_STEP_ID=0, RANK=5, WORLD_SIZE=8)
+    _environment(
+        monkeypatch,
+        MASTER_ADDR="node0",
+        SLURM_PROCID=1,
+        SLURM_NTASKS=2,
+        SLURM_STEP_ID=0,
+        RANK=5,
+        WORLD_SIZE=8,
+    )
     assert topology_from_environment() == Topology(rank=5, world_size=8)
 
 

@@ -72,7 +72,9 @@ def searched(directory):
 
 
 def factors_of(engine, attached):
-    return {f"{name}.{f}": v for name, layer in attached.layers.items() for f, v in engine.read(layer).items()}
+    return {
+        f"{name}.{f}": v for name, layer in attached.layers.items() for f, v in engine.read(layer).items()
+    }
 
 
 def update(method, factors):
@@ -97,20 +99,33 @@ def probe_loss(engine) -> float:
 @pytest.mark.parametrize("method", ADAPTERS)
 def test_every_layer_gets_what_the_method_makes_of_it(method, directory):
     """Each layer alone, straight from the method, from the same seed: nothing is mixed up between layers."""
-    settings = {"init": {"eta": 1e-3}} if method == "lora_sb" else {"target_rank": 19} if method == "srlora" else {}
+    settings = (
+        {"init": {"eta": 1e-3}} if method == "lora_sb" else {"target_rank": 19} if method == "srlora" else {}
+    )
     engine, attached, _ = initialised(directory, method=method, **settings)
     plain, of_plain = started(directory, method=method, **settings)
     gradients = mean_gradients(
-        plain, of_plain.layers, dict.fromkeys(of_plain.layers, 0), probe_data().batches(), COUNT, loss_of_samples(response_loss)
+        plain,
+        of_plain.layers,
+        dict.fromkeys(of_plain.layers, 0),
+        probe_data().batches(),
+        COUNT,
+        loss_of_samples(response_loss),
     )
     for name, layer in attached.layers.items():
         source = {"weight": of_plain.layers[name].weight.detach(), "gradient": gradients[name], None: None}
         told = LayerInit(
-            layer.shape, source[attached.method.source_matrix()], layer_generator(3, name), torch.float32, eta=1e-3
+            layer.shape,
+            source[attached.method.source_matrix()],
+            layer_generator(3, name),
+            torch.float32,
+            eta=1e-3,
         )
         wanted = attached.method.initialise(told).factors
         for factor, value in engine.read(layer).items():
-            torch.testing.assert_close(value, wanted[factor], rtol=0, atol=1e-6 * float(wanted[factor].abs().max()))
+            torch.testing.assert_close(
+                value, wanted[factor], rtol=0, atol=1e-6 * float(wanted[factor].abs().max())
+            )
 
 
 @pytest.mark.parametrize("method", ADAPTERS)
@@ -157,11 +172,13 @@ def test_a_method_that_fails_says_so(directory, monkeypatch):
         initialise(engine, attached, 3, 1e-2)
 
 
-# ---------------------------------------------------------------------- the frozen weight, and what is kept for later
+# ------------------------------------------------------------ the frozen weight, and what is kept for later
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("settings", [{"method": "pissa"}, SRLORA, {"method": "pissa", "alpha": 20.0}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{"method": "pissa"}, SRLORA, {"method": "pissa", "alpha": 20.0}], ids=str
+)
 def test_what_the_factors_add_is_taken_from_the_weight(settings, dtype, directory):
     engine, attached, report = initialised(directory, dtype=dtype, **settings)
     _, of_plain = started(directory, dtype, **settings)
@@ -209,7 +226,9 @@ def test_methods_that_leave_the_weight_alone_write_nothing_down(directory, searc
     engine, attached, report = searched
     _, of_plain = started(directory)
     assert engine.ledger.describe() == {} and report.reserves == {}
-    assert all(torch.equal(layer.weight, of_plain.layers[name].weight) for name, layer in attached.layers.items())
+    assert all(
+        torch.equal(layer.weight, of_plain.layers[name].weight) for name, layer in attached.layers.items()
+    )
 
 
 def test_an_open_ledger_is_gone_on_with(directory):
@@ -310,13 +329,20 @@ def test_a_number_and_the_schedule_are_what_they_say(step, directory):
     for name in small:
         assert torch.equal(small[name], same[name])
         if name.endswith(".R"):
-            torch.testing.assert_close(2 * small[name], large[name], rtol=1e-5, atol=1e-5 * float(large[name].abs().max()))
+            torch.testing.assert_close(
+                2 * small[name], large[name], rtol=1e-5, atol=1e-5 * float(large[name].abs().max())
+            )
 
 
 def test_the_update_is_the_best_copy_of_the_first_step(directory):
     engine, attached, _ = initialised(directory, init={"eta": 1e-3})
     gradients = mean_gradients(
-        engine, attached.layers, dict.fromkeys(attached.layers, 0), probe_data().batches(), COUNT, loss_of_samples(response_loss)
+        engine,
+        attached.layers,
+        dict.fromkeys(attached.layers, 0),
+        probe_data().batches(),
+        COUNT,
+        loss_of_samples(response_loss),
     )
     for name, layer in attached.layers.items():
         step = -1e-3 * gradients[name].double().sign()
@@ -337,24 +363,33 @@ def test_the_search_finds_the_least_loss_that_it_saw(init, dtype, directory):
     assert scalars["loss_after"] == min(losses.values()) < scalars["loss_before"] - 0.01
     assert losses[scalars["eta"]] == scalars["loss_after"]
     # What was written is what was tried, up to the rounding of the written factor.
-    assert probe_loss(engine) == pytest.approx(scalars["loss_after"], abs=1e-5 if dtype == torch.float32 else 0.05)
+    assert probe_loss(engine) == pytest.approx(
+        scalars["loss_after"], abs=1e-5 if dtype == torch.float32 else 0.05
+    )
 
 
 def test_the_search_brackets_its_minimum_and_refines_it(searched):
-    """Half decades upwards, ended by the upper limit or by losses that rise; then ever smaller steps around the best."""
+    """Half decades upwards, ended by the upper limit or by losses that rise; then ever smaller steps around
+    the best.
+    """
     report = searched[2]
     exponents = [math.log10(eta * report.scalars["step_rms"]) for eta, _ in report.search]
     losses = [loss for _, loss in report.search]
     coarse = len(losses) - 2 * len(SEARCH_REFINEMENTS)
     assert exponents[:coarse] == pytest.approx([SEARCH_FROM + i / 2 for i in range(coarse)], abs=1e-6)
-    assert exponents[coarse - 1] > SEARCH_TO - 0.4 or losses.index(min(losses[:coarse])) == coarse - 1 - SEARCH_PATIENCE
+    assert (
+        exponents[coarse - 1] > SEARCH_TO - 0.4
+        or losses.index(min(losses[:coarse])) == coarse - 1 - SEARCH_PATIENCE
+    )
     for turn, width in enumerate(SEARCH_REFINEMENTS):
         tried = coarse + 2 * turn
         best = exponents[losses.index(min(losses[:tried]))]
         assert exponents[tried : tried + 2] == pytest.approx([best - width, best + width], abs=1e-6)
 
 
-@pytest.mark.parametrize(("init", "factor"), [({}, "R"), ({"orthonormal": False}, "B")], ids=["orthonormal", "skewed"])
+@pytest.mark.parametrize(
+    ("init", "factor"), [({}, "R"), ({"orthonormal": False}, "B")], ids=["orthonormal", "skewed"]
+)
 def test_the_search_scales_one_factor_of_the_start_at_eta_1(init, factor, directory):
     engine, attached, report = initialised(directory, init={"eta": "search", **init})
     unit, of_unit, _ = initialised(directory, init={"eta": 1.0, **init})
@@ -414,7 +449,9 @@ def test_the_report_has_numbers_worth_logging(directory, searched):
     assert report.scalars["samples"] == COUNT
     assert all(math.isfinite(value) for value in report.scalars.values())
     engine, _ = started(directory)
-    assert report.scalars["loss_before"] == pytest.approx(probe_loss(engine), abs=1e-5)  # every factor is zero
+    assert report.scalars["loss_before"] == pytest.approx(
+        probe_loss(engine), abs=1e-5
+    )  # every factor is zero
 
 
 def test_reported_numbers_are_means_and_least_values_over_the_layers(directory):
@@ -422,7 +459,9 @@ def test_reported_numbers_are_means_and_least_values_over_the_layers(directory):
     energies = []
     for layer in attached.layers.values():
         step = layer.out_features * layer.in_features  # ‖sign(g)‖²
-        energies.append(float(torch.linalg.matrix_norm(update(attached.method, engine.read(layer))) ** 2 / step))
+        energies.append(
+            float(torch.linalg.matrix_norm(update(attached.method, engine.read(layer))) ** 2 / step)
+        )
     assert report.scalars["captured_energy"] == pytest.approx(sum(energies) / len(energies), rel=1e-4)
     assert report.scalars["captured_energy_min"] == pytest.approx(min(energies), rel=1e-4)
     assert report.scalars["step_rms"] == pytest.approx(1.0, abs=1e-3)
@@ -430,7 +469,10 @@ def test_reported_numbers_are_means_and_least_values_over_the_layers(directory):
 
 def test_methods_without_a_probe_report_no_step(directory):
     assert initialised(directory, method="lora")[2].scalars == {}
-    assert initialised(directory, method="lora_xs")[2].scalars.keys() == {"captured_energy", "captured_energy_min"}
+    assert initialised(directory, method="lora_xs")[2].scalars.keys() == {
+        "captured_energy",
+        "captured_energy_min",
+    }
 
 
 # ---------------------------------------------------------------------- corrected gradients
@@ -469,7 +511,9 @@ def test_the_corrected_gradient_is_the_optimal_one(directory):
     for name, layer in attached.layers.items():
         b, a = (engine.read(layer)[factor].double() for factor in ("B", "A"))
         wanted = torch.linalg.inv(b.T @ b) @ plain[name].double() @ torch.linalg.inv(a @ a.T) / 9
-        torch.testing.assert_close(corrected[name].double(), wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
+        torch.testing.assert_close(
+            corrected[name].double(), wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max())
+        )
 
 
 def test_maps_are_of_the_factors_as_the_forward_uses_them(directory):

@@ -13,11 +13,16 @@ def pair_of(rank=9, out=31, in_features=23, decay=0.6, seed=0):
     """A pair whose components fall off by `decay`."""
     generator = torch.Generator().manual_seed(seed)
     sizes = decay ** torch.arange(rank)
-    return LowRank(torch.randn(out, rank, generator=generator) * sizes, torch.randn(rank, in_features, generator=generator))
+    return LowRank(
+        torch.randn(out, rank, generator=generator) * sizes,
+        torch.randn(rank, in_features, generator=generator),
+    )
 
 
 def stack(change):
-    """A pair and the same less `change` of it, side by side: what training leaves of factors that began as a part of W."""
+    """A pair and the same less `change` of it, side by side: what training leaves of factors that began as a
+    part of W.
+    """
     old, step = pair_of(), pair_of(seed=1)
     new = LowRank(old.left + change * step.left, old.right + change * step.right)
     return LowRank(torch.cat([new.left, -old.left], 1), torch.cat([new.right, old.right], 0))
@@ -75,7 +80,9 @@ def test_the_smallest_rank_that_meets_the_bound(max_error, dtype):
 
 
 def test_rounding_counts():
-    """A bound that the exact numbers of some rank just meet needs one more where rounding spends the rest of it."""
+    """A bound that the exact numbers of some rank just meet needs one more where rounding spends the rest of
+    it.
+    """
     pair = pair_of(rank=14, decay=0.8)
     bound = compress(pair, 10)[1] * (1 + 1e-4)
     assert compress_within(pair, bound)[0].right.shape[0] == 10
@@ -84,9 +91,13 @@ def test_rounding_counts():
 
 @pytest.mark.parametrize("max_error", [1e-5, 2.7e-3, 2.8e-3, 2.9e-3, 3.2e-3, 0.01, 0.5])
 def test_few_ranks_are_tried(max_error, monkeypatch):
-    """Each costs two decompositions of the stack. Bounds from below what rounding costs at full rank to far above it."""
+    """Each costs two decompositions of the stack. Bounds from below what rounding costs at full rank to far
+    above it.
+    """
     tried, cut = [], compression._cut
-    monkeypatch.setattr(compression, "_cut", lambda triplets, rank, dtype: (tried.append(rank), cut(triplets, rank, dtype))[1])
+    monkeypatch.setattr(
+        compression, "_cut", lambda triplets, rank, dtype: (tried.append(rank), cut(triplets, rank, dtype))[1]
+    )
     pair = pair_of(rank=200, out=230, in_features=210, decay=0.97)
     found, error = compress_within(pair, max_error, torch.bfloat16)
     rank, tries = found.right.shape[0], len(tried)

@@ -54,16 +54,26 @@ def test_a_kind_of_quantisation_may_stand_alone(text):
     assert run_identity(recipe) != run_identity(load(text=MINIMAL))
 
 
-
 def test_defaults():
     recipe = load()
-    assert (recipe.train.epochs, recipe.train.steps, recipe.train.lr, recipe.train.clip) == (1.0, None, 1e-4, 1.0)
+    assert (recipe.train.epochs, recipe.train.steps, recipe.train.lr, recipe.train.clip) == (
+        1.0,
+        None,
+        1e-4,
+        1.0,
+    )
     assert recipe.targets == "all-linear" and recipe.deepspeed is None and recipe.notes == ()
     assert recipe.model.dtype == "bfloat16" and recipe.data.max_length == 512
-    assert type(recipe.method).__name__ == "LoRASB" and recipe.method.rank == 4 and recipe.method.init.samples == 32
+    assert (
+        type(recipe.method).__name__ == "LoRASB"
+        and recipe.method.rank == 4
+        and recipe.method.init.samples == 32
+    )
 
 
-@pytest.mark.parametrize("text, value", [("1e-4", 1e-4), ("1E+2", 100.0), (".5e-1", 0.05), ("2", 2.0), ("1.0e-8", 1e-8)])
+@pytest.mark.parametrize(
+    "text, value", [("1e-4", 1e-4), ("1E+2", 100.0), (".5e-1", 0.05), ("2", 2.0), ("1.0e-8", 1e-8)]
+)
 def test_every_way_to_write_a_number(text, value):
     assert load(f"train.lr={text}").train.lr == value
     assert load(text=MINIMAL + f"train: {{lr: {text}}}\n").train.lr == value
@@ -74,8 +84,16 @@ def test_overrides_are_yaml_and_apply_in_order():
         "train.lr=1e-3", "train.lr=2e-3", "targets=[q_proj, v_proj]", "method.init.eta=search", "data.path='5'",
         "data.fields.prompt=question", "train.optimizer={name: sgd, momentum: 0.9}", "train.steps=", "model.path=a=b",
     )  # fmt: skip
-    assert recipe.train.lr == 2e-3 and recipe.targets == ["q_proj", "v_proj"] and recipe.method.init.eta == "search"
-    assert recipe.data.path == "5" and recipe.data.fields == {"prompt": "question"} and recipe.train.steps is None
+    assert (
+        recipe.train.lr == 2e-3
+        and recipe.targets == ["q_proj", "v_proj"]
+        and recipe.method.init.eta == "search"
+    )
+    assert (
+        recipe.data.path == "5"
+        and recipe.data.fields == {"prompt": "question"}
+        and recipe.train.steps is None
+    )
     assert recipe.train.optimizer.name == "sgd" and recipe.train.optimizer.momentum == 0.9
     assert recipe.model.path == "a=b"
 
@@ -93,7 +111,9 @@ def test_epochs_may_be_off_where_steps_are_given():
 
 
 def test_recipes_can_be_built_in_python():
-    recipe = Recipe(model={"path": "m"}, method={"name": "lora", "rank": 2}, data={"task": "arithmetic"}, output_dir="o")
+    recipe = Recipe(
+        model={"path": "m"}, method={"name": "lora", "rank": 2}, data={"task": "arithmetic"}, output_dir="o"
+    )
     assert recipe.method.rank == 2 and recipe.train.seed == 42
     with pytest.raises(ValueError, match="frozen"):
         recipe.output_dir = "p"
@@ -134,7 +154,9 @@ def test_nested_keys_that_another_method_lacks(monkeypatch):
     assert recipe.method.init == Probe(gamma=2) and recipe.method.rank == 4
     assert recipe.notes == ("method other has no method.init.samples: dropped from what x.yaml says",)
     assert load("method.name=other", "method.init={gamma: 3}").notes == ()
-    assert sentence("method.name=other", "method.init={samples: 3}").startswith("override method.init.samples: unknown key")
+    assert sentence("method.name=other", "method.init={samples: 3}").startswith(
+        "override method.init.samples: unknown key"
+    )
 
 
 def test_a_typo_in_the_file_is_told_whichever_method_runs():
@@ -280,7 +302,9 @@ def test_a_dump_is_the_same_recipe(path, folder):
     again = load(text=text)
     assert again == recipe and again.model.path == path and dump_recipe(again) == text
     assert again.deepspeed == config
-    assert again.deepspeed_source == "the recipe's deepspeed section" and recipe.deepspeed_source == "zero.json"
+    assert (
+        again.deepspeed_source == "the recipe's deepspeed section" and recipe.deepspeed_source == "zero.json"
+    )
 
 
 def test_a_dump_names_every_key():
@@ -319,9 +343,14 @@ def test_what_a_resume_may_not_change(override):
 # ---------------------------------------------------------------------- batches
 
 
-@pytest.mark.parametrize("whole, micro, world, steps", [(32, 1, 1, 32), (32, 1, 8, 4), (12, 2, 3, 2), (8, 8, 1, 1)])
+@pytest.mark.parametrize(
+    "whole, micro, world, steps", [(32, 1, 1, 32), (32, 1, 8, 4), (12, 2, 3, 2), (8, 8, 1, 1)]
+)
 def test_accumulation(whole, micro, world, steps):
-    assert plan_batches(load(f"train.global_batch_size={whole}", f"train.micro_batch_size={micro}"), world) == steps
+    assert (
+        plan_batches(load(f"train.global_batch_size={whole}", f"train.micro_batch_size={micro}"), world)
+        == steps
+    )
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,9 @@ def random_factors(method: Method, shape, dtype=torch.float32, seed=2):
 
 
 def adapter(method: Method, shape, factors=None, dtype=torch.float32) -> AdapterLinear:
-    """A layer that holds these factors, or the method's own initial ones with the change of the weight that goes with them."""
+    """A layer that holds these factors, or the method's own initial ones with the change of the weight that
+    goes with them.
+    """
     linear = plain(shape, dtype)
     layer = AdapterLinear(linear, method, "layer")
     source = linear.weight.detach().float() if method.source_matrix() == "weight" else None
@@ -95,7 +97,9 @@ def adapted_weight(method: Method, weight, factors):
 
 
 def inputs(shape, dtype=torch.float32, seed=3, tokens=(2, 7)):
-    return torch.randn(*tokens, shape[1], generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    return torch.randn(
+        *tokens, shape[1], generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    ).to(dtype)
 
 
 every_method = pytest.mark.parametrize("name", ALL)
@@ -110,7 +114,18 @@ def test_every_file_is_a_method_under_its_own_name():
     files = {path.stem for path in Path(methods.__file__).parent.glob("*.py")} - {"__init__", "contract"}
     assert files == set(ALL)
     assert all(registry()[name].__module__ == f"distlora.methods.{name}" for name in ALL)
-    assert {"lora", "lora_xs", "lora_sb", "full", "pissa", "srlora", "rslora", "lora_ga", "dora", "lora_pro"} <= set(ALL)
+    assert {
+        "lora",
+        "lora_xs",
+        "lora_sb",
+        "full",
+        "pissa",
+        "srlora",
+        "rslora",
+        "lora_ga",
+        "dora",
+        "lora_pro",
+    } <= set(ALL)
 
 
 @every_method
@@ -130,7 +145,9 @@ def test_declarations(name):
 
 @every_method
 @pytest.mark.parametrize(
-    "wrong", [{"rnak": 8}, {"rank": 0}, {"rank": 1.5}, {"dropout": 1.0}, {"dropout": -0.1}, {"alpha": 0}], ids=str
+    "wrong",
+    [{"rnak": 8}, {"rank": 0}, {"rank": 1.5}, {"dropout": 1.0}, {"dropout": -0.1}, {"alpha": 0}],
+    ids=str,
 )
 def test_wrong_fields_are_refused(name, wrong):
     with pytest.raises(pydantic.ValidationError):
@@ -242,7 +259,10 @@ def test_what_changes_the_weight_at_the_start_is_made_of_the_cast_factors(name, 
         return
     assert init.base_update.left.dtype == init.base_update.right.dtype == torch.float32
     delta = method.delta({key: value.to(dtype).float() for key, value in init.factors.items()})
-    total = init.base_update.left.double() @ init.base_update.right.double() + delta.left.double() @ delta.right.double()
+    total = (
+        init.base_update.left.double() @ init.base_update.right.double()
+        + delta.left.double() @ delta.right.double()
+    )
     assert total.abs().max() <= 1e-6 * (delta.left @ delta.right).abs().max()
 
 
@@ -252,7 +272,9 @@ def test_at_the_start_exactly_the_declared_tensors_have_no_gradient(name, shape)
     method = make(name)
     layer = adapter(method, shape)
     layer(inputs(shape)).square().sum().backward()
-    assert {key for key in method.trains if not getattr(layer, key).grad.any()} == set(method.zero_gradient_at_start)
+    assert {key for key in method.trains if not getattr(layer, key).grad.any()} == set(
+        method.zero_gradient_at_start
+    )
 
 
 @every_adapter
@@ -283,11 +305,17 @@ def test_forward_is_a_linear_layer_with_the_merged_weight(name, shape, alpha, wi
     weight = torch.randn(shape, generator=generator, dtype=torch.float64)
     bias = torch.randn(shape[0], generator=generator, dtype=torch.float64) if with_bias else None
     delta = method.delta(factors)
-    assert delta.left.shape[0] == shape[0] and delta.right.shape[1] == shape[1] and delta.left.dtype == torch.float64
+    assert (
+        delta.left.shape[0] == shape[0]
+        and delta.right.shape[1] == shape[1]
+        and delta.left.dtype == torch.float64
+    )
     assert (delta.left @ delta.right).norm() > 0.1
     x = inputs(shape, torch.float64)
     y = method.forward(x, weight, bias, factors, training=False)
-    torch.testing.assert_close(y, torch.nn.functional.linear(x, adapted_weight(method, weight, factors), bias))
+    torch.testing.assert_close(
+        y, torch.nn.functional.linear(x, adapted_weight(method, weight, factors), bias)
+    )
 
 
 @every_adapter
@@ -398,7 +426,9 @@ def test_dropout_leaves_the_pretrained_part_alone(name):
     x = inputs(SHAPES[0])
     assert torch.equal(layer(x), layer.eval()(x))
     weight = adapted_weight(method, layer.weight, factors)
-    torch.testing.assert_close(layer(x), torch.nn.functional.linear(x, weight, layer.bias), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        layer(x), torch.nn.functional.linear(x, weight, layer.bias), rtol=1e-5, atol=1e-6
+    )
 
 
 # ---------------------------------------------------------------------- recomposition
@@ -409,7 +439,9 @@ def test_dropout_leaves_the_pretrained_part_alone(name):
 @pytest.mark.parametrize("alpha", [None, 15.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_recomposition_preserves_the_adapted_weight(name, shape, alpha, dtype):
-    """base_update + delta after = delta before, as the forward pass uses them; all that is not replaced keeps every bit."""
+    """base_update + delta after = delta before, as the forward pass uses them; all that is not replaced keeps
+    every bit.
+    """
     method = make(name, alpha=alpha)
     factors = random_factors(method, shape)
     used = {key: value.to(dtype).float() for key, value in factors.items()}
@@ -420,9 +452,13 @@ def test_a_recomposition_preserves_the_adapted_weight(name, shape, alpha, dtype)
     new = LowRank(reserve.left[:, : len(replaced)], reserve.right[: len(replaced)])
     answer = method.fuse(factors, used, replaced, new)
     assert answer.replaced == replaced
-    before, after = (method.delta(f) for f in (used, {key: v.to(dtype).float() for key, v in answer.factors.items()}))
+    before, after = (
+        method.delta(f) for f in (used, {key: v.to(dtype).float() for key, v in answer.factors.items()})
+    )
     change = answer.base_update
-    assert change.left.dtype == change.right.dtype == torch.float32 and change.right.shape[0] == 2 * len(replaced)
+    assert change.left.dtype == change.right.dtype == torch.float32 and change.right.shape[0] == 2 * len(
+        replaced
+    )
     total = change.left.double() @ change.right.double() + after.left.double() @ after.right.double()
     expected = before.left.double() @ before.right.double()
     assert (total - expected).abs().max() <= 1e-6 * expected.abs().max()
@@ -476,14 +512,18 @@ def test_the_export_is_what_the_factors_add_to_the_weight(name, alpha, dtype):
     pair = method.export_low_rank(factors)
     assert pair.left.dtype == pair.right.dtype == torch.float32
     exact = method.delta({key: value.double() for key, value in factors.items()})
-    torch.testing.assert_close(pair.left @ pair.right, (exact.left @ exact.right).float(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        pair.left @ pair.right, (exact.left @ exact.right).float(), rtol=1e-4, atol=1e-5
+    )
 
 
 @every_method
 def test_a_trained_step_reaches_every_method_through_attach(name):
     """The whole round: attach, a backward pass, a step; the loss falls and nothing but the declared moves."""
     generator = torch.Generator().manual_seed(8)
-    net = torch.nn.Sequential(torch.nn.Linear(131, 60), torch.nn.Tanh(), torch.nn.Linear(60, 31), torch.nn.Linear(31, 17)).double()
+    net = torch.nn.Sequential(
+        torch.nn.Linear(131, 60), torch.nn.Tanh(), torch.nn.Linear(60, 31), torch.nn.Linear(31, 17)
+    ).double()
     attached = attach(net, make(name), ["0", "2"])
     for layer in attached.layers.values():
         for key, value in random_factors(attached.method, layer.shape).items():
@@ -497,6 +537,8 @@ def test_a_trained_step_reaches_every_method_through_attach(name):
     start = loss()
     start.backward()
     torch.optim.SGD([p for p in net.parameters() if p.requires_grad], 1e-3).step()
-    assert {key for key, p in net.named_parameters() if not torch.equal(p, before[key])} == set(attached.trained)
+    assert {key for key, p in net.named_parameters() if not torch.equal(p, before[key])} == set(
+        attached.trained
+    )
     assert attached.trained and all(key.startswith(("0.", "2.")) for key in attached.trained)
     assert loss() < start

@@ -65,10 +65,15 @@ def test_shard_covers_all_with_equal_passes(n, world_size, batch_size):
     ranks = [shard(n, rank, world_size, batch_size) for rank in range(world_size)]
     assert sorted(i for passes in ranks for each in passes for i in each) == list(range(n))
     assert len({len(passes) for passes in ranks}) == 1
-    assert all(any(passes[i] for passes in ranks) for i in range(len(ranks[0]))), "no pass is empty on all ranks"
+    assert all(any(passes[i] for passes in ranks) for i in range(len(ranks[0]))), (
+        "no pass is empty on all ranks"
+    )
 
 
-SAMPLES = [Sample([5, 6, 0], [IGNORE, 6, 0], [5]), Sample([5, 7, 8, 9, 0], [IGNORE, IGNORE, IGNORE, 9, 0], [5, 7, 8])]
+SAMPLES = [
+    Sample([5, 6, 0], [IGNORE, 6, 0], [5]),
+    Sample([5, 7, 8, 9, 0], [IGNORE, IGNORE, IGNORE, 9, 0], [5, 7, 8]),
+]
 
 
 def test_collate_pads_on_the_right_and_keeps_an_eos_equal_to_pad():
@@ -87,7 +92,9 @@ def test_collate_prompts_pads_on_the_left():
 
 def test_empty_batch_can_be_passed_through_a_model_and_has_no_loss():
     batch = collate([], pad_id=4, device="meta")
-    assert {tuple(tensor.shape) for tensor in batch.values()} == {(1, 2)} and batch["labels"].device.type == "meta"
+    assert {tuple(tensor.shape) for tensor in batch.values()} == {(1, 2)} and batch[
+        "labels"
+    ].device.type == "meta"
     batch = collate([], pad_id=4)
     assert batch["labels"].tolist() == [[IGNORE, IGNORE]] and batch["input_ids"].tolist() == [[4, 4]]
     assert batch["attention_mask"].tolist() == [[1, 1]], "a row that attends to nothing can give NaN"

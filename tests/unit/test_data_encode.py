@@ -18,17 +18,23 @@ TEXTS = ["Q: 1+1?\nAnswer: 2", "the answer is not long\n", "<user> hello <bot> h
 
 
 def make_tokenizer(bos=False, **options):
-    """A byte-level BPE tokenizer that pads with its <eos>, as SmolLM2's; with `bos` it starts every text, as Llama's."""
+    """A byte-level BPE tokenizer that pads with its <eos>, as SmolLM2's; with `bos` it starts every text, as
+    Llama's.
+    """
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     special = ["<eos>", "<bos>"]
-    trainer = trainers.BpeTrainer(vocab_size=340, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=340, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
     core.train_from_iterator(TEXTS, trainer)
     if bos:
         core.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", pad_token="<eos>", bos_token="<bos>", **options)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<eos>", pad_token="<eos>", bos_token="<bos>", **options
+    )
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +46,9 @@ def load(tmp_path, tokenizer, pairs, template=None, max_length=64, split="train"
     file = tmp_path / "rows.json"
     file.write_text(json.dumps([{"q": prompt, "a": response} for prompt, response in pairs]))
     fields = {"prompt": "q", "response": "a"}
-    section = SimpleNamespace(task="text", path=str(file), fields=fields, template=template, max_length=max_length)
+    section = SimpleNamespace(
+        task="text", path=str(file), fields=fields, template=template, max_length=max_length
+    )
     return load_split(section, split, tokenizer)
 
 
@@ -113,15 +121,15 @@ def test_chunks_do_not_show(tmp_path, tokenizer, monkeypatch):
     assert load(tmp_path, tokenizer, pairs, split="train[2:5]").samples == whole.samples[2:5]
 
 
-CHAT_TEMPLATE = (
-    "<bos>{% for m in messages %}<{{m.role}}> {{m.content}} {% endfor %}{% if add_generation_prompt %}<bot> {% endif %}"
-)
+CHAT_TEMPLATE = "<bos>{% for m in messages %}<{{m.role}}> {{m.content}} {% endfor %}{% if add_generation_prompt %}<bot> {% endif %}"
 
 
 def test_chat_template_of_the_tokenizer(tmp_path):
     tokenizer = make_tokenizer(bos=True, chat_template=CHAT_TEMPLATE)
     (sample,) = load(tmp_path, tokenizer, [("hello", "hi there")], template="chat").samples
-    assert tokenizer.decode(sample.input_ids) == "<bos><user> hello <bot> hi there<eos>", "one BOS, the template's own"
+    assert tokenizer.decode(sample.input_ids) == "<bos><user> hello <bot> hi there<eos>", (
+        "one BOS, the template's own"
+    )
     assert trained_text(sample, tokenizer) == "hi there<eos>"
 
 

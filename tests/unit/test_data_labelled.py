@@ -1,4 +1,6 @@
-"""Classification data: every task's columns and labels, the official TSV files, tokens, batches, and what bad data gets."""
+"""Classification data: every task's columns and labels, the official TSV files, tokens, batches, and what bad
+data gets.
+"""
 
 import json
 from types import SimpleNamespace
@@ -54,7 +56,10 @@ def test_rows_as_on_the_hub(tmp_path, task):
     row = {column: "some text" for column in columns.values()} | {columns["label"]: 1, "idx": 7}
     second = "some text" if "pair" in columns else None
     file = rows_file(tmp_path, row, row | {columns["label"]: -1})
-    assert list(LabelledRows(section(file, task), "train")) == [("some text", second, 1), ("some text", second, None)]
+    assert list(LabelledRows(section(file, task), "train")) == [
+        ("some text", second, 1),
+        ("some text", second, None),
+    ]
 
 
 def test_the_dev_file_is_the_validation_split_unless_there_is_one(tmp_path):
@@ -102,7 +107,10 @@ def test_what_is_wrong_with_the_section(tmp_path, change, expected):
 @pytest.mark.parametrize(
     ("row", "expected"),
     [
-        ({"label": "maybe"}, "row 1 of .* has the label 'maybe', which is none of entailment, not_entailment or 0 to 1"),
+        (
+            {"label": "maybe"},
+            "row 1 of .* has the label 'maybe', which is none of entailment, not_entailment or 0 to 1",
+        ),
         ({"label": 2}, "has the label '2'"),
         ({"sentence2": None}, "row 1 of .* has no value in column 'sentence2'"),
     ],
@@ -128,7 +136,10 @@ def load(tmp_path, tokenizer, *rows, **more):
 
 def test_a_pair_is_tokenised_by_the_tokenizers_own_rules(tmp_path, monkeypatch):
     monkeypatch.setattr("distlora.data.labelled.CHUNK", 2)  # rows of several chunks stay in order
-    rows = [{"sentence1": f"Tom has {n} apples", "sentence2": "How many?" * n, "label": n % 2} for n in range(1, 6)]
+    rows = [
+        {"sentence1": f"Tom has {n} apples", "sentence2": "How many?" * n, "label": n % 2}
+        for n in range(1, 6)
+    ]
     for name in ("bert", "roberta"):
         tokenizer = tiny_encoder_tokenizer(name)
         encoded = load(tmp_path, tokenizer, *rows, max_length=400)
@@ -171,4 +182,8 @@ def test_collate():
 
 def test_an_empty_batch_has_no_label():
     batch = collate_labelled([], pad_id=1)
-    assert batch["labels"].tolist() == [-100] and batch["input_ids"].shape == (1, 2) and batch["attention_mask"].all()
+    assert (
+        batch["labels"].tolist() == [-100]
+        and batch["input_ids"].shape == (1, 2)
+        and batch["attention_mask"].all()
+    )

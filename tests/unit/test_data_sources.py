@@ -11,7 +11,7 @@ from distlora.data import sources
 from distlora.data.sources import load_rows, parse_split
 from distlora.errors import UserError
 
-ROWS = [{"question": f"q{i}, \"quoted\"\u2028", "answer": str(i)} for i in range(10)]
+ROWS = [{"question": f'q{i}, "quoted"\u2028', "answer": str(i)} for i in range(10)]
 
 
 def write(file, rows=ROWS):
@@ -19,7 +19,9 @@ def write(file, rows=ROWS):
     import pandas
 
     if file.suffix == ".jsonl":
-        file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n\n" for row in rows), encoding="utf-8")
+        file.write_text(
+            "".join(json.dumps(row, ensure_ascii=False) + "\n\n" for row in rows), encoding="utf-8"
+        )
     elif file.suffix == ".json":
         file.write_text(json.dumps(rows), encoding="utf-8")
     elif file.suffix == ".csv":
@@ -71,11 +73,15 @@ def test_slices_mean_what_they_mean_to_datasets(split, count):
     from datasets import ReadInstruction
 
     theirs = ReadInstruction.from_spec(split).to_absolute({"train": count})
-    expected = [row for part in theirs for row in range(part.from_ or 0, count if part.to is None else part.to)]
+    expected = [
+        row for part in theirs for row in range(part.from_ or 0, count if part.to is None else part.to)
+    ]
     assert [row for part in parse_split(split) for row in part.rows(count)] == expected
 
 
-@pytest.mark.parametrize("split", ["", "train[", "train[5]", "train[a:b]", "train[:5%%]", "train[1.5%:]", "train[::2]"])
+@pytest.mark.parametrize(
+    "split", ["", "train[", "train[5]", "train[a:b]", "train[:5%%]", "train[1.5%:]", "train[::2]"]
+)
 def test_unreadable_split_is_named(split):
     with pytest.raises(UserError, match="cannot be read, write it like"):
         parse_split(split)
@@ -161,17 +167,24 @@ def test_offline_hub_is_named(tmp_path):
         "except UserError as error: print(error)"
     )
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
-    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
     assert "meta-math/MetaMathQA is not in the local cache and HF_HUB_OFFLINE is set" in run.stdout
 
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A hub whose only data set is a local file: the real loader, with the name replaced. Returns the calls it has seen."""
+    """A hub whose only data set is a local file: the real loader, with the name replaced. Returns the calls
+    it has seen.
+    """
     import datasets
 
     real, calls = datasets.load_dataset, []
-    files = {"train": str(write(tmp_path / "train.jsonl")), "test": str(write(tmp_path / "test.jsonl", ROWS[:4]))}
+    files = {
+        "train": str(write(tmp_path / "train.jsonl")),
+        "test": str(write(tmp_path / "test.jsonl", ROWS[:4])),
+    }
 
     def load(path, name=None, split=None):
         calls.append((path, name, split))
@@ -193,7 +206,9 @@ def test_fetch_asks_the_hub_for_every_split(hub):
 
 
 def test_unknown_split_of_the_hub_names_the_nearest(hub):
-    assert "org/name has no split 'tset', did you mean test? (it has train, test)" in error("org/name", "tset")
+    assert "org/name has no split 'tset', did you mean test? (it has train, test)" in error(
+        "org/name", "tset"
+    )
 
 
 def _raising(exception):
@@ -209,10 +224,19 @@ def test_what_the_hub_refuses_is_one_sentence(monkeypatch):
 
     cases = [
         (DatasetNotFoundError("Dataset 'org/name' is a gated dataset on the Hub. Log in."), "set HF_TOKEN"),
-        (DatasetNotFoundError("Dataset 'org/name' doesn't exist on the Hub."), "is no local path and no data set"),
+        (
+            DatasetNotFoundError("Dataset 'org/name' doesn't exist on the Hub."),
+            "is no local path and no data set",
+        ),
         (ConnectionError("Couldn't reach 'org/name' on the Hub (ConnectError)"), "the hub cannot be reached"),
-        (ValueError("Config name is missing.\nPick one among: ['main', 'socratic']\nUsage"), "['main', 'socratic']"),
-        (RuntimeError("Dataset scripts are no longer supported"), "(Dataset scripts are no longer supported)"),
+        (
+            ValueError("Config name is missing.\nPick one among: ['main', 'socratic']\nUsage"),
+            "['main', 'socratic']",
+        ),
+        (
+            RuntimeError("Dataset scripts are no longer supported"),
+            "(Dataset scripts are no longer supported)",
+        ),
     ]
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     for exception, expected in cases:

@@ -1,4 +1,6 @@
-"""Tasks: columns, prompts and final answers; and the sentence for each mistake in `data.fields` and `data.template`."""
+"""Tasks: columns, prompts and final answers; and the sentence for each mistake in `data.fields` and
+`data.template`.
+"""
 
 import json
 from types import SimpleNamespace
@@ -64,7 +66,9 @@ def test_fields_and_template_of_the_recipe(tmp_path):
 
 
 def test_fields_override_a_preset(tmp_path):
-    (example,) = examples(tmp_path, [{"q": "1+1?", "response": "The answer is: 2"}], "metamath", fields={"prompt": "q"})
+    (example,) = examples(
+        tmp_path, [{"q": "1+1?", "response": "The answer is: 2"}], "metamath", fields={"prompt": "q"}
+    )
     assert "1+1?" in example.prompt
 
 
@@ -74,14 +78,26 @@ ROW = {"question": "1+1?", "reply": "2", "solution": "two"}
 @pytest.mark.parametrize(
     "fields, template, expected",
     [
-        ({"prompt": "question", "respose": "reply"}, None, "data.fields: unknown name 'respose', did you mean response?"),
-        ({"prompt": "qestion", "response": "reply"}, None, "did you mean question? (it has question, reply, solution)"),
+        (
+            {"prompt": "question", "respose": "reply"},
+            None,
+            "data.fields: unknown name 'respose', did you mean response?",
+        ),
+        (
+            {"prompt": "qestion", "response": "reply"},
+            None,
+            "did you mean question? (it has question, reply, solution)",
+        ),
         ({"prompt": "question"}, None, "no column for response"),
         ({"response": "reply"}, None, "no column for prompt"),
         ({"response": "reply"}, "{qestion}", "data.template: {qestion}: "),
         ({"response": "reply"}, "{question} {reply}", "{reply} would show the answer"),
         ({"response": "reply"}, "{question} {response}", "{response} would show the answer"),
-        ({"response": "reply", "answer": "solution"}, "{question} {solution}", "{solution} would show the answer"),
+        (
+            {"response": "reply", "answer": "solution"},
+            "{question} {solution}",
+            "{solution} would show the answer",
+        ),
         ({"response": "reply"}, "{question", "data.template: "),
         ({"response": "reply"}, "{}", "only names may stand in braces"),
         ({"response": "reply"}, "{question!r}", "only names may stand in braces"),
@@ -95,7 +111,9 @@ def test_mistakes_in_fields_and_template(tmp_path, fields, template, expected):
 
 
 def test_preset_on_other_columns_names_what_is_there(tmp_path):
-    with pytest.raises(UserError, match=r"task metamath: .* no column 'response'.*\(it has question, reply, solution\)"):
+    with pytest.raises(
+        UserError, match=r"task metamath: .* no column 'response'.*\(it has question, reply, solution\)"
+    ):
         examples(tmp_path, [ROW], "metamath")
 
 
@@ -119,7 +137,11 @@ def test_arithmetic_takes_slices_and_no_path():
     section = SimpleNamespace(task="arithmetic", path=None, fields=None, template=None, max_length=64)
     whole, part = Examples(section, "test"), list(Examples(section, "test[25%:50%]"))
     assert len(whole) == 512 and part == list(whole)[128:256]
-    assert part[0].prompt.startswith("Q: ") and part[0].prompt.endswith("?\nAnswer:") and part[0].response == part[0].answer
+    assert (
+        part[0].prompt.startswith("Q: ")
+        and part[0].prompt.endswith("?\nAnswer:")
+        and part[0].response == part[0].answer
+    )
     download(section, "test")
     section.path = "rows.jsonl"
     with pytest.raises(UserError, match="makes its own data"):

@@ -43,7 +43,9 @@ def test_a_deepspeed_path_is_found_from_here_then_from_the_recipe_upwards(folder
     (folder / "a" / "z").mkdir()
     write({"from": "above"}, folder / "a" / "z" / "zero.json")
     recipe = load_recipe("a/b/x.yaml")
-    assert recipe.deepspeed == {"from": "above"} and recipe.deepspeed_source == str(folder / "a" / "z" / "zero.json")
+    assert recipe.deepspeed == {"from": "above"} and recipe.deepspeed_source == str(
+        folder / "a" / "z" / "zero.json"
+    )
     (folder / "z").mkdir()
     write({"from": "here"}, folder / "z" / "zero.json")
     recipe = load_recipe("a/b/x.yaml")
@@ -111,8 +113,14 @@ def test_every_auto_is_filled_and_told():
             "stage3_param_persistence_threshold": "auto",
             "offload_optimizer": {"device": "cpu"},
         },
-        "optimizer": {"type": "AdamW", "params": dict.fromkeys(("lr", "betas", "eps", "weight_decay"), "auto")},
-        "scheduler": {"type": "WarmupCosineLR", "params": {"warmup_num_steps": "auto", "total_num_steps": "auto"}},
+        "optimizer": {
+            "type": "AdamW",
+            "params": dict.fromkeys(("lr", "betas", "eps", "weight_decay"), "auto"),
+        },
+        "scheduler": {
+            "type": "WarmupCosineLR",
+            "params": {"warmup_num_steps": "auto", "total_num_steps": "auto"},
+        },
         "tensorboard": {"enabled": True, "output_path": "auto", "job_name": "auto"},
         "csv_monitor": {"enabled": True, "output_path": "auto", "job_name": "mine"},
         "data_types": {"keep_in_fp32_modules": "auto", "grad_accum_dtype": "fp32"},
@@ -174,7 +182,10 @@ def test_equal_values_are_no_contradiction():
         "gradient_clipping": 1,
         "bf16": {"enabled": True, "check_grad_overflow": True},
         "fp16": {"enabled": False},
-        "optimizer": {"type": "Adam", "params": {"lr": 1e-4, "betas": [0.9, 0.999], "weight_decay": 0, "torch_adam": True}},
+        "optimizer": {
+            "type": "Adam",
+            "params": {"lr": 1e-4, "betas": [0.9, 0.999], "weight_decay": 0, "torch_adam": True},
+        },
         "scheduler": {"type": "auto"},
     }
     resolved, lines = resolve(config)

@@ -37,7 +37,9 @@ def facts(index: int = 0) -> dict:
 def cluster(count: int = 2, **fields) -> list[Node]:
     marks = tuple(f"token-{index}" for index in range(count))
     common = {"slots": 2, "skew": 0.0, "doubt": 0.1, "marks": marks} | fields
-    return [Node(f"node{index}", facts(index), place=f"hosts:{index + 1}", **common) for index in range(count)]
+    return [
+        Node(f"node{index}", facts(index), place=f"hosts:{index + 1}", **common) for index in range(count)
+    ]
 
 
 def change(node: Node, path: str, value) -> None:
@@ -58,7 +60,19 @@ def test_a_healthy_cluster_has_no_complaint_and_every_check_speaks():
     assert bad(cluster()) == []
     spoken = {finding.check for finding in findings}
     assert spoken == {
-        *("node", "versions", "route", "port", "run directory", "recipe", "clock", "accelerators", "disk", "shared memory", "hub"),
+        *(
+            "node",
+            "versions",
+            "route",
+            "port",
+            "run directory",
+            "recipe",
+            "clock",
+            "accelerators",
+            "disk",
+            "shared memory",
+            "hub",
+        ),
         *("compiler", "build lock", "operators"),
     }
     assert Report(findings, []).code == 0
@@ -104,7 +118,9 @@ ONE_NODE = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("path", "value", "check", "level", "found", "remedy"), ONE_NODE, ids=lambda value: str(value)[:30])
+@pytest.mark.parametrize(
+    ("path", "value", "check", "level", "found", "remedy"), ONE_NODE, ids=lambda value: str(value)[:30]
+)
 def test_what_is_wrong_on_one_node(path, value, check, level, found, remedy):
     nodes = cluster()
     change(nodes[1], path, value)
@@ -122,7 +138,10 @@ def test_every_complaint_has_a_remedy():
 
 
 def test_a_node_that_does_not_answer():
-    nodes = [cluster()[0], Node("node1", place="hosts:2", slots=2, problem="cannot be reached through ssh (timed out)")]
+    nodes = [
+        cluster()[0],
+        Node("node1", place="hosts:2", slots=2, problem="cannot be reached through ssh (timed out)"),
+    ]
     (finding,) = [finding for finding in bad(nodes) if finding.check == "node"]
     assert (
         finding.nodes == ("node1",)
@@ -132,7 +151,11 @@ def test_a_node_that_does_not_answer():
 
 
 def test_a_node_that_answers_but_lacks_something():
-    (finding,) = [f for f in bad([cluster()[0], Node("node1", problem="No module named torch", slots=2)]) if f.check == "node"]
+    (finding,) = [
+        f
+        for f in bad([cluster()[0], Node("node1", problem="No module named torch", slots=2)])
+        if f.check == "node"
+    ]
     assert "same Python environment" in finding.remedy
 
 
@@ -150,7 +173,10 @@ def test_uneven_slots():
     change(nodes[1], "accelerators.hardware", 4)
     nodes[1] = Node("node1", nodes[1].facts, slots=4, skew=0.0, marks=nodes[0].marks)
     (finding,) = bad(nodes)
-    assert (finding.check, finding.level) == ("slots", "warning") and "node0 has 2, node1 has 4" in finding.found
+    assert (finding.check, finding.level) == (
+        "slots",
+        "warning",
+    ) and "node0 has 2, node1 has 4" in finding.found
 
 
 def test_more_ranks_than_cores_without_an_accelerator():
@@ -182,18 +208,25 @@ def test_a_port_in_use():
     nodes = cluster()
     change(nodes[0], "port.problem", "in use")
     (finding,) = bad(nodes)
-    assert finding == Finding("port", "failure", ("node0",), "29500 is in use", "take another one: MASTER_PORT or --port 40001")
+    assert finding == Finding(
+        "port", "failure", ("node0",), "29500 is in use", "take another one: MASTER_PORT or --port 40001"
+    )
 
 
 def test_a_run_directory_that_is_not_shared():
     nodes = cluster()
     nodes[1] = Node("node1", nodes[1].facts, slots=2, skew=0.0, marks=("token-1",))
     (finding,) = bad(nodes)
-    assert finding.check == "run directory" and finding.nodes == ("node1",) and "not one and the same" in finding.found
+    assert (
+        finding.check == "run directory"
+        and finding.nodes == ("node1",)
+        and "not one and the same" in finding.found
+    )
 
 
 @pytest.mark.parametrize(
-    ("skew", "doubt", "level"), [(1.5, 0.1, None), (5.0, 0.1, "warning"), (5.0, 4.0, None), (300.0, 0.1, "failure")]
+    ("skew", "doubt", "level"),
+    [(1.5, 0.1, None), (5.0, 0.1, "warning"), (5.0, 4.0, None), (300.0, 0.1, "failure")],
 )
 def test_clocks(skew, doubt, level):
     nodes = cluster()
@@ -226,7 +259,9 @@ def test_a_lock_that_a_living_build_holds_on_another_node():
     ]
     nodes = cluster()
     change(nodes[0], "extensions.locks", [{"path": "/c/x/lock", "age": 300.0, "holder": None}])
-    assert "unless a node that was not asked" in bad(nodes)[0].found, "it may be young because another job is building"
+    assert "unless a node that was not asked" in bad(nodes)[0].found, (
+        "it may be young because another job is building"
+    )
 
 
 @pytest.mark.parametrize(
@@ -240,9 +275,15 @@ def test_a_lock_that_a_living_build_holds_on_another_node():
     ],
 )
 def test_a_lock_of_the_build_that_another_node_was_just_asked_for(age, state, level):
-    """The cache is shared: the other one has looked for locks before there was this one, and the own processes do not hold it."""
+    """The cache is shared: the other one has looked for locks before there was this one, and the own
+    processes do not hold it.
+    """
     nodes = cluster()
-    change(nodes[0], "operators", {"state": state, "seconds": 4.0, "said": "", "pid": 9, "log": "x.log", "why": "none is needed"})
+    change(
+        nodes[0],
+        "operators",
+        {"state": state, "seconds": 4.0, "said": "", "pid": 9, "log": "x.log", "why": "none is needed"},
+    )
     path = "/home/me/.cache/torch_extensions/x/lock"
     change(nodes[1], "extensions.locks", [{"path": path, "age": age, "holder": None}])
     change(nodes[1], "operators", {"state": "skipped", "why": "a lock is in the way"})
@@ -267,9 +308,17 @@ def test_a_build_that_goes_on():
 def test_the_hub_matters_where_the_model_is_there():
     nodes = cluster()
     for node in nodes:
-        change(node, "hub", {"model": "a/b", "cache": "/hub", "cached": False, "needed": True, "problem": "timed out"})
+        change(
+            node,
+            "hub",
+            {"model": "a/b", "cache": "/hub", "cached": False, "needed": True, "problem": "timed out"},
+        )
     (finding,) = bad(nodes)
-    assert finding.level == "failure" and finding.nodes == ("node0", "node1") and "a/b is not in /hub" in finding.found
+    assert (
+        finding.level == "failure"
+        and finding.nodes == ("node0", "node1")
+        and "a/b is not in /hub" in finding.found
+    )
     for node in nodes:
         change(node, "hub.cached", True)
     assert bad(nodes) == []

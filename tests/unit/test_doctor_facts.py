@@ -31,7 +31,9 @@ def test_a_collector_that_hangs_or_fails_holds_up_no_other():
         raise ZeroDivisionError("by zero")
 
     release = threading.Event()
-    found = facts.gather({"slow": lambda: release.wait(60), "broken": fail, "good": lambda: {"a": 1}}, limit=2)
+    found = facts.gather(
+        {"slow": lambda: release.wait(60), "broken": fail, "good": lambda: {"a": 1}}, limit=2
+    )
     release.set()
     assert found == {
         "slow": {"error": "no answer within 2 s"}, "broken": {"error": "ZeroDivisionError: by zero"}, "good": {"a": 1},
@@ -53,7 +55,9 @@ def test_locks_with_their_age_and_holder(cache):
     lock.touch()
     os.utime(lock, (time.time() - 7200,) * 2)
     (found,) = toolchain.locks()
-    assert found["path"] == str(lock) and found["holder"] is None and found["age"] == pytest.approx(7200, abs=5)
+    assert (
+        found["path"] == str(lock) and found["holder"] is None and found["age"] == pytest.approx(7200, abs=5)
+    )
     with lock.open() as file:  # as torch does while it builds
         fcntl.flock(file, fcntl.LOCK_SH)
         assert toolchain.locks()[0]["holder"] == os.getpid()
@@ -67,13 +71,17 @@ def test_a_lock_without_a_folder_for_the_version_is_found_too(cache):
 
 def test_nothing_is_built_in_the_way_of_a_lock(cache, monkeypatch):
     (cache / "lock").touch()
-    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a build was started, and would hang"))
+    monkeypatch.setattr(
+        subprocess, "Popen", lambda *_, **__: pytest.fail("a build was started, and would hang")
+    )
     build = toolchain.start_build(["ShareMemCommBuilder"])
     assert build.wait(1) == {"state": "skipped", "why": "a lock is in the way"} and len(build.locks) == 1
     assert toolchain.start_build([]).wait(1)["why"] == "none is needed"
 
 
-@pytest.mark.parametrize(("code", "state"), [("print('compiled')", "built"), ("raise SystemExit('no header')", "failed")])
+@pytest.mark.parametrize(
+    ("code", "state"), [("print('compiled')", "built"), ("raise SystemExit('no header')", "failed")]
+)
 def test_a_build_is_a_process_of_its_own(cache, monkeypatch, code, state):
     build = _build_of(code, monkeypatch)
     found = build.wait(20)
@@ -92,7 +100,9 @@ def test_a_build_that_takes_long_is_left_alone(cache, monkeypatch):
 def _build_of(code: str, monkeypatch) -> toolchain.Build:
     """A build in which other code runs instead of DeepSpeed's."""
     plain = subprocess.Popen
-    monkeypatch.setattr(subprocess, "Popen", lambda command, **streams: plain([sys.executable, "-S", "-c", code], **streams))
+    monkeypatch.setattr(
+        subprocess, "Popen", lambda command, **streams: plain([sys.executable, "-S", "-c", code], **streams)
+    )
     return toolchain.start_build(["ShareMemCommBuilder"])
 
 
@@ -110,7 +120,10 @@ def test_ports():
 
 def test_names_and_interfaces():
     found = network.facts("127.0.0.1", None)
-    assert found["interfaces"]["lo"] == "127.0.0.1" and (found["interface"], found["source"]) == ("lo", "127.0.0.1")
+    assert found["interfaces"]["lo"] == "127.0.0.1" and (found["interface"], found["source"]) == (
+        "lo",
+        "127.0.0.1",
+    )
     unknown = network.facts("no-such-host.invalid", 1)
     assert unknown["master_addresses"] == [] and "answer" not in unknown
     assert "master" not in network.facts(None, None)
@@ -129,7 +142,9 @@ def test_marks_in_a_directory_that_a_run_would_make(tmp_path):
 
 def test_paths_and_their_content(tmp_path):
     (tmp_path / "r.yaml").write_text("a: 1")
-    found = storage.path_facts({"recipe": str(tmp_path / "r.yaml"), "model": str(tmp_path), "data": str(tmp_path / "none")})
+    found = storage.path_facts(
+        {"recipe": str(tmp_path / "r.yaml"), "model": str(tmp_path), "data": str(tmp_path / "none")}
+    )
     assert [found[label]["exists"] for label in ("recipe", "model", "data")] == [True, True, False]
     assert len(found["recipe"]["sha256"]) == 64 and found["model"]["sha256"] is None
 
@@ -170,12 +185,17 @@ def test_looking_and_forgetting(tmp_path):
 
 @pytest.fixture
 def ssh(tmp_path, monkeypatch):
-    """Puts a stand-in for ssh on PATH: `body` runs with the host in $1 and the remote command in $2; options go to a file."""
+    """Puts a stand-in for ssh on PATH: `body` runs with the host in $1 and the remote command in $2; options
+    go to a file.
+    """
 
     def install(body: str) -> Path:
         folder = tmp_path / "bin"
         folder.mkdir(exist_ok=True)
-        _script(folder / "ssh", f'printf "%s\\n" "$@" >"{tmp_path}/words"\nset -- "${{@: -2:1}}" "${{@: -1}}"\n{body}')
+        _script(
+            folder / "ssh",
+            f'printf "%s\\n" "$@" >"{tmp_path}/words"\nset -- "${{@: -2:1}}" "${{@: -1}}"\n{body}',
+        )
         monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
         return tmp_path / "words"
 
@@ -204,16 +224,27 @@ def test_the_doctor_looks_with_the_variables_that_launchers_send(monkeypatch):
     for name in ("RANK", "CUDA_VISIBLE_DEVICES", "DISTLORA_CACHE"):
         monkeypatch.setenv(name, "1")
     assert list(remote.forwarded()) == exported_names(os.environ)
-    assert remote.forwarded().keys() & {"RANK", "CUDA_VISIBLE_DEVICES", "DISTLORA_CACHE"} == {"DISTLORA_CACHE"}
+    assert remote.forwarded().keys() & {"RANK", "CUDA_VISIBLE_DEVICES", "DISTLORA_CACHE"} == {
+        "DISTLORA_CACHE"
+    }
 
 
 @pytest.mark.parametrize(
     ("body", "problem"),
     [
-        ("echo 'ssh: connect to host x port 22: No route to host' >&2; exit 255", "cannot be reached through ssh (ssh: connect"),
-        ("echo 'bash: line 1: cd: /w: No such file or directory' >&2; exit 1", "the working directory is not there"),
+        (
+            "echo 'ssh: connect to host x port 22: No route to host' >&2; exit 255",
+            "cannot be reached through ssh (ssh: connect",
+        ),
+        (
+            "echo 'bash: line 1: cd: /w: No such file or directory' >&2; exit 1",
+            "the working directory is not there",
+        ),
         ("echo 'env: python: No such file or directory' >&2; exit 127", "there is no Python at"),
-        ("echo \"Error while finding spec for 'distlora' (No module named 'distlora')\" >&2; exit 1", "has no distlora there"),
+        (
+            "echo \"Error while finding spec for 'distlora' (No module named 'distlora')\" >&2; exit 1",
+            "has no distlora there",
+        ),
         ("echo 'No module named torch' >&2; exit 1", "No module named torch"),
         ("exit 3", "exit code 3"),
         ("exit 0", "exit code 0"),
@@ -254,7 +285,9 @@ def test_a_hostfile_of_this_machine_alone_needs_no_ssh(tmp_path, monkeypatch, te
     (tmp_path / "hosts").write_text(text)
     report = examine.examine(Topology(), tmp_path / "hosts", run_dir=tmp_path)
     assert asked[0] == (doors, "127.0.0.1" if doors == [None] else doors[0].removeprefix("ann@"))
-    assert all(there == doors for there, _ in asked) and report.nodes == [line.split()[0] for line in text.splitlines()]
+    assert all(there == doors for there, _ in asked) and report.nodes == [
+        line.split()[0] for line in text.splitlines()
+    ]
 
 
 def test_an_examination_of_hosts_none_of_which_can_be_reached(ssh, tmp_path, monkeypatch):
@@ -264,7 +297,8 @@ def test_an_examination_of_hosts_none_of_which_can_be_reached(ssh, tmp_path, mon
     assert report.code == 1 and report.nodes == ["node1", "node2"] and report.told
     complaints = [finding.found for finding in report.findings if finding.check == "node"]
     assert complaints == [
-        f"{tmp_path}/hosts:{line}: cannot be reached through ssh (ssh: no route to node{line})" for line in (1, 2)
+        f"{tmp_path}/hosts:{line}: cannot be reached through ssh (ssh: no route to node{line})"
+        for line in (1, 2)
     ]
 
 
@@ -289,7 +323,9 @@ def test_mistakes_are_told_before_anybody_is_asked(arguments, environment, compl
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=f"^{complaint}") as refused:
         examine.examine(Topology(), **arguments)
-    assert refused.value.early or "hostfile" in arguments, "in a job, one rank a node says it; a hostfile is for one process"
+    assert refused.value.early or "hostfile" in arguments, (
+        "in a job, one rank a node says it; a hostfile is for one process"
+    )
 
 
 def test_a_hostfile_is_for_one_process(tmp_path):
@@ -321,8 +357,12 @@ def test_what_a_recipe_needs(monkeypatch):
     assert mistral.model == "mistralai/Mistral-7B-v0.1" and list(mistral.paths) == ["recipe"]
     assert mistral.run_dir.startswith(str(ROOT)) and mistral.operators == ("ShareMemCommBuilder",)
     quick = subject_of(Path("configs/recipes/quickstart.yaml"), Path("elsewhere"), build=False)
-    assert (mistral.hub, quick.hub) == (True, False), "the quickstart's model is packaged and its data generated"
-    assert subject_of(Path("configs/recipes/minilm-rte.yaml"), None, build=False).hub, "the task's own data are on the hub"
+    assert (mistral.hub, quick.hub) == (True, False), (
+        "the quickstart's model is packaged and its data generated"
+    )
+    assert subject_of(Path("configs/recipes/minilm-rte.yaml"), None, build=False).hub, (
+        "the task's own data are on the hub"
+    )
     assert quick.model is None and quick.run_dir == str(ROOT / "elsewhere") and quick.operators == ()
     nothing = subject_of(None, None, build=True)
     assert nothing.run_dir == str(ROOT) and nothing.paths == {}
@@ -331,8 +371,13 @@ def test_what_a_recipe_needs(monkeypatch):
 def test_offloading_needs_one_more_operator(tmp_path):
     text = (ROOT / "configs/recipes/quickstart.yaml").read_text().splitlines()
     lines = [line for line in text if not line.startswith("deepspeed:")]
-    (tmp_path / "r.yaml").write_text("\n".join([*lines, f"deepspeed: {ROOT}/configs/zero/zero3_offload.json"]))
-    assert subject_of(tmp_path / "r.yaml", None, build=True).operators == ("ShareMemCommBuilder", "CPUAdamBuilder")
+    (tmp_path / "r.yaml").write_text(
+        "\n".join([*lines, f"deepspeed: {ROOT}/configs/zero/zero3_offload.json"])
+    )
+    assert subject_of(tmp_path / "r.yaml", None, build=True).operators == (
+        "ShareMemCommBuilder",
+        "CPUAdamBuilder",
+    )
 
 
 def test_an_interrupt_ends_whoever_is_being_asked(ssh, tmp_path, monkeypatch):

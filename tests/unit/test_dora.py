@@ -69,7 +69,9 @@ def test_forward_is_the_linear_layer_of_the_definition(bias):
 
 
 def test_the_norm_is_a_constant_to_the_gradient():
-    """dL/dB = s·(c ⊙ g)Aᵀ and dL/dA = s·Bᵀ(c ⊙ g) with c = m/norm; dL/dm_i = <g_i, (W + sBA)_i>/norm_i; g = dL/dW'."""
+    """dL/dB = s·(c ⊙ g)Aᵀ and dL/dA = s·Bᵀ(c ⊙ g) with c = m/norm; dL/dm_i = <g_i, (W + sBA)_i>/norm_i; g =
+    dL/dW'.
+    """
     layer, x = _layer(start="random"), _input()
     weight = _adapted(layer).requires_grad_()
     torch.nn.functional.linear(x.double(), weight, layer.bias.double()).square().sum().backward()
@@ -83,7 +85,9 @@ def test_the_norm_is_a_constant_to_the_gradient():
         (layer.B.grad, 2 * scaled @ a.T),
         (layer.m.grad, (weight.grad * direction).sum(1)),
     ):
-        torch.testing.assert_close(found, expected.float(), rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+        torch.testing.assert_close(
+            found, expected.float(), rtol=1e-4, atol=1e-4 * float(expected.abs().max())
+        )
 
 
 @BOTH
@@ -166,7 +170,11 @@ class Net(torch.nn.Module):
 
     def forward(self, x):
         for layer in (self.first, self.second):
-            x = checkpoint(layer, x, use_reentrant=self.checkpointing == "reentrant") if self.checkpointing else layer(x)
+            x = (
+                checkpoint(layer, x, use_reentrant=self.checkpointing == "reentrant")
+                if self.checkpointing
+                else layer(x)
+            )
         return x
 
 
@@ -189,14 +197,18 @@ def _engine(dtype=FP32) -> tuple[LocalEngine, dict[str, AdapterLinear]]:
     attached = attach(net, DoRA(rank=RANK), "all-linear")
     with torch.no_grad():
         for seed, parameter in enumerate(net.parameters()):
-            parameter.copy_(torch.randn(parameter.shape, generator=_generator(seed)) * 0.3 + 1.0 * (parameter.ndim == 1))
+            parameter.copy_(
+                torch.randn(parameter.shape, generator=_generator(seed)) * 0.3 + 1.0 * (parameter.ndim == 1)
+            )
     engine = LocalEngine(Comm(Topology(), torch.device("cpu"), distributed=False), dtype)
     engine.start(net, OptimizerSpec(lr=1e-2))
     return engine, attached.layers
 
 
 def _backward(engine, seed):
-    engine.backward(engine.run(lambda net, x: net(x).float().square().mean(), _input(engine.dtype, seed).requires_grad_()))
+    engine.backward(
+        engine.run(lambda net, x: net(x).float().square().mean(), _input(engine.dtype, seed).requires_grad_())
+    )
 
 
 ONCE = [(OUT, IN), (7, OUT)]
@@ -232,7 +244,9 @@ def _writes(engine, layers):
         "write": lambda: engine.write(first, {"B": torch.full((OUT, RANK), 0.5)}),
         "write of m": lambda: engine.write(first, {"m": torch.full((OUT,), 0.5)}),
         "write_trained": lambda: engine.write_trained("first.B", trained, 0),
-        "write_parameter": lambda: engine.write_parameter("first.weight", torch.randn(OUT, IN, generator=_generator(4))),
+        "write_parameter": lambda: engine.write_parameter(
+            "first.weight", torch.randn(OUT, IN, generator=_generator(4))
+        ),
         "add_low_rank": lambda: engine.add_low_rank(first, pair, "nearest", 0),
     }
 

@@ -13,7 +13,13 @@ from distlora.cluster.logs import RankLog
 from distlora.engine.comm import Comm, Topology
 from distlora.errors import UserError
 
-WHERE = {"ranks": 4, "hosts": {"node1": [0, 1], "node2": [2, 3]}, "master": "node1:29500", "backend": "gloo", "launcher": "SLURM"}
+WHERE = {
+    "ranks": 4,
+    "hosts": {"node1": [0, 1], "node2": [2, 3]},
+    "master": "node1:29500",
+    "backend": "gloo",
+    "launcher": "SLURM",
+}
 
 
 # ---------------------------------------------------------------------- topology
@@ -24,7 +30,10 @@ def test_the_topology_in_one_line():
         "4 ranks on 2 hosts (node1: 0-1; node2: 2-3), master node1:29500, gloo, told by SLURM"
     )
     alone = {"ranks": 1, "hosts": {"here": [0]}, "master": None, "backend": None, "launcher": ""}
-    assert environment.topology_line(alone) == "1 rank on 1 host (here: 0), no process group, started without a launcher"
+    assert (
+        environment.topology_line(alone)
+        == "1 rank on 1 host (here: 0), no process group, started without a launcher"
+    )
     assert "(a: 0, 2-4, 9)" in environment.topology_line(WHERE | {"hosts": {"a": [0, 2, 3, 4, 9]}})
 
 
@@ -46,7 +55,15 @@ def test_one_object_for_every_start(tmp_path):
     assert first["deepspeed"] == {"zero_optimization": {"stage": 3}} and first["resumed_at"] is None
     assert (second["resumed_at"], second["topology"]["ranks"], second["deepspeed"]) == (40, 8, None)
     assert first["topology"] == WHERE and first["versions"]["torch"] == torch.__version__
-    assert {"started", "command", "working_directory", "git", "source", "platform", "variables"} <= first.keys()
+    assert {
+        "started",
+        "command",
+        "working_directory",
+        "git",
+        "source",
+        "platform",
+        "variables",
+    } <= first.keys()
 
 
 @pytest.mark.parametrize("damage", ["", "{", '{"a": 1}'])
@@ -61,7 +78,12 @@ def test_variables_without_secrets(monkeypatch):
         "NCCL_DEBUG": "INFO", "HF_HOME": "/hf", "RANK": "0", "TOKENIZERS_PARALLELISM": "false", "HF_TOKEN": "hf_x",
         "SLURM_JWT": "x", "HF_API_KEY": "x", "TORCH_PASSWORD": "x", "EDITOR": "vi", "HOME": "/home/me",
     }  # fmt: skip
-    assert list(environment.relevant_variables(given)) == ["HF_HOME", "NCCL_DEBUG", "RANK", "TOKENIZERS_PARALLELISM"]
+    assert list(environment.relevant_variables(given)) == [
+        "HF_HOME",
+        "NCCL_DEBUG",
+        "RANK",
+        "TOKENIZERS_PARALLELISM",
+    ]
     monkeypatch.setenv("HF_ENDPOINT", "https://ann:secret@hub.example/x")
     monkeypatch.setattr("sys.argv", ["distlora", "train", "r.yaml", "data.path=https://ann:secret@x.example"])
     text = json.dumps(environment.report(WHERE, None, None))
@@ -76,7 +98,9 @@ def checkout(tmp_path, monkeypatch):
 
     def git(*words: str) -> str:
         who = ["-c", "user.name=a", "-c", "user.email=a@b.example"]
-        return subprocess.run(["git", "-C", tmp_path, *who, *words], capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", "-C", tmp_path, *who, *words], capture_output=True, text=True, check=True
+        ).stdout.strip()
 
     assert environment.git_revision(tmp_path) is None
     git("init", "-q")
@@ -138,7 +162,10 @@ def test_what_was_said_before_the_directory_was_known_is_there_too(logger, tmp_p
         logger.warning("second")
     logger.info("third")
     lines = text(tmp_path, 3).splitlines()
-    assert [line.split(" ", 2)[2] for line in lines] == ["INFO distlora.training.train: first", "WARNING distlora.training.train: second"]
+    assert [line.split(" ", 2)[2] for line in lines] == [
+        "INFO distlora.training.train: first",
+        "WARNING distlora.training.train: second",
+    ]
     assert logging.getLogger("distlora").handlers == [] or all(
         "rank-3" not in str(h) for h in logging.getLogger("distlora").handlers
     )
@@ -159,7 +186,9 @@ def test_a_start_that_is_refused_leaves_nothing(logger, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("error", "last"), [(UserError("x is wrong"), "ended: x is wrong"), (ValueError("y"), "ValueError: y")])
+@pytest.mark.parametrize(
+    ("error", "last"), [(UserError("x is wrong"), "ended: x is wrong"), (ValueError("y"), "ValueError: y")]
+)
 def test_the_end_stands_in_the_log(logger, tmp_path, error, last):
     with pytest.raises(type(error)), RankLog(1) as rank_log:
         rank_log.open(tmp_path)
@@ -171,15 +200,25 @@ def test_the_end_stands_in_the_log(logger, tmp_path, error, last):
 def test_no_secret_of_the_config_or_the_command_is_written(monkeypatch):
     words = ["deepspeed.comet.api_key=SEKRET", "data.path=https://me:SEKRET@a/b"]
     monkeypatch.setattr("sys.argv", ["distlora", "train", "r.yaml", *words])
-    config = {"comet": {"api_key": "SEKRET", "project": "p"}, "lists": [{"auth_token": "SEKRET"}], "train_batch_size": 4}
+    config = {
+        "comet": {"api_key": "SEKRET", "project": "p"},
+        "lists": [{"auth_token": "SEKRET"}],
+        "train_batch_size": 4,
+    }
     told = environment.report({}, config, None)
     assert "SEKRET" not in json.dumps(told)
-    hidden = {"comet": {"api_key": "***", "project": "p"}, "lists": [{"auth_token": "***"}], "train_batch_size": 4}
+    hidden = {
+        "comet": {"api_key": "***", "project": "p"},
+        "lists": [{"auth_token": "***"}],
+        "train_batch_size": 4,
+    }
     assert told["deepspeed"] == hidden
     assert told["command"][-2:] == ["deepspeed.comet.api_key=***", "data.path=https://***@a/b"]
 
 
 def test_names_that_only_look_like_secrets():
-    variables = dict.fromkeys(("TOKENIZERS_PARALLELISM", "CC", "HF_HOME", "LD_LIBRARY_PATH", "NCCL_IB_PKEY"), "x")
+    variables = dict.fromkeys(
+        ("TOKENIZERS_PARALLELISM", "CC", "HF_HOME", "LD_LIBRARY_PATH", "NCCL_IB_PKEY"), "x"
+    )
     others = dict.fromkeys(("HF_PAT", "TORCH_APIKEY", "CCACHE_DIR", "CC_PWD"), "y")
     assert environment.relevant_variables(variables | others) == variables

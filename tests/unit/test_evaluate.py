@@ -21,9 +21,13 @@ ANSWERS = {"a": "1", "b": "2", "c": "3", "d": "4", "e": "5"}
 
 @pytest.fixture(scope="module")
 def lookup(tmp_path_factory):
-    """(engine, tokenizer): a Mistral that answers a prompt ending in `a` with 1, `b` with 2, …, and then stops."""
+    """(engine, tokenizer): a Mistral that answers a prompt ending in `a` with 1, `b` with 2, …, and then
+    stops.
+    """
     section = ModelSection(
-        path=str(tiny_model_dir("mistral", tmp_path_factory.mktemp("models"))), dtype="float32", gradient_checkpointing=False
+        path=str(tiny_model_dir("mistral", tmp_path_factory.mktemp("models"))),
+        dtype="float32",
+        gradient_checkpointing=False,
     )
     tokenizer = load_tokenizer(section)
     model, _ = load_model(section)
@@ -31,7 +35,9 @@ def lookup(tmp_path_factory):
     following = {tokenizer.encode(letter)[0]: tokenizer.encode(digit)[0] for letter, digit in ANSWERS.items()}
     following |= {digit: tokenizer.eos_token_id for digit in list(following.values())}
     with torch.no_grad():
-        for layer in attached.layers.values():  # every block adds nothing, so a token's embedding reaches the head
+        for (
+            layer
+        ) in attached.layers.values():  # every block adds nothing, so a token's embedding reaches the head
             layer.weight.zero_()
         embeddings, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
         embeddings.zero_(), head.zero_()
@@ -111,7 +117,9 @@ class RankOf:
 
 
 @pytest.mark.parametrize(("count", "world"), [(10, 3), (2, 3), (7, 2), (1, 4)])
-def test_every_sample_is_answered_once_and_every_rank_generates_equally_often(count, world, lookup, monkeypatch):
+def test_every_sample_is_answered_once_and_every_rank_generates_equally_often(
+    count, world, lookup, monkeypatch
+):
     engine, tokenizer = lookup
     monkeypatch.setattr(evaluate, "GENERATION_BATCH", 2)
     samples = mixed(tokenizer, count - count // 3, count // 3)

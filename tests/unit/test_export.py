@@ -37,7 +37,15 @@ SETTINGS = {"srlora": {"target_rank": 12}, "lora_pro": {"scaled_by": "rank"}}
 class Run:
     """A run directory as training leaves it, after a few steps from random factors."""
 
-    def __init__(self, folder: Path, base: Path, method: str, targets="all-linear", dtype=torch.float32, cls=AutoModelForCausalLM):
+    def __init__(
+        self,
+        folder: Path,
+        base: Path,
+        method: str,
+        targets="all-linear",
+        dtype=torch.float32,
+        cls=AutoModelForCausalLM,
+    ):
         self.dir, self.base = folder / "run", base
         self.dir.mkdir()
         section = {"name": method, "rank": 6, "alpha": 9.0} | SETTINGS.get(method, {})
@@ -53,7 +61,9 @@ class Run:
                 for factor in layer.factors().values():
                     factor.copy_(torch.randn(factor.shape, generator=generator) * 0.3)
             for name in new:
-                model.get_parameter(name).copy_(torch.randn(model.get_parameter(name).shape, generator=generator))
+                model.get_parameter(name).copy_(
+                    torch.randn(model.get_parameter(name).shape, generator=generator)
+                )
         self.engine = LocalEngine(Comm(Topology(), CPU, distributed=False), dtype)
         self.engine.start(model, OptimizerSpec(lr=0.01))
         self.train(2)
@@ -64,7 +74,9 @@ class Run:
             self.engine.step()
 
     def update_weights(self) -> None:
-        """Three updates of one, two and three columns in most layers, one in the others, and training in between."""
+        """Three updates of one, two and three columns in most layers, one in the others, and training in
+        between.
+        """
         open_ledger(self.engine, self.attached, seed=5)
         for number in range(3):
             generator = torch.Generator().manual_seed(number)
@@ -72,7 +84,9 @@ class Run:
                 if number == 0 or position % 3:
                     columns = number + 1
                     left = torch.randn(layer.out_features, columns, generator=generator) * 0.5**number
-                    right = torch.randn(columns, layer.in_features, generator=generator) / layer.in_features**0.5
+                    right = (
+                        torch.randn(columns, layer.in_features, generator=generator) / layer.in_features**0.5
+                    )
                     self.engine.ledger.apply(self.engine, layer, number, "nearest", LowRank(left, right))
             self.train(1)
 
@@ -88,7 +102,10 @@ class Run:
 
     def update(self, layer: str) -> torch.Tensor:
         """What was added to the pretrained weight in all, (out, in) float64."""
-        adapted, pretrained = self.attached.layers[layer], load_file(self.base / "model.safetensors")[f"{layer}.weight"]
+        adapted, pretrained = (
+            self.attached.layers[layer],
+            load_file(self.base / "model.safetensors")[f"{layer}.weight"],
+        )
         factors = {name: factor.detach().double() for name, factor in adapted.factors().items()}
         pair = adapted.method.export_low_rank(factors)
         frozen = sum(entry.left.double() @ entry.right.double() for entry in self.engine.ledger.pairs(layer))
@@ -163,7 +180,11 @@ def test_only_the_targets_are_adapted(tmp_path, bases):
     run = Run(tmp_path, tiny_model_dir("qwen2", bases), "lora", targets)
     run.save()
     model = with_peft(run.base, exported(run.dir, "peft", tmp_path / "adapter"))
-    adapted = {name.removeprefix("base_model.model.") for name, module in model.named_modules() if hasattr(module, "lora_A")}
+    adapted = {
+        name.removeprefix("base_model.model.")
+        for name, module in model.named_modules()
+        if hasattr(module, "lora_A")
+    }
     assert adapted == set(run.attached.layers) and len(adapted) == 5
     assert_close(logits(model), run.logits())
 
@@ -177,7 +198,9 @@ def test_layers_of_different_ranks(tmp_path, bases):
     run.engine.start(run.engine.module, OptimizerSpec())
     out = export_peft_from_engine(run.engine, run.attached, tmp_path / "adapter", str(run.base), step=0)
     config = json.loads((out / "adapter_config.json").read_text())
-    assert config["r"] == 6 and list(config["rank_pattern"].values()) == list(config["alpha_pattern"].values()) == [3]
+    assert config["r"] == 6 and list(config["rank_pattern"].values()) == list(
+        config["alpha_pattern"].values()
+    ) == [3]
     assert_close(logits(with_peft(run.base, out)), run.logits())
 
 
@@ -221,12 +244,17 @@ def test_merged_computes_the_same(tmp_path, bases, name, method):
     model, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert_close(logits(model), run.logits())
-    assert AutoTokenizer.from_pretrained(out)("Tom")["input_ids"] == AutoTokenizer.from_pretrained(run.base)("Tom")["input_ids"]
+    assert (
+        AutoTokenizer.from_pretrained(out)("Tom")["input_ids"]
+        == AutoTokenizer.from_pretrained(run.base)("Tom")["input_ids"]
+    )
 
 
 def test_sharded_base_stays_sharded(tmp_path, bases):
     base = tmp_path / "base"
-    AutoModelForCausalLM.from_pretrained(tiny_model_dir("mistral", bases)).save_pretrained(base, max_shard_size="200kB")
+    AutoModelForCausalLM.from_pretrained(tiny_model_dir("mistral", bases)).save_pretrained(
+        base, max_shard_size="200kB"
+    )
     run = Run(tmp_path, base, "lora_sb")
     run.save()
     out = exported(run.dir, "merged", tmp_path / "merged")
@@ -243,7 +271,9 @@ def test_bfloat16_weights_are_rounded_once(tmp_path, bases):
     run = Run(tmp_path, base, "lora_sb", dtype=torch.bfloat16)
     run.save()
     merged = load_file(exported(run.dir, "merged", tmp_path / "merged") / "model.safetensors")
-    exact = load_file(exported(run.dir, "merged", tmp_path / "exact", dtype=torch.float32) / "model.safetensors")
+    exact = load_file(
+        exported(run.dir, "merged", tmp_path / "exact", dtype=torch.float32) / "model.safetensors"
+    )
     pretrained = load_file(base / "model.safetensors")
     for name, layer in run.attached.layers.items():
         a, r, b = (getattr(layer, factor).detach().float() for factor in "ARB")
@@ -292,7 +322,9 @@ def ranks_in(adapter: Path) -> dict[str, int]:
     ranks = {layer: pair.right.shape[0] for layer, pair in pairs_in(adapter).items()}
     config = json.loads((adapter / "adapter_config.json").read_text())
     assert config["alpha_pattern"] == config["rank_pattern"] and config["lora_alpha"] == config["r"]
-    assert ranks == {layer: config["rank_pattern"].get(layer.replace(".", r"\."), config["r"]) for layer in ranks}
+    assert ranks == {
+        layer: config["rank_pattern"].get(layer.replace(".", r"\."), config["r"]) for layer in ranks
+    }
     return ranks
 
 
@@ -336,7 +368,10 @@ def test_recomposed_run_exports_in_every_form(tmp_path, bases, caplog):
     assert ranks_in(done.path) == {layer: 20 if layer in narrow else 24 for layer in entries}
     assert set(done.errors) == narrow and max(done.errors.values()) < 1e-6
     assert_close(logits(with_peft(run.base, done.path)), run.logits())
-    assert_close(logits(AutoModelForCausalLM.from_pretrained(exported(run.dir, "merged", tmp_path / "merged"))), run.logits())
+    assert_close(
+        logits(AutoModelForCausalLM.from_pretrained(exported(run.dir, "merged", tmp_path / "merged"))),
+        run.logits(),
+    )
     few = export_run(run.dir, "peft", tmp_path / "few", max_error=1e-3)
     assert_close(logits(with_peft(run.base, few.path)), run.logits(), 1e-2)
     # Training writes such an adapter at its end, and exports of the run are made from it.
@@ -348,7 +383,9 @@ def test_recomposed_run_exports_in_every_form(tmp_path, bases, caplog):
     assert_close(logits(with_peft(run.base, tmp_path / "peft-7")), run.logits())
     assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged-7")), run.logits())
     half = export_run(run.dir, "peft", tmp_path / "half", dtype=torch.bfloat16)
-    assert half.errors.keys() >= entries.keys() - narrow, "the finished adapter says which of its pairs are stacks"
+    assert half.errors.keys() >= entries.keys() - narrow, (
+        "the finished adapter says which of its pairs are stacks"
+    )
     assert max(true_errors(run, half.path).values()) < 1e-2
 
 
@@ -370,9 +407,13 @@ def test_compress_rank(updated, tmp_path):
         if layer in done.errors:
             assert done.errors[layer] == pytest.approx(errors[layer], rel=1e-4)
             sigma = torch.linalg.svdvals(updated.update(layer))
-            assert errors[layer] == pytest.approx(float(sigma[9:].norm() / sigma.norm()), rel=1e-4), "no rank 9 is nearer"
+            assert errors[layer] == pytest.approx(float(sigma[9:].norm() / sigma.norm()), rel=1e-4), (
+                "no rank 9 is nearer"
+            )
         else:
-            assert torch.equal(pair.left, untouched[layer].left) and torch.equal(pair.right, untouched[layer].right)
+            assert torch.equal(pair.left, untouched[layer].left) and torch.equal(
+                pair.right, untouched[layer].right
+            )
     worst = max(done.errors, key=done.errors.get)
     mean = sum(done.errors.values()) / len(done.errors)
     assert done.compression == (
@@ -396,9 +437,14 @@ def test_max_error_takes_the_smallest_rank_of_each_layer(updated, tmp_path, max_
     done = export_run(updated.dir, "peft", tmp_path / "adapter", max_error=max_error)
     ranks, errors = ranks_in(done.path), true_errors(updated, done.path)
     compressed = [ranks[layer] for layer in done.errors]
-    assert f"{len(compressed)} of 21 layers to ranks {min(compressed)} to {max(compressed)}: " in done.compression
+    assert (
+        f"{len(compressed)} of 21 layers to ranks {min(compressed)} to {max(compressed)}: "
+        in done.compression
+    )
     for layer, rank in ranks.items():
-        assert errors[layer] <= max_error and done.errors.get(layer, 0) == pytest.approx(errors[layer], rel=1e-4, abs=2e-7)
+        assert errors[layer] <= max_error and done.errors.get(layer, 0) == pytest.approx(
+            errors[layer], rel=1e-4, abs=2e-7
+        )
         sigma = torch.linalg.svdvals(updated.update(layer))
         assert rank == 1 or sigma[rank - 1 :].norm() / sigma.norm() > max_error
     assert_close(logits(with_peft(updated.base, done.path)), logits(with_pairs(updated.base, done.path)))
@@ -434,7 +480,9 @@ def test_low_precision_stacks_are_summed_first(tmp_path, bases):
         assert (side_by_side - update).norm() / update.norm() > 5 * errors[layer]
     again = export_run(run.dir, "peft", tmp_path / "within", dtype=torch.bfloat16, max_error=0.02)
     assert max(true_errors(run, again.path).values()) <= 0.02
-    with pytest.raises(UserError, match=r"--max-error 1e-05 cannot be met: writing .* in bfloat16 costs 0.00\d+ by itself"):
+    with pytest.raises(
+        UserError, match=r"--max-error 1e-05 cannot be met: writing .* in bfloat16 costs 0.00\d+ by itself"
+    ):
         export_run(run.dir, "peft", tmp_path / "out", dtype=torch.bfloat16, max_error=1e-5)
     assert not (tmp_path / "out").exists()
 
@@ -446,7 +494,9 @@ def test_without_updates_low_precision_is_a_plain_cast(tmp_path, bases):
     exact = pairs_in(exported(run.dir, "peft", tmp_path / "exact"))
     assert done.compression is None
     for layer, pair in pairs_in(done.path).items():
-        assert torch.equal(pair.left, exact[layer].left.bfloat16()) and torch.equal(pair.right, exact[layer].right.bfloat16())
+        assert torch.equal(pair.left, exact[layer].left.bfloat16()) and torch.equal(
+            pair.right, exact[layer].right.bfloat16()
+        )
 
 
 @pytest.mark.parametrize("method", ["lora", "srlora"])
@@ -484,7 +534,9 @@ def with_zero_rows(base: Path, copy: Path) -> Path:
 
 
 def test_dora_with_zero_rows_exports_in_every_form(tmp_path, bases):
-    """From its own start and from the finished adapter; a zero row stays zero, where PEFT alone would divide 0 by 0."""
+    """From its own start and from the finished adapter; a zero row stays zero, where PEFT alone would divide
+    0 by 0.
+    """
     run = Run(tmp_path, with_zero_rows(tiny_model_dir("qwen2", bases), tmp_path / "base"), "dora")
     run.engine.start(run.engine.module, OptimizerSpec(lr=0.01))  # without the moments of what went before
     initialise(run.engine, run.attached, 7, 0.01)
@@ -509,7 +561,9 @@ def test_dora_with_zero_rows_exports_in_every_form(tmp_path, bases):
 
 
 def test_magnitudes_are_the_optimizers_own_and_never_rounded(tmp_path, bases):
-    """In bfloat16 the live model divides a rounded norm by a rounded norm; other software divides by exact ones."""
+    """In bfloat16 the live model divides a rounded norm by a rounded norm; other software divides by exact
+    ones.
+    """
     base = tiny_model_dir("llama", tmp_path / "bf16", torch.bfloat16)
     run = Run(tmp_path, base, "dora", dtype=torch.bfloat16)
     initialise(run.engine, run.attached, 7, 0.01)
@@ -520,7 +574,10 @@ def test_magnitudes_are_the_optimizers_own_and_never_rounded(tmp_path, bases):
     for name in run.attached.layers:
         exact = pretrained[f"{name}.weight"].double().norm(dim=1)
         magnitude = tensors[f"base_model.model.{name}.lora_magnitude_vector"]
-        assert magnitude.dtype == torch.float32 and tensors[f"base_model.model.{name}.lora_A.weight"].dtype == torch.bfloat16
+        assert (
+            magnitude.dtype == torch.float32
+            and tensors[f"base_model.model.{name}.lora_A.weight"].dtype == torch.bfloat16
+        )
         torch.testing.assert_close(magnitude.double(), exact, rtol=1e-6, atol=0)
     # Nothing is trained yet, and the exports say so to float32.
     plain = logits(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32))
@@ -536,8 +593,12 @@ def test_magnitudes_are_the_optimizers_own_and_never_rounded(tmp_path, bases):
 def test_dora_is_not_compressed(tmp_path, bases, option):
     run = Run(tmp_path, tiny_model_dir("llama", bases), "dora")
     run.save()
-    with pytest.raises(UserError, match=f"--{option.replace('_', '-')} cuts an update .* and method dora scales rows as well"):
-        export_run(run.dir, "peft", tmp_path / "out", **{option: {"compress_rank": 2, "max_error": 0.1}[option]})
+    with pytest.raises(
+        UserError, match=f"--{option.replace('_', '-')} cuts an update .* and method dora scales rows as well"
+    ):
+        export_run(
+            run.dir, "peft", tmp_path / "out", **{option: {"compress_rank": 2, "max_error": 0.1}[option]}
+        )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
 
 
@@ -611,7 +672,10 @@ MISTAKES = [
     (["--max-error", "0"], "--max-error is 0; wanted a relative error between 0 and 1, such as 0.01"),
     (["--max-error", "1"], "--max-error is 1; wanted a relative error between 0 and 1, such as 0.01"),
     (["--max-error", "nan"], "--max-error is nan; wanted a relative error between 0 and 1, such as 0.01"),
-    (["--max-error", "0.1", "--compress-rank", "4"], "--compress-rank and --max-error were both given; give one of them"),
+    (
+        ["--max-error", "0.1", "--compress-rank", "4"],
+        "--compress-rank and --max-error were both given; give one of them",
+    ),
     (
         ["--format", "merged", "--compress-rank", "4"],
         "--compress-rank is for --format peft: merged weights hold the whole update; leave it out",
@@ -623,7 +687,9 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize(("options", "sentence"), MISTAKES, ids=[" ".join(options) for options, _ in MISTAKES])
+@pytest.mark.parametrize(
+    ("options", "sentence"), MISTAKES, ids=[" ".join(options) for options, _ in MISTAKES]
+)
 def test_impossible_compression_is_one_sentence(tmp_path, capsys, options, sentence):
     """Said before anything is read: there is no run here."""
     words = ["export", str(tmp_path / "run"), "--format", "peft", "--out", str(tmp_path / "out"), *options]

@@ -143,7 +143,8 @@ def test_the_tap_gives_the_weight_gradient(checkpointed):
     expected = torch.autograd.grad(h.square().sum(), trained)
 
     sums, anchor = _Sums(), _anchor()
-    # x requires no gradient (frozen embeddings), the weights neither: only the anchor makes the backward pass happen.
+    # x requires no gradient (frozen embeddings), the weights neither: only the anchor makes the backward pass
+    # happen.
     loss = _chain(x, weights, sums, anchor, checkpointed).square().sum()
     loss.backward(inputs=[anchor])
     assert sums.calls == 3
@@ -154,7 +155,9 @@ def test_the_tap_gives_the_weight_gradient(checkpointed):
 def test_the_input_gradient_is_that_of_torch():
     x, weight, bias = _tensors()
     x.requires_grad_()
-    mine = torch.autograd.grad(tapped_linear(x, weight, bias, _anchor(), lambda dy, x: None).sin().sum(), x)[0]
+    mine = torch.autograd.grad(tapped_linear(x, weight, bias, _anchor(), lambda dy, x: None).sin().sum(), x)[
+        0
+    ]
     theirs = torch.autograd.grad(torch.nn.functional.linear(x, weight, bias).sin().sum(), x)[0]
     torch.testing.assert_close(mine, theirs)
 

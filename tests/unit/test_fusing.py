@@ -13,7 +13,8 @@ CPU = torch.device("cpu")
 FP32, BF16 = torch.float32, torch.bfloat16
 BOTH = pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
 ROUNDINGS = pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
-#: Pieces that begin and end inside rows, at their ends, hold several rows, a part of one, one element, and nothing.
+#: Pieces that begin and end inside rows, at their ends, hold several rows, a part of one, one element, and
+#: nothing.
 CUTS = [0, 7, 23, 23, 24, 100, 345, 346, 600, OUT * IN]
 
 
@@ -26,13 +27,20 @@ def _weight(dtype=FP32, seed=0):
 
 
 def _update(seed=1, scale=0.3):
-    left, right = torch.randn(OUT, RANK, generator=_generator(seed)), torch.randn(RANK, IN, generator=_generator(seed + 50))
+    left, right = (
+        torch.randn(OUT, RANK, generator=_generator(seed)),
+        torch.randn(RANK, IN, generator=_generator(seed + 50)),
+    )
     return LowRank(scale * left, right)
 
 
 def _exact_numbers(dtype):
-    """W and an update of which every sum is a float32 number, in whatever order it is formed; bfloat16 holds few of them."""
-    left, right = (torch.randint(-9, 10, shape, generator=_generator(7)).float() for shape in ((OUT, RANK), (RANK, IN)))
+    """W and an update of which every sum is a float32 number, in whatever order it is formed; bfloat16 holds
+    few of them.
+    """
+    left, right = (
+        torch.randint(-9, 10, shape, generator=_generator(7)).float() for shape in ((OUT, RANK), (RANK, IN))
+    )
     weight = torch.randint(-99, 100, (OUT, IN), generator=_generator(8)) / 64
     return weight.to(dtype), LowRank(left / 1024, right)
 
@@ -49,7 +57,9 @@ def _added(weight, update, rounding="nearest", key=KEY, cuts=(0, OUT * IN)):
 @ROUNDINGS
 @pytest.mark.parametrize("cuts", [(0, OUT * IN), CUTS], ids=["whole", "pieces"])
 def test_the_sum_is_that_of_float64(cuts, rounding, dtype):
-    """In float32 to its precision, in bfloat16 to half a unit in the last place, or a whole one where draws decide."""
+    """In float32 to its precision, in bfloat16 to half a unit in the last place, or a whole one where draws
+    decide.
+    """
     weight, update = _weight(dtype), _update()
     found, _ = _added(weight, update, rounding, cuts=cuts)
     wanted = weight.double() + update.left.double() @ update.right.double()

@@ -89,8 +89,8 @@ def ranks():
 
 
 def at_some_pace(scene) -> bool:
-    """Whether `scene(ranks)` is true. On a loaded machine a living rank's thread may run too late to be called alive: then once
-    more, slower; what is wrong with the program does not depend on the pace."""
+    """Whether `scene(ranks)` is true. On a loaded machine a living rank's thread may run too late to be
+    called alive: then once more, slower; what is wrong with the program does not depend on the pace."""
     for slower in (1, UNHURRIED, UNHURRIED**2):
         with ExitStack() as stack:
             if scene(Ranks(stack, slower)):
@@ -148,7 +148,9 @@ def test_who_fails_says_so_and_the_others_need_not_wait(ranks, broken):
     others = {0, 1, 2, 3} - {broken}
     said = ranks.wait_for_verdicts(*others)
     assert set(said) == others
-    assert set(said.values()) == {f"rank {broken} on {HOSTS[broken]} has ended: OutOfMemoryError: CUDA out of memory"}
+    assert set(said.values()) == {
+        f"rank {broken} on {HOSTS[broken]} has ended: OutOfMemoryError: CUDA out of memory"
+    }
     assert not any(verdict.silent for verdict, _ in ranks.verdicts.values())
 
 
@@ -181,5 +183,7 @@ def test_a_broken_collective_among_the_living_is_explained_by_nobody():
         ranks = Ranks(stack, UNHURRIED)
         thread = threading.Thread(target=ranks.hearts[1].explain, args=[None], daemon=True)
         thread.start()
-        ranks.wait_until(lambda: ranks.verdicts or not thread.is_alive())  # of a rank that is condemned it never ends
+        ranks.wait_until(
+            lambda: ranks.verdicts or not thread.is_alive()
+        )  # of a rank that is condemned it never ends
         assert ranks.verdicts == {}

@@ -8,7 +8,9 @@ from distlora.errors import UserError
 
 
 def test_hosts_in_their_order_without_comments_and_blank_lines(tmp_path):
-    (tmp_path / "hosts").write_text("# two nodes\n\nnode1 slots=8\n  ann@node2.local   slots=4  # fewer\n10.0.0.3 slots=1\n")
+    (tmp_path / "hosts").write_text(
+        "# two nodes\n\nnode1 slots=8\n  ann@node2.local   slots=4  # fewer\n10.0.0.3 slots=1\n"
+    )
     where = tmp_path / "hosts"
     hosts = read_hostfile(where)
     assert hosts == [

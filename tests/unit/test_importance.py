@@ -12,7 +12,10 @@ SHAPES = {"A": (RANK, IN), "B": (OUT, RANK)}
 def _steps(shape, count=6, seed=0):
     """Weights and gradients of some steps, float64."""
     generator = torch.Generator().manual_seed(seed)
-    return [tuple(torch.randn(*shape, generator=generator, dtype=torch.float64) for _ in range(2)) for _ in range(count)]
+    return [
+        tuple(torch.randn(*shape, generator=generator, dtype=torch.float64) for _ in range(2))
+        for _ in range(count)
+    ]
 
 
 def _published(steps, beta1, beta2):
@@ -57,14 +60,18 @@ def test_a_part_of_a_factor_is_followed_on_its_own():
     steps, elements = _steps((4, 7)), ElementScores()
     whole = elements.scores(_followed(elements, steps))
     for part in (slice(0, 5), slice(5, 19), slice(19, 28), slice(9, 9)):
-        torch.testing.assert_close(elements.scores(_followed(elements, steps, part)), whole[part], rtol=1e-6, atol=0)
+        torch.testing.assert_close(
+            elements.scores(_followed(elements, steps, part)), whole[part], rtol=1e-6, atol=0
+        )
 
 
 def test_the_state_starts_at_zero_in_float32_and_has_the_part_s_size():
     part = torch.randn(11, generator=torch.Generator().manual_seed(0)).bfloat16()
     state = ElementScores().start(part)
     assert set(state) == {"mean", "uncertainty"}
-    assert all(value.shape == (11,) and value.dtype == torch.float32 and not value.any() for value in state.values())
+    assert all(
+        value.shape == (11,) and value.dtype == torch.float32 and not value.any() for value in state.values()
+    )
     assert state["mean"].data_ptr() != state["uncertainty"].data_ptr()
 
 
@@ -98,7 +105,9 @@ def _scores(seed=0):
 
 
 def _cuts(count):
-    """Some ways to cut a flat tensor: whole, in halves inside a row, in three, in single elements, with empty pieces."""
+    """Some ways to cut a flat tensor: whole, in halves inside a row, in three, in single elements, with empty
+    pieces.
+    """
     return [
         [0, count], [0, count // 2, count], [0, 3, 4, count - 1, count], list(range(count + 1)), [0, 0, RANK, RANK, count, count],
     ]  # fmt: skip
@@ -154,7 +163,14 @@ def test_component_of_is_the_row_of_a_and_the_column_of_b(factor, start, length)
 
 @pytest.mark.parametrize(
     ("scores", "share"),
-    [([1, 1, 1, 1], 0.5), ([8, 0, 1, 1], 0.1), ([5, 3, 2], 0.2), ([7], 0.0), ([0, 0, 0, 0], 0.5), ([0, 0, 0], 1 / 3)],
+    [
+        ([1, 1, 1, 1], 0.5),
+        ([8, 0, 1, 1], 0.1),
+        ([5, 3, 2], 0.2),
+        ([7], 0.0),
+        ([0, 0, 0, 0], 0.5),
+        ([0, 0, 0], 1 / 3),
+    ],
     ids=str,
 )
 def test_low_half_share(scores, share):

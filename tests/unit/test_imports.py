@@ -28,8 +28,9 @@ HOMES = {
     "pickle": set(),
 }
 
-#: The floors of the house, lowest first: folders, and modules that stand beside them. Each imports from lower floors only; those of
-#: one floor do not know each other. Within a folder modules may use each other, but never in a circle.
+#: The floors of the house, lowest first: folders, and modules that stand beside them. Each imports from lower
+#: floors only; those of one floor do not know each other. Within a folder modules may use each other, but
+#: never in a circle.
 FLOORS = [
     {"errors", "sentences"},
     {"files", "maths"},
@@ -50,7 +51,19 @@ FLOORS = [
 ]
 #: What a folder does not import, though it lies on a lower floor.
 STRANGERS = {
-    "cluster": {"methods", "adapter", "initialise", "recompose", "checkpoints", "exports", "models", "tasks", "data", "evaluation", "recipe"},
+    "cluster": {
+        "methods",
+        "adapter",
+        "initialise",
+        "recompose",
+        "checkpoints",
+        "exports",
+        "models",
+        "tasks",
+        "data",
+        "evaluation",
+        "recipe",
+    },
     "recipe": {"models", "data", "evaluation", "checkpoints", "exports", "recompose", "initialise"},
     "evaluation": {"recompose", "checkpoints"},
     "models": {"adapter", "engine"},
@@ -69,7 +82,11 @@ def _imports(tree: ast.AST) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "imports are absolute"
             found |= {f"{node.module}.{alias.name}" for alias in node.names}
-        elif isinstance(node, ast.Call) and _dotted(node.func) in ("importlib.import_module", "import_module", "__import__"):
+        elif isinstance(node, ast.Call) and _dotted(node.func) in (
+            "importlib.import_module",
+            "import_module",
+            "__import__",
+        ):
             found |= {argument.value for argument in node.args if isinstance(argument, ast.Constant)}
         elif isinstance(node, ast.Attribute) and (_dotted(node) or "").startswith("torch.distributed"):
             found.add("torch.distributed")  # reached through `import torch`
@@ -104,7 +121,12 @@ SEEDING = {
     *("set_seed", "transformers.set_seed", "manual_seed"),
 }
 #: Setting a generator's whole state is for the two places that put states back: around a run, and on resume.
-STATES = {"torch.set_rng_state", "torch.random.set_rng_state", "torch.cuda.set_rng_state", "torch.cuda.set_rng_state_all"}
+STATES = {
+    "torch.set_rng_state",
+    "torch.random.set_rng_state",
+    "torch.cuda.set_rng_state",
+    "torch.cuda.set_rng_state_all",
+}
 STATES_HOMES = {"engine/random_state.py"}
 
 
@@ -135,7 +157,11 @@ def _without_type_hints(tree: ast.AST) -> ast.AST:
 
     class Remove(ast.NodeTransformer):
         def visit_If(self, node):
-            return None if _dotted(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING") else self.generic_visit(node)
+            return (
+                None
+                if _dotted(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
+                else self.generic_visit(node)
+            )
 
     return Remove().visit(tree)
 
@@ -184,7 +210,10 @@ def test_each_vendor_stays_in_its_home(module):
 
 def test_of_transformers_the_zero_engine_takes_only_its_deepspeed_config():
     names = {name for name in _imports(_tree("distlora.engine.zero.engine")) if _within(name, "transformers")}
-    assert names <= {"transformers.integrations.HfDeepSpeedConfig", "transformers.integrations.deepspeed.HfDeepSpeedConfig"}
+    assert names <= {
+        "transformers.integrations.HfDeepSpeedConfig",
+        "transformers.integrations.deepspeed.HfDeepSpeedConfig",
+    }
 
 
 @every_module
@@ -199,7 +228,9 @@ def test_imports_go_downwards(module):
 
 @every_module
 def test_of_an_arrow_only_one_direction_is_allowed(module):
-    """Whichever import is turned round, the one above fails: two rooms that import each other cannot both be right."""
+    """Whichever import is turned round, the one above fails: two rooms that import each other cannot both be
+    right.
+    """
     for target in _own_imports(module, _tree(module)):
         if _room(target) != _room(module):
             assert _wrong_arrows(target, {module}) == {module}
@@ -220,7 +251,9 @@ def test_mathematics_imports_nothing_of_the_house(module):
     ("module", "vendor"), [("adapter.packed", "bitsandbytes"), ("engine.zero.config_reader", "deepspeed")]
 )
 def test_what_takes_seconds_is_loaded_only_when_it_is_needed(module, vendor):
-    """Packed weights, and a DeepSpeed config. An installation without bitsandbytes is complete for every other run."""
+    """Packed weights, and a DeepSpeed config. An installation without bitsandbytes is complete for every
+    other run.
+    """
     tree = _tree(f"distlora.{module}")
     inside = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
     anywhere = ast.Module([node for node in tree.body if node not in inside], [])
@@ -241,7 +274,8 @@ def test_every_folder_is_a_package():
 
 def test_there_are_no_circles():
     edges = {m: _own_imports(m, _without_type_hints(_tree(m))) for m in MODULES}
-    # A package's __init__ runs before its files, so what a file asks of its own package is not a circle of ours.
+    # A package's __init__ runs before its files, so what a file asks of its own package is not a circle of
+    # ours.
     edges = {m: {t for t in targets if not _within(m, t)} for m, targets in edges.items()}
     done: set[str] = set()
 
@@ -299,7 +333,12 @@ def test_what_is_forbidden_is_seen(source):
 
 @pytest.mark.parametrize(
     "source",
-    ["torch.Generator().manual_seed(1)", "zip(a, b, strict=False)", "subprocess.run(c, shell=False)", "log.info('x')"],
+    [
+        "torch.Generator().manual_seed(1)",
+        "zip(a, b, strict=False)",
+        "subprocess.run(c, shell=False)",
+        "log.info('x')",
+    ],
 )
 def test_what_is_allowed_is_not_reported(source):
     assert _forbidden(ast.parse(source), "layer.py") == []
@@ -307,13 +346,23 @@ def test_what_is_allowed_is_not_reported(source):
 
 def test_an_import_that_is_turned_round_is_seen():
     assert _wrong_arrows("distlora.maths.linalg", {"distlora.methods.lora"}) == {"distlora.methods.lora"}
-    assert _wrong_arrows("distlora.engine.local", {"distlora.initialise.probe"}) == {"distlora.initialise.probe"}
-    assert _wrong_arrows("distlora.cluster.status", {"distlora.recipe.load"}) == {"distlora.recipe.load"}, "a stranger"
-    assert _wrong_arrows("distlora.tasks.metrics", {"distlora.recompose.scores"}) == {"distlora.recompose.scores"}, "the same floor"
+    assert _wrong_arrows("distlora.engine.local", {"distlora.initialise.probe"}) == {
+        "distlora.initialise.probe"
+    }
+    assert _wrong_arrows("distlora.cluster.status", {"distlora.recipe.load"}) == {"distlora.recipe.load"}, (
+        "a stranger"
+    )
+    assert _wrong_arrows("distlora.tasks.metrics", {"distlora.recompose.scores"}) == {
+        "distlora.recompose.scores"
+    }, "the same floor"
 
 
 def test_the_modules_were_found_and_their_imports_read():
     assert {"distlora.engine.comm", "distlora.methods", "distlora.methods.lora_sb"} <= set(MODULES)
-    assert "distlora.maths.linalg" in _own_imports("distlora.methods.lora_sb", _tree("distlora.methods.lora_sb"))
+    assert "distlora.maths.linalg" in _own_imports(
+        "distlora.methods.lora_sb", _tree("distlora.methods.lora_sb")
+    )
     assert "torch.distributed" in _imports(_tree("distlora.engine.comm"))
-    assert _floor("distlora.methods.lora") < _floor("distlora.engine.local") < _floor("distlora.training.train")
+    assert (
+        _floor("distlora.methods.lora") < _floor("distlora.engine.local") < _floor("distlora.training.train")
+    )

@@ -21,7 +21,11 @@ COMMON_TOOLS = ["bash", "basename", "cat", "dirname", "env", "sed", "uname"]
 
 def start(script, *arguments, **variables):
     return subprocess.run(
-        ["bash", str(script), *arguments], capture_output=True, text=True, timeout=60, env={**os.environ, **variables}
+        ["bash", str(script), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, **variables},
     )
 
 
@@ -53,7 +57,9 @@ def assert_refused(result, *parts):
 
 
 def test_there_are_scripts():
-    assert {"quickstart.sh", "test.sh", "deepspeed.sh", "mpi.sh", "slurm.sbatch"} <= {path.name for path in SCRIPTS}
+    assert {"quickstart.sh", "test.sh", "deepspeed.sh", "mpi.sh", "slurm.sbatch"} <= {
+        path.name for path in SCRIPTS
+    }
 
 
 @pytest.mark.parametrize("script", [*SCRIPTS, ROOT / ".ci" / "run"], ids=lambda path: path.name)
@@ -88,7 +94,9 @@ def test_help_lists_every_option_that_is_read():
 def test_a_path_with_spaces_and_another_directory(tmp_path, name):
     copy = tmp_path / "a path with 'signs'"
     shutil.copytree(LAUNCH, copy / "launch")
-    result = subprocess.run(["bash", str(copy / "launch" / name), "--help"], capture_output=True, text=True, cwd=tmp_path)
+    result = subprocess.run(
+        ["bash", str(copy / "launch" / name), "--help"], capture_output=True, text=True, cwd=tmp_path
+    )
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout.startswith("usage:")
 
@@ -153,7 +161,11 @@ def test_a_job_that_is_told_to_stop_while_hosts_are_looked_at(tmp_path):
     (tmp_path / "ssh").write_text(f'#!/usr/bin/env bash\necho $$ >"{asked}"; exec sleep 60\n')
     (tmp_path / "ssh").chmod(0o755)
     (tmp_path / "hosts").write_text("node1 slots=1\n")
-    variables = {**os.environ, "PATH": f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}", "TMPDIR": str(private)}
+    variables = {
+        **os.environ,
+        "PATH": f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "TMPDIR": str(private),
+    }
     command = ["bash", str(LAUNCH / "deepspeed.sh"), str(tmp_path / "hosts"), str(ROOT / RECIPE)]
     with subprocess.Popen(command, env=variables, stderr=subprocess.PIPE) as script:
         while not (asked.exists() and asked.read_text()) and script.poll() is None:
@@ -180,7 +192,10 @@ def test_no_python_is_refused(machine):
 @pytest.mark.parametrize("missing", ["python3-venv", "python3-dev"])
 def test_half_a_python_is_refused(machine, missing):
     answer = "echo 3.12" if missing == "python3-venv" else "echo 3.13"
-    machine("python3", f'#!/usr/bin/env bash\n[[ $2 == *version_info* ]] && {answer} || echo "the package {missing}"\n')
+    machine(
+        "python3",
+        f'#!/usr/bin/env bash\n[[ $2 == *version_info* ]] && {answer} || echo "the package {missing}"\n',
+    )
     machine("c++", "#!/usr/bin/env bash\n")
     assert_refused(start(LAUNCH / "quickstart.sh", **machine.variables), "lacks", missing)
 
@@ -215,7 +230,9 @@ def test_an_environment_that_stands_is_not_touched(tmp_path):
     assert (first.returncode, first.stdout) == (5, "MADE\n")
     second = shell(f'{lines}\necho "$stamp" >"$VENV/.distlora-quickstart"\n{use}', DISTLORA_VENV=str(venv))
     assert (second.returncode, second.stdout) == (0, f"{venv}/bin/python\n")
-    other = shell(f'{lines}\necho "$stamp changed" >"$VENV/.distlora-quickstart"\n{use}', DISTLORA_VENV=str(venv))
+    other = shell(
+        f'{lines}\necho "$stamp changed" >"$VENV/.distlora-quickstart"\n{use}', DISTLORA_VENV=str(venv)
+    )
     assert other.returncode == 5
 
 
@@ -223,8 +240,13 @@ def test_the_batch_of_the_quickstart_fits_the_ranks_and_what_the_user_says(tmp_p
     """What it starts, in an environment that stands."""
     programs = tmp_path / "venv" / "bin"
     programs.mkdir(parents=True)
-    answers = '*device_count*) echo 0 ;; *build_shm_op* | *resolve_path*) ;; *operator* | *extension*) mktemp -d ;;'
-    stubs = {"python": f'case $* in {answers} *) exec {sys.executable} "$@" ;; esac', "deepspeed": f'echo "$@" >{tmp_path}/told'}
+    answers = (
+        "*device_count*) echo 0 ;; *build_shm_op* | *resolve_path*) ;; *operator* | *extension*) mktemp -d ;;"
+    )
+    stubs = {
+        "python": f'case $* in {answers} *) exec {sys.executable} "$@" ;; esac',
+        "deepspeed": f'echo "$@" >{tmp_path}/told',
+    }
     for name, text in stubs.items():
         (programs / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
         (programs / name).chmod(0o755)
@@ -303,7 +325,10 @@ WORDS = ["-u", "-m", "distlora.cli.as_rank", "MARK", "--local_rank=0"]
         (["mpirun", "-np", "2", "/home/ann/my env/bin/python", *WORDS], False),
         (["/opt/open mpi/bin/mpirun", "--bind-to", "none", "/usr/bin/python3", *WORDS], False),
         (["bash", "-c", " ".join(["cd /;", "/usr/bin/python3", *WORDS])], False),
-        (["ssh", "-o", "BatchMode=yes", "node1", " ".join(["exec env A=b", "/usr/bin/python3", *WORDS])], False),
+        (
+            ["ssh", "-o", "BatchMode=yes", "node1", " ".join(["exec env A=b", "/usr/bin/python3", *WORDS])],
+            False,
+        ),
         (["/usr/bin/python3", "-u", "-m", "deepspeed.launcher.launch", "--module", *WORDS[2:]], False),
     ],
 )
@@ -318,7 +343,9 @@ def test_a_signal_is_for_ranks_whatever_their_python_is_called_and_not_for_who_s
     os.set_blocking(writing, True)
     words = [word.replace("MARK", mark) for word in command]
     with subprocess.Popen(words, executable=shutil.which("echo"), stdout=writing) as process:
-        lines = f'. "{LAUNCH}/_job.sh"; MARK=$OF_THE_JOB; signal_job TERM ranks; sleep 0.1; signal_job KILL all'
+        lines = (
+            f'. "{LAUNCH}/_job.sh"; MARK=$OF_THE_JOB; signal_job TERM ranks; sleep 0.1; signal_job KILL all'
+        )
         assert shell(lines, OF_THE_JOB=mark).stderr == ""
         assert process.wait(timeout=20) == (-signal.SIGTERM if a_rank else -signal.SIGKILL)
     os.close(reading)
@@ -333,7 +360,12 @@ def test_a_secret_that_does_not_travel_is_kept_from_mpirun_too(tmp_path):
         (tmp_path / name).chmod(0o755)
     (tmp_path / "hosts").write_text("10.0.0.1 slots=1\n10.0.0.2 slots=1\n")
     variables = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "HF_TOKEN": "hf_x", "HF_HOME": "/hf"}
-    words = ["--hostfile", tmp_path / "hosts", ROOT / "configs/recipes/quickstart.yaml", f"output_dir={tmp_path}/run"]
+    words = [
+        "--hostfile",
+        tmp_path / "hosts",
+        ROOT / "configs/recipes/quickstart.yaml",
+        f"output_dir={tmp_path}/run",
+    ]
     result = start(LAUNCH / "mpi.sh", *map(str, words), **variables)
     assert result.returncode == 0 and "the ranks do not get HF_TOKEN" in result.stderr, result.stderr
     told = (tmp_path / "told").read_text()
@@ -366,15 +398,26 @@ SSH = "pdsh@head: node2: ssh exited with exit code"
 @pytest.mark.parametrize(
     ("line", "answer", "said", "told", "signals", "code"),
     [
-        (f"{SSH} 255", 'kill -TERM -- "-$CHILD"', "failed at step 3 of 9: rank 1 went silent", 75, ["TERM ranks", "KILL all"], 75),
+        (
+            f"{SSH} 255",
+            'kill -TERM -- "-$CHILD"',
+            "failed at step 3 of 9: rank 1 went silent",
+            75,
+            ["TERM ranks", "KILL all"],
+            75,
+        ),
         (f"{SSH} 255", ":", "running at step 3 of 9", 1, ["TERM ranks", "KILL all"], 75),
         (f"{SSH} 255", ":", "failed at step 3 of 9: a bug", 1, ["TERM ranks", "KILL all"], 1),
         (f"{SSH} 247", ":", "running at step 3 of 9", 1, ["TERM ranks", "KILL all"], 1),
         (f"{SSH} 1", ":", "failed at step 3 of 9: a bug", 1, ["KILL all"], 1),
     ],
 )
-def test_a_host_that_is_lost_is_a_hint_for_the_ranks_of_the_others(tmp_path, line, answer, said, told, signals, code):
-    """They name the silent rank; KILL comes only for what does not answer. What ended without a word may be started again."""
+def test_a_host_that_is_lost_is_a_hint_for_the_ranks_of_the_others(
+    tmp_path, line, answer, said, told, signals, code
+):
+    """They name the silent rank; KILL comes only for what does not answer. What ended without a word may be
+    started again.
+    """
     words = ["bash", "-c", JOB, "job", line, answer, str(tmp_path), said, str(told), signals[0]]
     done = subprocess.run(words, capture_output=True, text=True, timeout=30, cwd=ROOT)
     assert done.returncode == code, done.stderr

@@ -1,4 +1,6 @@
-"""What launch scripts know before they start anything: hosts, variables that travel, a command line in one word."""
+"""What launch scripts know before they start anything: hosts, variables that travel, a command line in one
+word.
+"""
 
 import os
 import shlex
@@ -15,7 +17,24 @@ from distlora.cluster.packed_command import pack, unpack
 from distlora.errors import UserError
 
 #: What a shell, pdsh or DeepSpeed's launcher would make something of.
-VALUES = ["a b", "$HOME", "`id`", '"', "\\", "'", "a;b&c|d", "100%", "%h", "*?[x]{y}", "#", "~", "é", "a=b", "/usr/bin:/bin", ""]
+VALUES = [
+    "a b",
+    "$HOME",
+    "`id`",
+    '"',
+    "\\",
+    "'",
+    "a;b&c|d",
+    "100%",
+    "%h",
+    "*?[x]{y}",
+    "#",
+    "~",
+    "é",
+    "a=b",
+    "/usr/bin:/bin",
+    "",
+]
 
 
 @pytest.fixture
@@ -37,14 +56,27 @@ def prepare(tmp_path, monkeypatch, capsys, recipe):
     monkeypatch.setattr(launching, "_refuse_unreachable", lambda hosts, recipe: None)
     for name in withheld(os.environ):
         monkeypatch.delenv(name)
-    monkeypatch.setattr(launching, "addresses", lambda name: ["127.0.1.1", "10.0.0.7"] if name == "node1" else [])
+    monkeypatch.setattr(
+        launching, "addresses", lambda name: ["127.0.1.1", "10.0.0.7"] if name == "node1" else []
+    )
     folder = tmp_path / "private"
     folder.mkdir()
 
     def call(hostfile: str | None, *options: str, overrides=()):
         (tmp_path / "hosts").write_text(hostfile or "")
         name = "-" if hostfile is None else str(tmp_path / "hosts")
-        words = ["--script", "x.sh", "--hostfile", name, *options, "--", str(folder), "train", str(recipe), *overrides]
+        words = [
+            "--script",
+            "x.sh",
+            "--hostfile",
+            name,
+            *options,
+            "--",
+            str(folder),
+            "train",
+            str(recipe),
+            *overrides,
+        ]
         return prepare_launch.main(words), capsys.readouterr().err, folder
 
     return call
@@ -62,13 +94,18 @@ def test_any_argument_survives_in_one_word(value):
 
 def test_the_rank_runs_what_was_packed_where_it_was_packed(tmp_path, monkeypatch, capsys):
     heard = []
-    monkeypatch.setattr("distlora.cli.main.main", lambda arguments: heard.append((os.getcwd(), list(arguments))) or 75)
+    monkeypatch.setattr(
+        "distlora.cli.main.main", lambda arguments: heard.append((os.getcwd(), list(arguments))) or 75
+    )
     monkeypatch.chdir("/")
     monkeypatch.setattr("sys.argv", ["-m"])
     assert as_rank.main(["--local_rank=1", "mark", pack(str(tmp_path), ["train", "r.yaml", "a=$(b)"])]) == 75
     assert heard == [(str(tmp_path), ["train", "r.yaml", "a=$(b)"])]
     assert as_rank.main(["mark", pack(str(tmp_path / "gone"), [])]) == 2
-    assert "gone: No such file or directory; start from a directory that all hosts share" in capsys.readouterr().err
+    assert (
+        "gone: No such file or directory; start from a directory that all hosts share"
+        in capsys.readouterr().err
+    )
 
 
 # ---------------------------------------------------------------------- variables
@@ -94,7 +131,9 @@ def as_deepspeed_does(text: str, variables: list[str]) -> dict[str, str]:
     exports = "".join(f"export {name}={value}; " for name, value in runner.exports.items()).replace("%%", "%")
     wanted = " ".join(f'"${name}"' for name in variables)
     shown = ["bash", "-c", f"{exports} printf '%s\\n' {wanted}"]
-    return dict(zip(variables, subprocess.run(shown, capture_output=True, text=True, env={}).stdout.split("\n")))
+    return dict(
+        zip(variables, subprocess.run(shown, capture_output=True, text=True, env={}).stdout.split("\n"))
+    )
 
 
 def test_every_value_arrives_through_deepspeed_and_the_shell():
@@ -119,7 +158,15 @@ def test_what_would_not_arrive_is_refused(name, value, through_shell, part):
 
 
 def test_only_named_variables_travel():
-    given = {"PATH": "/bin", "HF_HOME": "/hf", "HF_TOKEN": "hf_x", "NCCL_IB_TC": "106", "RANK": "3", "EDITOR": "vi", "MINE": "1"}
+    given = {
+        "PATH": "/bin",
+        "HF_HOME": "/hf",
+        "HF_TOKEN": "hf_x",
+        "NCCL_IB_TC": "106",
+        "RANK": "3",
+        "EDITOR": "vi",
+        "MINE": "1",
+    }
     assert exported_names(given) == ["PATH", "HF_HOME", "NCCL_IB_TC"]
     assert exported_names(given, ["MINE"]) == ["PATH", "HF_HOME", "NCCL_IB_TC", "MINE"]
     with pytest.raises(UserError, match="--export NOPE: there is no such variable"):
@@ -127,20 +174,47 @@ def test_only_named_variables_travel():
 
 
 def test_caches_and_transports_travel_and_what_belongs_to_one_machine_does_not():
-    along = ["DISTLORA_CACHE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE", "TORCH_NCCL_TRACE", "FI_PROVIDER", "MKL_CBWR"]
-    stays = ["CUDA_VISIBLE_DEVICES", "LOCAL_RANK", "MASTER_ADDR", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID", "HOSTNAME"]
+    along = [
+        "DISTLORA_CACHE",
+        "HF_DATASETS_OFFLINE",
+        "TRANSFORMERS_OFFLINE",
+        "TORCH_NCCL_TRACE",
+        "FI_PROVIDER",
+        "MKL_CBWR",
+    ]
+    stays = [
+        "CUDA_VISIBLE_DEVICES",
+        "LOCAL_RANK",
+        "MASTER_ADDR",
+        "OMPI_COMM_WORLD_RANK",
+        "SLURM_PROCID",
+        "HOSTNAME",
+    ]
     assert exported_names(dict.fromkeys([*stays, *along], "1")) == along
-    assert withheld({"HF_TOKEN": "hf_x", "HF_ENDPOINT": "https://me:x@hub.example"}) == ["HF_TOKEN", "HF_ENDPOINT"]
+    assert withheld({"HF_TOKEN": "hf_x", "HF_ENDPOINT": "https://me:x@hub.example"}) == [
+        "HF_TOKEN",
+        "HF_ENDPOINT",
+    ]
 
 
 def test_no_secret_travels_unless_the_user_says_so():
     """Also none that DeepSpeed's launcher would take along by itself."""
-    harmless = {"MLFLOW_TRACKING_SERVER_CERT_PATH": "/c.pem", "NCCL_IB_PKEY": "1", "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1"}
-    secret = {"MLFLOW_TRACKING_TOKEN": "x", "MLFLOW_TRACKING_PASSWORD": "x", "MLFLOW_TRACKING_URI": "https://me:x@host/"}
+    harmless = {
+        "MLFLOW_TRACKING_SERVER_CERT_PATH": "/c.pem",
+        "NCCL_IB_PKEY": "1",
+        "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",
+    }
+    secret = {
+        "MLFLOW_TRACKING_TOKEN": "x",
+        "MLFLOW_TRACKING_PASSWORD": "x",
+        "MLFLOW_TRACKING_URI": "https://me:x@host/",
+    }
     given = {**harmless, **secret, "EDITOR_TOKEN": "x"}
     assert exported_names(given, []) == list(harmless) and withheld(given, []) == list(secret)
     chosen = ["MLFLOW_TRACKING_TOKEN"]
-    assert exported_names(given, chosen) == [*harmless, *chosen] and withheld(given, chosen) == list(secret)[1:]
+    assert (
+        exported_names(given, chosen) == [*harmless, *chosen] and withheld(given, chosen) == list(secret)[1:]
+    )
 
 
 def test_the_script_learns_which_names_deepspeed_must_not_see(prepare, monkeypatch):
@@ -156,11 +230,17 @@ def test_the_script_learns_which_names_deepspeed_must_not_see(prepare, monkeypat
 
 
 def test_what_is_prepared(prepare):
-    code, said, folder = prepare("# two\nann@node1 slots=2\n\nnode2 slots=2 # fast\n", overrides=["output_dir=runs/y"])
+    code, said, folder = prepare(
+        "# two\nann@node1 slots=2\n\nnode2 slots=2 # fast\n", overrides=["output_dir=runs/y"]
+    )
     assert (code, said) == (0, "")
     found = {path.name: path.read_text() for path in folder.iterdir()}
-    assert found["hosts"] == "ann@node1\nnode2\n" and found["hostfile"] == "ann@node1 slots=2\nnode2 slots=2\n"
-    assert (found["slots"], found["master"], found["run"]) == ("4", "10.0.0.7", "runs/y"), "an address that is not loopback"
+    assert (
+        found["hosts"] == "ann@node1\nnode2\n" and found["hostfile"] == "ann@node1 slots=2\nnode2 slots=2\n"
+    )
+    assert (found["slots"], found["master"], found["run"]) == ("4", "10.0.0.7", "runs/y"), (
+        "an address that is not loopback"
+    )
     assert f"PATH={os.environ['PATH']}" in found["environment"]
     assert unpack(found["program"])[1][2:] == ["output_dir=runs/y"]
 

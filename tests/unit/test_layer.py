@@ -25,7 +25,8 @@ def _layer(method=None, bias=True, dtype=torch.float64, seed=0):
     with torch.no_grad():
         for name, parameter in layer.named_parameters():
             parameter.copy_(
-                torch.randn(parameter.shape, generator=generator, dtype=torch.float64) / max(parameter.shape) ** 0.5
+                torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+                / max(parameter.shape) ** 0.5
             )
             parameter.requires_grad_(name in layer.method.trains)
     return layer
@@ -139,7 +140,9 @@ def test_a_tapped_layer_leaves_the_adapter_out_and_untapping_brings_it_back():
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
-@pytest.mark.parametrize("method", [LoRASB(rank=RANK, alpha=6.0), LoRA(rank=RANK, dropout=0.5)], ids=lambda m: m.name)
+@pytest.mark.parametrize(
+    "method", [LoRASB(rank=RANK, alpha=6.0), LoRA(rank=RANK, dropout=0.5)], ids=lambda m: m.name
+)
 def test_tapped_with_its_adapter_it_shows_the_gradient_of_the_adapted_weight(method, checkpointed):
     layer, x = _layer(method).eval(), _input()
     pair = method.delta({name: factor.detach() for name, factor in layer.factors().items()})
@@ -175,7 +178,10 @@ def test_tapping_with_the_adapter_reaches_the_layers_below_through_it():
 
 def _maps(seed, dtype=torch.float64):
     return {
-        "R": tuple(torch.randn(RANK, RANK, generator=_generator(seed + i), dtype=torch.float64).to(dtype) for i in (0, 1))
+        "R": tuple(
+            torch.randn(RANK, RANK, generator=_generator(seed + i), dtype=torch.float64).to(dtype)
+            for i in (0, 1)
+        )
     }
 
 

@@ -10,7 +10,11 @@ from tests.tiny_runs import BF16, FP32, SEED, SRLORA, Run, copies, equal, relati
 
 ROUNDINGS = pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 #: A scaling that is no power of two: the products of the ledger are no bfloat16 numbers.
-SETTINGS = {"plain": SRLORA, "scaled": SRLORA | {"alpha": 5.0}, "one at a time": SRLORA | {"gamma": 0.25, "target_rank": 8}}
+SETTINGS = {
+    "plain": SRLORA,
+    "scaled": SRLORA | {"alpha": 5.0},
+    "one at a time": SRLORA | {"gamma": 0.25, "target_rank": 8},
+}
 every_setting = pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 
 
@@ -34,7 +38,9 @@ def _replayed(run, described=None):
     """A model that holds W0, and a ledger that was replayed into it."""
     other = Run(run.method.model_dump(), run.engine.dtype, fresh=True)
     tensors = copies(run.ledger.tensors())
-    other.ledger.replay(other.engine, other.layers, described or through_json(run.ledger.describe()), tensors.__getitem__)
+    other.ledger.replay(
+        other.engine, other.layers, described or through_json(run.ledger.describe()), tensors.__getitem__
+    )
     return other
 
 
@@ -124,20 +130,26 @@ def test_stacked_is_the_exact_update_of_w0(dtype, settings, trained):
 
 
 def test_in_bfloat16_the_ledger_is_exact_where_the_live_weight_is_not(trained):
-    """The numbers that the arithmetic used: the float32 sum of the entries explains every rounded weight to the last place."""
+    """The numbers that the arithmetic used: the float32 sum of the entries explains every rounded weight to
+    the last place.
+    """
     run = trained(SRLORA, rounding="nearest")
     for name in run.layers:
         weight = run.first_weights[name]
         for pair in run.ledger.pairs(name):
             exact = weight.double() + pair.left.double() @ pair.right.double()
             weight = exact.bfloat16()
-        assert (weight != run.layers[name].weight).float().mean() < 0.002  # ties that float32 sums decide otherwise
+        assert (
+            weight != run.layers[name].weight
+        ).float().mean() < 0.002  # ties that float32 sums decide otherwise
 
 
 # ---------------------------------------------------------------------- entries
 
 
-@pytest.mark.parametrize(("dtype", "alpha", "kept"), [(BF16, None, BF16), (BF16, 5.0, FP32), (FP32, None, FP32), (BF16, 8.0, BF16)])
+@pytest.mark.parametrize(
+    ("dtype", "alpha", "kept"), [(BF16, None, BF16), (BF16, 5.0, FP32), (FP32, None, FP32), (BF16, 8.0, BF16)]
+)
 def test_numbers_are_kept_in_the_lowest_dtype_that_holds_them(dtype, alpha, kept):
     run = Run(SRLORA | {"alpha": alpha}, dtype)
     run.train(5)
@@ -145,12 +157,18 @@ def test_numbers_are_kept_in_the_lowest_dtype_that_holds_them(dtype, alpha, kept
         assert [entry.dtype for entry in run.ledger.entries[name]] == [str(kept).removeprefix("torch.")] * 2
         assert run.ledger.pair(name, 1).left.dtype == run.ledger.pair(name, 1).right.dtype == kept
         pair = run.ledger.pair(name, 1)
-        assert (tuple(pair.left.shape), tuple(pair.right.shape)) == ((layer.out_features, 4), (4, layer.in_features))
+        assert (tuple(pair.left.shape), tuple(pair.right.shape)) == (
+            (layer.out_features, 4),
+            (4, layer.in_features),
+        )
 
 
 def test_entries_say_what_they_are(trained):
     run = trained(SRLORA, rounding="stochastic")
-    wanted = [Entry(0, "nearest", 4, "bfloat16"), *(Entry(number, "stochastic", 4, "bfloat16") for number in (1, 2, 3, 4))]
+    wanted = [
+        Entry(0, "nearest", 4, "bfloat16"),
+        *(Entry(number, "stochastic", 4, "bfloat16") for number in (1, 2, 3, 4)),
+    ]
     assert run.ledger.entries == {"first": wanted, "second": wanted}
     assert run.ledger.columns("first") == 20
     assert list(copies(run.ledger.tensors()))[:3] == ["first/0/left", "first/0/right", "first/1/left"]
@@ -172,7 +190,9 @@ def test_apply_adds_and_answers_with_the_rounding_error():
     update = LowRank(left, torch.randn(3, layer.in_features, generator=generator))
     exact = layer.weight.double() + update.left.double() @ update.right.double()
     error = run.ledger.apply(run.engine, layer, 1, "nearest", update)
-    assert error == pytest.approx(float((exact - layer.weight.double()).square().sum()), rel=1e-3) and error > 0
+    assert (
+        error == pytest.approx(float((exact - layer.weight.double()).square().sum()), rel=1e-3) and error > 0
+    )
     assert relative(layer.weight.double(), exact) < 2**-8
 
 

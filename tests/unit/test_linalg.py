@@ -1,4 +1,6 @@
-"""Singular values of matrices and of low-rank pairs, norms and Gram inverse, on the matrices that training produces."""
+"""Singular values of matrices and of low-rank pairs, norms and Gram inverse, on the matrices that training
+produces.
+"""
 
 import pytest
 import torch
@@ -91,7 +93,9 @@ def test_the_iterative_path_captures_the_energy_of_a_flat_spectrum():
     """sign(G) is the hard case: two or four passes of the customary randomised SVD lose about 1 %."""
     matrix = torch.sign(_normal(1100, 1200) + 0.05 * _low_rank(1100, 1200, 4))
     u, s, vt = truncated_svd(matrix, 16, _generator())
-    _assert_triplets(matrix, 16, u, s, vt, tolerance=0.2)  # single directions of a flat spectrum are ill-defined ...
+    _assert_triplets(
+        matrix, 16, u, s, vt, tolerance=0.2
+    )  # single directions of a flat spectrum are ill-defined ...
     exact = torch.linalg.svdvals(matrix)[:16].square().sum()
     captured = ((u.T @ matrix) @ vt.T).diagonal().square().sum()
     for energy in (s.square().sum(), captured):  # ... but not their energy
@@ -168,7 +172,8 @@ def _cancelling(size=1e-4, out=60, inner=131, rank=8):
 
 
 @pytest.mark.parametrize(
-    ("out", "width", "inner"), [(60, 8, 131), (131, 8, 60), (60, 90, 131), (131, 200, 60), (7, 7, 7), (5, 1, 9)]
+    ("out", "width", "inner"),
+    [(60, 8, 131), (131, 8, 60), (60, 90, 131), (131, 200, 60), (7, 7, 7), (5, 1, 9)],
 )
 def test_factorised_is_the_svd_of_the_product(out, width, inner):
     left, right = _normal(out, width), _normal(width, inner, seed=1)
@@ -235,7 +240,14 @@ def test_low_rank_norm_of_pairs_that_cancel():
 
 @pytest.mark.parametrize(
     ("values", "rank"),
-    [([3.0], 1), ([2.0, 2.0, 2.0], 3), ([5.0, 0.0, 0.0], 1), ([0.0, 0.0], 0), ([], 0), ([0.5, 0.25, 0.25], 2**1.5)],
+    [
+        ([3.0], 1),
+        ([2.0, 2.0, 2.0], 3),
+        ([5.0, 0.0, 0.0], 1),
+        ([0.0, 0.0], 0),
+        ([], 0),
+        ([0.5, 0.25, 0.25], 2**1.5),
+    ],
     ids=str,
 )
 def test_effective_rank(values, rank):
@@ -267,7 +279,9 @@ def test_gram_inverse_of_a_full_rank_factor(dtype, scale):
     inverse = gram_inverse(gram)
     assert inverse.dtype == dtype
     torch.testing.assert_close(inverse @ gram, torch.eye(8, dtype=dtype), rtol=0, atol=1e-4)
-    torch.testing.assert_close(inverse, torch.linalg.pinv(gram.double(), hermitian=True).to(dtype), rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        inverse, torch.linalg.pinv(gram.double(), hermitian=True).to(dtype), rtol=1e-4, atol=0
+    )
 
 
 def test_gram_inverse_of_a_rank_deficient_factor_is_the_pseudo_inverse():
@@ -297,7 +311,9 @@ def test_gram_inverse_of_an_ill_conditioned_float32_matrix_is_computed_in_float6
 
 @pytest.mark.parametrize("rank", [0, 2, 4])
 def test_sylvester(rank):
-    """With a left side of lower rank there are fewer solutions than unknowns only where the right side is singular too."""
+    """With a left side of lower rank there are fewer solutions than unknowns only where the right side is
+    singular too.
+    """
     left, right = _low_rank(9, 4, rank).double(), _normal(3, 9, seed=5).double()
     left, right = left.T @ left, right @ right.T
     target = _normal(4, 3, seed=6)
@@ -325,7 +341,9 @@ def test_the_singular_values_of_a_product_are_those_of_its_factorisation():
 def test_row_norms_are_those_of_the_sum_however_it_is_cut(monkeypatch, rows, dtype):
     monkeypatch.setattr(linalg, "NORM_BLOCK_ELEMENTS", rows * 23)
     generator = torch.Generator().manual_seed(0)
-    weight, left, right = (torch.randn(s, generator=generator).to(dtype) for s in ((31, 23), (31, 4), (4, 23)))
+    weight, left, right = (
+        torch.randn(s, generator=generator).to(dtype) for s in ((31, 23), (31, 4), (4, 23))
+    )
     exact = (weight.double() + left.double() @ right.double()).norm(dim=1)
     found = row_norms(weight, left, right)
     assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
@@ -366,4 +384,6 @@ def test_rows_of_given_norms():
     scaled = with_row_norms(weight, norms)
     assert not scaled[3].any() and not scaled[2].any()
     torch.testing.assert_close(scaled.norm(dim=1), torch.tensor([1.0, 2.0, 0.0, 0.0, 0.5]))
-    torch.testing.assert_close(torch.nn.functional.cosine_similarity(scaled, weight), torch.tensor([1.0, -1.0, 0, 0, 1.0]))
+    torch.testing.assert_close(
+        torch.nn.functional.cosine_similarity(scaled, weight), torch.tensor([1.0, -1.0, 0, 0, 1.0])
+    )

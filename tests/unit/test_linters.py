@@ -21,7 +21,15 @@ def name_of(path: Path) -> str:
 
 def test_there_is_something_to_lint():
     names = {path.name for path in SCRIPTS}
-    assert {"quickstart.sh", "test.sh", "slurm.sbatch", "_job.sh", "entrypoint.sh", "cluster.sh", "run"} <= names
+    assert {
+        "quickstart.sh",
+        "test.sh",
+        "slurm.sbatch",
+        "_job.sh",
+        "entrypoint.sh",
+        "cluster.sh",
+        "run",
+    } <= names
     assert {path.name for path in IMAGES} == {"Dockerfile", "Dockerfile.cpu"}
 
 

@@ -103,7 +103,9 @@ def test_training_is_that_of_a_plain_loop_with_float32_masters(spec, dtype, clip
     live = {name: p for name, p in net.named_parameters() if p.requires_grad}
     masters = {name: p.detach().float().clone().requires_grad_() for name, p in live.items()}
     if spec.name == "sgd":
-        optimizer = torch.optim.SGD(masters.values(), spec.lr, momentum=spec.momentum, weight_decay=spec.weight_decay)
+        optimizer = torch.optim.SGD(
+            masters.values(), spec.lr, momentum=spec.momentum, weight_decay=spec.weight_decay
+        )
     else:
         optimizer = torch.optim.AdamW(masters.values(), spec.lr, spec.betas, spec.eps, spec.weight_decay)
     for seed in range(4):
@@ -155,7 +157,9 @@ def test_gradients_are_forgotten_after_a_step(dtype):
     engine.step()
     assert all(p.grad is None or not p.grad.any() for p in engine.module.parameters())
     loss = _loss(engine.module, _batch(1, dtype))
-    wanted = torch.autograd.grad(loss, [p for p in engine.module.parameters() if p.requires_grad], retain_graph=True)
+    wanted = torch.autograd.grad(
+        loss, [p for p in engine.module.parameters() if p.requires_grad], retain_graph=True
+    )
     engine.backward(loss)
     assert engine.step().grad_norm == pytest.approx(
         math.sqrt(sum(float(g.double().square().sum()) for g in wanted)), rel=1e-4
@@ -168,7 +172,9 @@ def test_clipping_bounds_the_step_and_reports_the_norm_before_it(dtype):
     before = _masters(engine)
     engine.backward(100 * _loss(engine.module, _batch(0, dtype)))
     norm = engine.step().grad_norm
-    length = math.sqrt(sum(float((value - before[name]).square().sum()) for name, value in _masters(engine).items()))
+    length = math.sqrt(
+        sum(float((value - before[name]).square().sum()) for name, value in _masters(engine).items())
+    )
     assert norm > 1.0
     assert length == pytest.approx(1e-3, rel=1e-2)
 
@@ -227,7 +233,7 @@ def test_modes_and_contexts():
     assert engine.steps_taken() == 0 and torch.equal(engine.read_parameter("first.A"), before)
 
 
-# ---------------------------------------------------------------------- looking at gradients and changing them
+# ------------------------------------------------------------------- looking at gradients and changing them
 
 
 def test_silent_tensors_of_a_healthy_step_are_none():
@@ -239,7 +245,9 @@ def test_silent_tensors_of_a_healthy_step_are_none():
 @BOTH
 def test_silent_tensors_are_named_with_their_fault(dtype):
     engine, attached = _engine(dtype)
-    engine.write(attached.layers["first"], {"B": torch.zeros(60, 5)})  # so A has no gradient, as at LoRA's start
+    engine.write(
+        attached.layers["first"], {"B": torch.zeros(60, 5)}
+    )  # so A has no gradient, as at LoRA's start
     engine.backward(_loss(engine.module, _batch(0, dtype)))
     assert engine.silent_tensors() == {"first.A": "zero"}
     engine.module.second.B.grad[3, 2] = math.nan
@@ -286,7 +294,8 @@ def test_mapping_gradients_happens_after_accumulation():
         engine.backward(0.5 * _loss(engine.module, _batch(seed)))
     total = engine.module.second.B.grad.clone()
     engine.map_gradients(
-        [attached.layers["second"]], lambda layer, g, factors: calls.append(g["B"].clone()) or {"B": torch.sign(g["B"])}
+        [attached.layers["second"]],
+        lambda layer, g, factors: calls.append(g["B"].clone()) or {"B": torch.sign(g["B"])},
     )
     assert len(calls) == 1 and torch.equal(calls[0], total)
     assert torch.equal(engine.module.second.B.grad, torch.sign(total))
@@ -299,7 +308,9 @@ def test_the_clip_factor_is_what_the_step_multiplies_by(dtype, clip):
     before = _masters(engine)
     for seed in (0, 1):
         engine.backward(_loss(engine.module, _batch(seed, dtype)))
-    gradients = {name: p.grad.float().clone() for name, p in engine.module.named_parameters() if p.requires_grad}
+    gradients = {
+        name: p.grad.float().clone() for name, p in engine.module.named_parameters() if p.requires_grad
+    }
     factor = engine.clip_factor()
     assert (factor < 0.9) == (clip == 0.05) and (factor == 1.0) == (clip != 0.05)
     engine.step()
@@ -308,7 +319,8 @@ def test_the_clip_factor_is_what_the_step_multiplies_by(dtype, clip):
 
 
 @pytest.mark.parametrize(
-    ("norm", "clip", "factor"), [(5.0, None, 1.0), (5.0, 0.0, 1.0), (0.0, 1.0, 1.0), (0.5, 1.0, 1.0), (4.0, 1.0, 0.25)]
+    ("norm", "clip", "factor"),
+    [(5.0, None, 1.0), (5.0, 0.0, 1.0), (0.0, 1.0, 1.0), (0.5, 1.0, 1.0), (4.0, 1.0, 0.25)],
 )
 def test_clip_factors(norm, clip, factor):
     assert clip_factor(norm, clip) == pytest.approx(factor, rel=1e-6)
@@ -322,7 +334,9 @@ def test_parts_are_whole_tensors_on_one_process_and_views_of_what_the_optimizer_
     engine, attached = _engine(dtype, SPECS["adamw"])
     layer = attached.layers["first"]
     before = engine.parts(layer)
-    assert before.keys() == {"A", "B"} and all(part.moments == {} and part.gradient is None for part in before.values())
+    assert before.keys() == {"A", "B"} and all(
+        part.moments == {} and part.gradient is None for part in before.values()
+    )
     _train(engine, range(2))
     parts = engine.parts(layer)
     for factor, part in parts.items():
@@ -358,7 +372,11 @@ def test_gradients_of_parts_are_summed_over_micro_batches_and_not_clipped(dtype)
     for name, layer in attached.layers.items():
         for factor, part in engine.parts(layer, gradients=True).items():
             wanted = dict(engine.module.named_parameters())[f"{name}.{factor}"].grad
-            assert part.gradient.dtype == FP32 and torch.equal(part.gradient, wanted.float().view(-1)) and wanted.any()
+            assert (
+                part.gradient.dtype == FP32
+                and torch.equal(part.gradient, wanted.float().view(-1))
+                and wanted.any()
+            )
 
 
 def test_parts_are_of_trained_factors_only_and_one_without_a_pass_has_no_gradient():
@@ -388,7 +406,9 @@ def test_add_low_rank_changes_the_frozen_weight_and_nothing_else(rounding, dtype
     assert missed <= unit * float(exact.norm())
     assert error == (0.0 if dtype == FP32 else pytest.approx(missed**2, rel=1e-3))
     x, _ = _batch(1, dtype)
-    assert torch.equal(layer(x), layer.method.forward(x, after["first.weight"], layer.bias, layer.factors(), True))
+    assert torch.equal(
+        layer(x), layer.method.forward(x, after["first.weight"], layer.bias, layer.factors(), True)
+    )
     assert not layer.weight.requires_grad and layer.weight.grad is None
 
 
@@ -418,13 +438,17 @@ def test_what_is_written_is_read(dtype):
         assert got[name].dtype == dtype and torch.equal(got[name], values[name].to(dtype))
     x, _ = _batch(0, dtype)
     assert torch.equal(layer.R, values["R"].to(dtype))
-    expected = layer.method.forward(x, layer.weight, layer.bias, {k: v.to(dtype) for k, v in values.items()}, False)
+    expected = layer.method.forward(
+        x, layer.weight, layer.bias, {k: v.to(dtype) for k, v in values.items()}, False
+    )
     assert torch.equal(layer(x), expected)
 
 
 @BOTH
 def test_a_step_goes_on_from_what_was_written(dtype):
-    """Both copies were hit: a step from the old master would undo the write, a forward pass from the old copy ignore it."""
+    """Both copies were hit: a step from the old master would undo the write, a forward pass from the old copy
+    ignore it.
+    """
     engine, attached = _engine(dtype, OptimizerSpec("sgd", 1e-2))
     layer = attached.layers["first"]
     _train(engine, [0])
@@ -596,7 +620,9 @@ def test_warm_up_is_linear_and_its_first_step_is_not_zero(kind):
     schedule = Schedule(kind, PEAK, steps=100, warmup_ratio=0.1)
     assert schedule.warmup_steps == 10
     assert schedule.rate(0) == pytest.approx(PEAK / 10)
-    assert [schedule.rate(step) for step in range(10)] == pytest.approx([PEAK * (step + 1) / 10 for step in range(10)])
+    assert [schedule.rate(step) for step in range(10)] == pytest.approx(
+        [PEAK * (step + 1) / 10 for step in range(10)]
+    )
     assert schedule.rate(9) == pytest.approx(PEAK)
     assert max(schedule.rate(step) for step in range(100)) == pytest.approx(PEAK)
 

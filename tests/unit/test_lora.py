@@ -26,7 +26,9 @@ def test_b_starts_at_zero_and_a_uniform_within_one_over_sqrt_in():
 
 
 def test_a_is_that_of_torch_kaiming_uniform_with_a_sqrt_5():
-    """nn.Linear's own initialisation is Kaiming uniform with a = √5: same bound, so the same draw scaled alike."""
+    """nn.Linear's own initialisation is Kaiming uniform with a = √5: same bound, so the same draw scaled
+    alike.
+    """
     torch_bound = torch.nn.init.calculate_gain("leaky_relu", 5**0.5) * (3 / IN) ** 0.5
     drawn = torch.rand(RANK, IN, generator=torch.Generator().manual_seed(0)) * 2 - 1
     torch.testing.assert_close(_init().factors["A"], drawn * torch_bound)
@@ -56,8 +58,12 @@ def test_gradients_are_those_of_the_chain_rule(alpha):
 
     merged = (layer.weight + method.scaling * layer.B @ layer.A).detach().requires_grad_()
     (torch.nn.functional.linear(x, merged, layer.bias) - target).square().sum().backward()
-    torch.testing.assert_close(layer.A.grad, method.scaling * layer.B.detach().T @ merged.grad, rtol=1e-3, atol=1e-2)
-    torch.testing.assert_close(layer.B.grad, method.scaling * merged.grad @ layer.A.detach().T, rtol=1e-3, atol=1e-2)
+    torch.testing.assert_close(
+        layer.A.grad, method.scaling * layer.B.detach().T @ merged.grad, rtol=1e-3, atol=1e-2
+    )
+    torch.testing.assert_close(
+        layer.B.grad, method.scaling * merged.grad @ layer.A.detach().T, rtol=1e-3, atol=1e-2
+    )
 
 
 def test_output_and_gradients_equal_pefts():

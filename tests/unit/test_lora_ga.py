@@ -19,20 +19,29 @@ every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], 
 
 
 def _gradient(shape=(OUT, IN), seed=0) -> Tensor:
-    """σ_i = 0.8^i between random orthonormal vectors: no two alike, so that every direction is known up to its sign."""
+    """σ_i = 0.8^i between random orthonormal vectors: no two alike, so that every direction is known up to
+    its sign.
+    """
     generator = torch.Generator().manual_seed(seed)
     least = min(shape)
-    u, v = (torch.linalg.qr(torch.randn(side, least, generator=generator, dtype=torch.float64)).Q for side in shape)
+    u, v = (
+        torch.linalg.qr(torch.randn(side, least, generator=generator, dtype=torch.float64)).Q
+        for side in shape
+    )
     return (0.03 * (u * 0.8 ** torch.arange(least)) @ v.T).float()
 
 
 def _init(gradient, dtype=torch.float32, seed=0, **fields):
     method = LoRAGA(**{"rank": RANK, **fields})
-    return method, method.initialise(LayerInit(tuple(gradient.shape), gradient, torch.Generator().manual_seed(seed), dtype))
+    return method, method.initialise(
+        LayerInit(tuple(gradient.shape), gradient, torch.Generator().manual_seed(seed), dtype)
+    )
 
 
 def _official(grad: Tensor, lora_r: int, stable_gamma: float = 16.0) -> tuple[Tensor, Tensor]:
-    """A and B as the authors' `lora_ga_init` makes them with `direction="ArB2r"` and `scale="stable"`, in its own terms."""
+    """A and B as the authors' `lora_ga_init` makes them with `direction="ArB2r"` and `scale="stable"`, in its
+    own terms.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(1)
         U, S, V = torch.svd_lowrank(grad.float(), q=min(4 * lora_r, min(grad.shape)), niter=4)
@@ -191,14 +200,18 @@ def test_the_first_step_follows_the_gradient_better_than_from_random_factors(sha
 
 @every_shape
 def test_the_first_step_is_the_best_copy_of_the_gradient_of_rank_2r(shape):
-    """Theorem 3.1: −s²·(√out/γ) times the leading 2r triplets of g. Hence its alignment, which is reported as captured energy."""
+    """Theorem 3.1: −s²·(√out/γ) times the leading 2r triplets of g. Hence its alignment, which is reported as
+    captured energy.
+    """
     gradient = _full_gradient(shape)
     method, init = _init(gradient)
     u, s, vt = torch.linalg.svd(gradient.double(), full_matrices=False)
     best = (u[:, : 2 * RANK] * s[: 2 * RANK]) @ vt[: 2 * RANK]
     update = _first_update(gradient)
     factor = method.scaling**2 * shape[0] ** 0.5 / 16
-    torch.testing.assert_close(update.double(), -factor * best, rtol=0, atol=1e-4 * float(factor * best.abs().max()))
+    torch.testing.assert_close(
+        update.double(), -factor * best, rtol=0, atol=1e-4 * float(factor * best.abs().max())
+    )
     assert _alignment(update, gradient) ** 2 == pytest.approx(init.report["captured_energy"], rel=1e-4)
 
 
@@ -232,4 +245,8 @@ def test_the_probe_has_no_first_step():
 
 def test_nothing_is_replaced():
     method = LoRAGA()
-    assert method.switching(100) is None and method.element_scores() is None and method.proportional_to_eta() is None
+    assert (
+        method.switching(100) is None
+        and method.element_scores() is None
+        and method.proportional_to_eta() is None
+    )

@@ -1,4 +1,6 @@
-"""LoRA-Pro as published, arXiv 2407.18242: the least-squares optimum, found here by solvers that know nothing of its formulas."""
+"""LoRA-Pro as published, arXiv 2407.18242: the least-squares optimum, found here by solvers that know nothing
+of its formulas.
+"""
 
 import math
 
@@ -17,7 +19,8 @@ from distlora.methods.lora_pro import LoRAPro
 OUT, IN, RANK = 8, 11, 3
 METHOD = LoRAPro(rank=RANK, alpha=5.0)
 
-#: What B is made of, such that it has this rank: at the start of training, after one step of a rank-one gradient, and later.
+#: What B is made of, such that it has this rank: at the start of training, after one step of a rank-one
+#: gradient, and later.
 RANKS = pytest.mark.parametrize("rank_of_b", [0, 1, 2, 3])
 
 
@@ -43,7 +46,9 @@ def _effect(factors, gradients, method=METHOD) -> Tensor:
 
 
 def _nearest_effect(factors, full: Tensor, method=METHOD) -> Tensor:
-    """The nearest to `full` of all `s(B g_A + g_B A)`, from the matrix of that map and a general least-squares solver."""
+    """The nearest to `full` of all `s(B g_A + g_B A)`, from the matrix of that map and a general
+    least-squares solver.
+    """
     b, a = factors["B"].double(), factors["A"].double()
     of_a = torch.kron(b, torch.eye(a.shape[1], dtype=torch.float64))
     of_b = torch.kron(torch.eye(b.shape[0], dtype=torch.float64), a.T.contiguous())
@@ -67,7 +72,10 @@ def test_scaling(rank, alpha, settings, scaling):
 
 
 def test_it_starts_as_lora():
-    ours, loras = (m.initialise(LayerInit((60, 131), None, torch.Generator().manual_seed(0))) for m in (LoRAPro(), LoRA()))
+    ours, loras = (
+        m.initialise(LayerInit((60, 131), None, torch.Generator().manual_seed(0)))
+        for m in (LoRAPro(), LoRA())
+    )
     assert all(torch.equal(ours.factors[name], loras.factors[name]) for name in ("A", "B"))
     assert ours.base_update is None and LoRAPro.zero_gradient_at_start == ("A",)
 
@@ -87,7 +95,9 @@ def test_the_effect_on_the_weight_is_the_least_squares_optimum(rank_of_b, rank_o
 
 @RANKS
 def test_x_is_the_one_that_stays_nearest_to_the_plain_gradients_and_does_not_matter_to_the_effect(rank_of_b):
-    """(g_A* + Y A, g_B* − B Y) has the same effect for every Y, and the least distance to (g_A, g_B) at Y = 0."""
+    """(g_A* + Y A, g_B* − B Y) has the same effect for every Y, and the least distance to (g_A, g_B) at Y =
+    0.
+    """
     factors, full = _factors(rank_of_b), _normal(OUT, IN, seed=5)
     plain = _gradients(factors, full)
     found = METHOD.transform_gradients(plain, factors)
@@ -96,7 +106,9 @@ def test_x_is_the_one_that_stays_nearest_to_the_plain_gradients_and_does_not_mat
         return {"A": found["A"] + y @ factors["A"], "B": found["B"] - factors["B"] @ y}
 
     def distance(gradients):
-        return math.sqrt(sum(float((gradients[name] - plain[name]).double().square().sum()) for name in ("A", "B")))
+        return math.sqrt(
+            sum(float((gradients[name] - plain[name]).double().square().sum()) for name in ("A", "B"))
+        )
 
     for seed in range(5):
         y = _normal(RANK, RANK, seed=seed)
@@ -124,12 +136,19 @@ def test_the_effect_does_not_depend_on_the_size_of_b(size):
 
 
 def test_an_ill_conditioned_b():
-    """Singular values from 1 to 1e-3, so BᵀB's down to 1e-6, above the cutoff: the optimum to 1e-4 of float32 gradients."""
+    """Singular values from 1 to 1e-3, so BᵀB's down to 1e-6, above the cutoff: the optimum to 1e-4 of float32
+    gradients.
+    """
     u, v = torch.linalg.qr(_normal(OUT, RANK, seed=7)).Q, torch.linalg.qr(_normal(RANK, RANK, seed=8)).Q
     factors, full = {"A": _factors()["A"], "B": u * torch.logspace(0, -3, RANK) @ v}, _normal(OUT, IN, seed=5)
     exact = {name: factor.double() for name, factor in factors.items()}
     gradients = {name: gradient.float() for name, gradient in _gradients(exact, full.double()).items()}
-    assert _relative(_effect(factors, METHOD.transform_gradients(gradients, factors)), _nearest_effect(factors, full)) < 1e-4
+    assert (
+        _relative(
+            _effect(factors, METHOD.transform_gradients(gradients, factors)), _nearest_effect(factors, full)
+        )
+        < 1e-4
+    )
 
 
 # ---------------------------------------------------------------------- training
@@ -140,14 +159,21 @@ class Net(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.first, self.second, self.head = torch.nn.Linear(13, 10), torch.nn.Linear(10, 9, bias=False), torch.nn.Linear(9, 4)
+        self.first, self.second, self.head = (
+            torch.nn.Linear(13, 10),
+            torch.nn.Linear(10, 9, bias=False),
+            torch.nn.Linear(9, 4),
+        )
 
     def forward(self, x):
         return self.head(torch.tanh(self.second(torch.tanh(self.first(x)))))
 
 
 LAYERS, HEAD = ("first", "second"), {"head.weight", "head.bias"}
-SPECS = {"adamw": OptimizerSpec("adamw", 1e-2, (0.9, 0.99), 1e-5, weight_decay=0.1), "sgd": OptimizerSpec("sgd", 1e-1)}
+SPECS = {
+    "adamw": OptimizerSpec("adamw", 1e-2, (0.9, 0.99), 1e-5, weight_decay=0.1),
+    "sgd": OptimizerSpec("sgd", 1e-1),
+}
 
 
 def _net(start: str):
@@ -166,12 +192,16 @@ def _loss(net, seed):
 
 
 def _by_hand(net, clip: float) -> float:
-    """The gradients that LoRA-Pro steps by, put in place of the net's; returns the norm of those that were there.
+    """The gradients that LoRA-Pro steps by, put in place of the net's; returns the norm of those that were
+    there.
 
-    As the paper writes them down, for a B of full rank or B = 0, the Sylvester equation as one linear system of r² unknowns.
+    As the paper writes them down, for a B of full rank or B = 0, the Sylvester equation as one linear system
+    of r² unknowns.
     """
     parameters = dict(net.named_parameters())
-    norm = math.sqrt(sum(float(p.grad.double().square().sum()) for p in parameters.values() if p.grad is not None))
+    norm = math.sqrt(
+        sum(float(p.grad.double().square().sum()) for p in parameters.values() if p.grad is not None)
+    )
     s = METHOD.scaling
     for name in LAYERS:
         a, b = parameters[f"{name}.A"], parameters[f"{name}.B"]
@@ -192,7 +222,9 @@ def _by_hand(net, clip: float) -> float:
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 @pytest.mark.parametrize("start", ["initial", "random"])
 def test_five_steps_by_hand(spec, start):
-    """With a clipping that is always at work: by the norm of the plain gradients, the head's among them, and on all of them."""
+    """With a clipping that is always at work: by the norm of the plain gradients, the head's among them, and
+    on all of them.
+    """
     clip = 0.3
     (net, _), (plain, _) = _net(start), _net(start)
     engine = LocalEngine(Comm(Topology(), torch.device("cpu"), distributed=False), clip=clip)
@@ -229,4 +261,6 @@ def test_in_bfloat16_the_factors_are_those_that_the_forward_pass_uses():
     assert not torch.equal(before["B"], factors["B"])
     engine.step()
     for name, value in engine.read(layer).items():
-        torch.testing.assert_close(before[name] - value, wanted[name].bfloat16().float(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            before[name] - value, wanted[name].bfloat16().float(), rtol=1e-5, atol=1e-6
+        )

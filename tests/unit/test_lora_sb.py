@@ -1,4 +1,6 @@
-"""LoRA-SB as published (arXiv 2411.19557): the lemma and the theorems as properties, the algorithm as an oracle."""
+"""LoRA-SB as published (arXiv 2411.19557): the lemma and the theorems as properties, the algorithm as an
+oracle.
+"""
 
 import numpy as np
 import pydantic
@@ -85,7 +87,9 @@ def _optimal(factors, g, s):
 
 
 def _paper_algorithm(gradients, eta, rank, s, step):
-    """Algorithm 1 written down from the paper's equations, in numpy and float64; shares nothing with the library."""
+    """Algorithm 1 written down from the paper's equations, in numpy and float64; shares nothing with the
+    library.
+    """
     total = np.zeros(gradients[0].shape)
     for gradient in gradients:
         total += gradient
@@ -149,7 +153,9 @@ def test_float32_factors_are_orthonormal_and_the_core_is_diagonal():
     torch.testing.assert_close(f["B"].T @ f["B"], identity, rtol=0, atol=1e-5)
     torch.testing.assert_close(f["A"] @ f["A"].T, identity, rtol=0, atol=1e-5)
     sigma = torch.linalg.svdvals(1e-3 * torch.sign(_gradient()))[:RANK]
-    torch.testing.assert_close(f["R"], torch.diag(sigma) / method.scaling, rtol=0, atol=1e-5 * float(sigma[0]))
+    torch.testing.assert_close(
+        f["R"], torch.diag(sigma) / method.scaling, rtol=0, atol=1e-5 * float(sigma[0])
+    )
 
 
 def test_bfloat16_factors_get_the_core_that_fits_them_best():
@@ -201,7 +207,9 @@ def test_a_layer_without_gradient_starts_at_zero_and_can_still_train():
 def test_rank_may_be_the_smaller_side():
     g = _gradient()
     method, init = _initialise(g, rank=OUT)
-    torch.testing.assert_close(_product(method, init.factors), -1e-3 * torch.sign(g).double(), rtol=0, atol=1e-7)
+    torch.testing.assert_close(
+        _product(method, init.factors), -1e-3 * torch.sign(g).double(), rtol=0, atol=1e-7
+    )
     assert init.report["captured_energy"] == pytest.approx(1.0, abs=1e-5)
 
 
@@ -227,7 +235,9 @@ def test_theorem_3_no_other_core_gradient_is_closer_to_the_full_one(alpha):
     b, a, s = factors["B"], factors["A"], method.scaling
 
     best = _optimal(factors, g, s)
-    torch.testing.assert_close(got, best, rtol=0, atol=2e-3 * float(best.abs().max()))  # the map is float32, cond(B) is 1e2
+    torch.testing.assert_close(
+        got, best, rtol=0, atol=2e-3 * float(best.abs().max())
+    )  # the map is float32, cond(B) is 1e2
 
     def distance(core):
         return float((s * b @ core @ a - g).norm())
@@ -235,7 +245,9 @@ def test_theorem_3_no_other_core_gradient_is_closer_to_the_full_one(alpha):
     assert distance(got) == pytest.approx(distance(best), rel=1e-6)
     plain = s * b.T @ g @ a.T
     assert distance(got) < distance(plain)
-    assert distance(got) < min(distance(c * plain) for c in torch.logspace(-8, 0, 60))  # not a matter of its length
+    assert distance(got) < min(
+        distance(c * plain) for c in torch.logspace(-8, 0, 60)
+    )  # not a matter of its length
     for seed in range(5):
         other = got + 0.05 * got.norm() * _normal(RANK, RANK, seed=seed, dtype=torch.float64)
         assert distance(other) > distance(got)
@@ -331,7 +343,10 @@ BOTH = pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
 
 
 def _restarting(dtype=FP32, alpha=None, init=None, **recompose):
-    return Run(RESTART | {"alpha": alpha, "recompose": {"times": 3} | recompose} | ({"init": init} if init else {}), dtype)
+    return Run(
+        RESTART | {"alpha": alpha, "recompose": {"times": 3} | recompose} | ({"init": init} if init else {}),
+        dtype,
+    )
 
 
 def _gradients_at(weights, run, number):
@@ -339,7 +354,9 @@ def _gradients_at(weights, run, number):
     weights = {name: value.clone().requires_grad_() for name, value in weights.items()}
     first, head = run.layers["first"], run.engine.module.head
     batch = samples(500 + number, FP32, PROBE_SAMPLES)
-    hidden = torch.tanh(torch.nn.functional.linear(batch["x"].double(), weights["first"], first.bias.double()))
+    hidden = torch.tanh(
+        torch.nn.functional.linear(batch["x"].double(), weights["first"], first.bias.double())
+    )
     hidden = torch.tanh(torch.nn.functional.linear(hidden, weights["second"]))
     logits = torch.nn.functional.linear(hidden, head.weight.double(), head.bias.double())
     loss = torch.nn.functional.cross_entropy(logits, batch["labels"])
@@ -368,7 +385,9 @@ def test_a_restart_at_zero_keeps_the_function_and_fuses_all_that_was_learned(alp
 
 
 def test_a_restart_takes_its_directions_from_the_gradients_of_then():
-    """B and A are the leading singular directions of sign(g) at the fused weights, for the samples of that restart."""
+    """B and A are the leading singular directions of sign(g) at the fused weights, for the samples of that
+    restart.
+    """
     run = _restarting(start="zero")
     for number in (1, 2, 3):
         run.to_swap()
@@ -388,7 +407,9 @@ def test_a_restart_with_a_step_makes_the_best_copy_of_it(dtype):
         run.to_swap()
         before = {name: run.adapted(name) for name in run.layers}
         moved, report = change(run, run.decide)
-        gradients = _gradients_at({name: layer.weight.detach().double() for name, layer in run.layers.items()}, run, number)
+        gradients = _gradients_at(
+            {name: layer.weight.detach().double() for name, layer in run.layers.items()}, run, number
+        )
         assert moved > 1e-3 and report.scalars["init/eta"] == 1e-2
         for name, layer in run.layers.items():
             # What was learned is in W, and the step comes on top.
@@ -404,7 +425,9 @@ def test_a_restart_with_a_step_makes_the_best_copy_of_it(dtype):
 @BOTH
 @pytest.mark.parametrize("start", ["step", "zero"])
 def test_what_a_core_learned_is_what_it_gained_since_its_start(start, dtype):
-    """Neither the first step nor that of a restart was learned: s·B (R − R_start) A, of the numbers that the forward pass used."""
+    """Neither the first step nor that of a restart was learned: s·B (R − R_start) A, of the numbers that the
+    forward pass used.
+    """
     run = _restarting(dtype, alpha=10.0, start=start)
     begun = {name: run.used(name)["R"] for name in run.layers}
     for _ in range(3):
@@ -419,8 +442,12 @@ def test_what_a_core_learned_is_what_it_gained_since_its_start(start, dtype):
             assert layer.update_norm == pytest.approx(float(fused.norm()), rel=1e-4)
             if dtype == BF16:
                 error = (weights[name].double() + fused - run.layers[name].weight.double()).norm()
-                assert layer.rounding_loss_of_learned == pytest.approx(float(error / learned.norm()), rel=1e-3)
-            assert (layer.learned_norm == pytest.approx(layer.update_norm, rel=1e-3)) is not begun[name].any().item()
+                assert layer.rounding_loss_of_learned == pytest.approx(
+                    float(error / learned.norm()), rel=1e-3
+                )
+            assert (layer.learned_norm == pytest.approx(layer.update_norm, rel=1e-3)) is not begun[
+                name
+            ].any().item()
             begun[name] = run.used(name)["R"]
 
 
@@ -432,7 +459,9 @@ def test_restarts_let_a_core_explore_more_than_its_rank():
     for name in thrice.layers:
         total = thrice.adapted(name) - thrice.first_weights[name].double()
         assert torch.linalg.matrix_rank(total, rtol=1e-4) > 8
-        assert torch.linalg.matrix_rank(once.adapted(name) - once.first_weights[name].double(), rtol=1e-4) == 4
+        assert (
+            torch.linalg.matrix_rank(once.adapted(name) - once.first_weights[name].double(), rtol=1e-4) == 4
+        )
         ranks = [report.layers[name].effective_rank for report in reports]
         assert ranks == sorted(ranks) and ranks[-1] > ranks[0] + 1
     assert equal(once.weights(), once.first_weights), "without a restart the weight is left alone"
@@ -452,11 +481,15 @@ def test_after_a_restart_gradients_are_corrected_for_the_new_factors(dtype):
     for name, layer in run.layers.items():
         b, a = run.used(name)["B"], run.used(name)["A"]
         wanted = torch.linalg.inv(b.T @ b) @ layer.R.grad.double() @ torch.linalg.inv(a @ a.T) / 2.5**2
-        torch.testing.assert_close(found[name], wanted, rtol=0, atol=(1e-4 if dtype == FP32 else 2e-2) * float(wanted.abs().max()))
+        torch.testing.assert_close(
+            found[name], wanted, rtol=0, atol=(1e-4 if dtype == FP32 else 2e-2) * float(wanted.abs().max())
+        )
 
 
 def test_after_a_restart_the_core_trains_as_a_young_one():
-    """First moments start at zero, second ones have their own age: no step above one and a half rates, late in training too."""
+    """First moments start at zero, second ones have their own age: no step above one and a half rates, late
+    in training too.
+    """
     run = _restarting(start="zero", times=None, interval=10)
     run.train(9)
     run.step(swap=False)
@@ -485,10 +518,14 @@ def test_without_orthonormal_factors_the_start_is_the_same_point_and_nothing_is_
     g = _gradient()
     method, init = _initialise(g, alpha=24.0, orthonormal=False)
     other, reference = _initialise(g, alpha=24.0)
-    torch.testing.assert_close(_product(method, init.factors), _product(other, reference.factors), rtol=0, atol=1e-7)
+    torch.testing.assert_close(
+        _product(method, init.factors), _product(other, reference.factors), rtol=0, atol=1e-7
+    )
     assert torch.equal(init.factors["R"], torch.eye(RANK) / method.scaling)
     sigma = torch.linalg.svdvals(1e-3 * torch.sign(g))[:RANK]
-    torch.testing.assert_close(init.factors["B"].T @ init.factors["B"], torch.diag(sigma.square()), rtol=1e-4, atol=1e-8)
+    torch.testing.assert_close(
+        init.factors["B"].T @ init.factors["B"], torch.diag(sigma.square()), rtol=1e-4, atol=1e-8
+    )
     assert method.gradient_map(init.factors) == {}
 
 
@@ -501,7 +538,9 @@ def test_sgd_keeps_the_size_of_the_gradient_and_adamw_only_its_sign():
             products[step, scale] = _product(method, init.factors)
     torch.testing.assert_close(products["sgd", 5.0], 5 * products["sgd", 1.0], rtol=0, atol=1e-6)
     torch.testing.assert_close(products["adamw", 5.0], products["adamw", 1.0])
-    cosine = torch.nn.functional.cosine_similarity(products["sgd", 1.0].flatten(), products["adamw", 1.0].flatten(), 0)
+    cosine = torch.nn.functional.cosine_similarity(
+        products["sgd", 1.0].flatten(), products["adamw", 1.0].flatten(), 0
+    )
     assert cosine < 0.99
 
 
@@ -583,7 +622,9 @@ def test_right_settings_are_taken(right):
 
 @pytest.mark.parametrize("alpha", [None, 24.0])
 def test_training_equals_a_plain_transcription(alpha):
-    """Initialisation and five AdamW steps through the library, and the same in a dozen lines of plain torch, float64."""
+    """Initialisation and five AdamW steps through the library, and the same in a dozen lines of plain torch,
+    float64.
+    """
     rate, eta = 1e-3, 1e-3
     net = torch.nn.Sequential(torch.nn.Linear(IN, OUT)).double()
     w, bias = net[0].weight.detach().clone(), net[0].bias.detach().clone()
@@ -642,9 +683,13 @@ def _trained_parameters(method, shapes):
     )
 
 
-@pytest.mark.parametrize(("rank", "millions", "times"), [(64, 0.92, 91.4), (96, 2.06, 40.6), (120, 3.23, 26.0)])
+@pytest.mark.parametrize(
+    ("rank", "millions", "times"), [(64, 0.92, 91.4), (96, 2.06, 40.6), (120, 3.23, 26.0)]
+)
 def test_far_fewer_trained_parameters_than_lora(rank, millions, times):
-    """The paper's Table: LoRA of rank 32 trains 83.88 M parameters of Mistral-7B, LoRA-SB 27 to 90 times fewer."""
+    """The paper's Table: LoRA of rank 32 trains 83.88 M parameters of Mistral-7B, LoRA-SB 27 to 90 times
+    fewer.
+    """
     lora = 32 * _trained_parameters(LoRA(rank=32), MISTRAL.values())
     lora_sb = 32 * _trained_parameters(LoRASB(rank=rank), MISTRAL.values())
     assert lora == 83_886_080 == 32 * lora_parameters(MISTRAL, 32)
@@ -660,7 +705,11 @@ def test_the_attached_layer_trains_r_squared_parameters():
 
 @pytest.mark.parametrize(
     "init, start",
-    [({"matrix": "kaiming"}, "step"), ({"eta": 1e-2, "noise_std": 1e-4}, "zero"), ({"orthonormal": False}, "zero")],
+    [
+        ({"matrix": "kaiming"}, "step"),
+        ({"eta": 1e-2, "noise_std": 1e-4}, "zero"),
+        ({"orthonormal": False}, "zero"),
+    ],
     ids=["kaiming", "noise", "skewed"],
 )
 def test_restarts_that_make_no_sense_are_refused(init, start):

@@ -16,7 +16,9 @@ def _weight(out=OUT, inner=IN, seed=0):
 
 
 def _init(weight, rank=RANK, seed=0):
-    return LoRAXS(rank=rank).initialise(LayerInit(tuple(weight.shape), weight, torch.Generator().manual_seed(seed)))
+    return LoRAXS(rank=rank).initialise(
+        LayerInit(tuple(weight.shape), weight, torch.Generator().manual_seed(seed))
+    )
 
 
 @pytest.mark.parametrize("shape", [(OUT, IN), (IN, OUT)], ids=str)

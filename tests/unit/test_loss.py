@@ -14,7 +14,9 @@ N, HIDDEN, VOCAB = 37, 12, 131
 
 
 class LiveFloats(TorchDispatchMode):
-    """Peak bytes of the floating-point storages alive that were made inside, those that autograd keeps included."""
+    """Peak bytes of the floating-point storages alive that were made inside, those that autograd keeps
+    included.
+    """
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,6 @@
-"""`distlora methods`: its numbers are those of the attached model, and what cannot be is said in one sentence."""
+"""`distlora methods`: its numbers are those of the attached model, and what cannot be is said in one
+sentence.
+"""
 
 import json
 import math
@@ -63,7 +65,9 @@ def test_trained_parameters_are_those_of_the_attached_model(name, recipe, model)
     attach(whole, load_recipe(recipe(), overrides).method, ["q_proj", "down_proj"])
     trained = sum(p.numel() for p in whole.parameters() if p.requires_grad)
     assert cells(table, name)[2] == f"{trained:,}"
-    assert cells(table, name)[3] == (f"{trained * 12} B" if trained < 86 else f"{trained * 12 / 1024:.1f} KiB")
+    assert cells(table, name)[3] == (
+        f"{trained * 12} B" if trained < 86 else f"{trained * 12 / 1024:.1f} KiB"
+    )
 
 
 def test_a_new_head_is_trained_by_every_method(recipe, tmp_path):
@@ -79,13 +83,17 @@ def test_a_new_head_is_trained_by_every_method(recipe, tmp_path):
     assert f"a new head of {head:,} numbers" in table
     full = objective.bare_model()
     attach(full, registry()["full"](), "all-linear", objective.head(full))
-    assert cells(table, "full")[2] == f"{sum(p.numel() for p in full.parameters() if p.requires_grad):,}"  # biases too
+    assert (
+        cells(table, "full")[2] == f"{sum(p.numel() for p in full.parameters() if p.requires_grad):,}"
+    )  # biases too
 
 
 def test_a_rank_of_its_own_for_all(recipe, model):
     one, four = methods_table(model=model, rank=1), methods_table(model=model, rank=4)
     assert int(cells(four, "lora")[2].replace(",", "")) == 4 * int(cells(one, "lora")[2].replace(",", ""))
-    assert int(cells(four, "lora_xs")[2].replace(",", "")) == 16 * int(cells(one, "lora_xs")[2].replace(",", ""))
+    assert int(cells(four, "lora_xs")[2].replace(",", "")) == 16 * int(
+        cells(one, "lora_xs")[2].replace(",", "")
+    )
     assert cells(methods_table(recipe(), rank=1), "lora") == cells(one, "lora")
     assert cells(methods_table(recipe()), "lora") == cells(methods_table(model=model, rank=RANK), "lora")
 
@@ -113,10 +121,14 @@ def test_the_state_is_that_of_the_recipes_optimizer(recipe, optimizer, said):
 def test_what_a_packed_weight_excludes_is_said_in_the_methods_line(recipe):
     table = methods_table(recipe(), ["model.quantization=int8"])
     for name in ("full", "dora"):
-        assert "model.quantization: " in next(line for line in table.splitlines() if line.startswith(name + " "))
+        assert "model.quantization: " in next(
+            line for line in table.splitlines() if line.startswith(name + " ")
+        )
     assert "model.quantization" not in rows(table)["lora"]
     table = methods_table(recipe(), ["model.quantization=int8", "deepspeed={zero_optimization: {stage: 3}}"])
-    assert "does not go with ZeRO stage 3" in next(line for line in table.splitlines() if line.startswith("lora "))
+    assert "does not go with ZeRO stage 3" in next(
+        line for line in table.splitlines() if line.startswith("lora ")
+    )
 
 
 # ---------------------------------------------------------------------- facts
@@ -147,7 +159,9 @@ def test_columns_stand_below_each_other(model):
     table = methods_table(model=model, rank=RANK).split("\n\n")[0].splitlines()
     column = table[0].index("exact at start")
     whole = [line for line in table if "LoRA of" in line]
-    assert len(whole) > 3 and all(line[column - 2 : column].isspace() and not line[column].isspace() for line in whole)
+    assert len(whole) > 3 and all(
+        line[column - 2 : column].isspace() and not line[column].isspace() for line in whole
+    )
 
 
 # ---------------------------------------------------------------------- what cannot be
@@ -155,7 +169,11 @@ def test_columns_stand_below_each_other(model):
 
 def test_what_one_method_cannot_do_is_said_in_its_line(model):
     """And the others have their numbers."""
-    smallest = min(min(p.shape) for n, p in bare_model(ModelSection(path=model)).named_parameters() if n.endswith("proj.weight"))
+    smallest = min(
+        min(p.shape)
+        for n, p in bare_model(ModelSection(path=model)).named_parameters()
+        if n.endswith("proj.weight")
+    )
     table = methods_table(model=model, rank=smallest)
     assert f"above min(out, in) = {smallest}; lower method.rank" in rows(table)["lora_ga"]
     assert cells(table, "lora")[2].replace(",", "").isdigit()
@@ -165,7 +183,9 @@ def test_what_one_method_cannot_do_is_said_in_its_line(model):
     said = rows(methods_table(model=model, rank=smallest))["srlora"]
     assert f"leaves 0 of min(out, in) = {smallest} singular directions unused" in said
     half = rows(methods_table(model=model, rank=smallest // 2))["srlora"]
-    assert "lower" not in half and "lower" not in rows(methods_table(rank=32))["srlora"], "target_rank follows rank and layers"
+    assert "lower" not in half and "lower" not in rows(methods_table(rank=32))["srlora"], (
+        "target_rank follows rank and layers"
+    )
 
 
 @pytest.mark.parametrize(
@@ -190,7 +210,10 @@ def test_targets_that_match_nothing(recipe):
 
 def test_of_a_model_on_the_hub_only_the_config_is_fetched(model, monkeypatch):
     asked = []
-    monkeypatch.setattr("distlora.models.hub.snapshot_download", lambda *_, allow_patterns, **__: asked.append(allow_patterns) or model)
+    monkeypatch.setattr(
+        "distlora.models.hub.snapshot_download",
+        lambda *_, allow_patterns, **__: asked.append(allow_patterns) or model,
+    )
     assert (
         cells(methods_table(model="someone/tiny-of-the-table", rank=RANK), "lora")[2]
         == cells(methods_table(model=model, rank=RANK), "lora")[2]
@@ -202,7 +225,8 @@ def test_no_memory_is_taken_for_the_model(recipe, monkeypatch):
     """The shapes come from the meta device."""
     seen = []
     monkeypatch.setattr(
-        "distlora.report.methods_table.target_linears", lambda model, *_: seen.append(model) or {"x": torch.nn.Linear(8, 9)}
+        "distlora.report.methods_table.target_linears",
+        lambda model, *_: seen.append(model) or {"x": torch.nn.Linear(8, 9)},
     )
     table = methods_table(recipe())
     assert all(parameter.is_meta for parameter in seen[0].parameters())

@@ -46,7 +46,9 @@ def plain_loss(model, rows, weights):
     """The definition: transformers' own logits, shifted, whole and in float32."""
     logits = model(input_ids=rows["input_ids"], attention_mask=rows["attention_mask"], use_cache=False).logits
     labels = rows["labels"][:, 1:]
-    losses = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), labels, ignore_index=IGNORE, reduction="none")
+    losses = F.cross_entropy(
+        logits[:, :-1].float().transpose(1, 2), labels, ignore_index=IGNORE, reduction="none"
+    )
     return (losses.sum(1) * weights).sum()
 
 
@@ -102,7 +104,8 @@ def test_padding_changes_nothing(models):
     together, _ = response_loss(model, batch(9, 4))
     rows = batch(9, 4)
     alone = [
-        response_loss(model, {key: value[i : i + 1, :n] for key, value in rows.items()})[0] for i, n in [(0, 9), (1, 4)]
+        response_loss(model, {key: value[i : i + 1, :n] for key, value in rows.items()})[0]
+        for i, n in [(0, 9), (1, 4)]
     ]
     torch.testing.assert_close(together, sum(alone), rtol=1e-5, atol=0)
 
@@ -122,7 +125,9 @@ def test_bfloat16_parameters_and_float32_rotary_buffers(models, name):
     assert all(parameter.grad.isfinite().all() and parameter.grad.any() for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("name, chosen", [("llama", "sdpa"), ("mistral", "sdpa"), ("gemma2", "eager"), ("qwen2", "sdpa")])
+@pytest.mark.parametrize(
+    "name, chosen", [("llama", "sdpa"), ("mistral", "sdpa"), ("gemma2", "eager"), ("qwen2", "sdpa")]
+)
 def test_attention_auto_takes_what_the_class_supports(monkeypatch, models, name, chosen):
     directory = tiny_model_dir(name, models)
     model, _ = load_model(section(directory))
@@ -265,7 +270,9 @@ def left_padded(*prompts: list[int]) -> dict[str, torch.Tensor]:
 def test_generation_is_greedy_and_leaves_the_model_as_it_was(monkeypatch, caplog, recwarn, models, name):
     model, _ = load_model(section(tiny_model_dir(name, models), gradient_checkpointing=True))
     # What instruction-tuned models bring along; none of it is greedy.
-    model.generation_config = own = GenerationConfig(do_sample=True, temperature=0.6, top_p=0.9, repetition_penalty=1.5)
+    model.generation_config = own = GenerationConfig(
+        do_sample=True, temperature=0.6, top_p=0.9, repetition_penalty=1.5
+    )
     prompts = [[7, 8, 9, 10, 11], [40, 41]]
     with torch.no_grad():
         expected = [by_hand(model, prompt, 12) for prompt in prompts]

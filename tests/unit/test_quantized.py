@@ -73,7 +73,10 @@ def test_a_packed_weight_is_flat_small_and_near(kind, shape, dtype):
     error = (found - weight.float()).abs()
     if kind == "nf4":
         whole = numbers // 64 * 64
-        error, scale = error.view(-1)[:whole].view(-1, 64), weight.float().view(-1)[:whole].view(-1, 64).abs().amax(1)
+        error, scale = (
+            error.view(-1)[:whole].view(-1, 64),
+            weight.float().view(-1)[:whole].view(-1, 64).abs().amax(1),
+        )
     else:
         scale = weight.float().abs().amax(1)
     assert (error.amax(1) <= WORST[kind] * scale * 1.02).all() and error.max() > 0
@@ -83,10 +86,17 @@ def test_a_packed_weight_is_flat_small_and_near(kind, shape, dtype):
 @every_double
 def test_nf4_is_what_the_vendors_own_layer_holds_and_computes(shape, double):
     out, into = shape
-    theirs = bnb.nn.Linear4bit(into, out, bias=False, compute_dtype=FP32, compress_statistics=double, quant_type="nf4")
+    theirs = bnb.nn.Linear4bit(
+        into, out, bias=False, compute_dtype=FP32, compress_statistics=double, quant_type="nf4"
+    )
     weight = weight_of(shape)
     theirs.weight = bnb.nn.Params4bit(
-        weight.clone(), requires_grad=False, blocksize=64, compress_statistics=double, quant_type="nf4", module=theirs
+        weight.clone(),
+        requires_grad=False,
+        blocksize=64,
+        compress_statistics=double,
+        quant_type="nf4",
+        module=theirs,
     )
     theirs = theirs.to("cpu")
     packing, stored = packed("nf4", weight, double=double)
@@ -102,7 +112,9 @@ def test_what_was_unpacked_packs_to_the_same_again(kind, dtype):
     scales = [scale.clone() for scale in packing.scales()]
     again = packing.pack(packing.unpack(stored, FP32))
     assert torch.equal(again.view(torch.uint8), stored.view(torch.uint8))
-    assert all(torch.allclose(a.float(), b.float(), rtol=1e-6) for a, b in zip(packing.scales(), scales, strict=True))
+    assert all(
+        torch.allclose(a.float(), b.float(), rtol=1e-6) for a, b in zip(packing.scales(), scales, strict=True)
+    )
 
 
 @every_kind
@@ -140,11 +152,16 @@ def test_sizes_are_known_before_anything_is_packed(asked, shape, dtype):
             matrix = packing.unpack(stored, wanted)
             seen = counter.peak[DEVICE] - there
         assert matrix.nbytes <= seen <= before.unpacking_nbytes(wanted)
-        assert seen == before.unpacking_nbytes(wanted) or kind == "int8"  # whose second product the library hides
+        assert (
+            seen == before.unpacking_nbytes(wanted) or kind == "int8"
+        )  # whose second product the library hides
 
 
 def test_double_quantisation_makes_the_scales_small():
-    sizes = {double: scale_bytes(packed("nf4", weight_of((256, 256)), double=double)[0]) for double in (False, True)}
+    sizes = {
+        double: scale_bytes(packed("nf4", weight_of((256, 256)), double=double)[0])
+        for double in (False, True)
+    }
     assert sizes == {False: 4 * 1024, True: 1024 + 4 * 4 + 4}
 
 
@@ -176,7 +193,10 @@ def test_nothing_of_the_unpacked_matrix_outlives_the_forward_pass(kind):
         made.append(weakref.ref(matrix))
         return matrix
 
-    for product in (linear, lambda x, w, b, u: tapped_linear(x, w, b, torch.zeros((), requires_grad=True), print, u)):
+    for product in (
+        linear,
+        lambda x, w, b, u: tapped_linear(x, w, b, torch.zeros((), requires_grad=True), print, u),
+    ):
         x = weight_of((3, 131), seed=1).requires_grad_()
         y = product(x, stored, None, unpack)
         gc.collect()
@@ -207,7 +227,9 @@ class Net(nn.Module):
         self.head = nn.Linear(31, 7)
 
     def forward(self, x):
-        return self.head(torch.tanh(self.second(torch.tanh(self.twin(self.other(torch.tanh(self.first(x))))))))
+        return self.head(
+            torch.tanh(self.second(torch.tanh(self.twin(self.other(torch.tanh(self.first(x)))))))
+        )
 
 
 def net_of(kind="nf4", dtype=FP32, method=None, targets=("first",)):
@@ -291,7 +313,10 @@ def test_the_plan_counts_the_bytes_that_are_there(directory, kind, dtype):
     )  # fmt: skip
     plan = plan_of(recipe, 1, 1)
     scales = sum(scale_bytes(layer.packing) for layer in attached.layers.values())
-    assert plan.memory.weights + plan.memory.adapters == sum(p.nbytes for p in engine.module.parameters()) + scales
+    assert (
+        plan.memory.weights + plan.memory.adapters
+        == sum(p.nbytes for p in engine.module.parameters()) + scales
+    )
     assert {name: p.numel() for name, p in engine.module.named_parameters()} == plan.setup.shapes.sizes
 
 
@@ -342,18 +367,30 @@ def test_a_checkpoint_over_a_packed_base_holds_no_weight_and_goes_on_alike(direc
 # ---------------------------------------------------------------------- methods that change the weight
 
 
-@pytest.mark.parametrize(("name", "settings"), [("pissa", {}), ("lora_ga", {"alpha": 2}), ("srlora", {"target_rank": 12})])
+@pytest.mark.parametrize(
+    ("name", "settings"), [("pissa", {}), ("lora_ga", {"alpha": 2}), ("srlora", {"target_rank": 12})]
+)
 @every_dtype
-def test_what_is_left_of_the_pretrained_weight_is_packed_and_not_of_the_packed_one(directory, name, settings, dtype):
+def test_what_is_left_of_the_pretrained_weight_is_packed_and_not_of_the_packed_one(
+    directory, name, settings, dtype
+):
     engine, attached = started(directory, dtype, method=name, **settings)
     _, untouched = started(directory, dtype)
     plain, _ = started(directory, dtype, quantization=None)
     rows = [collate(samples(4, 2), 0, CPU)]
-    report = initialise(engine, attached, 3, 1e-2, Probe(lambda: iter(rows), lambda: iter(rows), 4, loss_of_samples(response_loss))).scalars
+    report = initialise(
+        engine,
+        attached,
+        3,
+        1e-2,
+        Probe(lambda: iter(rows), lambda: iter(rows), 4, loss_of_samples(response_loss)),
+    ).scalars
     before = after = weights = 0.0
     for layer in attached.layers.values():
         original = plain.module.get_parameter(f"{layer.name}.weight").detach().float()
-        delta = attached.method.delta({key: value.to(dtype).float() for key, value in engine.read(layer).items()})
+        delta = attached.method.delta(
+            {key: value.to(dtype).float() for key, value in engine.read(layer).items()}
+        )
         rest = original - delta.left @ delta.right
         again = packer("nf4", dtype)(layer.shape)
         # The owner's sum is one addmm, whose last bit may decide what a number is rounded to.
@@ -371,7 +408,9 @@ def test_what_is_left_of_the_pretrained_weight_is_packed_and_not_of_the_packed_o
 
 def test_the_start_of_pissa_is_made_of_the_pretrained_weight(directory):
     """QPiSSA: the singular vectors are those of W, not of what packing made of it."""
-    (engine, attached), (plain, twin) = (started(directory, method="pissa", quantization=kind) for kind in ("nf4", None))
+    (engine, attached), (plain, twin) = (
+        started(directory, method="pissa", quantization=kind) for kind in ("nf4", None)
+    )
     initialise(engine, attached, 3, 1e-2)
     initialise(plain, twin, 3, 1e-2)
     for name, layer in attached.layers.items():
@@ -423,7 +462,9 @@ def test_every_method_refuses_a_packed_base_or_trains_over_it(name):
     assert all(getattr(net.first, factor).grad.any() for factor in method.trains)
     before = float(net(x).square().mean().detach())
     torch.optim.SGD([p for p in net.parameters() if p.requires_grad], 0.1).step()
-    assert net(x).square().mean() < before and torch.equal(net.first.weight.view(torch.uint8), stored.view(torch.uint8))
+    assert net(x).square().mean() < before and torch.equal(
+        net.first.weight.view(torch.uint8), stored.view(torch.uint8)
+    )
 
 
 # ---------------------------------------------------------------------- recomposition
@@ -434,19 +475,28 @@ SRLORA = {
 
 
 def test_what_is_fused_stands_beside_a_packed_weight(directory, tmp_path):
-    """Every swap keeps the function, which `steps` checks; the packed bytes stay; and a resumed run goes on alike."""
+    """Every swap keeps the function, which `steps` checks; the packed bytes stay; and a resumed run goes on
+    alike.
+    """
     run = Recomposing(Setting(LocalEngine(solo()), directory, tmp_path, micro_batch=12, **SRLORA), 7)
     stored = {name: layer.weight.clone() for name, layer in run.attached.layers.items()}
     run.steps(0, 5)
     for name, layer in run.attached.layers.items():
         assert torch.equal(layer.weight.view(torch.uint8), stored[name].view(torch.uint8))
-        assert layer.beside.right.shape == (8, layer.in_features)  # two swaps: two components fused, and two taken out, each
+        assert layer.beside.right.shape == (
+            8,
+            layer.in_features,
+        )  # two swaps: two components fused, and two taken out, each
         assert [entry.beside for entry in run.engine.ledger.entries[name]] == [False, True, True]
-    assert run.recomposer.beside_bytes() == sum(4 * 8 * sum(layer.shape) for layer in run.attached.layers.values())
+    assert run.recomposer.beside_bytes() == sum(
+        4 * 8 * sum(layer.shape) for layer in run.attached.layers.values()
+    )
     checkpoints.save(run.engine, run.attached, tmp_path, 5, {}, recomposer=run.recomposer)
     run.losses.clear()
     run.steps(5, 7)
-    again = Recomposing(Setting(LocalEngine(solo()), directory, tmp_path, micro_batch=12, **SRLORA), 7, begin=False)
+    again = Recomposing(
+        Setting(LocalEngine(solo()), directory, tmp_path, micro_batch=12, **SRLORA), 7, begin=False
+    )
     checkpoints.restore(again.engine, again.attached, checkpoints.newest(tmp_path), again.recomposer)
     again.steps(5, 7)
     assert again.losses == run.losses
@@ -456,7 +506,10 @@ def test_a_pair_beside_is_part_of_the_weight(directory):
     engine, attached = started(directory)
     layer = next(iter(attached.layers.values()))
     generator = torch.Generator().manual_seed(1)
-    pairs = [LowRank(torch.randn(60, k, generator=generator), torch.randn(k, 60, generator=generator)) for k in (2, 3)]
+    pairs = [
+        LowRank(torch.randn(60, k, generator=generator), torch.randn(k, 60, generator=generator))
+        for k in (2, 3)
+    ]
     before, x = layer.whole_weight(), weight_of((5, 60)).requires_grad_()
     assert max(layer.put_beside(pair) for pair in pairs) < 1e-20  # float32 holds them
     wanted = before + sum(pair.left @ pair.right for pair in pairs)
@@ -481,13 +534,19 @@ def test_what_the_cast_of_a_pair_beside_loses_is_told(directory):
 
 
 def test_fusing_into_a_packed_weight_packs_it_anew_and_tells_the_loss(directory):
-    engine, attached = started(directory, fuse_into="base", **{k: v for k, v in SRLORA.items() if k != "quantization"})
+    engine, attached = started(
+        directory, fuse_into="base", **{k: v for k, v in SRLORA.items() if k != "quantization"}
+    )
     open_ledger(engine, attached, 3, engine.ledger.pretrained)
     layer = next(iter(attached.layers.values()))
     before, update = layer.whole_weight(), LowRank(weight_of((60, 2)), weight_of((2, 60), seed=1))
-    error = engine.ledger.apply(engine, layer, 1, "nearest", update, attached.method.fuses_beside(packed=True))
+    error = engine.ledger.apply(
+        engine, layer, 1, "nearest", update, attached.method.fuses_beside(packed=True)
+    )
     exact = before + update.left @ update.right
-    assert layer.beside is None and 0 < error == pytest.approx(float((exact - layer.whole_weight()).square().sum()), rel=1e-4)
+    assert layer.beside is None and 0 < error == pytest.approx(
+        float((exact - layer.whole_weight()).square().sum()), rel=1e-4
+    )
     assert (exact - layer.whole_weight()).norm() < 0.15 * exact.norm()
 
 
@@ -496,7 +555,13 @@ def test_where_fused_components_can_go():
     assert [srlora(fuse_into=into).fuses_beside(packed) for into in (None, "base", "sidecar") for packed in (False, True)] == [
         False, True, False, False, True, True
     ]  # fmt: skip
-    assert srlora().problem_with_base("nf4", True) is srlora(fuse_into="base").problem_with_base("nf4", False) is None
+    assert (
+        srlora().problem_with_base("nf4", True)
+        is srlora(fuse_into="base").problem_with_base("nf4", False)
+        is None
+    )
     assert "set that to sidecar" in srlora(fuse_into="base").problem_with_base("nf4", True)
-    assert "set that to nearest" in srlora(fuse_into="base", rounding="stochastic").problem_with_base("nf4", False)
+    assert "set that to nearest" in srlora(fuse_into="base", rounding="stochastic").problem_with_base(
+        "nf4", False
+    )
     assert registry()["lora_sb"](recompose={"times": 1}).fuses_beside(packed=True)

@@ -9,7 +9,9 @@ from distlora.errors import UserError
 from distlora.recipe.deepspeed_config import plan_batches
 from distlora.recipe.load import load_recipe
 
-RECIPE = str(Path(__file__).parents[2] / "configs" / "recipes" / "quickstart.yaml")  # 32 samples a step, 16 a pass
+RECIPE = str(
+    Path(__file__).parents[2] / "configs" / "recipes" / "quickstart.yaml"
+)  # 32 samples a step, 16 a pass
 WHOLE, MICRO = "train.global_batch_size", "train.micro_batch_size"
 
 

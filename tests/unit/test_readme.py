@@ -1,5 +1,5 @@
-"""What the README shows must work: commands and their arguments are read by the programs themselves, named files exist, YAML is a
-recipe, and no key of a recipe is kept from the reader."""
+"""What the README shows must work: commands and their arguments are read by the programs themselves, named
+files exist, YAML is a recipe, and no key of a recipe is kept from the reader."""
 
 import re
 import shlex
@@ -23,13 +23,20 @@ from distlora.recipe.sections import Recipe
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 FENCES = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-COMMANDS = [line for language, text in FENCES if language == "bash" for line in text.splitlines() if line.strip()]
+COMMANDS = [
+    line for language, text in FENCES if language == "bash" for line in text.splitlines() if line.strip()
+]
 FRAGMENTS = [text for language, text in FENCES if language == "yaml"]
 #: In the text, with arguments that do not stand for others (RECIPE).
-INLINE = [command for command in re.findall(r"`(distlora \w+ [^`]+)`", README) if not re.search(r"\b[A-Z]{2,}\b", command)]
+INLINE = [
+    command
+    for command in re.findall(r"`(distlora \w+ [^`]+)`", README)
+    if not re.search(r"\b[A-Z]{2,}\b", command)
+]
 PROGRAM = [line for line in (*COMMANDS, *INLINE) if "distlora" in shlex.split(line, comments=True)]
 SCRIPTED = [line for line in COMMANDS if re.search(r"\blaunch/", line)]
-#: What a script says once its arguments are read, on a machine that has nothing. test.sh hands them to pytest.
+#: What a script says once its arguments are read, on a machine that has nothing. test.sh hands them to
+#: pytest.
 BEYOND_ARGUMENTS = {
     "quickstart.sh": "no Python",
     "test.sh": "no Python",
@@ -69,7 +76,9 @@ def test_named_files_exist():
 
 
 def test_links_within_the_page_lead_somewhere():
-    headings = {line.lstrip("# ").lower().replace(" ", "-") for line in README.splitlines() if line.startswith("#")}
+    headings = {
+        line.lstrip("# ").lower().replace(" ", "-") for line in README.splitlines() if line.startswith("#")
+    }
     assert set(re.findall(r"\]\(#([\w-]+)\)", README)) <= headings
 
 
@@ -90,7 +99,9 @@ def recipes_of_the_page():
 
 def test_the_program_is_started_in_every_way():
     starters = {line.split()[0] for line in PROGRAM}
-    assert {"distlora", "python", "deepspeed", "torchrun", "mpirun", "srun", "docker"} <= starters and len(PROGRAM) >= 20
+    assert {"distlora", "python", "deepspeed", "torchrun", "mpirun", "srun", "docker"} <= starters and len(
+        PROGRAM
+    ) >= 20
 
 
 @pytest.mark.parametrize("command", PROGRAM)
@@ -105,26 +116,37 @@ def test_the_program_takes_all_arguments(command):
         promised = "exact match" in command.partition("#")[2]
         assert bool(evaluated.train.exact_match_samples) == promised, "what is not asked for is not printed"
     if options.run is cli._plan:
-        assert whole_numbers("--nodes", options.nodes) and whole_number("--gpus-per-node", options.gpus_per_node)
+        assert whole_numbers("--nodes", options.nodes) and whole_number(
+            "--gpus-per-node", options.gpus_per_node
+        )
         assert size("--gpu-memory", options.gpu_memory)
 
 
-@pytest.mark.parametrize("command", [line for line in PROGRAM if re.match(r"distlora (eval|export|status) ", line)])
+@pytest.mark.parametrize(
+    "command", [line for line in PROGRAM if re.match(r"distlora (eval|export|status) ", line)]
+)
 def test_a_run_directory_is_that_of_a_recipe_on_the_page(command):
     options = read_by_the_program(command)
     by_directory = recipes_of_the_page()
     assert str(getattr(options, "run_dir", None) or options.recipe) in {*by_directory, *by_directory.values()}
 
 
-@pytest.mark.parametrize("command", [line for line in PROGRAM if line.startswith(("torchrun ", "deepspeed "))])
+@pytest.mark.parametrize(
+    "command", [line for line in PROGRAM if line.startswith(("torchrun ", "deepspeed "))]
+)
 def test_the_launcher_takes_its_options(command):
     launcher, *words = shlex.split(command, comments=True)
     if launcher == "torchrun":
         options = torchrun_arguments(words)
-        assert options.module and [options.training_script, *options.training_script_args] == words[words.index("distlora") :]
+        assert (
+            options.module
+            and [options.training_script, *options.training_script_args] == words[words.index("distlora") :]
+        )
     else:
         options = deepspeed_arguments(words)
-        assert options.module and [options.user_script, *options.user_args] == words[words.index("distlora") :]
+        assert (
+            options.module and [options.user_script, *options.user_args] == words[words.index("distlora") :]
+        )
 
 
 @pytest.fixture
@@ -138,7 +160,9 @@ def bare_machine(tmp_path):
 def refusal(script, words, machine):
     """The one sentence with which a script ends, exit code 2."""
     bash = shutil.which("bash")
-    ended = subprocess.run([bash, str(ROOT / "launch" / script), *words], capture_output=True, text=True, timeout=60, env=machine)
+    ended = subprocess.run(
+        [bash, str(ROOT / "launch" / script), *words], capture_output=True, text=True, timeout=60, env=machine
+    )
     assert ended.returncode == 2, ended.stderr
     return ended.stderr
 
@@ -222,7 +246,9 @@ def settings_on_the_page():
     """Of every method in the table of settings: the pieces of YAML in its row."""
     table = README.split("**Settings of the methods**", 1)[1].split("\n\n", 2)[1]
     rows = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", table, re.MULTILINE))
-    return {name: [yaml.safe_load(piece) for piece in re.findall(r"`([^`]+)`", row)] for name, row in rows.items()}
+    return {
+        name: [yaml.safe_load(piece) for piece in re.findall(r"`([^`]+)`", row)] for name, row in rows.items()
+    }
 
 
 def test_methods_tables_are_complete():

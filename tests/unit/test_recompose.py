@@ -1,4 +1,6 @@
-"""Recomposition in a training run: what a swap changes, what it must not change, and that a run can leave off anywhere."""
+"""Recomposition in a training run: what a swap changes, what it must not change, and that a run can leave off
+anywhere.
+"""
 
 import logging
 import weakref
@@ -57,11 +59,16 @@ def _swaps(run):
 
 
 class Published:
-    """Importance as the paper has it, element by element beside training: float64, from gradients and weights alone."""
+    """Importance as the paper has it, element by element beside training: float64, from gradients and weights
+    alone.
+    """
 
     def __init__(self, run):
         self.run = run
-        self.mean = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in run.engine.trained_shapes().items()}
+        self.mean = {
+            name: torch.zeros(shape, dtype=torch.float64)
+            for name, shape in run.engine.trained_shapes().items()
+        }
         self.uncertainty = {name: torch.zeros_like(value) for name, value in self.mean.items()}
 
     def look(self):
@@ -70,7 +77,9 @@ class Published:
             if parameter.requires_grad:
                 importance = (masters[name].double() * parameter.grad.double()).abs()
                 self.mean[name] = 0.85 * self.mean[name] + 0.15 * importance
-                self.uncertainty[name] = 0.85 * self.uncertainty[name] + 0.15 * (importance - self.mean[name]).abs()
+                self.uncertainty[name] = (
+                    0.85 * self.uncertainty[name] + 0.15 * (importance - self.mean[name]).abs()
+                )
 
     def scores(self):
         """(layers, r): S_k = mean_i s(B_ik) + mean_j s(A_kj)."""
@@ -98,7 +107,9 @@ def test_a_swap_preserves_the_function(settings):
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 @pytest.mark.parametrize("key", ["plain", "odd", "gradient"])
 def test_in_bfloat16_up_to_the_rounding_of_the_weight(key, rounding):
-    """Bound: half a unit in the last place of W (a whole one where draws decide); measured on the logits: 0.5 %."""
+    """Bound: half a unit in the last place of W (a whole one where draws decide); measured on the logits: 0.5
+    %.
+    """
     run = Run(SETTINGS[key] | {"rounding": rounding}, BF16)
     unit = 2.0**-8 if rounding == "nearest" else 2.0**-7
     while run.done < run.total:
@@ -108,7 +119,9 @@ def test_in_bfloat16_up_to_the_rounding_of_the_weight(key, rounding):
         if report is not None and report.swapped:
             assert 0 < moved < 0.02
             for name, layer in run.layers.items():
-                assert (run.adapted(name) - before[name]).norm() <= 1.001 * unit * layer.weight.double().norm()
+                assert (
+                    run.adapted(name) - before[name]
+                ).norm() <= 1.001 * unit * layer.weight.double().norm()
 
 
 @BOTH
@@ -116,7 +129,10 @@ def test_what_is_fused_is_what_the_forward_pass_used(dtype):
     """Not the optimizer's float32 values: W moves by s·(B₁A₁ − B₁'A₁') of the cast factors, rounded once."""
     run = Run(SRLORA | {"alpha": 5.0}, dtype)
     run.to_swap()
-    before = {name: (run.layers[name].weight.double(), run.used(name), run.engine.read(run.layers[name])) for name in run.layers}
+    before = {
+        name: (run.layers[name].weight.double(), run.used(name), run.engine.read(run.layers[name]))
+        for name in run.layers
+    }
     report = run.decide()
     for name, layer in run.layers.items():
         weight, old, masters = before[name]
@@ -129,7 +145,10 @@ def test_what_is_fused_is_what_the_forward_pass_used(dtype):
         if dtype == BF16:
             assert (layer.weight != exact.bfloat16()).float().mean() < 0.002
             # The test could tell:
-            other = masters["B"].double()[:, chosen] @ masters["A"].double()[chosen] - new["B"][:, chosen] @ new["A"][chosen]
+            other = (
+                masters["B"].double()[:, chosen] @ masters["A"].double()[chosen]
+                - new["B"][:, chosen] @ new["A"][chosen]
+            )
             assert (layer.weight != (weight + 1.25 * other).to(dtype)).float().mean() > 0.02
 
 
@@ -143,7 +162,10 @@ def test_only_the_chosen_components_are_replaced_in_both_copies(dtype):
         after, chosen = run.engine.read(layer), set(report.layers[name].components)
         assert len(chosen) == 2
         for k in range(4):
-            kept = torch.equal(after["B"][:, k], before[name]["B"][:, k]), torch.equal(after["A"][k], before[name]["A"][k])
+            kept = (
+                torch.equal(after["B"][:, k], before[name]["B"][:, k]),
+                torch.equal(after["A"][k], before[name]["A"][k]),
+            )
             assert kept == ((False, False) if k in chosen else (True, True))
         for factor, value in after.items():
             assert torch.equal(getattr(layer, factor), value.to(dtype))
@@ -166,7 +188,9 @@ def test_scores_are_the_papers_and_start_anew_after_a_swap(clip, dtype):
         assert report.names == list(run.layers)
         for row, layer in zip(paper.scores(), report.layers.values()):
             assert layer.components == tuple(sorted(row.argsort()[:2].tolist()))
-            assert layer.low_half_share == pytest.approx(float(row.sort().values[:2].sum() / row.sum()), rel=1e-4)
+            assert layer.low_half_share == pytest.approx(
+                float(row.sort().values[:2].sum() / row.sum()), rel=1e-4
+            )
         if swaps > 1:  # the test could tell
             assert not torch.allclose(report.scores, stale.scores(), rtol=1e-2, atol=0)
         paper = Published(run)
@@ -213,7 +237,9 @@ LATE, SMALL_RATE, CLIP = 160, 1e-3, 0.1
 
 @pytest.fixture(scope="module")
 def late():
-    """Runs right after a swap after step 160, to be taken up; from here on gradients are forty times larger, and clipped."""
+    """Runs right after a swap after step 160, to be taken up; from here on gradients are forty times larger,
+    and clipped.
+    """
     saved = {}
 
     def get(dtype=FP32, refill="spectrum"):
@@ -230,10 +256,14 @@ def late():
 
 
 def _clipped_gradients(run):
-    norm = torch.nn.utils.get_total_norm([p.grad.float() for p in run.engine.module.parameters() if p.grad is not None])
+    norm = torch.nn.utils.get_total_norm(
+        [p.grad.float() for p in run.engine.module.parameters() if p.grad is not None]
+    )
     assert norm > 2 * CLIP, "clipping is to be active"
     factor = CLIP / norm
-    return {name: p.grad.float() * factor for name, p in run.engine.module.named_parameters() if p.requires_grad}
+    return {
+        name: p.grad.float() * factor for name, p in run.engine.module.named_parameters() if p.requires_grad
+    }
 
 
 def _young(run, tensors, old=False):
@@ -254,10 +284,14 @@ def _updates(run, steps):
     for _ in range(steps):
         before = run.masters()
         run.step(look=lambda: _clipped_gradients(run))
-        yield _young(run, {name: (value - before[name]).abs() / SMALL_RATE for name, value in run.masters().items()})
+        yield _young(
+            run, {name: (value - before[name]).abs() / SMALL_RATE for name, value in run.masters().items()}
+        )
 
 
-@pytest.mark.parametrize(("refill", "dtype"), [("spectrum", FP32), ("spectrum", BF16), ("gradient", FP32)], ids=str)
+@pytest.mark.parametrize(
+    ("refill", "dtype"), [("spectrum", FP32), ("spectrum", BF16), ("gradient", FP32)], ids=str
+)
 def test_after_a_late_swap_new_components_take_no_step_above_one_and_a_half_rates(refill, dtype, late):
     largest = max(float(update.max()) for update in _updates(late(dtype, refill), 42))
     assert 0.3 < largest <= 1.5
@@ -277,7 +311,9 @@ def test_without_the_rule_they_do(second_moments, late, monkeypatch):
 
 
 def test_second_moments_of_new_components_are_those_of_an_adam_of_their_age(late):
-    """v_k/(1−β₂^k) of the clipped gradients since the swap is the stock optimizer's v/(1−β₂^t), up to the limit of age."""
+    """v_k/(1−β₂^k) of the clipped gradients since the swap is the stock optimizer's v/(1−β₂^t), up to the
+    limit of age.
+    """
     run, square = late(), 0.0
     for k in range(1, AGE_LIMIT + 2):
         seen = []
@@ -303,7 +339,9 @@ def test_components_of_the_start_train_as_if_there_were_no_rule(monkeypatch):
     assert len(calls) == 4
     wanted = {name: 0.999 * squares[name] + 0.001 * gradients[name].square() for name in squares}
     found = run.moments("exp_avg_sq")
-    torch.testing.assert_close(_young(run, found, old=True), _young(run, wanted, old=True), rtol=1e-5, atol=1e-14)
+    torch.testing.assert_close(
+        _young(run, found, old=True), _young(run, wanted, old=True), rtol=1e-5, atol=1e-14
+    )
     assert not torch.allclose(_young(run, found), _young(run, wanted), rtol=0.1, atol=0)
 
 
@@ -313,7 +351,10 @@ def test_components_of_the_start_train_as_if_there_were_no_rule(monkeypatch):
 @pytest.mark.parametrize("key", [key for key, settings in SETTINGS.items() if settings is not GRADIENT])
 def test_the_reserve_is_used_in_descending_order_and_never_twice(key):
     run = Run(SETTINGS[key])
-    triplets = {name: torch.linalg.svd(value.double(), full_matrices=False) for name, value in run.first_weights.items()}
+    triplets = {
+        name: torch.linalg.svd(value.double(), full_matrices=False)
+        for name, value in run.first_weights.items()
+    }
     at_once, used = run.method.replaced_at_once, run.method.rank
     for _, report in _swaps(run):
         for name, layer in report.layers.items():
@@ -334,7 +375,9 @@ def test_the_reserve_is_used_in_descending_order_and_never_twice(key):
 def _with_short_reserve(count):
     """A run whose reserve ends earlier than its schedule."""
     run = Run(SRLORA)
-    short = {name: LowRank(pair.left[:, :count], pair.right[:count]) for name, pair in run.report.reserves.items()}
+    short = {
+        name: LowRank(pair.left[:, :count], pair.right[:count]) for name, pair in run.report.reserves.items()
+    }
     run.recomposer = Recomposer(run.engine, run.attached, SEED, run.total, short)
     return run
 
@@ -396,7 +439,9 @@ def _gradient_at(run, name):
     weights = {n: run.adapted(n).requires_grad_() for n in run.layers}
     first, second, head = run.layers["first"], run.layers["second"], run.engine.module.head
     batch = samples(500 + len(run.probes), FP32, PROBE_SAMPLES)
-    hidden = torch.tanh(torch.nn.functional.linear(batch["x"].double(), weights["first"], first.bias.double()))
+    hidden = torch.tanh(
+        torch.nn.functional.linear(batch["x"].double(), weights["first"], first.bias.double())
+    )
     hidden = torch.tanh(torch.nn.functional.linear(hidden, weights["second"], second.bias))
     logits = torch.nn.functional.linear(hidden, head.weight.double(), head.bias.double())
     return torch.autograd.grad(torch.nn.functional.cross_entropy(logits, batch["labels"]), weights[name])[0]
@@ -464,7 +509,9 @@ def test_without_a_schedule_srlora_is_pissa_bit_by_bit(dtype):
 
 def test_swaps_come_where_the_schedule_has_them_and_never_after_the_last_step():
     run = Run(SRLORA)
-    assert [(report.step, report.reason) for report in run.train()[1]] == [(4 * j, f"swap {j} of 4") for j in (1, 2, 3, 4)]
+    assert [(report.step, report.reason) for report in run.train()[1]] == [
+        (4 * j, f"swap {j} of 4") for j in (1, 2, 3, 4)
+    ]
     short = Run(SRLORA, steps=5)
     assert [report.step for report in short.train()[1]] == [1, 2, 3, 4]
 
@@ -496,7 +543,9 @@ def test_an_adaptive_schedule_that_finds_no_reason_swaps_nothing():
     assert equal(run.masters(), plain.masters())
 
 
-@pytest.mark.parametrize("settings", [{"name": "pissa", "rank": 4}, {"name": "lora", "rank": 4}], ids=lambda s: s["name"])
+@pytest.mark.parametrize(
+    "settings", [{"name": "pissa", "rank": 4}, {"name": "lora", "rank": 4}], ids=lambda s: s["name"]
+)
 def test_methods_that_replace_nothing_are_left_alone(settings):
     run = Run(settings)
     assert not run.recomposer.active
@@ -535,7 +584,9 @@ def test_a_run_goes_on_bit_by_bit_from_anywhere(settings, dtype):
         other = Run(settings, dtype, fresh=True).restore(kept)
         found, told = other.train()
         assert found == losses[point:], f"from step {point}"
-        assert [report.record() for report in told] == [report.record() for report in reports if report.step > point]
+        assert [report.record() for report in told] == [
+            report.record() for report in reports if report.step > point
+        ]
         for late, early in zip(reversed(told), reversed(reports)):
             assert early.scores is None or torch.equal(late.scores, early.scores)
         assert equal(other.weights(), run.weights()) and equal(other.masters(), run.masters())
@@ -558,15 +609,21 @@ def test_what_is_saved_of_the_recomposer():
     run = Run(SRLORA, BF16)
     run.train(9)
     tensors = copies(run.recomposer.tensors())
-    scores = {f"{name}/{factor}/{key}" for name in run.layers for factor in "AB" for key in ("mean", "uncertainty")}
-    assert set(tensors) == scores | {f"{name}/reserve/{side}" for name in run.layers for side in ("left", "right")}
+    scores = {
+        f"{name}/{factor}/{key}" for name in run.layers for factor in "AB" for key in ("mean", "uncertainty")
+    }
+    assert set(tensors) == scores | {
+        f"{name}/reserve/{side}" for name in run.layers for side in ("left", "right")
+    }
     assert tensors["first/B/mean"].shape == (29, 4) and tensors["first/A/mean"].any()
     assert tensors["first/reserve/left"].shape == (29, 4) and tensors["first/reserve/right"].dtype == BF16
     state = run.recomposer.state()
     assert state["swaps"] == 2 and state["reserves"] == {"first": 4, "second": 4} and state["ended"] is False
     assert state["born"].keys() == state["origin"].keys() == set(run.layers)
     run.train()
-    assert copies(run.recomposer.tensors()) == {}, "the reserve is used up, and no swap is left to be scored for"
+    assert copies(run.recomposer.tensors()) == {}, (
+        "the reserve is used up, and no swap is left to be scored for"
+    )
 
 
 # ---------------------------------------------------------------------- what is told of a swap
@@ -586,18 +643,24 @@ def test_losses_and_sizes_are_those_of_dense_matrices(alpha, refill):
             chosen, old, new = list(layer.components), before[name], run.used(name)
             added = s * (old["B"][:, chosen] @ old["A"][chosen] - new["B"][:, chosen] @ new["A"][chosen])
             start = begun[name]
-            learned = s * (old["B"][:, chosen] @ old["A"][chosen] - start["B"][:, chosen] @ start["A"][chosen])
+            learned = s * (
+                old["B"][:, chosen] @ old["A"][chosen] - start["B"][:, chosen] @ start["A"][chosen]
+            )
             error = (weights[name].double() + added - run.layers[name].weight.double()).norm()
             assert layer.update_norm == pytest.approx(float(added.norm()), rel=1e-4)
             assert layer.rounding_loss == pytest.approx(float(error / added.norm()), rel=1e-3)
             assert layer.learned_norm == pytest.approx(float(learned.norm()), rel=1e-3)
             assert layer.rounding_loss_of_learned == pytest.approx(float(error / learned.norm()), rel=1e-3)
             assert layer.rounding_loss_of_learned > 2 * layer.rounding_loss
-            total = s * new["B"] @ new["A"] + sum(pair.left.double() @ pair.right.double() for pair in run.ledger.pairs(name))
+            total = s * new["B"] @ new["A"] + sum(
+                pair.left.double() @ pair.right.double() for pair in run.ledger.pairs(name)
+            )
             sigma = torch.linalg.svdvals(total)
             assert layer.delta_norm == pytest.approx(float(sigma.norm()), rel=1e-3)
             share = sigma / sigma.sum()
-            assert layer.effective_rank == pytest.approx(float(torch.special.entr(share).sum().exp()), rel=2e-2)
+            assert layer.effective_rank == pytest.approx(
+                float(torch.special.entr(share).sum().exp()), rel=2e-2
+            )
             for factor, columns in (("B", (slice(None), chosen)), ("A", chosen)):
                 start[factor][columns] = new[factor][columns]
 
@@ -624,4 +687,6 @@ def test_the_loss_is_of_real_batches():
     """The oracle above stands on the same loss as training."""
     batch = samples(0, FP32)
     run = Run(SRLORA)
-    assert loss_sum(run.engine.module, batch)[0].item() / len(batch["labels"]) == pytest.approx(run.backward(), rel=1e-5)
+    assert loss_sum(run.engine.module, batch)[0].item() / len(batch["labels"]) == pytest.approx(
+        run.backward(), rel=1e-5
+    )

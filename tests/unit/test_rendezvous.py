@@ -34,11 +34,19 @@ def names(monkeypatch):
     known = {"node1": "10.0.0.1", "node2": "10.0.0.2", "node3": "10.0.0.3"}
     own = {"eth0": "10.0.0.2", "lo": "127.0.0.1"}
     monkeypatch.setattr(socket, "gethostname", lambda: "node2")
-    monkeypatch.setattr(rendezvous, "addresses", lambda name: [known.get(name, name)] if name in known or name[0].isdigit() else [])
-    monkeypatch.setattr(rendezvous, "source", lambda address: address if address.startswith("127.") else "10.0.0.2")
+    monkeypatch.setattr(
+        rendezvous,
+        "addresses",
+        lambda name: [known.get(name, name)] if name in known or name[0].isdigit() else [],
+    )
+    monkeypatch.setattr(
+        rendezvous, "source", lambda address: address if address.startswith("127.") else "10.0.0.2"
+    )
     monkeypatch.setattr(rendezvous, "interfaces", lambda: own)
     monkeypatch.setattr(rendezvous, "problem_with_port", lambda port: None)
-    monkeypatch.setattr(rendezvous, "interface_of", lambda address: {"10.0.0.2": "eth0", "127.0.0.1": "lo"}.get(address))
+    monkeypatch.setattr(
+        rendezvous, "interface_of", lambda address: {"10.0.0.2": "eth0", "127.0.0.1": "lo"}.get(address)
+    )
     return known
 
 
@@ -69,7 +77,12 @@ def test_one_node_is_seen_as_one():
 
 def test_the_step_counts_its_own_tasks():
     """salloc's interactive shell is a step of one task, in which SLURM_NTASKS is the job's."""
-    shell = {"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1"}
+    shell = {
+        "SLURM_PROCID": "0",
+        "SLURM_NTASKS": "8",
+        "SLURM_STEP_ID": "4294967290",
+        "SLURM_STEP_NUM_TASKS": "1",
+    }
     assert find_place(shell) == Place(0, 1, 0, "SLURM", several_nodes=None)
     assert settled({**SLURM, "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "4"}) == settled(SLURM)
 
@@ -92,7 +105,9 @@ def test_numbers_that_cannot_be(variables, part):
     with pytest.raises(UserError, match="set") as refused:
         find_place(variables)
     assert part in str(refused.value)
-    assert isinstance(own_rank(variables), int) and isinstance(own_local_rank(variables), int), "whoever speaks needs a number"
+    assert isinstance(own_rank(variables), int) and isinstance(own_local_rank(variables), int), (
+        "whoever speaks needs a number"
+    )
 
 
 def test_the_rank_is_known_without_an_address():
@@ -131,10 +146,14 @@ def test_a_derived_port_that_is_in_use_says_who_chose_it(monkeypatch):
     first = {**SLURM, "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
     port = int(settled(first)["MASTER_PORT"])
     monkeypatch.setattr(rendezvous, "problem_with_port", {port: IN_USE}.get)
-    with pytest.raises(UserError, match=f"the port {port} is in use on node2; it was derived, .* export MASTER_PORT"):
+    with pytest.raises(
+        UserError, match=f"the port {port} is in use on node2; it was derived, .* export MASTER_PORT"
+    ):
         settled(first)
     assert "MASTER_PORT" in settled(SLURM), "another rank does not listen there"
-    assert settled(first, MASTER_PORT=str(port)) == {"MASTER_ADDR": "node1"}, "the user's choice is tried as it is"
+    assert settled(first, MASTER_PORT=str(port)) == {"MASTER_ADDR": "node1"}, (
+        "the user's choice is tried as it is"
+    )
 
 
 def test_what_the_user_set_wins():
@@ -186,7 +205,9 @@ def test_a_place_that_cannot_be(variables, part, agreed):
 
 
 def test_a_master_that_means_loopback_elsewhere(names):
-    """Debian's /etc/hosts gives the own name 127.0.1.1: on the master's host that is harmless, on others fatal."""
+    """Debian's /etc/hosts gives the own name 127.0.1.1: on the master's host that is harmless, on others
+    fatal.
+    """
     names["node1"] = "127.0.1.1"
     with pytest.raises(UserError, match="node1 means the loopback address 127.0.1.1 on node2"):
         settled(DEEPSPEED, MASTER_ADDR="node1")
@@ -201,7 +222,9 @@ def test_a_host_whose_own_name_is_loopback_listens_where_the_master_is(names):
     assert settled(DEEPSPEED) == {"GLOO_SOCKET_IFNAME": "eth0", "NCCL_SOCKET_IFNAME": "=eth0"}
     assert settled(DEEPSPEED, GLOO_SOCKET_IFNAME="ib0") == {}, "the user's choice"
     assert settled(DEEPSPEED, CROSS_SIZE="1", LOCAL_SIZE="4") == {}, "one node may talk to itself"
-    assert settled({"RANK": "0", "WORLD_SIZE": "2"}, MASTER_ADDR="127.0.0.1", MASTER_PORT="1") == {}, "and this can be one only"
+    assert settled({"RANK": "0", "WORLD_SIZE": "2"}, MASTER_ADDR="127.0.0.1", MASTER_PORT="1") == {}, (
+        "and this can be one only"
+    )
     environment = dict(DEEPSPEED)
     (note,) = settle(environment, find_place(environment))
     assert "node2, means the address 127.0.1.1" in note and "set to eth0" in note
@@ -218,7 +241,9 @@ def test_on_the_masters_own_host_another_node_shows_the_way(names, monkeypatch):
 
 def test_where_the_way_is_not_clear_nothing_is_set(names, monkeypatch):
     names["node2"] = "127.0.1.1"
-    monkeypatch.setattr(rendezvous, "interfaces", lambda: {"eth0": "10.0.0.2", "eth1": "10.1.0.2", "lo": "127.0.0.1"})
+    monkeypatch.setattr(
+        rendezvous, "interfaces", lambda: {"eth0": "10.0.0.2", "eth1": "10.1.0.2", "lo": "127.0.0.1"}
+    )
     environment = {**DEEPSPEED, "MASTER_ADDR": "node2", "CROSS_RANK": "0"}
     (note,) = settle(environment, find_place(environment))
     assert "set GLOO_SOCKET_IFNAME" in note and "GLOO_SOCKET_IFNAME" not in environment
@@ -257,7 +282,10 @@ def test_what_is_no_list_of_hosts(text):
 
 def test_without_mpi4py_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "mpi4py", None)
-    with pytest.raises(UserError, match=r"4 MPI ranks on several nodes .* pip install 'distlora\[mpi\]', or export MASTER_ADDR"):
+    with pytest.raises(
+        UserError,
+        match=r"4 MPI ranks on several nodes .* pip install 'distlora\[mpi\]', or export MASTER_ADDR",
+    ):
         settled(OPEN_MPI)
 
 

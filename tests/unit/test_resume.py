@@ -91,7 +91,9 @@ def test_resuming_needs_a_run(made, tmp_path):
 @pytest.mark.parametrize("resume", [None, False])
 def test_checkpoints_without_a_recipe_belong_to_nobody(resume, tmp_path):
     checkpoint(tmp_path / "run", 5)
-    refused(lambda: check_run_dir(recipe(tmp_path), resume), "checkpoints but no recipe.yaml", "another directory")
+    refused(
+        lambda: check_run_dir(recipe(tmp_path), resume), "checkpoints but no recipe.yaml", "another directory"
+    )
 
 
 @pytest.mark.parametrize("resume", [None, True, False])
@@ -105,7 +107,10 @@ def test_the_same_recipe_is_welcome(resume, tmp_path):
     [
         ("train.lr=0.002", ["train.lr is 0.001 there and 0.002 here"]),
         ("method.rank=16", ["method.rank is 8 there and 16 here"]),
-        ("train.optimizer.betas=[0.8, 0.999]", ["train.optimizer.betas is [0.9, 0.999] there and [0.8, 0.999] here"]),
+        (
+            "train.optimizer.betas=[0.8, 0.999]",
+            ["train.optimizer.betas is [0.9, 0.999] there and [0.8, 0.999] here"],
+        ),
         ("method.init.eta=0.001", ["method.init.eta is search there and 0.001 here"]),
         ("targets=[q_proj]", ["targets is all-linear there and ['q_proj'] here"]),
         ("train.seed=1", ["train.seed is 42 there and 1 here"]),
@@ -117,7 +122,12 @@ def test_the_same_recipe_is_welcome(resume, tmp_path):
 def test_another_recipes_run_is_refused_by_the_key_that_differs(resume, override, words, tmp_path):
     begun(tmp_path, 5)
     other = recipe(tmp_path, override)
-    refused(lambda: check_run_dir(other, resume), "holds the run of another recipe", "name another directory", *words)
+    refused(
+        lambda: check_run_dir(other, resume),
+        "holds the run of another recipe",
+        "name another directory",
+        *words,
+    )
 
 
 @pytest.mark.parametrize(

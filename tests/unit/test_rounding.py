@@ -19,7 +19,9 @@ def _stochastic(exact, key=KEY, first=0):
 
 
 def _splitmix64(key: int, position: int) -> int:
-    """Number `position` (from 0) of the sequence that starts from `key`, in Python's integers (Steele, Lea & Flood, Fig. 13)."""
+    """Number `position` (from 0) of the sequence that starts from `key`, in Python's integers (Steele, Lea &
+    Flood, Fig. 13).
+    """
     z = (key + (position + 1) * 0x9E3779B97F4A7C15) & WORD
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & WORD
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & WORD
@@ -89,7 +91,10 @@ def test_small_updates_add_up_where_nearest_loses_them_all():
 
 def test_its_error_is_root_two_times_that_of_nearest():
     exact = _normal(100_000)
-    errors = [(rounded(exact, torch.bfloat16, how, KEY, 0).float() - exact).norm() for how in ("stochastic", "nearest")]
+    errors = [
+        (rounded(exact, torch.bfloat16, how, KEY, 0).float() - exact).norm()
+        for how in ("stochastic", "nearest")
+    ]
     assert errors[0] / errors[1] == pytest.approx(2**0.5, rel=0.01)
 
 
@@ -115,7 +120,9 @@ def test_it_draws_the_same_again_and_touches_neither_the_input_nor_global_state(
     assert torch.equal(exact, before) and torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("other", [(43, "layers.0.q", 1), (42, "layers.0.k", 1), (42, "layers.0.q", 2)], ids=str)
+@pytest.mark.parametrize(
+    "other", [(43, "layers.0.q", 1), (42, "layers.0.k", 1), (42, "layers.0.q", 2)], ids=str
+)
 def test_another_seed_layer_or_write_draws_other_bits(other):
     assert rounding_key(*other) != KEY
     exact = torch.full((4096,), 1 + 0.5 / 128)
@@ -124,7 +131,12 @@ def test_another_seed_layer_or_write_draws_other_bits(other):
 
 
 def test_keys_are_of_63_bits_and_their_parts_do_not_run_together():
-    keys = {rounding_key(seed, layer, number) for seed in (1, 11) for layer in ("a", "a1", "1a") for number in range(1, 112)}
+    keys = {
+        rounding_key(seed, layer, number)
+        for seed in (1, 11)
+        for layer in ("a", "a1", "1a")
+        for number in range(1, 112)
+    }
     assert len(keys) == 2 * 3 * 111
     assert all(0 <= key < 1 << 63 for key in keys) and max(keys) > 1 << 62
     assert rounding_key(42, "a", 1) == rounding_key(42, "a", 1)
@@ -135,14 +147,18 @@ def test_keys_are_of_63_bits_and_their_parts_do_not_run_together():
 
 @pytest.mark.parametrize("how", ["nearest", "stochastic"])
 def test_what_bfloat16_can_hold_stays_what_it_is(how):
-    exact = torch.cat([_normal(5000).bfloat16().float(), torch.tensor([0.0, -0.0, 3.38e38]).bfloat16().float()])
+    exact = torch.cat(
+        [_normal(5000).bfloat16().float(), torch.tensor([0.0, -0.0, 3.38e38]).bfloat16().float()]
+    )
     result = rounded(exact, torch.bfloat16, how, KEY, 0)
     assert torch.equal(result.float().view(torch.int32), exact.view(torch.int32))
 
 
 @pytest.mark.parametrize("how", ["nearest", "stochastic"])
 def test_infinities_and_nan_stay_what_they_are(how):
-    payloads = torch.tensor([0x7F800001, 0x7FFFFFFF, -1], dtype=torch.int32).view(torch.float32)  # NaNs in the bits that are cut
+    payloads = torch.tensor([0x7F800001, 0x7FFFFFFF, -1], dtype=torch.int32).view(
+        torch.float32
+    )  # NaNs in the bits that are cut
     exact = torch.cat([torch.tensor([float("inf"), -float("inf"), float("nan")]), payloads]).repeat(100)
     result = rounded(exact, torch.bfloat16, how, KEY, 0).float()
     torch.testing.assert_close(result, exact, rtol=0, atol=0, equal_nan=True)

@@ -1,4 +1,6 @@
-"""Model and data are brought by one rank of a node; where that may be a download, all of them say what they wait for."""
+"""Model and data are brought by one rank of a node; where that may be a download, all of them say what they
+wait for.
+"""
 
 import logging
 
@@ -64,7 +66,11 @@ def test_what_is_here_needs_no_word(rank, brought, tmp_path, caplog):
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize(
     ("model", "task", "what"),
-    [("some/model", "arithmetic", "the model"), (".", "gsm8k", "the data"), ("some/model", "gsm8k", "the model and the data")],
+    [
+        ("some/model", "arithmetic", "the model"),
+        (".", "gsm8k", "the data"),
+        ("some/model", "gsm8k", "the model and the data"),
+    ],
 )
 def test_a_download_is_told_by_who_makes_it_and_by_who_waits(rank, model, task, what, brought, caplog):
     assert said(OneOfTwo(rank), recipe(model, task), caplog) == [f"{what}: {WAITING}"]

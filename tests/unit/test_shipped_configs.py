@@ -79,7 +79,12 @@ def test_recipe_with_another_method(path, method):
 def smollm2_shapes(tmp_path_factory):
     """A model directory without weights, whose layers are as wide as SmolLM2-135M's."""
     directory = tmp_path_factory.mktemp("smollm2")
-    widths = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
+    widths = {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+    }
     LlamaConfig(num_hidden_layers=2, vocab_size=64, **widths).save_pretrained(directory)
     return directory
 
@@ -87,7 +92,9 @@ def smollm2_shapes(tmp_path_factory):
 @pytest.mark.parametrize("method", registry())
 def test_quickstart_runs_every_method(method, smollm2_shapes, tmp_path):
     """Not only the one that its rank was chosen for."""
-    recipe = load_recipe(QUICKSTART, [f"method.name={method}", f"model.path={smollm2_shapes}", f"output_dir={tmp_path}/run"])
+    recipe = load_recipe(
+        QUICKSTART, [f"method.name={method}", f"model.path={smollm2_shapes}", f"output_dir={tmp_path}/run"]
+    )
     check(recipe, Topology(rank=0, world_size=2), resume=None)
     fitted = check_targets(recipe, objective_of(recipe)).method
     assert fitted.rank == recipe.method.rank and fitted.problem_with_length(recipe.train.steps) is None
@@ -105,14 +112,19 @@ def paper(name):
 
 
 @pytest.mark.parametrize(
-    "name, model", [("mistral-7b-metamath", "mistralai/Mistral-7B-v0.1"), ("gemma2-9b-metamath", "google/gemma-2-9b")]
+    "name, model",
+    [("mistral-7b-metamath", "mistralai/Mistral-7B-v0.1"), ("gemma2-9b-metamath", "google/gemma-2-9b")],
 )
 def test_settings_of_the_arithmetic_experiment(name, model):
     recipe, settings = paper(name)
     assert settings == (
         "lora_sb", 96, 0.0, 0.001, "all-linear", "bfloat16", "train[:50000]", 512, 1, None, 1, 32, 1e-4, "cosine", 0.02,
     )  # fmt: skip
-    assert (recipe.model.path, recipe.data.task, recipe.data.path) == (model, "metamath", "meta-math/MetaMathQA")
+    assert (recipe.model.path, recipe.data.task, recipe.data.path) == (
+        model,
+        "metamath",
+        "meta-math/MetaMathQA",
+    )
 
 
 def test_settings_of_the_commonsense_experiment():
@@ -131,14 +143,24 @@ def test_settings_of_the_commonsense_experiment():
 @pytest.mark.parametrize("path", ZEROS, ids=by_name)
 def test_zero_config_resolves(path, dtype, world, tmp_path):
     recipe = load_recipe(
-        QUICKSTART, [f"deepspeed={path}", f"model.dtype={dtype}", "train.global_batch_size=64", "train.micro_batch_size=8",
-                     f"output_dir={tmp_path}/run"]
+        QUICKSTART,
+        [
+            f"deepspeed={path}",
+            f"model.dtype={dtype}",
+            "train.global_batch_size=64",
+            "train.micro_batch_size=8",
+            f"output_dir={tmp_path}/run",
+        ],
     )
     config, _ = resolve_deepspeed(recipe, world, 576)
     assert '"auto"' not in json.dumps(config)
     assert config["train_batch_size"] == 64 and config["gradient_clipping"] == 1.0
     assert config["bf16"] == {"enabled": dtype == "bfloat16"}
-    assert config["tensorboard"] == {"enabled": True, "output_path": f"{tmp_path}/run/tensorboard", "job_name": "."}
+    assert config["tensorboard"] == {
+        "enabled": True,
+        "output_path": f"{tmp_path}/run/tensorboard",
+        "job_name": ".",
+    }
 
 
 @pytest.mark.parametrize("path", ZEROS, ids=by_name)
@@ -157,4 +179,8 @@ def test_zero_config_is_accepted_by_deepspeed(path, tmp_path):
     assert parsed.zero_config.memory_efficient_linear == (section["stage"] != 3)
     assert parsed.bfloat16_config.enabled and parsed.gradient_clipping == 1.0
     assert parsed.monitor_config.tensorboard.enabled
-    assert (parsed.train_batch_size, parsed.train_micro_batch_size_per_gpu, parsed.gradient_accumulation_steps) == (32, 16, 2)
+    assert (
+        parsed.train_batch_size,
+        parsed.train_micro_batch_size_per_gpu,
+        parsed.gradient_accumulation_steps,
+    ) == (32, 16, 2)

@@ -1,4 +1,6 @@
-"""`launch/slurm.sbatch` without a SLURM: what it asks srun and scontrol for, seen by stand-ins of these that write it down."""
+"""`launch/slurm.sbatch` without a SLURM: what it asks srun and scontrol for, seen by stand-ins of these that
+write it down.
+"""
 
 import os
 import shlex
@@ -111,13 +113,25 @@ def test_a_command_line_of_sbatch_overrides_what_the_file_asks_for():
         ([], {}, "which recipe?"),
         (["train.lr=1", "recipe.yaml"], {}, "the recipe comes first, before 'train.lr=1'"),
         (["recipe.yaml", "lr"], {}, "unexpected argument 'lr'"),
-        (["--nodes=2", "recipe.yaml"], {}, "unknown option --nodes: --help lists them, and sbatch's own stand before the script"),
+        (
+            ["--nodes=2", "recipe.yaml"],
+            {},
+            "unknown option --nodes: --help lists them, and sbatch's own stand before the script",
+        ),
         (["recipe.yaml", "-N", "2"], {}, "unknown option -N"),
         (["recipe.yaml", "--python"], {}, "--python needs a value"),
         (["recipe.yaml", "--python="], {}, "--python needs a value"),
         (["recipe.yaml", "--max-restarts", "many"], {}, "a whole number, not 'many'"),
-        (["recipe.yaml", "--python", "/nowhere/python"], {}, "/nowhere/python is no python with distlora in it"),
-        (["recipe.yaml"], {"PATH": "/usr/bin:/bin", "PYTHONPATH": None}, "no python with distlora on PATH or in"),
+        (
+            ["recipe.yaml", "--python", "/nowhere/python"],
+            {},
+            "/nowhere/python is no python with distlora in it",
+        ),
+        (
+            ["recipe.yaml"],
+            {"PATH": "/usr/bin:/bin", "PYTHONPATH": None},
+            "no python with distlora on PATH or in",
+        ),
         (["recipe.yaml"], {"SLURMD_NODENAME": None}, "this is a job of SLURM"),  # in a shell of salloc
         (["recipe.yaml"], {"SLURM_JOB_ID": None}, "this is a job of SLURM: sbatch launch/slurm.sbatch"),
         (["recipe.yaml"], {"SLURM_GPUS_ON_NODE": None}, "how many ranks a node? sbatch --gpus-per-node=N"),
@@ -129,13 +143,33 @@ def test_a_command_line_of_sbatch_overrides_what_the_file_asks_for():
             "--ntasks=3 is uneven over the nodes (2,1)",
         ),
         (["recipe.yaml", "--sweep", "s"], {}, "--sweep is for arrays: sbatch --array=0-N"),
-        (["recipe.yaml"], {"SLURM_ARRAY_TASK_ID": "0", "SLURM_ARRAY_JOB_ID": "7"}, "the array's tasks would all train the same"),
+        (
+            ["recipe.yaml"],
+            {"SLURM_ARRAY_TASK_ID": "0", "SLURM_ARRAY_JOB_ID": "7"},
+            "the array's tasks would all train the same",
+        ),
         (["recipe.yaml", "--interface", "ib7"], {}, "--interface ib7: "),
-        (["recipe.yaml", "--container", "x.sif"], {}, "--container needs pyxis (a plugin of srun), apptainer or singularity"),
-        (["recipe.yaml", "--container", "x", "--container-runtime", "docker"], {}, "pyxis, apptainer or singularity, not 'docker'"),
-        (["recipe.yaml", "--container", "x", "--container-runtime", "apptainer"], {}, "apptainer: it is not on PATH on"),
+        (
+            ["recipe.yaml", "--container", "x.sif"],
+            {},
+            "--container needs pyxis (a plugin of srun), apptainer or singularity",
+        ),
+        (
+            ["recipe.yaml", "--container", "x", "--container-runtime", "docker"],
+            {},
+            "pyxis, apptainer or singularity, not 'docker'",
+        ),
+        (
+            ["recipe.yaml", "--container", "x", "--container-runtime", "apptainer"],
+            {},
+            "apptainer: it is not on PATH on",
+        ),
         (["recipe.yaml", "--container-mounts", "/a:/a"], {}, "need --container IMAGE"),
-        (["r.yaml"], {"NODES_LACK": "/home/r.yaml\\tnode2\\n/home/r.yaml\\tnode1\\n"}, "/home/r.yaml is not there on node1,node2"),
+        (
+            ["r.yaml"],
+            {"NODES_LACK": "/home/r.yaml\\tnode2\\n/home/r.yaml\\tnode1\\n"},
+            "/home/r.yaml is not there on node1,node2",
+        ),
     ],
 )
 def test_a_mistake_is_one_sentence_and_starts_nothing(desk, words, variables, sentence):
@@ -155,7 +189,16 @@ def test_a_mistake_is_one_sentence_and_starts_nothing(desk, words, variables, se
         ({"SLURM_JOB_NUM_NODES": "3", "SLURM_GPUS": "a100:6"}, 6, 2),
         ({"SLURM_JOB_NUM_NODES": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NTASKS": "4"}, 4, 2),
         ({"SLURM_GPUS_ON_NODE": None, "SLURM_NTASKS_PER_NODE": "3", "SLURM_NTASKS": "3"}, 3, 3),
-        ({"SLURM_GPUS_ON_NODE": None, "SLURM_NTASKS": "4", "SLURM_TASKS_PER_NODE": "2(x2)", "SLURM_JOB_NUM_NODES": "2"}, 4, 2),
+        (
+            {
+                "SLURM_GPUS_ON_NODE": None,
+                "SLURM_NTASKS": "4",
+                "SLURM_TASKS_PER_NODE": "2(x2)",
+                "SLURM_JOB_NUM_NODES": "2",
+            },
+            4,
+            2,
+        ),
     ],
 )
 def test_one_task_a_gpu(desk, variables, tasks, each):
@@ -164,7 +207,9 @@ def test_one_task_a_gpu(desk, variables, tasks, each):
     options = desk.called("srun")
     assert {f"--ntasks={tasks}", f"--ntasks-per-node={each}"} <= set(options)
     assert f"{tasks} ranks on node1" in done.stderr
-    assert f"OMP_NUM_THREADS={8 // each}\n" in (desk.folder / "environment").read_text(), "of the node's 8 CPUs"
+    assert f"OMP_NUM_THREADS={8 // each}\n" in (desk.folder / "environment").read_text(), (
+        "of the node's 8 CPUs"
+    )
 
 
 def test_every_task_sees_all_gpus_and_too_few_cpus_are_shared(desk):
@@ -229,24 +274,38 @@ def test_an_interface(desk):
     desk.add("ip", "#!/bin/sh\necho '2: ib0    inet 10.0.0.5/24 brd 10.0.0.255 scope global ib0'\n")
     assert desk.start("recipe.yaml", "--interface", "ib0").returncode == 0
     there = (desk.folder / "environment").read_text()
-    assert "MASTER_ADDR=10.0.0.5\n" in there and "GLOO_SOCKET_IFNAME=ib0\n" in there and "NCCL_SOCKET_IFNAME==ib0\n" in there
+    assert (
+        "MASTER_ADDR=10.0.0.5\n" in there
+        and "GLOO_SOCKET_IFNAME=ib0\n" in there
+        and "NCCL_SOCKET_IFNAME==ib0\n" in there
+    )
 
 
 # ---------------------------------------------------------------------- arrays
 
 
 def test_a_task_of_an_array_trains_its_line(desk):
-    (desk.folder / "sweep.txt").write_text("# comment\noutput_dir=a\n\n  output_dir='b $(touch evil); c' train.lr=2\n")
+    (desk.folder / "sweep.txt").write_text(
+        "# comment\noutput_dir=a\n\n  output_dir='b $(touch evil); c' train.lr=2\n"
+    )
     array = {"SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_JOB_ID": "7", "SRUN_EXIT": "75"}
     done = desk.start("recipe.yaml", "--sweep", "sweep.txt", "train.steps=3", **array)
-    assert desk.ranks()[4:] == [str(desk.folder / "recipe.yaml"), "train.steps=3", "output_dir=b $(touch evil); c", "train.lr=2"]
+    assert desk.ranks()[4:] == [
+        str(desk.folder / "recipe.yaml"),
+        "train.steps=3",
+        "output_dir=b $(touch evil); c",
+        "train.lr=2",
+    ]
     assert not (desk.folder / "evil").exists()
     assert desk.called("scontrol") == ["requeue", "7_1"], f"this task alone\n{done.stderr}"
 
 
 @pytest.mark.parametrize(
     ("text", "sentence"),
-    [("output_dir=a\n", "has no line 1, only 1, counted from 0"), ("a=1\nb=2\n", "lines 0 and 1 share the output directory")],
+    [
+        ("output_dir=a\n", "has no line 1, only 1, counted from 0"),
+        ("a=1\nb=2\n", "lines 0 and 1 share the output directory"),
+    ],
 )
 def test_a_wrong_sweep_starts_nothing(desk, text, sentence):
     (desk.folder / "sweep.txt").write_text(text)
@@ -292,7 +351,9 @@ def test_so_often_and_no_more(desk):
 
 @pytest.mark.parametrize(("restarts", "again"), [(None, False), ("1", True)])
 def test_a_node_that_is_gone(desk, restarts, again):
-    """SLURM may not have noticed yet when the job is back. At the first start it is rather the cluster that is wrong."""
+    """SLURM may not have noticed yet when the job is back. At the first start it is rather the cluster that
+    is wrong.
+    """
     done = desk.start("recipe.yaml", NODES_EXIT="1", SLURM_RESTART_COUNT=restarts)
     assert done.returncode == 1 and "a node of node1 does not run what it is told to" in done.stderr
     assert desk.called("scontrol") == (["requeue", "7"] if again else []) and desk.called("srun") == []
@@ -340,7 +401,9 @@ def test_a_signal_just_before_the_ranks_run(desk):
 
 def test_pyxis(desk):
     image = ["--container", "ghcr.io#own/image:1", "--container-mounts", "/data:/data"]
-    done = desk.start("recipe.yaml", *image, "a=b c", SRUN_HELP=CONTAINERS, DISTLORA_PYTHON="/the/hosts/python")
+    done = desk.start(
+        "recipe.yaml", *image, "a=b c", SRUN_HELP=CONTAINERS, DISTLORA_PYTHON="/the/hosts/python"
+    )
     assert done.returncode == 0, done.stderr
     here, options = desk.folder, desk.called("srun")
     assert "--container-image=ghcr.io#own/image:1" in options and f"--container-workdir={here}" in options
@@ -351,7 +414,9 @@ def test_pyxis(desk):
 
 def test_apptainer(desk):
     desk.add("apptainer", "#!/bin/sh\n")
-    done = desk.start("recipe.yaml", "--container", "an image.sif", "--python", "/opt/venv/bin/python", "a=b c")
+    done = desk.start(
+        "recipe.yaml", "--container", "an image.sif", "--python", "/opt/venv/bin/python", "a=b c"
+    )
     assert done.returncode == 0, done.stderr
     here = desk.folder
     assert desk.ranks() == [
@@ -363,7 +428,11 @@ def test_apptainer(desk):
 def test_a_directory_that_cannot_be_mounted(desk):
     (desk.folder / "a:b").mkdir()
     done = desk.start("a:b/recipe.yaml", "--container", "image", SRUN_HELP=CONTAINERS)
-    assert done.returncode == 2 and f"{desk.folder}/a:b as a directory" in done.stderr and desk.called("srun") == []
+    assert (
+        done.returncode == 2
+        and f"{desk.folder}/a:b as a directory" in done.stderr
+        and desk.called("srun") == []
+    )
 
 
 def test_in_a_container_the_outcome_is_asked_there_too(desk):

@@ -46,13 +46,25 @@ def test_defaults():
     method = SRLoRA()
     assert (method.rank, method.directions, method.gamma, method.scaling) == (8, 32, 0.5, 1.0)
     assert SRLoRA(rank=96).directions == 384 and SRLoRA(rank=2, target_rank=None).directions == 8
-    assert (method.schedule, method.refill, method.rounding, method.interval) == ("fixed", "spectrum", "nearest", None)
+    assert (method.schedule, method.refill, method.rounding, method.interval) == (
+        "fixed",
+        "spectrum",
+        "nearest",
+        None,
+    )
     assert (method.replaced_at_once, method.most_swaps) == (4, 6)
 
 
 @pytest.mark.parametrize(
     ("rank", "gamma", "target_rank", "at_once", "swaps"),
-    [(8, 0.5, 32, 4, 6), (8, 0.5, 12, 4, 1), (8, 0.5, 15, 4, 1), (8, 1.0, 64, 8, 7), (7, 0.5, 32, 3, 8), (5, 0.2, 9, 1, 4)],
+    [
+        (8, 0.5, 32, 4, 6),
+        (8, 0.5, 12, 4, 1),
+        (8, 0.5, 15, 4, 1),
+        (8, 1.0, 64, 8, 7),
+        (7, 0.5, 32, 3, 8),
+        (5, 0.2, 9, 1, 4),
+    ],
 )
 def test_sizes_follow_from_gamma_and_target_rank(rank, gamma, target_rank, at_once, swaps):
     method = SRLoRA(rank=rank, gamma=gamma, target_rank=target_rank)
@@ -71,7 +83,9 @@ def test_gamma_out_of_range_is_refused(gamma):
 
 
 def test_a_gamma_of_no_component_is_refused_with_one_that_works():
-    with pytest.raises(pydantic.ValidationError, match="gamma=0.1 of rank 8 is no component: set it to at least 0.125"):
+    with pytest.raises(
+        pydantic.ValidationError, match="gamma=0.1 of rank 8 is no component: set it to at least 0.125"
+    ):
         SRLoRA(rank=8, gamma=0.1)
     assert SRLoRA(rank=8, gamma=0.125).replaced_at_once == 1
     for rank in range(1, 200):  # what the sentence says works for every rank
@@ -82,7 +96,9 @@ def test_a_gamma_of_no_component_is_refused_with_one_that_works():
 
 
 def test_a_target_rank_without_room_is_refused_with_one_that_works():
-    with pytest.raises(pydantic.ValidationError, match="target_rank=11 leaves nothing to replace with: set it to at least 12"):
+    with pytest.raises(
+        pydantic.ValidationError, match="target_rank=11 leaves nothing to replace with: set it to at least 12"
+    ):
         SRLoRA(rank=8, target_rank=11)
     assert SRLoRA(rank=8, target_rank=12).most_swaps == 1
 
@@ -94,7 +110,9 @@ def test_without_a_schedule_the_other_sizes_do_not_matter():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"window": 0}, {"share": 0}, {"freeze_fraction": 1.0}, {"improvement": -1}, {"windw": 3}], ids=str
+    "wrong",
+    [{"window": 0}, {"share": 0}, {"freeze_fraction": 1.0}, {"improvement": -1}, {"windw": 3}],
+    ids=str,
 )
 def test_wrong_adaptive_settings_are_refused(wrong):
     with pytest.raises(pydantic.ValidationError):
@@ -113,7 +131,10 @@ def test_a_first_step_for_the_refill_is_refused():
 def test_a_reserve_larger_than_the_layer_is_refused():
     assert _method(target_rank=60).problem_with(OUT, IN) is None
     for shape in SHAPES:
-        assert _method(target_rank=61).problem_with(*shape) == "target_rank 61 is above min(out, in) = 60; lower method.target_rank"
+        assert (
+            _method(target_rank=61).problem_with(*shape)
+            == "target_rank 61 is above min(out, in) = 60; lower method.target_rank"
+        )
     assert "rank 61 is above" in _method(rank=61, target_rank=99).problem_with(OUT, IN)
 
 
@@ -123,15 +144,21 @@ def test_an_open_target_rank_is_what_the_smallest_layer_has():
     assert SRLoRA(rank=96).fitted(shapes).most_swaps == 2
     assert SRLoRA(rank=8).fitted(shapes).target_rank == 32, "no more than four times the rank"
     assert SRLoRA(rank=8, target_rank=40).fitted(shapes).target_rank == 40, "what the recipe says stays"
-    assert SRLoRA(rank=96, refill="gradient").fitted(shapes).target_rank == 384, "W's spectrum bounds only what is taken from it"
+    assert SRLoRA(rank=96, refill="gradient").fitted(shapes).target_rank == 384, (
+        "W's spectrum bounds only what is taken from it"
+    )
     assert all(SRLoRA(rank=96).fitted(shapes).problem_with(*shape) is None for shape in shapes)
 
 
 @pytest.mark.parametrize(("rank", "unused"), [(192, 0), (130, 62)])
 def test_a_layer_without_unused_directions_is_refused(rank, unused):
     problem = SRLoRA(rank=rank).fitted([(192, 300)]).problem_with(192, 300)
-    assert f"rank {rank} leaves {unused} of min(out, in) = 192" in problem and problem.endswith("lower method.rank")
-    assert SRLoRA(rank=128).fitted([(192, 300)]).problem_with(192, 300) is None, "64 are left, and 64 replaced"
+    assert f"rank {rank} leaves {unused} of min(out, in) = 192" in problem and problem.endswith(
+        "lower method.rank"
+    )
+    assert SRLoRA(rank=128).fitted([(192, 300)]).problem_with(192, 300) is None, (
+        "64 are left, and 64 replaced"
+    )
 
 
 def test_the_length_of_a_run_is_held_against_a_fitted_target_rank():
@@ -148,11 +175,16 @@ def test_components_from_gradients_need_no_reserve_and_so_no_room():
 
 
 def test_weight_decay_is_refused_under_its_own_name():
-    assert _method().problem_with_decay(0.1).startswith("train.weight_decay=0.1 decays pretrained directions under srlora")
+    assert (
+        _method()
+        .problem_with_decay(0.1)
+        .startswith("train.weight_decay=0.1 decays pretrained directions under srlora")
+    )
     assert _method(decay_pretrained=True).problem_with_decay(0.1) is None
 
 
-#: A recipe key, and methods of which one value of it is the largest for a run of 20 steps, and the next one too large.
+#: A recipe key, and methods of which one value of it is the largest for a run of 20 steps, and the next one
+#: too large.
 LIMITS = [
     ("interval", 19, {}),
     ("interval", 17, {"schedule": "adaptive", "adaptive": {"window": 2}}),
@@ -224,7 +256,9 @@ def test_where_new_components_come_from():
     assert _method().refill_from() == "reserve" and _method().refill_probe() is None
     method = _method(refill="gradient", probe={"samples": 8})
     assert method.refill_from() == "gradient" and method.refill_probe().samples == 8
-    assert method.probe_settings() is None and method.source_matrix() == "weight"  # it starts from W all the same
+    assert (
+        method.probe_settings() is None and method.source_matrix() == "weight"
+    )  # it starts from W all the same
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
@@ -268,12 +302,17 @@ def test_the_reserve_holds_the_next_triplets_in_descending_order(shape, alpha, d
     reserve = method.initialise(_layer(weight, dtype)).reserve
     u, s, vt = torch.linalg.svd(weight.double(), full_matrices=False)
     tolerance = 1e-4 if dtype == torch.float32 else 2e-2
-    assert reserve.left.shape == (shape[0], TARGET - RANK) and reserve.right.shape == (TARGET - RANK, shape[1])
+    assert reserve.left.shape == (shape[0], TARGET - RANK) and reserve.right.shape == (
+        TARGET - RANK,
+        shape[1],
+    )
     for i, k in enumerate(range(RANK, TARGET)):
         component = method.scaling * torch.outer(reserve.left[:, i].double(), reserve.right[i].double())
         exact = s[k] * torch.outer(u[:, k], vt[k])
         assert (component - exact).norm() < tolerance * s[k]
-        assert float(reserve.left[:, i].double().norm()) == pytest.approx(float(reserve.right[i].double().norm()), rel=tolerance)
+        assert float(reserve.left[:, i].double().norm()) == pytest.approx(
+            float(reserve.right[i].double().norm()), rel=tolerance
+        )
 
 
 @every_dtype
@@ -315,7 +354,10 @@ def _trained(method, weight, dtype, seed=5):
     """Initial factors after some training: masters with digits that the low precision does not have."""
     init = method.initialise(_layer(weight, dtype))
     generator = torch.Generator().manual_seed(seed)
-    factors = {name: value + 0.05 * torch.randn(value.shape, generator=generator) for name, value in init.factors.items()}
+    factors = {
+        name: value + 0.05 * torch.randn(value.shape, generator=generator)
+        for name, value in init.factors.items()
+    }
     return init, factors
 
 
@@ -348,9 +390,14 @@ def test_a_swap_fuses_what_the_forward_pass_used_and_takes_out_the_new(alpha, dt
     init, factors = _trained(method, _weight(), dtype)
     used, new = _used(factors, dtype), _fresh(init, 2, first=3)
     answer = method.fuse(factors, used, replaced, new)
-    columns = [*(method.scaling * used["B"][:, k] for k in replaced), *(-method.scaling * new.left[:, i].float() for i in (0, 1))]
+    columns = [
+        *(method.scaling * used["B"][:, k] for k in replaced),
+        *(-method.scaling * new.left[:, i].float() for i in (0, 1)),
+    ]
     assert torch.equal(answer.base_update.left, torch.stack(columns, 1))
-    assert torch.equal(answer.base_update.right, torch.stack([*(used["A"][k] for k in replaced), *new.right.float()]))
+    assert torch.equal(
+        answer.base_update.right, torch.stack([*(used["A"][k] for k in replaced), *new.right.float()])
+    )
     assert answer.replaced == replaced
 
 
@@ -372,7 +419,9 @@ def test_a_swap_touches_the_replaced_components_alone(dtype):
 
 @every_dtype
 def test_all_updates_of_a_run_sum_up_to_the_documented_export(dtype):
-    """ΔW = s·(BA − B₀A₀ − Σ B₁'A₁' + Σ B₁A₁): after swaps, the adapted weight less W0 is what training has learned."""
+    """ΔW = s·(BA − B₀A₀ − Σ B₁'A₁' + Σ B₁A₁): after swaps, the adapted weight less W0 is what training has
+    learned.
+    """
     method, weight = _method(), _weight()
     init, factors = _trained(method, weight, dtype)
     first = _product(method.delta(_used(init.factors, dtype)))
@@ -384,7 +433,9 @@ def test_all_updates_of_a_run_sum_up_to_the_documented_export(dtype):
         factors, total = answer.factors, total + _product(answer.base_update)
         kept = _product(method.delta(_used(factors, dtype)))
         assert (total + kept - learned).norm() < 1e-6 * first.norm()
-        factors["A"] = factors["A"] + 0.02 * torch.randn(RANK, IN, generator=torch.Generator().manual_seed(50 + number))
+        factors["A"] = factors["A"] + 0.02 * torch.randn(
+            RANK, IN, generator=torch.Generator().manual_seed(50 + number)
+        )
         learned = learned + _product(method.delta(_used(factors, dtype))) - kept
 
 
@@ -405,7 +456,9 @@ def test_components_from_a_gradient_are_its_leading_directions_of_descent(shape,
     tolerance = 1e-4 if dtype == torch.float32 else 1e-2
     assert (method.scaling * _product(new) - expected).norm() < tolerance * expected.norm()
     assert float((gradient.double() * _product(new)).sum()) < 0  # downhill, to first order
-    torch.testing.assert_close(new.left.float().norm(dim=0), new.right.float().norm(dim=1), rtol=tolerance, atol=0)
+    torch.testing.assert_close(
+        new.left.float().norm(dim=0), new.right.float().norm(dim=1), rtol=tolerance, atol=0
+    )
 
 
 def test_components_from_a_gradient_leave_it_alone_and_are_deterministic(monkeypatch):

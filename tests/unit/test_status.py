@@ -47,7 +47,9 @@ def test_an_outcome_of_an_earlier_start_is_none(file, tmp_path):
 
 
 def test_a_recipe_and_its_overrides_lead_to_the_run(file, tmp_path):
-    recipe = write_recipe(tmp_path / "recipe.yaml", recipe_of(tmp_path / "model", tmp_path / "data", tmp_path / "run"))
+    recipe = write_recipe(
+        tmp_path / "recipe.yaml", recipe_of(tmp_path / "model", tmp_path / "data", tmp_path / "run")
+    )
     assert call("status", recipe).out == f"{tmp_path / 'run'}: no status\n"
     file.write("done")
     assert call("status", recipe, f"output_dir={tmp_path}").code == 0
@@ -72,8 +74,12 @@ def test_only_an_open_outcome_may_be_written_by_others_than_rank_0(file, tmp_pat
     assert later.is_open() and not file.is_open()
 
 
-@pytest.mark.parametrize(("failed_at", "saved", "again"), [(7, 4, False), (9, 4, False), (5, 4, False), (9, 8, True), (8, 8, True)])
-def test_who_fails_twice_without_having_saved_anything_between_is_not_started_again(tmp_path, failed_at, saved, again):
+@pytest.mark.parametrize(
+    ("failed_at", "saved", "again"), [(7, 4, False), (9, 4, False), (5, 4, False), (9, 8, True), (8, 8, True)]
+)
+def test_who_fails_twice_without_having_saved_anything_between_is_not_started_again(
+    tmp_path, failed_at, saved, again
+):
     first = status_file(tmp_path)
     first.step, first.saved = 7, 4
     first.write("failed", "rank 1 went silent", requeue=True)

@@ -68,7 +68,9 @@ def test_every_cut_has_the_same_loss_and_gradient(size, empty, engine):
     forget(engine)
     assert accumulate(engine, cut(size, empty=empty), response_loss) == pytest.approx(wanted.item(), rel=1e-6)
     for name, gradient in gradients(engine).items():
-        torch.testing.assert_close(gradient, exact[name], rtol=0, atol=1e-5 * float(exact[name].abs().max()), msg=name)
+        torch.testing.assert_close(
+            gradient, exact[name], rtol=0, atol=1e-5 * float(exact[name].abs().max()), msg=name
+        )
 
 
 def test_the_order_of_the_samples_changes_nothing(engine):
@@ -79,7 +81,9 @@ def test_the_order_of_the_samples_changes_nothing(engine):
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_a_mean_of_means_would_be_another_number(size, engine):
-    """On this data the customary average of micro-batch means is far off: the tests above could not pass with it."""
+    """On this data the customary average of micro-batch means is far off: the tests above could not pass with
+    it.
+    """
     losses = [response_loss(engine.module, batch) for batch in cut(size)]
     average = sum(loss.item() / tokens for loss, tokens in losses) / len(losses)
     wanted = whole_loss(engine).item()
@@ -91,11 +95,16 @@ def test_the_count_is_of_predicted_tokens_only():
     none = Sample([1, 2, 3], [-100] * 3, [1, 2, 3], None)
     assert count_targets(collate([full, none], 0)) == 2
     assert count_targets(collate([], 0)) == 0
-    assert count_targets(collate(rows(), 0)) == sum(label != -100 for row in rows() for label in row.labels[1:])
+    assert count_targets(collate(rows(), 0)) == sum(
+        label != -100 for row in rows() for label in row.labels[1:]
+    )
 
 
 def test_the_loss_is_the_one_before_the_step_and_the_rate_is_used(engine):
-    before, factors = whole_loss(engine).item(), {n: p.detach().clone() for n, p in engine.module.named_parameters()}
+    before, factors = (
+        whole_loss(engine).item(),
+        {n: p.detach().clone() for n, p in engine.module.named_parameters()},
+    )
     loss, info = train_step(engine, cut(2), response_loss, rate=0.0)
     assert loss == pytest.approx(before, rel=1e-6) and info.grad_norm > 0 and not info.skipped
     assert all(torch.equal(factors[n], p) for n, p in engine.module.named_parameters())
@@ -133,7 +142,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(value, engine):
 def test_the_evaluation_loss_is_the_token_mean_over_the_whole_set(size, engine):
     parts = shard(COUNT, 0, 1, size)
     batches = [collate([rows()[i] for i in part], 0) for part in parts] + [collate([], 0)]
-    assert evaluation_loss(engine, batches, response_loss) == pytest.approx(whole_loss(engine).item(), rel=1e-6)
+    assert evaluation_loss(engine, batches, response_loss) == pytest.approx(
+        whole_loss(engine).item(), rel=1e-6
+    )
 
 
 def test_evaluation_is_without_dropout_and_gradients_and_training_goes_on(directory):
@@ -153,14 +164,18 @@ def test_evaluation_is_without_dropout_and_gradients_and_training_goes_on(direct
 
 def test_batches_may_come_one_at_a_time(engine):
     """An evaluation set need not lie in memory."""
-    assert evaluation_loss(engine, iter(cut(3)), response_loss) == evaluation_loss(engine, cut(3), response_loss)
+    assert evaluation_loss(engine, iter(cut(3)), response_loss) == evaluation_loss(
+        engine, cut(3), response_loss
+    )
 
 
 # ---------------------------------------------------------------------- several ranks
 
 
 class OneOf:
-    """What step.py needs of a group of ranks, played by one rank after another: `sum` adds up what all would bring."""
+    """What step.py needs of a group of ranks, played by one rank after another: `sum` adds up what all would
+    bring.
+    """
 
     is_main, world_size, device = True, 3, torch.device("cpu")
 
@@ -181,5 +196,7 @@ def test_each_ranks_share_is_divided_by_the_tokens_of_all(engine):
     for rank in range(3):
         parts = micro_batches(range(COUNT), rank, 3, 2, 2)
         engine.comm = OneOf([[tokens]])
-        shares.append(accumulate(engine, [collate([rows()[i] for i in part], 0) for part in parts], response_loss))
+        shares.append(
+            accumulate(engine, [collate([rows()[i] for i in part], 0) for part in parts], response_loss)
+        )
     assert sum(shares) == pytest.approx(wanted, rel=1e-6)

@@ -38,7 +38,11 @@ def end(tmp_path, monkeypatch, caplog):
     def finish(rank: int, alone: bool, status: StatusFile | None, verdict: Verdict = SILENT) -> list[str]:
         caplog.clear()
         company = Supervision(Topology(rank, 4, rank % 2), 9.0)
-        company._hosts, company._heartbeat, company._status = ["node1", "node1", "node2", "node2"], Heart(), status
+        company._hosts, company._heartbeat, company._status = (
+            ["node1", "node1", "node2", "node2"],
+            Heart(),
+            status,
+        )
         with pytest.raises(Ended):
             company._end(verdict, alone)
         return [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
@@ -88,10 +92,16 @@ def test_it_ends_whatever_the_file_system_does(end, tmp_path, alone):
 
 def test_ranks_that_share_a_gpu_are_told_so_before_nccl_fails():
     on_cpus = {3: ("node2", None, 0), 4: ("node2", None, 0)}
-    supervision.refuse_shared_gpus({0: ("node1", "a", 2), 1: ("node1", "b", 2), 2: ("node2", "a", 1)} | on_cpus)
+    supervision.refuse_shared_gpus(
+        {0: ("node1", "a", 2), 1: ("node1", "b", 2), 2: ("node2", "a", 1)} | on_cpus
+    )
     with pytest.raises(UserError) as refused:
-        supervision.refuse_shared_gpus({rank: ["node2" if rank > 1 else "node1", "ab"[rank % 2], 2] for rank in range(6)})
-    assert str(refused.value).startswith("2 ranks on node2 share the GPU a: 2, 4; start one rank a GPU, here 2 (slots in ")
+        supervision.refuse_shared_gpus(
+            {rank: ["node2" if rank > 1 else "node1", "ab"[rank % 2], 2] for rank in range(6)}
+        )
+    assert str(refused.value).startswith(
+        "2 ranks on node2 share the GPU a: 2, 4; start one rank a GPU, here 2 (slots in "
+    )
     assert refused.value.agreed, "every rank knows, and one of them says it"
 
 

@@ -79,7 +79,9 @@ def test_every_line_has_a_directory_of_its_own(recipe, lines, common, shared):
     if shared is None:
         check_directories("sweep.txt", lines, recipe, common)
         return
-    with pytest.raises(UserError, match=f"lines 0 and 1 share the output directory /.*{shared}; give each line an output_dir"):
+    with pytest.raises(
+        UserError, match=f"lines 0 and 1 share the output directory /.*{shared}; give each line an output_dir"
+    ):
         check_directories("sweep.txt", lines, recipe, common)
 
 

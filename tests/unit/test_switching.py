@@ -19,7 +19,9 @@ def _no_share():
 
 
 def _walk(switching, losses, share=lambda: 0.1, first=1):
-    """Every decision of a run with these losses, by step. share: what `low_share` answers, or a function of nothing."""
+    """Every decision of a run with these losses, by step. share: what `low_share` answers, or a function of
+    nothing.
+    """
     made = ((done, switching.after_step(done, loss, share)) for done, loss in enumerate(losses, first))
     return {done: decision for done, decision in made if decision is not None}
 
@@ -32,7 +34,8 @@ def _swaps(decisions):
 
 
 @pytest.mark.parametrize(
-    ("total", "count", "steps"), [(100, 4, (20, 40, 60, 80)), (10, 3, (2, 5, 7)), (4, 3, (1, 2, 3)), (9, 0, ())]
+    ("total", "count", "steps"),
+    [(100, 4, (20, 40, 60, 80)), (10, 3, (2, 5, 7)), (4, 3, (1, 2, 3)), (9, 0, ())],
 )
 def test_fixed_steps_are_spread_evenly(total, count, steps):
     assert fixed_steps(total, count) == steps
@@ -46,14 +49,20 @@ def test_fixed_steps_are_distinct_and_inside_the_run():
             assert all(1 <= step < total for step in steps)
 
 
-@pytest.mark.parametrize(("total", "interval", "steps"), [(10, 3, (3, 6, 9)), (9, 3, (3, 6)), (3, 3, ()), (3, 5, ())])
+@pytest.mark.parametrize(
+    ("total", "interval", "steps"), [(10, 3, (3, 6, 9)), (9, 3, (3, 6)), (3, 3, ()), (3, 5, ())]
+)
 def test_every_steps_leaves_out_the_last_step(total, interval, steps):
     assert every_steps(total, interval) == steps
 
 
 def test_a_fixed_schedule_swaps_at_its_steps_and_says_which_swap_it_is():
     decisions = _walk(FixedSwitching((2, 5, 7)), [1.0] * 10, _no_share)
-    assert decisions == {2: Decision(True, "swap 1 of 3"), 5: Decision(True, "swap 2 of 3"), 7: Decision(True, "swap 3 of 3")}
+    assert decisions == {
+        2: Decision(True, "swap 1 of 3"),
+        5: Decision(True, "swap 2 of 3"),
+        7: Decision(True, "swap 3 of 3"),
+    }
 
 
 def test_a_fixed_schedule_stops_at_its_most_and_says_so_once():
@@ -75,7 +84,9 @@ WINDOW = 5
 FLAT = [1.0] * 100
 
 
-def _adaptive(total=100, most=10, window=WINDOW, improvement=0.01, share=0.25, freeze_fraction=0.1, interval=0):
+def _adaptive(
+    total=100, most=10, window=WINDOW, improvement=0.01, share=0.25, freeze_fraction=0.1, interval=0
+):
     return AdaptiveSwitching(total, most, window, improvement, share, freeze_fraction, interval)
 
 
@@ -87,7 +98,14 @@ def _falling(count=100, factor=0.99):
 def test_a_flat_loss_and_an_idle_half_lead_to_a_swap_with_both_numbers_in_the_reason():
     decisions = _walk(_adaptive(), FLAT[:10])
     assert list(decisions) == [10] and decisions[10].swap
-    for part in ("swap 1 of at most 10", "mean loss 1 → 1", "two windows of 5 steps", "0.01", "carries 0.1 ", "below 0.25"):
+    for part in (
+        "swap 1 of at most 10",
+        "mean loss 1 → 1",
+        "two windows of 5 steps",
+        "0.01",
+        "carries 0.1 ",
+        "below 0.25",
+    ):
         assert part in decisions[10].reason
 
 
@@ -95,7 +113,10 @@ def test_a_loss_that_still_improves_is_left_alone_and_the_share_is_not_asked_for
     decisions = _walk(_adaptive(), _falling()[:89], _no_share)
     assert _swaps(decisions) == []
     assert list(decisions) == list(range(10, 90, WINDOW))  # reconsidered every window
-    assert all(decision.reason.startswith("keep") and "still improving" in decision.reason for decision in decisions.values())
+    assert all(
+        decision.reason.startswith("keep") and "still improving" in decision.reason
+        for decision in decisions.values()
+    )
 
 
 def test_a_busy_half_prevents_the_swap():
@@ -189,7 +210,10 @@ def test_the_last_step_is_never_followed_by_a_swap():
 
 def _varied(count=300):
     """Falls, stays, jumps: every kind of decision occurs."""
-    return [2 * 0.99 ** min(step, 60) + (0.3 if 116 <= step < 180 else 0.0) + 0.01 * (step * 7919 % 13) for step in range(count)]
+    return [
+        2 * 0.99 ** min(step, 60) + (0.3 if 116 <= step < 180 else 0.0) + 0.01 * (step * 7919 % 13)
+        for step in range(count)
+    ]
 
 
 def test_all_kinds_of_decisions_occur_in_the_curve_used_below():

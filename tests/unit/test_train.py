@@ -1,4 +1,6 @@
-"""The run: what is checked before it starts, and how it ends where it must not go on. The rest is in tests/e2e."""
+"""The run: what is checked before it starts, and how it ends where it must not go on. The rest is in
+tests/e2e.
+"""
 
 import json
 import math
@@ -41,7 +43,12 @@ def short_recipe(model, folder):
     content = {
         "model": {"path": str(model), "dtype": "float32", "gradient_checkpointing": False},
         "method": {"name": "lora_xs", "rank": 4},
-        "data": {"task": "gsm8k", "path": str(folder / "rows.jsonl"), "template": "{prompt}\n", "max_length": 32},
+        "data": {
+            "task": "gsm8k",
+            "path": str(folder / "rows.jsonl"),
+            "template": "{prompt}\n",
+            "max_length": 32,
+        },
         "train": {"steps": 3, "global_batch_size": 2, "save_every": 1, "keep_checkpoints": 1, "lr": 0.01},
         "output_dir": str(folder / "run"),
     }
@@ -65,14 +72,32 @@ def short_recipe(model, folder):
         (["model.attention=flush"], "has only auto"),
         (["train.global_batch_size=3", "train.micro_batch_size=2"], "is not divisible"),
         (["deepspeed={train_batch_size: 7}"], "contradicts train_batch_size=7"),
-        (["deepspeed={gradient_cliping: 1}"], "deepspeed section: gradient_cliping: unknown key, did you mean gradient_clipping?"),
-        (["deepspeed={zero_optimization: {stage: 3, offload_param: cpu}}"], 'offload_param: found "cpu", wanted a mapping'),
+        (
+            ["deepspeed={gradient_cliping: 1}"],
+            "deepspeed section: gradient_cliping: unknown key, did you mean gradient_clipping?",
+        ),
+        (
+            ["deepspeed={zero_optimization: {stage: 3, offload_param: cpu}}"],
+            'offload_param: found "cpu", wanted a mapping',
+        ),
         (["method.name=srlora", "method.interval=3"], "method.interval=3 passes step 2"),
         # What does not depend on the length is found where the length is not known yet.
-        (["method.name=pissa", "train.weight_decay=0.1", "train.steps=null", "train.epochs=1"], "decays pretrained directions"),
-        (["model.quantization=int8", "deepspeed={zero_optimization: {stage: 3}}"], "int8 does not go with ZeRO stage 3"),
-        (["model.quantization=nf4", "method.name=full"], "model.quantization: method full trains the weights themselves"),
-        (["model.quantization=int8", "method.name=dora"], "model.quantization: method dora sets norms of rows"),
+        (
+            ["method.name=pissa", "train.weight_decay=0.1", "train.steps=null", "train.epochs=1"],
+            "decays pretrained directions",
+        ),
+        (
+            ["model.quantization=int8", "deepspeed={zero_optimization: {stage: 3}}"],
+            "int8 does not go with ZeRO stage 3",
+        ),
+        (
+            ["model.quantization=nf4", "method.name=full"],
+            "model.quantization: method full trains the weights themselves",
+        ),
+        (
+            ["model.quantization=int8", "method.name=dora"],
+            "model.quantization: method dora sets norms of rows",
+        ),
     ],
 )
 def test_what_needs_no_weights_is_found_before_anything_happens(recipe, overrides, expected, tmp_path):
@@ -82,7 +107,9 @@ def test_what_needs_no_weights_is_found_before_anything_happens(recipe, override
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("override", ["data.task=gsm", "model.path=/none", "data.path=/none/a.jsonl", "train.global_batch_size=3"])
+@pytest.mark.parametrize(
+    "override", ["data.task=gsm", "model.path=/none", "data.path=/none/a.jsonl", "train.global_batch_size=3"]
+)
 def test_a_mistake_from_before_the_ranks_meet_is_known_as_such(recipe, override):
     with pytest.raises(UserError) as refused:
         train.check(recipe("train.micro_batch_size=2", override), Topology(), None)
@@ -99,7 +126,9 @@ SRLORA = ["method={name: srlora, rank: 4, target_rank: 8}", "train.steps=50"]
 
 
 def test_the_number_of_swaps_is_held_against_a_length_that_the_data_decide(recipe):
-    """And that the layers decide: from rank 5 to the 20 directions of the smallest one, a component at a time."""
+    """And that the layers decide: from rank 5 to the 20 directions of the smallest one, a component at a
+    time.
+    """
     made = recipe("method={name: srlora, rank: 5, gamma: 0.2}", "train.steps=null", "train.epochs=1")
     train.check(made, Topology(), None)
     with pytest.raises(UserError, match="asks for 15 replacements"):
@@ -114,7 +143,10 @@ def test_single_components_of_8_bit_moments_cannot_be_forgotten(recipe, name):
         f"train.optimizer.name={name} keeps moments in blocks, and srlora as it is set here forgets those of single components; "
         f"set it to {name.removesuffix('8bit')}, or turn the recomposition off in method"
     )
-    for others in ([f"train.optimizer.name={name}", "method.schedule=none"], ["train.optimizer.name=paged_adamw"]):
+    for others in (
+        [f"train.optimizer.name={name}", "method.schedule=none"],
+        ["train.optimizer.name=paged_adamw"],
+    ):
         train.check(recipe(*SRLORA, *others), Topology(), None)
 
 
@@ -126,7 +158,9 @@ def test_a_missing_package_is_found_before_anything_happens(recipe, monkeypatch)
 
 def test_a_good_recipe_passes_and_hub_names_are_left_for_later(recipe, monkeypatch):
     train.check(recipe(), Topology(), None)
-    monkeypatch.setattr("distlora.models.hub.snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
+    monkeypatch.setattr(
+        "distlora.models.hub.snapshot_download", lambda *_, **__: pytest.fail("asked the hub")
+    )
     monkeypatch.setattr("distlora.data.sources._hub_split", lambda *_: pytest.fail("asked the hub"))
     train.check(recipe("model.path=someone/model", "data.path=someone/rows"), Topology(), None)
 
@@ -142,7 +176,15 @@ def test_ranks_need_deepspeed_and_a_batch_for_each(recipe):
 
 @pytest.mark.parametrize(
     ("setting", "available", "count"),
-    [(0.001, 50_000, 50), (0.001, 4000, 25), (0.001, 10, 10), (0.5, 100, 50), (48, 1000, 48), (48, 30, 30), (1, 30, 1)],
+    [
+        (0.001, 50_000, 50),
+        (0.001, 4000, 25),
+        (0.001, 10, 10),
+        (0.5, 100, 50),
+        (48, 1000, 48),
+        (48, 30, 30),
+        (1, 30, 1),
+    ],
 )
 def test_samples_of_the_probe(setting, available, count):
     assert probe_samples(setting, available) == count
@@ -159,7 +201,12 @@ def packed_run(model, tmp_path_factory):
         "\n".join(json.dumps({"question": f"What is {n}?", "answer": f"It is {n}"}) for n in range(6))
     )
     content = {
-        "model": {"path": str(model), "dtype": "float32", "gradient_checkpointing": False, "quantization": "nf4"},
+        "model": {
+            "path": str(model),
+            "dtype": "float32",
+            "gradient_checkpointing": False,
+            "quantization": "nf4",
+        },
         "method": {"name": "pissa", "rank": 4},
         "data": {
             "task": "gsm8k",
@@ -185,13 +232,20 @@ def test_a_run_over_packed_weights_trains_is_told_and_evaluates_alike_from_its_c
     assert train.evaluate(recipe, Topology())["loss"] == pytest.approx(summary.after["loss"], rel=1e-6)
 
 
-def test_the_merged_model_is_the_pretrained_one_in_full_precision_with_the_update(packed_run, model, tmp_path):
+def test_the_merged_model_is_the_pretrained_one_in_full_precision_with_the_update(
+    packed_run, model, tmp_path
+):
     recipe, _ = packed_run
     export_run(recipe.output_dir, "merged", tmp_path / "merged")
     export_run(recipe.output_dir, "peft", tmp_path / "adapter")
     layer = "model.layers.1.mlp.up_proj"
-    before, after = (TensorFiles(place, "model").read(f"{layer}.weight") for place in (model, tmp_path / "merged"))
-    a, b = (TensorFiles(tmp_path / "adapter", "adapter_model").read(f"base_model.model.{layer}.lora_{x}.weight") for x in "AB")
+    before, after = (
+        TensorFiles(place, "model").read(f"{layer}.weight") for place in (model, tmp_path / "merged")
+    )
+    a, b = (
+        TensorFiles(tmp_path / "adapter", "adapter_model").read(f"base_model.model.{layer}.lora_{x}.weight")
+        for x in "AB"
+    )
     assert a.shape[0] == 8  # the trained pair and, negated, the one that was taken out
     torch.testing.assert_close(after, before + b @ a)
 
@@ -200,13 +254,19 @@ def test_the_merged_model_is_the_pretrained_one_in_full_precision_with_the_updat
 
 
 def test_a_gradient_that_is_no_number_ends_the_run_before_anything_is_saved(recipe, monkeypatch):
-    """The loss can be finite still. Adam would spread the NaN over the weights, and a checkpoint would keep it."""
+    """The loss can be finite still. Adam would spread the NaN over the weights, and a checkpoint would keep
+    it.
+    """
     plain, steps = LocalEngine.step, iter([1.0, math.nan])
     monkeypatch.setattr(LocalEngine, "step", lambda self: StepInfo(plain(self).grad_norm * next(steps)))
     made = recipe("train.keep_checkpoints=2")
-    with pytest.raises(TrainingError, match="^the optimizer refused step 2: its gradient is not finite; the last good"):
+    with pytest.raises(
+        TrainingError, match="^the optimizer refused step 2: its gradient is not finite; the last good"
+    ):
         train.train(made, Topology())
-    assert "ended: the optimizer refused step 2" in (Path(made.output_dir) / "logs" / "rank-0.log").read_text()
+    assert (
+        "ended: the optimizer refused step 2" in (Path(made.output_dir) / "logs" / "rank-0.log").read_text()
+    )
     assert [path.name for path in Path(made.output_dir).glob("checkpoint-*")] == ["checkpoint-1"]
 
 
@@ -237,7 +297,8 @@ class Asked:
         return self.looks == self.when
 
 
-#: Three micro-batches a step whose dropout draws, an evaluation (of two batches) after the second step, and one at the end.
+#: Three micro-batches a step whose dropout draws, an evaluation (of two batches) after the second step, and
+#: one at the end.
 INTERRUPTED = [
     "method.dropout=0.5", "train.steps=4", "train.global_batch_size=3", "train.save_every=2", "train.eval_every=2",
     "data.eval_split=train[:2]", "targets=[q_proj]",
@@ -256,13 +317,18 @@ def quiet(model, tmp_path_factory):
 def curves(made) -> dict:
     """(step, tag) -> value of all that does not depend on the clock."""
     lines = map(json.loads, (Path(made.output_dir) / "metrics.jsonl").read_text().splitlines())
-    pairs = [((line["step"], tag), value) for line in lines for tag, value in line.items() if tag != "step" and "second" not in tag]
+    pairs = [
+        ((line["step"], tag), value)
+        for line in lines
+        for tag, value in line.items()
+        if tag != "step" and "second" not in tag
+    ]
     assert len(dict(pairs)) == len(pairs)
     return dict(pairs)
 
 
-# Looks 1-2: before and after loading; 3-4: the evaluation before; 5-7: layers; 8-10, 11-13: two steps; 14-15: an evaluation;
-# 16-21: two steps; 22-23: the last evaluation.
+# Looks 1-2: before and after loading; 3-4: the evaluation before; 5-7: layers; 8-10, 11-13: two steps; 14-15:
+# an evaluation; 16-21: two steps; 22-23: the last evaluation.
 @pytest.mark.parametrize("look", [1, 3, 6, 10, 12, 13, 14, 15, 18, 23])
 def test_asked_to_stop_at_any_moment_it_goes_on_as_if_nothing_had_been(recipe, quiet, look):
     wanted, looks = quiet
@@ -324,7 +390,9 @@ def test_every_start_is_recorded_with_where_it_ran(recipe, caplog):
     assert list(first["topology"]["hosts"].values()) == [[0]] and first["deepspeed"] is None
     assert (run_dir / "logs" / "rank-0.log").read_text().count("1 rank on 1 host") == 2
     train.train(made, Topology(), resume=False)
-    assert len(json.loads((run_dir / "environment.json").read_text())) == 1, "a run that begins anew forgets the old one's"
+    assert len(json.loads((run_dir / "environment.json").read_text())) == 1, (
+        "a run that begins anew forgets the old one's"
+    )
 
 
 def test_an_unreadable_file_is_a_users_matter():

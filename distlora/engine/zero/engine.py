@@ -9,7 +9,8 @@ What is relied upon, by stage and optimizer wrapper (DeepSpeed 0.19), each with 
     1, 2   any    DeepSpeedZeroOptimizer       whole on every rank    own fragment: _hp_mapping         _hp_mapping
     3      any    DeepSpeedZeroOptimizer_Stage3  own shard: ds_tensor own shard: grad_position          safe_get_local_grad
 
-A ZeRO-3 shard is flat and row-major: rank k owns elements [k·ps, (k+1)·ps) of ps = ceil(numel / world), the tail is padding.
+A ZeRO-3 shard is flat and row-major: rank k owns elements [k·ps, (k+1)·ps) of ps = ceil(numel / world), the
+tail is padding.
 """
 
 import contextlib
@@ -59,8 +60,9 @@ GRADIENT_BUCKET = 1 << 24
 
 @dataclass(frozen=True)
 class Slice:
-    """The part of one trained tensor whose master and moments lie on this rank: elements [start, start + length) of the flat
-    tensor. master: (length,) view. flat: the optimizer's own parameter that the view lies in, from `offset` on."""
+    """The part of one trained tensor whose master and moments lie on this rank: elements [start, start +
+    length) of the flat tensor. master: (length,) view. flat: the optimizer's own parameter that the view lies
+    in, from `offset` on."""
 
     start: int
     length: int
@@ -74,7 +76,9 @@ class Slice:
 
 
 class _Runner(nn.Module):
-    """What DeepSpeed wraps: runs any function of the bare model as one forward pass, so that all of ZeRO's hooks see it."""
+    """What DeepSpeed wraps: runs any function of the bare model as one forward pass, so that all of ZeRO's
+    hooks see it.
+    """
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -97,7 +101,8 @@ class ZeroEngine:
         self._offload = (zero.get("offload_optimizer") or {}).get("device") == "cpu"
         # DeepSpeed's own CPU Adam is faster but has to be compiled; the config says whether it must be used.
         self._cpu_adam = self._offload and config.get("zero_force_ds_cpu_optimizer", True)
-        # Before the first zero.Init, which would otherwise read the config as for one rank. The process group is there already.
+        # Before the first zero.Init, which would otherwise read the config as for one rank. The process group
+        # is there already.
         with contextlib.redirect_stdout(io.StringIO()):  # every rank would print that an operator was built
             deepspeed.init_distributed(comm.backend, auto_mpi_discovery=False, verbose=False)
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -106,22 +111,26 @@ class ZeroEngine:
 
     @contextmanager
     def loading(self, whole: bool = False) -> Iterator[None]:
-        # from_pretrained looks the object up through a weak reference: partitioned loading lasts as long as this variable.
+        # from_pretrained looks the object up through a weak reference: partitioned loading lasts as long as
+        # this variable.
         partitioned = HfDeepSpeedConfig(self._config) if self.stage == 3 and not whole else None
         yield
         del partitioned
 
     def attaching(self) -> AbstractContextManager:
-        # With hpZ the groups of ranks may be made only once, which loading has done; `start` partitions the factors then.
+        # With hpZ the groups of ranks may be made only once, which loading has done; `start` partitions the
+        # factors then.
         if self.stage < 3 or self._config["zero_optimization"].get("zero_hpz_partition_size", 1) > 1:
             return nullcontext()
-        # The dtype comes from the config: one that is given here DeepSpeed 0.19 replaces by bfloat16 on a CPU without float16.
+        # The dtype comes from the config: one that is given here DeepSpeed 0.19 replaces by bfloat16 on a CPU
+        # without float16.
         return deepspeed.zero.Init(config_dict_or_path=self._config)
 
     def start(self, model: nn.Module, optimizer: OptimizerSpec) -> None:
         self.module, self.optimizer = model, optimizer
         if self.stage == 3:
-            # DeepSpeed places what it partitions; the buffers of a model that was loaded whole are still on the host.
+            # DeepSpeed places what it partitions; the buffers of a model that was loaded whole are still on
+            # the host.
             for buffer in model.buffers():
                 buffer.data = buffer.data.to(self.comm.device)
         trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -139,22 +148,29 @@ class ZeroEngine:
         # Under stage 0 in float32 DeepSpeed keeps no wrapper, and `optimizer` is the base optimizer itself.
         wrapper = self._engine.optimizer
         self._optimizer = wrapper if isinstance(wrapper, torch.optim.Optimizer) else wrapper.optimizer
-        # FP16_UnfusedOptimizer takes a step with zero gradients when it is made, which would put Adam's count one off.
+        # FP16_UnfusedOptimizer takes a step with zero gradients when it is made, which would put Adam's count
+        # one off.
         self._optimizer.state.clear()
 
     def _build(self, spec: OptimizerSpec, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         if not self._cpu_adam:
             return spec.build(groups)
-        return DeepSpeedCPUAdam(groups, spec.lr, betas=spec.betas, eps=spec.eps, weight_decay=spec.weight_decay, adamw_mode=True)
+        return DeepSpeedCPUAdam(
+            groups, spec.lr, betas=spec.betas, eps=spec.eps, weight_decay=spec.weight_decay, adamw_mode=True
+        )
 
     def _locate(self) -> dict[str, Slice | None]:
-        """The own slice of every trained tensor, by the table in the module's docstring; None where the rank owns nothing."""
+        """The own slice of every trained tensor, by the table in the module's docstring; None where the rank
+        owns nothing.
+        """
         wrapper = self._engine.optimizer
         if isinstance(wrapper, DeepSpeedZeroOptimizer_Stage3):
             return {name: self._stage3_slice(wrapper, p) for name, p in self._trained.items()}
         if isinstance(wrapper, (DeepSpeedZeroOptimizer, BF16_Optimizer)):
             partitioned = isinstance(wrapper, DeepSpeedZeroOptimizer)
-            flats = wrapper.single_partition_of_fp32_groups if partitioned else wrapper.fp32_groups_flat_partition
+            flats = (
+                wrapper.single_partition_of_fp32_groups if partitioned else wrapper.fp32_groups_flat_partition
+            )
             return {name: _fragment_slice(flats, p) for name, p in self._trained.items()}
         if isinstance(wrapper, FP16_UnfusedOptimizer):
             pairs = zip(sum(wrapper.fp16_groups, []), sum(wrapper.fp32_groups, []))
@@ -189,7 +205,8 @@ class ZeroEngine:
         return self._engine(function, *arguments)
 
     def backward(self, loss: Tensor) -> None:
-        # DeepSpeed divides by the accumulation steps and averages over ranks; both are undone, so that gradients add up.
+        # DeepSpeed divides by the accumulation steps and averages over ranks; both are undone, so that
+        # gradients add up.
         self._engine.backward(loss * (self._engine.gradient_accumulation_steps() * self.comm.world_size))
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()
@@ -211,7 +228,8 @@ class ZeroEngine:
         return torch.nn.utils.get_total_norm([p.grad for p in self._trained.values() if p.grad is not None])
 
     def _transform(self) -> float:
-        """Transformed gradients for the layers whose method wants them, and all gradients clipped by the norm of before.
+        """Transformed gradients for the layers whose method wants them, and all gradients clipped by the norm
+        of before.
 
         Returns that norm.
         """
@@ -253,17 +271,25 @@ class ZeroEngine:
 
     def _norm(self) -> float:
         """L2 norm of all averaged gradients, as they are now."""
-        squares = [self._gradient(name).double().square().sum() for name in self._trained if self._speaks_for(name)]
+        squares = [
+            self._gradient(name).double().square().sum() for name in self._trained if self._speaks_for(name)
+        ]
         (total,) = self.comm.sum(float(sum(squares)))
         return total**0.5
 
     def _speaks_for(self, name: str) -> bool:
-        """Whether this rank's part counts in a sum over ranks: at stage 0 every rank holds everything, and rank 0 speaks."""
+        """Whether this rank's part counts in a sum over ranks: at stage 0 every rank holds everything, and
+        rank 0 speaks.
+        """
         return self._slices[name] is not None and (self.stage > 0 or self.comm.is_main)
 
     def parts(self, layer: AdapterLinear, gradients: bool = False) -> dict[str, Part]:
         names = {factor: f"{layer.name}.{factor}" for factor in layer.method.trains}
-        return {factor: self._part(name, gradients) for factor, name in names.items() if self._slices[name] is not None}
+        return {
+            factor: self._part(name, gradients)
+            for factor, name in names.items()
+            if self._slices[name] is not None
+        }
 
     def _part(self, name: str, gradients: bool) -> Part:
         own, gradient = self._slices[name], self._gradient(name) if gradients else None
@@ -278,14 +304,20 @@ class ZeroEngine:
             self._map_bucket(bucket, change)
 
     def _cut_up(self, layer: AdapterLinear) -> dict[tuple[str, str], int]:
-        """Sizes of what a collective has to make whole to change a layer's gradients: those, and at stage 3 the factors."""
+        """Sizes of what a collective has to make whole to change a layer's gradients: those, and at stage 3
+        the factors.
+        """
         names = [("gradient", factor) for factor in layer.method.trains]
         if self.stage == 3:
             names += [("factor", factor) for factor in layer.method.factor_names]
-        return {(kind, f"{layer.name}.{factor}"): self._size(f"{layer.name}.{factor}") for kind, factor in names}
+        return {
+            (kind, f"{layer.name}.{factor}"): self._size(f"{layer.name}.{factor}") for kind, factor in names
+        }
 
     def _map_bucket(self, layers: list[AdapterLinear], change: GradientMap) -> None:
-        """One collective makes all of a bucket whole; then every rank keeps its own slices of the new gradients."""
+        """One collective makes all of a bucket whole; then every rank keeps its own slices of the new
+        gradients.
+        """
         sizes = {key: size for layer in layers for key, size in self._cut_up(layer).items()}
         flat = torch.zeros(sum(sizes.values()), device=self.comm.device)
         views = dict(zip(sizes, flat.split(list(sizes.values()))))
@@ -299,9 +331,13 @@ class ZeroEngine:
         self.comm.all_reduce(flat)
         whole = {key: view.view(self._shape(key[1])) for key, view in views.items()}
         for layer in layers:
-            gradients = {factor: whole["gradient", f"{layer.name}.{factor}"] for factor in layer.method.trains}
+            gradients = {
+                factor: whole["gradient", f"{layer.name}.{factor}"] for factor in layer.method.trains
+            }
             if self.stage == 3:
-                factors = {factor: whole["factor", f"{layer.name}.{factor}"] for factor in layer.method.factor_names}
+                factors = {
+                    factor: whole["factor", f"{layer.name}.{factor}"] for factor in layer.method.factor_names
+                }
             else:
                 factors = {name: factor.detach().float() for name, factor in layer.factors().items()}
             for factor, gradient in change(layer, gradients, factors).items():
@@ -321,7 +357,9 @@ class ZeroEngine:
     def _fragment_gradient(self, parameter: nn.Parameter, own: Slice) -> Tensor:
         fragment = parameter._hp_mapping.get_lp_grad_fragment(parameter._index_in_param_group).view(-1)
         # BF16_Optimizer accumulates the whole tensor on every rank, and steps with its own part of it.
-        return fragment.narrow(0, own.start, own.length) if fragment.numel() == parameter.numel() else fragment
+        return (
+            fragment.narrow(0, own.start, own.length) if fragment.numel() == parameter.numel() else fragment
+        )
 
     def _set_gradient(self, name: str, gradient: Tensor) -> None:
         """Keeps the own slice of a whole gradient."""
@@ -368,7 +406,10 @@ class ZeroEngine:
             yield False
             self._settle()
             return
-        with deepspeed.zero.GatheredParameters(list(self._parameters.values())), _without_hooks(self._engine.module):
+        with (
+            deepspeed.zero.GatheredParameters(list(self._parameters.values())),
+            _without_hooks(self._engine.module),
+        ):
             yield True
 
     def _fits(self) -> bool:
@@ -381,14 +422,18 @@ class ZeroEngine:
         return not too_small
 
     def _settle(self) -> None:
-        """Releases whatever forward passes left gathered or in flight, so that the next one reads `ds_tensor` again."""
+        """Releases whatever forward passes left gathered or in flight, so that the next one reads `ds_tensor`
+        again.
+        """
         if self.stage == 3:
             self._engine.empty_partition_cache()
 
     # ------------------------------------------------------------------ reading and writing
 
     def read(self, layer: AdapterLinear) -> Factors:
-        return {factor: self._read_everywhere(f"{layer.name}.{factor}") for factor in layer.method.factor_names}
+        return {
+            factor: self._read_everywhere(f"{layer.name}.{factor}") for factor in layer.method.factor_names
+        }
 
     def _read_everywhere(self, name: str) -> Tensor:
         parameter = self._parameters[name]
@@ -407,7 +452,9 @@ class ZeroEngine:
 
     @torch.no_grad()
     def _overwrite(self, name: str, value: Tensor) -> None:
-        """Writes a whole tensor into both copies: the low-precision one that forward reads and the own slice of the master."""
+        """Writes a whole tensor into both copies: the low-precision one that forward reads and the own slice
+        of the master.
+        """
         tell_changed(self._layers, name)
         self._write_low_precision(self._parameters[name], value)
         own = self._slices.get(name)
@@ -423,9 +470,12 @@ class ZeroEngine:
 
     @contextmanager
     def _shard_for_writing(self, parameter: nn.Parameter) -> Iterator[tuple[int, Tensor]]:
-        """(first element, the own ZeRO-3 shard without padding), such that the next forward pass reads what is written."""
+        """(first element, the own ZeRO-3 shard without padding), such that the next forward pass reads what
+        is written.
+        """
         if parameter.ds_status != ZeroParamStatus.NOT_AVAILABLE:
-            # Persistent, or left gathered by a forward pass: the next one would read the gathered copy, not the shard.
+            # Persistent, or left gathered by a forward pass: the next one would read the gathered copy, not
+            # the shard.
             self._settle()
         start, length = self._shard(parameter)
         yield start, parameter.ds_tensor.data[:length]
@@ -451,7 +501,10 @@ class ZeroEngine:
 
     @torch.no_grad()
     def weight_from_owner(self, layer: AdapterLinear, owner: int, weight: Tensor | None) -> float:
-        stored, error = torch.zeros(layer.packing.elements, dtype=layer.packing.storage, device=self.comm.device), 0.0
+        stored, error = (
+            torch.zeros(layer.packing.elements, dtype=layer.packing.storage, device=self.comm.device),
+            0.0,
+        )
         failure = None
         try:
             if self.comm.rank == owner:
@@ -513,7 +566,11 @@ class ZeroEngine:
         if self.stage < 3:
             return parameter.detach().cpu() if self.comm.is_main else None
         shards = self.comm.gather_to(parameter.ds_tensor.detach().to(self.comm.device), 0)
-        return torch.cat(shards)[: parameter.ds_numel].view(parameter.ds_shape).cpu() if self.comm.is_main else None
+        return (
+            torch.cat(shards)[: parameter.ds_numel].view(parameter.ds_shape).cpu()
+            if self.comm.is_main
+            else None
+        )
 
     @torch.no_grad()
     def write_parameter(self, name: str, value: Tensor | None) -> None:
@@ -559,10 +616,14 @@ def _fragment_slice(flats: list[Tensor], parameter: nn.Parameter) -> Slice | Non
     if fragment is None:
         return None
     low, high = fragment.lp_fragment_address, fragment.hp_fragment_address
-    return Slice(low.start, low.numel, fragment.hp_fragment.detach(), flats[fragment.param_group_index], high.start)
+    return Slice(
+        low.start, low.numel, fragment.hp_fragment.detach(), flats[fragment.param_group_index], high.start
+    )
 
 
-def _buckets(layers: list[AdapterLinear], sizes: Callable[[AdapterLinear], dict], limit: int) -> Iterator[list[AdapterLinear]]:
+def _buckets(
+    layers: list[AdapterLinear], sizes: Callable[[AdapterLinear], dict], limit: int
+) -> Iterator[list[AdapterLinear]]:
     """Runs of layers whose sizes add up to at most `limit` (or one layer that has more)."""
     bucket, size = [], 0
     for layer in layers:
@@ -578,7 +639,9 @@ def _buckets(layers: list[AdapterLinear], sizes: Callable[[AdapterLinear], dict]
 
 @contextmanager
 def _without_hooks(root: nn.Module) -> Iterator[None]:
-    """Takes every module's hooks away and puts the same ones back: over gathered weights ZeRO's would release them."""
+    """Takes every module's hooks away and puts the same ones back: over gathered weights ZeRO's would release
+    them.
+    """
     tables = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
     kept = [(module, table, getattr(module, table)) for module in root.modules() for table in tables]
     try:

@@ -1,4 +1,6 @@
-"""`python -m distlora.engine.zero.operators NAME…`: builds operators of DeepSpeed, and loads them, where a run will look for them."""
+"""`python -m distlora.engine.zero.operators NAME…`: builds operators of DeepSpeed, and loads them, where a
+run will look for them.
+"""
 
 import sys
 
@@ -6,7 +8,9 @@ from deepspeed.accelerator import get_accelerator
 
 
 def main(names: list[str]) -> int:
-    """names: of DeepSpeed's builders, such as CPUAdamBuilder. What this machine's accelerator does not have is passed over."""
+    """names: of DeepSpeed's builders, such as CPUAdamBuilder. What this machine's accelerator does not have
+    is passed over.
+    """
     accelerator = get_accelerator()
     for name in names:
         builder = accelerator.create_op_builder(name)

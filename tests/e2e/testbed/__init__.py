@@ -1,6 +1,8 @@
-"""A cluster of three hosts on this machine, made of namespaces by `cluster.sh`: head, node1 and node2, with or without SLURM.
+"""A cluster of three hosts on this machine, made of namespaces by `cluster.sh`: head, node1 and node2, with
+or without SLURM.
 
-Files are shared. Processes, addresses, /dev/shm and links are each host's own; from here, their processes are in /proc like any.
+Files are shared. Processes, addresses, /dev/shm and links are each host's own; from here, their processes are
+in /proc like any.
 """
 
 import contextlib
@@ -23,7 +25,13 @@ SSH_PROGRAMS = {
     "ip": "iproute2", "unshare": "util-linux", "nsenter": "util-linux", "sshd": "openssh-server", "ssh": "openssh-client",
     "ssh-keygen": "openssh-client", "pdsh": "pdsh",
 }  # fmt: skip
-SLURM_PROGRAMS = {"slurmctld": "slurmctld", "slurmd": "slurmd", "sbatch": "slurm-client", "srun": "slurm-client", "munged": "munge"}
+SLURM_PROGRAMS = {
+    "slurmctld": "slurmctld",
+    "slurmd": "slurmd",
+    "sbatch": "slurm-client",
+    "srun": "slurm-client",
+    "munged": "munge",
+}
 #: A look at everything that `cluster.sh` asks of the kernel, in namespaces that end with it.
 _TRIAL = "mount -t tmpfs tmpfs /dev/shm && ip link add one type bridge && ip link add two type veth && hostname trial"
 #: What runs on a host that has nothing to do; srun's and sbatch's own helpers are not among it.
@@ -39,8 +47,22 @@ def lacking(slurm: bool = False) -> str | None:
     missing = {name: package for name, package in wanted.items() if shutil.which(name, path=path) is None}
     if missing:
         packages = " ".join(sorted(set(missing.values())))
-        return f"a cluster of namespaces needs {', '.join(missing)} (Debian and Ubuntu: the packages {packages})"
-    trial = ["unshare", "--net", "--uts", "--ipc", "--pid", "--mount", "--fork", "--mount-proc", "bash", "-c", _TRIAL]
+        return (
+            f"a cluster of namespaces needs {', '.join(missing)} (Debian and Ubuntu: the packages {packages})"
+        )
+    trial = [
+        "unshare",
+        "--net",
+        "--uts",
+        "--ipc",
+        "--pid",
+        "--mount",
+        "--fork",
+        "--mount-proc",
+        "bash",
+        "-c",
+        _TRIAL,
+    ]
     done = subprocess.run(trial, capture_output=True, text=True)
     if done.returncode:
         return f"a cluster of namespaces needs rights that this machine does not give: {done.stderr.strip() or done.returncode}"
@@ -54,10 +76,21 @@ class Cluster:
         """folder: does not exist yet, and has a short path (sockets). name: of no other cluster."""
         self.folder, self.slurm = folder, slurm
         path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
-        self.settings = {"TESTBED_DIR": str(folder), "TESTBED_NAME": name, "TESTBED_OWNER": str(os.getpid()), "PATH": path}
+        self.settings = {
+            "TESTBED_DIR": str(folder),
+            "TESTBED_NAME": name,
+            "TESTBED_OWNER": str(os.getpid()),
+            "PATH": path,
+        }
 
     def _script(self, *words: str) -> str:
-        done = subprocess.run(["bash", SCRIPT, *words], capture_output=True, text=True, env=os.environ | self.settings, timeout=90)
+        done = subprocess.run(
+            ["bash", SCRIPT, *words],
+            capture_output=True,
+            text=True,
+            env=os.environ | self.settings,
+            timeout=90,
+        )
         assert done.returncode == 0, f"cluster.sh {' '.join(words)}: {done.stderr}"
         return done.stdout.strip()
 
@@ -87,8 +120,17 @@ class Cluster:
         found = {}
         for folder in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):  # gone meanwhile
-                if _pid_namespace(int(folder.name)) in spaces and (folder / "comm").read_text().strip() not in _DAEMONS:
-                    command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+                if (
+                    _pid_namespace(int(folder.name)) in spaces
+                    and (folder / "comm").read_text().strip() not in _DAEMONS
+                ):
+                    command = (
+                        (folder / "cmdline")
+                        .read_bytes()
+                        .replace(b"\0", b" ")
+                        .decode(errors="replace")
+                        .strip()
+                    )
                     if command:  # a zombie has none
                         found[int(folder.name)] = command
         return found
@@ -149,7 +191,9 @@ def cluster(folder: Path, name: str, slurm: bool = False) -> Iterator[Cluster]:
         made.down()
 
 
-def wait_for(condition: Callable[[], object], seconds: float, what: str, tell: Callable[[], str] = str) -> float:
+def wait_for(
+    condition: Callable[[], object], seconds: float, what: str, tell: Callable[[], str] = str
+) -> float:
     """Polls until the condition holds; returns the seconds that it took. tell: more to say if it never does."""
     began = time.monotonic()
     while not condition():
