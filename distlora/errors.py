@@ -1,35 +1,38 @@
-"""The ways a run ends early on purpose."""
+"""The exceptions with which a run ends early on purpose."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 
 class Ending(Exception):
-    """Base of all. agreed: every rank ends with this sentence, so rank 0 alone says it. early: it comes
-    before the ranks have met, so the first rank of each node says it: files, packages and what was typed are
-    a node's."""
+    """The base of all. Its message is one sentence for the user.
+
+    agreed: every rank ends with this sentence, so only rank 0 says it. early: it was raised before the ranks
+    have met, so the first rank of each node says it, because files, packages and the command line can differ
+    between nodes.
+    """
 
     agreed: bool = False
     early: bool = False
 
     def __init__(self, sentence: str, agreed: bool | None = None):
-        """agreed: where it is otherwise than usual for the class."""
+        """agreed: replaces the value of the class."""
         super().__init__(sentence)
         if agreed is not None:
             self.agreed = agreed
 
 
 class UserError(Ending):
-    """A mistake of the user's, in one sentence: what is wrong, where, and what to do.
+    """A mistake of the user, in one sentence: what is wrong, where, and what to do.
 
     The command line prints the sentence once and exits with code 2. No traceback is shown.
     """
 
 
 class TrainingError(Ending):
-    """A run that must not go on (a NaN loss, a tensor that does not train), in one sentence.
+    """A run must not continue (a NaN loss, a tensor that does not train). The message is one sentence.
 
-    Raised from numbers that are reduced over ranks, so all ranks raise it alike. The command line prints the
+    It follows from numbers that are reduced over ranks, so all ranks raise it. The command line prints the
     sentence once and exits with code 1.
     """
 
@@ -37,11 +40,10 @@ class TrainingError(Ending):
 
 
 class Preempted(Ending):
-    """A run that was asked to stop (SIGTERM, SIGUSR1) and has stopped, in one sentence; started again it goes
-    on.
+    """A run was asked to stop (SIGTERM, SIGUSR1) and has stopped. The same command continues it.
 
-    All ranks raise it alike. The command line prints the sentence once and exits with code 75, EX_TEMPFAIL in
-    sysexits.h.
+    All ranks raise it. The command line prints the sentence once and exits with code 75, which is EX_TEMPFAIL
+    in sysexits.h.
     """
 
     agreed = True
@@ -49,7 +51,7 @@ class Preempted(Ending):
 
 @contextmanager
 def before_ranks_meet() -> Iterator[None]:
-    """Marks the mistakes that are found in it; see `Ending.early`."""
+    """A context that marks every UserError raised in it as early; see `Ending.early`."""
     try:
         yield
     except UserError as error:

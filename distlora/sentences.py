@@ -1,20 +1,38 @@
 """Parts of the sentences that tell a user what is wrong."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """`, did you mean rank?` if a known name resembles `name`, else nothing: the end of a sentence about an
-    unknown name.
+    """The end of a sentence about an unknown name, such as ", did you mean rank?".
+
+    It is empty if no known name is similar.
     """
     near = difflib.get_close_matches(name, list(known), n=1)
     return f", did you mean {near[0]}?" if near else ""
 
 
+def counted(number: int, noun: str) -> str:
+    """Such as "1 rank" and "2 ranks"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def ranks_on_hosts(ranks: Sequence[int], hosts: Sequence[str] | Mapping[int, str], separator: str) -> str:
+    """Such as "rank 1 on node1; ranks 2, 3 on node2", with the separator "; ". hosts: of every rank."""
+    by_host: dict[str, list[str]] = {}
+    for rank in ranks:
+        by_host.setdefault(hosts[rank], []).append(str(rank))
+    return separator.join(
+        f"rank{'s' if len(numbers) > 1 else ''} {', '.join(numbers)} on {host}"
+        for host, numbers in by_host.items()
+    )
+
+
 def first_line(error: object) -> str:
-    """What an exception, or the output of a program, says in its first line, without a full stop; the name of
-    its class where it says nothing.
+    """The first line of an exception's message or of a program's output, without a full stop.
+
+    An exception without a message gives the name of its class.
     """
     lines = str(error).strip().splitlines()
     return lines[0].rstrip(" .") if lines else type(error).__name__

@@ -52,8 +52,8 @@ _SPECIAL = {
 NAMES = tuple(_SPECIAL)
 
 CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '[' + message['role'] + '] ' + message['content'] + eos_token }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '[assistant] ' }}{% endif %}"
+    "{% for message in messages %}{{ '[' + message['role'] + '] ' + message['content'] + eos_token }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '[assistant] ' }}{% endif %}"
 )
 
 _TEXT = [
@@ -123,8 +123,9 @@ ENCODERS = ("bert", "roberta", "deberta")
 def tiny_encoder_config(name: str, **more) -> PreTrainedConfig:
     """The config of one of ENCODERS, without dropout: two runs of a test are to have the same numbers."""
     sizes = dict(
-        vocab_size=VOCAB_SIZE, hidden_size=60, intermediate_size=131, num_hidden_layers=3, num_attention_heads=6,
-        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, initializer_range=0.05, pad_token_id=1,
+        vocab_size=VOCAB_SIZE, hidden_size=60, intermediate_size=131, num_hidden_layers=3,
+        num_attention_heads=6, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        initializer_range=0.05, pad_token_id=1,
     )  # fmt: skip
     if name == "bert":
         return BertConfig(**sizes, max_position_embeddings=64, **more)
@@ -165,7 +166,9 @@ def tiny_encoder_dir(name: str, parent: Path) -> Path:
 
 
 def tiny_encoder_tokenizer(name: str) -> PreTrainedTokenizerFast:
-    """Bytes between the special tokens of the real ones; BERT's tells the second text of a pair by segments."""
+    """Bytes between the special tokens of the real ones;
+    BERT's tells the second text of a pair by segments.
+    """
     start, end = ("<s>", "</s>") if name == "roberta" else ("[CLS]", "[SEP]")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -11,22 +11,23 @@ import torch
 from torch import Tensor, nn
 
 from distlora.adapter.attach import attach
+from distlora.engine.boundary import take_step
 from distlora.engine.comm import Comm, Topology
 from distlora.engine.local import LocalEngine
 from distlora.engine.optimizers import OptimizerSpec
 from distlora.engine.owners import open_ledger
-from distlora.initialise.factors import initialise, install_gradient_maps
-from distlora.initialise.probe import Probe
+from distlora.initialisation.factors import initialise, install_gradient_maps
+from distlora.initialisation.probe import Probe
 from distlora.methods import Method, registry
 from distlora.recompose.recomposer import Recomposer
-from distlora.recompose.report import SwapReport
+from distlora.recompose.report import RecompositionReport
 from distlora.training.step import accumulate
 
 FP32, BF16 = torch.float32, torch.bfloat16
 SEED, RATE = 11, 1e-2
 BATCH, MICRO_BATCH, CLASSES = 12, 6, 7
 PROBE_SAMPLES = 6
-#: Four swaps of two components in twenty steps, after steps 4, 8, 12 and 16.
+#: Four recompositions of two components in twenty steps, after steps 4, 8, 12 and 16.
 SRLORA = {"name": "srlora", "rank": 4, "target_rank": 12, "gamma": 0.5}
 
 
@@ -58,7 +59,9 @@ def samples(number: int, dtype: torch.dtype, count: int = BATCH) -> dict[str, Te
 
 
 class Run:
-    """A run as the training program makes it: started at W0, `initialise`d unless `fresh`, and then stepped."""
+    """A run as the training program makes it: started at W0, `initialise`d unless `fresh`,
+    and then stepped.
+    """
 
     def __init__(
         self,
@@ -119,22 +122,22 @@ class Run:
         return self.loss_scale * loss, count
 
     def step(
-        self, swap: bool = True, look: Callable[[], object] | None = None
-    ) -> tuple[float, SwapReport | None]:
-        """One step, and what was decided after it. swap: False leaves the decision to a call of `decide`.
+        self, decide: bool = True, look: Callable[[], object] | None = None
+    ) -> tuple[float, RecompositionReport | None]:
+        """One step, and what was decided after it. decide: False leaves the decision to a later call.
         look: called between the backward passes and everything that follows."""
         self.loss = self.backward()
         if look is not None:
             look()
         self.recomposer.on_gradient()
-        self.engine.step()
+        take_step(self.engine)
         self.done += 1
-        return self.loss, self.decide() if swap else None
+        return self.loss, self.decide() if decide else None
 
-    def decide(self) -> SwapReport | None:
+    def decide(self) -> RecompositionReport | None:
         return self.recomposer.after_step(self.done, self.loss)
 
-    def train(self, until: int | None = None) -> tuple[list[float], list[SwapReport]]:
+    def train(self, until: int | None = None) -> tuple[list[float], list[RecompositionReport]]:
         losses, reports = [], []
         while self.done < (self.total if until is None else until):
             loss, report = self.step()
@@ -142,11 +145,11 @@ class Run:
             reports += [report] if report else []
         return losses, reports
 
-    def to_swap(self) -> None:
-        """Trains to just before the next swap: the step is made, and nothing is decided yet."""
-        last = next(step for step in self.recomposer._switching.steps if step > self.done)
+    def to_recomposition(self) -> None:
+        """Trains to just before the next recomposition: the step is made, and nothing is decided yet."""
+        last = next(step for step in self.recomposer._schedule.steps if step > self.done)
         self.train(last - 1)
-        self.step(swap=False)
+        self.step(decide=False)
 
     # ------------------------------------------------------------------ what can be seen
 
@@ -181,7 +184,8 @@ class Run:
         return {
             "done": self.done,
             "frozen": {f"{layer}.{name}": named[f"{layer}.{name}"].detach().clone()
-                       for layer in self.layers for name in self.method.path if name not in self.method.trains},
+                       for layer in self.layers
+                       for name in self.method.path if name not in self.method.trains},
             "trained": {name: self.engine.read_trained(name) for name in self.engine.trained_shapes()},
             "optimizer_steps": self.engine.steps_taken(),
             "ledger": (through_json(self.ledger.describe()), copies(self.ledger.tensors())),

@@ -1,6 +1,7 @@
 """Putting a method on a model: match the targets, replace the layers, freeze the rest, report."""
 
 import fnmatch
+import logging
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
@@ -10,10 +11,12 @@ from torch import nn
 from distlora.adapter.layer import AdapterLinear, PackedLinear
 from distlora.adapter.packed import Packing
 from distlora.errors import UserError
-from distlora.methods import Method
+from distlora.methods import Method, TrainsWeight, writes_weight
 from distlora.sentences import nearest
 
 ALL_LINEAR = "all-linear"
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -77,16 +80,17 @@ def attach(
         problem = method.problem_with(linears[name].out_features, linears[name].in_features)
         if problem:
             raise UserError(f"method {method.name}: layer {name}: {problem} or name other targets")
-        if method.changes_weight and _uses(model, linears[name].weight) > 1:
+        if writes_weight(method) and _uses(model, linears[name].weight) > 1:
             raise UserError(
-                f"targets: {name} shares its weight with another layer, which would change too under {method.name}; leave it out"
+                f"targets: {name} shares its weight with another layer, which would change too under "
+                f"{method.name}; leave it out"
             )
 
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     attached = Attached(method, targets=chosen)
     for name in chosen:
-        if method.trains_weight:
+        if isinstance(method, TrainsWeight):
             for parameter in linears[name].parameters():
                 parameter.requires_grad_(True)
         else:
@@ -112,10 +116,34 @@ def target_linears(
     }
     if not linears:
         raise UserError(f"{type(model).__name__} has no linear layer to adapt")
+    if "" in linears:
+        raise UserError("the model is a linear layer itself, which cannot be replaced; put it into a module")
     chosen = _match(model, linears, targets)
+    unusual = [name for name in chosen if _computes_otherwise(model, name)]
+    if unusual and targets == ALL_LINEAR:
+        log.info("left as they are, since they do not compute x Wᵀ + b themselves: %s", ", ".join(unusual))
+        chosen = [name for name in chosen if name not in unusual]
+    elif unusual:
+        kind = type(linears[unusual[0]]).__name__
+        raise UserError(
+            f"targets: {unusual[0]} ({kind}) does not compute x Wᵀ + b by itself, so that an adapter in its "
+            "place would change the model; leave it out"
+        )
     if not chosen:
         raise UserError(f"targets: {targets} leaves no layer of {type(model).__name__} to adapt; name some")
     return {name: linears[name] for name in chosen}
+
+
+def _computes_otherwise(model: nn.Module, name: str) -> bool:
+    """Whether a linear layer's class has a forward pass of its own, as packed ones of other libraries have,
+    or its parent reads the weight without calling it.
+    """
+    layer, parent = model.get_submodule(name), model.get_submodule(name.rpartition(".")[0])
+    if isinstance(parent, nn.MultiheadAttention):
+        return True
+    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    usual = (nn.Linear.forward, PackedLinear.forward)
+    return type(layer).forward not in usual and layer is not output
 
 
 def _uses(model: nn.Module, weight: nn.Parameter) -> int:

@@ -1,7 +1,7 @@
 """The adapter layer: W, bias and all factors are direct parameters of one module.
 
-One module, so that ZeRO-3 gathers exactly what the layer's own forward and backward use, and releases it
-afterwards.
+It is one module so that ZeRO-3 gathers exactly what the layer's own forward and backward passes use, and
+releases it afterwards. What the forward pass computes depends on the pass that the layer is in, see `passes`.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,19 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from distlora.adapter.packed import Packing
-from distlora.maths.functional import linear, tapped_linear
+from distlora.adapter.passes import Adapted, Bare, Pass, Tap, Tapped, TappedAdapted, Tried
+from distlora.maths.functional import linear
 from distlora.maths.linalg import low_rank_norm, squared_norm
 from distlora.maths.low_rank import LowRank
 from distlora.methods import Factors, Method
 
-Tap = Callable[[Tensor, Tensor], None]
-
 
 class PackedLinear(nn.Linear):
-    """A frozen linear layer whose weight is packed: `weight` is flat, and only `packing` makes (out, in) of
-    it.
+    """A frozen linear layer with a packed weight: `weight` is flat, and `packing` makes (out, in) of it.
 
-    device: where the work of packing is done; what is packed stays where the weight was.
+    device: where packing is computed; the packed weight stays where the weight was.
     """
 
     def __init__(self, linear: nn.Linear, packing: Packing, device: torch.device):
@@ -44,12 +42,12 @@ class PackedLinear(nn.Linear):
 class AdapterLinear(nn.Module):
     """A linear layer `y = x Wᵀ + b` with a method's factors beside W.
 
-    weight: (out, in), frozen; where `packing` is not None it is what that makes W of, flat. bias: (out,) or
-    None, frozen. Each factor is a parameter under its own name, zero until written. name: the layer's name in
-    the bare model, such as `model.layers.0.self_attn.q_proj`.
+    weight: (out, in), frozen; flat and packed where `packing` is not None. bias: (out,) or None, frozen. Each
+    factor is a parameter under its own name, zero until it is written. name: the layer's name in the bare
+    model, such as `model.layers.0.self_attn.q_proj`.
 
-    What a method prepares of W and the factors is kept until `changed` is called: whoever writes into one of
-    them calls it.
+    What a method prepares from W and the factors is kept until `changed` is called. Whoever writes into one
+    of them must call it.
     """
 
     def __init__(self, linear: nn.Linear, method: Method, name: str):
@@ -58,27 +56,28 @@ class AdapterLinear(nn.Module):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
         self.packing: Packing | None = getattr(linear, "packing", None)
-        for factor, shape in method.shapes(self.out_features, self.in_features).items():
+        shapes = method.shapes(self.out_features, self.in_features)
+        self._factor_names = tuple(shapes)
+        for factor, shape in shapes.items():
             empty = torch.zeros(shape, dtype=self.weight.dtype, device=self.weight.device)
             self.register_parameter(factor, nn.Parameter(empty, requires_grad=factor in method.trains))
+        self.present_pass: Pass = Adapted()
         self._beside: LowRank | None = None
-        self._tap: Tap | None = None
-        self._anchor: Tensor | None = None
-        self._tap_adapted = False
-        self._trial: tuple[str, float] | None = None
-        self._bare = False
         self._gradient_hooks: list = []
-        self._version, self._prepared_at = 0, -1
-        self._prepared: Factors = {}
+        self._prepared: Factors | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.present_pass(self, x)
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(out, in). `weight.shape` does not tell: under ZeRO-3 it is empty between passes."""
+        """(out, in). `weight.shape` does not say so: under ZeRO-3 it is empty between passes."""
         return self.out_features, self.in_features
 
     def whole_weight(self, stored: Tensor | None = None) -> Tensor:
-        """W (out, in) in float32, with all that was put beside it; not to be changed. stored: the whole
-        `weight`, where the layer's own is cut up (ZeRO-3, outside the module's own passes)."""
+        """W (out, in) in float32, with all that was put beside it; must not be changed. stored: the whole
+        `weight`, where the layer's own is partitioned (ZeRO-3, outside the module's own passes).
+        """
         stored = self.weight.detach() if stored is None else stored
         weight = (
             stored.float().view(self.shape)
@@ -89,8 +88,8 @@ class AdapterLinear(nn.Module):
         return weight if beside is None else torch.addmm(weight, beside.left.float(), beside.right.float())
 
     def packed(self, weight: Tensor) -> tuple[Tensor, float]:
-        """What is stored for a weight (out, in), float32, with scales of its own from now on; and the squared
-        error of that.
+        """A weight (out, in), float32, as it is stored, and the squared error of that. The scales of the
+        packing become those of this weight.
         """
         stored = self.packing.pack(weight)
         return stored, squared_norm(weight - self.packing.unpack(stored, torch.float32))
@@ -101,10 +100,10 @@ class AdapterLinear(nn.Module):
         return self._beside
 
     def put_beside(self, update: LowRank) -> float:
-        """From now on W is W + left @ right, without a change of what is stored; returns the squared error of
-        the update's cast.
+        """Adds left @ right to W without changing what is stored. Returns the squared error of the pair's
+        cast.
 
-        Not a parameter: every rank holds it whole.
+        The pair is no parameter: every rank holds it whole.
         """
         left, right = (side.detach().to(self.weight.dtype, copy=True) for side in (update.left, update.right))
         error = low_rank_norm(
@@ -121,88 +120,65 @@ class AdapterLinear(nn.Module):
         """The factors as the forward pass uses them. Under ZeRO-3 they are whole only inside the module's own
         passes.
         """
-        return {name: getattr(self, name) for name in self.method.factor_names}
+        return {name: getattr(self, name) for name in self._factor_names}
 
     def dense_weight(self) -> Tensor:
-        """W (out, in), in float32 where it has to be made. Under ZeRO-3 it is whole only inside the module's
-        own passes.
+        """W (out, in), in float32 where it has to be unpacked or summed. Under ZeRO-3 it is whole only inside
+        the module's own passes.
         """
         return self.weight if self.packing is None and self._beside is None else self.whole_weight()
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self._bare:
-            return self._base(x, self.weight, self.bias)
-        factors = self.factors()
-        if self._tap is not None:
-            return self._tapped(x, factors)
-        if self._trial is not None:
-            name, scale = self._trial
-            factors[name] = factors[name] * scale
-        return self.method.forward(
-            x, self.weight, self.bias, factors, self.training, self._base, prepared=self._prepare(factors)
-        )
-
-    def _base(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """`x Wᵀ + b` of the frozen layer."""
-        return self._with_beside(x, linear(x, weight, bias, self._unpack))
-
-    def _with_beside(self, x: Tensor, y: Tensor) -> Tensor:
-        return y if self._beside is None else y + linear(linear(x, self._beside.right), self._beside.left)
-
     @property
-    def _unpack(self) -> Callable[[Tensor], Tensor] | None:
+    def unpack(self) -> Callable[[Tensor], Tensor] | None:
+        """Makes W of what is stored, in the dtype of products with it; None where W itself is stored."""
         return None if self.packing is None else self.packing.unpack
+
+    # ------------------------------------------------------------------ what changes only now and then
 
     def changed(self) -> None:
         """W or a factor has another value now, or is going to have one at the next forward pass."""
-        self._version += 1
+        self._prepared = None
 
-    def _prepare(self, factors: Factors) -> Factors:
-        """What the method made of the present version of W and the factors: at its first forward pass, kept
-        for all others.
+    def prepared(self, factors: Factors) -> Factors:
+        """What a method with a magnitude prepares from W and the factors: asked at the first forward pass
+        after a change, and kept for the others.
         """
-        if self.method.prepares and self._prepared_at != self._version:
+        if self._prepared is None:
             with torch.no_grad():
                 self._prepared = self.method.prepare(self.dense_weight(), factors)
-            self._prepared_at = self._version
         return self._prepared
 
-    def _tapped(self, x: Tensor, factors: Factors) -> Tensor:
-        def base(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-            return self._with_beside(x, tapped_linear(x, weight, bias, self._anchor, self._tap, self._unpack))
-
-        if not self._tap_adapted:
-            return base(x, self.weight, self.bias)
-        # Detached: the pass must leave no gradient on a trained factor.
-        factors = {name: factor.detach() for name, factor in factors.items()}
-        return self.method.forward(x, self.weight, self.bias, factors, False, base, self._prepare(factors))
+    # ------------------------------------------------------------------ the pass that the layer is in
 
     def tap(self, anchor: Tensor | None, tap: Tap | None, adapted: bool = False) -> None:
-        """Show `(dL/dy, x)` of every backward pass to `tap`, until called with None, None.
+        """Shows `(dL/dy, x)` of every backward pass to `tap`, until called with None, None.
 
-        adapted: with the adapter in the pass, else without it. The adapter collects no gradient either way.
+        adapted: whether the adapter is part of the pass. It collects no gradient either way.
         """
-        self._anchor, self._tap, self._tap_adapted = anchor, tap, adapted
+        if tap is None:
+            self.present_pass = Adapted()
+        else:
+            self.present_pass = TappedAdapted(anchor, tap) if adapted else Tapped(anchor, tap)
 
     def try_scale(self, factor: str | None, scale: float = 1.0) -> None:
-        """Multiply one factor by `scale` in the forward pass, without writing it, until called with None."""
-        self._trial = None if factor is None else (factor, scale)
+        """Multiplies one factor by `scale` in forward passes, until called with None. Nothing is written."""
+        self.present_pass = Adapted() if factor is None else Tried(factor, scale)
         self.changed()
 
     @contextmanager
     def bare(self) -> Iterator[None]:
-        """Inside, the layer is what it was before anything was attached, whatever its factors are."""
-        self._bare = True
+        """Inside, the layer is what it was before it was adapted, whatever its factors are."""
+        before, self.present_pass = self.present_pass, Bare()
         try:
             yield
         finally:
-            self._bare = False
+            self.present_pass = before
+
+    # ------------------------------------------------------------------ gradients
 
     def map_gradients(self, maps: dict[str, tuple[Tensor, Tensor]]) -> None:
-        """Replace the gradient g of factor `name` by `P g Q` as it appears, for `maps[name] = (P, Q)`;
-        forgets earlier maps.
-
-        P and Q are multiplied in float32, whatever the gradient's dtype.
+        """Replaces the gradient g of factor `name` by `P g Q` as it appears, for `maps[name] = (P, Q)`.
+        Earlier maps are forgotten. The product is computed in float32, whatever the gradient's dtype.
         """
         for hook in self._gradient_hooks:
             hook.remove()
@@ -211,7 +187,10 @@ class AdapterLinear(nn.Module):
         ]
 
     def extra_repr(self) -> str:
-        return f"in={self.in_features}, out={self.out_features}, method={self.method.name}, rank={self.method.rank}"
+        return (
+            f"in={self.in_features}, out={self.out_features}, "
+            f"method={self.method.name}, rank={self.method.rank}"
+        )
 
 
 def _sandwich(p: Tensor, q: Tensor):

@@ -84,7 +84,9 @@ def _newest(run_dir: Path) -> Checkpoint | None:
 
 
 def _candidates(run_dir: Path) -> list[tuple[int, Path]]:
-    """(step, directory) of what may be a checkpoint, newest first; of one step the one in place comes first."""
+    """(step, directory) of what may be a checkpoint, newest first; of one step the one in place comes
+    first.
+    """
     paths = [path for path in run_dir.iterdir() if _NAME.fullmatch(path.name)] if run_dir.is_dir() else []
     return sorted(
         ((_step_of(path), path) for path in paths), key=lambda item: (-item[0], item[1].name[0] == ".")

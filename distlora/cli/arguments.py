@@ -1,4 +1,4 @@
-"""Numbers on the command line: each mistake is one sentence that names the option."""
+"""Numbers on the command line. Every mistake becomes one sentence that names the option."""
 
 import math
 
@@ -6,12 +6,12 @@ from distlora.errors import UserError
 
 
 def whole_number(option: str, text: str) -> int:
-    """Above 0. Raises UserError, as the others here."""
+    """A whole number above 0. Raises UserError for anything else, as the other functions here do."""
     return _number(int, text) or _refused(option, text, "a whole number above 0")
 
 
 def whole_numbers(option: str, text: str) -> list[int]:
-    """Numbers above 0 with commas between them."""
+    """Whole numbers above 0 with commas between them."""
     numbers = [_number(int, part) for part in text.split(",")]
     return (
         numbers if all(numbers) else _refused(option, text, "whole numbers above 0 with commas between them")
@@ -19,12 +19,12 @@ def whole_numbers(option: str, text: str) -> list[int]:
 
 
 def size(option: str, text: str) -> float:
-    """Above 0, perhaps with decimals."""
+    """A number above 0 that may have decimals."""
     return _number(float, text) or _refused(option, text, "a number above 0")
 
 
 def _number(kind: type, text: str):
-    """None for what is no number above 0."""
+    """The number, or None if the text is no number above 0."""
     try:
         number = kind(text)
     except ValueError:

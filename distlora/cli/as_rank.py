@@ -1,8 +1,7 @@
-"""`python -m distlora.cli.as_rank MARK WORD`: the program as a rank, with its command line packed into one
-word.
+"""`python -m distlora.cli.as_rank MARK WORD`: runs the command line that is packed into WORD, as a rank.
 
-DeepSpeed's pdsh launcher hands arguments to shells on other hosts as they are: spaces split them, and `$(…)`
-is run. MARK is for who looks for the processes of one job.
+DeepSpeed's pdsh launcher passes arguments unquoted to shells on other hosts, which split them at spaces and
+run `$(…)`. The launch scripts find the processes of a job by MARK.
 """
 
 import os
@@ -19,10 +18,11 @@ def main(words: Sequence[str]) -> int:
         os.chdir(directory)
     except OSError as error:
         sys.stderr.write(
-            f"distlora (on {socket.gethostname()}): {directory}: {error.strerror}; start from a directory that all hosts share\n"
+            f"distlora (on {socket.gethostname()}): {directory}: {error.strerror}; "
+            "start from a directory that all hosts share\n"
         )
         return 2
-    sys.argv = ["distlora", *arguments]  # what the environment report shows
+    sys.argv = ["distlora", *arguments]  # for the environment report
     from distlora.cli.main import main
 
     return main(arguments)

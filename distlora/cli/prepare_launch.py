@@ -1,7 +1,8 @@
-"""What launch scripts ask before they start anything: `python -m distlora.cli.prepare_launch OPTIONS --
-FOLDER ARGUMENTS…`.
+"""What launch scripts run before they start ranks:
+`python -m distlora.cli.prepare_launch OPTIONS -- FOLDER ARGUMENTS…`.
 
-ARGUMENTS are `train RECIPE …`. What is written into FOLDER stands in `distlora.cluster.launching`.
+ARGUMENTS are `train RECIPE …`. The files that are written into FOLDER are listed in
+`distlora.cluster.launching`.
 """
 
 import argparse
@@ -27,7 +28,7 @@ def main(words: Sequence[str]) -> int:
 
 def _parse(words: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--script", required=True, help="who says what is wrong")
+    parser.add_argument("--script", required=True, help="named in error messages")
     parser.add_argument("--hostfile", required=True)
     parser.add_argument("--launcher", default="pdsh")
     parser.add_argument("--no-ssh", action="store_true")
@@ -38,7 +39,7 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
 
 
 def _run_directory(words: Sequence[str]) -> str:
-    """Of RECIPE and overrides, in which mistakes show before any host has work of it."""
+    """The output directory of RECIPE with its overrides. A mistake in them shows before a host is asked."""
     from distlora.recipe.load import load_recipe
 
     return load_recipe(words[0], [word for word in words[1:] if not word.startswith("-")]).output_dir

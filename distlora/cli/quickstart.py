@@ -1,8 +1,8 @@
-"""What launch/quickstart.sh asks before it starts the ranks: `python -m distlora.cli.quickstart RECIPE RANKS
-[dotted.key=value …]`.
+"""What launch/quickstart.sh runs before it starts the ranks:
+`python -m distlora.cli.quickstart RECIPE RANKS [dotted.key=value …]`.
 
-Writes overrides, one a line, under which the recipe's batch divides among so many ranks; nothing where it
-does already.
+Writes the overrides, one a line, with which the recipe's batch divides among RANKS ranks; nothing if it does
+already.
 """
 
 import sys
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from distlora.errors import UserError
 from distlora.recipe.load import load_recipe
 
-WHOLE, MICRO = "train.global_batch_size", "train.micro_batch_size"
+GLOBAL, MICRO = "train.global_batch_size", "train.micro_batch_size"
 
 
 def main(words: Sequence[str]) -> int:
@@ -22,21 +22,23 @@ def main(words: Sequence[str]) -> int:
 
 
 def batch_overrides(path: str, ranks: int, overrides: Sequence[str]) -> list[str]:
-    """Of the two sizes of a batch those that must change, and that the user has not set. Nothing for a recipe
-    that is refused: the run says why."""
+    """Overrides for those of the two batch sizes that must change and that the user has not set.
+
+    None for a recipe that is refused: the run says why.
+    """
     try:
         train = load_recipe(path, overrides).train
     except UserError:
         return []
-    whole, micro = train.global_batch_size, train.micro_batch_size
+    batch, micro = train.global_batch_size, train.micro_batch_size
     given = {override.partition("=")[0].strip() for override in overrides}
-    if whole % (micro * ranks) == 0 or {WHOLE, MICRO} <= given:
+    if batch % (micro * ranks) == 0 or {GLOBAL, MICRO} <= given:
         return []
     if MICRO in given:
-        return [f"{WHOLE}={max(1, round(whole / (micro * ranks))) * micro * ranks}"]
-    share = max(1, whole // ranks)
+        return [f"{GLOBAL}={max(1, round(batch / (micro * ranks))) * micro * ranks}"]
+    share = max(1, batch // ranks)
     micro = max(size for size in range(1, min(micro, share) + 1) if share % size == 0)
-    return [f"{MICRO}={micro}", *([] if WHOLE in given else [f"{WHOLE}={share * ranks}"])]
+    return [f"{MICRO}={micro}", *([] if GLOBAL in given else [f"{GLOBAL}={share * ranks}"])]
 
 
 if __name__ == "__main__":

@@ -1,6 +1,4 @@
-"""Host names, addresses and interfaces, as this host sees them. Nothing here sends a packet, but for a
-look-up of a name.
-"""
+"""Host names, addresses and interfaces, as this host sees them. Only the look-up of a name sends packets."""
 
 import errno
 import fcntl
@@ -8,20 +6,20 @@ import re
 import socket
 import struct
 
-#: From Linux's sockios.h: asks for the address of an interface.
+#: From Linux's sockios.h: the request for the address of an interface.
 _SIOCGIFADDR = 0x8915
-#: What is wrong with a port that has a listener.
+#: The problem of a port that somebody listens on.
 IN_USE = "in use"
 _LOOPBACK = re.compile(r"localhost(\..*)?|127\.[\d.]+|::1")
 
 
 def is_loopback(name: str) -> bool:
-    """Whether a name or an address means the machine that asks, without resolving it."""
+    """Whether a name or an address means the machine that asks. The name is not resolved."""
     return bool(_LOOPBACK.fullmatch(name))
 
 
 def addresses(name: str) -> list[str]:
-    """In the order in which a connection tries them; empty where the name means nothing."""
+    """The addresses of a name, in the order in which a connection tries them; empty for an unknown name."""
     try:
         return list(
             dict.fromkeys(entry[4][0] for entry in socket.getaddrinfo(name, None, type=socket.SOCK_STREAM))
@@ -31,7 +29,7 @@ def addresses(name: str) -> list[str]:
 
 
 def source(address: str) -> str | None:
-    """The own address from which packets to `address` would leave; None without a route."""
+    """This host's address from which packets to `address` would leave; None without a route."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         try:
@@ -42,20 +40,20 @@ def source(address: str) -> str | None:
 
 
 def interfaces() -> dict[str, str]:
-    """Interface -> IPv4 address, of those that have one."""
+    """Interface -> IPv4 address, for the interfaces that have one."""
     found = {}
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
             try:
                 answer = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
-            except OSError:  # it has no such address
+            except OSError:  # this interface has no IPv4 address
                 continue
             found[name] = socket.inet_ntoa(answer[20:24])
     return found
 
 
 def interface_of(address: str | None) -> str | None:
-    """The interface that has this address; None where there is none."""
+    """The interface that has this address; None if no interface has it."""
     return next((name for name, own in interfaces().items() if own == address), None)
 
 
@@ -69,7 +67,7 @@ def free_port() -> int:
 def problem_with_port(port: int) -> str | None:
     """Why nobody could listen on this port here; None if one can."""
     try:
-        # It may reuse the address, as the rendezvous may: connections that fade away are no matter.
+        # The socket may reuse the address, as the rendezvous may: closed connections in TIME_WAIT do no harm.
         socket.create_server(("", port)).close()
     except OSError as error:
         return IN_USE if error.errno == errno.EADDRINUSE else str(error.strerror or error)

@@ -1,17 +1,16 @@
-"""What must not be shown: which names are called as if they held a secret, and logins within addresses."""
+"""What must not be shown: values whose names sound like secrets, and logins within addresses."""
 
 import re
 
 _SECRETS = ("TOKEN", "KEY", "SECRET", "PASSW", "CREDENTIAL", "JWT", "AUTH", "_PAT", "_PWD")
-#: Parts of names that the words above would take for secrets, and that are none. (InfiniBand's partitions
-#: have a PKEY.)
+#: Parts of names that contain a word from above and are not secret. (InfiniBand's partitions have a PKEY.)
 _HARMLESS = ("TOKENIZERS_", "_PATH", "_PKEY", "_IMPLICIT_TOKEN")
-#: A user and a password in an address.
+#: The user and the password in an address.
 _LOGIN = re.compile(r"(?<=//)[^/@\s]+@")
 
 
 def is_secret_name(name: str) -> bool:
-    """Whether a variable or a key of a config is called as if it held a secret."""
+    """Whether the name of a variable or of a config's key sounds as if it held a secret."""
     name = name.upper()
     for word in _HARMLESS:
         name = name.replace(word, "")
@@ -19,9 +18,10 @@ def is_secret_name(name: str) -> bool:
 
 
 def without_login(text: str) -> str:
+    """The text with *** in place of user and password in addresses."""
     return _LOGIN.sub("***@", text)
 
 
 def holds_secret(name: str, value: str) -> bool:
-    """Whether a variable must not be shown with its value: by its name, or for an address with a password."""
+    """Whether the value of a variable must not be shown: because of its name, or a password in an address."""
     return is_secret_name(name) or ("://" in value and without_login(value) != value)

@@ -1,6 +1,4 @@
-"""Where a run takes place: versions, topology, variables. Written into the run directory once for every
-start.
-"""
+"""The environment of a run: versions, topology, variables. Every start adds its own to the run directory."""
 
 import datetime
 import importlib.metadata
@@ -20,28 +18,32 @@ import distlora
 from distlora.cluster.confidential import is_secret_name, without_login
 from distlora.engine.comm import Comm, Topology
 from distlora.files.atomic import write_text
+from distlora.sentences import counted
 
 ENVIRONMENT = "environment.json"
 
 #: Packages whose version can change what a run does.
 _PACKAGES = (
-    "deepspeed", "transformers", "accelerate", "safetensors", "datasets", "numpy", "huggingface_hub", "bitsandbytes", "mpi4py",
+    "deepspeed", "transformers", "accelerate", "safetensors", "datasets", "numpy", "huggingface_hub",
+    "bitsandbytes", "mpi4py",
 )  # fmt: skip
-#: What launchers, transports and libraries listen to.
+#: Beginnings of the variables that launchers, transports and libraries read.
 RELEVANT = (
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "CROSS_", "MASTER_", "OMPI_", "PMI", "SLURM_"),
-    *("TORCH", "PYTORCH_", "DEEPSPEED_", "DS_", "NCCL_", "GLOO_", "TP_", "UCX_", "MV2_", "FI_", "RDMAV_", "DISTLORA_"),
-    *("CUDA_", "HIP_", "ROCR_", "HF_", "TRANSFORMERS_", "TOKENIZERS_", "OMP_", "MKL_", "KMP_", "PYTHON", "MAX_JOBS"),
+    *("TORCH", "PYTORCH_", "DEEPSPEED_", "DS_", "DISTLORA_"),
+    *("NCCL_", "GLOO_", "TP_", "UCX_", "MV2_", "FI_", "RDMAV_"),
+    *("CUDA_", "HIP_", "ROCR_", "HF_", "TRANSFORMERS_", "TOKENIZERS_"),
+    *("OMP_", "MKL_", "KMP_", "PYTHON", "MAX_JOBS"),
     *("LOCAL_SIZE", "LD_LIBRARY_PATH", "LD_PRELOAD", "VIRTUAL_ENV", "XDG_CACHE_HOME"),
 )  # fmt: skip
 _EXACTLY = ("CC", "CXX")
 HIDDEN = "***"
-#: What a container's build that was not told a revision calls it.
+#: The revision in a container whose build was not given one.
 _UNKNOWN = "unknown"
 
 
 def versions() -> dict[str, str | None]:
-    """Version of everything that must be equal on all nodes; None for what is not there."""
+    """Versions of what should be equal on all nodes; None for what is not installed."""
     found = {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -63,7 +65,7 @@ def _first_word(path: Path) -> str | None:
 
 
 def relevant_variables(environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables that can change what a run does, without those that hold a secret."""
+    """The variables that can change what a run does. Those that hold a secret are left out."""
     chosen = {
         name: value for name, value in environment.items() if name.startswith(RELEVANT) or name in _EXACTLY
     }
@@ -71,7 +73,7 @@ def relevant_variables(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def redacted(value: Any) -> Any:
-    """A config without its secrets: texts under keys that are called so, and logins in addresses."""
+    """A config without its secrets: texts under keys with a secret's name, and logins in addresses."""
     if isinstance(value, Mapping):
         return {
             key: HIDDEN if is_secret_name(str(key)) and isinstance(item, str) else redacted(item)
@@ -83,14 +85,15 @@ def redacted(value: Any) -> Any:
 
 
 def _redacted_word(word: str) -> str:
-    """A word of the command line: of key=value without the value where that is a secret."""
+    """A word of the command line without its secrets. In key=value a secret value is hidden."""
     key, equals, _ = word.partition("=")
     return f"{key}={HIDDEN}" if equals and is_secret_name(key.rpartition(".")[2]) else without_login(word)
 
 
 def git_revision(folder: Path) -> dict[str, Any] | None:
-    """The revision of the checkout that `folder` lies in, and whether tracked files differ from it; None
-    outside of one.
+    """The revision of the git checkout around `folder`, and whether tracked files differ from it.
+
+    None outside of a checkout.
     """
     revision = _git(folder, "rev-parse", "HEAD")
     changes = _git(folder, "status", "--porcelain", "--untracked-files=no")
@@ -98,12 +101,14 @@ def git_revision(folder: Path) -> dict[str, Any] | None:
 
 
 def source_revision() -> dict[str, Any] | None:
-    """The same of distlora's own code. Where that lies in no checkout it is what the build of a container has
-    left in DISTLORA_REVISION; None where that does not say it either."""
+    """The revision of distlora's own code, as in `git_revision`.
+
+    Outside of a checkout it is the variable DISTLORA_REVISION, which the build of a container sets; None
+    without that too.
+    """
     folder = Path(distlora.__file__).parent
-    if _git(
-        folder, "ls-files", Path(distlora.__file__).name
-    ):  # a virtual environment within a checkout is not the checkout's
+    # A virtual environment within a checkout does not belong to it, so git must know the file.
+    if _git(folder, "ls-files", Path(distlora.__file__).name):
         return git_revision(folder)
     built = os.environ.get("DISTLORA_REVISION", _UNKNOWN)
     return None if built == _UNKNOWN else {"revision": built, "changed": None}
@@ -112,7 +117,7 @@ def source_revision() -> dict[str, Any] | None:
 def _git(folder: Path, *words: str) -> str | None:
     try:
         done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.SubprocessError):  # no git, or a file server that is too slow for it
+    except (OSError, subprocess.SubprocessError):  # no git, or a file server that is too slow
         return None
     return done.stdout.strip() if done.returncode == 0 else None
 
@@ -121,7 +126,7 @@ def _git(folder: Path, *words: str) -> str | None:
 
 
 def resolve_topology(comm: Comm, topology: Topology) -> dict[str, Any]:
-    """Ranks and hosts as they turned out. Collective; the same on every rank. hosts: name -> its ranks."""
+    """Ranks and hosts as they have met: "hosts" maps a name to its ranks. Collective; equal on every rank."""
     hosts: dict[str, list[int]] = {}
     for rank, host in enumerate(comm.gather(socket.gethostname())):
         hosts.setdefault(host, []).append(rank)
@@ -136,15 +141,12 @@ def resolve_topology(comm: Comm, topology: Topology) -> dict[str, Any]:
 
 
 def topology_line(found: Mapping[str, Any]) -> str:
-    """The topology in one line: "4 ranks on 2 hosts (node1: 0, 1; node2: 2, 3), master node1:29500, gloo, …"."""
+    """One line: "4 ranks on 2 hosts (node1: 0, 1; node2: 2, 3), master node1:29500, gloo, …"."""
     hosts = "; ".join(f"{host}: {_spans(ranks)}" for host, ranks in found["hosts"].items())
     group = f"master {found['master']}, {found['backend']}" if found["master"] else "no process group"
     source = f"told by {found['launcher']}" if found["launcher"] else "started without a launcher"
-    return f"{_count(found['ranks'], 'rank')} on {_count(len(found['hosts']), 'host')} ({hosts}), {group}, {source}"
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+    counts = f"{counted(found['ranks'], 'rank')} on {counted(len(found['hosts']), 'host')}"
+    return f"{counts} ({hosts}), {group}, {source}"
 
 
 def _spans(ranks: list[int]) -> str:
@@ -164,11 +166,10 @@ def _spans(ranks: list[int]) -> str:
 def record(
     run_dir: Path, topology: Mapping[str, Any], deepspeed: Mapping[str, Any] | None, resumed_at: int | None
 ) -> None:
-    """Adds this start to `environment.json`, a JSON list with one object for every start of the run. For rank
-    0.
+    """Adds this start to `environment.json`, a JSON list with one object for every start of the run.
 
-    deepspeed: the resolved config. resumed_at: the step of the checkpoint that this start goes on from, None
-    for a new run.
+    Called on rank 0 only. deepspeed: the resolved config. resumed_at: the step of the checkpoint from which
+    this start continues; None for a new run.
     """
     path = run_dir / ENVIRONMENT
     write_text(path, json.dumps([*_earlier(path), report(topology, deepspeed, resumed_at)], indent=1) + "\n")
@@ -177,7 +178,7 @@ def record(
 def report(
     topology: Mapping[str, Any], deepspeed: Mapping[str, Any] | None, resumed_at: int | None
 ) -> dict[str, Any]:
-    """One start: when, how, where, with what. JSON-able."""
+    """The object for one start: when, with which command, where, with which versions. JSON types only."""
     return {
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "resumed_at": resumed_at,
@@ -195,7 +196,7 @@ def report(
 
 
 def _earlier(path: Path) -> list[Any]:
-    """What earlier starts wrote. A damaged file is no reason not to train: it is begun anew."""
+    """What earlier starts wrote. A damaged file does not stop a run: it is replaced."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):

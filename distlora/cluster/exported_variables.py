@@ -1,5 +1,5 @@
-"""Which variables go along to other hosts: for ranks that launchers start there, and for the doctor, which
-looks as they will.
+"""Which variables are sent to other hosts, for the ranks that launchers start there. The doctor uses the same
+ones, so that it sees what the ranks will see.
 """
 
 from collections.abc import Mapping, Sequence
@@ -7,16 +7,16 @@ from collections.abc import Mapping, Sequence
 from distlora.cluster.confidential import holds_secret
 from distlora.errors import UserError
 
-#: What the same Python and the same caches need, and how transports and libraries were told to behave.
-#: Nothing that belongs to one machine or one process, such as CUDA_VISIBLE_DEVICES or RANK.
+#: Variables that lead to the same Python and the same caches, and settings of transports and libraries. None
+#: that belongs to one machine or one process, such as CUDA_VISIBLE_DEVICES or RANK.
 EXPORTED = (
     *("PATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "CC", "CXX", "CUDA_HOME", "TORCH_CUDA_ARCH_LIST", "MAX_JOBS"),
     *("XDG_CACHE_HOME", "TORCH_HOME", "TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR", "DISTLORA_CACHE"),
     *("OMP_NUM_THREADS", "TOKENIZERS_PARALLELISM", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"),
     *("DS_ACCELERATOR", "DEEPSPEED_TIMEOUT", "TP_SOCKET_IFNAME"),
 )
-#: Beginnings of names. Those of the second line DeepSpeed takes along by itself, without quoting: they are
-#: here so that ours count.
+#: Beginnings of names. DeepSpeed itself sends variables that begin as in the second line, without quoting
+#: their values. They stand here so that our quoted values replace those.
 BEGINNINGS = (
     *("HF_", "TRANSFORMERS_", "TORCH_NCCL_", "GLOO_", "FI_", "RDMAV_", "MKL_"),
     *("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL"),
@@ -24,10 +24,10 @@ BEGINNINGS = (
 
 
 def exported_names(environment: Mapping[str, str], more: Sequence[str] = ()) -> list[str]:
-    """The names of the variables that go along. more: what the user adds. Errors: UserError for one that is
-    not there.
+    """The names of the variables that are sent. more: names that the user adds.
 
-    No secret is among them unless the user adds it: they stand in command lines, which all users see.
+    Secrets are left out unless the user adds them, because all users of a host can read command lines. Raises
+    UserError for an added variable that does not exist.
     """
     absent = [name for name in more if name not in environment]
     if absent:
@@ -37,8 +37,8 @@ def exported_names(environment: Mapping[str, str], more: Sequence[str] = ()) -> 
 
 
 def withheld(environment: Mapping[str, str], more: Sequence[str] = ()) -> list[str]:
-    """The names of those that would travel, did they not hold a secret. more: what the user adds, who must
-    know.
+    """The names of the variables that are not sent only because they hold a secret. more: names that the user
+    adds.
     """
     return [
         name

@@ -1,10 +1,11 @@
-"""Noticing that a rank has gone silent, while the others wait for it in a collective.
+"""Notices that a rank has gone silent while the others wait for it in a collective.
 
-Every rank writes a new number to a board at rank 0's host, again and again, from a thread of its own; so it
-does even where its main thread factorises a large weight or waits for a slow file. Rank 0 looks at all
-numbers. Where one stands still too long it writes its verdict on the board, and every rank that reads it
-ends. A rank that cannot reach the board any more judges for itself that rank 0 is gone. Waiting alone never
-says who is missing: a collective ends after half an hour, with the address of a socket.
+A thread of every rank keeps writing new numbers to a board on rank 0's host, even while the main thread
+factorises a large weight or waits for a slow file. Rank 0 reads all numbers. If one stays the same for too
+long, rank 0 writes its verdict on the board, and every rank that reads it ends. A rank that cannot reach the
+board any more concludes by itself that rank 0 is gone.
+
+Without this a collective would fail after half an hour, with the address of a socket and no name of a rank.
 """
 
 import json
@@ -14,10 +15,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Protocol
 
-#: Seconds between two beats, at most and at least; between them, a tenth of the time that a rank may be
-#: silent.
-SLOWEST, QUICKEST = 2.0, 0.2
-#: Beats after which a rank is called silent once a collective has broken, and so something is known to be
+from distlora.sentences import ranks_on_hosts
+
+#: The longest and the shortest time between two beats, in seconds. Within these limits it is a tenth of the
+#: time that a rank may be silent.
+LONGEST_INTERVAL, SHORTEST_INTERVAL = 2.0, 0.2
+#: Beats after which a rank counts as silent once a collective has failed, so that something is known to be
 #: wrong.
 BEATS_WHEN_BROKEN = 4
 
@@ -25,20 +28,21 @@ VERDICT, TROUBLE, BEAT = "heartbeat/verdict", "heartbeat/trouble", "heartbeat/be
 
 
 class Board(Protocol):
-    """Texts under names, at rank 0's host. Raises ConnectionError where it cannot be reached; may also hang
-    then.
+    """Texts under names, kept on rank 0's host.
+
+    If the host cannot be reached, the methods raise ConnectionError or hang.
     """
 
     def write(self, name: str, text: str) -> None:
-        """Replaces what is there."""
+        """Replaces the text under this name."""
 
     def read(self, names: Iterable[str]) -> list[str | None]:
-        """In the order of the names; None for what is not there."""
+        """The texts in the order of the names; None for a name without a text."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Why the run has to end. silent: a rank went silent, so that another start may well succeed."""
+    """Why the run has to end. silent: because a rank went silent, so that another start may succeed."""
 
     sentence: str
     silent: bool
@@ -57,14 +61,17 @@ class Heartbeat:
         interval: float | None = None,
         hurried: Callable[[], bool] = lambda: False,
     ) -> None:
-        """hosts: of all ranks. hang_timeout: seconds that a rank may be silent. end(verdict, alone) is called
-        once, in a thread of this object, and should not return before `reading_time`; alone: the verdict is
-        this rank's own, because it cannot reach rank 0. interval: seconds between two beats. hurried: whether
-        there is no time left to be patient, because a launcher that has lost a rank will soon kill the
-        others."""
+        """hosts: the host of every rank. hang_timeout: seconds that a rank may be silent. interval: seconds
+        between two beats.
+
+        end(verdict, alone): called once, in a thread of this object. It should not return before
+        `reading_time`. alone: this rank has reached the verdict by itself, because it cannot reach rank 0.
+        hurried: whether silence must be noticed soon, because a launcher that has lost a rank will kill the
+        others.
+        """
         self._board, self._rank, self._hosts, self._end = board, rank, hosts, end
         self._patience, self._hurried = hang_timeout, hurried
-        self._interval = interval or min(SLOWEST, max(QUICKEST, hang_timeout / 10))
+        self._interval = interval or min(LONGEST_INTERVAL, max(SHORTEST_INTERVAL, hang_timeout / 10))
         self._closing, self._decided = threading.Event(), threading.Event()
         self._lock = threading.Lock()
         self._answered = time.monotonic()
@@ -82,19 +89,21 @@ class Heartbeat:
             thread.start()
 
     def stop(self) -> None:
-        """Before this rank leaves the others for good."""
+        """To be called before this rank ends in agreement with the others."""
         self._closing.set()
 
     def explain(self, sentence: str | None) -> None:
-        """To be called by a rank that is about to end alone. sentence: what went wrong here; None where a
-        collective broke, which is rather the sign that another rank is gone: then this waits until a silent
-        one would have been found, and does not return if one is.
+        """To be called by a rank that is about to end alone.
+
+        sentence: what went wrong on this rank. None if a collective failed, which probably means that another
+        rank is gone. Then this waits until a silent rank would have been noticed, and does not return if one
+        was.
         """
         if sentence is None:
             self._broken = True
             self._decided.wait((BEATS_WHEN_BROKEN + 3) * self._interval)
             if self._decided.is_set():
-                threading.Event().wait()  # `end` ends this process
+                threading.Event().wait()  # until `end` ends this process
             return
         self._own_trouble = sentence
         self._told.wait(2 * self._interval)
@@ -103,8 +112,9 @@ class Heartbeat:
 
     @property
     def reading_time(self) -> float:
-        """Seconds that rank 0 stays after its verdict: the board ends with its process, and the others read
-        it first.
+        """Seconds that rank 0 waits after its verdict, so that the others can read it.
+
+        The board ends with rank 0's process.
         """
         return 2 * self._interval
 
@@ -117,10 +127,10 @@ class Heartbeat:
             try:
                 self._board.write(f"{BEAT}/{self._rank}", str(number))
                 self._tell_trouble()
-                verdict = self._judge() if self._rank == 0 else self._obey()
+                verdict = self._make_verdict() if self._rank == 0 else self._read_verdict()
             except ConnectionError:
                 if self._rank:
-                    self._wait_for_the_end()
+                    self._handle_lost_board()
                 return
             self._answered = time.monotonic()
             if verdict is not None:
@@ -130,21 +140,19 @@ class Heartbeat:
             self._closing.wait(max(0.0, self._interval - (time.monotonic() - began)))
 
     def _guard(self) -> None:
-        """A board behind a link that was cut does not even refuse."""
+        """Notices that the board does not answer: behind a link that was cut a call hangs for ever."""
         looked = time.monotonic()
         while not self._closing.wait(self._interval):
             now = time.monotonic()
             if now - looked > 3 * self._interval:
-                self._answered += now - looked  # this process itself was stopped, and not the other
+                self._answered += now - looked  # this process itself was stopped, not the board's
             looked = now
             if self._rank and now - self._answered > self._limit():
                 self._finish(self._silent([0], now - self._answered), alone=True)
                 return
 
-    def _wait_for_the_end(self) -> None:
-        """The board is gone. At the end of a run that is as it should be, and this object is closed in a
-        moment.
-        """
+    def _handle_lost_board(self) -> None:
+        """The board is gone. At the end of a run that is normal, and `stop` is called within a moment."""
         if not self._closing.wait((BEATS_WHEN_BROKEN + 1) * self._interval):
             self._finish(
                 Verdict(f"rank 0 on {self._hosts[0]} has ended without a word; {_REMEDY}", True), alone=True
@@ -170,17 +178,20 @@ class Heartbeat:
         elif self._broken:
             self._board.write(f"{TROUBLE}/broken", "1")
 
-    def _obey(self) -> Verdict | None:
-        """Rank 0's verdict; or this rank's own where the board is kept by a launcher and outlives rank 0."""
+    def _read_verdict(self) -> Verdict | None:
+        """Rank 0's verdict, or this rank's own about rank 0.
+
+        A rank reaches its own if a launcher keeps the board, which then outlives rank 0.
+        """
         if self._own_trouble is not None:
-            return None  # the main thread is on its way out, with its own words
+            return None  # the main thread is about to end this process with its own sentence
         text, beat = self._board.read([VERDICT, f"{BEAT}/0"])
         if text is not None:
             return Verdict(**json.loads(text))
         return self._verdict_on({0: beat})
 
-    def _judge(self) -> Verdict | None:
-        """Rank 0's own, written down for the others."""
+    def _make_verdict(self) -> Verdict | None:
+        """Rank 0's verdict, which it writes on the board for the others."""
         ranks = list(self._seen)
         trouble, broken, *beats = self._board.read(
             [TROUBLE, f"{TROUBLE}/broken", *(f"{BEAT}/{rank}" for rank in ranks)]
@@ -196,10 +207,10 @@ class Heartbeat:
         return None if told.get("rank") == self._rank else verdict
 
     def _verdict_on(self, beats: dict[int, str | None]) -> Verdict | None:
+        """A verdict if one of these ranks has been silent for too long. beats: rank -> its newest number."""
         now = time.monotonic()
-        if (
-            now - self._answered > 3 * self._interval
-        ):  # not looked for a while: what stood still meanwhile is not known
+        # This thread has not looked for a while, so it does not know for how long the numbers stood still.
+        if now - self._answered > 3 * self._interval:
             self._seen = {
                 rank: (beat, since + now - self._answered) for rank, (beat, since) in self._seen.items()
             }
@@ -214,19 +225,12 @@ class Heartbeat:
         return min(self._patience, BEATS_WHEN_BROKEN * self._interval) if hurry else self._patience
 
     def _silent(self, ranks: Sequence[int], seconds: float) -> Verdict:
-        return Verdict(f"{_named(ranks, self._hosts)} went silent for {seconds:.0f} s; {_REMEDY}", True)
+        return Verdict(
+            f"{ranks_on_hosts(ranks, self._hosts, ' and ')} went silent for {seconds:.0f} s; {_REMEDY}", True
+        )
 
 
-_REMEDY = "is its host down, its link cut, its process killed? Started again, the run goes on from its newest checkpoint"
-
-
-def _named(ranks: Sequence[int], hosts: Sequence[str]) -> str:
-    """rank 2 on node2; ranks 2, 3 on node2 and rank 4 on node3."""
-    by_host: dict[str, list[str]] = {}
-    for rank in ranks:
-        by_host.setdefault(hosts[rank], []).append(str(rank))
-    parts = [
-        f"rank{'s' if len(numbers) > 1 else ''} {', '.join(numbers)} on {host}"
-        for host, numbers in by_host.items()
-    ]
-    return " and ".join(parts)
+_REMEDY = (
+    "is its host down, its link cut, its process killed? "
+    "Started again, the run goes on from its newest checkpoint"
+)

@@ -1,4 +1,4 @@
-"""The hostfile: one `host slots=N` a line, as DeepSpeed's launcher and Open MPI read it."""
+"""Hostfiles: one line `host slots=N` for every host, as DeepSpeed's launcher and Open MPI read them."""
 
 import re
 import socket
@@ -9,13 +9,15 @@ from pathlib import Path
 from distlora.cluster.addresses import is_loopback
 from distlora.errors import UserError
 
-#: A name or an address that ssh cannot take for an option, with a user or not.
+#: A name or an address, with or without a user, that ssh cannot mistake for an option.
 _HOST = re.compile(r"([A-Za-z0-9_][\w.-]*@)?[A-Za-z0-9_:][\w.:-]*", re.ASCII)
 
 
 @dataclass(frozen=True)
 class Host:
-    """A line of a hostfile. name: as ssh takes it. slots: ranks on it. place: file and line, for messages."""
+    """A line of a hostfile. name: as it is given to ssh. slots: ranks on the host. place: file and line, for
+    messages.
+    """
 
     name: str
     slots: int
@@ -28,9 +30,9 @@ class Host:
 
 
 def read_hostfile(path: str | Path) -> list[Host]:
-    """The hosts in their order: the first is rank 0's. Blank lines and comments (#) are skipped.
+    """The hosts in the order of the file. The first is rank 0's. Blank lines and comments (#) are skipped.
 
-    Errors: UserError, with the number of the line.
+    Raises UserError with the number of the line.
     """
     try:
         content = Path(path).read_bytes()
@@ -38,13 +40,14 @@ def read_hostfile(path: str | Path) -> list[Host]:
         raise UserError(f"{path}: no such hostfile; give a file of lines such as `node1 slots=8`") from None
     except OSError as error:
         raise UserError(
-            f"{path}: the hostfile cannot be read ({error.strerror}); give a file of lines such as `node1 slots=8`"
+            f"{path}: the hostfile cannot be read ({error.strerror}); "
+            "give a file of lines such as `node1 slots=8`"
         ) from None
     return parse_hostfile(content, str(path))
 
 
 def this_machine_alone(hosts: Sequence[Host]) -> bool:
-    """Whether all that the hosts come to is the machine that asks, which needs no ssh."""
+    """Whether the only host is the machine that asks, which needs no ssh."""
     name = socket.gethostname()
     return len(hosts) == 1 and (
         is_loopback(hosts[0].address) or hosts[0].address in (name, name.partition(".")[0])
@@ -52,21 +55,22 @@ def this_machine_alone(hosts: Sequence[Host]) -> bool:
 
 
 def parse_hostfile(content: bytes, source: str) -> list[Host]:
-    """The hosts in the text of a hostfile. source: its name, for messages. Errors: as `read_hostfile`."""
+    """The hosts in the content of a hostfile. source: its name, for messages. Raises as `read_hostfile`."""
     hosts: list[Host] = []
     for number, raw in enumerate(content.splitlines(), 1):
         place = f"{source}:{number}"
         if not raw.isascii():
             shown = raw.decode(errors="replace").strip()
             raise UserError(
-                f"{place}: {shown!r} has a character that is not ASCII; host names and `slots=N` are plain ASCII"
+                f"{place}: {shown!r} has a character that is not ASCII; "
+                "host names and `slots=N` are plain ASCII"
             )
         line = raw.decode().partition("#")[0].strip()
         if line:
             hosts.append(_host(line, place))
     if not hosts:
         raise UserError(f"{source} names no host; write one line a host, such as `node1 slots=8`")
-    _refuse_doubles(hosts)
+    _refuse_duplicates(hosts)
     return hosts
 
 
@@ -75,7 +79,7 @@ def _host(line: str, place: str) -> Host:
     slots = words[0].removeprefix("slots=") if len(words) == 1 and words[0].startswith("slots=") else ""
     if not slots.isdigit():
         raise UserError(
-            f"{place}: found {line!r}, wanted a host and its slots, such as `{_plain(name)} slots=8`"
+            f"{place}: found {line!r}, wanted a host and its slots, such as `{_example(name)} slots=8`"
         )
     if not _HOST.fullmatch(name):
         raise UserError(f"{place}: {name!r} is no host name; write a name or an address that ssh reaches")
@@ -84,15 +88,17 @@ def _host(line: str, place: str) -> Host:
     return Host(name, int(slots), place)
 
 
-def _plain(name: str) -> str:
+def _example(name: str) -> str:
+    """The name if it is one, else some name, for the example in a message."""
     return name if _HOST.fullmatch(name) else "node1"
 
 
-def _refuse_doubles(hosts: list[Host]) -> None:
+def _refuse_duplicates(hosts: list[Host]) -> None:
     seen: dict[str, Host] = {}
     for host in hosts:
         other = seen.setdefault(host.address.lower(), host)
         if other is not host:
             raise UserError(
-                f"{host.place}: {host.address} stands in {other.place} already; write it once, with all its slots"
+                f"{host.place}: {host.address} stands in {other.place} already; "
+                "write it once, with all its slots"
             )

@@ -1,17 +1,17 @@
-"""What launch scripts have to know before they start anything: see `distlora.cli.prepare_launch`.
+"""What launch scripts must know before they start ranks; see `distlora.cli.prepare_launch`.
 
-Reads and checks the hostfile, looks whether every host can be reached and has this Python, and writes into
-FOLDER, a private one:
+This reads and checks the hostfile, checks that every host can be reached and has this Python, and writes
+these files into FOLDER, which only the user can read:
 
-    hosts          one host a line, as ssh takes it; absent for this machine alone
-    slots          ranks on all of them, or on this machine, if the hostfile says it
+    hosts          one host a line, as it is given to ssh; absent for this machine alone
+    slots          the number of ranks on all hosts, or on this machine, if the hostfile says it
     hostfile       the hosts with their slots, without comments
-    environment    the variables that travel, for DS_ENV_FILE; absent with the launcher mpirun
-    names          their names
-    withheld       the names of those that would travel, too, but hold a secret
+    environment    the variables that are sent to the hosts, for DS_ENV_FILE; absent with the launcher mpirun
+    names          the names of these variables
+    withheld       the names of the variables that are not sent because they hold a secret
     master         rank 0's address; absent where DeepSpeed must find it
     program        ARGUMENTS in one word, see `distlora.cluster.packed_command`
-    run            the run directory of ARGUMENTS, which are `train RECIPE …`
+    run            the run directory of ARGUMENTS, which are `train RECIPE …`; `prepare_launch` writes it
 """
 
 import argparse
@@ -32,15 +32,22 @@ from distlora.errors import UserError
 
 #: Seconds for a host to start Python.
 PATIENCE = 60
-#: What is run on every host before anything else.
-_LOOK = "import os, sys, distlora.cli.as_rank; os.path.isfile(sys.argv[1]) or sys.exit(f'{sys.argv[1]} is not there')"
-#: What DeepSpeed puts into double quotes for the shell, and what these do not protect.
+#: The program that checks a host. Its argument is the recipe.
+_CHECK = (
+    "import os, sys, distlora.cli.as_rank; "
+    "os.path.isfile(sys.argv[1]) or sys.exit(f'{sys.argv[1]} is not there')"
+)
+#: Characters that make DeepSpeed put a value into double quotes for the shell, and characters that need an
+#: escape even there.
 _NEEDS_QUOTES = re.compile(r"[^\w@%+=:,./-]")
-_NOT_PROTECTED = re.compile(r'([\\$`"])')  # % is pdsh's own, and doubled
+_NOT_PROTECTED = re.compile(r'([\\$`"])')  # also %, which pdsh reads: it is doubled
 
 
 def prepare(options: argparse.Namespace, folder: Path) -> None:
-    """Writes all of it but `run` into the folder. Errors: UserError."""
+    """Writes all files but `run` into the folder. options: as `prepare_launch` has parsed them.
+
+    Raises UserError for a mistake in the hostfile or the variables, and for a host that cannot be used.
+    """
     (folder / "program").write_text(pack(os.getcwd(), options.arguments))
     if options.hostfile not in ("-", "localhost"):
         _prepare_hosts(options, folder)
@@ -62,7 +69,8 @@ def _prepare_hosts(options: argparse.Namespace, folder: Path) -> None:
         return
     if options.launcher == "pdsh" and _NEEDS_QUOTES.search(sys.executable):
         raise UserError(
-            f"the path {sys.executable} has a sign that DeepSpeed's launcher does not quote; put the environment elsewhere"
+            f"the path {sys.executable} has a sign that DeepSpeed's launcher does not quote; "
+            "put the environment elsewhere"
         )
     names = exported_names(os.environ, options.export)
     (folder / "names").write_text("".join(f"{name}\n" for name in names))
@@ -89,13 +97,14 @@ def _refuse_loopback(hosts: Sequence[Host]) -> None:
     for host in hosts:
         if is_loopback(host.address):
             raise UserError(
-                f"{host.place}: {host.address} is another machine on every host; write the name by which others reach it"
+                f"{host.place}: {host.address} is another machine on every host; "
+                "write the name by which others reach it"
             )
 
 
 def _refuse_unreachable(hosts: Sequence[Host], recipe: str) -> None:
-    """All hosts at once: does this Python start there, and find this package and the recipe."""
-    command = ["-c", _LOOK, recipe]
+    """Asks all hosts at once whether this Python starts there, and finds this package and the recipe."""
+    command = ["-c", _CHECK, recipe]
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
     try:
         asked = [
@@ -126,7 +135,7 @@ def _problem(process: subprocess.Popen) -> str | None:
 
 
 def reachable_address(name: str) -> str | None:
-    """An address of a host that other hosts can use; None where its name says nothing of the kind here."""
+    """An address of a host that other hosts can use; None if its name has only loopback addresses here."""
     return next((address for address in addresses(name) if not is_loopback(address)), None)
 
 
@@ -134,23 +143,21 @@ def reachable_address(name: str) -> str | None:
 
 
 def _withhold(options: argparse.Namespace, folder: Path) -> None:
-    """Leaves the names for the script, which has to unset them: DeepSpeed's launcher looks at its own
-    variables, too.
-    """
+    """Writes the names for the script, which must unset them: DeepSpeed's launcher sends some by itself."""
     names = [] if options.no_ssh else withheld(os.environ, options.export)
     (folder / "withheld").write_text("".join(f"{name}\n" for name in names))
     if names:
         sys.stderr.write(
-            f"{options.script}: the ranks do not get {', '.join(names)}: command lines would show a secret to all users of the "
-            "hosts (--export NAME sends it nevertheless)\n"
+            f"{options.script}: the ranks do not get {', '.join(names)}: command lines would show a secret "
+            "to all users of the hosts (--export NAME sends it nevertheless)\n"
         )
 
 
 def environment_file(environment: Mapping[str, str], names: Sequence[str], through_shell: bool) -> str:
-    """These variables as DeepSpeed reads them from DS_ENV_FILE: `NAME=value`, one a line, no blank line.
+    """These variables as DeepSpeed reads them from DS_ENV_FILE: one `NAME=value` a line, no blank line.
 
-    through_shell: whether the values pass through a shell there (pdsh), inside double quotes where DeepSpeed
-    thinks them needed. Errors: UserError for a value that would not arrive as it is.
+    through_shell: whether the values pass through a shell on the hosts, as with pdsh. DeepSpeed puts them
+    into double quotes where it finds that necessary. Raises UserError for a value that would arrive changed.
     """
     return "".join(f"{name}={_quoted(name, environment[name], through_shell)}\n" for name in names)
 
@@ -160,7 +167,8 @@ def _quoted(name: str, value: str, through_shell: bool) -> str:
         raise UserError(f"{name!r} is no name of a variable that a shell can export; unset it")
     if not value.isprintable() or value != value.strip():
         raise UserError(
-            f"{name} has a line break, or a space at its end, which DeepSpeed's launcher loses; unset or change it"
+            f"{name} has a line break, or a space at its end, which DeepSpeed's launcher loses; "
+            "unset or change it"
         )
     if through_shell:
         return _NOT_PROTECTED.sub(r"\\\1", value).replace("%", "%%")

@@ -1,4 +1,4 @@
-"""A log file for every rank: `RUN/logs/rank-N.log`. The terminal of rank 0 stays as it is."""
+"""A log file for every rank: `RUN/logs/rank-N.log`, in addition to the terminal."""
 
 import logging
 import logging.handlers
@@ -14,9 +14,11 @@ _FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 class RankLog:
-    """Keeps what this rank says, and writes it once the run directory is known to be this run's: a start that
-    was refused leaves nothing there. A context manager; the error that ends the run is the last thing in the
-    file."""
+    """Collects what this rank logs, and writes it once `open` is called. A context manager.
+
+    `open` comes when the run directory is known to belong to this run, so a start that was refused leaves no
+    file. The error that ends the run is the last entry of the file.
+    """
 
     def __init__(self, rank: int):
         self._rank = rank
@@ -31,9 +33,7 @@ class RankLog:
         return self
 
     def open(self, run_dir: Path) -> None:
-        """From here on everything goes to the file, with what was said before; starts follow one another in
-        it.
-        """
+        """Writes to the file what was logged so far and everything later. Each start appends to the file."""
         folder = run_dir / LOGS
         folder.mkdir(parents=True, exist_ok=True)
         self._file = logging.FileHandler(folder / f"rank-{self._rank}.log", encoding="utf-8")

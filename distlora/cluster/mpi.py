@@ -1,4 +1,4 @@
-"""What ranks of an MPI job tell each other before they have a process group: the only user of mpi4py."""
+"""The ranks of an MPI job agree on where to meet, before they have a process group. Needs mpi4py."""
 
 import json
 from collections.abc import Callable
@@ -6,27 +6,28 @@ from collections.abc import Callable
 from distlora.errors import UserError
 
 _REMEDY = "pip install 'distlora[mpi]', or export MASTER_ADDR (the host of rank 0) and MASTER_PORT"
-#: Bytes in which a host says its name, and rank 0 the place.
-_NAME, _PLACE = 256, 1024
+#: Bytes for the name of a host, and for the address that rank 0 chooses.
+_NAME, _ADDRESS = 256, 1024
 
 
-def agree_on_place(
+def agree_on_address(
     own_name: str, choose: Callable[[list[str]], tuple[str, int]], world_size: int
 ) -> tuple[str, int]:
-    """Rank 0's address and port, on every rank. Collective over all `world_size` ranks of the job; MPI is
-    left again afterwards.
+    """Rank 0's address and port, on every rank. Collective over all `world_size` ranks of the job.
 
-    choose: called on rank 0 with the host names of all ranks. Errors: UserError without mpi4py, or where it
-    knows another MPI than the one that started this process.
+    MPI is initialised for this only and finalised afterwards. own_name: the name of this host. choose: called
+    on rank 0 with the host names of all ranks; returns address and port. Raises UserError without mpi4py, or
+    if mpi4py uses another MPI than the one that started this process.
     """
     try:
         import mpi4py
     except ImportError:
         raise UserError(
-            f"{world_size} MPI ranks on several nodes cannot tell each other where to meet: there is no mpi4py; {_REMEDY}"
+            f"{world_size} MPI ranks on several nodes cannot tell each other where to meet: "
+            f"there is no mpi4py; {_REMEDY}"
         ) from None
-    # Nothing but these two collectives is done through MPI: a rank that dies later is the launcher's
-    # business, not its barrier's.
+    # MPI does nothing but the two collectives below. A rank that dies later is noticed by the launcher, and
+    # must not block in a barrier of MPI.
     mpi4py.rc.initialize = mpi4py.rc.finalize = False
     try:
         from mpi4py import MPI
@@ -49,15 +50,16 @@ def _agree(
     world = MPI.COMM_WORLD
     if world.size != world_size:
         raise UserError(
-            f"mpi4py sees {world.size} of {world_size} ranks: it uses another MPI ({MPI.Get_library_version().split(',')[0]}) than "
-            "the one that started them; install one for both, or export MASTER_ADDR and MASTER_PORT"
+            f"mpi4py sees {world.size} of {world_size} ranks: it uses another MPI "
+            f"({MPI.Get_library_version().split(',')[0]}) than the one that started them; "
+            "install one for both, or export MASTER_ADDR and MASTER_PORT"
         )
     names = bytearray(_NAME * world.size)
     world.Allgather([bytearray(own_name.encode()[:_NAME].ljust(_NAME, b"\0")), MPI.BYTE], [names, MPI.BYTE])
-    place = bytearray(_PLACE)
+    chosen = bytearray(_ADDRESS)
     if world.rank == 0:
-        there = [bytes(names[at : at + _NAME]).rstrip(b"\0").decode() for at in range(0, len(names), _NAME)]
-        place[:] = json.dumps(choose(there)).encode().ljust(_PLACE, b"\0")
-    world.Bcast([place, MPI.BYTE], root=0)
-    address, port = json.loads(bytes(place).rstrip(b"\0"))
+        hosts = [bytes(names[at : at + _NAME]).rstrip(b"\0").decode() for at in range(0, len(names), _NAME)]
+        chosen[:] = json.dumps(choose(hosts)).encode().ljust(_ADDRESS, b"\0")
+    world.Bcast([chosen, MPI.BYTE], root=0)
+    address, port = json.loads(bytes(chosen).rstrip(b"\0"))
     return address, port

@@ -1,4 +1,4 @@
-"""SLURM's short form of a list of hosts: `node[1-3,7],gpu-a[01-02]`."""
+"""Reads SLURM's short form of a list of hosts, such as `node[1-3,7],gpu-a[01-02]`."""
 
 import re
 from collections.abc import Iterator
@@ -10,17 +10,18 @@ _BRACKET = re.compile(r"\[([\d,-]+)\]")
 
 
 def hosts(text: str) -> Iterator[str]:
-    """The hosts in their order, one after another: a list of thousands costs nothing to who wants the first.
+    """Yields the hosts in the order of the list. It expands the list only as far as the caller reads it.
 
-    Numbers keep the zeros before them. Errors: UserError for what is no such list; nothing for a list of
-    none.
+    Numbers keep their leading zeros. An empty text yields nothing. Raises UserError for a text that is no
+    such list.
     """
     end = 0
     while end < len(text):
         part = _PART.match(text, end)
         if not part[0] or text[part.end() : part.end() + 1] not in ("", ","):
             raise UserError(
-                f"'{text}' is no list of hosts as SLURM writes it, such as node[1-3,7]; set MASTER_ADDR to rank 0's host"
+                f"'{text}' is no list of hosts as SLURM writes it, such as node[1-3,7]; "
+                "set MASTER_ADDR to rank 0's host"
             )
         yield from _expand(part[0])
         end = part.end() + 1
@@ -41,7 +42,8 @@ def _numbers(text: str) -> Iterator[str]:
         first, _, last = span.partition("-")
         if not first or (not last and "-" in span) or "-" in last:
             raise UserError(
-                f"'{span}' is no span of numbers in a list of hosts, such as 1-3; set MASTER_ADDR to rank 0's host"
+                f"'{span}' is no span of numbers in a list of hosts, such as 1-3; "
+                "set MASTER_ADDR to rank 0's host"
             )
         for number in range(int(first), int(last or first) + 1):
             yield str(number).zfill(len(first))

@@ -1,20 +1,20 @@
-"""Starting this very Python on another host through ssh, and what it means when that fails."""
+"""Starts this Python on another host through ssh, and explains why it failed."""
 
 import os
 import shlex
 import sys
 from collections.abc import Sequence
 
-#: Seconds for a connection, and for a connected host that has fallen silent.
+#: Seconds to connect, and seconds after which a connected host that is silent counts as lost.
 CONNECT, SILENCE = 8, 15
-#: No question is asked, and a dead host is noticed.
+#: With these options ssh asks no question, and notices a dead host.
 OPTIONS = {
     "BatchMode": "yes",
     "ConnectTimeout": CONNECT,
     "ServerAliveInterval": SILENCE // 3,
     "ServerAliveCountMax": 3,
 }
-#: What Python must know before it starts there.
+#: The variables that Python needs when it starts.
 _FIRST = ("PYTHONPATH", "PATH", "LD_LIBRARY_PATH")
 
 
@@ -23,8 +23,9 @@ def option_words() -> list[str]:
 
 
 def python_there(host: str, words: Sequence[str]) -> list[str]:
-    """The command line of `python WORDS…` on a host, with this Python, in this directory. host: as ssh takes
-    it.
+    """The command line that runs `python WORDS…` on a host, with this Python, in this directory.
+
+    host: as it is given to ssh.
     """
     variables = [f"{name}={os.environ[name]}" for name in _FIRST if os.environ.get(name)]
     there = f"cd {shlex.quote(os.getcwd())} && exec env {shlex.join([*variables, sys.executable, *words])}"
@@ -32,7 +33,7 @@ def python_there(host: str, words: Sequence[str]) -> list[str]:
 
 
 def explain(code: int, said: str) -> str:
-    """Why it did not work, from ssh's exit code and what was said."""
+    """Why a command failed. code: ssh's exit code. said: its output."""
     lines = [line.strip() for line in said.splitlines() if line.strip()]
     last = lines[-1] if lines else f"exit code {code}"
     if "No module named" in said and "distlora" in last:

@@ -1,7 +1,6 @@
-"""What became of a run: `RUN/status.json`, written by the run itself, because a launcher may swallow its exit
-code.
+"""What became of a run: `RUN/status.json`. The run writes it, because a launcher may swallow its exit code.
 
-Reading needs neither torch nor DeepSpeed: launch scripts ask once a run has ended, see `distlora status`.
+Launch scripts read it once a run has ended, see `distlora status`. This needs neither torch nor DeepSpeed.
 """
 
 import datetime
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from distlora.errors import UserError
+from distlora.files.atomic import write_text
 
 STATUS = "status.json"
 
@@ -25,10 +25,13 @@ State = Literal["running", "preempted", "failed", "done"]
 
 @dataclass(frozen=True)
 class Status:
-    """state: "running" stays if the run is killed without a word. step, saved, steps: finished optimizer
-    steps, those of the newest checkpoint (0 without one), and of the whole run (None before that is known).
-    requeue: another start would go on where this one ended. message: why it ended, in a sentence. start:
-    tells one start of a run from the others. time: UTC, ISO 8601."""
+    """The state of a run as its newest start has written it.
+
+    state: it stays "running" if the run is killed without warning. step: finished optimizer steps. steps:
+    those of the whole run; None before they are known. saved: the step of the newest checkpoint; 0 without
+    one. requeue: whether the run should be started again and would continue where it ended. message: why it
+    ended, in a sentence. start: a text that is different for every start of a run. time: UTC, ISO 8601.
+    """
 
     state: State
     step: int
@@ -41,7 +44,7 @@ class Status:
 
     @property
     def code(self) -> int:
-        """The exit code that a launch script should go by: 0, 75 to start again, or 1."""
+        """The exit code for a launch script: 0 if done, 75 to start the run again, else 1."""
         return 0 if self.state == "done" else START_AGAIN if self.requeue else 1
 
     @property
@@ -52,32 +55,29 @@ class Status:
 
     @property
     def seconds(self) -> float:
-        """When it was written, since the epoch."""
+        """When it was written, in seconds since the epoch."""
         return datetime.datetime.fromisoformat(self.time).timestamp()
 
 
 class StatusFile:
-    """One start's status. Rank 0 writes it; where that is gone, others do.
+    """The status of one start. Rank 0 writes it; another rank does if rank 0 is gone.
 
-    step, saved, steps: as in `Status`; the run keeps them true.
+    step, saved, steps: as in `Status`; the run updates them.
     """
 
     def __init__(self, run_dir: Path, step: int, start: str):
-        """step: where this start begins, that is, of the newest checkpoint. start: the same on all ranks, see
-        `new_start`.
+        """step: the step of the newest checkpoint, from which this start continues; 0 for a new run.
+
+        start: what `new_start` has returned on rank 0; the same on all ranks.
         """
         self._path, self._start = run_dir / STATUS, start
         self.step, self.saved, self.steps = step, step, None
         self._before = self._found()
-        #: Whether the file is there, and so must say the truth.
+        #: Whether the file exists. From then on it must be kept correct.
         self.begun = self._before is not None
 
     def write(self, state: State, message: str = "", requeue: bool = False) -> None:
-        """Replaces the file. Errors: OSError."""
-        from distlora.files.tensors import (
-            write_text,
-        )  # imported late: it brings torch, which readers do without
-
+        """Replaces the file. Raises OSError. The arguments are as in `Status`."""
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
         if state == "failed" and requeue and self._failed_here_before():
             requeue = False
@@ -91,14 +91,14 @@ class StatusFile:
         self.begun = True
 
     def _failed_here_before(self) -> bool:
-        """A third start would begin where this one and the last did, and fail there too."""
+        """Whether the start before failed at the same checkpoint. Then a third start would fail there too."""
         before = self._before
         return (
             before is not None and before.state == "failed" and before.requeue and before.saved == self.saved
         )
 
     def is_open(self) -> bool:
-        """Whether nobody has written how this start ended, and no other start has begun."""
+        """Whether no rank has written how this start ended, and no other start has begun."""
         found = self._found()
         return found == self._before or (
             found is not None and (found.start, found.state) == (self._start, "running")
@@ -107,16 +107,17 @@ class StatusFile:
     def _found(self) -> Status | None:
         try:
             return read_status(self._path.parent)
-        except UserError:  # damaged: nothing that a run depends upon
+        except UserError:  # damaged; a run does not depend on it
             return None
 
 
 def new_start() -> str:
+    """A text that is different for every start of a run."""
     return uuid.uuid4().hex
 
 
 def read_status(run_dir: Path) -> Status | None:
-    """None without one. Raises UserError for a file that is none."""
+    """The status in a run directory; None if there is no file. Raises UserError for a damaged file."""
     path = run_dir / STATUS
     try:
         return Status(**json.loads(path.read_text(encoding="utf-8")))

@@ -1,8 +1,7 @@
-"""Being asked to stop: SIGTERM (a scheduler takes the nodes back) or SIGUSR1 (a batch script that sees its
-time run out).
+"""Requests to stop: SIGTERM (a scheduler takes the nodes back) or SIGUSR1 (the time of a batch job runs out).
 
-The signal is only remembered here. Ranks agree on it between micro-batches, see `Comm.sum_or_stop`, so one
-rank that was asked is enough, and all stop at the same place.
+The signal is only remembered here. The ranks agree on it between micro-batches, see `Comm.sum_or_stop`.
+Therefore it is enough that one rank was asked, and all ranks stop at the same place.
 """
 
 import contextlib
@@ -19,17 +18,18 @@ log = logging.getLogger(__name__)
 
 
 class StopSignals:
-    """A context manager: inside, SIGNALS do not end the process but are remembered. Outside the main thread
-    it does nothing.
+    """A context manager in which SIGNALS do not end the process but are remembered.
 
-    Python calls handlers in the main thread, once that comes back from a collective: too late where a rank is
-    gone. The signal's number arrives at once, through a socket to which Python's own part in C writes it, and
-    any thread can look there.
+    In a thread other than the main one it does nothing.
+
+    Python calls signal handlers in the main thread, after that has returned from a collective. This is too
+    late if a rank is gone. So this class also reads the signal's number from a socket: Python's C code writes
+    it there at once, and any thread can read it.
     """
 
     def __init__(self) -> None:
         self._received: signal.Signals | None = None
-        self._told = False
+        self._logged = False
         self._before: dict[signal.Signals, object] = {}
         self._sockets: tuple[socket.socket, ...] = ()
         self._woken_before = -1
@@ -40,9 +40,8 @@ class StopSignals:
             for end in self._sockets:
                 end.setblocking(False)
             self._woken_before = signal.set_wakeup_fd(self._sockets[1].fileno(), warn_on_full_buffer=False)
-            os.register_at_fork(
-                after_in_child=self._stay_deaf
-            )  # what a helper process is told is not meant for this one
+            # A signal to a forked helper process is not meant for this process.
+            os.register_at_fork(after_in_child=self._close_sockets)
             self._before = {number: signal.signal(number, self._remember) for number in SIGNALS}
         return self
 
@@ -51,9 +50,9 @@ class StopSignals:
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        self._stay_deaf()
+        self._close_sockets()
 
-    def _stay_deaf(self) -> None:
+    def _close_sockets(self) -> None:
         if self._sockets:
             signal.set_wakeup_fd(self._woken_before)
             for end in self._sockets:
@@ -61,20 +60,20 @@ class StopSignals:
             self._sockets = ()
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        # Nothing is logged here: the signal may have come in the middle of a log line.
+        # Nothing is logged here, because the signal may interrupt the writing of a log line.
         self._received = signal.Signals(number)
 
     def asked(self) -> bool:
-        """Whether one of them has come. In any thread."""
-        self._look()
-        if self._received is not None and not self._told:
-            self._told = True
+        """Whether one of the signals has come. May be called in any thread."""
+        self._read_socket()
+        if self._received is not None and not self._logged:
+            self._logged = True
             log.info("%s: stopping at the next micro-batch", self._received.name)
         return self._received is not None
 
-    def _look(self) -> None:
+    def _read_socket(self) -> None:
         for end in self._sockets[:1]:
-            with contextlib.suppress(OSError):  # nothing is there, or it was closed just now
+            with contextlib.suppress(OSError):  # nothing has come, or the socket was closed just now
                 self._received = next(
                     (signal.Signals(number) for number in end.recv(64) if number in SIGNALS), self._received
                 )

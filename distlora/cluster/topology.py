@@ -1,25 +1,23 @@
-"""Who this process is, from the environment of its launcher; and the variables that libraries read for the
-same.
-"""
+"""The topology of this process, read from the launcher's environment, and written for torch and DeepSpeed."""
 
 import os
 
 import torch
 
-from distlora.cluster.rendezvous import DEFAULT_PORT, find_place, settle
+from distlora.cluster.rendezvous import DEFAULT_PORT, complete_environment, find_place
 from distlora.engine.comm import Topology
 from distlora.errors import UserError
 
 
 def topology_from_environment() -> Topology:
-    """Also sets MASTER_ADDR, MASTER_PORT and the transports' interfaces where the launcher has left that to
-    the program.
+    """This process's topology. Also sets MASTER_ADDR, MASTER_PORT and the transports' interfaces where the
+    launcher has not set them.
 
-    With Open MPI on several nodes this is collective. Raises UserError where the variables are wrong, or not
-    enough.
+    With Open MPI on several nodes this is collective. Raises UserError for variables that are wrong or
+    missing.
     """
     place = find_place(os.environ)
-    notes = settle(os.environ, place)
+    notes = complete_environment(os.environ, place)
     return Topology(
         place.rank,
         place.world_size,
@@ -34,12 +32,14 @@ def topology_from_environment() -> Topology:
 
 
 def _master(world_size: int) -> tuple[str, int] | None:
+    """Address and port where the ranks meet; None for a single process that was given none."""
     if world_size == 1 and not ("MASTER_ADDR" in os.environ and os.environ.get("MASTER_PORT")):
         return None
     return os.environ.get("MASTER_ADDR", "127.0.0.1"), int(os.environ.get("MASTER_PORT") or DEFAULT_PORT)
 
 
 def _patience() -> float:
+    """Minutes after which a collective fails."""
     text = os.environ.get("DEEPSPEED_TIMEOUT") or "30"
     try:
         return float(text)
@@ -50,10 +50,10 @@ def _patience() -> float:
 
 
 def publish(topology: Topology, device: torch.device, master: str | None) -> None:
-    """The variables that torch and DeepSpeed read; launchers that set others have been understood by now.
+    """Sets the variables that torch and DeepSpeed read. Some launchers have set only others.
 
-    DeepSpeed takes LOCAL_RANK for the number of the GPU, which it is not where each task sees one GPU only.
-    master: where the ranks have met, as `Comm.master` says it.
+    LOCAL_RANK becomes the number of the GPU, because DeepSpeed uses it as such. The launcher's value is
+    another one where each task sees only one GPU. master: where the ranks have met, from `Comm.master`.
     """
     local_rank = str(device.index if device.type == "cuda" else topology.local_rank)
     if master is not None:

@@ -1,10 +1,9 @@
-"""Data: rows from files, the hub or a generator, made into samples and batches.
+"""Data: rows from files, from the hub or from a generator, made into samples and batches.
 
-sources ─► examples ─► encode ─► batches
-        └► labelled: classification
+    sources ─► examples ─► encode ─► batches        prompts and responses
+            └► labelled                             texts and labels
 
-What the others use stands below. What is made of a row, and how an answer is judged, is a task's: see
-`distlora.tasks`.
+Other folders use the names below. `distlora.tasks` says what is made of a row and how an answer is judged.
 """
 
 from distlora.data.batches import TrainOrder, collate, collate_prompts, micro_batches, shard

@@ -1,9 +1,8 @@
-"""Which samples make up a step, a pass and a tensor: all of it deterministic, and no sample dropped or
-doubled.
+"""Which samples make up a step, a pass and a tensor: deterministic, and no sample is lost or doubled.
 
-A *global batch* is what one optimizer step sees. Each rank takes its share in a fixed number of *passes*.
-Where samples are short a pass is empty and has weight zero, because every rank must make the same number of
-passes: under ZeRO-3 each is a collective.
+A *global batch* holds the samples of one optimizer step. Each rank takes its share of it in a fixed number of
+*passes*. A rank that has no samples left makes an empty pass of weight zero, because every rank must make the
+same number of passes: under ZeRO-3 each of them is a collective.
 """
 
 from collections.abc import Sequence
@@ -17,9 +16,9 @@ from distlora.models.targets import IGNORE
 
 
 class TrainOrder:
-    """The order in which `n` samples are trained. Its whole state is the step number.
+    """The order in which `n` samples are trained. Its only state is the number of the step.
 
-    Each epoch is a permutation drawn from (seed, epoch) and cut into global batches; the last one may be
+    Each epoch is a permutation, drawn from (seed, epoch) and cut into global batches. The last batch may be
     smaller.
     """
 
@@ -31,10 +30,10 @@ class TrainOrder:
         self._epoch, self._permutation = -1, np.empty(0, dtype=np.int64)
 
     def indices(self, step: int) -> list[int]:
-        """The samples of global batch `step`, counted from 0 over all epochs: a pure function of the step."""
+        """The samples of a step's global batch. The step, counted from 0 over all epochs, decides them."""
         epoch, batch = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
-            # The cache of one epoch is no state: any step can be asked for at any time.
+            # This cache is no state: any step can be asked for at any time.
             self._permutation = np.random.default_rng([self.seed, epoch]).permutation(self.n)
             self._epoch = epoch
         start = batch * self.global_batch_size
@@ -44,25 +43,24 @@ class TrainOrder:
 def micro_batches(
     indices: Sequence[int], rank: int, world_size: int, micro_batch_size: int, accumulation: int
 ) -> list[list[int]]:
-    """One rank's share of a global batch as `accumulation` passes, the last of which may be empty (weight
-    zero).
+    """One rank's share of a global batch, as `accumulation` passes. The last ones may be empty (weight zero).
 
-    The shares of the ranks are disjoint, cover the batch and differ by at most one sample.
+    The shares of the ranks are disjoint, cover the batch and differ in size by at most one sample.
     Raises ValueError if the batch does not fit into the passes.
     """
     if len(indices) > world_size * micro_batch_size * accumulation:
         raise ValueError(
-            f"{len(indices)} samples do not fit into {accumulation} passes of {micro_batch_size} on {world_size} ranks"
+            f"{len(indices)} samples do not fit into {accumulation} passes of {micro_batch_size} "
+            f"on {world_size} ranks"
         )
     share = list(indices[rank::world_size])
     return [share[micro_batch_size * i : micro_batch_size * (i + 1)] for i in range(accumulation)]
 
 
 def shard(n: int, rank: int, world_size: int, batch_size: int = 1) -> list[list[int]]:
-    """One rank's share of the samples 0..n-1 in passes of at most `batch_size`: for evaluation and for the
-    probe.
+    """One rank's share of samples 0 … n−1, in passes of at most `batch_size`: for evaluation and the probe.
 
-    Every rank gets the same number of passes; those that a rank lacks samples for are empty (weight zero).
+    Every rank gets the same number of passes. A rank that lacks samples gets empty ones (weight zero).
     """
     passes = -(-n // (world_size * batch_size))
     return micro_batches(range(n), rank, world_size, batch_size, passes)
@@ -72,8 +70,8 @@ def collate(samples: Sequence[Sample], pad_id: int, device: torch.device | str =
     """Right-padded `input_ids`, `attention_mask` and `labels`, int64 (batch, longest), for training and
     evaluation.
 
-    No samples give a 1 x 2 batch of padding without a loss, for a pass of weight zero. Its attention mask is
-    one: a row that may attend to nothing has a softmax over nothing, which is NaN in some kernels.
+    No samples give a 1 × 2 batch of padding without a loss, for a pass of weight zero. Its attention mask is
+    1: a row that may attend to nothing has a softmax over nothing, which is NaN in some kernels.
     """
     if not samples:
         ids = torch.full((1, 2), pad_id, device=device)
@@ -93,8 +91,9 @@ def collate(samples: Sequence[Sample], pad_id: int, device: torch.device | str =
 def collate_prompts(
     samples: Sequence[Sample], pad_id: int, device: torch.device | str = "cpu"
 ) -> dict[str, Tensor]:
-    """Left-padded `input_ids` and `attention_mask`, int64 (batch, longest prompt), for generation; no
-    samples: 1 x 2.
+    """Left-padded `input_ids` and `attention_mask`, int64 (batch, longest prompt), for generation.
+
+    No samples give a 1 × 2 batch, as from `collate`.
     """
     if not samples:
         batch = collate(samples, pad_id, device)
@@ -107,8 +106,9 @@ def collate_prompts(
 
 
 def pad_rows(rows: list[list[int]], value: int, device: torch.device | str, left: bool = False) -> Tensor:
-    """Rows of different length as one int64 tensor (len(rows), longest), filled up with `value` on the right
-    or left.
+    """Rows of different lengths as one int64 tensor (len(rows), longest).
+
+    Shorter rows are filled with `value` on the right, or on the left.
     """
     longest = max(map(len, rows))
     fill = [[value] * (longest - len(row)) for row in rows]

@@ -1,11 +1,11 @@
 """From texts to tokens: the samples that are trained and evaluated.
 
-    prompt tokens (BOS first, if the tokenizer adds one) | response tokens | EOS        loss on the response and EOS only
+    prompt tokens (BOS first, if the tokenizer adds one) | response tokens | EOS
 
-The prompt is tokenised alone, exactly as generation will present it. The response continues it: if the tokens
-of the whole text start with the prompt's, the rest are the response's, which keeps white space at the seam
-natural to every kind of tokenizer; if they do not (a token spans the seam), the response is tokenised alone
-as well.
+The loss is taken on the response and EOS only. The prompt is tokenised alone, exactly as generation will
+present it. The response's tokens are those that follow the prompt's tokens in the tokenised whole text; so
+every kind of tokenizer treats white space between the two as it is used to. If the whole text does not begin
+with the prompt's tokens, because one token spans the border, the response is tokenised alone as well.
 """
 
 from collections.abc import Iterable, Iterator
@@ -16,7 +16,7 @@ from distlora.data.examples import CHAT, DataSection, Example, Examples
 from distlora.errors import UserError
 from distlora.models.targets import IGNORE
 
-#: Texts given to the tokenizer at once: enough for its threads, few enough to stay small.
+#: Texts that the tokenizer gets at once: enough for its threads, and few enough to take little memory.
 CHUNK = 1000
 
 
@@ -24,9 +24,9 @@ CHUNK = 1000
 class Sample:
     """One tokenised example.
 
-    input_ids: prompt, response and EOS. labels: of the same length, not shifted, IGNORE on the prompt (and on
-    the very first token, which nothing predicts). prompt_ids: the prompt alone, for generation. answer: the
-    expected final answer, if any.
+    input_ids: prompt, response and EOS. labels: as long, not shifted; IGNORE on the prompt and on the very
+    first token, which nothing predicts. prompt_ids: the prompt alone, for generation. answer: the expected
+    final answer, if there is one.
     """
 
     input_ids: list[int]
@@ -37,8 +37,10 @@ class Sample:
 
 @dataclass
 class Encoded:
-    """The samples of a split, in its order; how many were cut to the maximal length; how many were left out,
-    and why.
+    """The samples of a split, in its order.
+
+    truncated: how many of them were cut to the maximal length. dropped: how many more were left out, and
+    why_dropped.
     """
 
     samples: list
@@ -48,9 +50,9 @@ class Encoded:
 
 
 def load_split(section: DataSection, split: str, tokenizer) -> Encoded:
-    """Read, format and tokenise a split expression (`train`, `test[:100]`) of a recipe's data section.
+    """Reads, formats and tokenises a split expression (`train`, `test[:100]`) of a recipe's data section.
 
-    Raises UserError for everything that is wrong with the section, its files or rows, and if no sample is
+    Raises UserError for everything that is wrong with the section, its files or its rows, and if no sample is
     left.
     """
     examples = Examples(section, split)
@@ -58,8 +60,8 @@ def load_split(section: DataSection, split: str, tokenizer) -> Encoded:
     encoded = encode(examples, prompts, section.max_length)
     if not encoded.samples:
         raise UserError(
-            f"data.max_length: none of the {len(examples)} samples of {examples.origin} has a response token within "
-            f"{section.max_length} tokens, raise it"
+            f"data.max_length: none of the {len(examples)} samples of {examples.origin} has a response token "
+            f"within {section.max_length} tokens, raise it"
         )
     return encoded
 
@@ -74,7 +76,8 @@ class _Prompts:
             )
         if chat and not tokenizer.chat_template:
             raise UserError(
-                "data.template: the tokenizer has no chat template, write a template or leave data.template out"
+                "data.template: the tokenizer has no chat template, "
+                "write a template or leave data.template out"
             )
         self.tokenizer, self.chat = tokenizer, chat
         self.eos = tokenizer.eos_token_id
@@ -89,25 +92,25 @@ class _Prompts:
         return self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
 
     def tokens(self, texts: list[str]) -> list[list[int]]:
-        # verbose: transformers would warn of texts beyond the model's length, which are cut here.
-        return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)[
-            "input_ids"
-        ]
+        # Without verbose=False, transformers would warn of texts beyond the model's length. They are cut
+        # later.
+        encoded = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        return encoded["input_ids"]
 
 
 def _start_tokens(tokenizer) -> list[int]:
-    """[BOS] if the tokenizer puts it before a text of its own accord, else []."""
+    """[BOS] if the tokenizer puts it before every text, else []."""
     bos = tokenizer.bos_token_id
     return [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
 
 
 def encode(examples: Iterable[Example], prompts: _Prompts, max_length: int) -> Encoded:
-    """Tokenise examples; cut them to max_length tokens, and drop those that have then no response token."""
+    """Tokenises examples, cuts them to max_length tokens, and drops those without a response token then."""
     encoded = Encoded([], truncated=0, dropped=0)
     shared: dict[int, int] = {}
     for prompt_ids, response_ids, answer in _tokenised(examples, prompts):
-        # The tokenizer makes a new int object for each token. Sharing them halves the memory of a large data
-        # set.
+        # The tokenizer makes a new int object for each token. Sharing equal ones halves the memory of a large
+        # data set.
         ids = [shared.setdefault(token, token) for token in prompt_ids + response_ids]
         start = max(len(prompt_ids), 1)
         if start >= min(len(ids), max_length):
@@ -122,7 +125,7 @@ def encode(examples: Iterable[Example], prompts: _Prompts, max_length: int) -> E
 def _tokenised(
     examples: Iterable[Example], prompts: _Prompts
 ) -> Iterator[tuple[list[int], list[int], str | None]]:
-    """For each example the tokens of its prompt, those of its response with EOS, and its answer."""
+    """For each example: the tokens of its prompt, those of its response with EOS, and its answer."""
     stream = iter(examples)
     while chunk := list(islice(stream, CHUNK)):
         prompt_texts = [prompts.render(example.prompt) for example in chunk]
@@ -130,15 +133,15 @@ def _tokenised(
             _separator(prompt, example.response) + example.response
             for prompt, example in zip(prompt_texts, chunk)
         ]
-        heads = prompts.tokens(prompt_texts)
-        wholes = prompts.tokens([prompt + response for prompt, response in zip(prompt_texts, responses)])
-        alone = prompts.tokens(responses)
-        for example, head, whole, tail in zip(chunk, heads, wholes, alone):
-            if whole[: len(head)] == head:
-                tail = whole[len(head) :]
-            yield prompts.start + head, tail + [prompts.eos], example.answer
+        prompt_ids = prompts.tokens(prompt_texts)
+        whole_ids = prompts.tokens([prompt + response for prompt, response in zip(prompt_texts, responses)])
+        response_ids = prompts.tokens(responses)
+        for example, prompt, whole, response in zip(chunk, prompt_ids, whole_ids, response_ids):
+            if whole[: len(prompt)] == prompt:
+                response = whole[len(prompt) :]
+            yield prompts.start + prompt, response + [prompts.eos], example.answer
 
 
 def _separator(prompt: str, response: str) -> str:
-    """A space between prompt and response unless there is white space already; it belongs to the response."""
+    """A space between prompt and response, unless there is white space. It belongs to the response."""
     return " " if prompt and response and not prompt[-1].isspace() and not response[0].isspace() else ""

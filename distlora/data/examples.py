@@ -1,4 +1,4 @@
-"""From rows to texts: the recipe's task, fields and template applied to the columns of a data set."""
+"""From rows to texts: the recipe's task, fields and template, applied to the columns of a data set."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,8 +28,9 @@ class DataSection(Protocol):
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt, the response to learn, and the final answer in it. With a chat template, `prompt` is the
-    user's message.
+    """A prompt, the response to learn, and the final answer in it.
+
+    With a chat template, `prompt` is the user's message.
     """
 
     prompt: str
@@ -39,7 +40,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Template:
-    """A parsed format string: pairs of literal text and the name that follows it (None: no name follows)."""
+    """A parsed format string: pairs of literal text and the name that follows it, None if none follows."""
 
     pieces: list[tuple[str, str | None]]
 
@@ -52,7 +53,7 @@ class Template:
 
 
 def parse_template(template: str) -> Template:
-    """Parse `data.template`. Only plain names in braces are allowed: a name is looked up, never evaluated."""
+    """Parses `data.template`. Only plain names may stand in braces: they are looked up, never evaluated."""
     pieces = []
     try:
         for text, name, spec, conversion in Formatter().parse(template):
@@ -67,25 +68,27 @@ def parse_template(template: str) -> Template:
 
 
 def download(section: DataSection, split: str) -> None:
-    """Bring a split into the local cache of the hub, if it comes from the hub. Let one process a node do this
-    first.
+    """Brings a split from the hub into the local cache, if it comes from the hub.
+
+    One process of each node should do this before the others read the rows.
     """
     if not get_task(section.task).embedded:
         sources.fetch(_path(section), split)
 
 
 def is_at_hand(section: DataSection) -> bool:
-    """Whether the rows can be read without the hub (or it is wrong that they cannot)."""
+    """Whether the rows can be read without the hub, or the hub could not give them either."""
     path = section.path or get_task(section.task).path
     return get_task(section.task).embedded or path is None or sources.is_local(path)
 
 
 def load_rows(section: DataSection, split: str) -> Sequence[Row]:
-    """The rows of a split expression. Raises UserError, also where there is none."""
+    """The rows of a split expression. Raises UserError, also if there are none."""
     if get_task(section.task).embedded:
         if section.path is not None:
             raise UserError(
-                f"data.path: the task {section.task} makes its own data, remove the path or choose another task"
+                f"data.path: the task {section.task} makes its own data, "
+                "remove the path or choose another task"
             )
         rows = sources.select(sources.parse_split(split), arithmetic.rows)
     else:
@@ -96,19 +99,19 @@ def load_rows(section: DataSection, split: str) -> Sequence[Row]:
 
 
 def origin(section: DataSection, split: str) -> str:
-    """The data set as error messages name it."""
+    """The data set, as error messages name it."""
     path = section.path or get_task(section.task).path or section.task
     return f"{path}, split {split}"
 
 
 def columns_of(rows: Sequence[Row]) -> list[str]:
-    """The columns of a data set; those of the first row where rows may differ (JSON)."""
+    """The columns of a data set. Where rows may differ (JSON), those of the first row."""
     columns = getattr(rows, "column_names", None)
     return list(rows[0]) if columns is None else columns
 
 
 def require_column(rows: Sequence[Row], column: str, where: str, origin: str) -> None:
-    """UserError if there is no such column. where: what asks for it."""
+    """Raises UserError if there is no such column. where: what asks for it."""
     available = columns_of(rows)
     if column not in available:
         hint = nearest(column, available) or ", name another in data.fields"
@@ -117,8 +120,9 @@ def require_column(rows: Sequence[Row], column: str, where: str, origin: str) ->
 
 
 def cell_text(row: Row, column: str, position: int, origin: str) -> str:
-    """A cell as text. Raises UserError, which names row `position` of `origin`, where it holds neither text
-    nor number.
+    """A cell as text. Raises UserError if it holds neither text nor a number.
+
+    position, origin: the row's number and the data set, for the error.
     """
     value = row.get(column)
     if not isinstance(value, str | int | float):
@@ -139,9 +143,7 @@ def _path(section: DataSection) -> str:
 
 
 class Examples:
-    """The rows of a split as examples, in order. The section is checked against the columns when this is
-    made.
-    """
+    """The rows of a split as examples, in order. To make one checks the section against the columns."""
 
     def __init__(self, section: DataSection, split: str):
         self.rows = load_rows(section, split)
@@ -175,7 +177,7 @@ class Examples:
         return {**defaults, **fields}
 
     def _choose_templates(self, template: str | None) -> tuple[Template, Template]:
-        """The templates for a row without and with an input."""
+        """The templates for a row without an input, and for a row with one."""
         if template == CHAT:
             plain, with_input = Template([("", "prompt")]), Template([("", "prompt"), ("\n\n", "input")])
         elif template is not None:
@@ -188,11 +190,12 @@ class Examples:
         return plain, with_input
 
     def _check_name(self, name: str) -> None:
-        """A name in a template must be a role with a column, or a column, and not give the answer away."""
+        """Raises UserError unless a template's name means a column that does not show the answer."""
         column = self._columns.get(name, name)
         if column in (self._columns["response"], self._columns.get("answer")):
             raise UserError(
-                f"data.template: {{{name}}} would show the answer, remove it (the response is added by itself)"
+                f"data.template: {{{name}}} would show the answer, remove it "
+                "(the response is added by itself)"
             )
         if name == "prompt" and name not in self._columns:
             raise UserError(
@@ -218,7 +221,7 @@ class Examples:
         return Example(template.fill(values), response, answer or self._task.extract(response))
 
     def _text(self, row: Row, column: str | None, position: int, optional: bool = False) -> str:
-        """A cell as text. An optional one may be missing or null, and is then empty."""
+        """A cell as text. An optional one may be missing or null; its text is then empty."""
         if optional and (column is None or row.get(column) is None):
             return ""
         return cell_text(row, column, position, self.origin)

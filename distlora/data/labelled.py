@@ -1,7 +1,7 @@
-"""Classification: rows with a text, or a pair of texts, and a label, made into samples and batches.
+"""Classification: rows with a label and a text, or a pair of texts, made into samples and batches.
 
-The tokens of a row are those that the tokenizer makes of it by its own rules, as the encoder has seen them in
-pretraining: `[CLS] text [SEP] pair [SEP]` for BERT, `<s> text </s></s> pair </s>` for RoBERTa.
+The tokenizer makes the tokens of a row by its own rules, as the encoder has seen them in pretraining:
+`[CLS] text [SEP] pair [SEP]` for BERT, `<s> text </s></s> pair </s>` for RoBERTa.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,20 +20,22 @@ from distlora.models.targets import IGNORE
 from distlora.sentences import nearest
 from distlora.tasks.registry import LabelTask, get_task
 
-#: What a column can be used for; there may be no pair.
+#: What a column can be used for. A data set may have no pairs.
 ROLES = ("text", "pair", "label")
 
 
 class DataSection(examples.DataSection, Protocol):
-    """What this file reads of a recipe's `data:` section beside what all tasks have."""
+    """What this file reads of a recipe's `data:` section, beside what all tasks have."""
 
     labels: list[str] | None
 
 
 @dataclass(frozen=True)
 class LabelledSample:
-    """One tokenised row. segments: the type of each token (text or pair), where the tokenizer gives one.
-    label: its number.
+    """One tokenised row.
+
+    segments: for each token whether it belongs to the text (0) or the pair (1); None if the tokenizer does
+    not tell them apart. label: its number.
     """
 
     input_ids: list[int]
@@ -42,8 +44,9 @@ class LabelledSample:
 
 
 def label_names(section: DataSection) -> tuple[str, ...]:
-    """The labels that a section's task tells apart, in the order of their numbers. Raises UserError where
-    they are unclear.
+    """The names of the labels that a section's task tells apart, in the order of their numbers.
+
+    Raises UserError if the section does not say them, or says them wrongly.
     """
     own, given = get_task(section.task).labels, section.labels
     if own and given is not None:
@@ -62,8 +65,9 @@ def label_names(section: DataSection) -> tuple[str, ...]:
 
 
 class LabelledRows:
-    """The rows of a split as (text, pair or None, number of the label or None), in order. Made, the section
-    has been checked.
+    """The rows of a split in order, each as (text, pair or None, number of the label or None).
+
+    To make one checks the section against the columns.
     """
 
     def __init__(self, section: DataSection, split: str):
@@ -91,9 +95,7 @@ class LabelledRows:
             yield text, second, self._label(row, position)
 
     def _assign_columns(self, task: LabelTask, name: str, fields: dict[str, str]) -> dict[str, str]:
-        """The column of each role: the recipe's, else the first of the task's names for it that the data set
-        has.
-        """
+        """The column of each role: the recipe's, else the first of the task's names that the data set has."""
         for role, column in fields.items():
             if role not in ROLES:
                 hint = nearest(role, ROLES) or f", choose from {', '.join(ROLES)}"
@@ -112,8 +114,9 @@ class LabelledRows:
         return columns
 
     def _label(self, row: Row, position: int) -> int | None:
-        """A label is its name or number. None for an unlabelled row, as the hub's test splits have: null,
-        empty, -1 or "-".
+        """The number of a row's label, which the row holds as a name or as a number.
+
+        None for a row without a label, as in the hub's test splits: null, empty, -1 or "-".
         """
         value = row.get(self._columns["label"])
         text = "" if value is None else str(value).strip()
@@ -128,9 +131,11 @@ class LabelledRows:
 
 
 def load_labelled(section: DataSection, split: str, tokenizer) -> Encoded:
-    """Read and tokenise a split expression. Rows longer than the maximum are cut (of a pair, the longer text
-    first) and counted; those without a label are dropped. Raises UserError for all that is wrong with the
-    section, its files or rows."""
+    """Reads and tokenises a split expression of a recipe's data section.
+
+    Rows longer than the maximum are cut and counted; of a pair, the longer text is cut first. Rows without a
+    label are dropped. Raises UserError for everything that is wrong with the section, its files or its rows.
+    """
     rows = LabelledRows(section, split)
     encoded = Encoded([], truncated=0, dropped=0, why_dropped="they have no label")
     for chunk in _chunks(rows):
@@ -158,7 +163,7 @@ def _encode(encoded: Encoded, chunk: list[tuple[str, str | None, int]], max_leng
     """Appends the samples of a chunk whose rows all have a label."""
     texts, pairs, labels = zip(*chunk)
     columns = [list(texts)] if pairs[0] is None else [list(texts), list(pairs)]
-    # verbose: transformers would warn of texts beyond the model's length, which are cut here.
+    # Without verbose=False, transformers would warn of texts beyond the model's length. They are cut below.
     whole = tokenizer(*columns, return_attention_mask=False, verbose=False)
     long = [position for position, ids in enumerate(whole["input_ids"]) if len(ids) > max_length]
     samples = _samples(whole, labels)
@@ -179,12 +184,14 @@ def _samples(tokens, labels: Sequence[int]) -> list[LabelledSample]:
 def collate_labelled(
     samples: Sequence[LabelledSample], pad_id: int, device: torch.device | str = "cpu"
 ) -> dict[str, Tensor]:
-    """Right-padded `input_ids`, `attention_mask` and, where the samples have segments, `token_type_ids`,
-    int64 (batch, longest), and `labels`, int64 (batch,). No samples give a 1 x 2 batch without a label, for a
-    pass of weight zero."""
+    """Right-padded `input_ids`, `attention_mask` and, if the samples have segments, `token_type_ids`, int64
+    (batch, longest); and `labels`, int64 (batch,).
+
+    No samples give a 1 × 2 batch without a label, for a pass of weight zero.
+    """
     if not samples:
         ids = torch.full((1, 2), pad_id, device=device)
-        # Not attended padding has a softmax over nothing; see `collate`.
+        # The mask is 1 for the same reason as in `collate`.
         return {
             "input_ids": ids,
             "attention_mask": torch.ones_like(ids),

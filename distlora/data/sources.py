@@ -1,8 +1,8 @@
 """Where rows come from: local JSON, JSONL, CSV, TSV or parquet files, or a data set of the Hugging Face hub.
 
-A row is a mapping from column to value. A *split expression* is a split name with an optional slice, in the
-hub's syntax: `train`, `train[:50000]`, `train[10%:20%]`, `train[-500:]`, and several of these joined by `+`.
-The slices mean exactly what they mean to `datasets.load_dataset`, for local files as well.
+A row is a mapping from column to value. A *split expression* is the name of a split with an optional slice,
+in the hub's syntax: `train`, `train[:50000]`, `train[10%:20%]`, `train[-500:]`, or several of these joined by
+`+`. Slices mean the same as for `datasets.load_dataset`, also for local files.
 """
 
 import csv
@@ -24,14 +24,15 @@ _PART = re.compile(r"(?P<name>[\w.\-]+)(?:\[(?P<slice>[^\]]*)\])?")
 _SLICE = re.compile(r"(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?")
 _SHARD = re.compile(r"-\d+-of-\d+$")
 
-#: What local files may call a split that has another name on the hub.
+#: Names that splits may have as local files, by their names on the hub.
 _LOCAL_NAMES = {"validation": "dev"}
 
 
 @dataclass(frozen=True)
 class SplitPart:
-    """One split with its bounds as written: None, `50000` or `10%`, each possibly negative (counted from the
-    end).
+    """One split with its bounds as they are written: None, `50000` or `10%`.
+
+    A negative bound counts from the end.
     """
 
     name: str
@@ -39,29 +40,26 @@ class SplitPart:
     stop: str | None = None
 
     def rows(self, count: int) -> range:
-        """The positions this part takes from a split of `count` rows."""
+        """The positions of this part's rows in a split of `count` rows."""
         start = 0 if self.start is None else _position(self.start, count)
         stop = count if self.stop is None else _position(self.stop, count)
         return range(start, max(start, stop))
 
 
 def _position(bound: str, count: int) -> int:
-    """A bound as a row position within 0..count; percentages go to the closest row."""
+    """A bound as a position of 0 … count. A percentage means the closest row."""
     position = round(int(bound[:-1]) * count / 100) if bound.endswith("%") else int(bound)
     return min(max(position + count, 0) if position < 0 else position, count)
 
 
 def parse_split(expression: str) -> list[SplitPart]:
-    """The parts of a split expression. Raises UserError where it is none."""
+    """The parts of a split expression. Raises UserError if the text is none."""
     parts = []
     for text in expression.split("+"):
         part = _PART.fullmatch(text.strip())
-        bounds = (
-            _SLICE.fullmatch(re.sub(r"[\s_]", "", part["slice"]))
-            if part and part["slice"] is not None
-            else None
-        )
-        if not part or (part["slice"] is not None and not bounds):
+        has_slice = part is not None and part["slice"] is not None
+        bounds = _SLICE.fullmatch(re.sub(r"[\s_]", "", part["slice"])) if has_slice else None
+        if part is None or (has_slice and bounds is None):
             raise UserError(
                 f"data: split {expression!r} cannot be read, write it like train[:50000] or train[10%:20%]"
             )
@@ -70,13 +68,14 @@ def parse_split(expression: str) -> list[SplitPart]:
 
 
 def load_rows(path: str, split: str, header: Sequence[str] | None = None) -> Sequence[Row]:
-    """The rows of a split expression, from a local path if there is one, else from the hub (then
-    memory-mapped, not copied).
+    """The rows of a split expression, from a local path if there is one, else from the hub.
 
-    header: the columns of TSV files whose first line is a row already.
-    path: a file; a directory with one file a split (`train.jsonl`; shards `train-00000-of-00002.parquet`); or
-    a data set of the hub, with its configuration after a colon if it has several (`openai/gsm8k:main`).
-    Raises UserError, in one sentence, for whatever is missing, unreadable or out of reach.
+    path: a file; a directory with a file for each split (`train.jsonl`) or its shards
+    (`train-00000-of-00002.parquet`); or a data set of the hub, with its configuration after a colon if it has
+    several (`openai/gsm8k:main`). header: the columns of TSV files whose first line is already a row.
+
+    Rows of the hub are memory-mapped and not copied. Raises UserError, in one sentence, for what is missing,
+    unreadable or out of reach.
     """
     parts = parse_split(split)
     if is_local(path):
@@ -85,8 +84,8 @@ def load_rows(path: str, split: str, header: Sequence[str] | None = None) -> Seq
 
 
 def is_local(path: str) -> bool:
-    """Whether a path means files here. What exists does, and so does what cannot be the name of a data set of
-    the hub.
+    """Whether a path means files on this machine: they exist, or no data set of the hub can have that
+    name.
     """
     file = Path(path).expanduser()
     looks_local = path.startswith((".", "~", "/")) or path.count("/") > 1 or file.suffix.lower() in READERS
@@ -94,9 +93,9 @@ def is_local(path: str) -> bool:
 
 
 def fetch(path: str, split: str) -> None:
-    """Bring a data set into the local cache of the hub; does nothing for local files.
+    """Brings a data set of the hub into the local cache. Does nothing for local files.
 
-    This is what writes to disk: let one process a node call it before the others call `load_rows`.
+    This writes to the disk: one process of each node should call it before the others call `load_rows`.
     """
     if not is_local(path):
         for part in parse_split(split):
@@ -123,8 +122,9 @@ def _split_files(path: Path, split: str) -> list[Path]:
     if path.is_file():
         if split != "train":
             raise UserError(
-                f"data: {path} is a single file and has no split {split!r}, take a slice of its only split, such as "
-                f"train[-10%:], or name a directory that holds {split}{path.suffix}"
+                f"data: {path} is a single file and has no split {split!r}, "
+                f"take a slice of its only split, such as train[-10%:], "
+                f"or name a directory that holds {split}{path.suffix}"
             )
         return [path]
     found: dict[str, list[Path]] = {}
@@ -140,14 +140,16 @@ def _split_files(path: Path, split: str) -> list[Path]:
     if len(files) > 1 and any(not _SHARD.search(file.stem) for file in files):
         names = " and ".join(file.name for file in files)
         raise UserError(
-            f"data: split {split!r} in {path} could be {names}, keep one of them or name the file in data.path"
+            f"data: split {split!r} in {path} could be {names}, "
+            "keep one of them or name the file in data.path"
         )
     return files
 
 
 def read_file(file: Path, header: Sequence[str] | None = None) -> list[Row]:
-    """All rows of one local file, by its suffix. Raises UserError that names the file, and the line where
-    there is one.
+    """All rows of one local file. Its suffix says how it is read.
+
+    Raises UserError that names the file and, if possible, the line.
     """
     reader = READERS.get(file.suffix.lower())
     if reader is None:
@@ -163,9 +165,7 @@ def read_file(file: Path, header: Sequence[str] | None = None) -> list[Row]:
 
 
 def _read_json(file: Path) -> list[Row]:
-    """A list of objects; a `.json` file that does not start with a bracket is read line by line, as many data
-    sets are.
-    """
+    """A list of objects. A `.json` file that does not start with a bracket holds an object on each line."""
     text = file.read_text(encoding="utf-8-sig")
     if not text.lstrip().startswith("["):
         return _read_json_lines(file)
@@ -216,20 +216,22 @@ def _read_csv(file: Path) -> list[Row]:
 
 
 def _read_tsv(file: Path, header: Sequence[str] | None = None) -> list[Row]:
-    """GLUE's format: cells between tabs, quotation marks are text. header: the columns, if the first line is
-    a row.
+    """GLUE's format: tabs divide cells, and quotation marks are text.
+
+    header: the columns, if the first line is already a row.
     """
     layout = dict(delimiter="\t", quoting=csv.QUOTE_NONE)
     with file.open(encoding="utf-8-sig", newline="") as lines:
         if header is not None and set(header) & set(next(csv.reader(lines, **layout), [])):
-            header = None  # a copy of the data set that does name them
+            header = None  # this copy of the data set names its columns
         lines.seek(0)
         return _of_equal_length(list(csv.DictReader(lines, header, **layout)), file)
 
 
 def _of_equal_length(rows: list[Row], file: Path) -> list[Row]:
     for position, row in enumerate(rows):
-        # DictReader files surplus cells under None, and gives None to the cells that a short line lacks.
+        # DictReader puts surplus cells under the key None, and gives None to the cells that a short line
+        # lacks.
         if None in row or None in row.values():
             raise UserError(
                 f"data.path: row {position} of {file} has not as many cells as the header, correct it"
@@ -270,7 +272,7 @@ def _select_hub(path: str, parts: list[SplitPart]) -> Sequence[Row]:
 
 def _hub_split(path: str, split: str):
     """One whole split of the hub as a `datasets.Dataset`, downloaded to the cache unless it is there."""
-    import datasets  # slow to import, and of no use to who reads local files
+    import datasets  # slow to import, and not needed to read local files
 
     name, _, configuration = path.partition(":")
     try:
@@ -287,14 +289,13 @@ def _hub_split(path: str, split: str):
     except ConnectionError as error:
         if datasets.config.HF_HUB_OFFLINE:
             raise UserError(
-                f"data.path: {name} is not in the local cache and HF_HUB_OFFLINE is set, unset it to download, or name local files"
+                f"data.path: {name} is not in the local cache and HF_HUB_OFFLINE is set, "
+                "unset it to download, or name local files"
             ) from error
         raise UserError(
             f"data.path: the hub cannot be reached for {name}, check the network or name local files"
         ) from error
-    except (
-        Exception
-    ) as error:  # whatever a download may raise, from HTTP clients too: the user needs one sentence
+    except Exception as error:  # a download may raise anything, also from HTTP clients
         raise UserError(_hub_problem(path, split, error)) from error
 
 
@@ -308,5 +309,11 @@ def _hub_problem(path: str, split: str, error: Exception) -> str:
     if "onfig name is missing" in str(error) or "BuilderConfig" in str(error):
         # `datasets` lists the configurations on the lines after the first.
         listed = " ".join(str(error).split())
-        return f"data.path: {path}: name the configuration after a colon, as in name:configuration ({listed[:300]})"
-    return f"data.path: {path} cannot be loaded from the hub ({reason}), correct the name, or save it as local files"
+        return (
+            f"data.path: {path}: name the configuration after a colon, "
+            f"as in name:configuration ({listed[:300]})"
+        )
+    return (
+        f"data.path: {path} cannot be loaded from the hub ({reason}), "
+        "correct the name, or save it as local files"
+    )

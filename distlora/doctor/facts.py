@@ -1,4 +1,4 @@
-"""What one node sees: versions, devices, memory, clock. Every collector may fail or hang without spoiling the
+"""What one node sees: versions, devices, memory and more. A collector that fails or hangs does not affect the
 others.
 """
 
@@ -15,19 +15,21 @@ from distlora.doctor import network, storage, toolchain
 
 Facts = dict[str, Any]
 
-#: Seconds for all collectors but the build of operators. Importing torch from a busy file server takes the
-#: most.
+#: Seconds for all collectors but the build of operators. The import of torch from a busy file server takes
+#: longest.
 LIMIT = 90.0
 
 
 def collect(request: Mapping[str, Any], limit: float = LIMIT) -> dict[str, Facts]:
-    """All facts of this node, by topic; a topic that failed or gave no answer within `limit` seconds holds
-    only "error".
+    """All facts of this node, by topic. A topic that failed, or took longer than `limit` seconds, has only
+    the key "error".
 
-    request: "master" and "port" to be reached, "is_master", "run_dir" and "mark" (a file name to leave
-    there), "paths" that must be visible (label -> path), "model" (a hub name, or None), "hub" (whether it is
-    needed), "operators" to build (names of DeepSpeed's builders; may be empty), "build_limit" in seconds. All
-    are optional.
+    The keys of `request`, which are all optional:
+    master, port: the address that must be reached. is_master: whether this node is the master.
+    run_dir, mark: a directory, and the name of a file to leave there.
+    paths: what must be visible, label -> path.
+    model, hub: a model's name on the hub, or None; and whether the hub is needed.
+    operators, build_limit: names of DeepSpeed's builders, maybe none; and the seconds to wait for the build.
     """
     build = toolchain.start_build(request.get("operators") or ())
     facts = gather(
@@ -52,15 +54,16 @@ def collect(request: Mapping[str, Any], limit: float = LIMIT) -> dict[str, Facts
 
 
 def gather(collectors: Mapping[str, Callable[[], Facts]], limit: float) -> dict[str, Facts]:
-    """Each collector in a thread of its own; who is late is left behind (a dead file server holds a thread
-    forever).
+    """Runs each collector in its own thread, and does not wait for a late one longer than `limit` seconds.
+
+    A dead file server blocks a thread for ever.
     """
     results: dict[str, Facts] = {}
 
     def work(topic: str, collector: Callable[[], Facts]) -> None:
         try:
             results[topic] = collector()
-        except Exception as error:  # of whatever kind: it is a fact about this node
+        except Exception as error:  # any failure is a fact about this node
             results[topic] = {"error": f"{type(error).__name__}: {error}"}
 
     threads = {
@@ -79,8 +82,9 @@ def _items(collectors: Mapping[str, Callable[[], Facts]]):
 
 
 def _node() -> Facts:
-    """machine: equal for two names of one machine, different for two machines (containers with a network of
-    their own too).
+    """machine: equal for two names of the same machine, different for two machines.
+
+    Containers with a network of their own count as machines.
     """
     boot = Path("/proc/sys/kernel/random/boot_id")
     space = os.readlink("/proc/self/ns/net") if os.path.exists("/proc/self/ns/net") else ""
@@ -97,8 +101,9 @@ def _node() -> Facts:
 
 
 def _accelerators() -> Facts:
-    """devices: as torch sees them, with bytes. hardware: how many NVIDIA or AMD devices the system has.
-    hidden: whether the user has asked for fewer."""
+    """devices: those that torch sees, with their memory in bytes. hardware: the number of NVIDIA or AMD
+    devices in the system. hidden: whether the user has hidden some of them.
+    """
     import torch
 
     devices = []

@@ -1,4 +1,4 @@
-"""What an examination is about, and what it finds."""
+"""The nodes of an examination with their facts, and its findings."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ Level = Literal["ok", "warning", "failure"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One row of the table. nodes: whom it is about. remedy: what to do; empty where all is well."""
+    """One row of the table. nodes: those that it is about. remedy: what to do; empty if nothing is wrong."""
 
     check: str
     level: Level
@@ -20,9 +20,12 @@ class Finding:
 
 @dataclass(frozen=True, eq=False)
 class Node:
-    """A node and what it said. slots: ranks on it, if known. place: its line in the hostfile, or empty.
-    facts: by topic, see facts.collect. problem: why there are none. skew: seconds that its clock is ahead.
-    doubt: how far that can be wrong."""
+    """A node and what it has told.
+
+    facts: by topic, see `facts.collect`. slots: ranks on it, if known. place: its line in the hostfile, or
+    empty. problem: why there are no facts. skew: seconds that its clock is ahead. doubt: the possible error
+    of skew, in seconds. marks: the marks in the run directory that this node sees; None if it was not asked.
+    """
 
     name: str
     facts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -31,17 +34,16 @@ class Node:
     problem: str | None = None
     skew: float | None = None
     doubt: float = 0.0
-    #: The marks in the run directory that this node sees; None if it was not asked.
     marks: tuple[str, ...] | None = None
 
     def fact(self, topic: str) -> Mapping[str, Any] | None:
-        """The facts of a topic; None if they could not be found out."""
+        """The facts of a topic; None if they could not be collected."""
         found = self.facts.get(topic)
         return None if found is None or "error" in found else found
 
 
 def known(nodes: Sequence[Node], topic: str) -> Iterator[tuple[Node, Mapping[str, Any]]]:
-    """The nodes that have facts of a topic, with these."""
+    """The nodes that have facts of a topic, with these facts."""
     for node in nodes:
         found = node.fact(topic)
         if found:
@@ -49,7 +51,7 @@ def known(nodes: Sequence[Node], topic: str) -> Iterator[tuple[Node, Mapping[str
 
 
 def merged(findings: Iterable[Finding]) -> list[Finding]:
-    """One row for what is said of several nodes in the same words, in the place of the first."""
+    """Joins findings that say the same of several nodes into one, which stands in the place of the first."""
     rows: dict[tuple[str, str, str, str], list[str]] = {}
     for finding in findings:
         rows.setdefault((finding.check, finding.level, finding.found, finding.remedy), []).extend(

@@ -1,4 +1,4 @@
-"""An examination of the hosts of a hostfile through ssh, or of this machine."""
+"""An examination from outside: of the hosts of a hostfile through ssh, or of this machine."""
 
 import secrets
 import socket
@@ -13,40 +13,42 @@ from distlora.doctor.findings import Finding, Node
 from distlora.doctor.remote import Answer, ask_all
 from distlora.doctor.subject import BUILD_LIMIT, SHORT, Report, Subject, judge_nodes
 
-#: Ranks of the all-reduce on a machine without an accelerator, where nothing says how many.
+#: Ranks of the all-reduce on a node without an accelerator.
 CPU_RANKS = 2
 
 
 def examine_hosts(hosts: Sequence[Host | None], subject: Subject, port: int, limit: float) -> Report:
-    """hosts: [None] means this machine, of which no slots are known."""
+    """Examines these hosts; [None] means this machine. port: rank 0's. limit: seconds to wait for a rank."""
     token = secrets.token_hex(4)
     here = hosts[0] is None or this_machine_alone(hosts)
-    doors = [None] if here else [host.name for host in hosts]
+    targets = [None] if here else [host.name for host in hosts]  # as `ask_all` takes them
     master = "127.0.0.1" if here else hosts[0].address
     requests = [
         subject.request(token, index) | {"master": master, "port": port, "is_master": index == 0}
         for index in range(len(hosts))
     ]
     try:
-        heard = ask_all(doors, requests, facts.LIMIT + (BUILD_LIMIT if subject.operators else 0) + SHORT)
+        told = ask_all(targets, requests, facts.LIMIT + (BUILD_LIMIT if subject.operators else 0) + SHORT)
+        # The marks are read once all nodes have left theirs.
         looked = ask_all(
-            doors, [{"do": "look", "run_dir": subject.run_dir, "mark": token}] * len(hosts), SHORT
+            targets, [{"do": "look", "run_dir": subject.run_dir, "mark": token}] * len(hosts), SHORT
         )
     finally:
-        ask_all(doors, [{"do": "forget", "run_dir": subject.run_dir, "mark": token}] * len(hosts), SHORT)
-    nodes = [_node(host, answer, look) for host, answer, look in zip(hosts, heard, looked)]
-    there = [(node, door) for node, door in zip(nodes, doors) if not node.problem]
+        ask_all(targets, [{"do": "forget", "run_dir": subject.run_dir, "mark": token}] * len(hosts), SHORT)
+    nodes = [_node(host, answer, look) for host, answer, look in zip(hosts, told, looked)]
+    answering = [(node, target) for node, target in zip(nodes, targets) if not node.problem]
     findings = judge_nodes(nodes)
-    if there:
-        findings += _reduce(there, master if not nodes[0].problem else None, port, limit)
+    if answering:
+        findings += _reduce(answering, master if not nodes[0].problem else None, port, limit)
     return Report(findings, [node.name for node in nodes])
 
 
-def _node(host: Host | None, heard: Answer, looked: Answer) -> Node:
+def _node(host: Host | None, told: Answer, looked: Answer) -> Node:
+    """told: the answer to "facts". looked: the answer to "look"."""
     node = Node(host.name, slots=host.slots, place=host.place) if host else Node(socket.gethostname())
-    if heard.problem or not heard.values:
-        return replace(node, problem=heard.problem or "said nothing")
-    node = replace(node, facts=heard.values[-1])
+    if told.problem or not told.values:
+        return replace(node, problem=told.problem or "said nothing")
+    node = replace(node, facts=told.values[-1])
     if looked.problem or not looked.values:
         return node
     look = looked.values[-1]
@@ -56,33 +58,36 @@ def _node(host: Host | None, heard: Answer, looked: Answer) -> Node:
 
 
 def _reduce(
-    there: Sequence[tuple[Node, str | None]], master: str | None, port: int, limit: float
+    answering: Sequence[tuple[Node, str | None]], master: str | None, port: int, limit: float
 ) -> list[Finding]:
     """The all-reduce between the nodes that answer. master: None if the first host is not among them."""
-    first = there[0][0]
-    taken = first.fact("port") or {}
+    first, target = answering[0]
+    port_facts = first.fact("port") or {}
     if master is None:
         master = first.name.rpartition("@")[2]
-    if taken.get("problem"):
-        port = taken["another"]  # what holds the other one has been told
-    elif not taken and there[0][1] is None:
+    if port_facts.get("problem"):
+        port = port_facts["another"]  # a finding about the first port exists already
+    elif not port_facts and target is None:
         port = free_port()
-    counts = [_rank_count(node) for node, _ in there]
+    counts = [_rank_count(node) for node, _ in answering]
     starts = [end - count for end, count in zip(accumulate(counts), counts)]
     shared = {"do": "ranks", "world": sum(counts), "master": master, "port": port, "limit": limit}
     requests = [shared | {"first": start, "count": count} for start, count in zip(starts, counts)]
-    heard = ask_all([door for _, door in there], requests, 3 * limit + 60 + SHORT)
+    told = ask_all([target for _, target in answering], requests, 3 * limit + 60 + SHORT)
     ranks = {
-        start + i: node.name for start, count, (node, _) in zip(starts, counts, there) for i in range(count)
+        start + i: node.name
+        for start, count, (node, _) in zip(starts, counts, answering)
+        for i in range(count)
     }
-    outcomes = [outcome for answer in heard for outcome in answer.values]
+    outcomes = [outcome for answer in told for outcome in answer.values]
     return reduction.judge(outcomes, ranks, f"{master}:{port}")
 
 
 def _rank_count(node: Node) -> int:
-    """A rank for each slot that is really there."""
+    """One rank for each slot that has a device."""
     devices = len((node.fact("accelerators") or {}).get("devices", ()))
     if node.slots is None:
         return devices or CPU_RANKS
-    # Where no device is seen, a login node's 8 slots must not become 8 interpreters of half a gigabyte.
+    # Without a device there are only a few ranks: each is an interpreter of half a gigabyte, and a login node
+    # may have many slots.
     return min(node.slots, devices or CPU_RANKS)

@@ -13,15 +13,20 @@ from distlora.cluster.addresses import (
     source,
 )
 
-#: Seconds that a connection to the master is tried.
+#: Seconds for a connection to the master.
 PATIENCE = 4.0
-#: The variables that tie a transport to an interface.
+#: The variables that bind a transport to an interface.
 INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "TP_SOCKET_IFNAME")
 
 
 def facts(master: str | None, port: int | None) -> dict[str, Any]:
-    """own: what this host's name resolves to. source, interface: where packets for the master leave. answer:
-    what the master's port says: "open", "refused" (reached, nobody listens), "silent", "unreachable"."""
+    """The network as this node sees it.
+
+    own: the addresses of this host's name. interfaces: name -> address. asked: the variables of the user that
+    choose an interface. master_addresses: what the master's name resolves to. source, interface: where
+    packets to the master leave this host. answer: the state of the master's port: "open", "refused" (reached,
+    but nobody listens), "silent" or "unreachable".
+    """
     found: dict[str, Any] = {
         "own": addresses(socket.gethostname()),
         "interfaces": interfaces(),
@@ -51,5 +56,5 @@ def _answer(address: str, port: int) -> str:
 
 
 def port_facts(port: int) -> dict[str, Any]:
-    """Whether rank 0 can listen here, and a port on which it could otherwise."""
+    """problem: why rank 0 cannot listen on this port, or None. another: a free port."""
     return {"port": port, "problem": problem_with_port(port), "another": free_port()}

@@ -1,7 +1,7 @@
-"""The program that runs on every node: `python -m distlora.doctor.node`, a request as JSON on its input, an
-answer on its output.
+"""The program that runs on every node: `python -m distlora.doctor.node`.
 
-What it answers stands on lines that begin with a mark, because login scripts and libraries say things too.
+It reads a request as JSON from its input and writes answers to its output. Every answer is a line that begins
+with a mark, because login scripts and libraries write there too.
 """
 
 import json
@@ -14,8 +14,9 @@ MARK = "distlora-doctor:"
 
 
 def answer(request: dict[str, Any]) -> list[Any]:
-    """request: "do" names one of the deeds below, the other keys are its own. Returns what to answer, one
-    value a line.
+    """The answers to a request, one value a line.
+
+    request: "do" names one of the actions below; the other keys are its arguments.
     """
     if request["do"] == "facts":
         from distlora.doctor.facts import collect
@@ -39,18 +40,19 @@ def answer(request: dict[str, Any]) -> list[Any]:
 
 
 def answers(text: str) -> list[Any]:
-    """What a node has said, of all that its output holds."""
+    """The answers in the output of a node."""
     found = []
     for line in text.splitlines():
         if line.startswith(MARK):
             try:
                 found.append(json.loads(line.removeprefix(MARK)))
-            except json.JSONDecodeError:  # cut short by the end of its process
+            except json.JSONDecodeError:  # the process ended within the line
                 continue
     return found
 
 
 def say(value: Any) -> None:
+    """Writes one answer."""
     sys.stdout.write(f"{MARK}{json.dumps(value)}\n")
     sys.stdout.flush()
 
@@ -65,7 +67,7 @@ def main(words: list[str]) -> None:
         os.environ.update(request.get("environment", {}))
         for value in answer(request):
             say(value)
-    os._exit(0)  # collectors that hang, and transports that linger, hold nobody up
+    os._exit(0)  # does not wait for collectors and transports that hang
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""An all-reduce between real ranks: does everybody come, is the sum right, how fast is it; and what a failure
-means.
+"""An all-reduce between real ranks: whether all arrive, whether the sum is right, how fast it is, and what a
+failure means.
 """
 
 import logging
@@ -19,13 +19,14 @@ from distlora.doctor.findings import Finding
 from distlora.engine.comm import Comm, RollCall, Topology
 from distlora.engine.device import device_of
 from distlora.errors import Ending
+from distlora.sentences import ranks_on_hosts
 
-#: How far a rank has come, in this order.
+#: The stages that a rank passes, in order: nothing reached, the master, the process group, the sum.
 STAGES = ("nowhere", "master", "group", "sum")
 #: Bytes that are summed, on a CPU and on an accelerator.
 CPU_BYTES, ACCELERATOR_BYTES = 8 << 20, 256 << 20
 ROUNDS = 5
-#: Bytes a second over the network below which something is usually wrong: with accelerators, without.
+#: Bytes a second over the network, with and without accelerators. Below them something is usually wrong.
 SLOW_ACCELERATOR, SLOW_CPU = 1e9, 5e7
 
 Outcome = dict[str, Any]
@@ -34,12 +35,11 @@ Outcome = dict[str, Any]
 def reduce_once(
     topology: Topology, device: torch.device, limit: float, tell: Callable[[Outcome], None]
 ) -> Outcome:
-    """One rank's part. Calls `tell` with how far it has come, at every stage, and never raises for what the
-    network does.
+    """One rank's part. Calls `tell` with the outcome so far at every stage. Never raises for a network error.
 
-    The outcome: "rank", "host", "stage"; with "sum" also "wrong" (elements that are not the exact sum),
-    "seconds" (the fastest of a few rounds) and "bytes"; "missing" where others did not come; "error" where it
-    broke.
+    The outcome has "rank", "host", "device" and "stage". At the stage "sum" it has also "wrong" (the number
+    of elements that are not the exact sum), "seconds" (of the fastest round) and "bytes". "missing" lists the
+    ranks that have not arrived, and "error" says what failed.
     """
     outcome: Outcome = {
         "rank": topology.rank,
@@ -57,12 +57,11 @@ def reduce_once(
         }
         tell(outcome)
         if not outcome["missing"]:
-            comm = Comm(topology, device, timeout_minutes=limit / 60, roll=roll)
+            comm = Comm(topology, device, timeout_minutes=limit / 60, store=roll.store)
             tell(outcome | {"stage": "group"})
             outcome |= {"stage": "sum"} | _measure(comm)
-            roll.exchange(
-                "parting", True
-            )  # else rank 0 takes the store along before the slowest has said that it is done
+            # The store ends with rank 0's process, so rank 0 waits until the slowest rank is done.
+            roll.exchange("parting", True)
             comm.close()
     except Ending as error:
         outcome["error"] = str(error)
@@ -75,11 +74,11 @@ def reduce_once(
 def _measure(comm: Comm) -> Outcome:
     size = ACCELERATOR_BYTES if comm.device.type == "cuda" else CPU_BYTES
     pattern = torch.arange(size // 4, dtype=torch.float32, device=comm.device) % 1021
-    # Small whole numbers: up to 4096 ranks the sum is exact in float32, whatever the order.
-    wanted = pattern * sum(map(_share, range(comm.world_size)))
+    # Small whole numbers: for up to 4096 ranks their sum is exact in float32 in any order.
+    wanted = pattern * sum(map(_factor, range(comm.world_size)))
     wrong, seconds = 0, []
     for _ in range(ROUNDS):
-        tensor = pattern * _share(comm.rank)
+        tensor = pattern * _factor(comm.rank)
         comm.barrier()
         _finish(comm.device)
         began = time.perf_counter()
@@ -90,8 +89,8 @@ def _measure(comm: Comm) -> Outcome:
     return {"wrong": wrong, "seconds": min(seconds), "bytes": size}
 
 
-def _share(rank: int) -> int:
-    """What tells a rank's contribution from its neighbours'."""
+def _factor(rank: int) -> int:
+    """The factor of a rank's contribution, which differs from those of its neighbours."""
     return rank % 4 + 1
 
 
@@ -104,11 +103,11 @@ def _finish(device: torch.device) -> None:
 
 
 def run_ranks(request: Mapping[str, Any]) -> list[str]:
-    """Starts `count` ranks on this node, from `first` on of `world`, and returns the last line that each has
-    said.
+    """Starts ranks on this node, and returns the last line that each has written.
 
-    request: also "master", "port", "limit", and "local" (of the first, default 0). Each rank ends itself, or
-    is ended.
+    The keys of `request`: "first" and "count" (the ranks to start), "world" (the number of all ranks),
+    "local" (the local rank of the first; default 0), "master", "port", and "limit" in seconds. A rank that
+    does not end by itself is killed.
     """
     processes = [_start(request, local) for local in range(request["count"])]
     deadline = time.monotonic() + 3 * request["limit"] + 30
@@ -127,7 +126,8 @@ def _start(request: Mapping[str, Any], local: int) -> subprocess.Popen:
     environment = os.environ | {
         "RANK": str(request["first"] + local), "WORLD_SIZE": str(request["world"]),
         "LOCAL_RANK": str(request.get("local", 0) + local),
-        "MASTER_ADDR": request["master"], "MASTER_PORT": str(request["port"]), "TORCHELASTIC_USE_AGENT_STORE": "False",
+        "MASTER_ADDR": request["master"], "MASTER_PORT": str(request["port"]),
+        "TORCHELASTIC_USE_AGENT_STORE": "False",
     }  # fmt: skip
     command = [sys.executable, "-m", "distlora.doctor.node", "rank", str(request["limit"])]
     streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
@@ -135,9 +135,7 @@ def _start(request: Mapping[str, Any], local: int) -> subprocess.Popen:
 
 
 def be_a_rank(limit: float, tell: Callable[[Outcome], None]) -> None:
-    """One process of `run_ranks`. A transport that hangs for good is ended from within, for nobody else may
-    be left to do it.
-    """
+    """One process of `run_ranks`. It ends itself if a transport hangs, because its parent may be gone."""
     logging.disable(logging.WARNING)
     last: Outcome = {}
 
@@ -160,8 +158,9 @@ def be_a_rank(limit: float, tell: Callable[[Outcome], None]) -> None:
 
 
 def judge(outcomes: Sequence[Outcome], ranks: Mapping[int, str], master: str) -> list[Finding]:
-    """outcomes: one a rank, of those that said anything. ranks: rank -> the node that it belongs to. master:
-    address and port.
+    """The findings about an all-reduce.
+
+    outcomes: one for each rank that has told any. ranks: rank -> its node. master: address and port.
     """
     by_rank = {outcome["rank"]: outcome for outcome in outcomes}
     silent = [rank for rank in ranks if by_rank.get(rank, {}).get("stage", "nowhere") == "nowhere"]
@@ -173,8 +172,11 @@ def judge(outcomes: Sequence[Outcome], ranks: Mapping[int, str], master: str) ->
         reason = next(
             (by_rank[rank]["error"] for rank in cut_off if "error" in by_rank[rank]), "without a word"
         )
-        found = f"{_named(cut_off, ranks)} reached the master, but not the other ranks ({reason})"
-        remedy = "open all ports between the nodes, and set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the interface they share"
+        found = f"{_ranks(cut_off, ranks)} reached the master, but not the other ranks ({reason})"
+        remedy = (
+            "open all ports between the nodes, "
+            "and set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the interface they share"
+        )
         return [Finding("all-reduce", "failure", tuple(nodes), found, remedy)]
     wrong = [rank for rank in ranks if by_rank[rank]["wrong"]]
     if wrong:
@@ -183,7 +185,7 @@ def judge(outcomes: Sequence[Outcome], ranks: Mapping[int, str], master: str) ->
         )
         return [
             Finding(
-                "all-reduce", "failure", tuple(nodes), f"the sum is wrong on {_named(wrong, ranks)}", remedy
+                "all-reduce", "failure", tuple(nodes), f"the sum is wrong on {_ranks(wrong, ranks)}", remedy
             )
         ]
     return [_speed(by_rank, ranks)]
@@ -195,32 +197,35 @@ def _absent(
     reason = next(
         (f" ({by_rank[rank]['error']})" for rank in silent if by_rank.get(rank, {}).get("error")), ""
     )
-    remedy = f"see that {master} can be reached from there (firewall, name resolution), and that nothing else listens on it"
+    remedy = (
+        f"see that {master} can be reached from there (firewall, name resolution), "
+        "and that nothing else listens on it"
+    )
     nodes = tuple(sorted({ranks[rank] for rank in silent}))
     return Finding(
-        "all-reduce", "failure", nodes, f"{_named(silent, ranks)} did not come to {master}{reason}", remedy
+        "all-reduce", "failure", nodes, f"{_ranks(silent, ranks)} did not come to {master}{reason}", remedy
     )
 
 
 def _speed(by_rank: Mapping[int, Outcome], ranks: Mapping[int, str]) -> Finding:
     count, some = len(ranks), next(iter(by_rank.values()))
     seconds = max(by_rank[rank]["seconds"] for rank in ranks)
-    # Bytes through the narrowest link of a ring, as the tests of NCCL define the bus bandwidth.
+    # The bytes over one link of a ring: the bus bandwidth as NCCL's tests define it.
     rate = 2 * (count - 1) / count * some["bytes"] / seconds if count > 1 else 0.0
     nodes = tuple(sorted(set(ranks.values())))
-    found = f"right on {count} ranks, {some['bytes'] / 2**20:.0f} MiB in {seconds * 1e3:.1f} ms, bus bandwidth {rate / 1e9:.2f} GB/s"
+    found = (
+        f"right on {count} ranks, {some['bytes'] / 2**20:.0f} MiB in {seconds * 1e3:.1f} ms, "
+        f"bus bandwidth {rate / 1e9:.2f} GB/s"
+    )
     slow = SLOW_ACCELERATOR if some["device"] == "cuda" else SLOW_CPU
     if len(nodes) > 1 and rate < slow:
-        remedy = "set NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME to the fast interface; NCCL_DEBUG=INFO says which transport is used"
+        remedy = (
+            "set NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME to the fast interface; "
+            "NCCL_DEBUG=INFO says which transport is used"
+        )
         return Finding("all-reduce", "warning", nodes, f"{found}: slow between nodes", remedy)
     return Finding("all-reduce", "ok", nodes, found)
 
 
-def _named(ranks: Sequence[int], nodes: Mapping[int, str]) -> str:
-    """ "rank 1 on node1; ranks 2, 3 on node2" """
-    groups: dict[str, list[int]] = {}
-    for rank in ranks:
-        groups.setdefault(nodes[rank], []).append(rank)
-    return "; ".join(
-        f"rank{'s' * (len(some) > 1)} {', '.join(map(str, some))} on {node}" for node, some in groups.items()
-    )
+def _ranks(some: Sequence[int], nodes: Mapping[int, str]) -> str:
+    return ranks_on_hosts(some, nodes, "; ")

@@ -1,4 +1,4 @@
-"""Asking nodes: the same program on each, here or through ssh, all at once, with a limit for each."""
+"""Asks nodes: starts the same program on each, here or through ssh, all at once, with a time limit."""
 
 import json
 import os
@@ -20,7 +20,10 @@ from distlora.doctor.node import answers
 
 @dataclass(frozen=True)
 class Answer:
-    """What a node said. problem: why it is not all, None if all is well. asked, answered: time.time() here."""
+    """What a node has answered.
+
+    problem: why the answer is incomplete; None if it is complete. asked, answered: `time.time()` here.
+    """
 
     values: list[Any] = field(default_factory=list)
     problem: str | None = None
@@ -29,20 +32,21 @@ class Answer:
 
 
 def command(host: str | None) -> list[str]:
-    """What starts the node's program. host: as ssh takes it, None for this machine."""
-    # Everything that it must know travels on its input, where no process list shows it.
+    """The command line that starts the node's program. host: as it is given to ssh; None for this machine."""
+    # The request goes to the program's input, where no process list shows it.
     program = ["-m", "distlora.doctor.node"]
     return [sys.executable, *program] if host is None else python_there(host, program)
 
 
 def forwarded() -> dict[str, str]:
-    """The variables that a launcher would take along."""
+    """The variables that a launcher would send to other hosts."""
     return {name: os.environ[name] for name in exported_names(os.environ)}
 
 
 class Running:
-    """Processes that are under way, so that an interrupt can end them all, those included that are just being
-    started.
+    """The processes that are running, so that an interrupt can end all of them.
+
+    A process that is added after `end` is ended at once.
     """
 
     def __init__(self):
@@ -67,14 +71,15 @@ class Running:
 
 
 def _kill(process: subprocess.Popen) -> None:
-    """With its session, since it has not heard of any signal that came here."""
+    """Kills the process and its session, which no signal to this process has reached."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
 
 
 def ask(host: str | None, request: Mapping[str, Any], limit: float, running: Running | None = None) -> Answer:
-    """One node's answer, after `limit` seconds at the latest. running: holds the node's process while it
-    runs.
+    """One node's answer, after `limit` seconds at the latest.
+
+    host: as in `command`. running: contains the node's process while it runs.
     """
     asked = time.time()
     text = json.dumps(request | {"environment": forwarded() if host else {}})
@@ -105,7 +110,10 @@ def ask(host: str | None, request: Mapping[str, Any], limit: float, running: Run
 
 
 def ask_all(hosts: Sequence[str | None], requests: Sequence[Mapping[str, Any]], limit: float) -> list[Answer]:
-    """One request for each host, all at once, since ranks wait for each other; answers in the hosts' order."""
+    """Sends each host its request, and returns the answers in the order of the hosts.
+
+    All hosts are asked at once, because ranks wait for each other.
+    """
     running = Running()
     pool = ThreadPoolExecutor(len(hosts))
     try:

@@ -1,4 +1,4 @@
-"""Disks, shared directories, shared memory and the way to the model, as one node sees them."""
+"""Disks, shared directories, shared memory and the hub, as one node sees them."""
 
 import hashlib
 import os
@@ -8,15 +8,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-#: Seconds that the hub is asked.
+#: Seconds to wait for the hub.
 PATIENCE = 6.0
+#: The beginning of the names of marks: files by which nodes see whether they share a directory.
 MARK = ".distlora-doctor"
-#: Bytes up to which a file is compared by its content.
+#: The size in bytes up to which a file is compared by its content.
 _SMALL = 1 << 20
 
 
 def existing(path: str | Path) -> Path:
-    """The directory itself, or the nearest one above it that is there already: a run makes the rest."""
+    """The directory, or the nearest one above it that exists. A run creates the rest."""
     place = Path(path).expanduser().absolute()
     while not place.is_dir() and place != place.parent:
         place = place.parent
@@ -24,8 +25,9 @@ def existing(path: str | Path) -> Path:
 
 
 def leave_mark(run_dir: str | None, mark: str | None) -> dict[str, Any]:
-    """Writes a file into the run directory, for the other nodes to see. The path of the directory is as it is
-    here.
+    """Writes a file into the run directory, which the other nodes should see.
+
+    Returns the path of the directory on this node, and the problem or None.
     """
     if not run_dir or not mark:
         return {}
@@ -41,7 +43,7 @@ def leave_mark(run_dir: str | None, mark: str | None) -> dict[str, Any]:
 
 
 def marks(run_dir: str, token: str) -> list[str]:
-    """The marks of this examination that can be seen here. Raises OSError where the directory cannot be read."""
+    """The marks of this examination that this node sees. Raises OSError if it cannot read the directory."""
     prefix = f"{MARK}-{token}"
     return sorted(
         entry.name.removeprefix(f"{MARK}-")
@@ -51,14 +53,14 @@ def marks(run_dir: str, token: str) -> list[str]:
 
 
 def remove_marks(run_dir: str, token: str) -> None:
-    """All that can be seen here: on a shared disk the first node removes everybody's."""
+    """Removes all marks that this node sees. On a shared disk the first node removes those of all nodes."""
     with suppress(OSError):
         for mark in marks(run_dir, token):
             (existing(run_dir) / f"{MARK}-{mark}").unlink(missing_ok=True)
 
 
 def path_facts(paths: dict[str, str]) -> dict[str, Any]:
-    """Label -> path, whether it is there, and the checksum of a small file."""
+    """Label -> path, whether it exists, and the checksum if it is a small file."""
     found = {}
     for label, name in paths.items():
         path = Path(name).expanduser()
@@ -72,7 +74,7 @@ def path_facts(paths: dict[str, str]) -> dict[str, Any]:
 
 
 def disk_facts(run_dir: str | None) -> dict[str, Any]:
-    """Free bytes where a run writes, each file system once: label -> path, free, total."""
+    """Label -> path, free and total bytes, for the places where a run writes; each file system only once."""
     places = {
         "run directory": run_dir,
         "Hugging Face cache": _cache(),
@@ -95,13 +97,16 @@ def _cache() -> str:
 
 
 def shm_facts() -> dict[str, Any]:
-    """Bytes of shared memory, through which NCCL, gloo and data loaders talk within a node."""
+    """Bytes of shared memory, which NCCL, gloo and data loaders use to communicate within a node."""
     usage = shutil.disk_usage("/dev/shm")
     return {"free": usage.free, "total": usage.total}
 
 
 def hub_facts(model: str | None, needed: bool) -> dict[str, Any]:
-    """model: a repository on the hub. The hub is asked unless that is cached, or nothing is needed from it."""
+    """Whether the hub can be used. It is asked only if it is needed and the model is not cached.
+
+    model: a repository on the hub, or None.
+    """
     from distlora.models import hub
 
     cached = model is not None and hub.is_cached(model)

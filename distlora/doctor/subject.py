@@ -1,29 +1,42 @@
-"""What an examination is for, and what comes of it."""
+"""What nodes are examined for, and the report of an examination."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from distlora.doctor import checks
+from distlora.doctor import cross_checks
 from distlora.doctor.findings import Finding, Node, merged
-from distlora.doctor.nodechecks import NODE_CHECKS
+from distlora.doctor.node_checks import NODE_CHECKS
 
-#: Seconds that the build of operators is waited for. It goes on if it takes longer.
+#: Seconds to wait for the build of operators. A build that takes longer continues.
 BUILD_LIMIT = 300.0
-#: Seconds for a short question.
+#: Seconds for a short request.
 SHORT = 40.0
 
 _CROSS_CHECKS: tuple[Callable[[Sequence[Node]], Iterator[Finding]], ...] = (
-    checks.check_reachable, checks.check_machines, checks.check_unknown, checks.check_slots, checks.check_versions,
-    checks.check_alike, checks.check_route, checks.check_port, checks.check_run_dir, checks.check_paths, checks.check_clocks,
-)  # fmt: skip
+    cross_checks.check_reachable,
+    cross_checks.check_machines,
+    cross_checks.check_unknown,
+    cross_checks.check_slots,
+    cross_checks.check_versions,
+    cross_checks.check_alike,
+    cross_checks.check_route,
+    cross_checks.check_port,
+    cross_checks.check_run_dir,
+    cross_checks.check_paths,
+    cross_checks.check_clocks,
+)
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What the nodes are examined for. paths: label -> what must be visible. model: a hub name. hub: whether
-    anything may have to be downloaded. operators: DeepSpeed's builders."""
+    """What the nodes are examined for.
+
+    run_dir: the directory that all nodes must share. paths: label -> a path that must be visible. model: a
+    name on the hub, or None. hub: whether anything may have to be downloaded. operators: names of DeepSpeed's
+    builders.
+    """
 
     run_dir: str
     paths: Mapping[str, str] = field(default_factory=dict)
@@ -32,16 +45,17 @@ class Subject:
     operators: tuple[str, ...] = ()
 
     def request(self, token: str, index: int) -> dict[str, Any]:
-        """What `facts.collect` is told on the node of this index."""
+        """The request for `facts.collect` on the node with this index. token: of this examination."""
         return {
-            "do": "facts", "run_dir": self.run_dir, "mark": f"{token}-{index}", "paths": dict(self.paths), "model": self.model,
-            "hub": self.hub, "operators": list(self.operators), "build_limit": BUILD_LIMIT,
+            "do": "facts", "run_dir": self.run_dir, "mark": f"{token}-{index}", "paths": dict(self.paths),
+            "model": self.model, "hub": self.hub, "operators": list(self.operators),
+            "build_limit": BUILD_LIMIT,
         }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Report:
-    """told: whether this process is the one to show it."""
+    """The findings, and the names of all nodes. told: whether this process shows the report."""
 
     findings: list[Finding]
     nodes: list[str]
@@ -53,7 +67,7 @@ class Report:
 
 
 def subject_of(recipe: Path | None, run_dir: Path | None, build: bool) -> Subject:
-    """What a recipe needs; without one, what every run needs."""
+    """What a recipe needs; without a recipe, what every run needs. build: whether operators are built."""
     operators = ["ShareMemCommBuilder"]
     if recipe is None:
         return Subject(str((run_dir or Path.cwd()).absolute()), operators=tuple(operators) if build else ())
@@ -77,4 +91,5 @@ def subject_of(recipe: Path | None, run_dir: Path | None, build: bool) -> Subjec
 
 
 def judge_nodes(nodes: Sequence[Node]) -> list[Finding]:
+    """The findings of all checks."""
     return merged(finding for check in (*_CROSS_CHECKS, *NODE_CHECKS) for finding in check(nodes))

@@ -1,18 +1,20 @@
-"""Findings as a table for a terminal."""
+"""The findings as a table for a terminal."""
 
 import textwrap
 from collections.abc import Sequence
 
 from distlora.doctor.findings import Finding
+from distlora.sentences import counted
 
 WIDTH = 132
 
 
 def table(findings: Sequence[Finding], nodes: Sequence[str]) -> str:
-    """A row a finding, with the remedy below it; then how many there are of each kind. nodes: all that were
-    asked.
+    """One row for each finding with its remedy below it, then the number of each level.
+
+    nodes: the names of all nodes.
     """
-    rows = [(finding.check, _who(finding.nodes, nodes), finding.level) for finding in findings]
+    rows = [(finding.check, _node_names(finding.nodes, nodes), finding.level) for finding in findings]
     heads = ("check", "node", "result")
     widths = [max(len(row[column]) for row in [heads, *rows]) for column in range(3)]
     indent = sum(widths) + 6
@@ -31,7 +33,7 @@ def _folded(start: str, text: str, indent: int) -> list[str]:
     return [start + parts[0], *(" " * indent + part for part in parts[1:])]
 
 
-def _who(some: Sequence[str], nodes: Sequence[str]) -> str:
+def _node_names(some: Sequence[str], nodes: Sequence[str]) -> str:
     if len(some) == len(nodes) > 1:
         return "all"
     return ", ".join(some) if len(some) <= 3 else f"{some[0]}, {some[1]} and {len(some) - 2} more"
@@ -42,9 +44,5 @@ def summary(findings: Sequence[Finding]) -> str:
         level: sum(finding.level == level for finding in findings) for level in ("failure", "warning", "ok")
     }
     return (
-        f"{_count(counts['failure'], 'failure')}, {_count(counts['warning'], 'warning')}, {counts['ok']} ok"
+        f"{counted(counts['failure'], 'failure')}, {counted(counts['warning'], 'warning')}, {counts['ok']} ok"
     )
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"

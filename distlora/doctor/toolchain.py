@@ -1,4 +1,4 @@
-"""The compiler, the cache of compiled extensions with its locks, and the build of DeepSpeed's operators on
+"""The compiler, the cache of compiled extensions with its locks, and the build of DeepSpeed's operators, on
 one node.
 """
 
@@ -13,26 +13,33 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from distlora.sentences import first_line
+
 
 def compiler_facts() -> dict[str, Any]:
-    """ninjas: every ninja on PATH, first the one that is used; two versions build everything anew in turns."""
+    """The compiler and what it needs.
+
+    ninjas: path -> version of every ninja on PATH. The first one is used. Two versions are bad: each builds
+    anew what the other has built. header: whether Python.h exists.
+    """
     name = os.environ.get("CXX", "c++")
     compiler = shutil.which(name) or (shutil.which("g++") if "CXX" not in os.environ else None)
     return {
         "asked": name,
         "compiler": compiler,
-        "version": _first_line([compiler, "--version"]) if compiler else None,
-        "ninjas": {path: _first_line([path, "--version"]) for path in _all_on_path("ninja")},
+        "version": _version(compiler) if compiler else None,
+        "ninjas": {path: _version(path) for path in _all_on_path("ninja")},
         "header": os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")),
     }
 
 
-def _first_line(command: list[str]) -> str | None:
+def _version(program: str) -> str | None:
+    """The first line of `PROGRAM --version`; None if it says nothing."""
     try:
-        lines = subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.splitlines()
+        done = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.SubprocessError):
         return None
-    return lines[0].strip() if lines else None
+    return first_line(done.stdout) if done.stdout.strip() else None
 
 
 def _all_on_path(name: str) -> list[str]:
@@ -47,37 +54,38 @@ def _all_on_path(name: str) -> list[str]:
 
 
 def extensions_root() -> Path:
-    """Where torch puts compiled extensions, without making the directory."""
+    """The directory of torch's compiled extensions, which is not created here."""
     if os.environ.get("TORCH_EXTENSIONS_DIR"):
         return Path(os.environ["TORCH_EXTENSIONS_DIR"])
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torch_extensions"
 
 
 def locks() -> list[dict[str, Any]]:
-    """Locks in the cache: path, age in seconds, and the process on this node that holds it, None for nobody.
+    """The locks in the cache, with "path", "age" in seconds, and "holder": the id of the process on this node
+    that holds the lock, or None.
 
-    torch waits for such a file to go away, without a word and without end.
+    torch waits silently and for ever until such a file disappears.
     """
     root = extensions_root()
     found = []
     for path in sorted([*root.glob("*/lock"), *root.glob("*/*/lock")]):
         try:
             age = time.time() - path.stat().st_mtime
-        except OSError:  # gone meanwhile
+        except OSError:  # it has disappeared since
             continue
         found.append({"path": str(path), "age": age, "holder": _holder(path)})
     return found
 
 
 def _holder(lock: Path) -> int | None:
-    """A living build has the lock open, and its compilers work in the directory."""
+    """The process that builds under this lock: it has the lock open, or works in the lock's directory."""
     wanted = {os.path.realpath(lock), os.path.realpath(lock.parent)}
     for process in Path("/proc").glob("[0-9]*"):
         for link in [process / "cwd", *_open_files(process)]:
             try:
                 if os.readlink(link) in wanted:
                     return int(process.name)
-            except OSError:  # closed meanwhile, or another user's
+            except OSError:  # closed since, or another user's
                 continue
     return None
 
@@ -93,22 +101,23 @@ def _open_files(process: Path) -> list[Path]:
 
 
 class Build:
-    """DeepSpeed's operators, built where a run would look for them, by a process of its own."""
+    """A build of DeepSpeed's operators in a process of its own, into the cache where a run looks for them.
+
+    locks: the locks that existed before. why: the reason why nothing is built.
+    """
 
     def __init__(
         self, process: subprocess.Popen | None, log: str, locks: list[dict[str, Any]], why: str = ""
     ):
-        self.locks, self._process, self._log, self._why, self._began = (
-            locks,
-            process,
-            log,
-            why,
-            time.monotonic(),
-        )
+        self.locks, self._process, self._log, self._why = locks, process, log, why
+        self._began = time.monotonic()
 
     def wait(self, limit: float) -> dict[str, Any]:
-        """state: "built", "failed", "skipped" or "running". What is not ready in `limit` seconds goes on:
-        killed while it compiles, it would leave the lock on which all later runs wait."""
+        """The outcome, whose "state" is "built", "failed", "skipped" or "running".
+
+        A build that takes longer than `limit` seconds continues: if it were killed, it would leave its lock,
+        and all later runs would wait for that.
+        """
         if self._process is None:
             return {"state": "skipped", "why": self._why}
         try:
@@ -126,13 +135,16 @@ class Build:
 
 
 def start_build(names: Sequence[str]) -> Build:
-    """names: of DeepSpeed's builders. Nothing is started where a lock would let the build wait for ever."""
-    there = locks()
-    if not names or there:
-        return Build(None, "", there, "a lock is in the way" if names else "none is needed")
+    """Starts to build these operators. Starts nothing if a lock exists, for which the build would wait.
+
+    names: of DeepSpeed's builders.
+    """
+    found = locks()
+    if not names or found:
+        return Build(None, "", found, "a lock is in the way" if names else "none is needed")
     handle, log = tempfile.mkstemp(prefix="distlora-doctor-", suffix=".log")
     with os.fdopen(handle, "wb") as output:
         command = [sys.executable, "-m", "distlora.engine.zero.operators", *names]
         streams = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.STDOUT}
         process = subprocess.Popen(command, start_new_session=True, **streams)
-    return Build(process, log, there)
+    return Build(process, log, found)

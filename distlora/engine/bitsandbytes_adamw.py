@@ -42,6 +42,9 @@ class BitsandbytesAdamW(Optimizer2State):
         super().__init__("adam", parameters, lr, betas, eps, weight_decay, optim_bits=bits, is_paged=paged)
         self._keys = [*MOMENTS, *SCALES] if bits == 8 else [*MOMENTS]
 
+    def moment_keys(self) -> list[str]:
+        return self._keys
+
     def moment(self, parameter: Tensor, key: str, start: int, length: int) -> Tensor:
         state = self.state[parameter]
         if key in state:  # unpacked

@@ -1,4 +1,4 @@
-"""Work that can fail on one rank alone, and what rank 0 does with files while the others wait or walk along."""
+"""Work that can fail on one rank alone, and what rank 0 does with files while the others wait."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager

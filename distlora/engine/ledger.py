@@ -5,7 +5,7 @@ with the same rounding at each (rounding the sum once would differ in many eleme
 alone, in float32.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass
 from typing import Protocol
 
@@ -45,13 +45,21 @@ class Ledger:
     owner alone.
 
     owners: the rank of each layer. seed: of the recipe, which stochastic rounding draws from. pretrained: of
-    packed layers; without, an update of the start is made on what was packed.
+    packed layers; without, an update of the start is made on what was packed. watched: others write the
+    weights too, such as an engine's own checkpoint, so checksums are kept by which `replay` knows what is
+    there.
     """
 
     def __init__(
-        self, comm: Comm, owners: dict[str, int], seed: int, pretrained: PretrainedWeights | None = None
+        self,
+        comm: Comm,
+        owners: dict[str, int],
+        seed: int,
+        pretrained: PretrainedWeights | None = None,
+        watched: bool = False,
     ):
         self.entries: dict[str, list[Entry]] = {}
+        self._watched, self._pretrained_sums = watched, dict[str, int]()
         self._comm, self._owners, self._seed, self.pretrained = comm, owners, seed, pretrained
         self._pairs: dict[tuple[str, int], LowRank] = {}
         self._shapes: dict[str, tuple[int, int]] = {}
@@ -84,6 +92,8 @@ class Ledger:
             error = layer.put_beside(update)
             return error if self._comm.is_main else 0.0
         if layer.packing is None:
+            if self._watched and layer.name not in self._pretrained_sums:
+                self._pretrained_sums[layer.name] = engine.weight_checksum(layer)
             return engine.add_low_rank(
                 layer, update, entry.rounding, rounding_key(self._seed, layer.name, entry.number)
             )
@@ -121,12 +131,41 @@ class Ledger:
 
     # ------------------------------------------------------------------ to files and back
 
+    def checksums(self, engine: Engine, layers: dict[str, AdapterLinear]) -> dict[str, list[int]]:
+        """Of every weight that was changed: before its first update, and now; {} unless watched. As JSON.
+        Collective."""
+        return {
+            name: [before, engine.weight_checksum(layers[name])]
+            for name, before in self._pretrained_sums.items()
+        }
+
+    def already_updated(
+        self, engine: Engine, layers: dict[str, AdapterLinear], checksums: dict[str, list[int]]
+    ) -> set[str]:
+        """The layers whose weights hold all updates already. checksums: as they were given. Collective.
+
+        Errors: UserError for a weight that is neither the pretrained one nor the updated one.
+        """
+        updated = set()
+        for name, (before, after) in checksums.items():
+            found = engine.weight_checksum(layers[name])
+            if found == after:
+                updated.add(name)
+            elif found != before:
+                raise UserError(
+                    f"the weight of {name} is neither the pretrained one nor that of the checkpoint: load "
+                    "the pretrained weights, or the engine's own checkpoint of the same step first",
+                    agreed=True,
+                )
+        self._pretrained_sums = {name: before for name, (before, _) in checksums.items()}
+        return updated
+
     def describe(self) -> dict[str, list[dict]]:
         """The entries without their numbers, as JSON."""
         return {layer: [asdict(entry) for entry in entries] for layer, entries in self.entries.items()}
 
     def tensors(self) -> Iterator[tuple[str, Tensor | None]]:
-        """`<layer>/<index>/left` and `/right` of every entry, the tensors on rank 0's CPU only. Collective."""
+        """`<layer>/<index>/left` and `/right` of every entry, on rank 0's CPU only. Collective."""
         for layer, entries in self.entries.items():
             for index in range(len(entries)):
                 pair = self._brought(layer, index)
@@ -139,28 +178,38 @@ class Ledger:
         layers: dict[str, AdapterLinear],
         described: dict,
         read: Callable[[str], Tensor | None],
+        updated: Collection[str] = (),
     ) -> None:
         """Applies what `describe` and `tensors` gave to the weights W0 of an engine that has started.
         Collective.
 
-        read: the tensor of a name, on rank 0; collective.
+        read: the tensor of a name, on rank 0; collective. updated: layers whose weights hold it all already.
         """
         for name, entries in described.items():
             for index, fields in enumerate(entries):
                 entry, layer = Entry(**fields), layers[name]
-                sides = []
-                for side, shape in (
-                    ("left", (layer.out_features, entry.columns)),
-                    ("right", (entry.columns, layer.in_features)),
-                ):
-                    value = torch.zeros(shape, dtype=getattr(torch, entry.dtype), device=self._comm.device)
-                    found = read(f"{name}/{index}/{side}")
-                    if self._comm.is_main:
-                        value.copy_(found)
-                    sides.append(self._comm.broadcast(value, 0))
-                update = LowRank(*sides)
+                shapes = {
+                    "left": (layer.out_features, entry.columns),
+                    "right": (entry.columns, layer.in_features),
+                }
+                sides = {
+                    side: self._read(f"{name}/{index}/{side}", entry, shape, read)
+                    for side, shape in shapes.items()
+                }
+                update = LowRank(**sides)
                 self._write_down(name, entry, update)
-                self._change(engine, layer, entry, update)
+                if entry.beside or name not in updated:
+                    self._change(engine, layer, entry, update)
+
+    def _read(
+        self, name: str, entry: Entry, shape: tuple[int, int], read: Callable[[str], Tensor | None]
+    ) -> Tensor:
+        """A side of an entry, from rank 0 to all."""
+        value = torch.zeros(shape, dtype=getattr(torch, entry.dtype), device=self._comm.device)
+        found = read(name)
+        if self._comm.is_main:
+            value.copy_(found)
+        return self._comm.broadcast(value, 0)
 
     def stacked(self, layer: str, pair: LowRank | None) -> LowRank | None:
         """The exact update of W0: `pair`, what the live factors add, beside every entry; float32. On rank 0.

@@ -1,6 +1,6 @@
 """The engine in plain PyTorch on one process. It defines the meaning that the others are tested against."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from distlora.adapter.layer import AdapterLinear
 from distlora.engine.comm import Comm
 from distlora.engine.ledger import Ledger
-from distlora.engine.optimizers import OptimizerSpec, moment_of, restore_state, set_rate, steps_taken
+from distlora.engine.optimizers import OptimizerSpec, moment_of, restore_state, set_rate, spec_of, steps_taken
 from distlora.engine.protocol import (
     GradientMap,
     Part,
@@ -18,9 +18,10 @@ from distlora.engine.protocol import (
     clip_factor,
     left_factors,
     tell_changed,
-    transform,
     transforming,
 )
+from distlora.errors import UserError
+from distlora.maths.checksum import bit_sum
 from distlora.maths.low_rank import LowRank, add_low_rank
 from distlora.maths.rounding import Rounding
 from distlora.methods import Factors
@@ -36,6 +37,35 @@ class LocalEngine:
         self.comm, self.dtype, self.clip = comm, dtype, clip
         self.ledger: Ledger | None = None
 
+    @classmethod
+    def around(
+        cls, model: nn.Module, optimizer: torch.optim.Optimizer, clip: float | None = None
+    ) -> "LocalEngine":
+        """A model that the user trains with an optimizer of his own, which has no masters beside the
+        parameters: of this engine only the methods that read, write, probe and look at gradients are for use.
+
+        clip: norm to which gradients are to be clipped where a method transforms them. Errors: UserError for
+        several ranks, an optimizer that lacks a trained parameter, and one whose state is not known here.
+        """
+        parameters = dict(model.named_parameters())
+        trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
+        first = next(iter(trained.values()))
+        comm = Comm.of_running_group(first.device)
+        if comm.world_size > 1:
+            raise UserError(
+                f"{comm.world_size} ranks need DeepSpeed: hand over the engine of deepspeed.initialize"
+            )
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        missing = [name for name, parameter in trained.items() if id(parameter) not in held]
+        if missing:
+            raise UserError(
+                f"the optimizer does not train {missing[0]} ({len(missing)} of {len(trained)} trained "
+                "parameters): attach before it is made, and give it every parameter that requires a gradient"
+            )
+        self = cls(comm, first.dtype, clip)
+        self._take_over(model, spec_of(optimizer), trained, optimizer)
+        return self
+
     @contextmanager
     def loading(self, whole: bool = False) -> Iterator[None]:
         yield
@@ -44,17 +74,26 @@ class LocalEngine:
         return nullcontext()
 
     def start(self, model: nn.Module, optimizer: OptimizerSpec) -> None:
-        self.module = model.to(self.comm.device)
-        self._parameters = dict(self.module.named_parameters())
-        self._trained = {name: p for name, p in self._parameters.items() if p.requires_grad}
-        self._masters = {
+        model = model.to(self.comm.device)
+        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        masters = {
             name: p if p.dtype == torch.float32 else nn.Parameter(p.detach().float())
-            for name, p in self._trained.items()
+            for name, p in trained.items()
         }
-        self.optimizer = optimizer
-        self._layers = adapter_layers(self.module)
-        self._transforming = transforming(self._layers)
-        self._optimizer = optimizer.build(optimizer.groups(self._masters, left_factors(self._layers)))
+        built = optimizer.build(optimizer.groups(masters, left_factors(adapter_layers(model))))
+        self._take_over(model, optimizer, masters, built)
+
+    def _take_over(
+        self,
+        model: nn.Module,
+        spec: OptimizerSpec,
+        masters: dict[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+    ) -> None:
+        self.module, self.optimizer, self._masters, self._optimizer = model, spec, masters, optimizer
+        self.layers = adapter_layers(model)
+        self._parameters = dict(model.named_parameters())
+        self._trained = {name: self._parameters[name] for name in masters}
 
     def train_mode(self, on: bool) -> None:
         self.module.train(on)
@@ -69,13 +108,15 @@ class LocalEngine:
     def backward(self, loss: Tensor) -> None:
         loss.backward()
 
+    def at_boundary(self) -> bool:
+        return True
+
     def step(self) -> StepInfo:
-        norm = self._norm()
-        self.map_gradients(self._transforming, transform)
+        norm = self._total_norm()
         for name, parameter in self._trained.items():
             if self._masters[name] is not parameter and parameter.grad is not None:
                 self._masters[name].grad, parameter.grad = parameter.grad.float(), None
-        if self.clip:
+        if self.clip and not transforming(self.layers):
             torch.nn.utils.clip_grads_with_norm_(self._masters.values(), self.clip, norm)
         self._optimizer.step()
         self._optimizer.zero_grad()
@@ -83,8 +124,6 @@ class LocalEngine:
             for name, parameter in self._trained.items():
                 if self._masters[name] is not parameter:
                     parameter.copy_(self._masters[name])
-        for layer in self._layers.values():
-            layer.changed()
         return StepInfo(float(norm))
 
     def set_rate(self, rate: float) -> None:
@@ -105,10 +144,18 @@ class LocalEngine:
             for name, gradient in change(layer, gradients, factors).items():
                 trained[name].grad.copy_(gradient)
 
-    def clip_factor(self) -> float:
-        return clip_factor(float(self._norm()), self.clip)
+    def scale_gradients(self, factor: float, but: Collection[str] = ()) -> None:
+        for name, parameter in self._trained.items():
+            if name not in but and parameter.grad is not None:
+                parameter.grad.mul_(factor)
 
-    def _norm(self) -> Tensor:
+    def gradient_norm(self) -> float:
+        return float(self._total_norm())
+
+    def clip_factor(self) -> float:
+        return clip_factor(self.gradient_norm(), self.clip)
+
+    def _total_norm(self) -> Tensor:
         return torch.nn.utils.get_total_norm(
             [p.grad.float() for p in self._trained.values() if p.grad is not None]
         )
@@ -146,10 +193,7 @@ class LocalEngine:
     # ------------------------------------------------------------------ reading and writing
 
     def read(self, layer: AdapterLinear) -> Factors:
-        return {
-            name: self._best_copy(f"{layer.name}.{name}").detach().clone()
-            for name in layer.method.factor_names
-        }
+        return {name: self._best_copy(f"{layer.name}.{name}").detach().clone() for name in layer.factors()}
 
     @torch.no_grad()
     def write(self, layer: AdapterLinear, factors: Factors) -> None:
@@ -162,6 +206,9 @@ class LocalEngine:
 
     def weight_at_owner(self, layer: AdapterLinear, owner: int) -> Tensor | None:
         return layer.whole_weight()
+
+    def weight_checksum(self, layer: AdapterLinear) -> int:
+        return int(bit_sum(layer.weight))
 
     @torch.no_grad()
     def weight_from_owner(self, layer: AdapterLinear, owner: int, weight: Tensor | None) -> float:
@@ -216,7 +263,7 @@ class LocalEngine:
         self._parameters[name].copy_(value)
         if name in self._masters:
             self._masters[name].copy_(value)
-        tell_changed(self._layers, name)
+        tell_changed(self.layers, name)
 
 
 def _verdict(gradient: Tensor | None) -> str | None:

@@ -9,9 +9,13 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from distlora.errors import UserError
 from distlora.maths.blockwise import BLOCK
 
 OptimizerName = Literal["adamw", "sgd", "adamw8bit", "paged_adamw", "paged_adamw8bit"]
+
+#: Classes of torch and DeepSpeed that keep `exp_avg` and `exp_avg_sq`, under these names.
+ADAMS = ("AdamW", "Adam", "FusedAdam", "DeepSpeedCPUAdam")
 
 #: Key of a parameter group: its learning rate over that of the schedule.
 RATE_RATIO = "rate_ratio"
@@ -25,6 +29,9 @@ class PackedMoments(Protocol):
 
     def moment(self, parameter: Tensor, key: str, start: int, length: int) -> Tensor:
         """(length,) float32: elements of the moment `key`; a view if it is kept so, else a copy."""
+
+    def moment_keys(self) -> list[str]:
+        """All that `moment` knows."""
 
     def unpack(self, parameter: Tensor) -> None:
         """Until the next step the state of `parameter` holds every moment under its key, float32 and shaped
@@ -116,6 +123,29 @@ class OptimizerSpec:
                 'pip install "distlora[bnb]", or set it to adamw'
             )
         return None
+
+
+def spec_of(optimizer: torch.optim.Optimizer) -> OptimizerSpec:
+    """What is known of an optimizer that the user has made: which moments it keeps, and how fast they forget.
+
+    Errors: UserError for one whose state is not known here.
+    """
+    first, name = optimizer.param_groups[0], type(optimizer).__name__
+    if isinstance(optimizer, PackedMoments):
+        bits = "adamw8bit" if "exp_avg_scale" in optimizer.moment_keys() else "paged_adamw"
+        return OptimizerSpec(bits, first["lr"], tuple(first["betas"]), first["eps"])
+    if isinstance(optimizer, torch.optim.SGD):
+        return OptimizerSpec(
+            "sgd", first["lr"], momentum=first["momentum"], weight_decay=first["weight_decay"]
+        )
+    if name in ADAMS and not first.get("amsgrad"):
+        return OptimizerSpec(
+            "adamw", first["lr"], tuple(first["betas"]), first["eps"], weight_decay=first["weight_decay"]
+        )
+    raise UserError(
+        f"the optimizer {name} keeps a state that is not known here; use AdamW, Adam without amsgrad, or SGD",
+        agreed=True,
+    )
 
 
 @dataclass(frozen=True)

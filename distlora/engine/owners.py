@@ -27,13 +27,15 @@ def assign_owners(layers: dict[str, AdapterLinear], method: Method, world_size: 
 
 
 def open_ledger(
-    engine: Engine, attached: Attached, seed: int, pretrained: PretrainedWeights | None = None
+    engine: Engine,
+    attached: Attached,
+    seed: int,
+    pretrained: PretrainedWeights | None = None,
+    watched: bool = False,
 ) -> None:
-    """An empty ledger for the attached layers. seed: of the recipe. pretrained: of packed layers, see
-    `Ledger`.
-    """
+    """An empty ledger for the attached layers. seed, pretrained, watched: see `Ledger`."""
     owners = assign_owners(attached.layers, attached.method, engine.comm.world_size)
-    engine.ledger = Ledger(engine.comm, owners, seed, pretrained)
+    engine.ledger = Ledger(engine.comm, owners, seed, pretrained, watched)
 
 
 def turns(layers: dict[str, AdapterLinear], owners: dict[str, int]) -> Iterator[dict[str, AdapterLinear]]:

@@ -5,7 +5,7 @@ however they are laid out. `loss` handed to `backward` is this micro-batch's sha
 batch; gradients add up over micro-batches and ranks, and nothing is divided afterwards.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -18,7 +18,7 @@ from distlora.engine.comm import Comm
 from distlora.engine.optimizers import OptimizerSpec
 from distlora.maths.low_rank import LowRank
 from distlora.maths.rounding import Rounding
-from distlora.methods import Factors
+from distlora.methods import Factors, TransformsGradients, last_trained_factor
 
 if TYPE_CHECKING:
     from distlora.engine.ledger import Ledger
@@ -66,6 +66,11 @@ class Engine(Protocol):
     comm: Comm
     dtype: torch.dtype
     optimizer: OptimizerSpec
+    #: Norm to which gradients are clipped, by `step` or, where a method transforms them, before it; None:
+    #: not.
+    clip: float | None
+    #: The adapted layers by name, once the engine has started.
+    layers: dict[str, AdapterLinear]
     #: What was added to frozen weights; None before `open_ledger`.
     ledger: "Ledger | None"
 
@@ -91,11 +96,12 @@ class Engine(Protocol):
     def backward(self, loss: Tensor) -> None:
         """Adds d(loss) to the gradients. Exactly `accumulation` calls come between two steps."""
 
-    def step(self) -> StepInfo:
-        """Lets methods that transform gradients do so, clips, steps the optimizer, forgets the gradients.
+    def at_boundary(self) -> bool:
+        """After a backward pass: whether the gradients of a whole step have been added up."""
 
-        The clipping coefficient is `clip_factor()` of the gradients as they are on entry, and multiplies what
-        was made of them.
+    def step(self) -> StepInfo:
+        """Clips by `clip_factor()`, unless a method has transformed the gradients, steps the optimizer, and
+        forgets the gradients. See `distlora.engine.boundary` for what comes before and after.
         """
 
     def set_rate(self, rate: float) -> None: ...
@@ -108,6 +114,12 @@ class Engine(Protocol):
         """Replaces averaged gradients after the last backward, before the step, which then knows only the new
         ones.
         """
+
+    def scale_gradients(self, factor: float, but: Collection[str] = ()) -> None:
+        """Multiplies all averaged gradients but those of the named tensors."""
+
+    def gradient_norm(self) -> float:
+        """L2 norm of all averaged gradients, as they are now."""
 
     def clip_factor(self) -> float:
         """After the last backward, before the step: what clipping is going to multiply every gradient by."""
@@ -162,6 +174,9 @@ class Engine(Protocol):
     def weight_at_owner(self, layer: AdapterLinear, owner: int) -> Tensor | None:
         """W (out, in) in float32 on rank `owner`, None elsewhere."""
 
+    def weight_checksum(self, layer: AdapterLinear) -> int:
+        """Of the bits of a frozen weight that is not packed, the same at every stage and world size."""
+
     def weight_from_owner(self, layer: AdapterLinear, owner: int, weight: Tensor | None) -> float:
         """Packs a packed weight anew, from what rank `owner` brings: (out, in), float32. What travels is the
         packed form.
@@ -205,21 +220,15 @@ def tell_changed(layers: dict[str, AdapterLinear], parameter: str) -> None:
 
 def left_factors(layers: dict[str, AdapterLinear]) -> set[str]:
     """Names of the trained factors that LoRA+ calls B."""
-    return {
-        f"{name}.{layer.method.left_factor}" for name, layer in layers.items() if layer.method.left_factor
-    }
+    last = {name: last_trained_factor(layer.method) for name, layer in layers.items()}
+    return {f"{name}.{factor}" for name, factor in last.items() if factor is not None}
 
 
 def clip_factor(norm: float, clip: float | None) -> float:
-    """What clipping to the norm `clip` multiplies gradients of this norm by, in torch's and DeepSpeed's form."""
+    """What clipping to `clip` multiplies gradients of this norm by, in torch's and DeepSpeed's form."""
     return min(1.0, clip / (norm + 1e-6)) if clip else 1.0
 
 
 def transforming(layers: dict[str, AdapterLinear]) -> list[AdapterLinear]:
     """The layers whose method transforms gradients, in the model's order."""
-    return [layer for layer in layers.values() if layer.method.transforms_gradients]
-
-
-def transform(layer: AdapterLinear, gradients: Factors, factors: Factors) -> Factors:
-    """The method's own change of gradients, as a GradientMap."""
-    return layer.method.transform_gradients(gradients, factors)
+    return [layer for layer in layers.values() if isinstance(layer.method, TransformsGradients)]

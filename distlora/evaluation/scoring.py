@@ -1,6 +1,4 @@
-"""Held-out samples: answers generated greedily and judged by the task's own rule, and labels predicted by a
-classifier.
-"""
+"""Scores on held-out samples: of greedily generated answers, and of a classifier's labels."""
 
 from collections.abc import Iterable, Sequence
 
@@ -8,8 +6,9 @@ import torch
 
 from distlora.data import LabelledSample, Sample, collate_labelled, collate_prompts, shard
 from distlora.engine.protocol import Engine
-from distlora.models.loading import generate, label_logits
-from distlora.models.loss import label_cross_entropy
+from distlora.models.cross_entropy import label_cross_entropy
+from distlora.models.generation import generate
+from distlora.models.losses import label_logits
 from distlora.tasks import is_correct
 from distlora.tasks.metrics import METRICS
 
@@ -21,11 +20,11 @@ GENERATION_BATCH = 32
 def exact_match(
     engine: Engine, tokenizer, task: str, samples: Sequence[Sample], max_new_tokens: int
 ) -> float:
-    """Share (0 … 1) of the samples whose generated answer is the expected one, spread over the ranks. Raises
-    Preempted.
+    """The share (0 … 1) of the samples whose generated answer is correct by the task's rule.
 
-    The model is gathered once if it fits, and then runs without ZeRO's hooks; otherwise layer by layer, in
-    lockstep.
+    Collective: each rank answers its share of the samples. If the model fits, it is gathered once and runs
+    without ZeRO's hooks; otherwise the ranks gather it layer by layer, in step. Raises Preempted between two
+    batches.
     """
     comm = engine.comm
     correct = 0.0
@@ -54,8 +53,11 @@ def exact_match(
 def label_scores(
     engine: Engine, samples: Sequence[LabelledSample], pad_id: int, batch_size: int, metrics: Iterable[str]
 ) -> dict[str, float]:
-    """The mean cross-entropy over the samples as "loss", and the `distlora.tasks.metrics` of these names; one
-    pass, spread over the ranks. Raises Preempted between two batches."""
+    """The mean cross-entropy over the samples, as "loss", and the `distlora.tasks.metrics` of these names.
+
+    Collective: each rank predicts the labels of its share of the samples, once. Raises Preempted between two
+    batches.
+    """
     comm = engine.comm
     loss = 0.0
     predicted = torch.zeros(len(samples), dtype=torch.int64, device=comm.device)

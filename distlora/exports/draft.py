@@ -1,4 +1,4 @@
-"""Directories that are filled under a temporary name, which becomes the final one when all is there."""
+"""Directories that are filled under a temporary name, and get their own name when they are complete."""
 
 import os
 import shutil
@@ -11,8 +11,9 @@ from distlora.errors import UserError
 
 @contextmanager
 def new_directory(out: Path, may_hold: Iterable[str] = ()) -> Iterator[Path]:
-    """A directory to fill, which becomes `out` if all goes well. may_hold: files of an earlier export, to be
-    replaced.
+    """A directory to fill, which becomes `out` if nothing is raised meanwhile.
+
+    may_hold: names of files of an earlier export, which are replaced. Raises UserError if `out` holds others.
     """
     if out.exists() and not (out.is_dir() and {path.name for path in out.iterdir()} <= set(may_hold)):
         raise UserError(f"{out} is not an empty directory; name another one or remove it")

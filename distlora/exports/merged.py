@@ -1,30 +1,63 @@
-"""The merged model: the pretrained files again, with the trained weights in their places, written tensor by
-tensor.
-"""
+"""The merged model: the pretrained files with the trained weights in their places, tensor by tensor."""
 
 import json
 import math
+import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from distlora.adapter.attach import Attached
+from distlora.engine.coordination import stream_to_main
+from distlora.engine.protocol import Engine
 from distlora.errors import UserError
-from distlora.exports.sources import Source
+from distlora.exports.draft import new_directory
+from distlora.exports.sources import Collected, EngineSource, Source
 from distlora.files.atomic import write_json
 from distlora.files.tensors import TensorFiles, TensorWriter, stored_name
 from distlora.maths.linalg import with_row_norms
 
 INDEX = "model.safetensors.index.json"
 
-#: What goes with a model beside its weights.
+#: Endings of the files that belong to a model beside its weights.
 _COMPANIONS = (".json", ".jinja", ".txt", ".model", ".tiktoken")
 
 
+def export_merged_from_engine(
+    engine: Engine,
+    attached: Attached,
+    out: str | os.PathLike,
+    base: Path,
+    step: int,
+    dtype: torch.dtype | None = None,
+) -> Path:
+    """The live model as merged weights in the new directory `out`. Collective, layer by layer.
+
+    base: the directory of the pretrained safetensors files. Rank 0 holds the updates, and the parameters that
+    were trained whole, in host memory. Errors: UserError on all ranks.
+    """
+    out, source = Path(out).absolute(), EngineSource(engine, attached, step)
+    collected = Collected(source)
+
+    def write(tensors: Iterable[tuple[str, str, Any]]) -> None:
+        collected.take(tensors)
+        with new_directory(out) as draft:
+            write_merged(draft, base, collected, dtype)
+
+    stream_to_main(engine.comm, out, collected.tensors(), write)
+    return out
+
+
 def write_merged(draft: Path, base: Path, source: Source, dtype: torch.dtype | None) -> None:
-    """The pretrained files again, under the same names, with the trained weights in their places."""
+    """Writes the pretrained files again, under the same names, with the trained weights in their places.
+
+    draft: the directory to fill. base: the pretrained model's. dtype: of all floating-point weights; None:
+    each keeps its own. Raises UserError if the files do not fit what was trained.
+    """
     files = TensorFiles(base, "model")
     new_heads = _check_names(base, files, source)
     updated = {stored_name(files, f"{layer}.weight"): layer for layer in source.layers}
@@ -62,7 +95,7 @@ def write_merged(draft: Path, base: Path, source: Source, dtype: torch.dtype | N
 
 
 def _check_names(base: Path, files: TensorFiles, source: Source) -> list[str]:
-    """The heads that the pretrained files lack. Raises UserError where they lack a target or hold it in
+    """The heads that the pretrained files lack. Raises UserError for a target that is not there, or has
     another shape.
     """
     for layer, (_, *shape) in source.layers.items():
@@ -74,14 +107,14 @@ def _check_names(base: Path, files: TensorFiles, source: Source) -> list[str]:
     for name in weights:
         if stored_name(files, name) not in files:
             raise UserError(
-                f"{base}: the weights files hold no {name}; a layer that shares its weight with another, or is stored "
-                "under another name, cannot be merged: export with --format peft"
+                f"{base}: the weights files hold no {name}; a layer that shares its weight with another, "
+                "or is stored under another name, cannot be merged: export with --format peft"
             )
     return [name for name in source.heads if stored_name(files, name) not in files]
 
 
 def _config_changes(source: Source, new_heads: list[str], dtype: torch.dtype | None) -> dict[str, Any]:
-    """new_heads: those that the files lacked, or held in another size."""
+    """What changes in config.json. new_heads: those that the files lack, or hold in another size."""
     changes: dict[str, Any] = {}
     if dtype is not None:
         changes["dtype"] = str(dtype).removeprefix("torch.")

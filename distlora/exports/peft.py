@@ -18,7 +18,7 @@ from distlora.exports.draft import new_directory
 from distlora.exports.sources import MAGNITUDE, PREFIX, Compressed, EngineSource, Source
 from distlora.files.atomic import write_json
 from distlora.files.tensors import TensorWriter
-from distlora.methods import Method
+from distlora.methods import Method, TrainsWeight
 
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -28,7 +28,7 @@ _TASKS = {
     "ForTokenClassification": "TOKEN_CLS",
 }
 
-#: Names under which PEFT looks for a classifier's head.
+#: Names by which PEFT finds a classifier's head.
 _CLASSIFIERS = ("classifier", "score")
 
 _log = logging.getLogger(__name__)
@@ -42,12 +42,11 @@ def export_peft_from_engine(
     step: int,
     dtype: torch.dtype = torch.float32,
 ) -> Path:
-    """The live adapter as PEFT's files in `out`, which may hold an earlier such export. Collective, layer by
-    layer.
+    """Writes the live adapter as PEFT's files into `out`, which may hold an earlier export. Collective.
 
-    Exact, with the two exceptions of `export`; what they cost is logged.
-
-    base_model: what others find the pretrained model under. Errors: UserError on all ranks.
+    Tensors are gathered layer by layer. The pairs are exact, except those that `Compressed` must approximate;
+    their error is logged. base_model: the name or path by which others find the pretrained model. Raises
+    UserError on all ranks.
     """
     refuse_full(attached.method)
     out, source = Path(out), Compressed(EngineSource(engine, attached, step), dtype)
@@ -64,21 +63,23 @@ def export_peft_from_engine(
 
 
 def refuse_full(method: Method) -> None:
-    if method.trains_weight:
+    """Raises UserError for a method that makes no adapter."""
+    if isinstance(method, TrainsWeight):
         raise UserError(
-            f"method {method.name} trains the weights themselves, which is no adapter; export with --format merged"
+            f"method {method.name} trains the weights themselves, which is no adapter; "
+            "export with --format merged"
         )
 
 
 def write_peft_adapter(
     draft: Path, source: Source, base_model: str, dropout: float, dtype: torch.dtype
 ) -> None:
-    """An adapter out of files, into a directory that is to be filled."""
+    """Writes the adapter of a source that reads files. draft: the directory to fill."""
     write_peft(draft, source, _peft_tensors(source), _peft_config(source, base_model, dropout), dtype)
 
 
 def _peft_tensors(source: Source) -> Iterator[tuple[str, Tensor | None]]:
-    """All tensors of the adapter under PEFT's names; None where the source answers on another rank."""
+    """All tensors of the adapter by PEFT's names; None for each on the ranks that do not write."""
     for layer in source.layers:
         if layer in source.magnitudes:
             yield f"{PREFIX}{layer}{MAGNITUDE}", source.magnitude(layer)
@@ -93,7 +94,9 @@ def _peft_tensors(source: Source) -> Iterator[tuple[str, Tensor | None]]:
 def write_peft(
     draft: Path, source: Source, tensors: Iterable, config: dict[str, Any], dtype: torch.dtype
 ) -> None:
-    # In float32 whatever the dtype: rounded, they would scale whole rows. Hence first in the file.
+    """Writes PEFT's two files. tensors: those of `_peft_tensors`, in their order."""
+    # The norms are in float32 whatever the dtype, because rounding them would scale whole rows. The widest
+    # numbers come first in a file.
     plan = {
         f"{PREFIX}{layer}{MAGNITUDE}": (torch.float32, (shape[1],))
         for layer, shape in source.layers.items()
@@ -115,8 +118,10 @@ def write_peft(
 
 
 def _peft_config(source: Source, base: str, dropout: float) -> dict[str, Any]:
-    """The scaling is folded into B, so alpha is the rank. Full names of layers: last parts would match others
-    too.
+    """The content of adapter_config.json.
+
+    B holds the scaling, so alpha is the rank. Layers have their full names; the last parts of these would
+    match other layers, too.
     """
     ranks = {layer: shape[0] for layer, shape in source.layers.items()}
     usual = max(set(ranks.values()), key=list(ranks.values()).count)
@@ -144,8 +149,9 @@ def _peft_config(source: Source, base: str, dropout: float) -> dict[str, Any]:
 
 
 def _saved_module(head: str) -> str:
-    """The module that PEFT is to restore: the parameter's own, or a classifier around it, which PEFT restores
-    in any case.
+    """The module that PEFT is to restore: that of the parameter, or the classifier around it.
+
+    PEFT restores a classifier in any case.
     """
     parts = head.split(".")[:-1]
     ends = [position for position, part in enumerate(parts, 1) if part in _CLASSIFIERS]

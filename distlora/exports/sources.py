@@ -1,9 +1,11 @@
-"""What an export is made from: trained layers as low-rank pairs, and whole trained parameters, wherever they
-are kept.
+"""What an export is made from: trained layers as low-rank pairs, and parameters that were trained whole.
+
+The sources are the live model, a checkpoint, and an earlier export.
 """
 
 import json
 import logging
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,16 +13,18 @@ import torch
 from torch import Tensor
 
 from distlora.adapter.attach import Attached
-from distlora.checkpoints.checkpoint import Checkpoint, describe_model, ledger_files
+from distlora.checkpoints.contents import describe_model
+from distlora.checkpoints.directory import Checkpoint
+from distlora.checkpoints.restore import ledger_files
 from distlora.engine.protocol import Engine
 from distlora.errors import UserError
 from distlora.files.tensors import TensorFiles
 from distlora.maths.low_rank import LowRank, compress, compress_within
-from distlora.methods import Method
+from distlora.methods import Method, TrainsWeight, magnitude_of
 
-#: Before every name in PEFT's files.
+#: What every name in PEFT's files begins with.
 PREFIX = "base_model.model."
-#: Behind a layer's name there: the norms of its rows.
+#: What follows a layer's name there, for the norms of the layer's rows.
 MAGNITUDE = ".lora_magnitude_vector"
 
 _log = logging.getLogger(__name__)
@@ -29,10 +33,14 @@ Shape = tuple[int, ...]
 
 
 class Source(Protocol):
-    """layers: (rank, out, in) of the exported pair of every adapted layer. stacked: the layers whose pair is
-    made of updates side by side, which nearly cancel each other. magnitudes: the layers whose rows have
-    trained norms. heads: shapes of the parameters that were trained whole. targets: names of the layers that
-    the method was put on. model: the model's "class" and "num_labels"."""
+    """What an export asks for.
+
+    step: of the run, when this was its state. layers: (rank, out, in) of the exported pair of every adapted
+    layer. stacked: the layers whose pair is made of updates side by side, which nearly cancel each other.
+    magnitudes: the layers whose rows have trained norms. heads: shapes of the parameters that were trained
+    whole. targets: names of the layers that the method was put on. model: the model's "class" and
+    "num_labels".
+    """
 
     step: int
     layers: dict[str, Shape]
@@ -43,15 +51,15 @@ class Source(Protocol):
     model: dict[str, Any]
 
     def low_rank(self, layer: str) -> LowRank | None:
-        """`W_trained = W0 + left @ right`, float32. None on ranks that do not write."""
+        """The pair with `W_trained = W0 + left @ right`, in float32. None on ranks that do not write."""
 
     def magnitude(self, layer: str) -> Tensor | None:
         """(out,) float32, for a layer of `magnitudes`: the norms to which the rows of that sum are scaled.
         None on ranks that do not write.
 
-        The optimizer's own value. What a bfloat16 run multiplies with is rounded, and divided by a rounded
-        norm: both errors cancel at the start, but one alone would scale whole rows by up to 2⁻⁹ wherever
-        norms are not rounded.
+        They are the optimizer's own values. A run in bfloat16 multiplies with rounded ones and divides by a
+        rounded norm. The two errors cancel at the start, but one of them alone would scale whole rows by up
+        to 2⁻⁹ in software that does not round norms.
         """
 
     def read(self, head: str) -> Tensor | None:
@@ -70,7 +78,7 @@ class EngineSource:
             for name, layer in attached.layers.items()
         }
         self.stacked = {name for name, columns in entries.items() if columns}
-        self.magnitudes = {name for name, layer in attached.layers.items() if layer.method.magnitude}
+        self.magnitudes = {name for name, layer in attached.layers.items() if magnitude_of(layer.method)}
         factors = {f"{layer}.{factor}" for layer, names in shapes.items() for factor in names}
         self.heads = {name: shape for name, shape in engine.trained_shapes().items() if name not in factors}
         self.targets, self.model = attached.targets, describe_model(engine)
@@ -85,15 +93,48 @@ class EngineSource:
         return self._engine.ledger.stacked(layer, pair) if layer in self.stacked else pair
 
     def magnitude(self, layer: str) -> Tensor | None:
-        tensors = self._engine.read_trained(f"{layer}.{self._attached.layers[layer].method.magnitude}")
+        tensors = self._engine.read_trained(f"{layer}.{magnitude_of(self._attached.method)}")
         return tensors and tensors["master"]
 
     def read(self, head: str) -> Tensor | None:
         return self._engine.read_parameter(head)
 
 
+class Collected:
+    """A live source in rank 0's host memory, to be read there in any order."""
+
+    def __init__(self, source: Source):
+        self._source, self._found = source, dict[tuple[str, str], Any]()
+        self.step, self.layers, self.stacked = source.step, source.layers, source.stacked
+        self.magnitudes, self.heads = source.magnitudes, source.heads
+        self.targets, self.model = source.targets, source.model
+
+    def tensors(self) -> Iterator[tuple[str, str, Any]]:
+        """(what, name, value) of all there is, the values on rank 0 only. Collective."""
+        for layer in self.layers:
+            yield "pair", layer, self._source.low_rank(layer)
+        for layer in self.layers:  # not `magnitudes`: a set may have another order on each rank
+            if layer in self.magnitudes:
+                yield "magnitude", layer, self._source.magnitude(layer)
+        for head in self.heads:
+            yield "head", head, self._source.read(head)
+
+    def take(self, tensors: Iterable[tuple[str, str, Any]]) -> None:
+        """What `tensors` gave, on rank 0."""
+        self._found = {(what, name): value for what, name, value in tensors}
+
+    def low_rank(self, layer: str) -> LowRank:
+        return self._found["pair", layer]
+
+    def magnitude(self, layer: str) -> Tensor:
+        return self._found["magnitude", layer]
+
+    def read(self, head: str) -> Tensor:
+        return self._found["head", head]
+
+
 class CheckpointSource:
-    """A checkpoint. Raises UserError if it is not of this method."""
+    """A checkpoint. Raises UserError if it is of another method or rank."""
 
     def __init__(self, checkpoint: Checkpoint, method: Method):
         state = checkpoint.state
@@ -109,11 +150,10 @@ class CheckpointSource:
             layer: [entry["columns"] for entry in entries]
             for layer, entries in state.get("ledger", {}).items()
         }
-        self.layers = (
-            {} if method.trains_weight else {layer: self._pair_shape(layer) for layer in self.targets}
-        )
+        adapted = [] if isinstance(method, TrainsWeight) else self.targets
+        self.layers = {layer: self._pair_shape(layer) for layer in adapted}
         self.stacked = {layer for layer, entries in self._entries.items() if entries}
-        self.magnitudes = set(self.layers) if method.magnitude else set()
+        self.magnitudes = set(self.layers) if magnitude_of(method) else set()
         self._masters = TensorFiles(checkpoint.path, "optimizer") if self.magnitudes else None
         self._ledger = ledger_files(checkpoint, {layer: shape for layer, (_, *shape) in self.layers.items()})
         factors = {f"{layer}.{factor}" for layer in self.layers for factor in self._factors}
@@ -136,16 +176,14 @@ class CheckpointSource:
         )
 
     def magnitude(self, layer: str) -> Tensor:
-        return self._masters.read(f"{layer}.{self._method.magnitude}/master")
+        return self._masters.read(f"{layer}.{magnitude_of(self._method)}/master")
 
     def read(self, head: str) -> Tensor:
         return self._files.read(head)
 
 
 class AdapterSource:
-    """The PEFT files that an earlier export wrote (alpha is the rank there, so the pair is B and A as they
-    are).
-    """
+    """The PEFT files of an earlier export. Alpha is the rank there, so the pair is B and A as they are."""
 
     def __init__(self, directory: Path):
         self._files = TensorFiles(directory, "adapter_model")
@@ -180,7 +218,10 @@ class AdapterSource:
 
 
 def check_compression(format: str, rank: int | None, max_error: float | None) -> None:
-    """Raises UserError for options of an export that make no sense."""
+    """Raises UserError for options of an export that make no sense.
+
+    format: "peft" or "merged". rank: of --compress-rank. max_error: of --max-error.
+    """
     if rank is not None and max_error is not None:
         raise UserError("--compress-rank and --max-error were both given; give one of them")
     if format == "merged" and (rank, max_error) != (None, None):
@@ -195,25 +236,23 @@ def check_compression(format: str, rank: int | None, max_error: float | None) ->
 
 
 class Compressed:
-    """Another source, with an SVD in the place of each pair for which that is asked or needed.
+    """Another source, with an SVD in the place of each pair for which one is asked for or needed.
 
-    Needed where a stack is wider than the matrix, and where one is going to be rounded: what nearly cancels
-    must be summed first. dtype: in which the pairs will be written. rank: the most columns of a pair.
-    max_error: the largest relative Frobenius error of a layer's update; every pair is read once before the
-    first is asked for, since their ranks must be known. errors: those of the pairs that were made so far;
-    they are stated in `compression`.
+    It is needed for a pair that is wider than the matrix, and for a stacked pair that will be rounded:
+    updates that nearly cancel must be summed first.
+
+    dtype: the one in which the pairs will be written. rank: the most columns of a pair. max_error: the
+    largest relative Frobenius error of a layer's update. With it, every pair is read once when this is made,
+    because the ranks must be known before the first pair is written. errors: the relative errors of the pairs
+    that were asked for so far; `compression` states them.
     """
 
     def __init__(
         self, source: Source, dtype: torch.dtype, rank: int | None = None, max_error: float | None = None
     ):
         self._source, self._dtype = source, dtype
-        self.step, self.heads, self.targets, self.model = (
-            source.step,
-            source.heads,
-            source.targets,
-            source.model,
-        )
+        self.step, self.model = source.step, source.model
+        self.heads, self.targets = source.heads, source.targets
         self.magnitudes, self.magnitude, self.read = source.magnitudes, source.magnitude, source.read
         self.errors: dict[str, float] = {}
         exact = max(min(shape) for shape in source.layers.values())
@@ -230,6 +269,7 @@ class Compressed:
         self.stacked = source.stacked - self._changed
 
     def _shape(self, layer: str, rank: int | None, max_error: float | None) -> Shape:
+        """(rank, out, in) of the pair that is exported."""
         exact, *shape = self._source.layers[layer]
         if max_error is None:
             return min(exact, *shape, rank or exact), *shape
@@ -237,7 +277,8 @@ class Compressed:
         if error > max_error:
             raise UserError(
                 f"--max-error {max_error:g} cannot be met: writing the update of layer {layer} in "
-                f"{str(self._dtype).removeprefix('torch.')} costs {error:.2g} by itself; allow more, or take a wider dtype"
+                f"{str(self._dtype).removeprefix('torch.')} costs {error:.2g} by itself; "
+                "allow more, or take a wider dtype"
             )
         return pair.right.shape[0], *shape
 
@@ -249,7 +290,7 @@ class Compressed:
         return pair
 
     def compression(self) -> str | None:
-        """What was done to the pairs that have been asked for, in one sentence; None if nothing."""
+        """One sentence on the pairs that were asked for so far; None if none of them was changed."""
         if not self.errors:
             return None
         ranks = {self.layers[layer][0] for layer in self.errors}
@@ -263,8 +304,9 @@ class Compressed:
 
 
 def _pair_shape(method: Method, shapes: dict[str, Shape], ledger_columns: int) -> Shape:
-    """(rank, out, in) of the exact pair, found without computing it: what the factors give, and the ledger's
-    columns.
+    """(rank, out, in) of the exact pair, found without computing it.
+
+    shapes: of the layer's factors. ledger_columns: of the updates that were added to the layer's weight.
     """
     pair = method.export_low_rank({name: torch.empty(shape, device="meta") for name, shape in shapes.items()})
     return pair.right.shape[0] + ledger_columns, pair.left.shape[0], pair.right.shape[1]

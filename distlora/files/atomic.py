@@ -1,4 +1,4 @@
-"""Files that outlive a crash: flushed to the disk, and replaced as a whole."""
+"""Files that survive a crash: they are flushed to the disk, and replaced as a whole."""
 
 import hashlib
 import json
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def write_json(path: Path, value: Any) -> str:
-    """Writes and flushes to the disk; returns the SHA-256 of the bytes."""
+    """Writes a JSON file and flushes it to the disk. Returns the SHA-256 of its bytes."""
     data = (json.dumps(value, indent=1) + "\n").encode()
     with open(path, "wb") as file:
         file.write(data)
@@ -18,8 +18,10 @@ def write_json(path: Path, value: Any) -> str:
 
 
 def write_text(path: Path, text: str, writer: str = "") -> None:
-    """Replaces a file so that a crash leaves the old content or the new one, never a part. writer: tells
-    several processes apart that may write the same file at once."""
+    """Replaces a file. A crash leaves the old content or the new one, never a part.
+
+    writer: different for every process, if several may write the same file at once.
+    """
     draft = path.with_name(f".{path.name}{writer and '.' + writer}.partial")
     with draft.open("w", encoding="utf-8") as file:
         file.write(text)
@@ -34,7 +36,7 @@ def sha256_of(path: Path) -> str:
 
 
 def flush_directory(path: Path) -> None:
-    """Makes names that were created, renamed or removed in a directory outlive a power cut."""
+    """Flushes a directory, so that created, renamed and removed names in it survive a power cut."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,5 +1,5 @@
-"""Tensors on disk: safetensors files, written one tensor at a time, flushed, and split where they would grow
-too large.
+"""Tensors on disk: safetensors files, which are written one tensor at a time, flushed, and split where they
+would become too large.
 """
 
 import hashlib
@@ -16,6 +16,7 @@ from torch import Tensor
 from distlora.errors import UserError
 from distlora.files.atomic import write_json
 
+#: Dtype and shape of tensors, by name.
 Plan = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 
 _DTYPE_NAMES = {
@@ -27,15 +28,15 @@ _DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
 
 
 class TensorWriter:
-    """One safetensors file whose tensors come one after the other, so that only one is in memory.
+    """Writes one safetensors file tensor by tensor, so that only one of them must be in memory.
 
-    The library's own writer wants all tensors of a file at once. plan: dtype and shape of every tensor. The
-    tensors must be written in `order`. After the `with` block the file is on the disk, and `sha256` is the
-    checksum of what was written.
+    safetensors' own writer needs all tensors of a file at once. plan: dtype and shape of every tensor. The
+    tensors must be written in `order`. After the `with` block the file is on the disk, and `sha256` is its
+    checksum.
     """
 
     def __init__(self, path: Path, plan: Plan, metadata: Mapping[str, str] | None = None):
-        # Wide dtypes first: readers want every tensor at a multiple of its element's size.
+        # Wide dtypes come first, because the offset of a tensor must be a multiple of its element's size.
         self.order = sorted(plan, key=lambda name: -plan[name][0].itemsize)
         self._plan, self._written = plan, 0
         self._digest = hashlib.sha256()
@@ -46,6 +47,7 @@ class TensorWriter:
         return self
 
     def write(self, name: str, tensor: Tensor) -> None:
+        """Writes the next tensor. Raises ValueError if it is not the next one, or not as planned."""
         if self._written == len(self.order) or name != self.order[self._written]:
             raise ValueError(f"{name} is not the next tensor of the plan")
         if (tensor.dtype, tuple(tensor.shape)) != self._plan[name]:
@@ -73,7 +75,7 @@ class TensorWriter:
 
 
 def _header(plan: Plan, order: list[str], metadata: dict[str, str]) -> bytes:
-    """The format's start: eight bytes of length, then JSON, padded with spaces to a multiple of eight."""
+    """The start of the file: eight bytes of length, then JSON, padded with spaces to a multiple of eight."""
     header, offset = {"__metadata__": metadata}, 0
     for name in order:
         dtype, shape = plan[name]
@@ -88,11 +90,10 @@ def _header(plan: Plan, order: list[str], metadata: dict[str, str]) -> bytes:
 def write_split(
     directory: Path, group: str, tensors: Iterable[tuple[str, Tensor]], limit: int
 ) -> dict[str, str]:
-    """Writes `group.safetensors`, or `group-00001-of-0000n.safetensors` and an index, and returns {file name:
-    SHA-256}.
+    """Writes `GROUP.safetensors`, or several `GROUP-00001-of-0000n.safetensors` and an index.
 
-    limit: bytes of tensors in one file, and so in memory; a tensor that is larger alone has a file of its
-    own.
+    limit: bytes of the tensors of one file, and so in memory. A larger tensor gets a file of its own. Returns
+    {file name: SHA-256}.
     """
     parts, weight_map = [], {}
     for number, batch in enumerate(_batches(tensors, limit), 1):
@@ -116,7 +117,7 @@ def write_split(
 
 
 def _batches(tensors: Iterable[tuple[str, Tensor]], limit: int) -> Iterator[dict[str, Tensor]]:
-    """Tensors in dicts of at most `limit` bytes; the same dict each time, which the caller has to clear."""
+    """Yields tensors in a dict of at most `limit` bytes. It is always the same dict: the caller clears it."""
     batch: dict[str, Tensor] = {}
     for name, tensor in tensors:
         if batch and sum(other.nbytes for other in batch.values()) + tensor.nbytes > limit:
@@ -135,14 +136,13 @@ def _write_file(path: Path, tensors: Mapping[str, Tensor]) -> str:
 
 
 class TensorFiles:
-    """Tensors by name, out of `group.safetensors` or of several such files with an index. Reads only what is
-    asked for.
+    """Tensors by name, from `GROUP.safetensors` or from several such files with an index.
+
+    Only those that are asked for are read.
     """
 
     def __init__(self, directory: Path, group: str):
-        """Raises UserError if there is neither, and OSError or safetensors' error for files that cannot be
-        read.
-        """
+        """Raises UserError if neither exists, and OSError or safetensors' error for unreadable files."""
         self.directory, self._open = directory, {}
         single, index = directory / f"{group}.safetensors", directory / f"{group}.safetensors.index.json"
         if index.exists():
@@ -188,8 +188,9 @@ class TensorFiles:
 
 
 def stored_name(files: TensorFiles, name: str) -> str:
-    """The parameter's name in the pretrained files. Those of a base model lack the prefix that it has in a
-    model with a head.
+    """The parameter's name in the pretrained files.
+
+    A model with a head puts a prefix before the names of its base model. Files of the base model lack it.
     """
     inner = name.partition(".")[2]
     return inner if name not in files and inner in files else name

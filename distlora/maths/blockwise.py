@@ -1,6 +1,7 @@
-"""Numbers of 8 bits with a scale a block: how a moment is rounded to codes, and what codes mean.
+"""Numbers in 8 bits, with a scale for each block: how they are rounded to codes, and what codes mean.
 
-An element is `table[code] · scale of its block`. A table has 256 ascending entries, of -1 … 1 or of 0 … 1.
+An element is `table[code] · scale of its block`. A table has 256 ascending entries in -1 … 1 or in 0 … 1.
+This is the format of bitsandbytes; the blocks have nothing to do with those of `distlora.maths.blocks`.
 """
 
 import torch
@@ -11,22 +12,24 @@ BLOCK = 256
 
 
 def decode(codes: Tensor, scales: Tensor, table: Tensor) -> Tensor:
-    """codes: (n,) uint8. scales: (n,) float32, of each element's block."""
+    """The elements (n,) float32. codes: (n,) uint8. scales: (n,) float32, each that of the element's
+    block.
+    """
     return table[codes.int()] * scales
 
 
 def scales_of(blocks: Tensor, start: int, length: int) -> Tensor:
-    """(length,) the scales of elements `start`, `start + 1`, …; blocks: one a block of the whole."""
+    """The scales (length,) of the elements `start`, `start + 1`, …. blocks: the scale of each block."""
     return blocks[torch.arange(start, start + length, device=blocks.device) // BLOCK]
 
 
 def encode(values: Tensor, scales: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes (n,) uint8 of the entries nearest to values (n,), and the scales (⌈n/256⌉,) of the blocks: the
-    largest of each.
+    """The codes (n,) uint8 of the table's nearest entries, and the scales (⌈n/256⌉,) of the blocks.
 
-    scales: (n,) that the elements were decoded with, zero for one that was not. Where the blocks are the same
-    as then, codes and scales come back bit for bit. The largest magnitude alone would not do: a table without
-    -1 shrinks a block whose largest element is negative.
+    values: (n,) float32. scales: (n,), with which the elements were decoded; zero for an element that was
+    not. A block's scale is the largest magnitude among its values and their old scales. So unchanged blocks
+    give the same codes and scales, bit for bit. With the magnitudes alone they would not: a table without -1
+    shrinks a block whose largest element is negative.
     """
     wanted = torch.maximum(scales, values.abs())
     blocks = torch.nn.functional.pad(wanted, (0, -values.numel() % BLOCK)).view(-1, BLOCK).amax(1)

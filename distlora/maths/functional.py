@@ -1,8 +1,7 @@
-"""The one linear map that every layer is made of.
+"""The linear map that every layer is made of.
 
-The weight W (out, in) may be stored in another form, a packed one. Then `unpack` makes W of it, in the dtype
-of the product; W is made anew in the backward pass, because kept until then it would take the memory that
-packing saves.
+The weight W (out, in) may be stored in packed form. Then `unpack` makes W of it, in the dtype of the product.
+The backward pass makes W again, because to keep it until then would take the memory that packing saves.
 """
 
 from collections.abc import Callable
@@ -14,12 +13,12 @@ Unpack = Callable[[Tensor], Tensor]
 
 
 class _Linear(torch.autograd.Function):
-    """`y = x Wᵀ + b`, saving only what its own backward needs.
+    """`y = x Wᵀ + b`, which saves only what its own backward pass needs.
 
-    `torch.nn.functional.linear` under `deepspeed.zero.Init` keeps the input alive even where the weight is
-    frozen. Here the input is saved only if the weight is trained. The weight itself is held by reference and
-    not through `save_for_backward`: under ZeRO-3 its storage comes and goes, and a saved alias would keep the
-    gathered copy alive.
+    `torch.nn.functional.linear` under `deepspeed.zero.Init` keeps the input in memory even if the weight is
+    frozen. Here the input is saved only if the weight is trained. The weight is held by reference, and not by
+    `save_for_backward`: under ZeRO-3 its storage comes and goes, and a saved alias would keep the gathered
+    copy in memory.
     """
 
     @staticmethod
@@ -40,9 +39,7 @@ class _Linear(torch.autograd.Function):
 
 
 class _TappedLinear(torch.autograd.Function):
-    """`y = x Wᵀ + b` whose backward shows `(dL/dy, x)` to a tap: all that the weight's gradient `dyᵀ x` is
-    made of.
-    """
+    """`y = x Wᵀ + b`, whose backward pass hands `(dL/dy, x)` to a tap: the weight's gradient is `dyᵀ x`."""
 
     @staticmethod
     def forward(
@@ -61,7 +58,7 @@ class _TappedLinear(torch.autograd.Function):
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, unpack: Unpack | None) -> Tensor:
-    """`x Wᵀ + b` in the dtype of W, as x's."""
+    """`x Wᵀ + b`, computed in the dtype of W and returned in that of x."""
     if unpack is None:
         return torch.nn.functional.linear(x, weight, bias)
     matrix = unpack(weight)
@@ -71,7 +68,7 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None, unpack: Unpack | No
 
 
 def _back(dy: Tensor, weight: Tensor, unpack: Unpack | None) -> Tensor:
-    """dL/dx = dy W."""
+    """`dL/dx = dy W`, computed in the dtype of W and returned in that of dy."""
     if unpack is None:
         return dy @ weight
     matrix = unpack(weight)
@@ -84,19 +81,17 @@ def _rows(tensor: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, unpack: Unpack | None = None) -> Tensor:
-    """`x Wᵀ + b`. x: (…, in), weight: (out, in) or what `unpack` makes that of, bias: (out,) or None. Returns
-    (…, out).
-    """
+    """`x Wᵀ + b`, (…, out). x: (…, in). weight: (out, in), or its packed form with `unpack`. bias: (out,)."""
     return _Linear.apply(x, weight, bias, unpack)
 
 
 def tapped_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, anchor: Tensor, tap, unpack: Unpack | None = None
 ) -> Tensor:
-    """`linear` that calls `tap(dy, x)` in its backward, with dy: (tokens, out) and x: (tokens, in).
+    """`linear` that calls `tap(dy, x)` in its backward pass, with dy: (tokens, out) and x: (tokens, in).
 
-    anchor: any tensor that requires a gradient. It makes the output require one even where neither x nor the
-    weight does (the first block over frozen embeddings), so that `backward(inputs=[anchor])` reaches every
-    tapped layer and no parameter.
+    anchor: any tensor that requires a gradient. It makes the output require one even if neither x nor the
+    weight does, as in the first block over frozen embeddings. So `backward(inputs=[anchor])` reaches every
+    tapped layer, and no parameter.
     """
     return _TappedLinear.apply(x, weight, bias, anchor, tap, unpack)

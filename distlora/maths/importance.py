@@ -1,18 +1,18 @@
 """Which components matter: scores of single elements, followed through training, and their means over a
 component.
 
-Component k of `B·A` is column k of B (out, r) and row k of A (r, in). A *part* is a flat piece of one factor,
-as a rank of a partitioned model holds it: elements `start … start + length − 1` of the row-major factor. It
-may begin and end inside a row.
+A component is one column of a factor (out, r), whose axis of components is 1, and the same row of a factor
+(r, in), whose axis of components is 0. A *part* is a flat piece of one factor, as a rank of a partitioned
+model holds it: elements `start … start + length − 1` of the row-major factor. It may begin and end inside a
+row.
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-#: "mean" and "uncertainty", each like the part that they follow.
+#: "mean" and "uncertainty", each of the shape of the part that it follows.
 ScoreState = dict[str, Tensor]
 
 
@@ -21,8 +21,8 @@ class ElementScores:
     """Smoothed sensitivity times its uncertainty (Zhang et al., "AdaLoRA", arXiv 2303.10512, as SRLoRA uses
     it).
 
-    `I = |w·g|`, `Ī ← β₁Ī + (1−β₁)I`, `Ū ← β₂Ū + (1−β₂)|I − Ī|` with the new Ī, `s(w) = Ī·Ū`. Elementwise, so
-    any part of a factor is followed on its own.
+    `I = |w·g|`, `Ī ← β₁Ī + (1−β₁)I`, `Ū ← β₂Ū + (1−β₂)|I − Ī|` with the new Ī, `s(w) = Ī·Ū`. This is
+    elementwise, so any part of a factor can be followed on its own.
     """
 
     beta1: float = 0.85
@@ -34,7 +34,7 @@ class ElementScores:
 
     @torch.no_grad()
     def update(self, state: ScoreState, weight: Tensor, gradient: Tensor) -> None:
-        """Counts one optimizer step, in place. gradient: averaged and unscaled, as the optimizer will use it."""
+        """Counts one optimizer step, in place. gradient: averaged and unscaled, as the optimizer uses it."""
         sensitivity = (weight.float() * gradient.float()).abs_()
         state["mean"].lerp_(sensitivity, 1 - self.beta1)
         state["uncertainty"].lerp_(sensitivity.sub_(state["mean"]).abs_(), 1 - self.beta2)
@@ -44,18 +44,19 @@ class ElementScores:
         return state["mean"] * state["uncertainty"]
 
 
-def group_sums(factor: Literal["A", "B"], scores: Tensor, start: int, shape: tuple[int, int]) -> Tensor:
+def component_sums(axis: int, scores: Tensor, start: int, shape: tuple[int, int]) -> Tensor:
     """A part's share of the means in `S_k = mean_i s(B_ik) + mean_j s(A_kj)`: (r,) float64.
 
-    scores: of the part's elements, flat. shape: of the whole factor. Sums over the part are divided by the
-    component's full length, so that adding up the answers of all parts of both factors gives S.
+    axis: the one that counts components. scores: of the part's elements, flat. shape: of the whole factor.
+    Sums over the part are divided by the full length of a component, so the answers for all parts of both
+    factors add up to S.
     """
     rows, columns = shape
-    # Whole rows, padded with zeros where the part leaves off: no index per element, and the same order of
-    # sums everywhere.
+    # Whole rows, padded with zeros before and after the part: no index per element is needed, and the order
+    # of sums is the same for every part.
     before, after = start % columns, -(start + scores.numel()) % columns
     whole = torch.nn.functional.pad(scores.reshape(-1), (before, after)).view(-1, columns)
-    if factor == "B":
+    if axis == 1:
         return whole.sum(0, dtype=torch.float64) / rows
     sums = torch.zeros(rows, dtype=torch.float64, device=scores.device)
     first = start // columns
@@ -64,24 +65,24 @@ def group_sums(factor: Literal["A", "B"], scores: Tensor, start: int, shape: tup
 
 
 def component_of(
-    factor: Literal["A", "B"],
-    start: int,
-    length: int,
-    shape: tuple[int, int],
-    device: torch.device | None = None,
+    axis: int | None, start: int, length: int, shape: tuple[int, int], device: torch.device | None = None
 ) -> Tensor:
-    """Number of the component that each element of a part belongs to: (length,) int64. shape: of the whole
-    factor.
+    """Number of the component that each element of a part belongs to: (length,) int64.
+
+    axis: the one that counts components. None for a factor that belongs to all components, which are then
+    replaced together: 0 for every element. shape: of the whole factor.
     """
     index = torch.arange(start, start + length, device=device)
-    return index % shape[1] if factor == "B" else index // shape[1]
+    if axis is None:
+        return torch.zeros_like(index)
+    return index % shape[1] if axis == 1 else index // shape[1]
 
 
 def low_half_share(scores: Tensor) -> float:
     """Share of the total score that the ⌊r/2⌋ components with the lowest carry, 0 … 0.5. scores: (r,), not
     negative.
 
-    Where every score is zero, all components are alike, and so are their shares.
+    Where every score is zero, all components have equal shares.
     """
     half, total = scores.numel() // 2, float(scores.sum())
     return float(scores.sort().values[:half].sum()) / total if total > 0 else half / scores.numel()

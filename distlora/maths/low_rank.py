@@ -1,5 +1,6 @@
-"""Low-rank matrices, kept as a pair: what every change of a frozen weight is, how it is added, and its best
-copy of fewer columns.
+"""Low-rank matrices, kept as a pair: how one is added to a weight, and its best approximation of lower rank.
+
+Every change of a frozen weight is such a matrix.
 """
 
 from dataclasses import dataclass
@@ -7,11 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from distlora.maths.blocks import SUM_ELEMENTS, rows_of_block
 from distlora.maths.linalg import factorised, low_rank_norm
 from distlora.maths.rounding import Rounding, rounded
-
-#: Elements of the exact sum that are in memory at once: 16 MiB in float32.
-BLOCK_ELEMENTS = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -29,15 +28,15 @@ def add_low_rank(
     """`W ← round(W + left @ right)` on elements [start, start + n) of the row-major W, in float32 with one
     cast.
 
-    part: (n,) flat view of the stored weight, changed in place; it may begin and end in the middle of a row,
-    and lie on another device than `device`, where the sum is formed. Only the rows that the part covers are
-    computed. Returns the squared error ‖exact − stored‖² of the part.
+    part: (n,) flat view of the stored weight, changed in place. It may begin and end within a row, and be on
+    another device than `device`, where the sum is formed. Only the rows of the part are computed. rounding,
+    key: see `rounded`. Returns the squared error ‖exact − stored‖² of the part.
 
-    The blocks begin at rows that do not depend on the part, so the same part always sums in the same order.
+    Blocks begin at rows that do not depend on the part, so the same part is always summed in the same order.
     """
     left, right = update.left.to(device, torch.float32), update.right.to(device, torch.float32)
     columns = right.shape[1]
-    block = max(1, BLOCK_ELEMENTS // columns)
+    block = rows_of_block(columns, SUM_ELEMENTS)
     position, end, error = start, start + part.numel(), 0.0
     while position < end:
         row = position // columns
@@ -56,14 +55,15 @@ def add_low_rank(
     return error
 
 
+#: U, S and Vᵀ, as from `factorised`.
 _Triplets = tuple[Tensor, Tensor, Tensor]
 
 
 def compress(pair: LowRank, rank: int, dtype: torch.dtype = torch.float32) -> tuple[LowRank, float]:
     """The pair of `rank` columns nearest to `left @ right` (Eckart–Young), and its relative Frobenius error.
 
-    pair: (out, k), (k, in). Both sides of the result carry √σ, so that neither is small, and are in `dtype`.
-    The error is that of the numbers that are returned, their rounding included; 0 for an update that is zero.
+    pair: (out, k), (k, in). Both sides of the result are in `dtype`, and both hold √σ, so that neither is
+    small. The error includes the rounding to `dtype`; it is 0 for an update that is zero.
     """
     return _cut(factorised(pair.left, pair.right), rank, dtype)
 
@@ -73,19 +73,19 @@ def compress_within(
 ) -> tuple[LowRank, float]:
     """Like `compress`, with the smallest rank whose error is at most `max_error`.
 
-    Where the rounding to `dtype` alone costs more, the answer is of full rank and its error says so. With
-    every further rank the error falls, up to rounding: within that of `dtype`, a smaller rank may meet the
-    bound by chance, and is not looked for.
+    If the rounding to `dtype` alone has a larger error, the result has full rank, and its error says so. The
+    error falls with the rank, up to the rounding: a smaller rank may meet the bound by chance, and is not
+    looked for.
     """
     triplets = factorised(pair.left, pair.right)
     low, high = _smallest_rank(triplets[1], max_error), triplets[1].numel()
     found = _cut(triplets, low, dtype)
-    if found[1] <= max_error or low == high:  # where the rounding does not count
+    if found[1] <= max_error or low == high:  # the rounding makes no difference
         return found
     best = _cut(triplets, high, dtype)
     if best[1] > max_error:
         return best
-    # `low` misses the bound, and `high`, of which `best` is made, meets it.
+    # `low` misses the bound. `high` meets it, and `best` is its pair.
     while high - low > 1:
         middle = (low + high) // 2
         found = _cut(triplets, middle, dtype)
@@ -97,13 +97,17 @@ def compress_within(
 
 
 def _smallest_rank(sigma: Tensor, max_error: float) -> int:
-    """Before any rounding: the error of rank k is the norm of what follows the k-th singular value."""
+    """The smallest rank that meets the bound before any rounding.
+
+    The error of rank k is the norm of the singular values after the k-th one.
+    """
     squares = sigma.double().square()
     left_out = squares.sum() - squares.cumsum(0)
     return min(int((left_out > max_error**2 * squares.sum()).sum()) + 1, sigma.numel())
 
 
 def _cut(triplets: _Triplets, rank: int, dtype: torch.dtype) -> tuple[LowRank, float]:
+    """The pair of the first `rank` triplets in `dtype`, and its relative error."""
     u, sigma, vt = triplets
     root = sigma[:rank].sqrt()
     kept = LowRank((u[:, :rank] * root).to(dtype), (root[:, None] * vt[:rank]).to(dtype))

@@ -1,7 +1,7 @@
-"""Adam after a swap: second moments of replaced components get the bias correction of their own age.
+"""Adam after a recomposition: replaced components get the bias correction of their own age.
 
-The optimizer's count of steps belongs to a whole tensor. A component that starts at zero moments while that
-count t is large would be corrected by 1 − β₂^t ≈ 1, and its updates are 2 to 6.6 times the learning rate.
+The optimizer counts the steps of a whole tensor. A component whose moments begin at zero when this count t is
+large would be corrected by 1 − β₂^t ≈ 1, and its updates would be 2 to 6.6 times the learning rate.
 """
 
 import functools
@@ -9,33 +9,32 @@ import functools
 import torch
 from torch import Tensor
 
-#: Steps after a swap in which `own_age` acts. Then a component is old enough for the optimizer's own
-#: correction.
+#: Steps after a recomposition in which `own_age` acts. Then the optimizer's own correction is good enough.
 AGE_LIMIT = 100
 
 
 @torch.no_grad()
 def own_age(exp_avg_sq: Tensor, gradient: Tensor, ages: Tensor, step: int, beta2: float) -> None:
-    """Changes Adam's second moments, in place, just before step t, so that the stock step uses `v_k/(1−β₂^k)`
-    of a fresh Adam.
+    """Changes Adam's second moments v in place, just before step t, so that the optimizer's own step divides
+    by what a new Adam would: `v_k/(1−β₂^k)` for an element of age k.
 
     exp_avg_sq, gradient: (n,) float32, any part of a factor; the gradient as the optimizer will use it
-    (averaged, clipped). ages: (n,) int64; k = 1 for an element whose first step after its swap is about to be
-    taken, 0 for one never replaced. step: t ≥ 2, the number of the step about to be taken. k = 0 and k >
-    AGE_LIMIT stay as they are, bit for bit.
+    (averaged, clipped). ages: (n,) int64; k = 1 if the element's next step is its first one after it was
+    replaced, 0 if it was never replaced. step: t ≥ 2, the number of the next step. Elements with k = 0 or
+    k > AGE_LIMIT do not change, bit for bit.
 
         a = (1−β₂)/(1−β₂^k),  C_t = 1 − β₂^t
         v ← [C_t·(1−a)/C_{t−1}·v + (C_t·a − (1−β₂))·g²] / β₂            (k = 1: v ← C_{t−1}·g²)
 
-    Adam then makes `β₂v + (1−β₂)g² = C_t·[(1−a)·v_old/C_{t−1} + a·g²]` of it and divides by C_t: a running
-    mean whose first value is the first g².
+    Adam then makes of it `β₂v + (1−β₂)g² = C_t·[(1−a)·v_old/C_{t−1} + a·g²]` and divides by C_t. This is a
+    running mean whose first value is the first g².
     """
     if step < 2:
         raise ValueError(f"step {step} cannot come after a swap: the first possible one is 2")
     if beta2 == 0:
         return  # v is g² at every age
     device = exp_avg_sq.device  # the host, where the optimizer is offloaded
-    # A table of all ages, looked up an element at a time; age 0 stands for "leave it".
+    # Each element looks up its age in a table; age 0 stands for "no change".
     index = ages.where(ages <= AGE_LIMIT, 0).to(device)
     keep, gain = (
         torch.tensor(table, dtype=exp_avg_sq.dtype, device=device)[index]
@@ -47,8 +46,9 @@ def own_age(exp_avg_sq: Tensor, gradient: Tensor, ages: Tensor, step: int, beta2
 
 @functools.lru_cache(maxsize=1)  # the same for all factors of a step
 def _coefficients(step: int, beta2: float) -> tuple[list[float], list[float]]:
-    """What v and g² are multiplied by, for ages 0 … AGE_LIMIT; in double precision, as differences of near
-    numbers.
+    """The factors of v and of g² for ages 0 … AGE_LIMIT.
+
+    They are differences of nearly equal numbers, so they are computed in double precision.
     """
     now, last = 1 - beta2**step, 1 - beta2 ** (step - 1)
     keep, gain = [1.0], [0.0]

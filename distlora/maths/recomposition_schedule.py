@@ -1,7 +1,7 @@
-"""When components are replaced. Plain arithmetic on steps and losses: deterministic, and its state is JSON.
+"""When components are replaced: plain arithmetic on steps and losses, deterministic, with a state in JSON.
 
-A swap comes *after* an optimizer step, and `done` counts the steps finished by then. Equal arguments give
-equal decisions, so every rank decides alike without asking the others.
+A recomposition comes *after* an optimizer step; `done` counts the steps finished by then. Equal arguments
+give equal decisions, so all ranks decide alike without asking each other.
 """
 
 from collections.abc import Callable
@@ -11,52 +11,54 @@ from typing import Protocol
 
 @dataclass(frozen=True)
 class Decision:
-    """swap: replace components now. reason: why, or why not, with the numbers; one line for the log."""
+    """recompose: replace components now. reason: why, or why not, with the numbers; one line for the log."""
 
-    swap: bool
+    recompose: bool
     reason: str
 
 
-class Switching(Protocol):
+class RecompositionSchedule(Protocol):
     """When components are replaced in one run."""
 
     def after_step(self, done: int, loss: float, low_share: Callable[[], float]) -> Decision | None:
-        """Called once after every step; None where nothing was to be decided.
+        """Called once after every step. None where nothing had to be decided.
 
-        done: steps finished. loss: of the step just made, the same on all ranks. low_share: the share of the
-        total importance that the lower half of the components carries, 0 … 0.5; collective, so whether it is
-        called depends on the other arguments and the state alone.
+        done: steps finished. loss: of the last step, the same on all ranks. low_share: answers the share of
+        the total importance that the lower half of the components carries, 0 … 0.5. It is collective, so the
+        other arguments and the state alone decide whether it is called.
         """
 
     def finished(self, done: int) -> bool:
-        """Whether no swap can come after a later step than `done`: nothing need be measured for one any more."""
+        """Whether no recomposition can come after a later step than `done`. Then nothing needs to be measured
+        for one.
+        """
 
     def state(self) -> dict:
-        """What a resumed run needs to go on with the same decisions, as JSON."""
+        """What a resumed run needs to continue with the same decisions, as JSON."""
 
     def restore(self, state: dict) -> None:
         """Takes back what `state` gave."""
 
 
-# ---------------------------------------------------------------------- at steps known beforehand
+# ---------------------------------------------------------------------- at steps that are known in advance
 
 
 def fixed_steps(total: int, count: int) -> tuple[int, ...]:
-    """`count` swaps spread over a run of `total` steps: the j-th after step ⌊j·total/(count+1)⌋.
+    """`count` recompositions spread over a run of `total` steps: the j-th after step ⌊j·total/(count+1)⌋.
 
-    Needs total ≥ count + 1; then the steps are distinct, none is 0 and none the last.
+    Needs total ≥ count + 1. Then the steps are distinct, none is 0, and none is the last.
     """
     return tuple(j * total // (count + 1) for j in range(1, count + 1))
 
 
 def every_steps(total: int, interval: int) -> tuple[int, ...]:
-    """A swap after every `interval` steps of a run of `total`, never after the last one."""
+    """A recomposition after every `interval` steps of a run of `total` steps, never after the last one."""
     return tuple(range(interval, total, interval))
 
 
-class FixedSwitching:
-    """Swaps after the given steps (ascending). most: how many of them at most; what is left out is said,
-    once.
+class FixedSchedule:
+    """Recompositions after the given steps (ascending). most: their number at most; the first one that is
+    left out is reported.
     """
 
     def __init__(self, steps: tuple[int, ...], most: int | None = None):
@@ -77,15 +79,15 @@ class FixedSwitching:
         return {}
 
     def restore(self, state: dict) -> None:
-        """Nothing: the steps alone decide."""
+        """Does nothing: the steps alone decide."""
 
 
-# ---------------------------------------------------------------------- from what is measured
+# ---------------------------------------------------------------------- by what is measured
 
 
 def freeze_start(total: int, freeze_fraction: float) -> int:
-    """The step from which on nothing is replaced: where the last `freeze_fraction` of `total` steps begins,
-    at most the last.
+    """The step from which on nothing is replaced: the beginning of the last `freeze_fraction` of `total`
+    steps, at most the last step.
     """
     return total - int(freeze_fraction * total + 1e-9)
 
@@ -94,10 +96,10 @@ def freeze_start(total: int, freeze_fraction: float) -> int:
 class _Progress:
     """What an adaptive schedule remembers.
 
-    losses: of the last steps, two windows at most, none from before the last swap. next: no decision before
-    so many steps. interval: steps between a swap and the next decision. swaps: made so far. judge: step at
-    which the last swap is judged, 0 for none. before: mean loss of the window before the last swap. ended:
-    the last word was said.
+    The names are those of the state in a checkpoint. losses: of the last steps, at most two windows, none
+    from before the last recomposition. next: no decision before so many steps. interval: steps between a
+    recomposition and the next decision. swaps: recompositions made so far. judge: step at which the last one
+    is judged, 0 for none. before: mean loss of the window before the last one. ended: no decision follows.
     """
 
     next: int
@@ -109,18 +111,19 @@ class _Progress:
     ended: bool = False
 
 
-class AdaptiveSwitching:
-    """Swaps when the loss has stopped improving and the lower half of the components hardly matters.
+class AdaptiveSchedule:
+    """Recompositions when the loss has stopped improving and the lower half of the components hardly matters.
 
-    total: steps of the run. most: swaps at most. window: steps over which losses are averaged. improvement:
-    the loss has stopped improving when the mean of the last window is no more than this share below the mean
-    of the window before. share: swap only while the lower half of the components carries less than this of
-    the total importance. freeze_fraction: no swap in this last share of the run, and none after its last
-    step. interval: steps before the first decision and from each swap to the next one; at least two windows,
-    so that a decision never compares losses from both sides of a swap.
+    total: steps of the run. most: recompositions at most. window: steps over which losses are averaged.
+    improvement: the loss has stopped improving when the mean of the last window is no more than this share
+    below the mean of the window before. share: replace components only while the lower half of them carries
+    less than this of the total importance. freeze_fraction: nothing is replaced in this last share of the
+    run, nor after its last step. interval: steps before the first decision, and from each recomposition to
+    the next decision; at least two windows, so that a decision never compares losses from both sides of a
+    recomposition.
 
-    One window after a swap its effect is judged: where the mean loss is more than `improvement` above the
-    mean before the swap, the interval doubles. A decision against a swap is reconsidered after another
+    One window after a recomposition its effect is judged: if the mean loss is more than `improvement` above
+    the mean before, the interval doubles. A decision against a recomposition is reconsidered after another
     window.
     """
 
@@ -191,13 +194,16 @@ class AdaptiveSwitching:
 
     def _judge(self, done: int) -> Decision:
         now = self._now
-        after, swapped = _mean(now.losses), done - self.window
-        losses = f"mean loss {now.before:.4g} before the swap at step {swapped}, {after:.4g} in the {self.window} steps after"
+        after, done_at = _mean(now.losses), done - self.window
+        losses = (
+            f"mean loss {now.before:.4g} before the swap at step {done_at}, "
+            f"{after:.4g} in the {self.window} steps after"
+        )
         now.judge = 0
         if after <= now.before + self.improvement * abs(now.before):
             return Decision(False, f"recovered: {losses}; the interval stays {now.interval}")
         now.interval *= 2
-        now.next = swapped + now.interval
+        now.next = done_at + now.interval
         return Decision(False, f"back off: {losses}; the interval doubles to {now.interval}")
 
 

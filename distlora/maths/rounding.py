@@ -1,8 +1,8 @@
 """From float32 to a stored dtype: to the nearest value, or at random so that the mean is exact.
 
 Stochastic rounding draws from a counter-based generator: the random bits of an element are a hash of a key
-and of its flat index in the whole matrix. So every cut of the matrix into shards, every device and every
-repetition draws the same.
+and of the element's flat index in the whole matrix. So all shards, devices and repetitions draw the same
+bits.
 """
 
 import hashlib
@@ -12,19 +12,18 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Rounding = Literal["nearest", "stochastic"]
+from distlora.maths.blocks import ROUNDING_ELEMENTS, row_blocks
 
-#: Elements that are rounded at once: the hash works on int64, and several of them would outweigh a large
-#: shard.
-BLOCK_ELEMENTS = 1 << 20
+Rounding = Literal["nearest", "stochastic"]
 
 #: Bits that bfloat16 drops from float32.
 _DROPPED = 16
 
 
 def rounding_key(seed: int, layer: str, number: int) -> int:
-    """Key of one rounding of one layer's weight, 0 … 2⁶³−1. number: of the write, so that no two draw the
-    same bits.
+    """The key, 0 … 2⁶³−1, of one rounding of one layer's weight.
+
+    number: counts the roundings of the layer, so that no two of them draw the same bits.
     """
     text = json.dumps([seed, layer, number])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
@@ -33,10 +32,10 @@ def rounding_key(seed: int, layer: str, number: int) -> int:
 def rounded(exact: Tensor, dtype: torch.dtype, rounding: Rounding, key: int, first: int) -> Tensor:
     """A flat piece of a matrix in the dtype that it is stored in.
 
-    exact: (n,) float32. key: of `rounding_key`; only stochastic rounding uses it. first: index of exact[0] in
-    the whole matrix, `row·in + column`. Float32 is returned as it is. Values that `dtype` can represent stay
-    what they are, under either rounding. Stochastic rounding goes up or down to a neighbour with the
-    probability that makes the mean exact.
+    exact: (n,) float32. key: from `rounding_key`; only stochastic rounding uses it. first: the index of
+    exact[0] in the whole matrix, `row·in + column`. Values that `dtype` can represent do not change.
+    Stochastic rounding goes up or down to a neighbour, with the probability that makes the mean exact. Raises
+    ValueError for stochastic rounding to a dtype other than float32 and bfloat16.
     """
     if dtype == torch.float32:
         return exact
@@ -45,30 +44,29 @@ def rounded(exact: Tensor, dtype: torch.dtype, rounding: Rounding, key: int, fir
     if dtype != torch.bfloat16:
         raise ValueError(f"stochastic rounding is for bfloat16, not {dtype}")
     result = torch.empty_like(exact, dtype=dtype)
-    for begin in range(0, exact.numel(), BLOCK_ELEMENTS):
-        block = slice(begin, begin + BLOCK_ELEMENTS)
-        result[block] = _stochastic_bfloat16(exact[block], key, first + begin)
+    for block in row_blocks(exact.numel(), 1, ROUNDING_ELEMENTS):
+        result[block] = _stochastic_bfloat16(exact[block], key, first + block.start)
     return result
 
 
 def _stochastic_bfloat16(exact: Tensor, key: int, first: int) -> Tensor:
     """(n,) float32 to bfloat16: random bits are added below the kept ones, then the lower half is cut off.
 
-    A float's bits are sign and magnitude, so the magnitude grows with the probability that the cut-off part
-    has of one unit.
+    A float's bits are a sign and a magnitude. So the kept magnitude grows by one unit with a probability that
+    is the cut-off part of this unit.
     """
     draws = _random_bits(key, first, exact.numel(), exact.device)
     bits = (exact.contiguous().view(torch.int32) + draws.to(torch.int32)) & -(1 << _DROPPED)
-    # A NaN's bits are no number that could be added to: it might become infinite, or zero.
+    # With bits added, a NaN might become infinite or zero.
     return torch.where(exact.isfinite(), bits.view(torch.float32), exact).to(torch.bfloat16)
 
 
 def _random_bits(key: int, first: int, count: int, device: torch.device) -> Tensor:
     """Uniform integers 0 … 2¹⁶−1 for counters first … first+count−1: (count,) int64.
 
-    SplitMix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number generators", 2014) at these positions
-    of the sequence that starts from `key`; the upper bits, as they are the best mixed. Integer operations
-    alone, so all devices agree.
+    SplitMix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number generators", 2014), at these
+    positions of the sequence that starts from `key`. The upper bits are taken, which are mixed best. All
+    operations are on integers, so all devices agree.
     """
     z = torch.arange(first + 1, first + count + 1, device=device)
     z.mul_(_signed(0x9E3779B97F4A7C15)).add_(key)
@@ -78,7 +76,7 @@ def _random_bits(key: int, first: int, count: int, device: torch.device) -> Tens
 
 
 def _shifted_right(z: Tensor, shift: int) -> Tensor:
-    """A shift that fills with zeros; the one on int64 repeats the sign."""
+    """A shift that fills with zeros. The shift of int64 itself repeats the sign."""
     return (z >> shift).bitwise_and_((1 << (64 - shift)) - 1)
 
 

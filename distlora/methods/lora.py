@@ -1,4 +1,7 @@
-"""LoRA: `W + (α/r)·B·A` with B = 0 at the start (Hu et al., arXiv 2106.09685)."""
+"""LoRA: train A and B; B starts at zero (arXiv 2106.09685).
+
+Hu et al.: the adapted weight is `W + (α/r)·B·A`.
+"""
 
 import math
 from typing import ClassVar, Literal
@@ -11,8 +14,6 @@ from distlora.methods.contract import Init, LayerInit, Method
 class LoRA(Method):
     name: Literal["lora"] = "lora"
 
-    summary: ClassVar[str] = "train A and B; B starts at zero"
-    source: ClassVar[str] = "arXiv 2106.09685"
     zero_gradient_at_start: ClassVar[tuple[str, ...]] = ("A",)  # dL/dA = s·Bᵀ g, and B = 0
 
     def initialise(self, layer: LayerInit) -> Init:

@@ -1,8 +1,7 @@
-"""LoRA-GA: A and B start on the leading singular directions of the first full gradient (Wang et al., arXiv
-2407.05000).
+"""LoRA-GA: train A and B; both start as singular directions of the first full gradient (arXiv 2407.05000).
 
-B takes other directions than A, so the first step of both together moves W along the best rank-2r copy of the
-gradient.
+Wang et al.: B takes other directions than A, so the first step of both together moves W along the best
+rank-2r approximation of the gradient.
 """
 
 import math
@@ -12,7 +11,8 @@ from pydantic import Field
 
 from distlora.maths.linalg import captured_energy, truncated_svd
 from distlora.maths.low_rank import LowRank
-from distlora.methods.contract import Init, LayerInit, ProbeSettings, TakenFromWeight
+from distlora.methods.capabilities import NeedsProbe, ProbeSettings, TakesFromWeight
+from distlora.methods.contract import Init, LayerInit
 from distlora.methods.rslora import RSLoRA
 
 
@@ -25,16 +25,12 @@ class GradientProbe(ProbeSettings):
     )
 
 
-class LoRAGA(TakenFromWeight, RSLoRA):
+class LoRAGA(TakesFromWeight, NeedsProbe, RSLoRA):
     name: Literal["lora_ga"] = "lora_ga"
     gamma: float = Field(16.0, gt=0, description="the paper's γ: both factors start at out^(1/4)/sqrt(gamma)")
     probe: GradientProbe = GradientProbe()
 
-    summary: ClassVar[str] = "train A and B; both start as singular directions of the first full gradient"
-    source: ClassVar[str] = "arXiv 2407.05000"
-    under_decay: ClassVar[str] = "shrinks factors whose start was taken out of the weight"
     zero_gradient_at_start: ClassVar[tuple[str, ...]] = ()
-    decomposes: ClassVar[bool] = True
 
     def problem_with(self, out_features: int, in_features: int) -> str | None:
         least = min(out_features, in_features)
@@ -45,10 +41,7 @@ class LoRAGA(TakenFromWeight, RSLoRA):
             )
         return None
 
-    def source_matrix(self) -> Literal["weight", "gradient", None]:
-        return "gradient"
-
-    def probe_settings(self) -> ProbeSettings | None:
+    def probe_settings(self) -> ProbeSettings:
         return self.probe
 
     def initialise(self, layer: LayerInit) -> Init:

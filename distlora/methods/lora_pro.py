@@ -1,29 +1,25 @@
-"""LoRA-Pro: LoRA whose gradients together come as near to the full fine-tuning gradient as A and B allow.
+"""LoRA-Pro: train A and B by gradients nearest to those of full fine-tuning (arXiv 2407.18242).
 
-Wang et al., "LoRA-Pro: Are Low-Rank Adapters Properly Optimized?", arXiv 2407.18242; its efficient mode.
+Wang et al., "LoRA-Pro: Are Low-Rank Adapters Properly Optimized?", in its efficient mode. Scaled as rsLoRA
+is, or by alpha / rank.
 """
 
 import math
-from typing import ClassVar, Literal
+from typing import Literal
 
 from pydantic import Field
 
 from distlora.maths.linalg import gram_spectrum, solve_sylvester
+from distlora.methods.capabilities import TransformsGradients
 from distlora.methods.contract import Factors
 from distlora.methods.rslora import DEFAULT_ALPHA, RSLoRA
 
 
-class LoRAPro(RSLoRA):
+class LoRAPro(TransformsGradients, RSLoRA):
     name: Literal["lora_pro"] = "lora_pro"
     scaled_by: Literal["sqrt_rank", "rank"] = Field(
         "sqrt_rank", description="what alpha is divided by: sqrt_rank or rank"
     )
-
-    summary: ClassVar[str] = (
-        "train A and B, by gradients nearest to full fine-tuning's; scaled as rslora, or by alpha / rank"
-    )
-    source: ClassVar[str] = "arXiv 2407.18242"
-    transforms_gradients: ClassVar[bool] = True
 
     @property
     def scaling(self) -> float:
@@ -34,14 +30,15 @@ class LoRAPro(RSLoRA):
     def transform_gradients(self, gradients: Factors, factors: Factors) -> Factors:
         """The g_A*, g_B* whose effect on W, `s(B g_A* + g_B* A)`, is nearest to g = dL/dW:
 
-            g_A* = (1/s²)(BᵀB)⁻¹ g_A + X A        g_B* = (1/s²)(I − P_B) g_B (AAᵀ)⁻¹ − B X        P_B = B(BᵀB)⁻¹Bᵀ
+            g_A* = (1/s²)(BᵀB)⁻¹ g_A + X A        g_B* = (1/s²)(I − P_B) g_B (AAᵀ)⁻¹ − B X        P_B =
+            B(BᵀB)⁻¹Bᵀ
 
-        X does not change that effect; the one taken keeps g_A*, g_B* nearest to g_A, g_B:
-        `BᵀB X + X AAᵀ = −(1/s²)(BᵀB)⁻¹ g_A Aᵀ`. With pseudo-inverses all of it holds for any rank of B (0:
-        then g_A* = X = 0).
+        X does not change that effect. The X that is used keeps g_A*, g_B* nearest to g_A, g_B: it solves
+        `BᵀB X + X AAᵀ = −(1/s²)(BᵀB)⁻¹ g_A Aᵀ`. With pseudo-inverses all of this holds for any rank of B;
+        where B = 0, g_A* = X = 0.
         """
-        # All in float64: in float32 the products, not the inverses, cost 1e-3 of the effect where B's
-        # condition number is 1e3.
+        # In float64, because in float32 the products (not the inverses) lose 1e-3 of the effect where the
+        # condition number of B is 1e3.
         a, b, g_a, g_b = (t.double() for t in (factors["A"], factors["B"], gradients["A"], gradients["B"]))
         left, right = gram_spectrum(b.T @ b), gram_spectrum(a @ a.T)
         left_inverse = left.inverse()

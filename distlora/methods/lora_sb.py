@@ -1,7 +1,7 @@
-"""LoRA-SB: frozen orthonormal B, A and a trained core R that starts as the best rank-r copy of the first full
-step.
+"""LoRA-SB: train R; B, R, A start as the best rank-r copy of the first full step (arXiv 2411.19557).
 
-Ponkshe et al., "Initialization using Update Approximation is a Silver Bullet", arXiv 2411.19557.
+Ponkshe et al., "Initialization using Update Approximation is a Silver Bullet". B and A are orthonormal and
+frozen.
 """
 
 import math
@@ -13,9 +13,16 @@ from torch import Tensor
 
 from distlora.maths.linalg import captured_energy, gram_inverse, squared_norm, truncated_svd
 from distlora.maths.low_rank import LowRank
-from distlora.maths.recomposition_schedule import FixedSwitching, Switching, every_steps, fixed_steps
+from distlora.maths.recomposition_schedule import FixedSchedule, every_steps, fixed_steps
 from distlora.maths.rounding import Rounding
-from distlora.methods.contract import Factors, Init, LayerInit, Method, ProbeSettings, Recomposition
+from distlora.methods.capabilities import (
+    CorrectsGradients,
+    NeedsProbe,
+    ProbeSettings,
+    Recomposes,
+    Recomposition,
+)
+from distlora.methods.contract import Factors, Init, LayerInit
 
 
 class FirstStep(ProbeSettings):
@@ -43,20 +50,20 @@ class FirstStep(ProbeSettings):
         return self
 
 
-class Restart(BaseModel):
-    """At intervals `s·B R A` is fused into W, and the adapter starts anew from the gradients of then:
-    SRLoRA's idea for LoRA-SB.
+class RecomposeSettings(BaseModel):
+    """When `s·B R A` is fused into W and the adapter starts anew, from the gradients of that moment.
 
-    One trained core thus explores more than one subspace of r dimensions.
+    This is SRLoRA's idea for LoRA-SB: the trained core explores more than one subspace of r dimensions.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    times: int | None = Field(None, ge=1, description="restarts, spread evenly over the run")
-    interval: int | None = Field(None, ge=1, description="steps between two restarts, instead of times")
+    times: int | None = Field(None, ge=1, description="recompositions, spread evenly over the run")
+    interval: int | None = Field(None, ge=1, description="steps between two recompositions, instead of times")
     start: Literal["step", "zero"] = Field(
         "step",
-        description="step: with an approximated step, as at first; zero: with R = 0, so that the function is kept",
+        description="step: with an approximated step, as at first; zero: with R = 0, so that the function is "
+        "kept",
     )
     rounding: Rounding = Field(
         "nearest", description="of the frozen weight: nearest, or stochastic, which is unbiased"
@@ -69,17 +76,17 @@ class Restart(BaseModel):
         return self
 
     def steps(self, total: int) -> tuple[int, ...]:
-        """The steps after which the adapter starts anew, in a run of `total`; never the last one."""
+        """The steps after which the adapter starts anew in a run of `total` steps; never the last one."""
         return fixed_steps(total, self.times) if self.times else every_steps(total, self.interval)
 
 
-class LoRASB(Method):
+class LoRASB(NeedsProbe, CorrectsGradients, Recomposes):
     name: Literal["lora_sb"] = "lora_sb"
     init: FirstStep = FirstStep()
-    recompose: Restart | None = Field(None, description="null: the adapter starts once")
+    recompose: RecomposeSettings | None = Field(None, description="null: the adapter starts once")
 
     @model_validator(mode="after")
-    def _restarts_from_gradients(self):
+    def _starts_anew_from_gradients(self):
         if self.recompose is None:
             return self
         if self.init.matrix != "gradient":
@@ -88,20 +95,15 @@ class LoRASB(Method):
             )
         if self.recompose.start == "zero" and (self.init.noise_std > 0 or not self.init.orthonormal):
             raise ValueError(
-                "recompose.start=zero needs orthonormal factors without noise: set init.orthonormal to true, noise_std to 0"
+                "recompose.start=zero needs orthonormal factors without noise: "
+                "set init.orthonormal to true, noise_std to 0"
             )
         return self
 
-    summary: ClassVar[str] = "train R; B, R, A start as the best rank-r copy of the first full step"
-    source: ClassVar[str] = "arXiv 2411.19557"
     path: ClassVar[tuple[str, ...]] = ("A", "R", "B")
     trains: ClassVar[tuple[str, ...]] = ("R",)
-    at_start: ClassVar[Literal["same", "near", "moved"]] = "moved"  # by its first step
-    decomposes: ClassVar[bool] = True
 
-    @property
-    def changes_weight(self) -> bool:
-        return self.recompose is not None
+    # ------------------------------------------------------------------ initialisation
 
     def source_matrix(self) -> Literal["weight", "gradient", None]:
         return "gradient" if self.init.matrix == "gradient" else None
@@ -115,7 +117,7 @@ class LoRASB(Method):
         return "R" if self.init.orthonormal else "B"
 
     def initialise(self, layer: LayerInit) -> Init:
-        """B = U_r, A = V_rᵀ, R = Σ_r/s of ΔW = U Σ Vᵀ (Eq. 9–10), refitted to the factors as they will be
+        """B = U_r, A = V_rᵀ, R = Σ_r/s of ΔW = U Σ Vᵀ (Eq. 9–10), with R fitted to B and A as they are
         stored.
         """
         step = self._first_step(layer)
@@ -127,8 +129,8 @@ class LoRASB(Method):
         if not self.init.orthonormal:
             b, r, a = u * s, torch.eye(self.rank) / self.scaling, vt
         else:
-            # Cast factors are not orthonormal (bf16: ‖BᵀB − I‖ ≈ 1e-3), so R is solved for the cast ones; in
-            # float32 this is Σ_r/s.
+            # Cast factors are not orthonormal (bfloat16: ‖BᵀB − I‖ ≈ 1e-3), so R is solved for the cast ones.
+            # In float32 it is Σ_r/s.
             b, a = u.to(layer.dtype), vt.to(layer.dtype)
             r = self._best_core(step, b.float(), a.float())
         return Init({"A": a.cpu(), "R": r.cpu(), "B": b.cpu()}, report)
@@ -145,14 +147,23 @@ class LoRASB(Method):
             return {}
         return {"R": (gram_inverse(left) / self.scaling**2, gram_inverse(right))}
 
+    # ------------------------------------------------------------------ recomposition
+
+    @property
+    def recomposes(self) -> bool:
+        return self.recompose is not None
+
+    def recomposition_schedule(self, steps: int) -> FixedSchedule:
+        return FixedSchedule(self.recompose.steps(steps))
+
     def problem_with_length(self, steps: int) -> str | None:
-        wanted = self.recompose.steps(steps) if self.recompose else (1,)
+        wanted = self.recompose.steps(steps)
         if wanted and 0 not in wanted and len(set(wanted)) == len(wanted):
             return None
-        return f"method.recompose does not fit into a run of {steps} steps; lower times or interval, or set more steps"
-
-    def switching(self, steps: int) -> Switching | None:
-        return FixedSwitching(self.recompose.steps(steps)) if self.recompose else None
+        return (
+            f"method.recompose does not fit into a run of {steps} steps; "
+            "lower times or interval, or set more steps"
+        )
 
     def refill_from(self) -> Literal["reserve", "gradient", "restart"]:
         return "restart"
@@ -172,10 +183,12 @@ class LoRASB(Method):
         """All of `s·B R A` goes into W, and R becomes zero."""
         return Recomposition(factors | {"R": torch.zeros_like(factors["R"])}, self.delta(used), replaced)
 
+    # ------------------------------------------------------------------ the first step
+
     def _first_step(self, layer: LayerInit) -> Tensor:
         """ΔW (out, in), float32, on the device: what the first step of full fine-tuning would add to W.
 
-        Made in place: a second matrix of this size would lift the peak above the training step's.
+        Computed in place, because a second matrix of this size would raise the peak above that of training.
         """
         if self.init.matrix == "kaiming":
             bound = 1 / math.sqrt(layer.shape[1])

@@ -1,22 +1,21 @@
-"""PiSSA: train the leading singular directions of W, freeze the rest (Meng et al., arXiv 2404.02948)."""
+"""PiSSA: train the leading singular directions of W (arXiv 2404.02948).
 
-from typing import ClassVar, Literal
+Meng et al.: the rest of W is frozen.
+"""
+
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from distlora.maths.linalg import captured_energy, truncated_svd
 from distlora.maths.low_rank import LowRank
-from distlora.methods.contract import Init, LayerInit, TakenFromWeight
+from distlora.methods.capabilities import TakesFromWeight
+from distlora.methods.contract import Init, LayerInit
 
 
-class PiSSA(TakenFromWeight):
+class PiSSA(TakesFromWeight):
     name: Literal["pissa"] = "pissa"
-
-    summary: ClassVar[str] = "train the leading singular directions of W"
-    source: ClassVar[str] = "arXiv 2404.02948"
-    under_decay: ClassVar[str] = "decays pretrained directions"
-    decomposes: ClassVar[bool] = True
 
     def source_matrix(self) -> Literal["weight", "gradient", None]:
         return "weight"
@@ -29,8 +28,8 @@ class PiSSA(TakenFromWeight):
         )
 
     def _begin(self, leading: LowRank, energy: float, reserve: LowRank | None = None) -> Init:
-        """leading: the first B and A, already cast, so that what is taken from W is what the forward pass
-        adds again.
+        """The factors, and what is taken out of W for them. leading: the first B and A, already cast, so that
+        the forward pass adds exactly what is taken.
         """
         b, a = leading.left.float(), leading.right.float()
         return Init(
@@ -39,8 +38,8 @@ class PiSSA(TakenFromWeight):
 
 
 def balanced(u: Tensor, sigma: Tensor, vt: Tensor, scaling: float, dtype: torch.dtype) -> LowRank:
-    """Components of which `s·B·A = U diag(σ) Vᵀ`, each half of σ: B = U√(σ/s), A = √(σ/s)Vᵀ, cast to `dtype`,
-    on the CPU.
+    """Components with `s·B·A = U diag(σ) Vᵀ`, of which each factor has half: B = U√(σ/s), A = √(σ/s)Vᵀ. Cast
+    to `dtype`, on the CPU.
     """
     root = (sigma / scaling).sqrt()
     return LowRank((u * root).to("cpu", dtype), (root[:, None] * vt).to("cpu", dtype))

@@ -1,22 +1,20 @@
-"""rsLoRA: LoRA with a scaling that keeps the size of the learned update at every rank (Kalajdzievski, arXiv
-2312.03732).
+"""rsLoRA: LoRA, scaled by alpha / sqrt(rank); alpha is 16 unless set (arXiv 2312.03732).
+
+Kalajdzievski: with this scaling the size of the learned update does not depend on the rank.
 """
 
 import math
-from typing import ClassVar, Literal
+from typing import Literal
 
 from distlora.methods.lora import LoRA
 
-#: alpha where the recipe names none. Not the rank, as elsewhere: the paper's point is an alpha that does not
-#: grow with it.
+#: alpha where the recipe names none. It is not the rank, as elsewhere, because the paper's point is an alpha
+#: that does not grow with the rank.
 DEFAULT_ALPHA = 16.0
 
 
 class RSLoRA(LoRA):
     name: Literal["rslora"] = "rslora"
-
-    summary: ClassVar[str] = "LoRA, scaled by alpha / sqrt(rank); alpha is 16 unless set"
-    source: ClassVar[str] = "arXiv 2312.03732"
 
     @property
     def scaling(self) -> float:

@@ -1,12 +1,12 @@
-"""SRLoRA: PiSSA whose least important components are fused into W and replaced from the unused spectrum of W.
+"""SRLoRA: PiSSA; unimportant components are fused into W and replaced by unused ones (arXiv 2505.12433).
 
-"SRLoRA: Subspace Recomposition in Low-Rank Adaptation", arXiv 2505.12433. Beyond the paper: an adaptive
-schedule, and new components from the current gradient, as LoRA-SB's first step (arXiv 2411.19557).
+"SRLoRA: Subspace Recomposition in Low-Rank Adaptation". Beyond the paper: an adaptive schedule, and new
+components from the current gradient, like LoRA-SB's first step (arXiv 2411.19557).
 """
 
 import math
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -16,15 +16,16 @@ from distlora.maths.importance import ElementScores
 from distlora.maths.linalg import captured_energy, truncated_svd
 from distlora.maths.low_rank import LowRank
 from distlora.maths.recomposition_schedule import (
-    AdaptiveSwitching,
-    FixedSwitching,
-    Switching,
+    AdaptiveSchedule,
+    FixedSchedule,
+    RecompositionSchedule,
     every_steps,
     fixed_steps,
     freeze_start,
 )
 from distlora.maths.rounding import Rounding
-from distlora.methods.contract import Factors, Init, LayerInit, ProbeSettings, Recomposition
+from distlora.methods.capabilities import ProbeSettings, Recomposes, Recomposition
+from distlora.methods.contract import Factors, Init, LayerInit
 from distlora.methods.pissa import PiSSA, balanced
 
 
@@ -56,12 +57,13 @@ class RefillProbe(ProbeSettings):
     )
 
 
-class SRLoRA(PiSSA):
+class SRLoRA(Recomposes, PiSSA):
     name: Literal["srlora"] = "srlora"
     target_rank: int | None = Field(
         None,
         ge=1,
-        description="directions explored in all, which bound the replacements; null: four times the rank, or what W has",
+        description="directions explored in all, which bound the replacements; null: four times the rank, or "
+        "what W has",
     )
     gamma: float = Field(0.5, gt=0, le=1, description="share of the components that is replaced at a time")
     interval: int | None = Field(
@@ -73,7 +75,8 @@ class SRLoRA(PiSSA):
     adaptive: AdaptiveSettings = AdaptiveSettings()
     refill: Literal["spectrum", "gradient"] = Field(
         "spectrum",
-        description="new components: the next singular triplets of W, or the leading ones of the current gradient",
+        description="new components: the next singular triplets of W, or the leading ones of the current "
+        "gradient",
     )
     probe: RefillProbe = RefillProbe()
     rounding: Rounding = Field(
@@ -81,11 +84,9 @@ class SRLoRA(PiSSA):
     )
     fuse_into: Literal["base", "sidecar"] | None = Field(
         None,
-        description="where fused components go: into W, or beside it as pairs; null: beside a quantised W, else into it",
+        description="where fused components go: into W, or beside it as pairs; null: beside a quantised W, "
+        "else into it",
     )
-
-    summary: ClassVar[str] = "PiSSA; unimportant components are fused into W and replaced by unused ones"
-    source: ClassVar[str] = "arXiv 2505.12433"
 
     @model_validator(mode="after")
     def _check_sizes(self):
@@ -103,7 +104,8 @@ class SRLoRA(PiSSA):
         ):
             least = 2 * self.adaptive.window
             raise ValueError(
-                f"interval={self.interval} is shorter than two windows of adaptive.window: set it to at least {least}"
+                f"interval={self.interval} is shorter than two windows of adaptive.window: "
+                f"set it to at least {least}"
             )
         least = self.rank + self.replaced_at_once
         if self.directions < least:
@@ -121,17 +123,17 @@ class SRLoRA(PiSSA):
 
     @property
     def directions(self) -> int:
-        """r_target; as long as it is open and no layer is known, four times the rank."""
+        """r_target; four times the rank while it is open and no layer is known."""
         return 4 * self.rank if self.target_rank is None else self.target_rank
 
     @property
-    def most_swaps(self) -> int:
+    def most_recompositions(self) -> int:
         """n_switch = ⌊(r_target − r)/⌊γ·r⌋⌋."""
-        return 0 if self.schedule == "none" else (self.directions - self.rank) // self.replaced_at_once
+        return (self.directions - self.rank) // self.replaced_at_once if self.recomposes else 0
 
     def fitted(self, shapes: Sequence[tuple[int, int]]) -> "SRLoRA":
-        """W has min(out, in) singular directions, and all layers are recomposed together: the smallest
-        decides for all.
+        """An open `target_rank` is bounded by the smallest layer: W has min(out, in) singular directions, and
+        all layers are recomposed together.
         """
         if self.target_rank is not None:
             return self
@@ -149,22 +151,10 @@ class SRLoRA(PiSSA):
             return f"target_rank {self.directions} is above min(out, in) = {least}; lower method.target_rank"
         return super().problem_with(out_features, in_features)
 
-    def problem_with_base(self, kind: Literal["nf4", "int8"], partitioned: bool) -> str | None:
-        if self.schedule == "none" or self.fuse_into != "base":
-            return super().problem_with_base(kind, partitioned)
-        if partitioned:
-            return (
-                f"ZeRO stage 3 cuts up the blocks of {kind}, which method.fuse_into=base would have to quantise anew; set that to "
-                "sidecar, or use stage 0-2"
-            )
-        if self.rounding == "stochastic":
-            return f"method.rounding=stochastic is for weights in bfloat16, and {kind} has none; set that to nearest"
-        return super().problem_with_base(kind, partitioned)
-
     # ------------------------------------------------------------------ initialisation
 
     def initialise(self, layer: LayerInit) -> Init:
-        """PiSSA's, and the next triplets of the same SVD, up to `target_rank`, as the reserve."""
+        """As PiSSA; the next triplets of the same SVD, up to `target_rank`, are the reserve."""
         if not self._has_reserve:
             return super().initialise(layer)
         u, sigma, vt = truncated_svd(layer.source.to(layer.device), self.directions, layer.generator)
@@ -177,55 +167,59 @@ class SRLoRA(PiSSA):
 
     @property
     def _has_reserve(self) -> bool:
-        return self.schedule != "none" and self.refill == "spectrum"
+        return self.recomposes and self.refill == "spectrum"
 
     # ------------------------------------------------------------------ when to replace, and what
 
+    @property
+    def recomposes(self) -> bool:
+        return self.schedule != "none"
+
     def problem_with_length(self, steps: int) -> str | None:
-        if self.schedule == "none":
-            return None
-        # Replacements come after steps 1 … last: never after the run's last step, and not where an adaptive
-        # schedule is frozen.
+        # Components are replaced after one of the steps 1 … last: never after the run's last step, and not
+        # where an adaptive schedule is frozen.
         adaptive = self.schedule == "adaptive"
         last = (freeze_start(steps, self.adaptive.freeze_fraction) if adaptive else steps) - 1
         if last < (2 if adaptive else 1):
-            return f"method.schedule={self.schedule} has no room in a run of {steps} steps: set it to none, or train longer"
+            return (
+                f"method.schedule={self.schedule} has no room in a run of {steps} steps: "
+                "set it to none, or train longer"
+            )
         if self.interval is not None and self.interval > last:
             return (
-                f"method.interval={self.interval} passes step {last}, the last one of {steps} after which components are replaced: "
-                f"set it to at most {last}, or train longer"
+                f"method.interval={self.interval} passes step {last}, the last one of {steps} "
+                f"after which components are replaced: set it to at most {last}, or train longer"
             )
         if adaptive and 2 * self.adaptive.window > last:
             return (
-                f"method.adaptive.window={self.adaptive.window} does not fit twice before step {last}, the last one of {steps} "
-                f"after which components are replaced: set it to at most {last // 2}, or train longer"
+                f"method.adaptive.window={self.adaptive.window} does not fit twice before step {last}, "
+                f"the last one of {steps} after which components are replaced: "
+                f"set it to at most {last // 2}, or train longer"
             )
-        # As long as target_rank is open, so is the number of replacements.
+        # While target_rank is open, the number of replacements is open too.
         if (
             self.schedule == "fixed"
             and self.interval is None
             and self.target_rank is not None
-            and self.most_swaps > last
+            and self.most_recompositions > last
         ):
             return (
-                f"method.target_rank={self.target_rank} asks for {self.most_swaps} replacements, and a run of {steps} steps "
-                f"has room for {last}: set it to at most {self.rank + self.replaced_at_once * steps - 1}, or train longer"
+                f"method.target_rank={self.target_rank} asks for {self.most_recompositions} replacements, "
+                f"and a run of {steps} steps has room for {last}: set it to at most "
+                f"{self.rank + self.replaced_at_once * steps - 1}, or train longer"
             )
         return None
 
-    def switching(self, steps: int) -> Switching | None:
-        if self.schedule == "none":
-            return None
+    def recomposition_schedule(self, steps: int) -> RecompositionSchedule:
+        most = self.most_recompositions
         if self.schedule == "adaptive":
-            return AdaptiveSwitching(
-                steps, self.most_swaps, **dict(self.adaptive), interval=self.interval or 0
-            )
+            return AdaptiveSchedule(steps, most, **dict(self.adaptive), interval=self.interval or 0)
         if self.interval is None:
-            return FixedSwitching(fixed_steps(steps, self.most_swaps))
-        return FixedSwitching(every_steps(steps, self.interval), self.most_swaps)
+            return FixedSchedule(fixed_steps(steps, most))
+        return FixedSchedule(every_steps(steps, self.interval), most)
 
-    def element_scores(self) -> ElementScores | None:
-        return None if self.schedule == "none" else ElementScores()
+    def element_scores(self) -> ElementScores:
+        return ElementScores()
 
     def choose(self, scores: Tensor | None) -> tuple[int, ...]:
         """The ⌊γ·r⌋ components with the lowest scores, the lower number first among equals."""
@@ -238,14 +232,13 @@ class SRLoRA(PiSSA):
         return "reserve" if self.refill == "spectrum" else "gradient"
 
     def refill_probe(self) -> ProbeSettings | None:
-        """How the gradients of the new components are to be sampled; None where they come from the reserve."""
-        return self.probe if self.refill == "gradient" and self.schedule != "none" else None
+        return self.probe if self.refill == "gradient" else None
 
     def new_components(self, layer: LayerInit, magnitude: float, count: int) -> LowRank:
         """`s·B'·A' = magnitude · U Vᵀ` of the `count` leading singular directions of −g, cast.
 
-        The gradient's own singular values say nothing about the size of a weight, so every direction gets
-        `magnitude`. The sign is that of descent: the first steps lengthen the components.
+        The singular values of a gradient say nothing about the size of a weight, so every direction gets
+        `magnitude`. The sign is that of descent, so that the first steps lengthen the components.
         """
         u, sigma, vt = truncated_svd(-layer.source.to(layer.device), count, layer.generator)
         return balanced(u, torch.full_like(sigma, magnitude), vt, self.scaling, layer.dtype)
@@ -270,7 +263,7 @@ class SRLoRA(PiSSA):
 
 
 def _columns(pair: LowRank, which: slice) -> LowRank:
-    """Some of the components of a pair, in memory of their own."""
+    """Some components of a pair, copied."""
     return LowRank(
         pair.left[:, which].clone(memory_format=torch.contiguous_format), pair.right[which].clone()
     )

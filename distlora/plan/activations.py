@@ -1,24 +1,31 @@
-"""Memory of one pass over a micro-batch, from the sizes of the model: what backward needs, and what is alive
-for a moment.
+"""Memory of one pass over a micro-batch, from the sizes of the model: what the backward pass needs, and what
+exists only for a moment.
 
-Counted is what the layers of `transformers` and of this project save: RMS norms their input in float32;
-attention queries, keys and values of all heads and its output (without a fused kernel also the scores, as
-softmax gives them and as they are used); a gated MLP three tensors of its inner width; an adapted layer its
-input where the first factor or the weight is trained, and the narrow inputs of the other trained factors.
+This counts what the layers of `transformers` and of this project save for the backward pass:
+- an RMS norm saves its input in float32;
+- attention saves queries, keys and values of all heads, and its output; without a fused kernel also the
+  scores, once as softmax returns them and once as they are used;
+- a gated MLP saves three tensors of its inner width;
+- an adapted layer saves its input where the first factor or the weight is trained, and the narrow inputs of
+  the other trained factors.
 Nothing is saved for a frozen weight.
 """
 
 from dataclasses import dataclass
 
-from distlora.models.loss import BLOCK_ELEMENTS
+from distlora.maths.blocks import LOGIT_ELEMENTS as BLOCK_ELEMENTS
+from distlora.methods import TrainsWeight
 from distlora.plan.setup import FLOAT32, Setup
 
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes, for one micro-batch. kept: from the forward pass until backward needs it. block: the most that
-    one block's backward pass adds. loss: the most that the loss adds, forward and backward. forward: the most
-    of a pass without gradients."""
+    """Bytes for one micro-batch.
+
+    kept: what stays from the forward pass until the backward pass needs it. block: the most that the backward
+    pass of one block adds. loss: the most that the loss adds, forward and backward. forward: the peak of a
+    pass without gradients.
+    """
 
     kept: int
     block: int
@@ -31,7 +38,11 @@ class Activations:
 
 
 def activations(setup: Setup, micro_batch: int, checkpointed: bool, every_input: bool = False) -> Activations:
-    """every_input: all adapted layers keep their inputs, as in the probe."""
+    """The activations of one micro-batch of so many samples.
+
+    checkpointed: whether blocks compute their activations again in the backward pass. every_input: whether
+    all adapted layers keep their inputs, as in the probe.
+    """
     dims = _Dimensions(setup)
     tokens = micro_batch * setup.recipe.data.max_length
     saved, working = tokens * dims.saved_by_block(every_input), tokens * dims.working()
@@ -47,7 +58,7 @@ def activations(setup: Setup, micro_batch: int, checkpointed: bool, every_input:
 
 
 class _Dimensions:
-    """The sizes of a transformer, and bytes a token made of them."""
+    """The sizes of a transformer, and the bytes a token that follow from them."""
 
     def __init__(self, setup: Setup):
         config, self._setup = setup.shapes.config, setup
@@ -83,8 +94,11 @@ class _Dimensions:
         return norms + attention + mlp + self._by_adapters(every_input)
 
     def _by_adapters(self, every_input: bool) -> float:
-        """Inputs of a width are counted once for each tensor that several layers share: the block's two
-        normed streams, the output of attention (saved already) and the MLP's product."""
+        """Bytes a token that the adapted layers of one block save.
+
+        Several layers share an input, which counts once: the two normed streams of the block, the output of
+        attention (already counted there) and the product within the MLP.
+        """
         method = self._setup.method
         narrow = sum(factor in method.trains for factor in method.path[1:]) * method.rank * self.width
         beside = (
@@ -92,22 +106,26 @@ class _Dimensions:
             if set(method.trains) - set(method.path)
             else 0
         )
-        wide = every_input or method.trains_weight or (method.path and method.path[0] in method.trains)
+        first_is_trained = bool(method.path) and method.path[0] in method.trains
+        wide = every_input or first_is_trained or isinstance(method, TrainsWeight)
         inputs = (2 * self.hidden + self.inner) * self.width if wide else 0
         if method.dropout:
             inputs += sum(self._own[name][1] * (self.width + 1) for name in self._targets)
         return (narrow * len(self._targets) + inputs if self._targets else 0) + beside
 
     def working(self) -> float:
-        """Gradients of the MLP's inner tensors, and of the stream in float32."""
+        """Bytes a token that the backward pass of a block needs for a moment.
+
+        These are the gradients of the MLP's inner tensors, and of the residual stream in float32.
+        """
         attention = 0
         if self._setup.shapes.attention == "eager":
             attention = 2 * self.heads * self.length * FLOAT32
         return max(3 * self.inner * self.width, attention) + 3 * self.hidden * FLOAT32
 
     def loss(self, rows: int, backward: bool) -> int:
-        """Of logits, a block of rows at a time: in the model's type and in float32, the slope likewise, and
-        what a cap needs.
+        """Bytes of the logits of one block of rows: in the model's type and in float32, their gradient
+        likewise, and what a soft cap needs.
         """
         rows = min(rows, max(1, BLOCK_ELEMENTS // self.outputs))
         low = self.width if self.width < FLOAT32 else 0

@@ -1,25 +1,26 @@
-"""Whether a plan fits, and which changes to the recipe make it fit: each is tried, none is guessed."""
+"""Whether a plan fits, and which changes to the recipe make it fit. Each change is planned, not guessed."""
 
 from collections.abc import Iterator, Sequence
 
 from distlora.errors import UserError
 from distlora.plan.columns import Plan, plan_of
+from distlora.plan.memory import GIB
 from distlora.recipe.sections import Quantization, Recipe
 
-#: Share of a GPU's memory that is left to CUDA, to workspaces of kernels and to what the allocator cannot
+#: Share of a GPU's memory that is left for CUDA, for workspaces of kernels and for what the allocator cannot
 #: use.
 RESERVE = 0.1
-GIB = 1 << 30
 
 
 def fits(plan: Plan, gpu_memory: float) -> bool:
-    """gpu_memory: GiB of one GPU, of which RESERVE is left alone."""
+    """Whether the peak fits into one GPU. gpu_memory: its GiB, of which the share RESERVE stays free."""
     return plan.memory.peak <= (1 - RESERVE) * gpu_memory * GIB
 
 
 def advice(plans: Sequence[Plan], gpu_memory: float) -> list[str]:
-    """Lines on what to change, for the largest cluster on which the recipe does not fit; one that says so
-    where it always does.
+    """Lines that say what to change for the largest cluster on which the recipe does not fit.
+
+    One line says so where it fits everywhere.
     """
     tight = [plan for plan in plans if not fits(plan, gpu_memory)]
     if not tight:
@@ -52,12 +53,13 @@ def advice(plans: Sequence[Plan], gpu_memory: float) -> list[str]:
         ]
     return [
         *lines,
-        f"Not even {', '.join(helpful)} make it fit; take more or larger GPUs, shorter texts, or a smaller model.",
+        f"Not even {', '.join(helpful)} make it fit; "
+        "take more or larger GPUs, shorter texts, or a smaller model.",
     ]
 
 
 def _changes(plan: Plan) -> Iterator[tuple]:
-    """Changes of the recipe in the order in which they cost least time, with the words for the command line."""
+    """Changes of the recipe with their overrides for the command line, sorted by the time they cost."""
     setup, recipe = plan.setup, plan.setup.recipe
     if not setup.checkpointing:
         yield lambda r: _with(r, "model", gradient_checkpointing=True), "model.gradient_checkpointing=true"

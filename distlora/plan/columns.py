@@ -7,13 +7,23 @@ from distlora.errors import UserError
 from distlora.plan.memory import Memory, memory_of
 from distlora.plan.setup import Setup, setup_of
 from distlora.plan.shapes import Shapes, shapes_of
-from distlora.plan.traffic import Traffic, init_traffic, search_traffic, step_traffic, swap_traffic
+from distlora.plan.traffic import (
+    Traffic,
+    init_traffic,
+    recomposition_traffic,
+    search_traffic,
+    step_traffic,
+)
 from distlora.recipe.sections import Recipe
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One column. step, init, search, swap: traffic by kind of collective; search is that of one try."""
+    """One column: a recipe on one cluster of `nodes` times `gpus` GPUs.
+
+    step, init, search, recomposition: bytes sent, by kind of collective. search: of one try of the line
+    search.
+    """
 
     setup: Setup
     nodes: int
@@ -22,7 +32,7 @@ class Plan:
     step: Traffic
     init: Traffic
     search: Traffic
-    swap: Traffic
+    recomposition: Traffic
 
     @property
     def world_size(self) -> int:
@@ -32,8 +42,11 @@ class Plan:
 def plan_of(
     recipe: Recipe, nodes: int, gpus: int, samples: int | None = None, shapes: Shapes | None = None
 ) -> Plan:
-    """Raises UserError where the recipe cannot run so. samples: of the training set, where `data.split` does
-    not say. shapes: of this recipe, if they are known."""
+    """The plan for one cluster. Raises UserError where the recipe cannot run on it.
+
+    samples: of the training set, where `data.split` does not say it. shapes: of this recipe, if they are
+    known already.
+    """
     world_size = nodes * gpus
     if recipe.deepspeed is None and world_size > 1:
         raise UserError(f"{world_size} ranks need DeepSpeed; set deepspeed: to a ZeRO config")
@@ -46,15 +59,16 @@ def plan_of(
         step_traffic(setup),
         init_traffic(setup),
         search_traffic(setup),
-        swap_traffic(setup),
+        recomposition_traffic(setup),
     )
 
 
 def side_by_side(
     recipe: Recipe, nodes: Sequence[int], gpus: int, samples: int | None = None
 ) -> list[tuple[int, Plan | UserError]]:
-    """(nodes, plan) of each number of nodes, or why it cannot be. Raises UserError where no column can be at
-    all.
+    """For each number of nodes the pair (nodes, plan), or (nodes, error) where the recipe cannot run.
+
+    Raises UserError where it can run on none of them.
     """
     shapes, found = shapes_of(recipe), []
     for count in nodes:

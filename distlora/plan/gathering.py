@@ -1,10 +1,11 @@
 """What ZeRO-3 gathers in one pass: DeepSpeed's fetching, prefetching and releasing, replayed on sizes alone.
 
-DeepSpeed records the order in which modules run, and from the second pass on keeps a gathered parameter while
-it is used again within `stage3_max_reuse_distance` elements, and fetches up to `stage3_prefetch_bucket_size`
-elements ahead. A frozen parameter that a checkpointed block gathers to compute its activations again is
-released with the block's last module, and gathered once more for the backward pass of its own: three times a
-pass in all.
+DeepSpeed records the order in which modules run in the first pass. From the second pass on it keeps a
+gathered parameter if that is used again within `stage3_max_reuse_distance` elements, and fetches up to
+`stage3_prefetch_bucket_size` elements ahead.
+
+A checkpointed block gathers its frozen parameters to compute its activations again. They are released after
+the block's last module and gathered once more for their own backward pass: three times a pass in all.
 """
 
 from collections import Counter, deque
@@ -15,9 +16,7 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Piece:
-    """One parameter that is partitioned and not persistent. name: of the parameter. elements: of the whole.
-    frozen: not trained.
-    """
+    """One parameter that is partitioned and not persistent. elements: of the whole. frozen: not trained."""
 
     name: str
     elements: int
@@ -30,7 +29,7 @@ Module = tuple[Piece, ...]
 
 @dataclass(frozen=True)
 class Limits:
-    """Of the DeepSpeed config, in elements."""
+    """Limits of the DeepSpeed config, in elements."""
 
     reuse: int = 1_000_000_000
     live: int = 1_000_000_000
@@ -39,8 +38,10 @@ class Limits:
 
 @dataclass(frozen=True)
 class Event:
-    """A module is entered (its parameters must be there) or left. owner: of what a recomputation gathers, the
-    module whose backward pass began it."""
+    """A module is entered (then its parameters must be whole) or left.
+
+    owner: in a recomputation, the module whose backward pass began it.
+    """
 
     kind: Literal["enter", "leave", "enter backward", "leave backward"]
     module: int
@@ -49,9 +50,11 @@ class Event:
 
 @dataclass(frozen=True)
 class Gathered:
-    """times: how often each parameter is gathered in one pass. peak: the most elements that are whole at
-    once. together: the most that one call gathers of several parameters, which for a moment lie in its buffer
-    as well."""
+    """What one pass gathers.
+
+    times: how often each parameter is gathered. peak: the most elements that are whole at once. together: the
+    most elements that one call gathers for several parameters; they lie in its buffer too for a moment.
+    """
 
     times: dict[str, int]
     peak: int
@@ -61,8 +64,9 @@ class Gathered:
 def training_order(
     forward: Sequence[Event], blocks: set[int], silent: set[int], holders: set[int]
 ) -> list[Event]:
-    """A forward and a backward pass. forward: the modules as they are entered and left, nested.
+    """The events of a forward and a backward pass.
 
+    forward: the events of the forward pass, in which modules are entered and left, nested.
     blocks: modules that are checkpointed. silent: modules without a backward pass, because nothing in them or
     before them is trained. holders: modules that have parameters of their own.
     """
@@ -78,8 +82,8 @@ def training_order(
         if event.module in blocks:
             opened = forward.index(Event("enter", event.module))
         if opened is not None and event.module in holders:
-            # The first of its tensors that the backward pass asks for is not there: all up to here is
-            # computed once more, and stops inside this module.
+            # The backward pass asks for a saved tensor that is missing. Everything up to this tensor is
+            # computed once more, so the recomputation stops inside this module.
             again = forward[opened : forward.index(Event("enter", event.module), opened) + 1]
             events += [Event(passed.kind, passed.module, event.module) for passed in again]
             opened = None
@@ -89,12 +93,12 @@ def training_order(
 def gather(
     modules: Sequence[Module], events: Sequence[Event], limits: Limits, recorded: bool = True
 ) -> Gathered:
-    """What one pass gathers. recorded: False for the first one, whose order DeepSpeed does not know yet."""
+    """What one pass gathers. recorded: False for the first pass, whose order DeepSpeed does not know yet."""
     return _Coordinator(modules, events, limits, recorded).run()
 
 
 class _Coordinator:
-    """The state of one pass. Steps count the modules entered."""
+    """DeepSpeed's state during one pass. A step is one module that is entered."""
 
     def __init__(self, modules: Sequence[Module], events: Sequence[Event], limits: Limits, recorded: bool):
         self._modules, self._events, self._limits, self._recorded = modules, events, limits, recorded
@@ -104,7 +108,7 @@ class _Coordinator:
         )
         self._fetched_for: dict[str, int] = {}
         self._step, self._whole, self._peak = 0, 0, 0
-        self._there: set[str] = set()
+        self._available: set[str] = set()
         self._users: dict[str, set[int]] = {}
         self._owned: dict[int, dict[str, Piece]] = {}
         self._times: Counter[str] = Counter()
@@ -131,9 +135,9 @@ class _Coordinator:
         self._step += 1
 
     def _fetch(self, pieces: Iterable[Piece]) -> None:
-        missing = [piece for piece in pieces if piece.name not in self._there]
+        missing = [piece for piece in pieces if piece.name not in self._available]
         together = sum(piece.elements for piece in missing)
-        self._there.update(piece.name for piece in missing)
+        self._available.update(piece.name for piece in missing)
         self._times.update(piece.name for piece in missing)
         self._whole += together
         self._peak = max(self._peak, self._whole)
@@ -141,7 +145,7 @@ class _Coordinator:
             self._together = max(self._together, together)
 
     def _drop_from_queue(self, pieces: Module) -> None:
-        """What is fetched for this step need not be prefetched for it any more."""
+        """Parameters that were fetched for this step need no prefetching for it."""
         wanted = {piece.name for piece in pieces if self._fetched_for.get(piece.name, -1) < self._step}
         while wanted:
             piece, step = self._queue.popleft()
@@ -154,7 +158,7 @@ class _Coordinator:
         while self._queue and elements < room:
             piece, step = self._queue.popleft()
             self._fetched_for[piece.name] = max(self._fetched_for.get(piece.name, -1), step)
-            if piece.name not in self._there and piece.name not in chosen:
+            if piece.name not in self._available and piece.name not in chosen:
                 chosen[piece.name] = piece
                 elements += piece.elements
         self._fetch(chosen.values())
@@ -169,8 +173,8 @@ class _Coordinator:
         for name, piece in pieces.items():
             users = self._users.get(name, set())
             users.discard(event.module)
-            if name in going and name in self._there and not users:
-                self._there.discard(name)
+            if name in going and name in self._available and not users:
+                self._available.discard(name)
                 self._whole -= piece.elements
 
     def _not_soon_again(self, pieces: dict[str, Piece]) -> set[str]:

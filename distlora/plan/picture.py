@@ -1,22 +1,19 @@
-"""The plan as a picture: memory of a GPU and traffic of a step over the number of GPUs. The home of
-matplotlib.
-"""
+"""The plan as a picture: memory of a GPU and traffic of a step, over the number of GPUs. Needs matplotlib."""
 
 import os
 from pathlib import Path
 
 from distlora.errors import UserError
 from distlora.plan.columns import Plan
+from distlora.plan.memory import GIB
 from distlora.plan.traffic import over_links
 
-GIB = 1 << 30
+#: Fields of `Memory` that make a bar.
 PARTS = ("weights", "adapters", "gradients", "optimizer", "activations", "gathered")
 
 
 def check_picture(path: Path) -> None:
-    """Raises UserError where `draw` could not write to `path`: before the plans are made, which takes a
-    while.
-    """
+    """Raises UserError where `draw` could not write to `path`. The plans, which take a while, come later."""
     if path.suffix.lstrip(".").lower() not in _figure().canvas.get_supported_filetypes():
         raise UserError(f"--plot {path}: wanted a name that ends in .png, .svg or .pdf")
     if path.is_dir():
@@ -39,8 +36,9 @@ def _figure():
 
 
 def draw(plans: list[Plan], gpu_memory: float, path: Path) -> None:
-    """Writes the picture to `path`, in the format that its ending says. Raises UserError where that cannot
-    be.
+    """Writes the picture to `path`, in the format of its suffix. Raises UserError where it cannot.
+
+    gpu_memory: GiB of one GPU.
     """
     figure = _figure()
     memory, traffic = figure.subplots(1, 2)
@@ -58,7 +56,7 @@ def draw(plans: list[Plan], gpu_memory: float, path: Path) -> None:
         label="largest peak of the run",
     )
     highest = max(plan.memory.peak for plan in plans) / GIB
-    if highest > gpu_memory / 3:  # a line far above the bars would flatten them
+    if highest > gpu_memory / 3:  # a line far above the bars would make them flat
         memory.axhline(gpu_memory, color="red", linestyle="--", label=f"memory of a GPU, {gpu_memory:g} GiB")
     memory.set(
         xlabel="GPUs", ylabel="GiB", title=f"Memory of a GPU in a training step, of {gpu_memory:g} GiB"

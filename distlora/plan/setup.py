@@ -1,4 +1,4 @@
-"""One recipe on one number of ranks: the resolved DeepSpeed config as numbers, and who holds what."""
+"""One recipe on one number of ranks: the resolved DeepSpeed config as numbers, and what each rank holds."""
 
 import functools
 import re
@@ -9,9 +9,7 @@ from typing import Any
 import torch
 
 from distlora.data import TrainOrder
-from distlora.maths.recomposition_schedule import Switching
-from distlora.methods import Method
-from distlora.methods.contract import ProbeSettings
+from distlora.methods import Method, ProbeSettings, Recomposes, recomposing
 from distlora.plan.gathering import Gathered, Limits, gather, training_order
 from distlora.plan.shapes import Shapes
 from distlora.recipe.combination import check_combination
@@ -20,15 +18,17 @@ from distlora.recipe.deepspeed_config import look_up, plan_batches
 from distlora.recipe.sections import Recipe
 from distlora.training.samples import probe_samples
 
-#: DeepSpeed's own values where the config is silent.
+#: DeepSpeed's defaults, in elements.
 PERSISTENCE, BUCKET, ALL_GATHER_BUCKET = 100_000, 500_000_000, 500_000_000
 FLOAT32 = torch.float32.itemsize
 
 
 @dataclass(frozen=True)
 class Setup:
-    """samples: of the training set; None where nobody knows before it is read. config: DeepSpeed's, without
-    any "auto".
+    """A recipe on `world_size` ranks.
+
+    samples: of the training set; None where its size is not known before it is read. config: DeepSpeed's
+    config without any "auto"; {} without DeepSpeed. accumulation: micro-batches a step on every rank.
     """
 
     recipe: Recipe
@@ -61,16 +61,16 @@ class Setup:
 
     @property
     def group(self) -> int:
-        """Ranks among which hpZ keeps the frozen weights once; 1 without it."""
+        """Number of ranks that hold the frozen weights once between them (hpZ); 1 without hpZ."""
         return self.zero.get("zero_hpz_partition_size", 1)
 
     @property
     def bucket(self) -> int:
-        """Elements of a bucket of gradients."""
+        """Elements of one bucket of gradients."""
         return int(self.zero.get("reduce_bucket_size", BUCKET))
 
     def offloads(self, what: str) -> bool:
-        """what: "param" or "optimizer"."""
+        """Whether this lies in host memory. what: "param" or "optimizer"."""
         return look_up(self.zero, f"offload_{what}.device") == "cpu"
 
     @property
@@ -83,17 +83,17 @@ class Setup:
         )
 
     def padded(self, elements: int) -> int:
-        """Elements of a partitioned tensor: all ranks have equally many."""
+        """Elements of a partitioned tensor with its padding: every rank has the same number."""
         return -(-elements // self.world_size) * self.world_size
 
     @property
     def threshold(self) -> int:
-        """Elements up to which a parameter is persistent."""
+        """The largest number of elements of a persistent parameter."""
         return int(self.zero.get("stage3_param_persistence_threshold", PERSISTENCE))
 
     @cached_property
     def persistent(self) -> set[str]:
-        """Parameters that ZeRO-3 keeps whole beside their parts."""
+        """Names of the parameters that every rank keeps whole under ZeRO-3, in addition to its part."""
         return {name for name, size in self.shapes.sizes.items() if size <= self.threshold}
 
     @cached_property
@@ -101,14 +101,17 @@ class Setup:
         return set(self.shapes.sizes) - self.persistent
 
     def gathered(self, probe: bool = False, recorded: bool = True) -> Gathered:
-        """What ZeRO-3 gathers in a forward and a backward pass over one micro-batch."""
+        """What ZeRO-3 gathers in a forward and a backward pass over one micro-batch.
+
+        probe: whether it is a pass of the probe. recorded: as in `gathering.gather`.
+        """
         return _gathered(self.shapes, self.limits, self.threshold, self.checkpointing, probe, recorded)
 
     # ------------------------------------------------------------------ the run
 
     @cached_property
     def steps(self) -> int | None:
-        """Optimizer steps of the run, if they can be known."""
+        """Optimizer steps of the run; None where they depend on data that is not read yet."""
         train = self.recipe.train
         if train.steps or self.samples is None:
             return train.steps
@@ -120,45 +123,47 @@ class Setup:
         )
 
     @cached_property
-    def switching(self) -> Switching | None:
-        """When components are replaced; in a run of unknown length, as in a long one."""
-        return self.method.switching(self.steps or 1_000_000) if self.layers else None
+    def recomposing(self) -> Recomposes | None:
+        """The method, if it replaces components as it is set."""
+        return recomposing(self.method) if self.layers else None
 
     @cached_property
-    def swaps(self) -> int:
-        """Recompositions of the run, at most; 0 where its length is not known."""
-        if self.switching is None or self.steps is None:
+    def recompositions(self) -> int:
+        """The largest number of recompositions in the run; 0 where its length is not known."""
+        if self.recomposing is None or self.steps is None:
             return 0
-        plan = self.method.switching(self.steps)  # one of its own: deciding changes it
-        decisions = (plan.after_step(done, 1.0, lambda: 0.0) for done in range(1, self.steps + 1))
-        return sum(decision is not None and decision.swap for decision in decisions)
+        schedule = self.recomposing.recomposition_schedule(self.steps)
+        decisions = (schedule.after_step(done, 1.0, lambda: 0.0) for done in range(1, self.steps + 1))
+        return sum(decision is not None and decision.recompose for decision in decisions)
 
     @property
-    def columns_of_a_swap(self) -> int:
-        """That the ledger of one layer grows by: what is fused, and what takes its place."""
-        if self.switching is None:
+    def columns_of_a_recomposition(self) -> int:
+        """Columns that one recomposition adds to a layer's ledger: fused components and their successors."""
+        method = self.recomposing
+        if method is None:
             return 0
-        count = len(self.method.choose(torch.zeros(self.method.rank)))
-        return count if self.method.refill_from() == "restart" else 2 * count
+        count = len(method.choose(torch.zeros(method.rank)))
+        return count if method.refill_from() == "restart" else 2 * count
 
     def probe_passes(self, settings: ProbeSettings) -> int:
-        """Backward passes of a probe on every rank."""
+        """Backward passes of a probe, on every rank."""
         return self.passes(settings, settings.micro_batch_size)
 
     def passes(self, settings: ProbeSettings, size: int) -> int:
+        """Passes over the probe's samples on every rank, with micro-batches of `size`."""
         return -(-self.probe_samples(settings) // (self.world_size * size))
 
     def probe_samples(self, settings: ProbeSettings) -> int:
         return probe_samples(settings.samples, self.samples)
 
 
-@functools.lru_cache(maxsize=64)  # the same for all numbers of ranks
+@functools.lru_cache(maxsize=64)  # the result does not depend on the number of ranks
 def _gathered(
     shapes: Shapes, limits: Limits, threshold: int, checkpointing: bool, probe: bool, recorded: bool
 ) -> Gathered:
     modules = [tuple(piece for piece in pieces if piece.elements > threshold) for pieces in shapes.modules]
-    # Activation checkpointing lets the embeddings ask for a gradient; the probe, which is always
-    # checkpointed, does not.
+    # With activation checkpointing the embeddings require a gradient in training. In the probe, which always
+    # uses checkpointing, they do not.
     silent = set() if checkpointing and not probe else shapes.silent()
     holders = {number for number, pieces in enumerate(modules) if pieces}
     events = training_order(
@@ -168,7 +173,7 @@ def _gathered(
 
 
 def setup_of(recipe: Recipe, shapes: Shapes, world_size: int, samples: int | None = None) -> Setup:
-    """Raises UserError where the recipe cannot run on so many ranks."""
+    """The recipe on `world_size` ranks. Raises UserError where it cannot run on so many."""
     recipe = recipe.model_copy(update={"method": shapes.attached.method})
     accumulation = plan_batches(recipe, world_size)
     config: dict[str, Any] = {}
@@ -179,6 +184,6 @@ def setup_of(recipe: Recipe, shapes: Shapes, world_size: int, samples: int | Non
 
 
 def samples_of(recipe: Recipe) -> int | None:
-    """Of the training set, as far as `data.split` says it: train[:50000] or train[1000:2000]."""
+    """The size of the training set if `data.split` says it, as in train[:50000] or train[1000:2000]."""
     found = re.fullmatch(r"\w+\[(\d*):(\d+)\]", recipe.data.split)
     return int(found[2]) - int(found[1] or 0) if found else None

@@ -1,5 +1,5 @@
-"""What a recipe's model is made of, from its config alone: the parameters of every module, and the order in
-which modules run.
+"""A recipe's model as sizes, from its config alone: the parameters of every module, and the order in which
+modules run.
 """
 
 from collections.abc import Iterator
@@ -21,14 +21,20 @@ from distlora.training.objective import objective_of
 
 @dataclass(frozen=True, eq=False)
 class Shapes:
-    """Compared by identity, so that what is found out about one can be kept.
+    """A model as sizes. Objects are compared by identity, so that results for one can be cached.
 
-    modules: parameters of each module, by its number. forward: the modules as a pass enters and leaves them.
-    blocks: numbers of those that activation checkpointing covers. names: of the modules. trained: elements of
-    every trained parameter. config: of the text model, from transformers. width: bytes of an element of the
-    weights. attention: the implementation that this machine would run. labels: of a classifier, else 0.
-    sizes: elements of every parameter as it is stored, a shared one under its first name. linears: (out, in).
-    packings: of the layers whose weights are packed, by the layer's name.
+    modules: the parameters of each module, by the module's number.
+    forward: the modules as a forward pass enters and leaves them.
+    blocks: numbers of the modules that activation checkpointing covers.
+    names: the names of the modules, by number.
+    trained: elements of every trained parameter.
+    config: the text model's config, from transformers.
+    width: bytes of one element of the weights.
+    attention: the implementation that this machine would run.
+    labels: number of labels of a classifier, else 0.
+    sizes: elements of every parameter as it is stored; a shared one stands under its first name.
+    linears: (out, in) of every linear layer.
+    packings: how weights are packed, by the name of their layer.
     """
 
     modules: list[Module]
@@ -47,7 +53,7 @@ class Shapes:
 
     @property
     def elements(self) -> int:
-        """Of all parameters, adapters included, before any is packed; a shared one counts once."""
+        """Elements of all parameters with the adapters, before any is packed. A shared one counts once."""
         return sum(self.sizes.values()) + sum(
             prod(packing.shape) - packing.elements for packing in self.packings.values()
         )
@@ -64,7 +70,7 @@ class Shapes:
         return sum(prod(shape) for layer in layers for shape in layer.method.shapes(*layer.shape).values())
 
     def silent(self) -> set[int]:
-        """Modules that are left before any trained parameter is met: no gradient passes through them."""
+        """Modules that end before the first trained parameter is used: no gradient passes through them."""
         found = set()
         for event in self.forward:
             if event.kind == "enter" and any(not piece.frozen for piece in self.modules[event.module]):
@@ -74,15 +80,15 @@ class Shapes:
         return found
 
     def targets(self) -> set[int]:
-        """Modules that are adapted, or whose weights are trained as targets."""
+        """Numbers of the modules that are adapted, or whose weights are trained as targets."""
         wanted = set(self.attached.targets)
         return {number for number, name in enumerate(self.names) if name in wanted}
 
 
 def shapes_of(recipe: Recipe) -> Shapes:
     """Reads the model's config, and no weights. Raises UserError where recipe and model do not fit."""
-    looked_at = recipe.model.model_copy(update={"path": without_weights(recipe.model.path)})
-    recipe = recipe.model_copy(update={"model": looked_at})
+    config_only = recipe.model.model_copy(update={"path": without_weights(recipe.model.path)})
+    recipe = recipe.model_copy(update={"model": config_only})
     objective = objective_of(recipe)
     model = objective.bare_model()
     packings = _packings(recipe, model, objective.head(model))
@@ -126,7 +132,7 @@ def _packings(recipe: Recipe, model: nn.Module, heads: set[str]) -> dict[str, Pa
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
-    """The members of the longest list of equal modules: what activation checkpointing covers one by one."""
+    """The members of the longest list of modules of one class: what activation checkpointing covers."""
     lists = [
         module
         for module in model.modules()
@@ -136,10 +142,10 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def _order(model: nn.Module, classifies: bool) -> list[tuple[str, nn.Module]]:
-    """The modules as a forward pass enters and leaves them, seen on the meta device."""
+    """The modules as a forward pass enters and leaves them, observed on the meta device."""
     seen: list[tuple[str, nn.Module]] = []
     tokens = torch.ones(1, 2, dtype=torch.int64, device="meta")
-    # A mask as attention uses it: making one looks at values, which meta tensors have not.
+    # A mask as attention uses it: transformers would make one from values, which meta tensors do not have.
     given = {"input_ids": tokens, "attention_mask": torch.zeros(1, 1, 2, 2, device="meta")}
     with _watched(model, seen), torch.no_grad():
         if classifies:
@@ -147,7 +153,7 @@ def _order(model: nn.Module, classifies: bool) -> list[tuple[str, nn.Module]]:
         else:
             hidden = model.base_model(**given, use_cache=False).last_hidden_state
             model.get_output_embeddings()(hidden)
-    # The outermost module of a run is the one that calls the loss.
+    # In a run the outermost module encloses all others, because it is the one that calls the loss.
     return [("enter", model), *(item for item in seen if item[1] is not model), ("leave", model)]
 
 

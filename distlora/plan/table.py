@@ -1,22 +1,23 @@
-"""The plan as a table for a terminal: one column a cluster, GiB, and what to change where it does not fit."""
+"""The plan as a table for a terminal: one column a cluster, and changes that make the recipe fit."""
 
 from collections.abc import Sequence
 from math import prod
 
 from distlora.errors import UserError
+from distlora.methods import probe_of
 from distlora.plan.advice import advice, fits
 from distlora.plan.columns import Plan
+from distlora.plan.memory import GIB
 from distlora.plan.traffic import Traffic, over_links
 
-GIB = 1 << 30
-#: In the place of a column that cannot be.
+#: Stands in the cells of a cluster on which the recipe cannot run.
 NONE = "-"
 
 Columns = Sequence[tuple[int, Plan | UserError]]
 
 
 def table(columns: Columns, gpus: int, gpu_memory: float) -> str:
-    """gpu_memory: GiB of one GPU."""
+    """The plans of `side_by_side` as text. gpus: of one node. gpu_memory: GiB of one GPU."""
     plans = [plan for _, plan in columns]
     first = next(plan for plan in plans if isinstance(plan, Plan))
     rows = [
@@ -52,10 +53,12 @@ def _headline(plan: Plan) -> list[str]:
     engine = f"ZeRO stage {setup.stage}" if setup.config else "plain PyTorch"
     moved = [what for what in ("param", "optimizer") if setup.offloads(what)]
     return [
-        f"{recipe.model.path}: {shapes.elements - shapes.factors:,} parameters in {recipe.model.dtype}{_packed(plan)}",
+        f"{recipe.model.path}: {shapes.elements - shapes.factors:,} parameters "
+        f"in {recipe.model.dtype}{_packed(plan)}",
         f"{setup.method.name}: {trained:,} trained parameters",
-        f"{engine}{', offloaded: ' + ' and '.join(moved) if moved else ''}; micro-batch {recipe.train.micro_batch_size} of "
-        f"{recipe.data.max_length} tokens, {'' if setup.checkpointing else 'not '}checkpointed, {shapes.attention} attention",
+        f"{engine}{', offloaded: ' + ' and '.join(moved) if moved else ''}; "
+        f"micro-batch {recipe.train.micro_batch_size} of {recipe.data.max_length} tokens, "
+        f"{'' if setup.checkpointing else 'not '}checkpointed, {shapes.attention} attention",
         "in GiB, where no other unit is named",
     ]
 
@@ -81,7 +84,7 @@ def _peak(plans: Sequence[Plan | UserError], phase: str) -> list[str]:
 
 
 def amount(size: float) -> str:
-    """Bytes as GiB with three digits that count, 0 for none."""
+    """Bytes as GiB with about three significant digits; 0 without any."""
     value = size / GIB
     if size == 0:
         return "0"
@@ -94,7 +97,7 @@ def _traffic_rows(plans: Sequence[Plan | UserError]) -> list:
         ("traffic of a step", lambda plan: plan.step),
         ("traffic of the initialisation", lambda plan: plan.init),
         ("traffic of a try of eta", lambda plan: plan.search),
-        ("traffic of a recomposition", lambda plan: plan.swap),
+        ("traffic of a recomposition", lambda plan: plan.recomposition),
     ):
         if (
             not any(traffic(plan) for plan in plans if isinstance(plan, Plan))
@@ -139,9 +142,10 @@ def _remarks(columns: Columns, gpu_memory: float) -> list[str]:
     lines = [f"{nodes} nodes: {plan}" for nodes, plan in columns if isinstance(plan, UserError)]
     lines += advice([plan for _, plan in columns if isinstance(plan, Plan)], gpu_memory)
     setup = next(plan for _, plan in columns if isinstance(plan, Plan)).setup
-    probe = setup.method.probe_settings()
+    probe = probe_of(setup.method)
     if setup.samples is None and probe is not None and probe.samples < 1:
         lines.append(
-            "The size of the training set is not known here: a probe of a share of it counts 25 samples; --samples N says it."
+            "The size of the training set is not known here: a probe of a share of it counts 25 samples; "
+            "--samples N says it."
         )
     return lines

@@ -1,19 +1,26 @@
-"""What ranks send each other, by kind: in a training step, in the initialisation, and at a recomposition.
+"""What ranks send each other, by kind of collective: in a training step, in the initialisation, and in a
+recomposition.
 
-Bytes are those of the whole tensor that a collective works on: of what an all-reduce or broadcast carries, of
-an all-gather's result, of a reduce-scatter's operand. Left out are single numbers and tables of a few numbers
-a layer (counts, losses, norms).
+The bytes are those of the whole tensor of a collective: the tensor that is all-reduced or broadcast, the
+result of an all-gather, the operand of a reduce-scatter. Single numbers, and tables of a few numbers a layer
+(counts, losses, norms), are left out.
 """
 
-import functools
 from collections import Counter
 from dataclasses import dataclass
 from math import prod
 
 import torch
 
-from distlora.methods import Factors, Method
-from distlora.methods.contract import LayerInit
+from distlora.initialisation.trial import trial
+from distlora.methods import (
+    Factors,
+    Method,
+    TakesFromWeight,
+    TransformsGradients,
+    probe_of,
+    writes_weight,
+)
 from distlora.plan.packed import renewed
 from distlora.plan.setup import FLOAT32, Setup
 
@@ -21,26 +28,24 @@ from distlora.plan.setup import FLOAT32, Setup
 Traffic = Counter[str]
 ALL_REDUCE, REDUCE_SCATTER, ALL_GATHER = "all-reduce", "reduce-scatter", "all-gather"
 BROADCAST, REDUCE, GATHER = "broadcast", "reduce", "gather"
-#: Bytes by which ranks tell each other that one of them failed.
+#: Bytes of the number by which ranks learn that one of them failed.
 FLAG = 8
-#: Within groups of ranks that hold the frozen weights once each (hpZ).
+#: An all-gather within a group of ranks that together hold all frozen weights (hpZ).
 GROUP_GATHER = "all-gather in groups"
 
 
 def step_traffic(setup: Setup) -> Traffic:
-    """Of one optimizer step with all its micro-batches, once DeepSpeed knows the order of the modules."""
+    """Traffic of one optimizer step with all its micro-batches, once DeepSpeed knows the order of modules."""
     traffic: Traffic = Counter()
     if setup.world_size == 1:
         return traffic
     trained, width = sum(setup.shapes.trained.values()), setup.shapes.width
-    if setup.stage <= 1:  # gradients add up on every rank, and are reduced once
+    if setup.stage <= 1:  # every rank accumulates its gradients, which are reduced once
         traffic[ALL_REDUCE] = width * trained
     if setup.stage == 2:
         traffic[ALL_REDUCE] = width * trained * setup.accumulation
-    if setup.stage in (
-        1,
-        2,
-    ):  # every rank has stepped its own part of all trained parameters, laid end to end
+    if setup.stage in (1, 2):
+        # Every rank has stepped its own part of the trained parameters, which are joined into one tensor.
         traffic[ALL_GATHER] = width * _rounded_up(trained, 2 * setup.world_size)
     if setup.stage == 3:
         scattered = sum(setup.padded(size) for size in setup.shapes.trained.values())
@@ -49,9 +54,8 @@ def step_traffic(setup: Setup) -> Traffic:
         traffic[ALL_GATHER] += width * sum(
             setup.padded(setup.shapes.sizes[name]) for name in setup.persistent
         )
-    if (
-        setup.method.transforms_gradients
-    ):  # made whole on every rank, and the factors too where they are cut up
+    if isinstance(setup.method, TransformsGradients):
+        # Every rank gets the whole gradients, and under ZeRO-3 also the whole factors.
         sizes = [_sizes(setup.method, shape) for shape in setup.layers.values()]
         factors = sum(size for layer in sizes for name, size in layer.items() if name in setup.method.trains)
         traffic[ALL_REDUCE] += FLOAT32 * factors * (2 if setup.stage == 3 else 1)
@@ -59,7 +63,7 @@ def step_traffic(setup: Setup) -> Traffic:
 
 
 def weights_of_a_pass(setup: Setup, probe: bool = False, recorded: bool = True) -> Traffic:
-    """What ZeRO-3 gathers in one forward and backward pass of one micro-batch; nothing at other stages."""
+    """What ZeRO-3 gathers in one forward and backward pass over one micro-batch; nothing at other stages."""
     traffic: Traffic = Counter()
     if setup.stage < 3 or setup.world_size == 1:
         return traffic
@@ -70,7 +74,7 @@ def weights_of_a_pass(setup: Setup, probe: bool = False, recorded: bool = True) 
 
 
 def weights_of_a_forward_pass(setup: Setup) -> Traffic:
-    """Every partitioned parameter once."""
+    """What ZeRO-3 gathers in one pass without gradients: every partitioned parameter once."""
     traffic: Traffic = Counter()
     if setup.stage == 3 and setup.world_size > 1:
         for name in setup.partitioned:
@@ -83,18 +87,20 @@ def weights_of_a_forward_pass(setup: Setup) -> Traffic:
 
 
 def init_traffic(setup: Setup) -> Traffic:
-    """Of the initialisation without a line search: probe, sources to the owners, factors to everyone."""
+    """Traffic of the initialisation without a line search: the probe, weights to the owners of their layers,
+    factors to all ranks.
+    """
     traffic: Traffic = Counter()
     if setup.world_size == 1 or not setup.layers:
         return traffic
-    method = setup.method
-    if method.probe_settings() is not None:
-        traffic += probe_traffic(setup, setup.probe_passes(method.probe_settings()))
+    method, settings = setup.method, probe_of(setup.method)
+    if settings is not None:
+        traffic += probe_traffic(setup, setup.probe_passes(settings))
     taken, _ = columns_of(method)
     for name in setup.layers:
-        # The rest of a packed weight is packed anew, and compared with what was there; the pretrained one is
-        # read from its file.
-        rest = method.takes_from_weight and name in setup.shapes.packings
+        # The rest of a packed weight is packed anew and compared with what was stored before. The pretrained
+        # weight is read from its file.
+        rest = isinstance(method, TakesFromWeight) and name in setup.shapes.packings
         if setup.stage == 3 and (rest or method.source_matrix() == "weight"):
             traffic[GATHER] += setup.shapes.width * setup.padded(setup.shapes.sizes[f"{name}.weight"])
         if rest:
@@ -106,8 +112,10 @@ def init_traffic(setup: Setup) -> Traffic:
 
 
 def probe_traffic(setup: Setup, passes: int) -> Traffic:
-    """Of so many passes: every layer's gradient to its owner, and under ZeRO-3 the weights. DeepSpeed learns
-    the order of the modules in the first one, and gathers more in it."""
+    """Traffic of so many passes: every layer's gradient to its owner, and under ZeRO-3 the weights.
+
+    In the first pass DeepSpeed learns the order of the modules, and gathers more.
+    """
     traffic = _times(weights_of_a_pass(setup, probe=True), max(0, passes - 1))
     traffic += weights_of_a_pass(setup, probe=True, recorded=False)
     traffic[REDUCE] = FLOAT32 * passes * sum(map(prod, setup.layers.values()))
@@ -115,48 +123,39 @@ def probe_traffic(setup: Setup, passes: int) -> Traffic:
 
 
 def search_traffic(setup: Setup) -> Traffic:
-    """Of one try of the line search for the size of the first step; nothing where there is none."""
-    settings = setup.method.probe_settings()
+    """Traffic of one try of the line search for the size of the first step; nothing without a search."""
+    settings = probe_of(setup.method)
     if settings is None or settings.eta != "search" or setup.world_size == 1:
         return Counter()
     size = max(settings.micro_batch_size, setup.recipe.train.micro_batch_size)
     return _times(weights_of_a_forward_pass(setup), setup.passes(settings, size))
 
 
-@functools.lru_cache
 def columns_of(method: Method) -> tuple[int, int]:
-    """Of what the method adds to a frozen weight at the start, and of its reserve, found by initialising a
-    small layer.
-    """
-    if not method.changes_weight:
+    """Columns that the method adds to a frozen weight at the start, and columns of its reserve."""
+    if not writes_weight(method):
         return 0, 0
-    side = 2 * method.rank
-    while method.problem_with(side, side) is not None:
-        side *= 2
-    source = (
-        torch.randn(side, side, generator=torch.Generator().manual_seed(0))
-        if method.source_matrix()
-        else None
-    )
-    init = method.initialise(LayerInit((side, side), source, torch.Generator().manual_seed(0)))
-    return tuple(0 if pair is None else pair.right.shape[0] for pair in (init.base_update, init.reserve))
+    found = trial(method)
+    return found.taken, found.reserved
 
 
 # ---------------------------------------------------------------------- recomposition
 
 
-def swap_traffic(setup: Setup) -> Traffic:
-    """Of one recomposition, with the tables of numbers that go with it; nothing for a method without any."""
+def recomposition_traffic(setup: Setup) -> Traffic:
+    """Traffic of one recomposition, here with its tables of numbers; nothing for a method that never
+    recomposes.
+    """
     traffic: Traffic = Counter()
-    method, layers = setup.method, setup.layers
-    if setup.switching is None or setup.world_size == 1:
+    method, layers = setup.recomposing, setup.layers
+    if method is None or setup.world_size == 1:
         return traffic
     table = 8 * len(layers)
     if method.element_scores() is not None:
         traffic[ALL_REDUCE] += method.rank * table
     if method.refill_from() == "restart":
         traffic += init_traffic(setup)
-        # What the trained factors started as goes to the layers' owners.
+        # The initial values of the trained factors go to the owners of the layers.
         sizes = (_sizes(method, shape) for shape in layers.values())
         traffic[REDUCE] += FLOAT32 * sum(size[name] for size in sizes for name in method.trains)
     else:
@@ -164,21 +163,21 @@ def swap_traffic(setup: Setup) -> Traffic:
         traffic[BROADCAST] += FLOAT32 * count * sum(map(sum, layers.values())) + table
         if method.refill_from() == "gradient":
             traffic += probe_traffic(setup, setup.probe_passes(method.refill_probe()))
-            # Sizes of all columns of B and rows of A; and whether an owner failed.
+            # The norms of all columns of B and rows of A; and whether an owner failed.
             traffic[ALL_REDUCE] += 2 * method.rank * table + FLAG
     traffic[BROADCAST] += sum(
         renewed(packing)
         for name, packing in setup.shapes.packings.items()
         if name in layers and not method.fuses_beside(True)
     )
-    traffic += _reading(setup)
+    traffic += _reading_factors(setup)
     # Whether an owner failed; the rounding error and four norms of every layer.
     traffic[ALL_REDUCE] += FLAG + 5 * table
     return traffic
 
 
-def _reading(setup: Setup) -> Traffic:
-    """All factors, made whole on every rank."""
+def _reading_factors(setup: Setup) -> Traffic:
+    """Traffic of reading all factors: every rank gets them whole."""
     traffic: Traffic = Counter()
     for shape in setup.layers.values():
         for name, size in _sizes(setup.method, shape).items():
@@ -199,18 +198,21 @@ def _sizes(method: Method, shape: tuple[int, int]) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Links:
-    """inter: bytes that leave one node. intra: bytes that one GPU sends to its neighbour in the node."""
+    """Bytes over links. inter: those that leave one node. intra: those that one GPU sends to its neighbour in
+    the node.
+    """
 
     inter: float
     intra: float
 
 
 def over_links(traffic: Traffic, nodes: int, gpus: int, group: int = 1) -> Links:
-    """Rings in rank order, of which one edge leaves each node. Of S bytes on n ranks an all-gather or
-    reduce-scatter sends S·(n−1)/n over every edge and an all-reduce twice that; a broadcast or reduce sends
-    S, a gather on average half of it.
+    """The bytes over links if every collective runs as a ring in rank order, of which one edge leaves each
+    node.
 
-    group: ranks of an `all-gather in groups`.
+    On n ranks, an all-gather or reduce-scatter of S bytes sends S·(n−1)/n over every edge, and an all-reduce
+    sends twice that. A broadcast or reduce sends S, a gather half of it on average. group: ranks of an
+    `all-gather in groups`.
     """
     world_size = nodes * gpus
     inter = intra = 0.0

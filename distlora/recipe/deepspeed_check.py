@@ -1,8 +1,8 @@
-"""DeepSpeed's own opinion of a DeepSpeed config: names that it does not know, and values that it cannot take.
+"""What DeepSpeed says of a DeepSpeed config: names that it does not know, and values that it cannot take.
 
-Left to itself DeepSpeed ignores most names that it does not know, and breaks off at the others, with a
-traceback on every rank, once the weights are loaded. Here it reads the config before anything is started,
-from dictionaries that note what they are asked for: what it never asks for, it does not know.
+DeepSpeed by itself ignores most names that it does not know. At the others it breaks off when the weights are
+loaded, with a traceback on every rank. Here it reads the config before anything is started, from dictionaries
+that record which keys it asks for. A key that it never asks for is one that it does not know.
 """
 
 from collections.abc import Iterable
@@ -17,24 +17,24 @@ from distlora.recipe.sections import Recipe
 from distlora.recipe.strict import dotted, nested_model, sentence, show
 from distlora.sentences import first_line, nearest
 
-#: Names that DeepSpeed reads elsewhere than in its config class, only sometimes, or (thread_count) in its
-#: documentation alone.
+#: Names that DeepSpeed reads outside its config class, or only sometimes. It never reads thread_count, which
+#: its documentation has.
 _ALSO_KNOWN = {
     "": ("data_parallel_size", "sequence_parallel_size"),
     "aio": ("thread_count",),
     "optimizer": ("params",),
     "scheduler": ("params",),
 }
-#: Batch sizes that are right for any number of ranks: DeepSpeed completes them. The real ones are settled
+#: Batch sizes that are right for any number of ranks; DeepSpeed completes them. The real ones are checked
 #: with the recipe.
 _BATCH = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
 _WHOLE_BATCH = "train_batch_size"
 
 
 def checked_deepspeed(recipe: Recipe, world_size: int, hidden_size: int | None) -> dict[str, Any]:
-    """The config of `resolve_deepspeed`, read by DeepSpeed without complaint.
+    """The config of `resolve_deepspeed`, once DeepSpeed has read it without complaint.
 
-    Errors: UserError as there, and for a name or a value that DeepSpeed refuses or would ignore.
+    Raises UserError as `resolve_deepspeed` does, and for names and values that DeepSpeed refuses or ignores.
     """
     given, source = given_deepspeed(recipe)
     _check_names(given, source)
@@ -43,16 +43,17 @@ def checked_deepspeed(recipe: Recipe, world_size: int, hidden_size: int | None) 
     return config
 
 
-class _Noting(dict):
-    """A dictionary that notes the keys it is asked for; `**` asks for all that it has. Copies go on noting in
-    the same set.
+class _RecordingDict(dict):
+    """A dictionary that records the keys that it is asked for. `**` asks for all that it has.
+
+    Copies record in the same set.
     """
 
     def __init__(self, *content):
         super().__init__(*content)
         self.asked: set[str] = set()
 
-    def __iter__(self):  # without one of its own, `**` would pass by all that stands here
+    def __iter__(self):  # without this method, `**` would not call those below
         return super().__iter__()
 
     def __getitem__(self, key):
@@ -68,7 +69,7 @@ class _Noting(dict):
         return super().get(key, default)
 
     def keys(self):
-        return self  # which may be asked whether a key is in it
+        return self  # so that `key in config.keys()` is recorded, too
 
     def items(self):
         self.asked |= set(self)
@@ -83,9 +84,11 @@ def _with_batch(config: dict) -> dict:
 
 
 def _check_names(config: dict, source: str) -> None:
-    """UserError for a key that DeepSpeed does not know, at the top or in a section, and further down where
-    DeepSpeed has a model of its own of what stands there. Whatever the values are, "auto" included."""
-    everything = _Noting(_with_batch({}))
+    """Raises UserError for a key that DeepSpeed does not know, whatever the values are.
+
+    Keys are checked at the top and in each section, and deeper where DeepSpeed has a model of the section.
+    """
+    everything = _RecordingDict(_with_batch({}))
     read_config(everything)
     known = everything.asked | set(_ALSO_KNOWN[""])
     for key, section in config.items():
@@ -96,8 +99,8 @@ def _check_names(config: dict, source: str) -> None:
 
 
 def _check_section(key: str, section: dict, source: str) -> None:
-    section = _Noting(_without_autos(section))
-    given = list(section)  # DeepSpeed adds to it
+    section = _RecordingDict(_without_autos(section))
+    given = list(section)  # before DeepSpeed adds to it
     try:
         read_config(_with_batch({key: section}))
     except ValidationError as error:
@@ -107,12 +110,10 @@ def _check_section(key: str, section: dict, source: str) -> None:
         if path is not None:
             within = path if path[0] == key else (key, *path)
             raise _unknown(source, within, _fields(error.title, path[:-1])) from None
-    except (
-        Exception
-    ):  # of whatever kind: a value that DeepSpeed cannot take, which is judged when no "auto" is left
+    except Exception:  # of any kind: a value that DeepSpeed cannot take. `_check_values` judges values.
         return
     if not section.asked:
-        return  # handed on whole to one of DeepSpeed's models, which has found nothing to complain of
+        return  # DeepSpeed has given the whole section to a model of its own, which accepts it
     known = section.asked | set(_ALSO_KNOWN.get(key, ()))
     for name in given:
         if name not in known:
@@ -120,13 +121,15 @@ def _check_section(key: str, section: dict, source: str) -> None:
 
 
 def _without_autos(section: dict) -> dict:
-    """DeepSpeed drops every "auto" with its key, and so would not look at the key."""
-    blank = {key: "?" if value == AUTO else value for key, value in section.items()}
-    return {key: _without_autos(value) if isinstance(value, dict) else value for key, value in blank.items()}
+    """The section with another text for every "auto": DeepSpeed would drop those, and not look at their
+    keys.
+    """
+    filled = {key: "?" if value == AUTO else value for key, value in section.items()}
+    return {key: _without_autos(value) if isinstance(value, dict) else value for key, value in filled.items()}
 
 
 def _fields(title: str, sections: Iterable[str]) -> list[str]:
-    """The names in a section of DeepSpeed's model that is called `title`."""
+    """The names in a section of DeepSpeed's model with this title. sections: the path to it."""
     model = deepspeed_section(title)
     for section in sections:
         names = model.model_fields.items()
@@ -147,7 +150,7 @@ def _unknown(source: str, path: Iterable[str], known: Iterable[str]) -> UserErro
 
 
 def _check_values(config: dict, source: str) -> None:
-    """UserError where DeepSpeed does not take a config without any "auto"."""
+    """Raises UserError if DeepSpeed refuses a config. The config has no "auto" any more."""
     try:
         read_config(_with_batch(config))
     except Exception as error:
@@ -155,6 +158,7 @@ def _check_values(config: dict, source: str) -> None:
 
 
 def _refusal(error: Exception, config: dict, source: str) -> UserError:
+    """The sentence for an error of DeepSpeed's. It names the key that causes the error alone, if one does."""
     for key, value in config.items():
         try:
             read_config(_with_batch({key: value}))

@@ -1,7 +1,7 @@
-"""A DeepSpeed config as it is, made whole: every "auto" filled, every contradiction with the recipe refused.
+"""The user's DeepSpeed config, made complete: "auto" gets a value, contradictions to the recipe are refused.
 
-DeepSpeed itself does not know "auto": it drops or misreads it. Plain dictionaries only; DeepSpeed is not
-imported here.
+DeepSpeed itself does not know "auto": it drops it or misreads it. This file works on plain dictionaries and
+does not import DeepSpeed.
 """
 
 import copy
@@ -11,20 +11,21 @@ from pathlib import Path
 from typing import Any
 
 from distlora.errors import UserError
+from distlora.methods import TransformsGradients
 from distlora.recipe.deepspeed_file import read_deepspeed
 from distlora.recipe.sections import Recipe
 
 AUTO = "auto"
 
-#: "auto" is DeepSpeed's own word, and its default, at these keys: leaving them out says the same.
+#: Keys at which "auto" is DeepSpeed's own word and its default, so that leaving them out says the same.
 _NATIVE_AUTOS = (
     "data_types.keep_in_fp32_modules",
     "zero_optimization.zenflow.select_strategy",
     "zero_optimization.zenflow.select_interval",
     "zero_optimization.zenflow.update_interval",
 )
-#: Parameters of an optimizer section with the values at which they change nothing of what the recipe's
-#: optimizer computes.
+#: Parameters of an optimizer section, with the values that do not change what the recipe's optimizer
+#: computes.
 _NEUTRAL_PARAMS = {
     "torch_adam": (True, False),
     "adam_w_mode": (True,),
@@ -36,7 +37,8 @@ _NEUTRAL_PARAMS = {
     "fused": (True, False, None),
     "nesterov": (False,),
 }
-#: Optimizer types of DeepSpeed that are the recipe's. Its "Adam" is AdamW unless `adam_w_mode` is false.
+#: DeepSpeed's types, in lower case, for an optimizer of the recipe, if there are others than its own name.
+#: DeepSpeed's "Adam" is AdamW unless `adam_w_mode` is false.
 _OPTIMIZER_TYPES = {"adamw": ("adamw", "adam")}
 _SCHEDULER_TYPES = {"linear": "WarmupDecayLR", "cosine": "WarmupCosineLR", "constant": "WarmupLR"}
 _MAPPINGS = (
@@ -46,8 +48,9 @@ _MAPPINGS = (
 
 
 def plan_batches(recipe: Recipe, world_size: int) -> int:
-    """Micro-batches that each rank accumulates before an optimizer step. Errors: UserError if the batch does
-    not divide.
+    """How many micro-batches each rank accumulates for an optimizer step.
+
+    Raises UserError if the batch cannot be divided so.
     """
     whole, micro = recipe.train.global_batch_size, recipe.train.micro_batch_size
     steps, rest = divmod(whole, micro * world_size)
@@ -65,7 +68,7 @@ def _ranks(world_size: int) -> str:
 
 
 def given_deepspeed(recipe: Recipe) -> tuple[dict, str]:
-    """The DeepSpeed config as the recipe gives it, and what it is called in messages."""
+    """The DeepSpeed config as the recipe gives it, and what messages call it."""
     if recipe.deepspeed is None:
         raise ValueError("the recipe has no DeepSpeed config")
     if isinstance(recipe.deepspeed, str):
@@ -74,13 +77,13 @@ def given_deepspeed(recipe: Recipe) -> tuple[dict, str]:
 
 
 def resolve_deepspeed(recipe: Recipe, world_size: int, hidden_size: int | None) -> tuple[dict, list[str]]:
-    """The config to hand to DeepSpeed, without any "auto", and one line for each key that was filled, added
-    or removed.
+    """The config for DeepSpeed, without any "auto"; and a line for each key that was filled, added or
+    removed.
 
-    hidden_size: of the model, None if it has no such number. The `optimizer` and `scheduler` sections are
-    compared with the recipe and removed, because optimizer and schedule are handed to DeepSpeed as objects.
-    Keys that are not named in this file stay as they are. Errors: UserError for a contradiction (names both
-    places), or an "auto" that means nothing here.
+    hidden_size: of the model; None if it has no such number. The `optimizer` and `scheduler` sections are
+    compared with the recipe and removed, because DeepSpeed gets optimizer and schedule as objects. Keys that
+    this file does not name stay as they are. Raises UserError for a contradiction (it names both places), and
+    for an "auto" that means nothing here.
     """
     config, source = given_deepspeed(recipe)
     r = _Resolution(copy.deepcopy(config), source)
@@ -98,7 +101,7 @@ def resolve_deepspeed(recipe: Recipe, world_size: int, hidden_size: int | None) 
 
 
 def look_up(config: dict, key: str, default: Any = None) -> Any:
-    """The value of a dotted key; the default where it is missing, or what it should stand in is no mapping."""
+    """The value of a dotted key. The default if there is none, or if one of its sections is no mapping."""
     for part in key.split("."):
         if not isinstance(config, dict) or part not in config:
             return default
@@ -107,7 +110,7 @@ def look_up(config: dict, key: str, default: Any = None) -> Any:
 
 
 class _Resolution:
-    """A DeepSpeed config on its way to being whole. Keys are dotted."""
+    """A DeepSpeed config that is being completed. Keys are dotted; lines say what was done."""
 
     def __init__(self, config: dict, source: str):
         self.config, self.source, self.lines = config, source, []
@@ -129,7 +132,10 @@ class _Resolution:
         self.lines.append(f"deepspeed.{key}: {why}")
 
     def settle(self, key: str, value: Any, recipe: str, add: bool = False) -> None:
-        """Fill "auto" with the recipe's value, add it where it is missing if `add`, refuse another one."""
+        """Replaces "auto" by the recipe's value, and refuses other values.
+
+        recipe: the place of the value, for the message. add: whether the value is added if there is none.
+        """
         found = self.get(key)
         if found == AUTO:
             self.set(key, value, AUTO)
@@ -166,10 +172,10 @@ def _batches(r: _Resolution, recipe: Recipe, world_size: int) -> None:
         "gradient_accumulation_steps", accumulation, f"{both} ({accumulation} accumulation steps)", add=True
     )
     r.settle("gradient_clipping", train.clip or 0.0, f"train.clip={json.dumps(train.clip)}", add=True)
-    if train.clip and recipe.method.transforms_gradients:
+    if train.clip and isinstance(recipe.method, TransformsGradients):
         r.lines.append(
-            f"deepspeed.gradient_clipping: applied by distlora, by the norm before {recipe.method.name} transforms the gradients; "
-            "DeepSpeed itself does not clip"
+            "deepspeed.gradient_clipping: applied by distlora, by the norm before "
+            f"{recipe.method.name} transforms the gradients; DeepSpeed itself does not clip"
         )
 
 
@@ -178,8 +184,8 @@ def _precision(r: _Resolution, recipe: Recipe) -> None:
         r.fill(f"{section}.enabled", False)
         if r.get(f"{section}.enabled"):
             raise UserError(
-                f"{section}.enabled=true in {r.source} is not supported: the precision is that of the recipe's "
-                f"model.dtype={recipe.model.dtype}; set it to false or auto"
+                f"{section}.enabled=true in {r.source} is not supported: the precision is that of "
+                f"the recipe's model.dtype={recipe.model.dtype}; set it to false or auto"
             )
     wanted = recipe.model.dtype == "bfloat16"
     section = "bfloat16" if "bfloat16" in r.config and "bf16" not in r.config else "bf16"
@@ -211,14 +217,15 @@ def _zero(r: _Resolution, world_size: int, hidden_size: int | None) -> None:
 
 
 def _refuse_layouts(r: _Resolution) -> None:
-    """What `distlora.engine.zero.engine` does not read or write."""
+    """Refuses the ways to store state that `distlora.engine.zero` does not know."""
     for section, old in (("offload_param", "cpu_offload_param"), ("offload_optimizer", "cpu_offload")):
         key = f"zero_optimization.{section}"
         if r.get(f"{key}.device") == "nvme":
             raise UserError(f"{key}.device=nvme in {r.source} is not supported; set it to cpu or none")
         if r.get(f"zero_optimization.{old}"):
             raise UserError(
-                f"zero_optimization.{old} in {r.source} is an old name; set {section}.device to cpu in its place"
+                f"zero_optimization.{old} in {r.source} is an old name; "
+                f"set {section}.device to cpu in its place"
             )
     for name in ("zero_quantized_weights", "zero_quantized_nontrainable_weights"):
         if r.get(f"zero_optimization.{name}"):
@@ -246,8 +253,8 @@ def _optimizer(r: _Resolution, recipe: Recipe) -> None:
                 r.settle(f"optimizer.params.{name}", value, f"{place}={json.dumps(value)}")
             elif given not in _NEUTRAL_PARAMS.get(name, ()):
                 raise UserError(
-                    f"optimizer.params.{name}={json.dumps(given)} in {r.source} has no counterpart in the recipe's "
-                    f"train.optimizer ({own.name}); remove it"
+                    f"optimizer.params.{name}={json.dumps(given)} in {r.source} has no counterpart "
+                    f"in the recipe's train.optimizer ({own.name}); remove it"
                 )
         r.remove("optimizer", "removed, the optimizer is the recipe's")
     if own.name != "adamw":
@@ -255,7 +262,7 @@ def _optimizer(r: _Resolution, recipe: Recipe) -> None:
 
 
 def _untested_optimizer(r: _Resolution, name: str) -> None:
-    """DeepSpeed knows AdamW best; for the others two of its keys must say that they are meant."""
+    """For optimizers other than AdamW, two keys must tell DeepSpeed that they are meant."""
     key, untested = "zero_allow_untested_optimizer", f"train.optimizer.name={name}"
     if r.get(key, AUTO) == AUTO:
         r.set(key, True, f"for {name}")
@@ -264,13 +271,13 @@ def _untested_optimizer(r: _Resolution, name: str) -> None:
     offloaded = r.get("zero_optimization.offload_optimizer.device") == "cpu"
     if offloaded and r.get("zero_force_ds_cpu_optimizer", True):
         raise UserError(
-            f"{untested} has no form in DeepSpeed for zero_optimization.offload_optimizer in {r.source}; use adamw, or set "
-            "zero_force_ds_cpu_optimizer to false there"
+            f"{untested} has no form in DeepSpeed for zero_optimization.offload_optimizer in {r.source}; "
+            "use adamw, or set zero_force_ds_cpu_optimizer to false there"
         )
 
 
 def _scheduler(r: _Resolution, recipe: Recipe) -> None:
-    """A scheduler section may only say what the recipe says: the schedule's type, or "auto"."""
+    """A scheduler section may say only what the recipe says: the schedule's type, and "auto" elsewhere."""
     if "scheduler" not in r.config:
         return
     own = f"train.schedule={recipe.train.schedule}"

@@ -1,4 +1,4 @@
-"""A DeepSpeed config as it stands in its JSON file."""
+"""Reads a DeepSpeed config from its JSON file."""
 
 import json
 from collections.abc import Iterable
@@ -13,8 +13,8 @@ def read_deepspeed(
 ) -> tuple[dict, str]:
     """The DeepSpeed config in a JSON file, and the name of the file that was read.
 
-    path: absolute, or relative to the first of `folders` that has it. place: what names the path in a
-    message. Errors: UserError naming the file.
+    path: absolute, or relative to the first of `folders` that has it. place: what messages call the path.
+    Raises UserError that names the file.
     """
     candidates = [folder / Path(path).expanduser() for folder in folders]
     found = next((candidate for candidate in candidates if candidate.is_file()), None)

@@ -1,4 +1,4 @@
-"""The recipe: one YAML file that says everything about a run. Strict, with dotted overrides."""
+"""Recipes from and to YAML: one file says everything about a run. Reading is strict; overrides are dotted."""
 
 import copy
 import functools
@@ -9,7 +9,7 @@ from pathlib import Path
 from distlora.errors import UserError
 from distlora.methods import registry
 from distlora.recipe.deepspeed_file import read_deepspeed
-from distlora.recipe.sections import INLINE, Recipe, method_class
+from distlora.recipe.sections import FORMAT, INLINE, Recipe, method_class
 from distlora.recipe.strict import (
     check_keys,
     dotted,
@@ -21,16 +21,27 @@ from distlora.recipe.strict import (
     validate_values,
 )
 
+#: The key of a resolved recipe that says its format. Not one of the recipe's keys.
+_FORMAT_KEY = "format"
+
 
 def load_recipe(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe in a YAML file, with overrides such as `train.lr=1e-3` (values are YAML) applied in their
-    order.
+    """The recipe in a YAML file, with overrides such as `train.lr=1e-3` (values are YAML), applied in order.
 
-    A path in `deepspeed` is looked up in the current folder, then in the recipe's and those above it. An
+    A path in `deepspeed` is looked up in the current folder, then in the recipe's and in those above it. An
     override of `method.name` keeps the keys of the file's method section that the new method has, and drops
-    the others: see `Recipe.notes`.
-    Errors: UserError for everything that is wrong with the file, its values or an override.
+    the others: see `Recipe.notes`. A file that does not say its format has the newest one.
+    Raises UserError for everything that is wrong with the file, its values or an override.
     """
+    return _load(path, overrides, default_format=FORMAT)
+
+
+def load_run_recipe(path: str | os.PathLike) -> Recipe:
+    """The recipe that a run has written into its directory. One that does not say its format has format 1."""
+    return _load(path, (), default_format=1)
+
+
+def _load(path: str | os.PathLike, overrides: Sequence[str], default_format: int) -> Recipe:
     document = _Document(Path(path))
     for override in overrides:
         document.apply(override)
@@ -38,16 +49,19 @@ def load_recipe(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Recip
     document.read_deepspeed()
     content, place = document.content, document.place
     check_keys(Recipe, {key: None if key == "method" else value for key, value in content.items()}, "", place)
-    if "method" in content:  # first, because its errors are told in the words of its own class
+    if "method" in content:  # first, so that its errors are those of its own class
         validate(method_class(content["method"], place), content["method"], "method", place)
     recipe = validate_values(Recipe, content, "", place)
     recipe._notes = tuple(document.notes)
     recipe._deepspeed_source = document.deepspeed_source
-    return recipe
+    return recipe.in_format(document.format or default_format)
 
 
 class _Document:
-    """The content of a recipe file on its way through the overrides."""
+    """The content of a recipe file, while the overrides are applied to it.
+
+    format: the one that the file says, None if it says none.
+    """
 
     def __init__(self, path: Path):
         self.path, self.name = path, str(path)
@@ -62,14 +76,32 @@ class _Document:
             raise UserError(
                 f"{self.name} is no recipe: wanted a mapping with the keys {', '.join(Recipe.model_fields)}"
             )
+        self.format = self._take_format()
         method = self.content.get("method")
         self.file_method = copy.deepcopy(method) if isinstance(method, dict) else {}
         self.given: list[str] = []  # dotted keys that an override set or made
         self.notes: list[str] = []
         self.deepspeed_source = INLINE
 
+    def _take_format(self) -> int | None:
+        """Removes the format from the content, so that no override reaches it."""
+        if _FORMAT_KEY not in self.content:
+            return None
+        number = self.content.pop(_FORMAT_KEY)
+        if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+            raise UserError(
+                f"{self.name}: {_FORMAT_KEY}: found {show(number)}, "
+                f"wanted a whole number from 1 to {FORMAT}; remove the line for the newest format"
+            )
+        if number > FORMAT:
+            raise UserError(
+                f"{self.name} was written by a newer distlora: its format is {number}, and this one knows "
+                f"those up to {FORMAT}; install the newer distlora"
+            )
+        return number
+
     def overridden(self, key: str) -> bool:
-        """Whether an override gave the key, or something that it is a part of."""
+        """Whether an override gave the key, or a section that holds it."""
         return any(key == given or key.startswith(f"{given}.") for given in self.given)
 
     def place(self, key: str) -> str:
@@ -99,12 +131,12 @@ class _Document:
         self.given.append(key)
 
     def fit_method(self) -> None:
-        """Where an override chose another method, drop the file's keys that it does not have."""
+        """If an override chose another method, drop the file's keys that this method does not have."""
         old, section = self.file_method.get("name"), self.content.get("method")
         if "method.name" not in self.given or "method" in self.given or section["name"] == old:
             return
         methods = registry()
-        if isinstance(old, str) and old in methods:  # a mistyped key is a mistake, whichever method is run
+        if isinstance(old, str) and old in methods:  # a mistyped key is a mistake, whatever method is run
             check_keys(methods[old], self.file_method, "method", lambda key: f"{self.name}: {key}")
         cls = method_class(section, self.place)
         notes = []
@@ -133,10 +165,11 @@ class _Document:
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """The recipe as YAML: every key with its value, the DeepSpeed config written out (its "auto" kept).
-    Itself a recipe.
+    """The recipe as YAML: its format, and every key with its value. The text is itself a recipe.
+
+    The DeepSpeed config is written out, with its "auto" as it is.
     """
-    content = recipe.model_dump(mode="json")
+    content = {_FORMAT_KEY: recipe.format, **recipe.model_dump(mode="json")}
     if isinstance(recipe.deepspeed, str):
         content["deepspeed"] = read_deepspeed(recipe.deepspeed)[0]
     return dump_yaml(content)
@@ -146,8 +179,9 @@ def run_identity(recipe: Recipe) -> dict:
     """What two recipes must have in common for one to resume the other's run: all that decides the trained
     numbers.
 
-    Left out: where and how fast it runs (DeepSpeed, micro-batch, checkpointing, attention, output directory),
-    and what only looks on (evaluation and checkpoints).
+    Left out are where and how fast it runs (DeepSpeed, micro-batch, checkpointing, attention, output
+    directory), what changes no weight (evaluation and checkpoints), and the format, which a resumed run takes
+    over from its directory.
     """
     content = recipe.model_dump(mode="json")
     for key in ("deepspeed", "output_dir"):
@@ -155,8 +189,10 @@ def run_identity(recipe: Recipe) -> dict:
     ignored = {
         "model": ("gradient_checkpointing", "attention"),
         "data": ("max_new_tokens", "eval_split"),
-        "train": ("micro_batch_size", "eval_every", "save_every", "keep_checkpoints", "eval_samples", "exact_match_samples",
-                  "hang_timeout"),
+        "train": (
+            "micro_batch_size", "eval_every", "save_every", "keep_checkpoints", "eval_samples",
+            "exact_match_samples", "hang_timeout",
+        ),
     }  # fmt: skip
     for section, keys in ignored.items():
         for key in keys:

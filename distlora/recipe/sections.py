@@ -1,5 +1,6 @@
-"""The sections of a recipe: the reference of all keys, except `method:`, whose keys are those of the method's
-class.
+"""The sections of a recipe: the reference of all keys, except those of `method:`.
+
+The keys of `method:` are the fields of the method's class.
 """
 
 from typing import Annotated, Any, Literal
@@ -17,7 +18,7 @@ from pydantic import (
 
 from distlora.engine.optimizers import OptimizerName
 from distlora.errors import UserError
-from distlora.methods import Method, registry
+from distlora.methods import Method, last_trained_factor, registry
 from distlora.recipe.strict import Place, show
 from distlora.sentences import nearest
 
@@ -25,13 +26,18 @@ Text = Annotated[str, Field(min_length=1)]
 Count = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-# 0 and null mean the same, "off", and are stored as None.
+# In the next three, 0 and null mean the same: "off".
 OffOrCount = Annotated[Annotated[int, Field(ge=0)] | None, AfterValidator(lambda value: value or None)]
-NoneOrCount = Annotated[
-    Annotated[int, Field(ge=0)] | None, AfterValidator(lambda value: value or 0)
-]  # null is stored as 0
+#: Stored as 0, the other two as None.
+ZeroOrCount = Annotated[Annotated[int, Field(ge=0)] | None, AfterValidator(lambda value: value or 0)]
 OffOrNumber = Annotated[NotNegative | None, AfterValidator(lambda value: value or None)]
 
+#: The newest format of a recipe. It grows when the same keys come to mean other numbers, such as other tokens
+#: for the same rows. A run keeps the format that it was begun with. Format 1: a run from before the number
+#: was written down.
+FORMAT = 2
+
+#: What messages call a DeepSpeed config that stands in the recipe itself.
 INLINE = "the recipe's deepspeed section"
 
 
@@ -126,7 +132,7 @@ class TrainSection(Section):
     save_every: OffOrCount = Field(200, description="steps; 0 or null: only at the end")
     eval_samples: Count | None = Field(256, description="of the evaluation split; null: all")
     keep_checkpoints: Count = 2
-    exact_match_samples: NoneOrCount = Field(
+    exact_match_samples: ZeroOrCount = Field(
         0, description="evaluation problems answered before and after training"
     )
     hang_timeout: OffOrNumber = Field(
@@ -141,7 +147,7 @@ class TrainSection(Section):
 
 
 def method_class(section: Any, place: Place) -> type[Method]:
-    """The class that the `name` of a method section says."""
+    """The class of the method that a section names. Raises UserError if it names none."""
     methods = registry()
     if not isinstance(section, dict):
         raise UserError(
@@ -152,18 +158,19 @@ def method_class(section: Any, place: Place) -> type[Method]:
     name = section["name"]
     if not isinstance(name, str) or name not in methods:
         raise UserError(
-            f"{place('method.name')}: no method is called {name}{nearest(str(name), methods)} (methods: {', '.join(methods)})"
+            f"{place('method.name')}: no method is called {name}{nearest(str(name), methods)} "
+            f"(methods: {', '.join(methods)})"
         )
     return methods[name]
 
 
 def _method(value: Any) -> Any:
-    """A mapping becomes the method that its name says."""
+    """Makes a mapping into the method that its `name` says."""
     return method_class(value, str)(**value) if isinstance(value, dict) else value
 
 
 class Recipe(Section):
-    """A whole run. `load_recipe` replaces a path in `deepspeed` by the content of the file."""
+    """A whole run. `load_recipe` puts the content of the file in the place of a path in `deepspeed`."""
 
     model: ModelSection
     method: Annotated[SerializeAsAny[Method], BeforeValidator(_method)]
@@ -175,6 +182,7 @@ class Recipe(Section):
 
     _notes: tuple[str, ...] = PrivateAttr(())
     _deepspeed_source: str = PrivateAttr(INLINE)
+    _format: int = PrivateAttr(FORMAT)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -183,12 +191,27 @@ class Recipe(Section):
 
     @property
     def deepspeed_source(self) -> str:
-        """Where the DeepSpeed config came from, as it is named in messages."""
+        """Where the DeepSpeed config came from, as messages name it."""
         return self.deepspeed if isinstance(self.deepspeed, str) else self._deepspeed_source
 
+    @property
+    def format(self) -> int:
+        """What the keys mean: see FORMAT. It is no key; users do not choose it."""
+        return self._format
+
+    def in_format(self, number: int) -> "Recipe":
+        """The same recipe in another format."""
+        changed = self.model_copy()
+        changed._format = number
+        return changed
+
     def __eq__(self, other: object) -> bool:
-        """Recipes are equal if they say the same; notes and file names do not count."""
-        return isinstance(other, Recipe) and self.model_dump() == other.model_dump()
+        """Whether two recipes say the same, in the same format. Notes and file names do not count."""
+        return (
+            isinstance(other, Recipe)
+            and self.format == other.format
+            and self.model_dump() == other.model_dump()
+        )
 
     @model_validator(mode="after")
     def _consistent(self):
@@ -196,9 +219,9 @@ class Recipe(Section):
             asked = f"train.exact_match_samples={self.train.exact_match_samples}"
             raise ValueError(f"{asked} needs data.eval_split; name the split or set it to 0")
         ratio = self.train.optimizer.lora_plus_ratio
-        if ratio is not None and self.method.left_factor is None:
+        if ratio is not None and last_trained_factor(self.method) is None:
             raise ValueError(
-                f"train.optimizer.lora_plus_ratio={ratio:g} is for methods that train B, and {self.method.name} trains "
-                f"{', '.join(self.method.trains) or 'W'}; set it to null"
+                f"train.optimizer.lora_plus_ratio={ratio:g} is for methods that train B, "
+                f"and {self.method.name} trains {', '.join(self.method.trains) or 'W'}; set it to null"
             )
         return self

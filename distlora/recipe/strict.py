@@ -1,8 +1,7 @@
-"""YAML into pydantic models, strictly: each mistake becomes one sentence with its place, what was found and
-what is wanted.
+"""YAML into pydantic models, strictly. A mistake becomes one sentence: where, what was found, what is wanted.
 
-A place is a function from a dotted key to the words that name it: "recipes/x.yaml: train.lr", or "override
-train.lr".
+A place is a function from a dotted key to the words that name it, such as "recipes/x.yaml: train.lr" or
+"override train.lr".
 """
 
 import json
@@ -27,7 +26,9 @@ _FLOAT = re.compile(r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)[eE][-+]?[0-9]+$")
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads `1e-4` as a number, keeps dates as text, and refuses a key that is given twice."""
+    """A SafeLoader that reads `1e-4` as a number and dates as texts, and refuses a key that is given
+    twice.
+    """
 
     yaml_implicit_resolvers = {
         first: [pair for pair in pairs if pair[0] != _TIMESTAMP]
@@ -45,7 +46,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """SafeDumper that quotes a text which `_Loader` would take for a number."""
+    """A SafeDumper that quotes texts which `_Loader` would take for numbers."""
 
 
 for _cls in (_Loader, _Dumper):
@@ -53,7 +54,7 @@ for _cls in (_Loader, _Dumper):
 
 
 def parse_yaml(text: str, name: str) -> Any:
-    """The content of a YAML text. `name` is what it is called in the UserError for a text that is no YAML."""
+    """The content of a YAML text. Raises UserError, which calls the text `name`, if it is not YAML."""
     try:
         return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
@@ -63,7 +64,7 @@ def parse_yaml(text: str, name: str) -> Any:
 
 
 def dump_yaml(content: Any) -> str:
-    """YAML text, keys in the given order, that `parse_yaml` reads back as the same content."""
+    """YAML text from which `parse_yaml` reads the same content. Keys keep their order."""
     return yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
@@ -71,7 +72,7 @@ def dump_yaml(content: Any) -> str:
 
 
 def dotted(*parts: Any) -> str:
-    """`train.lr` for ("train", "lr"); empty parts are left out."""
+    """`train.lr` for ("train", "lr"). Empty parts are left out."""
     return ".".join(str(part) for part in parts if part != "")
 
 
@@ -87,8 +88,9 @@ def unknown_keys(cls: type[BaseModel], data: dict) -> list[tuple]:
 
 
 def check_keys(cls: type[BaseModel], data: dict, prefix: str, place: Place) -> None:
-    """UserError for the first key of `data`, at any depth, that `cls` does not have. prefix: where `data`
-    stands.
+    """Raises UserError for the first key of `data`, at any depth, that `cls` does not have.
+
+    prefix: the dotted key under which `data` stands.
     """
     for *sections, name in unknown_keys(cls, data)[:1]:
         for section in sections:
@@ -106,7 +108,7 @@ def nested_model(annotation: Any) -> type[BaseModel] | None:
 
 # ---------------------------------------------------------------------- values
 
-#: pydantic's error type -> what is wanted, with the error's context filled in.
+#: What is wanted, by pydantic's type of the error. The error's context is filled in.
 _WANTED = {
     "bool_parsing": "true or false",
     "bool_type": "true or false",
@@ -135,19 +137,19 @@ _WANTED = {
 
 
 def validate(cls: type[Model], data: dict, prefix: str, place: Place) -> Model:
-    """An instance of `cls` made of YAML content: the keys are checked first, then the values.
+    """An instance of `cls`, made of YAML content. The keys are checked first, and then the values.
 
-    prefix: the dotted key under which `data` stands. Errors: UserError in one sentence for the first mistake.
+    prefix: the dotted key under which `data` stands. Raises UserError, in one sentence, for the first
+    mistake.
     """
     check_keys(cls, data, prefix, place)
     return validate_values(cls, data, prefix, place)
 
 
 def validate_values(cls: type[Model], data: dict, prefix: str, place: Place) -> Model:
-    """As `validate`, for keys that are checked. Nothing is converted: neither true nor "8" is a number."""
+    """Like `validate`, for keys that were checked. Nothing is converted: neither true nor "8" is a number."""
     try:
-        # As JSON, because pydantic's strict mode for Python objects wants tuples for tuples and instances for
-        # sections.
+        # As JSON, because pydantic's strict mode wants tuples and instances of sections among Python objects.
         return cls.model_validate_json(json.dumps(data, default=str), strict=True)
     except ValidationError as error:
         raise UserError(sentence(error, data, prefix, place)) from None
@@ -163,7 +165,7 @@ def sentence(error: ValidationError, data: Any, prefix: str, place: Place) -> st
     """What is wrong with `data`, which stands under the dotted key `prefix`."""
     mistakes = [(_path(mistake, data), mistake) for mistake in error.errors(include_url=False)]
     first = mistakes[0][0]
-    # The alternatives of a union fail one by one: the one that got deepest into the value tells most.
+    # Each alternative of a union fails by itself. The one that got deepest into the value tells most.
     path = max((path for path, _ in mistakes if path[: len(first)] == first), key=len)
     same = [mistake for other, mistake in mistakes if other == path]
     where = place(dotted(prefix, *path))
@@ -184,7 +186,9 @@ def _wanted(mistake: dict) -> str:
 
 
 def _path(mistake: dict, data: Any) -> tuple:
-    """The keys and list positions of a mistake: pydantic's location without the tags of union alternatives."""
+    """The keys and list positions of a mistake: pydantic's location without the tags of union
+    alternatives.
+    """
     path = []
     for part in mistake["loc"]:
         if part in (data if isinstance(data, dict) else range(len(data)) if isinstance(data, list) else ()):

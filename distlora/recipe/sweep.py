@@ -1,5 +1,6 @@
-"""The lines of a sweep: each holds the overrides of one run. Imports nothing heavy: launch scripts ask it
-before a run.
+"""The lines of a sweep: each holds the overrides of one run.
+
+Launch scripts read them before a run, so that this file must import quickly.
 """
 
 import os
@@ -12,7 +13,7 @@ from distlora.recipe.strict import parse_yaml
 
 
 def read_sweep(path: str | os.PathLike) -> list[list[str]]:
-    """The words of every line, quoted as in a shell; empty lines and those that begin with # do not count.
+    """The words of every line, quoted as in a shell. Empty lines, and those that begin with #, do not count.
 
     Raises UserError for a file that cannot be read, and for a line that is not a list of overrides.
     """
@@ -42,10 +43,11 @@ def _words(line: str, name: str) -> list[str]:
 
 
 def line_of(path: str | os.PathLike, number: int, lines: Sequence[list[str]]) -> list[str]:
-    """The words of one line, counted from 0. Raises UserError if it is missing."""
+    """The words of one line, counted from 0. Raises UserError if there is no such line."""
     if not 0 <= number < len(lines):
         raise UserError(
-            f"{path} has no line {number}, only {len(lines)}, counted from 0; sbatch --array=0-{len(lines) - 1}"
+            f"{path} has no line {number}, only {len(lines)}, counted from 0; "
+            f"sbatch --array=0-{len(lines) - 1}"
         )
     return lines[number]
 
@@ -53,8 +55,9 @@ def line_of(path: str | os.PathLike, number: int, lines: Sequence[list[str]]) ->
 def check_directories(
     path: str | os.PathLike, lines: Sequence[list[str]], recipe: str, common: Sequence[str] = ()
 ) -> None:
-    """Raises UserError if two lines would train into the same directory. common: the overrides that come
-    before every line's.
+    """Raises UserError if two lines would train into the same directory.
+
+    common: the overrides that come before those of every line.
     """
     own, first = _own_directory(recipe), {}
     for index, words in enumerate(lines):
@@ -68,7 +71,7 @@ def check_directories(
 
 
 def _own_directory(recipe: str) -> object:
-    """The recipe's; None where it has none. What is wrong with a recipe is told by the run."""
+    """The recipe's output directory; None if it has none. The run will say what is wrong with the recipe."""
     try:
         content = parse_yaml(Path(recipe).read_text(encoding="utf-8"), recipe)
     except (OSError, UnicodeDecodeError, UserError):

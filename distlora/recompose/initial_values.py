@@ -1,7 +1,7 @@
-"""What components were when they were put in place: the zero point of what they learn.
+"""The initial values of components: what they were when they were put in place, and what they learn counts
+from there.
 
-Both classes answer the same calls. Everything that is not a small number lies elsewhere already, or beside
-the trained factors.
+Both classes answer the same calls.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,11 +17,12 @@ from distlora.methods import Factors, Recomposition
 from distlora.recompose.shards import assembled, own_values
 
 
-class OriginsInLedger:
-    """Of components that are replaced one by one: each was taken out of W when it was put in place, and the
-    ledger knows it.
+class InitialValuesInLedger:
+    """Initial values of components that are replaced one by one. Each was taken out of W when it was put in
+    place, so the ledger has it.
 
-    As (entry, column) of every component of every layer. Those of the start are the first entry.
+    Only its place is kept: (entry, column) for every component of every layer. The first entry of the ledger
+    has those of the start.
     """
 
     def __init__(self, engine: Engine, attached: Attached, owners: dict[str, int]):
@@ -30,23 +31,23 @@ class OriginsInLedger:
         self._places = {name: list(start) for name in attached.layers}
 
     def start(self) -> None:
-        """Nothing: the ledger's first entry says it all."""
+        """Does nothing: the first entry of the ledger has all values."""
 
     def negated(self, layer: AdapterLinear, components: tuple[int, ...], used: Factors) -> list[LowRank]:
-        """Pairs whose sum is −s·B·A of these components as they were put in place; on the layer's owner, none
-        elsewhere.
+        """Pairs whose sum is −s·B·A of these components as they were put in place. On the layer's owner;
+        other ranks get none.
         """
         if self._owners[layer.name] != self._comm.rank:
             return []
         pairs = []
         for component in components:
             entry, column = self._places[layer.name][component]
-            then = self._engine.ledger.pair(layer.name, entry)  # its sign is the other one already
+            then = self._engine.ledger.pair(layer.name, entry)  # negated already
             pairs.append(LowRank(then.left[:, column : column + 1], then.right[column : column + 1]))
         return pairs
 
     def put(self, layer: AdapterLinear, answer: Recomposition) -> None:
-        """After a swap: the ledger's newest entry has the new components, behind what was fused."""
+        """After a recomposition: the newest ledger entry has the new components, after what was fused."""
         entry = len(self._engine.ledger.entries[layer.name]) - 1
         first = answer.base_update.right.shape[0] - len(answer.replaced)
         for i, component in enumerate(answer.replaced):
@@ -57,16 +58,16 @@ class OriginsInLedger:
         return self._places
 
     def tensors(self) -> Iterator[tuple[str, Tensor | None]]:
-        """None: they are the ledger's."""
+        """None: the ledger has them."""
         return iter(())
 
     def restore(self, state: dict[str, list], read: Callable[[str], Tensor | None]) -> None:
         self._places = {name: [tuple(place) for place in places] for name, places in state.items()}
 
 
-class OriginsInStart:
-    """Of an adapter that starts anew as a whole: its trained factors as they were then, each rank's parts of
-    them.
+class InitialValuesInStart:
+    """Initial values of an adapter that starts anew as a whole: its trained factors at that moment. Each rank
+    keeps its own parts of them.
     """
 
     def __init__(self, engine: Engine, attached: Attached, owners: dict[str, int]):
@@ -82,8 +83,8 @@ class OriginsInStart:
             }
 
     def negated(self, layer: AdapterLinear, components: tuple[int, ...], used: Factors) -> list[LowRank]:
-        """A pair that is −s·B·R·A as at the start; on the layer's owner, none elsewhere. used: the factors of
-        now. Collective.
+        """A pair that is −s·B·R·A of the last start. On the layer's owner; other ranks get none. used: the
+        factors of now. Collective.
         """
         owner, then = self._owners[layer.name], dict(used)
         for factor, shape, part in self._factors(layer):
@@ -96,7 +97,7 @@ class OriginsInStart:
         return [LowRank(-pair.left, pair.right)]
 
     def put(self, layer: AdapterLinear, answer: Recomposition) -> None:
-        """Nothing yet: `start` follows when all layers have their new factors."""
+        """Does nothing: `start` follows when all layers have their new factors."""
 
     def state(self) -> dict[str, list]:
         return {}

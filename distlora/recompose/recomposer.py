@@ -1,10 +1,10 @@
-"""Recomposition: at intervals, components of the adapter are fused into the frozen weight, and new ones take
-their places.
+"""Recomposition of all layers: components are fused into the frozen weight, and new ones take their places.
 
-What is kept on a rank between two swaps belongs to its own parts of the factors (`scores`, `origins`) or to
-the layers that it owns (`reserve`, on the host). A swap sends factors, and never a part of W.
+Between two recompositions a rank keeps what belongs to its own parts of the factors (scores, initial values),
+or to the layers that it owns (the reserve, in host memory). A recomposition sends factors, and no part of W.
 """
 
+import functools
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -19,36 +19,32 @@ from distlora.adapter.attach import Attached
 from distlora.adapter.layer import AdapterLinear
 from distlora.engine.ledger import Ledger
 from distlora.engine.owners import assign_owners, broadcast_pair
-from distlora.engine.protocol import Engine, Part
-from distlora.initialise.factors import initialise
-from distlora.initialise.probe import Probe
-from distlora.maths.importance import component_of, low_half_share
+from distlora.engine.protocol import Engine
+from distlora.initialisation.factors import initialise
+from distlora.initialisation.probe import Probe
+from distlora.maths.importance import low_half_share
 from distlora.maths.low_rank import LowRank
-from distlora.maths.moments import AGE_LIMIT, own_age
-from distlora.methods import Factors, Recomposition
-from distlora.recompose.initial_values import OriginsInLedger, OriginsInStart
+from distlora.maths.recomposition_schedule import AdaptiveSchedule
+from distlora.methods import Factors, Recomposition, recomposing
+from distlora.recompose.ages import Ages
+from distlora.recompose.initial_values import InitialValuesInLedger, InitialValuesInStart
 from distlora.recompose.refill import from_gradients
-from distlora.recompose.report import LayerSwap, SwapReport, complete, measure
+from distlora.recompose.report import LayerRecomposition, RecompositionReport, complete, measure
 from distlora.recompose.reserve import Reserve
 from distlora.recompose.scores import Scores
 
 log = logging.getLogger(__name__)
 
-#: An optimizer step that no component can have been put in place after.
-NEVER = -1
-#: The moment that a new component starts without; the second ones get the bias correction of their own age
-#: instead.
-FORGOTTEN = ("exp_avg", "momentum_buffer")
 USED_UP = "the reserve of unused singular directions is used up: no further recomposition"
 
 
 @dataclass
 class _Carried:
-    """What is remembered of a swap until its numbers are computed.
+    """What is kept of a recomposition until its numbers are computed.
 
-    errors: of every layer, this rank's share of the squared rounding error. live, begun: of the layers that
-    this rank owns, what the factors add to W now, and what the replaced components were when they were put in
-    place, negated; in host memory.
+    errors: for every layer, this rank's share of the squared rounding error. live, begun: for the layers that
+    this rank owns, what the factors add to W now, and the negated initial values of the replaced components;
+    in host memory.
     """
 
     errors: dict[str, float] = field(default_factory=dict)
@@ -62,7 +58,7 @@ class Recomposer:
 
     steps: of the whole run. reserves: of the layers that this rank owns, as `initialise` reported them.
     probe: the samples of the j-th new probe, where the method needs one. rate: the learning rate of step 0,
-    1, …. Without a schedule it does nothing. All calls are collective.
+    1, …. Does nothing for a method that does not recompose. All calls are collective.
     """
 
     def __init__(
@@ -76,34 +72,42 @@ class Recomposer:
         rate: Callable[[int], float] = lambda step: 1.0,
     ):
         self._engine, self._attached, self._comm = engine, attached, engine.comm
-        self._method, self._layers = attached.method, attached.layers
+        self._layers, self._method = attached.layers, recomposing(attached.method)
         self._seed, self._probe, self._rate = seed, probe, rate
-        self._owners = assign_owners(self._layers, self._method, engine.comm.world_size)
-        self._switching = self._method.switching(steps) if self._layers else None
-        elements = self._method.element_scores() if self._switching else None
-        self._scores = Scores(engine, self._layers, elements) if elements else None
+        self._owners = assign_owners(self._layers, attached.method, engine.comm.world_size)
         self._reserve = Reserve(self._comm, self._layers, self._owners, engine.dtype, reserves or {})
-        #: Swaps made, and optimizer steps. Not the optimizer's own count, which a rank without a part of any
-        #: tensor lacks.
-        self._swaps, self._done = 0, 0
-        #: No further replacement, whatever the schedule says; young components are still looked after.
+        #: Recompositions made, and optimizer steps done. The optimizer's own count does not serve: a rank
+        #: without a part of any tensor lacks it.
+        self._made, self._done = 0, 0
+        #: No further replacement, whatever the schedule says. Young components are still looked after.
         self._ended = False
-        #: The optimizer step after which each component of every layer was put in place.
-        self._born = {name: [NEVER] * self._method.rank for name in self._layers}
-        origins = OriginsInStart if self._method.refill_from() == "restart" else OriginsInLedger
-        self._origins = origins(engine, attached, self._owners)
-        if self.active:
-            self._origins.start()
+        self._scores: Scores | None = None
+        if not self.active:
+            return
+        self._schedule = self._method.recomposition_schedule(steps)
+        elements = self._method.element_scores()
+        if elements is not None:
+            self._scores = Scores(engine, self._layers, self._method, elements)
+        self._ages = Ages(engine, self._layers, self._method)
+        anew = self._method.refill_from() == "restart"
+        kind = InitialValuesInStart if anew else InitialValuesInLedger
+        self._initial_values = kind(engine, attached, self._owners)
+        self._initial_values.start()
 
     @property
     def active(self) -> bool:
-        """Whether components may still be replaced, or young ones still need looking after."""
-        return self._switching is not None
+        """Whether components are replaced in this run, or young ones looked after."""
+        return self._method is not None and bool(self._layers)
+
+    @property
+    def follows_loss(self) -> bool:
+        """Whether the loss decides when components are replaced."""
+        return self.active and isinstance(self._schedule, AdaptiveSchedule)
 
     @property
     def _following(self) -> bool:
-        """Whether scores of elements are still needed, for a swap that may come."""
-        return self._scores is not None and not self._ended and not self._switching.finished(self._done)
+        """Whether scores of elements are still needed, for a recomposition that may come."""
+        return self._scores is not None and not self._ended and not self._schedule.finished(self._done)
 
     @property
     def _ledger(self) -> Ledger:
@@ -114,7 +118,7 @@ class Recomposer:
         return self._reserve.bytes_at_most()
 
     def beside_bytes(self) -> int:
-        """What every rank holds of fused components that stand beside the weights."""
+        """Memory that every rank needs for fused components beside the weights."""
         pairs = [layer.beside for layer in self._layers.values() if layer.beside is not None]
         return sum(pair.left.nbytes + pair.right.nbytes for pair in pairs)
 
@@ -122,18 +126,13 @@ class Recomposer:
 
     @torch.no_grad()
     def on_gradient(self) -> None:
-        """After the last backward, before the step: scores see the averaged gradient, and young components
-        get second moments of their own age."""
+        """After the last backward pass, before the step: scores see the averaged gradient, and young
+        components get second moments of their own age.
+        """
         if not self.active:
             return
         step = self._done + 1
-        young = {
-            name
-            for name, born in self._born.items()
-            if any(b != NEVER and step - b <= AGE_LIMIT for b in born)
-        }
-        if "exp_avg_sq" not in self._engine.optimizer.moments():
-            young = set()
+        young = self._ages.young(step)
         clip = self._engine.clip_factor() if young else 1.0
         for name, layer in self._layers.items():
             if not self._following and name not in young:
@@ -143,52 +142,39 @@ class Recomposer:
                     continue
                 if self._following:
                     self._scores.update(name, factor, part)
-                if name in young and "exp_avg_sq" in part.moments:
-                    ages = self._ages(name, step)[_component(factor, part, layer)]
-                    beta2 = self._engine.optimizer.betas[1]
-                    own_age(part.moments["exp_avg_sq"], part.gradient * clip, ages, step, beta2)
-
-    def _ages(self, name: str, step: int) -> Tensor:
-        """(r,) int64: the how manieth step of each component the optimizer step `step` is; 0 for those of the
-        start.
-        """
-        ages = [0 if born == NEVER else step - born for born in self._born[name]]
-        return torch.tensor(ages, device=self._comm.device)
+                if name in young:
+                    self._ages.correct(layer, factor, part, step, clip)
 
     # ------------------------------------------------------------------ after every optimizer step
 
     @torch.no_grad()
-    def after_step(self, done: int, loss: float) -> SwapReport | None:
+    def after_step(self, done: int, loss: float) -> RecompositionReport | None:
         """done: finished steps. loss: of the last one, the same on all ranks. Returns what was decided, if
         anything was.
         """
-        followed, self._done = self._following, done
-        if not self.active or self._ended:
+        if not self.active:
             return None
-        table: list[Tensor] = []
-
-        def scores() -> Tensor:
-            if not table:
-                table.append(self._scores.table())
-            return table[0]
-
-        decision = self._switching.after_step(done, loss, lambda: _mean_low_share(scores()))
+        followed, self._done = self._following, done
+        if self._ended:
+            return None
+        scores = functools.cache(lambda: self._scores.table())
+        decision = self._schedule.after_step(done, loss, lambda: _mean_low_share(scores()))
         if decision is None:
             return None
-        log.info(
-            "step %d: %s: %s", done, "recomposition" if decision.swap else "no recomposition", decision.reason
+        verdict = "recomposition" if decision.recompose else "no recomposition"
+        log.info("step %d: %s: %s", done, verdict, decision.reason)
+        importance = scores() if followed else None
+        report = RecompositionReport(
+            done, decision.recompose, decision.reason, importance, list(self._layers)
         )
-        report = SwapReport(
-            done, decision.swap, decision.reason, scores() if followed else None, list(self._layers)
-        )
-        if decision.swap:
-            self._swap(report)
+        if decision.recompose:
+            self._recompose(report)
         return report
 
-    def _swap(self, report: SwapReport) -> None:
+    def _recompose(self, report: RecompositionReport) -> None:
         began = time.perf_counter()
         if self._method.refill_from() == "restart":
-            self._restart(report)
+            self._start_anew(report)
         else:
             self._replace(report)
         if self.beside_bytes():
@@ -197,13 +183,13 @@ class Recomposer:
             self._scores.start()
         elif self._scores is not None:
             self._scores.drop()
-        if report.swapped:
+        if report.recomposed:
             report.scalars["seconds"] = time.perf_counter() - began
 
     # ------------------------------------------------------------------ some components
 
-    def _replace(self, report: SwapReport) -> None:
-        """The chosen components of every layer are fused and refilled."""
+    def _replace(self, report: RecompositionReport) -> None:
+        """Fuses the chosen components of every layer, and puts new ones in their places."""
         scores = [None] * len(self._layers) if report.scores is None else report.scores
         chosen = {name: self._method.choose(row) for name, row in zip(self._layers, scores)}
         from_reserve = self._method.refill_from() == "reserve"
@@ -212,9 +198,9 @@ class Recomposer:
         ):
             log.info(USED_UP)
             self._ended = True
-            report.swapped, report.reason = False, USED_UP
+            report.recomposed, report.reason = False, USED_UP
             return
-        self._swaps += 1
+        self._made += 1
         fresh = {} if from_reserve else self._from_gradients(chosen)
         carried = _Carried()
         for name, layer in self._layers.items():
@@ -222,7 +208,9 @@ class Recomposer:
             new = broadcast_pair(self._comm, layer.shape, self._owners[name], own)
             factors, used = self._read(layer)
             self._carry_out(layer, self._method.fuse(factors, used, chosen[name], new), used, carried)
-            report.layers[name] = seen = LayerSwap(chosen[name], reserve_left=self._reserve.left(name))
+            report.layers[name] = seen = LayerRecomposition(
+                chosen[name], reserve_left=self._reserve.left(name)
+            )
             seen.sigma = [
                 self._method.scaling * float(b.norm() * a.norm()) for b, a in zip(new.left.T, new.right)
             ]
@@ -231,36 +219,37 @@ class Recomposer:
         self._measure(report, carried)
 
     def _from_gradients(self, chosen: dict[str, tuple[int, ...]]) -> dict[str, LowRank]:
-        data, seed = self._probe(self._swaps), f"{self._seed}.{self._swaps}"
+        data, seed = self._probe(self._made), f"{self._seed}.{self._made}"
         return from_gradients(self._engine, self._attached, self._owners, chosen, data, seed)
 
     # ------------------------------------------------------------------ the whole adapter
 
-    def _restart(self, report: SwapReport) -> None:
-        """All of the adapter is fused, and it starts anew from the present gradients."""
-        self._swaps += 1
+    def _start_anew(self, report: RecompositionReport) -> None:
+        """Fuses the whole adapter, which then starts anew from the present gradients."""
+        self._made += 1
         carried = _Carried()
         for name, layer in self._layers.items():
             factors, used = self._read(layer)
-            # Every rank forms the (out, r) product s·B·R for itself: out·r² multiplications. Its own rows of
-            # left @ right cost out·in·r/world, and an owner's broadcast would have to wait for the product
-            # and then send it.
+            # Every rank computes the (out, r) product s·B·R for itself, in out·r² multiplications. Its own
+            # rows of left @ right cost out·in·r/world. The broadcast of an owner would have to wait for the
+            # same product and then send it.
             answer = self._method.fuse(factors, used, self._method.choose(None), None)
             self._carry_out(layer, answer, used, carried)
-            report.layers[name] = LayerSwap(answer.replaced)
+            report.layers[name] = LayerRecomposition(answer.replaced)
         self._measure(report, carried)
         with torch.enable_grad():
             init = initialise(
-                self._engine, self._attached, self._seed, self._rate(report.step), self._probe(self._swaps), self._swaps,
+                self._engine, self._attached, self._seed, self._rate(report.step),
+                self._probe(self._made), self._made,
                 keep_function=self._method.keeps_function_at_restart(),
             )  # fmt: skip
-        self._origins.start()
+        self._initial_values.start()
         report.scalars |= {f"init/{key}": value for key, value in init.scalars.items()}
 
     # ------------------------------------------------------------------ both
 
     def _read(self, layer: AdapterLinear) -> tuple[Factors, Factors]:
-        """All factors whole: the optimizer's, and in float32 what the forward pass uses."""
+        """All factors, whole: as the optimizer has them, and as the forward pass uses them, in float32."""
         factors = self._engine.read(layer)
         return factors, self._as_used(factors)
 
@@ -270,33 +259,26 @@ class Recomposer:
     def _carry_out(
         self, layer: AdapterLinear, answer: Recomposition, used: Factors, carried: _Carried
     ) -> None:
-        """Factors, weight, moments and ledger of one layer. used: the factors before."""
-        name, begun = layer.name, self._origins.negated(layer, answer.replaced, used)
+        """Changes factors, weight, moments and ledger of one layer. used: the factors before."""
+        name, begun = layer.name, self._initial_values.negated(layer, answer.replaced, used)
         self._engine.write(layer, answer.factors)
         rounding, beside = (
             self._method.update_rounding(),
             self._method.fuses_beside(layer.packing is not None),
         )
         carried.errors[name] = self._ledger.apply(
-            self._engine, layer, self._swaps, rounding, answer.base_update, beside
+            self._engine, layer, self._made, rounding, answer.base_update, beside
         )
-        replaced = torch.zeros(self._method.rank, dtype=torch.bool, device=self._comm.device)
-        replaced[list(answer.replaced)] = True
-        for factor, part in self._engine.parts(layer).items():
-            mask = replaced[_component(factor, part, layer)]
-            for key in FORGOTTEN:
-                if key in part.moments:
-                    part.moments[key][mask.to(part.moments[key].device)] = 0.0
-        for component in answer.replaced:
-            self._born[name][component] = self._done
-        self._origins.put(layer, answer)
+        self._ages.replace(layer, answer.replaced, self._done)
+        self._initial_values.put(layer, answer)
         if self._owners[name] == self._comm.rank:
             carried.live[name] = _on_host(self._method.delta(self._as_used(answer.factors)))
             carried.begun[name] = [_on_host(pair) for pair in begun]
 
-    def _measure(self, report: SwapReport, carried: _Carried) -> None:
-        """What there is to tell of every layer, computed by its owner: apart from the swap itself, so that
-        owners do not wait for each other, and none for one that failed."""
+    def _measure(self, report: RecompositionReport, carried: _Carried) -> None:
+        """Completes the report. The owner of each layer computes its numbers, after all layers were changed,
+        so that owners do not wait for each other, and no rank waits for one that failed.
+        """
         failure = None
         try:
             for name, live in carried.live.items():
@@ -310,53 +292,43 @@ class Recomposer:
     # ------------------------------------------------------------------ to a checkpoint and back
 
     def state(self) -> dict[str, Any] | None:
-        """What is the same on all ranks, as JSON; None for a method that never replaces components."""
+        """What is the same on all ranks, as JSON; None for a method that does not recompose. The keys are
+        those of the files on disk.
+        """
         if not self.active:
             return None
         return {
-            "swaps": self._swaps, "done": self._done, "born": self._born, "origin": self._origins.state(),
-            "reserves": self._reserve.state(), "ended": self._ended, "switching": self._switching.state(),
+            "swaps": self._made, "done": self._done, "ended": self._ended, "born": self._ages.state(),
+            "origin": self._initial_values.state(), "reserves": self._reserve.state(),
+            "switching": self._schedule.state(),
         }  # fmt: skip
 
     def tensors(self) -> Iterator[tuple[str, Tensor | None]]:
-        """Scores where they are followed, starts, and what is unused of the reserve, on rank 0's CPU.
-        Collective.
+        """Scores where they are followed, initial values, and the unused part of the reserve, on rank 0's
+        CPU. Collective.
         """
         if self.active:
             yield from chain(
                 self._scores.tensors() if self._following else (),
-                self._origins.tensors(),
+                self._initial_values.tensors(),
                 self._reserve.tensors(),
             )
 
     def restore(self, state: dict[str, Any], read: Callable[[str], Tensor | None]) -> None:
-        """Goes on from what `state` and `tensors` gave, at any stage and world size. Collective. read: the
-        tensor of a name, on rank 0; collective."""
-        self._swaps, self._done, self._born, self._ended = (
-            state["swaps"],
-            state["done"],
-            state["born"],
-            state["ended"],
-        )
-        self._switching.restore(state["switching"])
+        """Continues from what `state` and `tensors` gave, at any stage and world size. Collective. read: the
+        tensor of a name, on rank 0; collective.
+        """
+        self._made, self._done, self._ended = state["swaps"], state["done"], state["ended"]
+        self._ages.restore(state["born"])
+        self._schedule.restore(state["switching"])
         if self._following:
             self._scores.restore(read)
-        self._origins.restore(state["origin"], read)
+        self._initial_values.restore(state["origin"], read)
         self._reserve.restore(state["reserves"], read)
 
 
 def _on_host(pair: LowRank) -> LowRank:
     return LowRank(pair.left.cpu(), pair.right.cpu())
-
-
-def _component(factor: str, part: Part, layer: AdapterLinear) -> Tensor:
-    """(n,) int64: the component that each element of a part belongs to. A core belongs to all, which are
-    replaced together.
-    """
-    if factor == "R":
-        return torch.zeros(part.master.numel(), dtype=torch.int64, device=part.master.device)
-    shape = layer.method.shapes(*layer.shape)[factor]
-    return component_of(factor, part.start, part.master.numel(), shape, part.master.device)
 
 
 def _mean_low_share(scores: Tensor) -> float:

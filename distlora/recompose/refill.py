@@ -1,15 +1,15 @@
-"""New components from the present gradients, for the layers that a rank owns."""
+"""New components, made of the present gradients."""
 
 import torch
 from torch import Tensor
 
 from distlora.adapter.attach import Attached
 from distlora.engine.protocol import Engine
-from distlora.initialise.probe import Probe, mean_gradients
+from distlora.initialisation.probe import Probe, mean_gradients
 from distlora.maths.generators import layer_generator
-from distlora.maths.importance import group_sums
+from distlora.maths.importance import component_sums
 from distlora.maths.low_rank import LowRank
-from distlora.methods.contract import LayerInit
+from distlora.methods import LayerInit
 
 
 def from_gradients(
@@ -20,10 +20,11 @@ def from_gradients(
     data: Probe,
     seed: int | str,
 ) -> dict[str, LowRank]:
-    """Leading directions of the gradients at the adapted weights, as large as what they replace. Collective.
+    """New components of the layers that this rank owns: leading directions of the gradients at the adapted
+    weights, as large as the components that they replace. Collective.
 
-    chosen: of every layer the components to be replaced. data: the probe's samples. seed: of the
-    decompositions' draws.
+    chosen: the components to be replaced, by layer. data: the probe's samples. seed: of the random numbers in
+    the decompositions.
     """
     method, device = attached.method, engine.comm.device
     sizes = component_sizes(engine, attached)
@@ -41,11 +42,10 @@ def from_gradients(
     fresh, failure = {}, None
     try:
         for name in list(gradients):
-            gradient, generator = (
-                gradients.pop(name).to(device),
-                layer_generator(seed, name),
-            )  # out of the list: freed when used
-            source = LayerInit(gradient.shape, gradient, generator, engine.dtype, device=device)
+            gradient = gradients.pop(name).to(device)  # removed, so that it is freed when it was used
+            source = LayerInit(
+                gradient.shape, gradient, layer_generator(seed, name), engine.dtype, device=device
+            )
             replaced = list(chosen[name])
             fresh[name] = method.new_components(source, float(sizes[name][replaced].mean()), len(replaced))
             del gradient, source
@@ -56,19 +56,20 @@ def from_gradients(
 
 
 def component_sizes(engine: Engine, attached: Attached) -> dict[str, Tensor]:
-    """Of every layer the norms of s·B_k·A_k as the forward pass uses them: (r,) float64. From each rank's
-    parts, in one collective of 2r numbers a layer."""
+    """The norms of s·B_k·A_k as the forward pass uses them, by layer: (r,) float64. Computed from each rank's
+    parts, in one collective of 2r numbers a layer.
+    """
     method, layers = attached.method, attached.layers
     means = torch.zeros(len(layers), 2, method.rank, dtype=torch.float64, device=engine.comm.device)
     for rows, layer in zip(means, layers.values()):
         shapes = method.shapes(*layer.shape)
         for factor, part in engine.parts(layer).items():
             if part.counted:
+                axis = method.component_axis(factor)
                 squares = part.master.to(engine.dtype).float().square()
-                rows["AB".index(factor)] += group_sums(factor, squares, part.start, shapes[factor]).to(
-                    rows.device
-                )
-    means = engine.comm.all_reduce(means).cpu()  # of the elements' squares, over a column of B and a row of A
+                rows[axis] += component_sums(axis, squares, part.start, shapes[factor]).to(rows.device)
+    # Mean squares of the elements over a row of A, and over a column of B.
+    means = engine.comm.all_reduce(means).cpu()
     numbers = [layer.in_features * layer.out_features for layer in layers.values()]
     return {
         name: method.scaling * (number * both.prod(0)).sqrt()

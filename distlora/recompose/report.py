@@ -1,4 +1,4 @@
-"""What a decision about recomposition looked like: numbers for every layer, and the importances as a picture."""
+"""What was decided about a recomposition: numbers for every layer, and the importance in a picture."""
 
 from dataclasses import asdict, dataclass, field
 
@@ -11,19 +11,19 @@ from distlora.maths.low_rank import LowRank
 
 #: Side of the square that one component of one layer has in the picture, in pixels.
 PIXELS = 8
-#: Colours from the least to the most important component of a layer; in between they are mixed.
+#: Colours from the least to the most important component of a layer, mixed in between.
 COLOURS = ((0.27, 0.0, 0.33), (0.23, 0.32, 0.55), (0.13, 0.57, 0.55), (0.37, 0.79, 0.38), (0.99, 0.91, 0.14))
-#: Decades below a layer's largest score that the picture tells apart.
+#: Decades below a layer's largest score that the picture shows.
 DECADES = 4
 
 
 @dataclass
-class LayerSwap:
-    """One layer at one swap.
+class LayerRecomposition:
+    """One layer at one recomposition. The names are those of the keys in `recompositions.jsonl`.
 
-    components: the numbers of those replaced. low_half_share: what the lower half of the components carried
-    of the importance. sigma: the singular values of s·B·A of the new components. reserve_left: components
-    that are still unused. rounding_loss: ‖W_exact − W_stored‖ / ‖what was added to W‖;
+    components: numbers of the replaced components. low_half_share: share of the importance that the lower
+    half of the components had. sigma: singular values of s·B·A of the new components. reserve_left:
+    components that are still unused. rounding_loss: ‖W_exact − W_stored‖ / ‖what was added to W‖.
     rounding_loss_of_learned: the same error / ‖what the replaced components had learned since they were put
     in place‖. delta_norm, effective_rank: of the whole update of W0 so far; the effective rank is exp(entropy
     of σ/Σσ).
@@ -41,9 +41,9 @@ class LayerSwap:
     effective_rank: float = 0.0
 
 
-#: Of a layer, known to its owner alone.
+#: What only the owner of a layer knows.
 OWNED = ("update_norm", "learned_norm", "delta_norm", "effective_rank")
-#: Of a layer, beside the largest `sigma`: what is worth a curve.
+#: What of a layer is worth a curve, beside the largest `sigma`.
 SHOWN = (
     "low_half_share",
     "rounding_loss",
@@ -55,26 +55,26 @@ SHOWN = (
 
 
 @dataclass
-class SwapReport:
-    """step: optimizer steps done. swapped, reason: the decision. scores: (layers, r) importance of every
+class RecompositionReport:
+    """step: optimizer steps done. recomposed, reason: the decision. scores: (layers, r) importance of every
     component, if it was followed. names: of the layers, in the order of the rows. layers: what happened to
-    each, if components were replaced."""
+    each layer, if components were replaced. scalars: numbers about all layers together.
+    """
 
     step: int
-    swapped: bool
+    recomposed: bool
     reason: str
     scores: Tensor | None
     names: list[str]
-    layers: dict[str, LayerSwap] = field(default_factory=dict)
+    layers: dict[str, LayerRecomposition] = field(default_factory=dict)
     scalars: dict[str, float] = field(default_factory=dict)
 
     def means(self) -> dict[str, float]:
-        """By tag, under `recompose/`: what concerns the swap as a whole, and each quantity's mean over the
-        layers.
+        """By tag, under `recompose/`: numbers about all layers together, and the mean over the layers of each
+        quantity.
         """
-        found = {f"recompose/{key}": value for key, value in self.scalars.items()} | {
-            "recompose/swapped": float(self.swapped)
-        }
+        found = {f"recompose/{key}": value for key, value in self.scalars.items()}
+        found["recompose/swapped"] = float(self.recomposed)
         return found | {
             f"recompose/{key}": sum(by.values()) / len(by) for key, by in self._quantities().items()
         }
@@ -88,7 +88,7 @@ class SwapReport:
         }
 
     def _quantities(self) -> dict[str, dict[str, float]]:
-        """Numbers by quantity and layer, as far as they are known."""
+        """The known numbers by quantity and layer."""
         found = {key: {name: getattr(layer, key) for name, layer in self.layers.items()} for key in SHOWN}
         found["sigma"] = {name: max(layer.sigma, default=None) for name, layer in self.layers.items()}
         known = {
@@ -100,7 +100,7 @@ class SwapReport:
     def record(self) -> dict:
         """All of it, as JSON."""
         return {
-            "step": self.step, "swapped": self.swapped, "reason": self.reason,
+            "step": self.step, "swapped": self.recomposed, "reason": self.reason,
             "layers": {name: asdict(layer) for name, layer in self.layers.items()},
         }  # fmt: skip
 
@@ -111,7 +111,8 @@ class SwapReport:
         if self.scores is None:
             return None
         largest = self.scores.max(1, keepdim=True).values
-        # A layer's own scale, logarithmic: scores of one layer span decades, and layers are not compared.
+        # Each layer has its own scale, which is logarithmic: the scores of one layer span decades, and layers
+        # are not compared.
         ratio = torch.where(
             largest > 0, self.scores / largest.clamp(min=1e-300), torch.zeros_like(self.scores)
         )
@@ -123,13 +124,17 @@ class SwapReport:
 
 
 def measure(
-    layer: LayerSwap, update: LowRank, begun: list[LowRank], total: list[LowRank], device: torch.device
+    layer: LayerRecomposition,
+    update: LowRank,
+    begun: list[LowRank],
+    total: list[LowRank],
+    device: torch.device,
 ) -> None:
-    """Computes what the owner of a layer tells of it. Every pair (out, k), (k, in); the norms are taken on
-    `device`.
+    """Computes the numbers that only the owner of a layer knows. All pairs are (out, k), (k, in); the norms
+    are computed on `device`.
 
     update: what was added to W; its first columns are what was fused, one for each replaced component. begun:
-    add up to the same components as they were put in place, negated. total: add up to the whole update of W0.
+    their sum is the negated initial value of the same components. total: their sum is the whole update of W0.
     """
     count = len(layer.components)
     fused = LowRank(update.left[:, :count], update.right[:count])
@@ -145,9 +150,10 @@ def _stacked(pairs: list[LowRank], device: torch.device) -> tuple[Tensor, Tensor
     return left, torch.cat([pair.right.to(device, torch.float32) for pair in pairs], 0)
 
 
-def complete(comm: Comm, report: SwapReport, errors: dict[str, float]) -> None:
-    """Brings together what single ranks know of the layers; one collective. errors: this rank's shares of the
-    squared rounding errors."""
+def complete(comm: Comm, report: RecompositionReport, errors: dict[str, float]) -> None:
+    """Gives every rank what single ranks know of the layers, in one collective. errors: this rank's shares of
+    the squared rounding errors.
+    """
     table = [
         [errors[name], *(float(getattr(layer, key)) for key in OWNED)]
         for name, layer in report.layers.items()

@@ -1,4 +1,4 @@
-"""The reserve: components that wait for their turn, in its order, in the host memory of each layer's owner."""
+"""The reserve: components for later, in the order of their use, in the host memory of each layer's owner."""
 
 from collections.abc import Callable, Iterator
 
@@ -12,10 +12,10 @@ from distlora.maths.low_rank import LowRank
 
 
 class Reserve:
-    """How many components a layer has left is known on every rank, their numbers on its owner alone.
+    """Every rank knows how many components a layer has left; only the layer's owner has the components.
 
-    owners: the rank of each layer. dtype: of the numbers. pairs: of the layers that this rank owns; column i
-    of left (out, n) and row i of right (n, in) are one component. Making one is collective.
+    owners: the rank of each layer. dtype: of the components. pairs: of the layers that this rank owns; column
+    i of left (out, n) and row i of right (n, in) form one component. Creating a reserve is collective.
     """
 
     def __init__(
@@ -44,14 +44,14 @@ class Reserve:
         return int(max(self._comm.all_gather(torch.tensor(own, device=self._comm.device))))
 
     def take(self, layer: str, count: int) -> LowRank | None:
-        """The next `count` components, which are forgotten here; None on other ranks than the owner. All
+        """Removes the next `count` components and returns them; None on ranks that do not own the layer. All
         ranks call it.
         """
         self._left[layer] -= count
         if layer not in self._pairs:
             return None
         pair = self._pairs[layer]
-        # What is left gets memory of its own, so that the used part is freed.
+        # What is left is copied, so that the memory of the used part is freed.
         self._pairs[layer] = LowRank(
             pair.left[:, count:].clone(memory_format=torch.contiguous_format), pair.right[count:].clone()
         )
@@ -77,15 +77,15 @@ class Reserve:
         if pair is None:
             left, right = (layer.out_features, count), (count, layer.in_features)
             pair = LowRank(*(torch.empty(shape, dtype=self._dtype, device=device) for shape in (left, right)))
-        # A broadcast, though only rank 0 needs it: sending from rank to rank would open a communicator for
-        # every pair of them.
+        # A broadcast, though only rank 0 needs it: sending from one rank to another would open a communicator
+        # for every pair of ranks.
         return tuple(
             self._comm.broadcast(side.to(device), self._owners[layer.name])
             for side in (pair.left, pair.right)
         )
 
     def restore(self, left: dict[str, int], read: Callable[[str], Tensor | None]) -> None:
-        """Takes back what `state` and `tensors` gave, to the owners of now. read: the tensor of a name, on
+        """Takes back what `state` and `tensors` gave, at the present owners. read: the tensor of a name, on
         rank 0; collective.
         """
         self._left = dict(left)

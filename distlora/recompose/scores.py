@@ -1,4 +1,6 @@
-"""Importance scores of all layers between two swaps: on every rank those of the elements that it trains."""
+"""Importance scores of all layers between two recompositions. Every rank keeps those of the elements that it
+trains.
+"""
 
 from collections.abc import Callable, Iterator
 
@@ -7,7 +9,8 @@ from torch import Tensor
 
 from distlora.adapter.layer import AdapterLinear
 from distlora.engine.protocol import Engine, Part
-from distlora.maths.importance import ElementScores, ScoreState, group_sums
+from distlora.maths.importance import ElementScores, ScoreState, component_sums
+from distlora.methods import Recomposes
 from distlora.recompose.shards import assembled, own_values
 
 KEYS = ("mean", "uncertainty")
@@ -16,19 +19,26 @@ KEYS = ("mean", "uncertainty")
 class Scores:
     """elements: how a single element is followed."""
 
-    def __init__(self, engine: Engine, layers: dict[str, AdapterLinear], elements: ElementScores):
-        self._engine, self._comm, self._layers, self._elements = engine, engine.comm, layers, elements
+    def __init__(
+        self,
+        engine: Engine,
+        layers: dict[str, AdapterLinear],
+        method: Recomposes,
+        elements: ElementScores,
+    ):
+        self._engine, self._comm, self._layers = engine, engine.comm, layers
+        self._method, self._elements = method, elements
         self._states: dict[str, dict[str, ScoreState]] = {}
         self.start()
 
     def start(self) -> None:
-        """Every score is as before the first step."""
+        """Resets every score to its value before the first step."""
         for name, layer in self._layers.items():
             parts = self._engine.parts(layer)
             self._states[name] = {factor: self._elements.start(part.master) for factor, part in parts.items()}
 
     def drop(self) -> None:
-        """Frees the memory of scores that nobody is going to ask for."""
+        """Frees the memory of scores that are not needed any more."""
         self._states.clear()
 
     def update(self, layer: str, factor: str, part: Part) -> None:
@@ -36,15 +46,16 @@ class Scores:
         self._elements.update(self._states[layer][factor], part.master, part.gradient)
 
     def table(self) -> Tensor:
-        """(layers, r) float64 on the CPU, equal on all ranks: importance of every component; one collective."""
-        rank = next(iter(self._layers.values())).method.rank
-        table = torch.zeros(len(self._layers), rank, dtype=torch.float64, device=self._comm.device)
+        """Importance of all components: (layers, r) float64 on the CPU, the same everywhere. Collective."""
+        size = len(self._layers), self._method.rank
+        table = torch.zeros(size, dtype=torch.float64, device=self._comm.device)
         for row, (name, layer) in zip(table, self._layers.items()):
-            shapes = layer.method.shapes(*layer.shape)
+            shapes = self._method.shapes(*layer.shape)
             for factor, part in self._engine.parts(layer).items():
                 if part.counted:
+                    axis = self._method.component_axis(factor)
                     scores = self._elements.scores(self._states[name][factor])
-                    row += group_sums(factor, scores, part.start, shapes[factor]).to(row.device)
+                    row += component_sums(axis, scores, part.start, shapes[factor]).to(row.device)
         return self._comm.all_reduce(table).cpu()
 
     # ------------------------------------------------------------------ to a checkpoint and back
@@ -68,6 +79,6 @@ class Scores:
     def _factors(self) -> Iterator[tuple[AdapterLinear, str, tuple[int, ...], Part | None]]:
         """Every trained factor with its shape and this rank's part of it."""
         for layer in self._layers.values():
-            parts, shapes = self._engine.parts(layer), layer.method.shapes(*layer.shape)
-            for factor in layer.method.trains:
+            parts, shapes = self._engine.parts(layer), self._method.shapes(*layer.shape)
+            for factor in self._method.trains:
                 yield layer, factor, shapes[factor], parts.get(factor)

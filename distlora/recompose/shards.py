@@ -1,7 +1,7 @@
-"""Tensors that follow a trained factor element by element: on every rank only what belongs to its own part of
-the factor.
+"""Tensors with one element for each element of a trained factor. Every rank keeps what belongs to its own
+part of the factor.
 
-Whole ones exist for a moment, on the way to a checkpoint and back.
+Whole tensors exist only for a moment, on the way to a checkpoint and back.
 """
 
 import torch

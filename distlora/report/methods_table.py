@@ -1,11 +1,14 @@
-"""`distlora methods`: what each method trains, what that costs on a given model, and what it is given and
-gives.
+"""`distlora methods`: what each method trains, what that costs on a given model, what its factors are made
+of, and what it exports.
 
-Every fact is asked of the method contract, every number of the shapes of the model's layers: no weight is
-read.
+Facts come from the method's capabilities and from the trial initialisation of a small layer, numbers from the
+shapes of the model's layers. No weight is read. What a method is, in a line, is the first line of its
+module's docstring.
 """
 
+import inspect
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +17,8 @@ from types import MappingProxyType
 from distlora.adapter.attach import ALL_LINEAR, target_linears
 from distlora.engine.optimizers import OptimizerSpec
 from distlora.errors import UserError
-from distlora.methods import Method, registry
+from distlora.initialisation.trial import Trial, trial
+from distlora.methods import HasMagnitude, Method, TrainsWeight, recomposing, registry
 from distlora.models.hub import without_weights
 from distlora.models.loading import bare_model
 from distlora.recipe.combination import check_base
@@ -24,16 +28,17 @@ from distlora.recipe.sections import ModelSection, Recipe
 from distlora.recipe.strict import validate
 from distlora.training.objective import objective_of
 
-#: A run that is long enough for whatever a method does on the way.
-LONG_RUN = 1_000_000
-
-AT_START = {"same": "yes", "near": "nearly", "moved": "no"}
+#: Up to these relative changes of a weight, the adapted network is the pretrained one before its first step,
+#: or nearly so. The first one allows for rounding in float32.
+EXACT, NEAR = 1e-6, 1e-2
+SOURCES = {"weight": "W", "gradient": "gradients"}
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What the methods are put on. shapes: (out, in) of every target layer. biases, heads: numbers that
-    `full` trains besides, and that every method trains besides."""
+    """What the methods are put on. shapes: (out, in) of every target layer. biases: numbers that full
+    fine-tuning trains beside the weights. heads: numbers that every method trains beside its own.
+    """
 
     title: str
     shapes: list[tuple[int, int]] = field(default_factory=list)
@@ -47,12 +52,12 @@ def methods_table(
     rank: int | None = None,
     model: str | None = None,
 ) -> str:
-    """The table as text, every registered method a line.
+    """The table as text, with a line for every registered method.
 
-    recipe_path, overrides: a recipe whose model, targets, optimizer and method are taken. rank: of all
-    methods; by default the recipe's, or each one's own default. model: in place of the recipe's. Without a
-    model, numbers are formulas for one layer. Errors: UserError in one sentence for a recipe, a model or a
-    rank that there cannot be. What only a single method cannot do is said in its line.
+    recipe_path, overrides: a recipe whose model, targets, optimizer and method are used. rank: of all
+    methods; by default the recipe's, or each method's own default. model: in place of the recipe's. Without a
+    model, the numbers are formulas for one layer. Raises UserError for a recipe, a model or a rank that is
+    wrong. What a single method cannot do is said in its line.
     """
     if rank is not None and rank < 1:
         raise UserError(f"--rank={rank}: wanted a whole number of at least 1")
@@ -71,8 +76,13 @@ def methods_table(
         except UserError as error:
             remarks[len(rows)] = str(error)
             rows.append([name, _trains(registry()[name])])
-    about = [[name, f"{cls.summary} ({cls.source})"] for name, cls in registry().items()]
+    about = [[name, summary(cls)] for name, cls in registry().items()]
     return "\n".join([*_lines(rows, remarks), "", *_legend(subject, spec, rank), "", *_lines(about)])
+
+
+def summary(cls: type[Method]) -> str:
+    """The first line of the docstring of the method's module, without its full stop."""
+    return (inspect.getdoc(sys.modules[cls.__module__]) or "-").splitlines()[0].removesuffix(".")
 
 
 # ---------------------------------------------------------------------- what is asked about
@@ -108,7 +118,7 @@ def _subject(recipe: Recipe | None, path: str | None) -> Subject | None:
 
 
 def _method(name: str, recipe: Recipe | None, rank: int | None) -> Method:
-    """The recipe's own method as it is set there, another one with its defaults."""
+    """The recipe's own method as it is set there, any other one with its defaults."""
     content = (
         recipe.method.model_dump(mode="json") if recipe and recipe.method.name == name else {"name": name}
     )
@@ -121,8 +131,8 @@ def _method(name: str, recipe: Recipe | None, rank: int | None) -> Method:
 
 
 def _row(method: Method, subject: Subject | None, spec: OptimizerSpec, recipe: Recipe | None) -> list[str]:
-    """Raises UserError where the method cannot be put on a layer, or not on weights that are stored as the
-    recipe says.
+    """One line. Raises UserError where the method cannot be put on a layer, or on weights that are stored as
+    the recipe says.
     """
     if subject is None:
         numbers = [_formula(method)]
@@ -133,13 +143,39 @@ def _row(method: Method, subject: Subject | None, spec: OptimizerSpec, recipe: R
             check_base(recipe.model_copy(update={"method": method}), partitioned)
         trained = _trained(method, subject)
         numbers = [f"{trained:,}", _bytes(trained * spec.bytes_per_element())]
-    return [
-        method.name, _trains(type(method)), *numbers, " and ".join(method.needs) or "-", AT_START[method.at_start], _export(method),
-    ]  # fmt: skip
+    return [method.name, _trains(type(method)), *numbers, *_facts(method)]
 
 
 def _trains(cls: type[Method]) -> str:
-    return "W" if cls.trains_weight else ", ".join(cls.trains)
+    return ", ".join(cls.trains) or "W"
+
+
+def _facts(method: Method) -> list[str]:
+    """What the factors are made of, whether the function is kept at the start, and the export."""
+    if isinstance(method, TrainsWeight):
+        return ["-", "yes", "merged model"]
+    found = trial(method)
+    exact = "yes" if found.moved <= EXACT else "nearly" if found.moved <= NEAR else "no"
+    return [_needs(method, found), exact, _export(method, found)]
+
+
+def _needs(method: Method, found: Trial) -> str:
+    needs, recomposes = [], recomposing(method)
+    if method.source_matrix() is not None:
+        needs.append(f"{'SVD of ' if found.decomposes else ''}{SOURCES[method.source_matrix()]}")
+    if recomposes is not None and recomposes.refill_probe() is not None:
+        needs.append("SVD of gradients")
+    return " and ".join(needs) or "-"
+
+
+def _export(method: Method, found: Trial) -> str:
+    factor = found.exported / method.rank
+    kind = "DoRA" if isinstance(method, HasMagnitude) else "LoRA"
+    text = f"{kind} of rank {'' if factor == 1 else f'{factor:g}'}r"
+    return text if recomposing(method) is None else f"{text}, more with each recomposition"
+
+
+# ---------------------------------------------------------------------- numbers
 
 
 def _trained(method: Method, subject: Subject) -> int:
@@ -147,17 +183,17 @@ def _trained(method: Method, subject: Subject) -> int:
     problem = next(filter(None, problems), None)
     if problem:
         raise UserError(problem)
-    if method.trains_weight:
+    if isinstance(method, TrainsWeight):
         return sum(map(math.prod, subject.shapes)) + subject.biases + subject.heads
     of_layers = (method.shapes(*shape) for shape in subject.shapes)
     return sum(math.prod(shapes[factor]) for shapes in of_layers for factor in method.trains) + subject.heads
 
 
 def _formula(method: Method) -> str:
-    """Trained numbers of one layer, in r, out and in: the sizes of the factors, read off a layer whose sizes
-    are unmistakable.
+    """Trained numbers of one layer, in r, out and in: the sizes of the factors, taken from a layer whose
+    sizes cannot be confused.
     """
-    if method.trains_weight:
+    if isinstance(method, TrainsWeight):
         return "out·in"
     out_features, in_features = method.rank + 1_000_003, method.rank + 2_000_003
     symbols = {method.rank: "r", out_features: "out", in_features: "in"}
@@ -166,14 +202,6 @@ def _formula(method: Method) -> str:
         "·".join(symbols.get(size, str(size)) for size in sorted(shapes[factor])) for factor in method.trains
     )
     return " + ".join(terms).replace("r·r", "r²")
-
-
-def _export(method: Method) -> str:
-    if method.trains_weight:
-        return "merged model"
-    factor = method.export_rank / method.rank
-    text = f"{method.export_kind} of rank {'' if factor == 1 else f'{factor:g}'}r"
-    return text if method.switching(LONG_RUN) is None else f"{text}, more with each recomposition"
 
 
 def _bytes(number: float) -> str:
@@ -188,7 +216,7 @@ def _bytes(number: float) -> str:
 
 
 def _lines(rows: list[list[str]], remarks: Mapping[int, str] = MappingProxyType({})) -> list[str]:
-    """Cells in columns. remarks: by row, what stands behind the first two cells in place of the others."""
+    """Cells in columns. remarks: by row, the text after the first two cells in place of the others."""
     full = [row for index, row in enumerate(rows) if index not in remarks]
     widths = [max(len(row[column]) for row in full) for column in range(len(rows[0]))]
     widths[0] = max(len(row[0]) for row in rows)
@@ -205,8 +233,10 @@ def _legend(subject: Subject | None, spec: OptimizerSpec, rank: int | None) -> l
     )
     default = Method.model_fields["rank"].default
     lines = [
-        f"r is {f'the rank, by default {default}' if rank is None else rank}; an export can always be a merged model instead",
-        f"optimizer state of {spec.name}: float32 master{moments}, {spec.bytes_per_element():.4g} bytes a trained parameter; "
+        f"r is {f'the rank, by default {default}' if rank is None else rank}; "
+        "an export can always be a merged model instead",
+        f"optimizer state of {spec.name}: float32 master{moments}, "
+        f"{spec.bytes_per_element():.4g} bytes a trained parameter; "
         "at ZeRO 1 to 3 that is all ranks together",
     ]
     if subject is None:

@@ -1,31 +1,32 @@
-"""Final answers: how they are cut out of a text, and when two of them are the same."""
+"""Final answers: how they are found in a text, and when two of them are the same."""
 
 import re
 from decimal import Decimal
 
 _NUMBER = r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|-?\.\d+"
-#: A number that is the whole answer, up to currency, percent and a unit in words: `$1,000.00`, `1 kid`; not
-#: `5/6` or `5x`.
+#: An answer that is a number, perhaps with a currency, a percent sign or a unit in words: `$1,000.00` and
+#: `1 kid`, but not `5/6` or `5x`.
 _WHOLE_NUMBER = re.compile(rf"(?:\\?\$)?\s*({_NUMBER})\s*(?:\\?%)?(?:\s+[A-Za-z ]+)?(?:\\?\$)?")
-#: The options of the LLM-Adapters data sets. Models like to repeat the option's text behind its label.
+#: Labels of options in the LLM-Adapters data sets. Models often repeat the option's text after its label.
 _LABEL = re.compile(r"(?:true|false|(?:solution|answer|option|ending)\s?\d)\b", re.IGNORECASE)
 
 
 def after_hashes(text: str) -> str | None:
-    """GSM8K: what stands behind the last `####`; else what follows `The answer is`."""
+    """GSM8K: the line after the last `####`; without one, the answer of `after_the_answer_is`."""
     _, mark, tail = text.rpartition("####")
     return _line(tail) if mark else after_the_answer_is(text)
 
 
 def after_the_answer_is(text: str) -> str | None:
-    """MetaMathQA: what stands behind the last `The answer is:` (the colon may be missing)."""
+    """MetaMathQA: the line after the last `The answer is:`, where the colon may be missing."""
     parts = re.split(r"the answer is\s*:?", text, flags=re.IGNORECASE)
     return _line(parts[-1]) if len(parts) > 1 else None
 
 
 def choice_or_text(text: str) -> str | None:
-    """LLM-Adapters: what stands behind `the correct answer is`, only the label if it is an option; else the
-    whole text.
+    """LLM-Adapters: the line after `the correct answer is`; without these words, the whole text.
+
+    Of an option, only its label.
     """
     parts = re.split(r"the (?:correct )?answer is\s*:?", text, flags=re.IGNORECASE)
     found = _line(parts[-1]) if len(parts) > 1 else exact_text(text)
@@ -34,7 +35,9 @@ def choice_or_text(text: str) -> str | None:
 
 
 def number(text: str) -> str | None:
-    """Arithmetic: the first number of the first line that has text, or the one behind its last `=`."""
+    """Arithmetic: the first number after the last `=` of the first line with text, or the line's first
+    one.
+    """
     line = _line(text)
     found = re.search(_NUMBER, line.rpartition("=")[2]) if line else None
     return found[0] if found else None
@@ -46,8 +49,9 @@ def exact_text(text: str) -> str | None:
 
 
 def same(found: str | None, expected: str | None) -> bool:
-    """Whether two answers are equal: as numbers where both are numbers, else as text without case, spaces and
-    full stop.
+    """Whether two answers are equal: as numbers if both are numbers, else as texts.
+
+    Case, spaces, dollar signs and a full stop at the end make no difference between texts.
     """
     if found is None or expected is None:
         return False
@@ -58,7 +62,7 @@ def same(found: str | None, expected: str | None) -> bool:
 
 
 def _line(text: str) -> str | None:
-    """The first line that holds anything."""
+    """The first line that is not blank."""
     return next((line.strip() for line in text.splitlines() if line.strip()), None)
 
 

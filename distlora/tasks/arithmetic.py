@@ -1,9 +1,8 @@
-"""Embedded arithmetic word problems: a data set that needs no file and no network.
+"""Arithmetic word problems: a data set that needs no file and no network.
 
-A problem is a pure function of (split, seed, index), so every process has the same data. What is held out are
-the *operands*: numbers that make up a test problem make up, in any order, no training problem, whatever story
-and operation surround them. So the exact match on the test split is about arithmetic and not about remembered
-problems.
+A problem is a function of (split, seed, index) alone, so every process has the same data. The test split
+holds out *operands*: the numbers of a test problem are, in any order, those of no training problem, whatever
+the story and the operation. So the exact match on the test split measures arithmetic and not memory.
 """
 
 import random
@@ -15,7 +14,7 @@ from distlora.errors import UserError
 
 SIZES = {"train": 4096, "test": 512}
 
-#: One combination of operands in this many belongs to the test split.
+#: One of so many combinations of operands belongs to the test split.
 _HELD_OUT_SHARE = 4
 
 _NAMES = "Anna Ben Carla David Emma Frank Grace Henry Julia Kevin Laura Mark Nina Paul Sara Tom".split()
@@ -24,8 +23,9 @@ _ITEMS = "apples books cards coins cookies eggs flowers marbles oranges pencils 
 
 @dataclass(frozen=True)
 class Operation:
-    """An operation on `count` operands, each in 'low..high': the numbers that a story shows, and the answer
-    (0..99).
+    """An operation on `count` operands of `low` … `high`.
+
+    shown: from the operands to the numbers in the story. answer: from the operands to the answer, 0 … 99.
     """
 
     count: int
@@ -35,8 +35,7 @@ class Operation:
     answer: Callable[..., int]
 
 
-# Subtraction and division are built backwards from the answer, so that they are never negative and always
-# whole.
+# Subtractions and divisions are built from their answers, so that these are never negative and always whole.
 SUM = Operation(2, 1, 20, lambda a, b: (a, b), lambda a, b: a + b)
 DIFFERENCE = Operation(2, 1, 20, lambda a, b: (a + b, b), lambda a, b: a)
 PRODUCT = Operation(2, 2, 9, lambda a, b: (a, b), lambda a, b: a * b)
@@ -44,7 +43,7 @@ QUOTIENT = Operation(2, 2, 9, lambda a, b: (a * b, b), lambda a, b: a)
 LESS_THEN_MORE = Operation(3, 1, 12, lambda a, b, c: (a + c, c, b), lambda a, b, c: a + b)
 PRODUCT_AND_REST = Operation(3, 2, 6, lambda a, b, c: (a, b, c), lambda a, b, c: a * b + c)
 
-#: Stories with their operations. One is as likely as another, so most problems take one easy step.
+#: Stories with their operations. All are equally likely, so that most problems take one easy step.
 STORIES: list[tuple[str, Operation]] = [
     ("{name} has {0} {items}. {name} buys {1} more. How many {items} does {name} have now?", SUM),
     ("{name} has {0} {items} and {friend} has {1}. How many {items} do they have together?", SUM),
@@ -69,7 +68,7 @@ STORIES: list[tuple[str, Operation]] = [
 
 @dataclass(frozen=True)
 class Problem:
-    """A question in one line, its answer as digits, and the operands that decide its split."""
+    """A question in one line, its answer in digits, and the operands that decide its split."""
 
     question: str
     answer: str
@@ -82,7 +81,7 @@ def is_held_out(operands: tuple[int, ...]) -> bool:
 
 
 def problem(split: str, index: int, seed: int = 0) -> Problem:
-    """Problem `index` of a split ("train" or "test"): a pure function of its arguments."""
+    """The problem with this index in a split ("train" or "test"). It depends on the arguments alone."""
     draw = random.Random(f"{split}/{seed}/{index}")
     story, operation = draw.choice(STORIES)
     while True:
@@ -90,12 +89,15 @@ def problem(split: str, index: int, seed: int = 0) -> Problem:
         if is_held_out(operands) == (split == "test"):
             break
     name, friend = draw.sample(_NAMES, 2)
-    question = story.format(*operation.shown(*operands), name=name, friend=friend, items=draw.choice(_ITEMS))
+    items = draw.choice(_ITEMS)
+    question = story.format(*operation.shown(*operands), name=name, friend=friend, items=items)
     return Problem(question, str(operation.answer(*operands)), operands)
 
 
 def rows(split: str, seed: int = 0) -> list[dict[str, str]]:
-    """All rows of a split, with the columns `question` and `answer`. Raises UserError for an unknown split."""
+    """All rows of a split, with the columns `question` and `answer`. Raises UserError for an unknown
+    split.
+    """
     if split not in SIZES:
         raise UserError(f"data: the arithmetic task has no split {split!r}, choose train or test")
     problems = (problem(split, index, seed) for index in range(SIZES[split]))

@@ -1,9 +1,8 @@
-"""Tasks: which columns a data set has, and what is made of them: a prompt and its response, or texts and
-their label.
+"""Tasks: which columns a data set has, and what is made of them.
 
-Adding a task is adding one entry to `TASKS`. The recipe overrides an entry's columns by `data.fields`, its
-prompt by `data.template`. The kinds of tasks are the classes; what is trained for each kind,
-`distlora.training.objective` says.
+A `ResponseTask` makes a prompt and its response of a row, a `LabelTask` makes texts and their label.
+`distlora.training.objective` says what is trained for each of these kinds. A new task is one new entry in
+`TASKS`. A recipe overrides the columns of an entry by `data.fields`, and its prompt by `data.template`.
 """
 
 from collections.abc import Callable
@@ -14,7 +13,8 @@ from distlora.sentences import nearest
 from distlora.tasks import answers
 
 ALPACA = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{prompt}\n\n### Response:\n"
 )
 ALPACA_WITH_INPUT = (
@@ -23,15 +23,17 @@ ALPACA_WITH_INPUT = (
     "### Instruction:\n{prompt}\n\n### Input:\n{input}\n\n### Response:\n"
 )
 
-#: What a column can be used for. `input` and `answer` are optional: a row may lack them.
+#: What a column can be used for. A row may lack `input` and `answer`.
 ROLES = ("prompt", "response", "input", "answer")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What all kinds have. path: the data set to read where the recipe names none. embedded: the rows are
-    made by the project, there is no path. header: the columns of the data set's official TSV files, where
-    these do not name them."""
+    """What all kinds of tasks have.
+
+    path: the data set to read if the recipe names none. embedded: the rows are made here, and there is no
+    path. header: the columns of the data set's official TSV files, if these do not name them.
+    """
 
     path: str | None = None
     embedded: bool = False
@@ -42,10 +44,10 @@ class Task:
 class ResponseTask(Task):
     """A prompt and the response to learn.
 
-    columns: the column of each role, before `data.fields`.
-    template: the prompt, a format string of roles and columns; `template_with_input` replaces it for a row
-    with an input. extract: the final answer in a text, or None if it has none. Without a column for `answer`,
-    the expected answer is the extract of the response.
+    columns: the column of each role, if `data.fields` does not name another. template: the prompt, a format
+    string of roles and columns. template_with_input: the same for rows with an input. extract: finds the
+    final answer in a text, None if there is none. Without a column for `answer`, the expected answer is the
+    one that `extract` finds in the response.
     """
 
     columns: dict[str, str] = field(default_factory=dict)
@@ -58,10 +60,9 @@ class ResponseTask(Task):
 class LabelTask(Task):
     """A text or a pair of texts, and the label to predict.
 
-    columns: for "text", "pair" (if there is one) and "label", the names that the column goes by in the data
-    set's various copies. labels: the names of the labels, in the order of the numbers that stand for them;
-    empty: the recipe names them. metrics: names from `distlora.tasks.metrics` that are reported beside the
-    loss.
+    columns: for "text", "pair" (if there is one) and "label", the names that the column has in the various
+    copies of the data set. labels: the names of the labels, in the order of their numbers; empty if the
+    recipe names them. metrics: names from `distlora.tasks.metrics` that are reported beside the loss.
     """
 
     columns: dict[str, tuple[str, ...]] = field(default_factory=dict)
@@ -79,7 +80,7 @@ _INSTRUCT = ResponseTask(
 _ENTAILMENT = ("entailment", "not_entailment")
 _SENTENCES = {"text": ("sentence1",), "pair": ("sentence2",), "label": ("label",)}
 
-#: GLUE under its hub names. The official TSV files have other columns for some tasks; these stand behind.
+#: GLUE, under its names on the hub. Where the official TSV files have other columns, those come second.
 GLUE: dict[str, LabelTask] = {
     "cola": LabelTask(
         columns={"text": ("sentence",), "label": ("label",)},
@@ -155,7 +156,7 @@ TASKS: dict[str, Task] = {
 
 
 def get_task(name: str) -> Task:
-    """The task of a name. Raises UserError with the nearest name."""
+    """The task with this name. Raises UserError, which names the nearest one, if there is none."""
     if name not in TASKS:
         hint = nearest(name, TASKS) or f", choose one of {', '.join(TASKS)}"
         raise UserError(f"data.task: unknown task {name!r}{hint}")
@@ -163,9 +164,8 @@ def get_task(name: str) -> Task:
 
 
 def is_correct(task: str, generated_text: str, answer: str | None) -> bool:
-    """Whether the final answer in a text generated for a `ResponseTask` is the expected one: as a number
-    where both are numbers, else as text.
+    """Whether the final answer in a text that was generated for a `ResponseTask` is the expected one.
 
-    Where no answer is known (None), nothing is correct.
+    Answers are compared by `answers.same`. If no answer is known (None), no text is correct.
     """
     return answers.same(get_task(task).extract(generated_text), answer)

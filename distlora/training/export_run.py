@@ -14,7 +14,7 @@ from distlora.exports.draft import new_directory
 from distlora.exports.merged import write_merged
 from distlora.exports.peft import ADAPTER_WEIGHTS, refuse_full, write_peft_adapter
 from distlora.exports.sources import AdapterSource, CheckpointSource, Compressed, Source, check_compression
-from distlora.methods import Method
+from distlora.methods import HasMagnitude, Method
 from distlora.models.hub import resolve_path
 from distlora.recipe.load import load_recipe
 
@@ -81,9 +81,10 @@ def base_name(path: str) -> str:
 
 
 def _refuse_compression(method: Method, option: str) -> None:
-    if method.magnitude:
+    if isinstance(method, HasMagnitude):
         raise UserError(
-            f"{option} cuts an update that is only added to the weight, and method {method.name} scales rows as well; leave it out"
+            f"{option} cuts an update that is only added to the weight, and method {method.name} scales rows "
+            "as well; leave it out"
         )
 
 

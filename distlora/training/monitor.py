@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from distlora.engine.protocol import Engine
 from distlora.files.atomic import write_text
-from distlora.recompose.report import SwapReport
+from distlora.recompose.report import RecompositionReport
 from distlora.training.run_directory import METRICS, RECOMPOSITIONS
 
 
@@ -37,7 +37,7 @@ class Monitor:
             file.write(json.dumps(line) + "\n")
         self._engine.write_events([(tag, value, step) for tag, value in scalars.items()])
 
-    def tell_swap(self, report: SwapReport) -> None:
+    def tell_recomposition(self, report: RecompositionReport) -> None:
         """A decision about recomposition: means, every layer's own numbers and the importances as a picture
         where they are easy to look at, and all of it in `recompositions.jsonl`."""
         self.write(report.step, report.means())
@@ -99,8 +99,9 @@ class Progress:
         # Where nobody watches a terminal, a line every ten seconds is enough for a log file.
         watched = sys.stderr.isatty()
         self._bar = tqdm(
-            total=steps, initial=start, desc="training", unit="step", disable=not shown, mininterval=0.5 if watched else 10,
-            file=sys.stderr if watched else _Lines(sys.stderr), dynamic_ncols=watched,
+            total=steps, initial=start, desc="training", unit="step", disable=not shown,
+            mininterval=0.5 if watched else 10, file=sys.stderr if watched else _Lines(sys.stderr),
+            dynamic_ncols=watched,
         )  # fmt: skip
         self._tokens, self._since = 0, time.perf_counter()
 

@@ -24,15 +24,8 @@ from distlora.data import (
 from distlora.engine.protocol import Engine
 from distlora.errors import UserError
 from distlora.evaluation.scoring import exact_match, label_scores
-from distlora.models.loading import (
-    bare_model,
-    head_parameters,
-    label_loss,
-    load_config,
-    load_model,
-    position_limit,
-    response_loss,
-)
+from distlora.models.loading import bare_model, head_parameters, load_config, load_model, position_limit
+from distlora.models.losses import label_loss, response_loss
 from distlora.models.targets import Batch
 from distlora.recipe.sections import Recipe
 from distlora.tasks import LabelTask, get_task
@@ -160,9 +153,8 @@ class Labels(Objective):
         model, wanted = super().bare_model(), self.recipe.data.max_length
         limit = position_limit(model)
         if limit is not None and wanted > limit:
-            raise UserError(
-                f"data.max_length={wanted} is beyond the {limit} positions of {self.recipe.model.path}; lower it"
-            )
+            path = self.recipe.model.path
+            raise UserError(f"data.max_length={wanted} is beyond the {limit} positions of {path}; lower it")
         return model
 
     def head(self, model: nn.Module) -> set[str]:

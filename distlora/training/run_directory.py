@@ -12,7 +12,7 @@ from distlora.cluster.logs import LOGS
 from distlora.cluster.status import STATUS
 from distlora.errors import UserError
 from distlora.files.atomic import write_text
-from distlora.recipe.load import dump_recipe, load_recipe, run_identity
+from distlora.recipe.load import dump_recipe, load_run_recipe, run_identity
 from distlora.recipe.sections import Recipe
 
 log = logging.getLogger(__name__)
@@ -36,13 +36,27 @@ def check_run_dir(recipe: Recipe, resume: bool | None) -> None:
                 f"output_dir: {run_dir} holds checkpoints but no {RECIPE}; name another directory"
             )
         return
-    if not (run_dir / METRICS).exists() and not any(run_dir.glob("checkpoint-*")):
-        return  # a start that was refused: its recipe binds nobody
-    difference = _first_difference(run_identity(load_recipe(run_dir / RECIPE)), run_identity(recipe))
+    if not _was_begun(run_dir):
+        return
+    difference = _first_difference(run_identity(load_run_recipe(run_dir / RECIPE)), run_identity(recipe))
     if difference:
         raise UserError(
             f"output_dir: {run_dir} holds the run of another recipe ({difference}); name another directory"
         )
+
+
+def _was_begun(run_dir: Path) -> bool:
+    """Whether the directory holds a run. A start that was refused leaves a recipe, which binds nobody."""
+    begun = (run_dir / METRICS).exists() or any(run_dir.glob("checkpoint-*"))
+    return begun and (run_dir / RECIPE).exists()
+
+
+def with_format_of_run(recipe: Recipe, resume: bool | None = None) -> Recipe:
+    """The recipe in the format that its run was begun with. A run that begins keeps the recipe's own."""
+    run_dir = Path(recipe.output_dir)
+    if resume is False or not _was_begun(run_dir):
+        return recipe
+    return recipe.in_format(load_run_recipe(run_dir / RECIPE).format)
 
 
 def find_checkpoint(recipe: Recipe, resume: bool | None) -> Checkpoint | None:
@@ -74,7 +88,7 @@ def claim_run_dir(recipe: Recipe, resume: bool | None) -> None:
     """Writes the recipe into the directory, which from now on is this run's; forgets an earlier one that is
     not resumed.
     """
-    run_dir = Path(recipe.output_dir)
+    run_dir, recipe = Path(recipe.output_dir), with_format_of_run(recipe, resume)
     if resume is False:
         _forget(run_dir)
     write_text(run_dir / RECIPE, dump_recipe(recipe))

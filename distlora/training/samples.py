@@ -9,8 +9,8 @@ from huggingface_hub import is_offline_mode
 from distlora.data import Encoded, TrainOrder, download, is_at_hand, micro_batches, shard
 from distlora.engine.comm import Comm
 from distlora.engine.coordination import on_every_rank
-from distlora.initialise.probe import Probe
-from distlora.methods.contract import ProbeSettings
+from distlora.initialisation.probe import Probe
+from distlora.methods import ProbeSettings
 from distlora.models.hub import may_download, resolve_path
 from distlora.models.loading import load_tokenizer
 from distlora.models.targets import Batch, loss_of_samples
@@ -65,7 +65,8 @@ class RunData:
         encoded: Encoded = self._objective.read(split, self.tokenizer)
         log.info(
             "data: %d samples of split %s, %d truncated to %d tokens, %d dropped because %s",
-            len(encoded.samples), split, encoded.truncated, self._recipe.data.max_length, encoded.dropped, encoded.why_dropped,
+            len(encoded.samples), split, encoded.truncated, self._recipe.data.max_length, encoded.dropped,
+            encoded.why_dropped,
         )  # fmt: skip
         return encoded.samples
 

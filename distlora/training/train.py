@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from distlora.adapter.packed import library
-from distlora.checkpoints import checkpoint as checkpoints
-from distlora.checkpoints.directory import share_checkpoint
+from distlora.checkpoints.directory import newest, share_checkpoint
 from distlora.cluster import environment
 from distlora.cluster.logs import RankLog
 from distlora.cluster.status import StatusFile, new_start
 from distlora.cluster.supervision import Supervision
-from distlora.engine.comm import Topology
+from distlora.engine.comm import Comm, Topology
 from distlora.engine.coordination import on_every_rank, on_main
 from distlora.engine.device import device_of
 from distlora.engine.optimizers import OptimizerSpec
@@ -26,9 +25,10 @@ from distlora.recipe.combination import check_combination
 from distlora.recipe.deepspeed_check import checked_deepspeed
 from distlora.recipe.deepspeed_config import plan_batches
 from distlora.recipe.sections import Recipe
+from distlora.training.build import check_targets
 from distlora.training.objective import Objective, objective_of
-from distlora.training.run import Run, Summary, check_targets
-from distlora.training.run_directory import check_run_dir, claim_run_dir, find_checkpoint
+from distlora.training.run import Run, Summary
+from distlora.training.run_directory import check_run_dir, claim_run_dir, find_checkpoint, with_format_of_run
 
 log = logging.getLogger(__name__)
 
@@ -37,8 +37,12 @@ MONITORS = ("tensorboard", "wandb", "csv_monitor", "comet")
 
 
 def check(recipe: Recipe, topology: Topology, resume: bool | None) -> None:
-    """Everything that can be wrong with a recipe and needs neither weights nor other ranks. Raises UserError."""
+    """Everything that can be wrong with a recipe and needs neither weights nor other ranks.
+
+    Errors: UserError.
+    """
     with before_ranks_meet():
+        recipe = with_format_of_run(recipe, resume)
         objective, config = _check_settings(recipe, topology.world_size)
         check_run_dir(recipe, resume)
         recipe = _fitted(recipe, objective)
@@ -98,6 +102,7 @@ def train(
         checkpoint = share_checkpoint(
             comm, on_main(comm, recipe.output_dir, lambda: find_checkpoint(recipe, resume))
         )
+        recipe = _in_format_of_run(comm, recipe, resume)
         status = StatusFile(
             Path(recipe.output_dir), checkpoint.step if checkpoint else 0, comm.share(new_start())
         )
@@ -109,7 +114,7 @@ def train(
             on_main(
                 comm,
                 run.run_dir,
-                lambda: environment.record(run.run_dir, where, run.resolved, checkpoint and checkpoint.step),
+                lambda: environment.record(run.run_dir, where, run.deepspeed, checkpoint and checkpoint.step),
             )
             return run.finish()
 
@@ -127,10 +132,17 @@ def evaluate(recipe: Recipe, topology: Topology) -> dict[str, float]:
         Supervision(topology, recipe.train.hang_timeout) as supervision,
     ):
         comm = supervision.gather(device, recipe.deepspeed is not None)
-        checkpoint = checkpoints.newest(recipe.output_dir, comm)
+        checkpoint = newest(recipe.output_dir, comm)
         if checkpoint is None:
             raise UserError(f"{recipe.output_dir} holds no complete checkpoint; train first", agreed=True)
+        recipe = _in_format_of_run(comm, recipe)
         return Run(comm, _without_monitors(recipe), checkpoint).evaluate_checkpoint()
+
+
+def _in_format_of_run(comm: Comm, recipe: Recipe, resume: bool | None = None) -> Recipe:
+    """See `with_format_of_run`; rank 0 looks."""
+    found = on_main(comm, recipe.output_dir, lambda: with_format_of_run(recipe, resume).format)
+    return recipe.in_format(comm.share(found))
 
 
 def _without_monitors(recipe: Recipe) -> Recipe:

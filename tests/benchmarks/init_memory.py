@@ -13,7 +13,8 @@ can initialise. Each figure comes from a process of its own.
     probe     gradients of all target layers, formed in blocks, summed on the host
     SVDs      factors of all layers from these sums, one layer at a time
     search    the line search for the size of the first step
-    naive     one backward pass that keeps the gradients of all target weights (under ZeRO-3: of each the rank's own part)
+    naive     one backward pass that keeps the gradients of all target weights (under ZeRO-3: of each the
+              rank's own part)
     host      the probe's sums in the owner's host memory
 
 smollm2 is a real run on the CPU, on one rank: the sums lie in the same memory as everything else there, but
@@ -103,8 +104,12 @@ def table(model: str, ranks: list[int], response: int | None, explain: bool) -> 
     real = model == REAL
     tokens, rank = (REAL_TOKENS, REAL_RANK) if real else (SHAPES_TOKENS, SHAPES_RANK)
     kind = "real run on the CPU" if real else "one rank of ZeRO-3, shapes without memory"
-    yield f"{model}, {kind}: bfloat16, micro-batch 1, {tokens} tokens, checkpointed, all projections, rank {rank}"
-    yield f"{'all' if response is None else response} tokens with a loss; GiB on the device (ratio to training)"
+    yield (
+        f"{model}, {kind}: bfloat16, micro-batch 1, {tokens} tokens, checkpointed, "
+        f"all projections, rank {rank}"
+    )
+    learned = "all" if response is None else response
+    yield f"{learned} tokens with a loss; GiB on the device (ratio to training)"
     yield f"{'ranks':>5} {'idle':>7}" + "".join(f"{phase:>17}" for phase in PHASES) + f"{'host':>8}"
     for world_size in [1] if real else ranks:
         found = {phase: measure_apart(model, world_size, phase, response) for phase in PHASES}
@@ -112,7 +117,8 @@ def table(model: str, ranks: list[int], response: int | None, explain: bool) -> 
         cells = "".join(f"{f['peak'] / GIB:>9.3f} ({f['peak'] / step:5.3f})" for f in found.values())
         above = [phase for phase in ("probe", "SVDs", "search") if found[phase]["peak"] > step]
         verdict = f"above training: {', '.join(above)}" if above else "nothing above training"
-        yield f"{world_size:>5} {found['training']['idle'] / GIB:>7.3f}{cells}{found['probe']['host'] / GIB:>8.3f}  {verdict}"
+        idle, host = found["training"]["idle"] / GIB, found["probe"]["host"] / GIB
+        yield f"{world_size:>5} {idle:>7.3f}{cells}{host:>8.3f}  {verdict}"
         if real:
             yield f"{'process':>13}" + "".join(f"{f['process'] / GIB:>9.3f}{'':8}" for f in found.values())
         expected = planned(model, world_size)

@@ -13,10 +13,11 @@ from distlora.adapter.attach import Attached
 from distlora.adapter.layer import AdapterLinear
 from distlora.engine.owners import assign_owners
 from distlora.engine.protocol import Engine
-from distlora.initialise import probe as probe_module
-from distlora.initialise.factors import InitReport, factorise_all, install_gradient_maps, search_eta
-from distlora.initialise.probe import Probe, mean_gradients
-from distlora.models.loading import response_loss
+from distlora.initialisation import probe as probe_module
+from distlora.initialisation.factors import factorise_all, install_gradient_maps
+from distlora.initialisation.probe import Probe, mean_gradients
+from distlora.initialisation.search import search_eta
+from distlora.models.losses import response_loss
 from distlora.models.targets import loss_of_samples
 from distlora.training.step import train_step
 from tests.benchmarks.live_bytes import LiveBytes
@@ -87,8 +88,7 @@ def search(subject: Subject) -> Callable[[], object]:
     """The line search for the size of the first step."""
     _give_factors(subject)
     factor = subject.attached.method.proportional_to_eta()
-    report = InitReport({"step_rms": 1.0})
-    return lambda: search_eta(subject.engine, subject.layers, factor, subject.data(), report)
+    return lambda: search_eta(subject.engine, subject.layers, factor, subject.data(), unit=1.0)
 
 
 def training(subject: Subject) -> Callable[[], object]:

@@ -28,10 +28,13 @@ from distlora.cluster.topology import topology_from_environment
 from distlora.engine.comm import Comm
 from distlora.engine.optimizers import OptimizerSpec
 from distlora.engine.owners import open_ledger
-from distlora.initialise.factors import initialise
-from distlora.initialise.pretrained import PretrainedFiles
+from distlora.initialisation.factors import initialise
+from distlora.initialisation.pretrained import PretrainedFiles
+from distlora.methods import probe_of
 from distlora.models.hub import resolve_path
-from distlora.models.loading import IGNORE, load_model, response_loss
+from distlora.models.loading import load_model
+from distlora.models.losses import response_loss
+from distlora.models.targets import IGNORE
 from distlora.plan import plan_of
 from distlora.recipe.deepspeed_config import resolve_deepspeed
 from distlora.recipe.sections import Recipe
@@ -51,13 +54,15 @@ def recipe_of(
     """What is run: one sample of REAL_TOKENS tokens a rank and step."""
     return Recipe(
         model={
-            "path": REAL_PATH, "dtype": "bfloat16", "attention": "sdpa", "gradient_checkpointing": checkpointing,
+            "path": REAL_PATH, "dtype": "bfloat16", "attention": "sdpa",
+            "gradient_checkpointing": checkpointing,
             "quantization": quantization,
         },
         method={"name": method, "rank": REAL_RANK},
         data={"task": "arithmetic", "max_length": REAL_TOKENS},
         train={"steps": 10, "micro_batch_size": 1, "global_batch_size": world_size},
-        deepspeed=json.loads((ROOT / f"configs/zero/zero{stage}.json").read_text()) | {"tensorboard": {"enabled": False}},
+        deepspeed=json.loads((ROOT / f"configs/zero/zero{stage}.json").read_text())
+        | {"tensorboard": {"enabled": False}},
         output_dir="runs/unused",
     )  # fmt: skip
 
@@ -99,7 +104,7 @@ def measure(recipe: Recipe, comm: Comm) -> dict[str, int]:
             counter.reset_peak()
             initialise(engine, attached, seed=0, first_rate=1e-4)
             found["SVDs"] = counter.peak[DEVICE]
-        if recipe.method.probe_settings() is not None:
+        if probe_of(recipe.method) is not None:
             run = PHASES["probe"](subject)
             run()
             counter.reset_peak()
@@ -126,8 +131,9 @@ def on_ranks(world_size: int, cases: list[tuple]) -> list[dict[str, int]]:
         ranks = []
         for rank in range(world_size):
             environment = os.environ | {
-                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": port, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
+                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size),
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1",
+                "DS_ACCELERATOR": "cpu",
             }  # fmt: skip
             words = [
                 sys.executable,
@@ -170,7 +176,8 @@ def main() -> None:
     cases = [(int(stage), on, *how) for stage in options.stages.split(",") for on in switches]
     stored = f"linear weights in {options.quantization}, " if options.quantization else ""
     print(
-        f"smollm2 on real ranks: bfloat16, {stored}micro-batch 1, {REAL_TOKENS} tokens, {options.method} of rank {REAL_RANK}"
+        f"smollm2 on real ranks: bfloat16, {stored}micro-batch 1, {REAL_TOKENS} tokens, "
+        f"{options.method} of rank {REAL_RANK}"
     )
     print("GiB measured / planned")
     for world_size in map(int, options.ranks.split(",")):
@@ -178,7 +185,8 @@ def main() -> None:
             memory = plan_of(recipe_of(stage, checkpointing, world_size, *how), world_size, 1).memory
             expected = memory.peaks | {"loading": memory.loading}
             cells = "".join(
-                f"  {phase} {size / GIB:.3f} / {expected[phase] / GIB:.3f} ({expected[phase] / size - 1:+.1%})"
+                f"  {phase} {size / GIB:.3f} / {expected[phase] / GIB:.3f} "
+                f"({expected[phase] / size - 1:+.1%})"
                 for phase, size in found.items()
             )
             print(

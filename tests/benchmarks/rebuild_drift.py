@@ -14,7 +14,8 @@ How to read the table. All figures are Frobenius norms over all layers together.
     more, divided by
                                the error of one rounding to nearest of W0 + Σ ledger: what rebuilding W at
                                this swap would leave
-    of learned                 the error of the live W (nearest), of one rounding, as shares of what was learned so far
+    of learned                 the error of the live W (nearest), of one rounding, as shares of what was
+                               learned so far
     largest                    of any single layer, the ratio of live (nearest) to one rounding
 """
 
@@ -28,7 +29,7 @@ from torch import Tensor
 
 from distlora.maths.low_rank import LowRank, add_low_rank
 from distlora.maths.rounding import Rounding, rounded, rounding_key
-from distlora.methods.contract import LayerInit
+from distlora.methods import LayerInit
 from distlora.methods.srlora import SRLoRA
 from distlora.models.hub import resolve_path
 
@@ -92,7 +93,10 @@ class Layer:
 def table(weights: dict[str, Tensor], rank: int, swaps: int, learned: float) -> Iterator[str]:
     method = SRLoRA(rank=rank, gamma=0.5, target_rank=rank + swaps * (rank // 2))
     layers = [Layer(name, weight, method, learned) for name, weight in weights.items()]
-    yield f"rank {rank}, half of it replaced at each of {swaps} swaps, components move by {learned:g} of their norm in between"
+    yield (
+        f"rank {rank}, half of it replaced at each of {swaps} swaps, "
+        f"components move by {learned:g} of their norm in between"
+    )
     yield f"{'':>6}{'live / one rounding':>24}{'of learned':>26}"
     yield f"{'swap':>6}{'nearest':>12}{'stochastic':>12}{'live':>14}{'one rounding':>14}{'largest':>10}"
     for number in range(swaps + 1):
@@ -122,7 +126,8 @@ def main() -> None:
         if value.ndim == 2 and "embed" not in name and min(value.shape) > 64
     }
     print(
-        f"{options.model}: {len(weights)} weights, {sum(w.numel() for w in weights.values()) / 1e6:.1f} M elements"
+        f"{options.model}: {len(weights)} weights, "
+        f"{sum(w.numel() for w in weights.values()) / 1e6:.1f} M elements"
     )
     with torch.no_grad():
         for learned in options.learned.split(","):

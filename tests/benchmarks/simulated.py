@@ -17,7 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from distlora.adapter.layer import AdapterLinear
 from distlora.engine.comm import Comm
 from distlora.engine.optimizers import OptimizerSpec, set_rate
-from distlora.engine.protocol import StepInfo
+from distlora.engine.protocol import StepInfo, adapter_layers
 from distlora.methods import Factors
 
 #: Smaller parameters stay whole on every rank, as under DeepSpeed's default of
@@ -90,9 +90,10 @@ class OneRankOfZero3:
 
     def __init__(self, comm: SilentComm, dtype: torch.dtype, persistent: int = PERSISTENT_ELEMENTS):
         self.comm, self.dtype, self._persistent = comm, dtype, persistent
+        self.ledger, self.clip = None, None
 
     def start(self, model: nn.Module, optimizer: OptimizerSpec) -> None:
-        self.module = model
+        self.module, self.layers = model, adapter_layers(model)
         self._parameters = dict(model.named_parameters())
         self._shapes = {parameter: tuple(parameter.shape) for parameter in self._parameters.values()}
         self._shards = {

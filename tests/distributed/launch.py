@@ -106,7 +106,9 @@ def _begin(environment: dict[str, str], plan: Path, log: Path) -> None:
 
 
 def results_of(out: Path, key: str) -> dict[str, Tensor]:
-    """What a case answered; fails the test with the ranks' own words if one of them failed, or none answered."""
+    """What a case answered; fails the test with the ranks' own words if one of them failed,
+    or none answered.
+    """
     path = out / f"{key}.safetensors"
     said = [file.read_text() for file in _errors(out, key)]
     if not said and path.exists():

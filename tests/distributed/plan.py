@@ -70,7 +70,8 @@ def two_a_step(world: int) -> int:
 
 def entries() -> list[Entry]:
     return [
-        *_every_stage(), *_every_method(), *_bfloat16(), *_methods_and_settings(), *_norms(), *_transforms(), *_optimizers(),
+        *_every_stage(), *_every_method(), *_bfloat16(), *_methods_and_settings(), *_norms(), *_transforms(),
+        *_optimizers(),
         *_zero_options(), *_swaps(), *_classifiers(), *_packed(), *_traffic(),
     ]  # fmt: skip
 

@@ -182,7 +182,9 @@ def test_on_the_plain_engine_the_same_curve(source, results, local, folder):
 
 @pytest.mark.parametrize("run", SWAPPED_ON, ids=lambda run: run.key)
 def test_after_swaps_at_the_same_layout_to_the_last_bit(run, results):
-    """Every byte of every frozen weight, as well when it is made again as when training has gone on from it."""
+    """Every byte of every frozen weight, as well when it is made again as
+    when training has gone on from it.
+    """
     there, whole = results(run), results(run.source)
     assert there.keys() - whole.keys() == set(), "the resumed run decided at steps at which the other did not"
     for name, value in there.items():

@@ -1,4 +1,6 @@
-"""What `distlora plan` says that ranks send each other equals what they send, counted below DeepSpeed and us."""
+"""What `distlora plan` says that ranks send each other equals what they send,
+counted below DeepSpeed and us.
+"""
 
 from collections import Counter
 
@@ -6,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distlora.initialise.factors import initialise
+from distlora.initialisation.factors import initialise
+from distlora.methods import TakesFromWeight
 from distlora.plan.setup import Setup, setup_of
 from distlora.plan.shapes import shapes_of
 from distlora.plan.traffic import (
@@ -23,8 +26,8 @@ from distlora.recipe.sections import Recipe
 
 SEED = 3
 KINDS = {
-    "allreduce_": ALL_REDUCE, "broadcast_": BROADCAST, "reduce_": REDUCE, "gather_": GATHER, "allgather_": ALL_GATHER,
-    "_allgather_base_": ALL_GATHER, "_reduce_scatter_base_": REDUCE_SCATTER,
+    "allreduce_": ALL_REDUCE, "broadcast_": BROADCAST, "reduce_": REDUCE, "gather_": GATHER,
+    "allgather_": ALL_GATHER, "_allgather_base_": ALL_GATHER, "_reduce_scatter_base_": REDUCE_SCATTER,
 }  # fmt: skip
 #: Their result is as large as all ranks' parts together, and is not there on every rank.
 OF_PARTS = (GATHER, ALL_GATHER)
@@ -65,7 +68,8 @@ def planned(setting, probe_samples: int = 0) -> Setup:
     recipe = Recipe(
         model={
             "path": str(setting.directory), "dtype": str(setting.engine.dtype).removeprefix("torch."),
-            "gradient_checkpointing": checkpointing, "quantization": setting.build_settings.get("quantization"),
+            "gradient_checkpointing": checkpointing,
+            "quantization": setting.build_settings.get("quantization"),
         },
         method=setting.attached.method,
         data={"task": "arithmetic"},
@@ -101,7 +105,7 @@ def sent_at_the_start(setting, count: int = 6) -> dict[str, Tensor]:
     with Collectives(setting.comm.world_size) as seen:
         initialise(setting.engine, setting.attached, SEED, setting.rate(0), data)
     expected = init_traffic(planned(setting, count))
-    if setting.attached.method.takes_from_weight:
+    if isinstance(setting.attached.method, TakesFromWeight):
         packed = (
             layer.packing.scales() for layer in setting.attached.layers.values() if layer.packing is not None
         )

@@ -16,9 +16,9 @@ from distlora.engine.comm import Comm
 from distlora.engine.optimizers import OptimizerSpec
 from distlora.engine.owners import open_ledger
 from distlora.engine.protocol import Engine
-from distlora.initialise.heads import draw_heads
-from distlora.initialise.pretrained import PretrainedFiles
-from distlora.methods import registry
+from distlora.initialisation.heads import draw_heads
+from distlora.initialisation.pretrained import PretrainedFiles
+from distlora.methods import magnitude_of, registry
 from distlora.models.loading import head_parameters, load_model
 from distlora.recipe.sections import ModelSection
 
@@ -32,8 +32,9 @@ def save_model(directory: Path) -> None:
     world divides.
     """
     config = Qwen2Config(
-        vocab_size=VOCABULARY, hidden_size=60, intermediate_size=131, num_hidden_layers=3, num_attention_heads=6,
-        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=True, initializer_range=0.2,
+        vocab_size=VOCABULARY, hidden_size=60, intermediate_size=131, num_hidden_layers=3,
+        num_attention_heads=6, num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=True,
+        initializer_range=0.2,
     )  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -50,8 +51,9 @@ def save_encoder(directory: Path) -> None:
     tensors are small.
     """
     config = BertConfig(
-        vocab_size=VOCABULARY, hidden_size=60, intermediate_size=131, num_hidden_layers=3, num_attention_heads=6,
-        max_position_embeddings=64, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, initializer_range=0.1,
+        vocab_size=VOCABULARY, hidden_size=60, intermediate_size=131, num_hidden_layers=3,
+        num_attention_heads=6, max_position_embeddings=64, hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0, initializer_range=0.1,
     )  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(1)
@@ -139,7 +141,7 @@ def random_factors(attached: Attached, seed: int = 5) -> dict[str, dict[str, tor
     generator = torch.Generator().manual_seed(seed)
     return {
         name: {
-            factor: torch.randn(shape, generator=generator) * 0.1 + (factor == attached.method.magnitude)
+            factor: torch.randn(shape, generator=generator) * 0.1 + (factor == magnitude_of(attached.method))
             for factor, shape in attached.method.shapes(*layer.shape).items()
         }
         for name, layer in attached.layers.items()

@@ -50,7 +50,8 @@ class Engine:
             f'[storage]\ndriver = "overlay"\ngraphroot = "{root}/storage"\nrunroot = "{root}/run"\n'
         )
         self.environment = os.environ | {
-            "CONTAINERS_CONF": str(root / "containers.conf"), "CONTAINERS_STORAGE_CONF": str(root / "storage.conf"),
+            "CONTAINERS_CONF": str(root / "containers.conf"),
+            "CONTAINERS_STORAGE_CONF": str(root / "storage.conf"),
             "BUILDAH_ISOLATION": "chroot",
         }  # fmt: skip
 
@@ -121,7 +122,9 @@ class Engine:
 
 
 def _pip_settings(folder: Path) -> list[str]:
-    """Options of `podman build` that give pip the index, the wheels and the certificate that it has outside."""
+    """Options of `podman build` that give pip the index,
+    the wheels and the certificate that it has outside.
+    """
     listed = subprocess.run(
         [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True
     ).stdout

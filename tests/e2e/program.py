@@ -69,8 +69,8 @@ def recipe_of(model: Path, data: Path, output_dir: Path) -> dict:
         "method": {"name": "lora_sb", "rank": 4, "init": {"samples": 6, "micro_batch_size": 2}},
         "targets": "all-linear",
         "data": {
-            "task": "gsm8k", "path": str(data), "template": "{prompt}\n", "split": "train", "eval_split": "test",
-            "max_length": 48, "max_new_tokens": 4,
+            "task": "gsm8k", "path": str(data), "template": "{prompt}\n", "split": "train",
+            "eval_split": "test", "max_length": 48, "max_new_tokens": 4,
         },
         "train": {
             "steps": 6, "micro_batch_size": 2, "global_batch_size": 4, "lr": 0.02, "schedule": "constant",
@@ -114,7 +114,8 @@ def started(*command: object, **environment: str) -> Iterator[subprocess.Popen]:
     """The command in a process group of its own, which is gone afterwards, whatever it has started."""
     plain = {name: value for name, value in os.environ.items() if not name.startswith(_LAUNCHERS)}
     settings = plain | {
-        "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
         # The launchers and ninja of this very environment, installed or not.
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), plain["PATH"]]),
         "PYTHONPATH": os.pathsep.join([str(REPOSITORY), *filter(None, [plain.get("PYTHONPATH")])]),

@@ -47,9 +47,8 @@ def test_the_last_good_checkpoint_is_one_whose_loss_was_a_number(recipe, model, 
     weights["model.norm.weight"][0] = float("nan")
     save_file(weights, base / "model.safetensors", {"format": "pt"})
     sentence = broken("train", recipe, own)
-    assert (
-        sentence
-        == f"distlora: the training loss is nan at step 4; the last good checkpoint: {run_dir / 'checkpoint-3'}"
+    assert sentence == (
+        f"distlora: the training loss is nan at step 4; the last good checkpoint: {run_dir / 'checkpoint-3'}"
     )
     assert max(curve(run_dir)) == 3
 
@@ -64,8 +63,8 @@ def test_a_tensor_that_would_not_train_is_named(recipe, model, tmp_path):
     save_file(weights, dead / "model.safetensors", {"format": "pt"})
     sentence = broken("train", recipe, f"model.path={dead}", "targets=[v_proj]", "method.name=lora_xs")
     assert sentence == (
-        "distlora: the gradient of model.layers.1.self_attn.v_proj.R is zero at step 1, so it would not be trained; "
-        "the last good checkpoint: none"
+        "distlora: the gradient of model.layers.1.self_attn.v_proj.R is zero at step 1, "
+        "so it would not be trained; the last good checkpoint: none"
     )
     assert not any("train/loss" in line for line in metrics(tmp_path / "run")), "no step was taken"
 

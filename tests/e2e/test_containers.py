@@ -100,7 +100,8 @@ def test_what_is_copied_is_there_and_not_ignored(parts):
 def test_layers_that_cost_most_come_before_the_source(parts):
     order = [rest for word, rest in parts if word in ("RUN", "COPY")]
     positions = [next(number for number, rest in enumerate(order) if part in rest) for part in (
-        "COPY constraints"[5:], "'^torch=='", "--no-build-isolation deepspeed", "setup.py", "bnb,mpi", "distlora distlora",
+        "COPY constraints"[5:], "'^torch=='", "--no-build-isolation deepspeed", "setup.py", "bnb,mpi",
+        "distlora distlora",
     )]  # fmt: skip
     assert positions == sorted(positions)
     for command in of(parts, "RUN"):

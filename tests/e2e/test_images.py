@@ -104,7 +104,10 @@ def test_an_image_holds_the_tested_versions_and_no_keys(engine, dockerfile, tag)
     assert {"torch", "deepspeed", "mpi4py", "bitsandbytes", "distlora"} <= set(normal)
     assert {name: normal[name] for name in wanted if name in normal and normal[name] != wanted[name]} == {}
 
-    look = "id -u; ls /etc/ssh/ssh_host_* /keys/* 2>/dev/null; touch /workspace/configs/x 2>/dev/null || echo read-only; sshd -V 2>&1"
+    look = (
+        "id -u; ls /etc/ssh/ssh_host_* /keys/* 2>/dev/null; "
+        "touch /workspace/configs/x 2>/dev/null || echo read-only; sshd -V 2>&1"
+    )
     said = engine.podman(
         "run",
         "--rm",

@@ -121,7 +121,8 @@ def test_deepspeed_config(recipe, tmp_path):
     assert refused(*given).startswith(f"{file} is not JSON: ")
     file.write_text('{"train_batch_size": 64}')
     assert refused(*given) == (
-        f"recipe train.global_batch_size=4 contradicts train_batch_size=64 in {file}; set the latter to auto or make them equal"
+        f"recipe train.global_batch_size=4 contradicts train_batch_size=64 in {file}; "
+        "set the latter to auto or make them equal"
     )
     file.write_text('{"bf16": {"enabled": true}}')
     assert refused(*given).startswith(f"recipe model.dtype=float32 contradicts bf16.enabled=true in {file}")
@@ -193,7 +194,7 @@ def test_several_ranks_without_deepspeed_or_an_address(recipe, monkeypatch):
 )
 def test_other_ranks_than_the_first_of_a_node_say_nothing(recipe, monkeypatch, variable, local):
     """Each launcher tells a rank who it is in its own way."""
-    monkeypatch.setattr("distlora.cli.main.PATIENCE", 0)
+    monkeypatch.setattr("distlora.cli.ending.PATIENCE", 0)
     size = {"RANK": "WORLD_SIZE", "SLURM_PROCID": "SLURM_NTASKS"}.get(
         variable, variable.replace("RANK", "SIZE")
     )

@@ -55,9 +55,9 @@ def test_shipped_recipe_takes_steps(path, models, tmp_path):
     task = shipped.data.task
     make, length = (tiny_encoder_dir, 64) if name in ENCODERS else (tiny_model_dir, 256)
     small = [
-        f"model.path={make(name, models)}", f"output_dir={tmp_path / 'run'}", "deepspeed=null", "method.rank=4",
-        "data.split=train[:8]", f"data.max_length={length}", "train.steps=2", "train.global_batch_size=2",
-        "train.micro_batch_size=1", "train.eval_samples=2",
+        f"model.path={make(name, models)}", f"output_dir={tmp_path / 'run'}", "deepspeed=null",
+        "method.rank=4", "data.split=train[:8]", f"data.max_length={length}", "train.steps=2",
+        "train.global_batch_size=2", "train.micro_batch_size=1", "train.eval_samples=2",
     ]  # fmt: skip
     if "init" in type(shipped.method).model_fields:
         small.append("method.init.samples=2")

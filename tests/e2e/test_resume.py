@@ -109,8 +109,8 @@ def test_another_recipes_run_is_refused_and_left_alone(finished, tmp_path, flag)
     outcome = call("train", run_dir / "recipe.yaml", "train.lr=0.3", *flag)
     assert outcome.code == 2
     assert outcome.sentences == [
-        f"distlora: output_dir: {run_dir} holds the run of another recipe (train.lr is 0.02 there and 0.3 here); "
-        "name another directory"
+        f"distlora: output_dir: {run_dir} holds the run of another recipe "
+        "(train.lr is 0.02 there and 0.3 here); name another directory"
     ]
     assert files_of(run_dir) == before
 

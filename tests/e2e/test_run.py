@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from distlora.data import collate, load_split
 from distlora.methods import registry
-from distlora.models.loading import load_tokenizer, response_loss
+from distlora.models.loading import load_tokenizer
+from distlora.models.losses import response_loss
 from distlora.recipe.load import load_recipe
 from tests.e2e.program import call, curve, files_of, metrics, recipe_of, succeed, write_recipe
 from tests.tiny_models import tiny_model_dir
@@ -198,7 +199,7 @@ def test_a_run_with_recompositions(recipe, tmp_path, monkeypatch):
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
     assert mean_loss(merged, load_recipe(recipe)) == final
     # An evaluation recomposes nothing, so it reads neither scores nor reserve.
-    monkeypatch.setattr("distlora.training.run.Recomposer", lambda *_: pytest.fail("a recomposer was made"))
+    monkeypatch.setattr("distlora.api.plan.Recomposer", lambda *_: pytest.fail("a recomposer was made"))
     said = dict(line.split() for line in succeed("eval", run_dir).out.splitlines())
     assert float(said["eval/loss"]) == pytest.approx(curve(run_dir, "eval/loss")[6], abs=1e-6)
 

@@ -231,7 +231,9 @@ def test_a_node_fails(bench, queue, slurm_cluster, node):
 
 @pytest.mark.cluster_long
 def test_a_rank_goes_silent(bench, queue, slurm_cluster):
-    """It hangs, and SLURM sees nothing wrong: that another start may go on stands in the run's status only."""
+    """It hangs, and SLURM sees nothing wrong:
+    that another start may go on stands in the run's status only.
+    """
     job = interrupted(bench, queue, "silent", *PAIR)
     os.kill(slurm_cluster.process("node2", "distlora train"), signal.SIGSTOP)
     said = job.expect_end("COMPLETED", 1)

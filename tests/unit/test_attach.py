@@ -7,7 +7,7 @@ import transformers
 from distlora.adapter.attach import attach, lora_parameters
 from distlora.adapter.layer import AdapterLinear
 from distlora.errors import UserError
-from distlora.methods import registry
+from distlora.methods import registry, writes_weight
 from distlora.methods.full import Full
 from distlora.methods.lora import LoRA
 from distlora.methods.lora_sb import LoRASB
@@ -286,7 +286,7 @@ def test_a_weight_that_is_used_twice_is_not_changed(name):
     model.embedding, model.head = torch.nn.Embedding(40, 30), torch.nn.Linear(30, 40, bias=False)
     model.head.weight = model.embedding.weight
     method = registry()[name](rank=4, **({"target_rank": 8} if name == "srlora" else {}))
-    if method.changes_weight:
+    if writes_weight(method):
         with pytest.raises(UserError, match="head shares its weight"):
             attach(model, method, ["head"])
     else:

@@ -1,4 +1,6 @@
-"""The instrument of the memory benchmark counts what it says, and the simulated rank holds what a rank holds."""
+"""The instrument of the memory benchmark counts what it says,
+and the simulated rank holds what a rank holds.
+"""
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from distlora.engine.comm import Comm, Topology
 from distlora.engine.local import LocalEngine
 from distlora.engine.optimizers import OptimizerSpec
 from distlora.methods.lora_sb import LoRASB
-from distlora.models.loss import OutputHead
+from distlora.models.cross_entropy import OutputHead
 from tests.benchmarks.live_bytes import DEVICE, HOST, LiveBytes
 from tests.benchmarks.phases import PHASES, Subject
 from tests.benchmarks.rebuild_drift import table
@@ -162,7 +164,9 @@ def test_a_simulated_rank_gathers_one_module_at_a_time():
 
 
 def test_roundings_of_swaps_add_up_like_independent_errors():
-    """The start and three swaps: four roundings, of which stochastic ones cost the square root of two more."""
+    """The start and three swaps: four roundings,
+    of which stochastic ones cost the square root of two more.
+    """
     weight = torch.randn(120, 96, generator=torch.Generator().manual_seed(0)) / 10
     number, nearest, stochastic, *_ = list(table({"weight": weight}, rank=4, swaps=3, learned=0.1))[
         -1

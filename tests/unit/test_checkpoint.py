@@ -20,8 +20,11 @@ from safetensors.torch import save as save_bytes
 from torch import nn
 
 from distlora.adapter.attach import attach
-from distlora.checkpoints.checkpoint import newest, of_step, restore, save
+from distlora.checkpoints.directory import newest, of_step
+from distlora.checkpoints.restore import restore
+from distlora.checkpoints.save import save
 from distlora.cluster.addresses import free_port
+from distlora.engine.boundary import take_step
 from distlora.engine.comm import Comm, Topology
 from distlora.engine.local import LocalEngine
 from distlora.engine.optimizers import OptimizerSpec
@@ -30,7 +33,7 @@ from distlora.engine.random_state import own_random_state
 from distlora.errors import UserError
 from distlora.files.atomic import sha256_of
 from distlora.files.tensors import TensorFiles, TensorWriter
-from distlora.initialise.factors import initialise
+from distlora.initialisation.factors import initialise
 from distlora.maths.low_rank import LowRank
 from distlora.methods import registry
 from distlora.recompose.recomposer import Recomposer
@@ -40,7 +43,9 @@ IDENTITY = {"method": {"name": "lora_sb", "rank": 5}, "train": {"lr": 0.01, "bet
 #: What a method needs beside rank and alpha on so small a model.
 SETTINGS = {"srlora": {"target_rank": 9}}
 FORK_SERVER = multiprocessing.get_context("forkserver")
-FORK_SERVER.set_forkserver_preload(["distlora.checkpoints.checkpoint", "pytest", "torch._dynamo"])
+FORK_SERVER.set_forkserver_preload(
+    ["distlora.checkpoints.save", "distlora.checkpoints.restore", "pytest", "torch._dynamo"]
+)
 
 
 class Net(nn.Module):
@@ -91,7 +96,7 @@ def train(engine, steps):
     for step in steps:
         x = torch.randn(4, 13, generator=torch.Generator().manual_seed(step)).to(engine.dtype)
         engine.backward(engine.module(x).float().square().mean())
-        engine.step()
+        take_step(engine)
 
 
 def update_weights(engine, attached, numbers, rounding="nearest"):
@@ -562,7 +567,9 @@ def test_recomposer_without_tensors(run_dir):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("saved_at", [2, 4, 5], ids=lambda step: f"after step {step}")
 def test_srlora_goes_on_as_if_nothing_had_happened(run_dir, dtype, saved_at):
-    """Two swaps, after steps 2 and 5: a checkpoint right before the second, right after each, and in between."""
+    """Two swaps, after steps 2 and 5: a checkpoint right before the second, right after each,
+    and in between.
+    """
 
     def start(report=None):
         engine, attached = build_with_ledger("srlora", dtype)
@@ -576,9 +583,9 @@ def test_srlora_goes_on_as_if_nothing_had_happened(run_dir, dtype, saved_at):
             x = torch.randn(4, 13, generator=torch.Generator().manual_seed(step)).to(engine.dtype)
             engine.backward(engine.module(x).float().square().mean())
             recomposer.on_gradient()
-            engine.step()
+            take_step(engine)
             decided = recomposer.after_step(step + 1, 1.0)
-            swapped += [step + 1] if decided is not None and decided.swapped else []
+            swapped += [step + 1] if decided is not None and decided.recomposed else []
         return swapped
 
     with own_random_state(1, CPU):

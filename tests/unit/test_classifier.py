@@ -16,18 +16,18 @@ from distlora.engine.local import LocalEngine
 from distlora.engine.optimizers import OptimizerSpec
 from distlora.errors import UserError
 from distlora.evaluation.scoring import label_scores
-from distlora.initialise.heads import draw_heads
-from distlora.initialise.probe import mean_gradients
+from distlora.initialisation.heads import draw_heads
+from distlora.initialisation.probe import mean_gradients
 from distlora.methods import registry
 from distlora.models.loading import (
     bare_model,
     head_parameters,
-    label_loss,
     load_config,
     load_model,
     load_tokenizer,
     position_limit,
 )
+from distlora.models.losses import label_loss
 from distlora.models.targets import loss_of_samples, sample_weights, targets_per_row
 from distlora.recipe.load import load_recipe
 from distlora.recipe.sections import ModelSection

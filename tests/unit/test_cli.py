@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from distlora.cli import main as cli
+from distlora.cli import commands, ending
+from distlora.cli.main import main
+from distlora.cli.parser import parse
+from distlora.cli.summary import summary_table
 from distlora.errors import TrainingError, UserError
 from distlora.training.train import Summary
 
@@ -28,7 +31,7 @@ def logger_as_before():
 def naps(monkeypatch) -> list[float]:
     """Seconds that the program slept, without sleeping."""
     slept = []
-    monkeypatch.setattr("distlora.cli.main.time.sleep", slept.append)
+    monkeypatch.setattr("distlora.cli.ending.time.sleep", slept.append)
     return slept
 
 
@@ -52,19 +55,19 @@ def naps(monkeypatch) -> list[float]:
     ],
 )
 def test_overrides_and_an_injected_rank_in_any_order(words):
-    options = cli._parse(words)
+    options = parse(words)
     assert (options.recipe, options.overrides) == ("x.yaml", ["train.lr=1", "train.seed=2"])
 
 
 @pytest.mark.parametrize(("words", "resume"), [([], None), (["--resume"], True), (["--no-resume"], False)])
 def test_resume_has_three_values(words, resume):
     for order in ([*words, "a.b=1"], ["a.b=1", *words]):
-        options = cli._parse(["train", "x.yaml", *order])
+        options = parse(["train", "x.yaml", *order])
         assert options.resume is resume and options.overrides == ["a.b=1"]
 
 
 def test_export_and_eval():
-    options = cli._parse(["export", "runs/x", "--format", "peft", "--out", "y", "--step", "5"])
+    options = parse(["export", "runs/x", "--format", "peft", "--out", "y", "--step", "5"])
     assert (options.run_dir, options.format, options.out, options.step) == (
         Path("runs/x"),
         "peft",
@@ -72,21 +75,18 @@ def test_export_and_eval():
         5,
     )
     assert options.dtype is options.compress_rank is options.max_error is None
-    options = cli._parse(
+    options = parse(
         ["export", "x", "--format", "peft", "--out", "y", "--max-error", "1e-2", "--dtype", "bfloat16"]
     )
     assert (options.max_error, options.dtype) == (0.01, "bfloat16")
-    assert (
-        cli._parse(["export", "x", "--format", "peft", "--out", "y", "--compress-rank", "8"]).compress_rank
-        == 8
-    )
-    assert cli._parse(["eval", "runs/x", "a.b=1"]).overrides == ["a.b=1"]
+    assert parse(["export", "x", "--format", "peft", "--out", "y", "--compress-rank", "8"]).compress_rank == 8
+    assert parse(["eval", "runs/x", "a.b=1"]).overrides == ["a.b=1"]
 
 
 def test_methods_takes_a_recipe_or_none():
-    options = cli._parse(["methods"])
+    options = parse(["methods"])
     assert (options.recipe, options.overrides, options.rank, options.model) == (None, [], None, None)
-    options = cli._parse(["methods", "x.yaml", "--rank", "16", "a.b=1", "--model", "y"])
+    options = parse(["methods", "x.yaml", "--rank", "16", "a.b=1", "--model", "y"])
     assert (options.recipe, options.overrides, options.rank, options.model) == ("x.yaml", ["a.b=1"], 16, "y")
 
 
@@ -114,9 +114,9 @@ def test_methods_takes_a_recipe_or_none():
     ],
 )
 def test_misspelt_command(words, complaint, capsys):
-    with pytest.raises(SystemExit) as ending:
-        cli.main(words)
-    assert ending.value.code == 2
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 2
     assert complaint in capsys.readouterr().err.splitlines()[-1]
 
 
@@ -127,11 +127,11 @@ def test_a_misspelt_command_is_told_by_the_first_rank_of_a_node(words, monkeypat
     for rank, local_rank, told in (("3", "1", False), ("2", "0", True), ("0", "0", True)):
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setenv("LOCAL_RANK", local_rank)
-        with pytest.raises(SystemExit) as ending:
-            cli.main(words)
-        assert ending.value.code == 2
+        with pytest.raises(SystemExit) as ended:
+            main(words)
+        assert ended.value.code == 2
         assert bool(capsys.readouterr().err) == told
-    assert naps == [cli.PATIENCE] * 2, "the other ranks speak and leave later"
+    assert naps == [ending.PATIENCE] * 2, "the other ranks speak and leave later"
 
 
 # ---------------------------------------------------------------------- errors into sentences
@@ -158,16 +158,16 @@ def raising(error):
     ],
 )
 def test_exit_codes(error, code, said, monkeypatch, capsys, naps):
-    monkeypatch.setattr(cli, "_methods", raising(error))
-    assert cli.main(["methods"]) == code
+    monkeypatch.setitem(commands.COMMANDS, "methods", raising(error))
+    assert main(["methods"]) == code
     assert capsys.readouterr() == ("", said)
     assert naps == []
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch):
-    monkeypatch.setattr(cli, "_methods", raising(ZeroDivisionError()))
+    monkeypatch.setitem(commands.COMMANDS, "methods", raising(ZeroDivisionError()))
     with pytest.raises(ZeroDivisionError):
-        cli.main(["methods"])
+        main(["methods"])
 
 
 @pytest.mark.parametrize(
@@ -182,32 +182,32 @@ def test_other_ranks_leave_it_to_rank_0_and_leave_later(rank, size, monkeypatch,
         monkeypatch.setenv(name, value)
     shared, lonely = UserError("x is wrong"), UserError("y is missing here")
     shared.agreed = True
-    monkeypatch.setattr(cli, "_methods", raising(shared))
-    assert cli.main(["methods"]) == 2
+    monkeypatch.setitem(commands.COMMANDS, "methods", raising(shared))
+    assert main(["methods"]) == 2
     assert capsys.readouterr() == ("", "")
-    assert naps == [cli.PATIENCE]
-    monkeypatch.setattr(cli, "_methods", raising(lonely))
-    assert cli.main(["methods"]) == 2
+    assert naps == [ending.PATIENCE]
+    monkeypatch.setitem(commands.COMMANDS, "methods", raising(lonely))
+    assert main(["methods"]) == 2
     assert re.fullmatch(r"distlora \(rank 1 on \S+\): y is missing here\n", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(("local_rank", "speaks"), [("0", True), ("1", False)])
-def test_of_a_node_that_lacks_a_file_the_first_rank_speaks(local_rank, speaks, monkeypatch, capsys, naps):
+def test_the_first_rank_of_a_node_says_what_is_missing_there(local_rank, speaks, monkeypatch, capsys, naps):
     for name, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": local_rank}.items():
         monkeypatch.setenv(name, value)
-    assert cli.main(["plan", "none.yaml"]) == 2
+    assert main(["plan", "none.yaml"]) == 2
     said = capsys.readouterr().err
     assert (
         bool(re.fullmatch(r"distlora \(rank 5 on \S+\): none.yaml: no such recipe; .*\n", said))
         == speaks
         == bool(said)
     )
-    assert naps == [cli.PATIENCE]
+    assert naps == [ending.PATIENCE]
 
 
 def test_log_of_rank_0_and_of_others(capsys):
     for shown in (True, False):
-        cli._log_to_terminal(shown)
+        commands._log_to_terminal(shown)
         logging.getLogger("distlora.training.train").info("told")
         logging.getLogger("distlora.training.train").error("wrong")
     assert capsys.readouterr() == ("", "told\nwrong\nwrong\n")
@@ -215,7 +215,7 @@ def test_log_of_rank_0_and_of_others(capsys):
 
 def test_a_mistyped_command_does_not_wait_for_torch():
     """It takes seconds to import, on every rank."""
-    code = "import sys, distlora.cli.main; distlora.cli.main._parse(['train', 'x']); sys.exit('torch' in sys.modules)"
+    code = "import sys, distlora.cli.main as cli; cli.parse(['train', 'x']); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0
 
 
@@ -236,7 +236,7 @@ def summary(**values) -> Summary:
 
 def test_table_of_a_run_with_everything():
     before, after = {"loss": 2.5, "exact_match": 0.125}, {"loss": 1.25, "exact_match": 0.5}
-    text = cli._table(
+    text = summary_table(
         summary(before=before, after=after, init_seconds=3.21, step_seconds=0.456, tensorboard="tb")
     )
     rows = [line.split() for line in text.splitlines() if line]
@@ -255,7 +255,7 @@ def test_table_of_a_run_with_everything():
 
 
 def test_table_of_a_run_without_evaluation_or_adapter():
-    text = cli._table(summary(adapter=None, lora_trained=0, trained=1234567))
+    text = summary_table(summary(adapter=None, lora_trained=0, trained=1234567))
     assert "before" not in text and "LoRA" not in text
     assert "1,234,567" in text
     assert "none: the weights themselves were trained; see distlora export" in text
@@ -263,4 +263,4 @@ def test_table_of_a_run_without_evaluation_or_adapter():
 
 
 def test_table_does_not_praise_what_is_not_smaller():
-    assert "1,500 (beside LoRA's 1,500 at rank 4)" in cli._table(summary(trained=1500))
+    assert "1,500 (beside LoRA's 1,500 at rank 4)" in summary_table(summary(trained=1500))

@@ -121,7 +121,10 @@ def test_chunks_do_not_show(tmp_path, tokenizer, monkeypatch):
     assert load(tmp_path, tokenizer, pairs, split="train[2:5]").samples == whole.samples[2:5]
 
 
-CHAT_TEMPLATE = "<bos>{% for m in messages %}<{{m.role}}> {{m.content}} {% endfor %}{% if add_generation_prompt %}<bot> {% endif %}"
+CHAT_TEMPLATE = (
+    "<bos>{% for m in messages %}<{{m.role}}> {{m.content}} {% endfor %}"
+    "{% if add_generation_prompt %}<bot> {% endif %}"
+)
 
 
 def test_chat_template_of_the_tokenizer(tmp_path):

@@ -61,7 +61,8 @@ def test_overrides_reach_into_the_deepspeed_file():
 @pytest.mark.parametrize(
     "content, expected",
     [
-        ('{"a": 1, // no\n}', "zero.json is not JSON: Expecting property name enclosed in double quotes at line 1, "
+        ('{"a": 1, // no\n}',
+         "zero.json is not JSON: Expecting property name enclosed in double quotes at line 1, "
          "column 10 (JSON has no comments and no trailing commas)"),
         ("train_batch_size: 4", "zero.json is not JSON: Expecting value at line 1, column 1 "
          "(JSON has no comments and no trailing commas)"),
@@ -220,8 +221,8 @@ def test_an_offloaded_optimizer_is_deepspeeds_own_or_explicitly_not():
     resolve(zero)
     resolve({**zero, "zero_force_ds_cpu_optimizer": False}, "train.optimizer.name=adamw8bit")
     assert refusal(zero, "train.optimizer.name=adamw8bit") == (
-        "train.optimizer.name=adamw8bit has no form in DeepSpeed for zero_optimization.offload_optimizer in zero.json; use adamw, "
-        "or set zero_force_ds_cpu_optimizer to false there"
+        "train.optimizer.name=adamw8bit has no form in DeepSpeed for zero_optimization.offload_optimizer in "
+        "zero.json; use adamw, or set zero_force_ds_cpu_optimizer to false there"
     )
 
 
@@ -229,7 +230,8 @@ def test_a_forbidden_optimizer_is_refused_where_deepspeed_would_break_off():
     config = {"zero_optimization": {"stage": 1}, "zero_allow_untested_optimizer": False}
     resolve(config)
     assert refusal(config, "train.optimizer.name=sgd") == (
-        "zero_allow_untested_optimizer=false in zero.json forbids train.optimizer.name=sgd; set it to true or auto, or use adamw"
+        "zero_allow_untested_optimizer=false in zero.json forbids train.optimizer.name=sgd; "
+        "set it to true or auto, or use adamw"
     )
 
 
@@ -248,19 +250,24 @@ END = "in zero.json; set the latter to auto or make them equal"
 @pytest.mark.parametrize(
     "config, overrides, expected",
     [
-        ({"train_batch_size": 64}, [], f"recipe train.global_batch_size=32 contradicts train_batch_size=64 {END}"),
-        ({"train_batch_size": "32"}, [], f'recipe train.global_batch_size=32 contradicts train_batch_size="32" {END}'),
+        ({"train_batch_size": 64}, [],
+         f"recipe train.global_batch_size=32 contradicts train_batch_size=64 {END}"),
+        ({"train_batch_size": "32"}, [],
+         f'recipe train.global_batch_size=32 contradicts train_batch_size="32" {END}'),
         ({"train_micro_batch_size_per_gpu": 4}, [],
          f"recipe train.micro_batch_size=1 contradicts train_micro_batch_size_per_gpu=4 {END}"),
         ({"gradient_accumulation_steps": 4}, [],
-         "recipe train.global_batch_size=32 with train.micro_batch_size=1 on 2 ranks (16 accumulation steps) contradicts "
-         f"gradient_accumulation_steps=4 {END}"),
+         "recipe train.global_batch_size=32 with train.micro_batch_size=1 on 2 ranks (16 accumulation steps) "
+         f"contradicts gradient_accumulation_steps=4 {END}"),
         ({"gradient_clipping": 0.5}, [], f"recipe train.clip=1.0 contradicts gradient_clipping=0.5 {END}"),
-        ({"gradient_clipping": 1.0}, ["train.clip=0"], f"recipe train.clip=null contradicts gradient_clipping=1.0 {END}"),
-        ({"bf16": {"enabled": False}}, [], f"recipe model.dtype=bfloat16 contradicts bf16.enabled=false {END}"),
+        ({"gradient_clipping": 1.0}, ["train.clip=0"],
+         f"recipe train.clip=null contradicts gradient_clipping=1.0 {END}"),
+        ({"bf16": {"enabled": False}}, [],
+         f"recipe model.dtype=bfloat16 contradicts bf16.enabled=false {END}"),
         ({"bf16": {"enabled": True}}, ["model.dtype=float32"],
          f"recipe model.dtype=float32 contradicts bf16.enabled=true {END}"),
-        ({"optimizer": {"type": "Lion"}}, [], f'recipe train.optimizer.name=adamw contradicts optimizer.type="Lion" {END}'),
+        ({"optimizer": {"type": "Lion"}}, [],
+         f'recipe train.optimizer.name=adamw contradicts optimizer.type="Lion" {END}'),
         ({"optimizer": {"type": "AdamW"}}, ["train.optimizer.name=sgd"],
          f'recipe train.optimizer.name=sgd contradicts optimizer.type="AdamW" {END}'),
         ({"optimizer": {"type": "AdamW", "params": {"lr": 3e-5}}}, [],
@@ -283,7 +290,10 @@ def test_contradictions_name_both_places(config, overrides, expected):
 
 def test_an_inline_config_is_named_as_such():
     recipe = load("deepspeed={train_batch_size: 64}")
-    expected = "^recipe train.global_batch_size=32 contradicts train_batch_size=64 in the recipe's deepspeed section;"
+    expected = (
+        "^recipe train.global_batch_size=32 contradicts train_batch_size=64 "
+        "in the recipe's deepspeed section;"
+    )
     with pytest.raises(UserError, match=expected):
         resolve_deepspeed(recipe, 1, None)
 
@@ -291,12 +301,16 @@ def test_an_inline_config_is_named_as_such():
 @pytest.mark.parametrize(
     "config, expected",
     [
-        ({"fp16": {"enabled": True}}, "fp16.enabled=true in zero.json is not supported: the precision is that of the "
+        ({"fp16": {"enabled": True}},
+         "fp16.enabled=true in zero.json is not supported: the precision is that of the "
          "recipe's model.dtype=bfloat16; set it to false or auto"),
-        ({"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}, "torch_autocast.enabled=true in zero.json is not "
+        ({"torch_autocast": {"enabled": True, "dtype": "bfloat16"}},
+         "torch_autocast.enabled=true in zero.json is not "
          "supported: the precision is that of the recipe's model.dtype=bfloat16; set it to false or auto"),
-        ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage in zero.json is 4; wanted 0, 1, 2 or 3"),
-        ({"zero_optimization": {"stage": "auto"}}, 'zero_optimization.stage in zero.json is "auto"; wanted 0, 1, 2 or 3'),
+        ({"zero_optimization": {"stage": 4}},
+         "zero_optimization.stage in zero.json is 4; wanted 0, 1, 2 or 3"),
+        ({"zero_optimization": {"stage": "auto"}},
+         'zero_optimization.stage in zero.json is "auto"; wanted 0, 1, 2 or 3'),
         ({"zero_optimization": True}, "zero_optimization in zero.json is true; a mapping is wanted"),
         ({"bf16": True}, "bf16 in zero.json is true; a mapping is wanted"),
         ({"zero_optimization": {"sub_group_size": "auto"}},
@@ -305,21 +319,24 @@ def test_an_inline_config_is_named_as_such():
         ({"a": [{"b": "auto"}]},
          "a.0.b is auto in zero.json, and nothing in the recipe decides it; give a value or remove it"),
         ({"optimizer": {"type": "AdamW", "params": {"amsgrad": True}}},
-         "optimizer.params.amsgrad=true in zero.json has no counterpart in the recipe's train.optimizer (adamw); remove it"),
+         "optimizer.params.amsgrad=true in zero.json has no counterpart in the recipe's train.optimizer "
+         "(adamw); remove it"),
         ({"optimizer": {"type": "Adam", "params": {"adam_w_mode": False}}},
-         "optimizer.params.adam_w_mode=false in zero.json has no counterpart in the recipe's train.optimizer (adamw); "
-         "remove it"),
+         "optimizer.params.adam_w_mode=false in zero.json has no counterpart in the recipe's train.optimizer "
+         "(adamw); remove it"),
         ({"gradient_allreduce_op": "sum"},
          "gradient_allreduce_op in zero.json must be mean: the loss is a mean over the global batch"),
         ({"zero_optimization": {"offload_param": {"device": "nvme"}}},
          "zero_optimization.offload_param.device=nvme in zero.json is not supported; set it to cpu or none"),
         ({"zero_optimization": {"cpu_offload": True}},
-         "zero_optimization.cpu_offload in zero.json is an old name; set offload_optimizer.device to cpu in its place"),
+         "zero_optimization.cpu_offload in zero.json is an old name; "
+         "set offload_optimizer.device to cpu in its place"),
         ({"zero_optimization": {"zero_quantized_weights": True}},
          "zero_optimization.zero_quantized_weights in zero.json is not supported; remove it"),
         ({"zero_optimization": {"mics_shard_size": 8}},
          "zero_optimization.mics_shard_size in zero.json is not supported; use zero_hpz_partition_size"),
-        ({"zero_optimization": {"stage": 3, "offload_param": None, "offload_optimizer": None, "cpu_offload": False}}, None),
+        ({"zero_optimization": {"stage": 3, "offload_param": None, "offload_optimizer": None,
+                                "cpu_offload": False}}, None),
         ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}, None),
         ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 3}}, None),
     ],
@@ -340,5 +357,6 @@ def test_hpz_groups_must_divide_the_ranks():
 
 def test_an_auto_that_needs_the_hidden_size():
     assert refusal({"zero_optimization": {"reduce_bucket_size": "auto"}}, hidden=None) == (
-        "zero_optimization.reduce_bucket_size is auto in zero.json, but the model's config has no hidden_size; give a number"
+        "zero_optimization.reduce_bucket_size is auto in zero.json, "
+        "but the model's config has no hidden_size; give a number"
     )

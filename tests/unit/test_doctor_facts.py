@@ -15,8 +15,8 @@ import pytest
 
 from distlora.cluster.exported_variables import exported_names
 from distlora.doctor import examine, facts, network, node, remote, storage, toolchain
-from distlora.doctor.ending import unwinding
 from distlora.doctor.subject import subject_of
+from distlora.doctor.termination import exit_on_sigterm
 from distlora.engine.comm import Topology
 from distlora.errors import UserError
 
@@ -36,7 +36,8 @@ def test_a_collector_that_hangs_or_fails_holds_up_no_other():
     )
     release.set()
     assert found == {
-        "slow": {"error": "no answer within 2 s"}, "broken": {"error": "ZeroDivisionError: by zero"}, "good": {"a": 1},
+        "slow": {"error": "no answer within 2 s"}, "broken": {"error": "ZeroDivisionError: by zero"},
+        "good": {"a": 1},
     }  # fmt: skip
 
 
@@ -167,7 +168,10 @@ def _script(path: Path, text: str) -> None:
 
 
 def test_an_answer_is_found_among_what_others_say():
-    text = 'Welcome!\ndistlora-doctor:{"a": 1}\nnoise distlora-doctor:{"b": 2}\ndistlora-doctor:[3]\ndistlora-doctor:{"cut'
+    text = (
+        'Welcome!\ndistlora-doctor:{"a": 1}\nnoise distlora-doctor:{"b": 2}\n'
+        'distlora-doctor:[3]\ndistlora-doctor:{"cut'
+    )
     assert node.answers(text) == [{"a": 1}, [3]]
 
 
@@ -424,7 +428,7 @@ def test_an_examination_that_is_told_to_stop_takes_its_marks_along(tmp_path, mon
         return []
 
     monkeypatch.setattr("distlora.doctor.hosts.ask_all", ask)
-    with pytest.raises(SystemExit) as ended, unwinding():
+    with pytest.raises(SystemExit) as ended, exit_on_sigterm():
         examine.examine(Topology(), run_dir=tmp_path, build=False)
     assert ended.value.code == 143 and not list(tmp_path.iterdir())
     assert signal.getsignal(signal.SIGTERM) is handler

@@ -6,13 +6,15 @@ from torch.utils.checkpoint import checkpoint
 
 from distlora.adapter.attach import attach
 from distlora.adapter.layer import AdapterLinear
+from distlora.engine.boundary import take_step
 from distlora.engine.comm import Comm, Topology
 from distlora.engine.local import LocalEngine
 from distlora.engine.optimizers import OptimizerSpec
 from distlora.maths.linalg import row_norms
 from distlora.maths.low_rank import LowRank
-from distlora.methods.contract import LayerInit
+from distlora.methods import LayerInit
 from distlora.methods.dora import DoRA
+from distlora.recipe.combination import problem_with_decay
 
 FP32, BF16 = torch.float32, torch.bfloat16
 OUT, IN, RANK = 31, 23, 3
@@ -117,9 +119,9 @@ def test_dropout_is_on_the_input_of_the_pair_alone():
 
 
 def test_weight_decay_must_be_wanted():
-    assert "decay_pretrained" in DoRA().problem_with_decay(0.1)
-    assert DoRA().problem_with_decay(0.0) is None
-    assert DoRA(decay_pretrained=True).problem_with_decay(0.1) is None
+    assert "decay_pretrained" in problem_with_decay(DoRA(), 0.1)
+    assert problem_with_decay(DoRA(), 0.0) is None
+    assert problem_with_decay(DoRA(decay_pretrained=True), 0.1) is None
 
 
 # ---------------------------------------------------------------------- in the layer
@@ -217,7 +219,9 @@ ONCE = [(OUT, IN), (7, OUT)]
 @BOTH
 @pytest.mark.parametrize("checkpointing", [False, "plain", "reentrant"])
 def test_once_a_step_and_layer(counted, checkpointing, dtype):
-    """Micro-batches, recomputation in the backward pass, and evaluations before and after them all share one."""
+    """Micro-batches, recomputation in the backward pass,
+    and evaluations before and after them all share one.
+    """
     engine, _ = _engine(dtype)
     engine.module.checkpointing = checkpointing
     for step in range(3):
@@ -227,7 +231,7 @@ def test_once_a_step_and_layer(counted, checkpointing, dtype):
         with torch.no_grad():
             engine.module(_input(dtype))
         assert counted == ONCE
-        engine.step()
+        take_step(engine)
         counted.clear()
         if step == 1:  # an evaluation between two steps takes them for the next one
             with torch.no_grad():
@@ -274,7 +278,7 @@ def test_training_sees_the_norms_of_every_step():
     for seed in range(5):
         for running in (engine, other):
             _backward(running, seed)
-            running.step()
+            take_step(running)
         for layer in others.values():
             layer.changed()
     for name, layer in layers.items():

@@ -75,8 +75,9 @@ def test_a_damaged_report_is_no_reason_not_to_train(tmp_path, damage):
 
 def test_variables_without_secrets(monkeypatch):
     given = {
-        "NCCL_DEBUG": "INFO", "HF_HOME": "/hf", "RANK": "0", "TOKENIZERS_PARALLELISM": "false", "HF_TOKEN": "hf_x",
-        "SLURM_JWT": "x", "HF_API_KEY": "x", "TORCH_PASSWORD": "x", "EDITOR": "vi", "HOME": "/home/me",
+        "NCCL_DEBUG": "INFO", "HF_HOME": "/hf", "RANK": "0", "TOKENIZERS_PARALLELISM": "false",
+        "HF_TOKEN": "hf_x", "SLURM_JWT": "x", "HF_API_KEY": "x", "TORCH_PASSWORD": "x", "EDITOR": "vi",
+        "HOME": "/home/me",
     }  # fmt: skip
     assert list(environment.relevant_variables(given)) == [
         "HF_HOME",

@@ -12,24 +12,25 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForSequenceClassification
 
 from distlora.adapter.attach import attach
-from distlora.checkpoints.checkpoint import save
+from distlora.checkpoints.save import save
 from distlora.cli import main as cli
+from distlora.engine.boundary import take_step
 from distlora.engine.comm import Comm, Topology
 from distlora.engine.local import LocalEngine
 from distlora.engine.optimizers import OptimizerSpec
 from distlora.engine.owners import open_ledger
 from distlora.errors import UserError
 from distlora.exports.peft import export_peft_from_engine
-from distlora.initialise.factors import initialise
+from distlora.initialisation.factors import initialise
 from distlora.maths.low_rank import LowRank
-from distlora.methods import registry
+from distlora.methods import TrainsWeight, registry
 from distlora.recompose.recomposer import Recomposer
 from distlora.training.export_run import export_run
 from tests.tiny_models import VOCAB_SIZE, tiny_config, tiny_model_dir
 
 CPU = torch.device("cpu")
 METHODS = sorted(registry())
-ADAPTERS = [name for name, cls in registry().items() if not cls.trains_weight]
+ADAPTERS = [name for name, cls in registry().items() if not issubclass(cls, TrainsWeight)]
 #: What a method needs beside rank and alpha on the tiny models.
 SETTINGS = {"srlora": {"target_rank": 12}, "lora_pro": {"scaled_by": "rank"}}
 
@@ -49,8 +50,8 @@ class Run:
         self.dir, self.base = folder / "run", base
         self.dir.mkdir()
         section = {"name": method, "rank": 6, "alpha": 9.0} | SETTINGS.get(method, {})
-        recipe = {"model": {"path": str(base)}, "method": section, "targets": targets, "data": {"task": "arithmetic"},
-                  "output_dir": str(self.dir)}  # fmt: skip
+        recipe = {"model": {"path": str(base)}, "method": section, "targets": targets,
+                  "data": {"task": "arithmetic"}, "output_dir": str(self.dir)}  # fmt: skip
         (self.dir / "recipe.yaml").write_text(json.dumps(recipe))  # JSON is YAML
         model, info = cls.from_pretrained(base, dtype=dtype, output_loading_info=True)
         new = set(info["missing_keys"])
@@ -71,7 +72,7 @@ class Run:
     def train(self, steps: int) -> None:
         for _ in range(steps):
             self.engine.backward(self.engine.module(input_ids=tokens()).logits.float().square().mean())
-            self.engine.step()
+            take_step(self.engine)
 
     def update_weights(self) -> None:
         """Three updates of one, two and three columns in most layers, one in the others, and training in
@@ -97,7 +98,7 @@ class Run:
         for step in range(1, steps + 1):
             self.engine.backward(self.engine.module(input_ids=tokens()).logits.float().square().mean())
             recomposer.on_gradient()
-            self.engine.step()
+            take_step(self.engine)
             recomposer.after_step(step, 1.0 / step)
 
     def update(self, layer: str) -> torch.Tensor:

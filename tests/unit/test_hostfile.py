@@ -14,7 +14,8 @@ def test_hosts_in_their_order_without_comments_and_blank_lines(tmp_path):
     where = tmp_path / "hosts"
     hosts = read_hostfile(where)
     assert hosts == [
-        Host("node1", 8, f"{where}:3"), Host("ann@node2.local", 4, f"{where}:4"), Host("10.0.0.3", 1, f"{where}:5"),
+        Host("node1", 8, f"{where}:3"), Host("ann@node2.local", 4, f"{where}:4"),
+        Host("10.0.0.3", 1, f"{where}:5"),
     ]  # fmt: skip
     assert [host.address for host in hosts] == ["node1", "node2.local", "10.0.0.3"]
 

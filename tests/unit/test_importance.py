@@ -1,12 +1,16 @@
-"""Importance of elements and components: against a transcription of the papers, and on every cut of a factor."""
+"""Importance of elements and components: against a transcription of the papers,
+and on every cut of a factor.
+"""
 
 import pytest
 import torch
 
-from distlora.maths.importance import ElementScores, component_of, group_sums, low_half_share
+from distlora.maths.importance import ElementScores, component_of, component_sums, low_half_share
 
 OUT, IN, RANK = 13, 17, 5
 SHAPES = {"A": (RANK, IN), "B": (OUT, RANK)}
+#: The axis that counts components.
+AXES = {"A": 0, "B": 1}
 
 
 def _steps(shape, count=6, seed=0):
@@ -109,7 +113,8 @@ def _cuts(count):
     pieces.
     """
     return [
-        [0, count], [0, count // 2, count], [0, 3, 4, count - 1, count], list(range(count + 1)), [0, 0, RANK, RANK, count, count],
+        [0, count], [0, count // 2, count], [0, 3, 4, count - 1, count], list(range(count + 1)),
+        [0, 0, RANK, RANK, count, count],
     ]  # fmt: skip
 
 
@@ -123,7 +128,7 @@ def test_the_sum_over_all_parts_is_the_group_score(cut_a, cut_b):
     for factor, cut in (("A", cut_a), ("B", cut_b)):
         flat = scores[factor].flatten()
         for start, end in zip(cut, cut[1:]):
-            part = group_sums(factor, flat[start:end], start, SHAPES[factor])
+            part = component_sums(AXES[factor], flat[start:end], start, SHAPES[factor])
             assert part.shape == (RANK,) and part.dtype == torch.float64
             total += part
     torch.testing.assert_close(total, expected, rtol=1e-12, atol=0)
@@ -136,14 +141,15 @@ def test_a_single_element_counts_for_its_own_component_alone(factor):
         row, column = divmod(start, shape[1])
         expected = torch.zeros(RANK, dtype=torch.float64)
         expected[row if factor == "A" else column] = 3.0 / (IN if factor == "A" else OUT)
-        assert torch.equal(group_sums(factor, torch.tensor([3.0]), start, shape), expected)
+        found = component_sums(AXES[factor], torch.tensor([3.0]), start, shape)
+        assert torch.equal(found, expected)
 
 
-def test_group_sums_are_formed_in_float64():
+def test_component_sums_are_formed_in_float64():
     """Many small scores beside a large one: float32 would lose them."""
     scores = torch.full((1 << 16,), 1e-8)
     scores[0] = 1.0
-    total = group_sums("A", scores, 0, (1, 1 << 16)) * (1 << 16)
+    total = component_sums(0, scores, 0, (1, 1 << 16)) * (1 << 16)
     assert float(total) - 1 == pytest.approx(65535e-8, rel=1e-5)
 
 
@@ -153,9 +159,13 @@ def test_component_of_is_the_row_of_a_and_the_column_of_b(factor, start, length)
     rows, columns = SHAPES[factor]
     number = torch.arange(RANK)
     whole = number[:, None].expand(rows, columns) if factor == "A" else number.expand(rows, columns)
-    found = component_of(factor, start, length, SHAPES[factor])
+    found = component_of(AXES[factor], start, length, SHAPES[factor])
     assert found.dtype == torch.int64
     assert torch.equal(found, whole.reshape(-1)[start : start + length])
+
+
+def test_a_factor_that_belongs_to_all_components_has_the_number_of_one_that_is_replaced_with_the_others():
+    assert component_of(None, 3, 4, (RANK, RANK)).tolist() == [0, 0, 0, 0]
 
 
 # ---------------------------------------------------------------------- the lower half

@@ -31,7 +31,9 @@ def start(script, *arguments, **variables):
 
 @pytest.fixture
 def machine(tmp_path):
-    """A machine with a few tools only; `machine(name, text)` adds a program. Nothing can be installed there."""
+    """A machine with a few tools only; `machine(name, text)` adds a program.
+    Nothing can be installed there.
+    """
     programs = tmp_path / "bin"
     programs.mkdir()
     for tool in COMMON_TOOLS:

@@ -5,6 +5,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from distlora.adapter.layer import AdapterLinear
+from distlora.adapter.passes import Adapted, Bare, Tried
 from distlora.methods.dora import DoRA
 from distlora.methods.lora import LoRA
 from distlora.methods.lora_sb import LoRASB
@@ -162,7 +163,9 @@ def test_tapped_with_its_adapter_it_shows_the_gradient_of_the_adapted_weight(met
 
 
 def test_tapping_with_the_adapter_reaches_the_layers_below_through_it():
-    """dL/dx is that of the adapted layer, or gradients of earlier layers would leave this one's adapter out."""
+    """dL/dx is that of the adapted layer,
+    or gradients of earlier layers would leave this one's adapter out.
+    """
     layer, x = _layer(), _input().requires_grad_()
     (wanted,) = torch.autograd.grad(layer(x).square().sum(), x)
     layer.tap(torch.zeros((), requires_grad=True, dtype=torch.float64), lambda dy, x: None, adapted=True)
@@ -239,3 +242,33 @@ def test_a_bare_layer_is_what_it_was(method):
         bare = layer(x)
     torch.testing.assert_close(bare, torch.nn.functional.linear(x, layer.weight, layer.bias))
     assert not torch.allclose(layer(x), bare)
+
+
+# ---------------------------------------------------------------------- passes
+
+
+def test_forward_is_what_the_present_pass_makes_of_the_layer_and_its_input():
+    layer, x = _layer(), _input()
+    assert layer.present_pass == Adapted()
+    layer.present_pass = lambda asked, given: (asked, given)
+    found, given = layer(x)
+    assert found is layer and given is x
+
+
+def test_a_layer_that_was_bare_for_a_while_is_in_its_earlier_pass_again():
+    layer, x = _layer(), _input()
+    layer.try_scale("R", 3.0)
+    tried = layer(x)
+    with pytest.raises(RuntimeError), layer.bare():
+        assert layer.present_pass == Bare()
+        raise RuntimeError
+    assert layer.present_pass == Tried("R", 3.0) and torch.equal(layer(x), tried)
+    layer.try_scale(None)
+    assert layer.present_pass == Adapted()
+
+
+def test_only_a_method_with_a_magnitude_is_asked_to_prepare():
+    layer = _layer(LoRA(rank=RANK))
+    assert layer(_input()).shape == (2, 9, OUT)
+    with pytest.raises(AttributeError):
+        layer.prepared(layer.factors())

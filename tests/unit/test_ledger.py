@@ -1,4 +1,6 @@
-"""The ledger: W is a function of W0 and what was written down, byte for byte; and exactly that, in float32."""
+"""The ledger: W is a function of W0 and what was written down, byte for byte;
+and exactly that, in float32.
+"""
 
 import pytest
 import torch
@@ -28,7 +30,7 @@ def trained():
         if key not in runs:
             runs[key] = Run(settings | more, dtype)
             reports = runs[key].train()[1]
-            assert [report.swapped for report in reports] == [True] * 4
+            assert [report.recomposed for report in reports] == [True] * 4
         return runs[key]
 
     return get
@@ -54,9 +56,12 @@ def _summed(run, name):
 
 @every_setting
 @ROUNDINGS
-def test_after_four_swaps_a_replay_gives_every_byte(rounding, settings, trained):
+def test_after_four_recompositions_a_replay_gives_every_byte(rounding, settings, trained):
     run = trained(settings, rounding=rounding)
-    assert [len(entries) for entries in run.ledger.entries.values()] == [5, 5]  # PiSSA's own, and four swaps
+    assert [len(entries) for entries in run.ledger.entries.values()] == [
+        5,
+        5,
+    ]  # PiSSA's own, and four recompositions
     other = _replayed(run)
     assert equal(other.weights(), run.weights())
     assert not any(torch.equal(value, run.first_weights[name]) for name, value in run.weights().items())

@@ -186,7 +186,9 @@ def test_factorised_is_the_svd_of_the_product(out, width, inner):
 
 
 def test_factorised_keeps_what_nearly_cancels():
-    """Relative to the small difference, not to the large halves: float32 inside would be wrong by percents."""
+    """Relative to the small difference, not to the large halves:
+    float32 inside would be wrong by percents.
+    """
     left, right, product = _cancelling()
     u, s, vt = factorised(left, right)
     assert ((u.double() * s.double()) @ vt.double() - product).norm() < 1e-6 * product.norm()
@@ -339,7 +341,7 @@ def test_the_singular_values_of_a_product_are_those_of_its_factorisation():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("rows", [1, 7, 1000])
 def test_row_norms_are_those_of_the_sum_however_it_is_cut(monkeypatch, rows, dtype):
-    monkeypatch.setattr(linalg, "NORM_BLOCK_ELEMENTS", rows * 23)
+    monkeypatch.setattr(linalg, "NORM_ELEMENTS", rows * 23)
     generator = torch.Generator().manual_seed(0)
     weight, left, right = (
         torch.randn(s, generator=generator).to(dtype) for s in ((31, 23), (31, 4), (4, 23))
@@ -361,7 +363,7 @@ def test_row_norms_hold_where_the_sum_nearly_cancels():
 
 
 def test_row_norms_make_no_copy_of_the_whole(monkeypatch):
-    monkeypatch.setattr(linalg, "NORM_BLOCK_ELEMENTS", 4 * 23)
+    monkeypatch.setattr(linalg, "NORM_ELEMENTS", 4 * 23)
     made = []
 
     class Watch(TorchDispatchMode):

@@ -1,4 +1,4 @@
-"""What the linters of the languages beside Python say."""
+"""What the linters say about Python, shell scripts and container images: nothing."""
 
 import subprocess
 from pathlib import Path
@@ -13,6 +13,10 @@ SCRIPTS = sorted(
     if path.suffix in (".sh", ".sbatch") or path == ROOT / ".ci" / "run"
 )
 IMAGES = sorted((ROOT / "docker").glob("Dockerfile*"))
+PYTHON = [name for name in ("distlora", "tests", "examples", "setup.py") if (ROOT / name).exists()]
+#: Silent when there is nothing to say, and without a folder of its own in the repository.
+RUFF_CHECK = ("ruff", "check", "--quiet", "--no-cache")
+RUFF_FORMAT = ("ruff", "format", "--check", "--quiet", "--no-cache")
 
 
 def name_of(path: Path) -> str:
@@ -43,6 +47,32 @@ def test_hadolint(image):
     _expect_silence("hadolint", name_of(image))
 
 
+def test_ruff():
+    _expect_silence(*RUFF_CHECK, *PYTHON)
+
+
+def test_python_is_formatted():
+    _expect_silence(*RUFF_FORMAT, *PYTHON)
+
+
+@pytest.mark.parametrize("columns", [110, 111])
+def test_a_line_above_110_columns_is_seen(columns):
+    """A string, which the formatter leaves as it is."""
+    done = _run(*RUFF_CHECK, "--stdin-filename", "distlora/new.py", "-", source=f'"{" " * (columns - 2)}"\n')
+    assert done.returncode == (columns > 110) and ("E501" in done.stdout) == (columns > 110)
+
+
+@pytest.mark.parametrize("source, formatted", [("x = {1: 2}\n", True), ("x = {1 : 2}\n", False)])
+def test_code_that_is_not_formatted_is_seen(source, formatted):
+    done = _run(*RUFF_FORMAT, "--stdin-filename", "distlora/new.py", "-", source=source)
+    assert done.returncode == (not formatted)
+
+
 def _expect_silence(*command: str) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    done = _run(*command)
     assert (done.returncode, done.stdout) == (0, ""), done.stdout + done.stderr
+
+
+def _run(*command: str, source: str | None = None) -> subprocess.CompletedProcess:
+    """source: what the command reads from its standard input."""
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, input=source)

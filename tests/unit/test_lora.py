@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from distlora.adapter.layer import AdapterLinear
-from distlora.methods import Init
-from distlora.methods.contract import LayerInit
+from distlora.methods import Init, LayerInit
 from distlora.methods.lora import LoRA
 
 OUT, IN, RANK = 60, 131, 8

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from distlora.adapter.layer import AdapterLinear
 from distlora.maths.low_rank import LowRank
-from distlora.methods.contract import LayerInit
+from distlora.methods import LayerInit, recomposing
 from distlora.methods.lora_ga import LoRAGA
+from distlora.recipe.combination import problem_with_decay
 
 OUT, IN, RANK = 60, 131, 8
 SHAPES = [(OUT, IN), (IN, OUT)]
@@ -222,18 +223,19 @@ def test_a_rank_above_half_the_smaller_side_is_refused():
     for shape in SHAPES:
         assert LoRAGA(rank=30).problem_with(*shape) is None
         assert LoRAGA(rank=31).problem_with(*shape) == (
-            "rank 31 takes 2·rank = 62 singular directions of the gradient, above min(out, in) = 60; lower method.rank"
+            "rank 31 takes 2·rank = 62 singular directions of the gradient, above min(out, in) = 60; "
+            "lower method.rank"
         )
 
 
 def test_weight_decay_is_refused_unless_asked_for_by_name():
-    problem = LoRAGA().problem_with_decay(0.01)
+    problem = problem_with_decay(LoRAGA(), 0.01)
     assert problem == (
         "train.weight_decay=0.01 shrinks factors whose start was taken out of the weight under lora_ga: "
         "set it to 0, or method.decay_pretrained to true"
     )
-    assert LoRAGA().problem_with_decay(0.0) is None
-    assert LoRAGA(decay_pretrained=True).problem_with_decay(0.01) is None
+    assert problem_with_decay(LoRAGA(), 0.0) is None
+    assert problem_with_decay(LoRAGA(decay_pretrained=True), 0.01) is None
 
 
 def test_the_probe_has_no_first_step():
@@ -244,9 +246,4 @@ def test_the_probe_has_no_first_step():
 
 
 def test_nothing_is_replaced():
-    method = LoRAGA()
-    assert (
-        method.switching(100) is None
-        and method.element_scores() is None
-        and method.proportional_to_eta() is None
-    )
+    assert recomposing(LoRAGA()) is None and LoRAGA().proportional_to_eta() is None

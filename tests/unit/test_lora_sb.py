@@ -12,7 +12,7 @@ from distlora.adapter.layer import AdapterLinear
 from distlora.engine.comm import Comm, Topology
 from distlora.engine.local import LocalEngine
 from distlora.engine.optimizers import OptimizerSpec
-from distlora.methods.contract import LayerInit
+from distlora.methods import LayerInit
 from distlora.methods.lora import LoRA
 from distlora.methods.lora_sb import LoRASB
 from distlora.methods.lora_xs import LoRAXS
@@ -371,10 +371,10 @@ def test_a_restart_at_zero_keeps_the_function_and_fuses_all_that_was_learned(alp
     run = _restarting(dtype, alpha, start="zero", rounding=rounding)
     unit = 1e-6 if dtype == FP32 else 2.0**-8 if rounding == "nearest" else 2.0**-7
     for _ in range(3):
-        run.to_swap()
+        run.to_recomposition()
         before = {name: run.adapted(name) for name in run.layers}
         moved, report = change(run, run.decide)
-        assert report.swapped and moved < (1e-5 if dtype == FP32 else 0.02)
+        assert report.recomposed and moved < (1e-5 if dtype == FP32 else 0.02)
         for name, layer in run.layers.items():
             assert not layer.R.any() and not run.engine.read(layer)["R"].any()
             assert relative(layer.weight.double(), before[name]) <= 1.001 * unit
@@ -390,7 +390,7 @@ def test_a_restart_takes_its_directions_from_the_gradients_of_then():
     """
     run = _restarting(start="zero")
     for number in (1, 2, 3):
-        run.to_swap()
+        run.to_recomposition()
         gradients = _gradients_at({name: run.adapted(name) for name in run.layers}, run, number)
         run.decide()
         for name, layer in run.layers.items():
@@ -404,7 +404,7 @@ def test_a_restart_takes_its_directions_from_the_gradients_of_then():
 def test_a_restart_with_a_step_makes_the_best_copy_of_it(dtype):
     run = _restarting(dtype)
     for number in (1, 2, 3):
-        run.to_swap()
+        run.to_recomposition()
         before = {name: run.adapted(name) for name in run.layers}
         moved, report = change(run, run.decide)
         gradients = _gradients_at(
@@ -431,7 +431,7 @@ def test_what_a_core_learned_is_what_it_gained_since_its_start(start, dtype):
     run = _restarting(dtype, alpha=10.0, start=start)
     begun = {name: run.used(name)["R"] for name in run.layers}
     for _ in range(3):
-        run.to_swap()
+        run.to_recomposition()
         before, weights = {name: run.used(name) for name in run.layers}, run.weights()
         report = run.decide()
         for name, layer in report.layers.items():
@@ -454,7 +454,7 @@ def test_what_a_core_learned_is_what_it_gained_since_its_start(start, dtype):
 def test_restarts_let_a_core_explore_more_than_its_rank():
     once, thrice = Run(RESTART), _restarting(start="zero")
     once.train()
-    reports = [report for report in thrice.train()[1] if report.swapped]
+    reports = [report for report in thrice.train()[1] if report.recomposed]
     assert [report.step for report in reports] == [5, 10, 15]
     for name in thrice.layers:
         total = thrice.adapted(name) - thrice.first_weights[name].double()
@@ -492,7 +492,7 @@ def test_after_a_restart_the_core_trains_as_a_young_one():
     """
     run = _restarting(start="zero", times=None, interval=10)
     run.train(9)
-    run.step(swap=False)
+    run.step(decide=False)
     squares = run.moments("exp_avg_sq")
     run.decide()
     for name in run.layers:

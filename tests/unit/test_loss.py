@@ -7,8 +7,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distlora.models import loss as loss_module
-from distlora.models.loss import OutputHead, cross_entropy
+from distlora.models import cross_entropy as loss_module
+from distlora.models.cross_entropy import OutputHead, cross_entropy
 
 N, HIDDEN, VOCAB = 37, 12, 131
 
@@ -65,7 +65,7 @@ def plain(head):
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("block_rows", [1, 5, 1000])  # 5: does not divide the rows
 def test_value_and_gradients_equal_the_plain_loss(monkeypatch, kind, softcap, block_rows):
-    monkeypatch.setattr(loss_module, "BLOCK_ELEMENTS", block_rows * VOCAB)
+    monkeypatch.setattr(loss_module, "LOGIT_ELEMENTS", block_rows * VOCAB)
     hidden, head, targets, weights = problem(torch.float64)
     loss = cross_entropy(kind(head), hidden, targets, weights, softcap)
     expected = reference(hidden, head, targets, weights, softcap)
@@ -124,7 +124,7 @@ def test_huge_logits_stay_finite():
 @pytest.mark.parametrize("n", [0, 1, N])
 @pytest.mark.parametrize("train", [True, False])
 def test_the_head_is_called_once_whatever_the_number_of_rows(monkeypatch, n, train):
-    monkeypatch.setattr(loss_module, "BLOCK_ELEMENTS", 5 * VOCAB)
+    monkeypatch.setattr(loss_module, "LOGIT_ELEMENTS", 5 * VOCAB)
     hidden, head, targets, weights = problem(n=n)
     head = OutputHead(head)
     calls = []
@@ -149,7 +149,7 @@ def test_no_rows_give_a_zero_loss_with_zero_gradients():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_logits_are_never_alive_whole(monkeypatch, dtype):
     n, vocab = 256, 2000
-    monkeypatch.setattr(loss_module, "BLOCK_ELEMENTS", 4 * vocab)
+    monkeypatch.setattr(loss_module, "LOGIT_ELEMENTS", 4 * vocab)
     whole = n * vocab * 4
     peaks = {}
     for kind in (plain, OutputHead):

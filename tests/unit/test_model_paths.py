@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from distlora.errors import UserError
 from distlora.models import hub, smollm2
+from distlora.models.generation import generate
 from distlora.models.hub import resolve_path
-from distlora.models.loading import generate, load_config, load_model, load_tokenizer
+from distlora.models.loading import load_config, load_model, load_tokenizer
 from distlora.recipe.sections import ModelSection
 from tests.tiny_models import tiny_model_dir
 

@@ -1,4 +1,6 @@
-"""PEFT as oracle: a whole model with the same factors answers, learns and steps like PEFT's own, in float32."""
+"""PEFT as oracle: a whole model with the same factors answers,
+learns and steps like PEFT's own, in float32.
+"""
 
 import pytest
 import torch
@@ -7,8 +9,8 @@ from transformers import AutoModelForCausalLM
 from distlora.data import collate
 from distlora.engine.local import LocalEngine
 from distlora.engine.optimizers import OptimizerSpec
-from distlora.initialise.factors import initialise
-from distlora.models.loading import response_loss
+from distlora.initialisation.factors import initialise
+from distlora.models.losses import response_loss
 from distlora.training.step import accumulate, train_step
 from tests.distributed.cases import solo
 from tests.distributed.world import build, random_factors, samples

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from distlora.maths.linalg import captured_energy
-from distlora.methods.contract import LayerInit
+from distlora.methods import LayerInit, Recomposes, probe_of, recomposing
 from distlora.methods.pissa import PiSSA
+from distlora.recipe.combination import problem_with_decay
 
 OUT, IN, RANK = 60, 131, 8
 SHAPES = [(OUT, IN), (IN, OUT)]
@@ -79,7 +80,7 @@ def test_the_weight_is_asked_for_and_left_alone():
     weight = _weight()
     before = weight.clone()
     _, init = _init(weight)
-    assert PiSSA().source_matrix() == "weight" and PiSSA().probe_settings() is None
+    assert PiSSA().source_matrix() == "weight" and probe_of(PiSSA()) is None
     assert torch.equal(weight, before) and init.reserve is None
 
 
@@ -103,22 +104,20 @@ def test_captured_energy_is_reported():
 
 
 def test_nothing_is_replaced():
-    method = PiSSA()
-    assert method.switching(100) is None and method.element_scores() is None
-    with pytest.raises(TypeError, match="pissa replaces no components"):
-        method.choose(None)
+    assert recomposing(PiSSA()) is None and not isinstance(PiSSA(), Recomposes)
 
 
 # ---------------------------------------------------------------------- weight decay
 
 
 def test_weight_decay_is_refused_unless_asked_for_by_name():
-    problem = PiSSA().problem_with_decay(0.01)
+    problem = problem_with_decay(PiSSA(), 0.01)
     assert problem == (
-        "train.weight_decay=0.01 decays pretrained directions under pissa: set it to 0, or method.decay_pretrained to true"
+        "train.weight_decay=0.01 decays pretrained directions under pissa: set it to 0, "
+        "or method.decay_pretrained to true"
     )
-    assert PiSSA().problem_with_decay(0.0) is None
-    assert PiSSA(decay_pretrained=True).problem_with_decay(0.01) is None
+    assert problem_with_decay(PiSSA(), 0.0) is None
+    assert problem_with_decay(PiSSA(decay_pretrained=True), 0.01) is None
 
 
 def test_the_initial_factors_equal_pefts():

@@ -11,7 +11,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 
 from distlora.cli.main import main
 from distlora.errors import UserError
-from distlora.methods import registry
+from distlora.methods import TrainsWeight, registry
 from distlora.plan import plan_of, side_by_side
 from distlora.plan.advice import advice, fits
 from distlora.plan.gathering import Event, Limits, Piece, gather, training_order
@@ -70,7 +70,8 @@ def tiny(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize(
     ("model", "measured"),
-    [  # GiB of training, probe, SVDs, search on one rank of ZeRO-3, as tests.benchmarks.init_memory prints them
+    # GiB of training, probe, SVDs, search on one rank of ZeRO-3, as tests.benchmarks.init_memory prints them
+    [
         (
             "mistral-7b",
             {
@@ -162,7 +163,7 @@ def test_activations_grow_with_what_a_pass_holds(section, tiny):
 
 @pytest.mark.parametrize("name", registry())
 def test_every_method_has_a_plan(name, tiny):
-    method = {"name": name} | ({} if registry()[name].trains_weight else {"rank": 4})
+    method = {"name": name} | ({} if issubclass(registry()[name], TrainsWeight) else {"rank": 4})
     if "target_rank" in registry()[name].model_fields:
         method["target_rank"] = 8
     plan = plan_of(recipe_of(tiny, method), 2, 2)
@@ -202,9 +203,9 @@ def test_recompositions_fill_ledger_and_checkpoint(tiny):
     plan, pissa = (
         plan_of(recipe_of(tiny, method), 1, 2) for method in (srlora, {"name": "pissa", "rank": 4})
     )
-    assert (plan.setup.swaps, plan.setup.columns_of_a_swap) == (4, 4)
+    assert (plan.setup.recompositions, plan.setup.columns_of_a_recomposition) == (4, 4)
     assert plan.memory.checkpoint > pissa.memory.checkpoint
-    assert set(plan.swap) == {ALL_REDUCE, BROADCAST} and not pissa.swap
+    assert set(plan.recomposition) == {ALL_REDUCE, BROADCAST} and not pissa.recomposition
 
 
 # ---------------------------------------------------------------------- packed weights
@@ -292,7 +293,7 @@ def test_fused_components_beside_packed_weights_take_memory_on_every_rank(tiny):
         sum(4 * packing.elements for packing in base.setup.shapes.packings.values())
         + base.setup.shapes.scales
     )
-    assert base.swap[BROADCAST] - plan(None, 2, **NF4).swap[BROADCAST] == anew
+    assert base.recomposition[BROADCAST] - plan(None, 2, **NF4).recomposition[BROADCAST] == anew
 
 
 def test_advice_for_packed_weights_keeps_to_what_can_be(tiny):
@@ -362,7 +363,7 @@ def test_a_transformed_gradient_travels_once_more(tiny):
 
 def test_one_rank_sends_nothing(tiny):
     plan = plan_of(recipe_of(tiny, LORA), 1, 1)
-    assert not (plan.step or plan.init or plan.search or plan.swap)
+    assert not (plan.step or plan.init or plan.search or plan.recomposition)
 
 
 # ---------------------------------------------------------------------- advice and table

@@ -15,9 +15,11 @@ from distlora.data import Sample, collate, shard
 from distlora.engine.comm import Comm, Topology
 from distlora.engine.local import LocalEngine
 from distlora.engine.optimizers import OptimizerSpec
-from distlora.initialise.probe import BLOCK_ELEMENTS, _DeviceSums, _HostSums, mean_gradients
+from distlora.initialisation.probe import _DeviceSums, _HostSums, mean_gradients
+from distlora.maths.blocks import GRADIENT_ELEMENTS
 from distlora.methods import registry
-from distlora.models.loading import load_model, response_loss
+from distlora.models.loading import load_model
+from distlora.models.losses import response_loss
 from distlora.models.targets import loss_of_samples, sample_weights
 from distlora.recipe.sections import ModelSection
 from distlora.training.step import accumulate, train_step
@@ -51,7 +53,9 @@ def models(tmp_path_factory):
 
 
 def started(directory, dtype=torch.float32, **settings):
-    """(engine, attached) with factors that are not zero: a probe that ran through the adapters would be seen."""
+    """(engine, attached) with factors that are not zero:
+    a probe that ran through the adapters would be seen.
+    """
     engine = LocalEngine(CountingComm(), dtype)
     attached = build(engine, directory, **settings)
     write_random_factors(engine, attached)
@@ -257,8 +261,8 @@ def traces(engine):
         for name, module in engine.module.named_modules()
     }
     wants = {name: parameter.requires_grad for name, parameter in engine.module.named_parameters()}
-    taps = [module._tap for module in engine.module.modules() if hasattr(module, "_tap")]
-    return modes, blocks, wants, taps, torch.get_rng_state().tolist()
+    passes = [module.present_pass for module in engine.module.modules() if hasattr(module, "present_pass")]
+    return modes, blocks, wants, passes, torch.get_rng_state().tolist()
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
@@ -325,7 +329,7 @@ def test_training_goes_on_as_if_there_had_been_no_probe(models):
 # ---------------------------------------------------------------------- what it holds
 
 
-@pytest.mark.parametrize("elements", [1, 700, BLOCK_ELEMENTS])
+@pytest.mark.parametrize("elements", [1, 700, GRADIENT_ELEMENTS])
 def test_only_one_block_is_alive_at_a_time(elements, models):
     engine, attached = started(tiny_model_dir("qwen2", models))
     probe(engine, attached, block_elements=elements)

@@ -11,27 +11,30 @@ from torch import nn
 from distlora.adapter.attach import attach, pack_linears
 from distlora.adapter.layer import AdapterLinear, PackedLinear
 from distlora.adapter.packed import packer, packing_maker, scale_bytes
-from distlora.checkpoints import checkpoint as checkpoints
+from distlora.checkpoints.directory import newest
+from distlora.checkpoints.restore import restore
+from distlora.checkpoints.save import save
 from distlora.data import collate
 from distlora.engine.ledger import pretrained_at_owner
 from distlora.engine.local import LocalEngine
 from distlora.engine.owners import open_ledger
 from distlora.errors import UserError
 from distlora.files.tensors import TensorFiles
-from distlora.initialise.factors import initialise
-from distlora.initialise.pretrained import PretrainedFiles
-from distlora.initialise.probe import Probe
+from distlora.initialisation.factors import initialise
+from distlora.initialisation.pretrained import PretrainedFiles
+from distlora.initialisation.probe import Probe
 from distlora.maths.functional import linear, tapped_linear
 from distlora.maths.low_rank import LowRank
-from distlora.methods import registry
-from distlora.models.loading import response_loss
+from distlora.methods import TrainsWeight, registry
+from distlora.models.losses import response_loss
 from distlora.models.targets import loss_of_samples
 from distlora.plan import plan_of
+from distlora.recipe.combination import problem_with_packed_weights
 from distlora.recipe.sections import Recipe
 from distlora.training.step import train_step
 from tests.benchmarks.live_bytes import DEVICE, LiveBytes
 from tests.distributed.cases import Setting, solo
-from tests.distributed.swap_cases import Recomposing
+from tests.distributed.recomposition_cases import Recomposing
 from tests.distributed.world import build, samples, save_model
 
 CPU = torch.device("cpu")
@@ -356,11 +359,11 @@ def test_a_checkpoint_over_a_packed_base_holds_no_weight_and_goes_on_alike(direc
     engine, attached = started(directory)
     initialise(engine, attached, 3, 1e-2)
     train_steps(engine, 2)
-    path = checkpoints.save(engine, attached, tmp_path, 2, {})
+    path = save(engine, attached, tmp_path, 2, {})
     assert not [name for name in TensorFiles(path, "adapter").names if name.endswith("weight")]
     expected = train_steps(engine, 2)
     engine, attached = started(directory)
-    checkpoints.restore(engine, attached, checkpoints.newest(tmp_path))
+    restore(engine, attached, newest(tmp_path))
     assert train_steps(engine, 2) == expected
 
 
@@ -421,10 +424,10 @@ def test_the_start_of_pissa_is_made_of_the_pretrained_weight(directory):
 def test_a_resumed_start_packs_the_same_bytes(directory, tmp_path):
     engine, attached = started(directory, BF16, method="pissa")
     initialise(engine, attached, 3, 1e-2)
-    checkpoints.save(engine, attached, tmp_path, 1, {})
+    save(engine, attached, tmp_path, 1, {})
     again, twin = started(directory, BF16, method="pissa")
     open_ledger(again, twin, 3, again.ledger.pretrained)
-    checkpoints.restore(again, twin, checkpoints.newest(tmp_path))
+    restore(again, twin, newest(tmp_path))
     for name, layer in attached.layers.items():
         assert torch.equal(twin.layers[name].weight.view(torch.uint8), layer.weight.view(torch.uint8))
         assert torch.equal(twin.layers[name].whole_weight(), layer.whole_weight())
@@ -448,8 +451,8 @@ def test_whatever_goes_wrong_with_the_files_is_everyones_error(directory, monkey
 
 @pytest.mark.parametrize("name", registry())
 def test_every_method_refuses_a_packed_base_or_trains_over_it(name):
-    method = registry()[name](**{} if registry()[name].trains_weight else {"rank": 4})
-    problem = method.problem_with_base("nf4", partitioned=True)
+    method = registry()[name](**{} if issubclass(registry()[name], TrainsWeight) else {"rank": 4})
+    problem = problem_with_packed_weights(method, "nf4", partitioned=True)
     if problem:
         assert "\n" not in problem and problem.rpartition(";")[2].strip()
         return
@@ -470,7 +473,8 @@ def test_every_method_refuses_a_packed_base_or_trains_over_it(name):
 # ---------------------------------------------------------------------- recomposition
 
 SRLORA = {
-    "method": "srlora", "rank": 4, "target_rank": 16, "gamma": 0.5, "interval": 2, "quantization": "nf4", "targets": ["q_proj"],
+    "method": "srlora", "rank": 4, "target_rank": 16, "gamma": 0.5, "interval": 2, "quantization": "nf4",
+    "targets": ["q_proj"],
 }  # fmt: skip
 
 
@@ -491,13 +495,13 @@ def test_what_is_fused_stands_beside_a_packed_weight(directory, tmp_path):
     assert run.recomposer.beside_bytes() == sum(
         4 * 8 * sum(layer.shape) for layer in run.attached.layers.values()
     )
-    checkpoints.save(run.engine, run.attached, tmp_path, 5, {}, recomposer=run.recomposer)
+    save(run.engine, run.attached, tmp_path, 5, {}, recomposer=run.recomposer)
     run.losses.clear()
     run.steps(5, 7)
     again = Recomposing(
         Setting(LocalEngine(solo()), directory, tmp_path, micro_batch=12, **SRLORA), 7, begin=False
     )
-    checkpoints.restore(again.engine, again.attached, checkpoints.newest(tmp_path), again.recomposer)
+    restore(again.engine, again.attached, newest(tmp_path), again.recomposer)
     again.steps(5, 7)
     assert again.losses == run.losses
 
@@ -552,16 +556,14 @@ def test_fusing_into_a_packed_weight_packs_it_anew_and_tells_the_loss(directory)
 
 def test_where_fused_components_can_go():
     srlora = registry()["srlora"]
-    assert [srlora(fuse_into=into).fuses_beside(packed) for into in (None, "base", "sidecar") for packed in (False, True)] == [
-        False, True, False, False, True, True
-    ]  # fmt: skip
-    assert (
-        srlora().problem_with_base("nf4", True)
-        is srlora(fuse_into="base").problem_with_base("nf4", False)
-        is None
-    )
-    assert "set that to sidecar" in srlora(fuse_into="base").problem_with_base("nf4", True)
-    assert "set that to nearest" in srlora(fuse_into="base", rounding="stochastic").problem_with_base(
-        "nf4", False
-    )
+    assert [
+        srlora(fuse_into=into).fuses_beside(packed)
+        for into in (None, "base", "sidecar")
+        for packed in (False, True)
+    ] == [False, True, False, False, True, True]
+    into_base, rounded = srlora(fuse_into="base"), srlora(fuse_into="base", rounding="stochastic")
+    assert problem_with_packed_weights(srlora(), "nf4", partitioned=True) is None
+    assert problem_with_packed_weights(into_base, "nf4", partitioned=False) is None
+    assert "set that to sidecar" in problem_with_packed_weights(into_base, "nf4", partitioned=True)
+    assert "set that to nearest" in problem_with_packed_weights(rounded, "nf4", partitioned=False)
     assert registry()["lora_sb"](recompose={"times": 1}).fuses_beside(packed=True)

@@ -14,8 +14,9 @@ from deepspeed.launcher.runner import parse_args as deepspeed_arguments
 from pydantic import BaseModel
 from torch.distributed.run import parse_args as torchrun_arguments
 
-from distlora.cli import main as cli
 from distlora.cli.arguments import size, whole_number, whole_numbers
+from distlora.cli.main import main
+from distlora.cli.parser import parse
 from distlora.methods import Method, registry
 from distlora.recipe.load import load_recipe, run_identity
 from distlora.recipe.sections import Recipe
@@ -53,7 +54,7 @@ def at_the_root(monkeypatch):
 
 def test_fences_are_known():
     assert README.count("```") == 2 * len(FENCES)
-    assert {language for language, _ in FENCES} == {"bash", "yaml", "text"}
+    assert {language for language, _ in FENCES} == {"bash", "python", "yaml", "text"}
     assert len(COMMANDS) >= 10 and len(FRAGMENTS) == 1
 
 
@@ -88,7 +89,7 @@ def test_links_within_the_page_lead_somewhere():
 def read_by_the_program(command):
     """The program's own options; SystemExit for what it would not take."""
     words = shlex.split(command, comments=True)
-    return cli._parse(words[words.index("distlora") + 1 :])
+    return parse(words[words.index("distlora") + 1 :])
 
 
 def recipes_of_the_page():
@@ -110,12 +111,12 @@ def test_the_program_takes_all_arguments(command):
     overrides = getattr(options, "overrides", [])
     if getattr(options, "recipe", None):
         load_recipe(options.recipe, overrides)
-    if options.run is cli._evaluate:
+    if options.verb == "eval":
         evaluated = load_recipe(recipes_of_the_page()[str(options.run_dir)], overrides)
         assert evaluated.data.eval_split, "a run without one has nothing to be evaluated on"
         promised = "exact match" in command.partition("#")[2]
         assert bool(evaluated.train.exact_match_samples) == promised, "what is not asked for is not printed"
-    if options.run is cli._plan:
+    if options.verb == "plan":
         assert whole_numbers("--nodes", options.nodes) and whole_number(
             "--gpus-per-node", options.gpus_per_node
         )
@@ -191,7 +192,7 @@ def test_every_script_is_shown():
 @pytest.mark.parametrize("verb", ["train", "eval", "export", "status", "plan", "doctor", "methods"])
 def test_no_option_is_kept_from_the_reader(verb, capsys):
     with pytest.raises(SystemExit):
-        cli.main([verb, "--help"])
+        main([verb, "--help"])
     options = set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out)) - {"--help", "--build"}
     assert {option for option in options if option not in README} == set()
 

@@ -1,5 +1,5 @@
-"""Recomposition in a training run: what a swap changes, what it must not change, and that a run can leave off
-anywhere.
+"""Recomposition in a training run: what a recomposition changes, what it must not change, and that a run can
+leave off anywhere.
 """
 
 import logging
@@ -8,12 +8,15 @@ import weakref
 import pytest
 import torch
 
+from distlora.adapter.passes import Adapted
 from distlora.engine.optimizers import OptimizerSpec
 from distlora.maths.low_rank import LowRank
 from distlora.maths.moments import AGE_LIMIT
 from distlora.methods.srlora import SRLoRA
-from distlora.recompose.recomposer import NEVER, USED_UP, Recomposer
-from distlora.recompose.recomposer import recomposer as recompose
+from distlora.recompose import ages as ages_module
+from distlora.recompose import recomposer as recompose
+from distlora.recompose.ages import NEVER
+from distlora.recompose.recomposer import USED_UP, Recomposer
 from tests.tiny_runs import (
     BF16,
     FP32,
@@ -31,7 +34,7 @@ from tests.tiny_runs import (
 )
 
 GRADIENT = SRLORA | {"refill": "gradient"}
-#: Windows of two steps and bounds that are always met: a swap whenever one is allowed.
+#: Windows of two steps and bounds that are always met: a recomposition whenever one is allowed.
 EAGER = {"window": 2, "improvement": 0.99, "share": 1.0, "freeze_fraction": 0.2}
 ADAPTIVE = SRLORA | {"schedule": "adaptive", "adaptive": EAGER}
 #: Rank, ⌊γ·r⌋ and target rank of all kinds; layers are 29×23 and 17×29.
@@ -49,12 +52,12 @@ every_setting = pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTI
 BOTH = pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
 
 
-def _swaps(run):
-    """Trains, and yields at every swap (how far the answers moved, report)."""
+def _recompositions(run):
+    """Trains, and yields at every recomposition (how far the answers moved, report)."""
     while run.done < run.total:
-        run.step(swap=False)
+        run.step(decide=False)
         moved, report = change(run, run.decide)
-        if report is not None and report.swapped:
+        if report is not None and report.recomposed:
             yield moved, report
 
 
@@ -84,8 +87,13 @@ class Published:
     def scores(self):
         """(layers, r): S_k = mean_i s(B_ik) + mean_j s(A_kj)."""
         single = {name: self.mean[name] * self.uncertainty[name] for name in self.mean}
-        rows = [[float(single[f"{name}.B"][:, k].mean() + single[f"{name}.A"][k].mean()) for k in range(self.run.method.rank)]
-                for name in self.run.layers]  # fmt: skip
+        rows = [
+            [
+                float(single[f"{name}.B"][:, k].mean() + single[f"{name}.A"][k].mean())
+                for k in range(self.run.method.rank)
+            ]
+            for name in self.run.layers
+        ]
         return torch.tensor(rows, dtype=torch.float64)
 
 
@@ -93,14 +101,14 @@ class Published:
 
 
 @every_setting
-def test_a_swap_preserves_the_function(settings):
+def test_a_recomposition_preserves_the_function(settings):
     run = Run(settings)
     counted = 0
-    for moved, report in _swaps(run):
+    for moved, report in _recompositions(run):
         counted += 1
         assert moved < 1e-5, report.reason
         assert all(len(layer.components) == run.method.replaced_at_once for layer in report.layers.values())
-    assert counted == (3 if settings is ADAPTIVE else run.method.most_swaps)
+    assert counted == (3 if settings is ADAPTIVE else run.method.most_recompositions)
     assert all(not torch.equal(value, run.first_weights[name]) for name, value in run.weights().items())
 
 
@@ -113,10 +121,10 @@ def test_in_bfloat16_up_to_the_rounding_of_the_weight(key, rounding):
     run = Run(SETTINGS[key] | {"rounding": rounding}, BF16)
     unit = 2.0**-8 if rounding == "nearest" else 2.0**-7
     while run.done < run.total:
-        run.step(swap=False)
+        run.step(decide=False)
         before = {name: run.adapted(name) for name in run.layers}
         moved, report = change(run, run.decide)
-        if report is not None and report.swapped:
+        if report is not None and report.recomposed:
             assert 0 < moved < 0.02
             for name, layer in run.layers.items():
                 assert (
@@ -128,7 +136,7 @@ def test_in_bfloat16_up_to_the_rounding_of_the_weight(key, rounding):
 def test_what_is_fused_is_what_the_forward_pass_used(dtype):
     """Not the optimizer's float32 values: W moves by s·(B₁A₁ − B₁'A₁') of the cast factors, rounded once."""
     run = Run(SRLORA | {"alpha": 5.0}, dtype)
-    run.to_swap()
+    run.to_recomposition()
     before = {
         name: (run.layers[name].weight.double(), run.used(name), run.engine.read(run.layers[name]))
         for name in run.layers
@@ -155,7 +163,7 @@ def test_what_is_fused_is_what_the_forward_pass_used(dtype):
 @BOTH
 def test_only_the_chosen_components_are_replaced_in_both_copies(dtype):
     run = Run(SRLORA, dtype)
-    run.to_swap()
+    run.to_recomposition()
     before = {name: run.engine.read(layer) for name, layer in run.layers.items()}
     report = run.decide()
     for name, layer in run.layers.items():
@@ -176,14 +184,14 @@ def test_only_the_chosen_components_are_replaced_in_both_copies(dtype):
 
 @BOTH
 @pytest.mark.parametrize("clip", [0.05, None])
-def test_scores_are_the_papers_and_start_anew_after_a_swap(clip, dtype):
+def test_scores_are_the_papers_and_start_anew_after_a_recomposition(clip, dtype):
     run = Run(SRLORA, dtype, clip=clip)
-    swaps, paper, stale = 0, Published(run), Published(run)
+    recompositions, paper, stale = 0, Published(run), Published(run)
     while run.done < run.total:
         _, report = run.step(look=lambda paper=paper: (paper.look(), stale.look()))
         if report is None:
             continue
-        swaps += 1
+        recompositions += 1
         torch.testing.assert_close(report.scores, paper.scores(), rtol=1e-4, atol=0)
         assert report.names == list(run.layers)
         for row, layer in zip(paper.scores(), report.layers.values()):
@@ -191,10 +199,10 @@ def test_scores_are_the_papers_and_start_anew_after_a_swap(clip, dtype):
             assert layer.low_half_share == pytest.approx(
                 float(row.sort().values[:2].sum() / row.sum()), rel=1e-4
             )
-        if swaps > 1:  # the test could tell
+        if recompositions > 1:  # the test could tell
             assert not torch.allclose(report.scores, stale.scores(), rtol=1e-2, atol=0)
         paper = Published(run)
-    assert swaps == 4
+    assert recompositions == 4
 
 
 # ---------------------------------------------------------------------- the optimizer's moments
@@ -206,10 +214,10 @@ def test_first_moments_of_the_replaced_are_zero_and_nothing_else_is_touched(key,
     run = Run(SETTINGS[key], dtype)
     counted = 0
     while run.done < run.total:
-        run.step(swap=False)
+        run.step(decide=False)
         means, squares = run.moments("exp_avg"), run.moments("exp_avg_sq")
         report = run.decide()
-        if report is None or not report.swapped:
+        if report is None or not report.recomposed:
             continue
         counted += 1
         for name, layer in report.layers.items():
@@ -222,7 +230,7 @@ def test_first_moments_of_the_replaced_are_zero_and_nothing_else_is_touched(key,
 
 def test_the_momentum_of_sgd_is_forgotten_too():
     run = Run(SRLORA, spec=OptimizerSpec("sgd", RATE, momentum=0.9))
-    run.to_swap()
+    run.to_recomposition()
     before = run.moments("momentum_buffer")
     report = run.decide()
     for name, layer in report.layers.items():
@@ -237,8 +245,8 @@ LATE, SMALL_RATE, CLIP = 160, 1e-3, 0.1
 
 @pytest.fixture(scope="module")
 def late():
-    """Runs right after a swap after step 160, to be taken up; from here on gradients are forty times larger,
-    and clipped.
+    """Runs right after a recomposition after step 160, to be taken up; from here on gradients are forty times
+    larger, and clipped.
     """
     saved = {}
 
@@ -248,7 +256,7 @@ def late():
         if (dtype, refill) not in saved:
             run = Run(settings, dtype, **arguments)
             run.loss_scale = 0.025
-            assert [report.swapped for report in run.train(LATE)[1]] == [True]
+            assert [report.recomposed for report in run.train(LATE)[1]] == [True]
             saved[dtype, refill] = run.saved()
         return Run(settings, dtype, fresh=True, **arguments).restore(saved[dtype, refill])
 
@@ -292,14 +300,16 @@ def _updates(run, steps):
 @pytest.mark.parametrize(
     ("refill", "dtype"), [("spectrum", FP32), ("spectrum", BF16), ("gradient", FP32)], ids=str
 )
-def test_after_a_late_swap_new_components_take_no_step_above_one_and_a_half_rates(refill, dtype, late):
+def test_after_a_late_recomposition_new_components_take_no_step_above_one_and_a_half_rates(
+    refill, dtype, late
+):
     largest = max(float(update.max()) for update in _updates(late(dtype, refill), 42))
     assert 0.3 < largest <= 1.5
 
 
 @pytest.mark.parametrize("second_moments", ["kept", "zeroed"])
 def test_without_the_rule_they_do(second_moments, late, monkeypatch):
-    monkeypatch.setattr(recompose, "own_age", lambda *_: None)
+    monkeypatch.setattr(ages_module, "own_age", lambda *_: None)
     run = late()
     if second_moments == "zeroed":
         for name, layer in run.layers.items():
@@ -311,8 +321,8 @@ def test_without_the_rule_they_do(second_moments, late, monkeypatch):
 
 
 def test_second_moments_of_new_components_are_those_of_an_adam_of_their_age(late):
-    """v_k/(1−β₂^k) of the clipped gradients since the swap is the stock optimizer's v/(1−β₂^t), up to the
-    limit of age.
+    """v_k/(1−β₂^k) of the clipped gradients since the recomposition is the stock optimizer's v/(1−β₂^t), up
+    to the limit of age.
     """
     run, square = late(), 0.0
     for k in range(1, AGE_LIMIT + 2):
@@ -323,14 +333,18 @@ def test_second_moments_of_new_components_are_those_of_an_adam_of_their_age(late
         wanted = square / (1 - 0.999**k)
         error = float(((found - wanted).abs() / wanted.clamp(min=1e-12)).max())
         if k <= AGE_LIMIT:
-            assert error < 1e-3, f"step {k} after the swap"
+            assert error < 1e-3, f"step {k} after the recomposition"
     assert error > 3e-3, "from here on the optimizer's own correction holds"
 
 
 def test_components_of_the_start_train_as_if_there_were_no_rule(monkeypatch):
-    """Before the first swap nothing is young; after it the moments of the others are the optimizer's alone."""
-    calls, rule = [], recompose.own_age
-    monkeypatch.setattr(recompose, "own_age", lambda *arguments: (calls.append(arguments), rule(*arguments)))
+    """Before the first recomposition nothing is young;
+    after it the moments of the others are the optimizer's alone.
+    """
+    calls, rule = [], ages_module.own_age
+    monkeypatch.setattr(
+        ages_module, "own_age", lambda *arguments: (calls.append(arguments), rule(*arguments))
+    )
     run = Run(SRLORA, clip=CLIP)
     run.train(4)
     assert calls == []
@@ -356,7 +370,7 @@ def test_the_reserve_is_used_in_descending_order_and_never_twice(key):
         for name, value in run.first_weights.items()
     }
     at_once, used = run.method.replaced_at_once, run.method.rank
-    for _, report in _swaps(run):
+    for _, report in _recompositions(run):
         for name, layer in report.layers.items():
             u, sigma, vt = triplets[name]
             now, s = run.engine.read(run.layers[name]), run.method.scaling
@@ -382,33 +396,37 @@ def _with_short_reserve(count):
     return run
 
 
-@pytest.mark.parametrize(("count", "swaps"), [(0, 0), (1, 0), (2, 1), (5, 2)])
-def test_where_the_reserve_ends_recomposition_ends_with_a_message(count, swaps, caplog):
+@pytest.mark.parametrize(("count", "recompositions"), [(0, 0), (1, 0), (2, 1), (5, 2)])
+def test_where_the_reserve_ends_recomposition_ends_with_a_message(count, recompositions, caplog):
     run = _with_short_reserve(count)
     with caplog.at_level(logging.INFO, "distlora"):
         _, reports = run.train()
-    assert [report.swapped for report in reports] == [True] * swaps + [False]
-    assert reports[-1].step == 4 * (swaps + 1) and reports[-1].reason == USED_UP and reports[-1].layers == {}
+    assert [report.recomposed for report in reports] == [True] * recompositions + [False]
+    assert (
+        reports[-1].step == 4 * (recompositions + 1)
+        and reports[-1].reason == USED_UP
+        and reports[-1].layers == {}
+    )
     assert caplog.text.count("used up") == 1
-    assert run.ledger.columns("first") == 4 + 4 * swaps
+    assert run.ledger.columns("first") == 4 + 4 * recompositions
     assert run.recomposer.state()["ended"] is True
 
 
 def test_young_components_are_looked_after_when_the_reserve_has_ended(monkeypatch):
     run = _with_short_reserve(2)
     ages = []
-    rule = recompose.own_age
-    monkeypatch.setattr(recompose, "own_age", lambda *a: (ages.append(int(a[2].max())), rule(*a)))
+    rule = ages_module.own_age
+    monkeypatch.setattr(ages_module, "own_age", lambda *a: (ages.append(int(a[2].max())), rule(*a)))
     run.train()
     assert sorted(set(ages)) == list(range(1, 17))
 
 
-def test_the_last_swap_that_the_target_rank_allows_is_said(caplog):
+def test_the_last_recomposition_that_the_target_rank_allows_is_said(caplog):
     run = Run(SRLORA | {"interval": 3})
     with caplog.at_level(logging.INFO, "distlora"):
         _, reports = run.train()
     assert [report.step for report in reports] == [3, 6, 9, 12, 15]
-    assert "all 4 swaps that target_rank allows were made" in caplog.text and not reports[-1].swapped
+    assert "all 4 swaps that target_rank allows were made" in caplog.text and not reports[-1].recomposed
 
 
 def test_the_reserve_lies_on_the_host_and_its_size_is_told():
@@ -423,7 +441,7 @@ def test_components_that_are_used_leave_host_memory():
     run = Run(SRLORA, BF16)
     run.report.reserves.clear()  # the training program does not keep them either
     sides = sum(sum(layer.shape) for layer in run.layers.values())
-    for left, (_, report) in zip((6, 4, 2, 0), _swaps(run), strict=True):
+    for left, (_, report) in zip((6, 4, 2, 0), _recompositions(run), strict=True):
         assert {layer.reserve_left for layer in report.layers.values()} == {left}
         assert run.recomposer.reserve_bytes() == 2 * left * sides
         pairs = run.recomposer._reserve._pairs.values()
@@ -451,7 +469,7 @@ def _gradient_at(run, name):
 def test_refill_from_the_gradient_takes_its_leading_directions_at_the_present_weights(alpha):
     run = Run(GRADIENT | {"alpha": alpha})
     for number in (1, 2, 3):
-        run.to_swap()
+        run.to_recomposition()
         run.probes.append(number)
         gradients = {name: _gradient_at(run, name) for name in run.layers}
         run.probes.pop()
@@ -465,7 +483,7 @@ def test_refill_from_the_gradient_takes_its_leading_directions_at_the_present_we
             assert layer.sigma == pytest.approx([magnitude] * 2, rel=1e-4)
             wanted = magnitude * u[:, :2] @ vt[:2]
             assert relative(s * after["B"][:, chosen] @ after["A"][chosen], wanted) < 1e-3
-    assert run.probes == [1, 2, 3], "every swap has its own samples"
+    assert run.probes == [1, 2, 3], "every recomposition has its own samples"
 
 
 def test_gradients_of_a_refill_are_freed_one_by_one(monkeypatch):
@@ -478,17 +496,18 @@ def test_gradients_of_a_refill_are_freed_one_by_one(monkeypatch):
 
     monkeypatch.setattr(SRLoRA, "new_components", look)
     run = Run(GRADIENT)
-    run.to_swap()
+    run.to_recomposition()
     run.decide()
     assert len(seen) == 2
 
 
 def test_the_probe_of_a_refill_leaves_no_gradient_behind():
     run = Run(GRADIENT)
-    run.to_swap()
+    run.to_recomposition()
     run.decide()
     assert all(p.grad is None or not p.grad.any() for p in run.engine.module.parameters())
-    assert all(layer._tap is None for layer in run.layers.values()) and run.engine.module.training
+    assert all(layer.present_pass == Adapted() for layer in run.layers.values())
+    assert run.engine.module.training
 
 
 # ---------------------------------------------------------------------- schedules
@@ -503,11 +522,11 @@ def test_without_a_schedule_srlora_is_pissa_bit_by_bit(dtype):
     assert none.train() == (losses, reports) and len(losses) == 10 and reports == []
     assert equal(plain.masters(), none.masters()) and equal(plain.weights(), none.weights())
     assert equal(plain.moments("exp_avg_sq"), none.moments("exp_avg_sq"))
-    swapped = Run(SRLORA, dtype, steps=10)
-    assert swapped.train()[0] != losses, "the test could tell"
+    recomposed = Run(SRLORA, dtype, steps=10)
+    assert recomposed.train()[0] != losses, "the test could tell"
 
 
-def test_swaps_come_where_the_schedule_has_them_and_never_after_the_last_step():
+def test_recompositions_come_where_the_schedule_has_them_and_never_after_the_last_step():
     run = Run(SRLORA)
     assert [(report.step, report.reason) for report in run.train()[1]] == [
         (4 * j, f"swap {j} of 4") for j in (1, 2, 3, 4)
@@ -516,26 +535,26 @@ def test_swaps_come_where_the_schedule_has_them_and_never_after_the_last_step():
     assert [report.step for report in short.train()[1]] == [1, 2, 3, 4]
 
 
-def test_an_adaptive_schedule_drives_real_swaps_and_tells_why(caplog):
+def test_an_adaptive_schedule_drives_real_recompositions_and_tells_why(caplog):
     run = Run(ADAPTIVE)
     with caplog.at_level(logging.INFO, "distlora"):
         _, reports = run.train()
-    swaps = [report for report in reports if report.swapped]
-    assert [report.step for report in swaps] == [4, 8, 12]
+    recompositions = [report for report in reports if report.recomposed]
+    assert [report.step for report in recompositions] == [4, 8, 12]
     assert run.ledger.columns("first") == 4 + 3 * 4
-    for report in swaps:
+    for report in recompositions:
         shares = [layer.low_half_share for layer in report.layers.values()]
         assert f"the lower half carries {sum(shares) / 2:.3g} of the importance" in report.reason
-    kept = [report for report in reports if not report.swapped]
+    kept = [report for report in reports if not report.recomposed]
     assert kept and all(report.layers == {} and report.scores is not None for report in kept)
     assert "frozen" in kept[-1].reason
     assert all(report.reason in caplog.text for report in reports)
 
 
-def test_an_adaptive_schedule_that_finds_no_reason_swaps_nothing():
+def test_an_adaptive_schedule_that_finds_no_reason_replaces_nothing():
     run = Run(SRLORA | {"schedule": "adaptive", "adaptive": EAGER | {"share": 1e-9}})
     _, reports = run.train()
-    assert reports and not any(report.swapped for report in reports)
+    assert reports and not any(report.recomposed for report in reports)
     assert "not below 1e-09" in reports[0].reason
     plain = Run({"name": "pissa", "rank": 4})
     plain.train()
@@ -565,7 +584,7 @@ RESUMED = {
     "restart": (SB | {"recompose": {"times": 4}}, BF16),
     "restart at zero": (SB | {"recompose": {"times": 4, "start": "zero", "rounding": "stochastic"}}, FP32),
 }
-#: In between, right before a swap, right after one, after the last.
+#: In between, right before a recomposition, right after one, after the last.
 POINTS = (3, 4, 10, 17)
 
 
@@ -579,7 +598,7 @@ def test_a_run_goes_on_bit_by_bit_from_anywhere(settings, dtype):
         reports += [report] if report else []
         if run.done in POINTS:
             saved[run.done] = run.saved()
-    assert sum(report.swapped for report in reports) >= 3
+    assert sum(report.recomposed for report in reports) >= 3
     for point, kept in saved.items():
         other = Run(settings, dtype, fresh=True).restore(kept)
         found, told = other.train()
@@ -622,11 +641,11 @@ def test_what_is_saved_of_the_recomposer():
     assert state["born"].keys() == state["origin"].keys() == set(run.layers)
     run.train()
     assert copies(run.recomposer.tensors()) == {}, (
-        "the reserve is used up, and no swap is left to be scored for"
+        "the reserve is used up, and no recomposition is left to be scored for"
     )
 
 
-# ---------------------------------------------------------------------- what is told of a swap
+# ---------------------------------------------------------------------- what is told of a recomposition
 
 
 @pytest.mark.parametrize("refill", ["spectrum", "gradient"])
@@ -636,7 +655,7 @@ def test_losses_and_sizes_are_those_of_dense_matrices(alpha, refill):
     s = run.method.scaling
     begun = {name: run.used(name) for name in run.layers}  # of every component, as it was put in place
     for _ in range(4):
-        run.to_swap()
+        run.to_recomposition()
         before, weights = {name: run.used(name) for name in run.layers}, run.weights()
         report = run.decide()
         for name, layer in report.layers.items():
@@ -665,7 +684,7 @@ def test_losses_and_sizes_are_those_of_dense_matrices(alpha, refill):
                 start[factor][columns] = new[factor][columns]
 
 
-def test_numbers_are_computed_when_the_swap_is_made_and_a_failure_is_everyones(monkeypatch):
+def test_numbers_are_computed_after_the_recomposition_and_a_failure_is_everyones(monkeypatch):
     """On several ranks each layer's owner computes them, and the others would wait for one that fails."""
     agreed = []
 
@@ -676,7 +695,7 @@ def test_numbers_are_computed_when_the_swap_is_made_and_a_failure_is_everyones(m
     monkeypatch.setattr(recompose, "measure", measure)
     monkeypatch.setattr(run.engine.comm, "agree", agreed.append)
     monkeypatch.setattr(recompose, "complete", lambda *_: None)
-    run.to_swap()
+    run.to_recomposition()
     moved, report = change(run, run.decide)
     assert [str(error) for error in agreed] == ["no convergence"]
     assert moved < 1e-5 and [len(entries) for entries in run.ledger.entries.values()] == [2, 2]

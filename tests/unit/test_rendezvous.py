@@ -7,24 +7,25 @@ import pytest
 
 from distlora.cluster import mpi, nodelist, rendezvous
 from distlora.cluster.addresses import IN_USE
-from distlora.cluster.rendezvous import Place, find_place, own_local_rank, own_rank, settle
+from distlora.cluster.rendezvous import Place, complete_environment, find_place, own_local_rank, own_rank
 from distlora.errors import UserError
 
 SLURM = {
-    "SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1", "SLURM_NODEID": "1", "SLURM_NNODES": "2", "SLURM_JOB_ID": "812",
-    "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NODELIST": "node[1-2]", "SLURM_JOB_NODELIST": "node[1-4]",
+    "SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1", "SLURM_NODEID": "1", "SLURM_NNODES": "2",
+    "SLURM_JOB_ID": "812", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_NODES": "2",
+    "SLURM_STEP_NODELIST": "node[1-2]", "SLURM_JOB_NODELIST": "node[1-4]",
 }  # fmt: skip
 OPEN_MPI = {
-    "OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
-    "PMIX_NAMESPACE": "764149761",
+    "OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "2", "PMIX_NAMESPACE": "764149761",
 }  # fmt: skip
 DEEPSPEED = {
-    "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_SIZE": "2", "CROSS_RANK": "1", "CROSS_SIZE": "2",
-    "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500",
+    "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_SIZE": "2", "CROSS_RANK": "1",
+    "CROSS_SIZE": "2", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500",
 }  # fmt: skip
 TORCHRUN = {
-    "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "1", "TORCHELASTIC_RUN_ID": "none",
-    "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500",
+    "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "1",
+    "TORCHELASTIC_RUN_ID": "none", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500",
 }  # fmt: skip
 
 
@@ -54,7 +55,7 @@ def settled(variables: dict, **more: str) -> dict:
     """What is added to the environment."""
     environment = {**variables, **more}
     before = dict(environment)
-    settle(environment, find_place(environment))
+    complete_environment(environment, find_place(environment))
     return {name: value for name, value in environment.items() if before.get(name) != value}
 
 
@@ -176,7 +177,7 @@ def test_mpi_on_several_nodes_asks_rank_0():
         return choose(["node2", "node2", "node3", "node3"])
 
     environment = dict(OPEN_MPI)
-    (note,) = settle(environment, find_place(environment), agree)
+    (note,) = complete_environment(environment, find_place(environment), agree)
     assert environment["MASTER_ADDR"] == "10.0.0.2", "rank 0's own address on the way to the others"
     assert int(environment["MASTER_PORT"]) > 0 and "through MPI" in note
 
@@ -226,7 +227,7 @@ def test_a_host_whose_own_name_is_loopback_listens_where_the_master_is(names):
         "and this can be one only"
     )
     environment = dict(DEEPSPEED)
-    (note,) = settle(environment, find_place(environment))
+    (note,) = complete_environment(environment, find_place(environment))
     assert "node2, means the address 127.0.1.1" in note and "set to eth0" in note
 
 
@@ -245,7 +246,7 @@ def test_where_the_way_is_not_clear_nothing_is_set(names, monkeypatch):
         rendezvous, "interfaces", lambda: {"eth0": "10.0.0.2", "eth1": "10.1.0.2", "lo": "127.0.0.1"}
     )
     environment = {**DEEPSPEED, "MASTER_ADDR": "node2", "CROSS_RANK": "0"}
-    (note,) = settle(environment, find_place(environment))
+    (note,) = complete_environment(environment, find_place(environment))
     assert "set GLOO_SOCKET_IFNAME" in note and "GLOO_SOCKET_IFNAME" not in environment
 
 

@@ -1,4 +1,6 @@
-"""A run directory belongs to one recipe; what is in it decides whether a run begins, goes on, or is refused."""
+"""A run directory belongs to one recipe; what is in it decides whether a run begins, goes on,
+or is refused.
+"""
 
 import json
 import os
@@ -10,7 +12,8 @@ from distlora.checkpoints.directory import MANIFEST, STATE, newest
 from distlora.errors import UserError
 from distlora.files.atomic import write_json
 from distlora.recipe.load import load_recipe
-from distlora.training.run_directory import check_run_dir, claim_run_dir, find_checkpoint
+from distlora.recipe.sections import FORMAT
+from distlora.training.run_directory import check_run_dir, claim_run_dir, find_checkpoint, with_format_of_run
 
 CONTENT = {
     "model": {"path": "some/model"},
@@ -177,6 +180,44 @@ def test_the_recipe_in_the_directory_is_the_one_last_run(tmp_path):
     _, run_dir = begun(tmp_path, 5)
     open_run_dir(recipe(tmp_path, "train.eval_every=7"), None)
     assert load_recipe(run_dir / "recipe.yaml").train.eval_every == 7
+
+
+def without_its_format(path: Path) -> None:
+    """Makes a resolved recipe one that was written before formats were numbered."""
+    path.write_text("".join(line for line in path.open() if not line.startswith("format:")))
+
+
+@pytest.mark.parametrize("resume", [None, True])
+def test_a_resumed_run_keeps_the_format_that_it_was_begun_with(resume, tmp_path):
+    given, run_dir = begun(tmp_path, 5)
+    without_its_format(run_dir / "recipe.yaml")
+    check_run_dir(given, resume)
+    assert with_format_of_run(given, resume) == given.in_format(1)
+    for _ in range(2):  # also where its recipe was written again
+        open_run_dir(given, resume)
+        again = load_recipe(run_dir / "recipe.yaml")
+        assert again.format == 1 and again == given.in_format(1)
+
+
+def test_a_run_that_begins_anew_has_the_format_of_its_recipe(tmp_path):
+    given, run_dir = begun(tmp_path, 5)
+    without_its_format(run_dir / "recipe.yaml")
+    assert with_format_of_run(given, False) is given
+    open_run_dir(given, False)
+    assert load_recipe(run_dir / "recipe.yaml").format == FORMAT
+
+
+def test_a_start_that_was_refused_decides_no_format(tmp_path):
+    given, run_dir = begun(tmp_path)
+    without_its_format(run_dir / "recipe.yaml")
+    assert with_format_of_run(given).format == FORMAT
+
+
+def test_a_run_of_a_newer_version_is_not_resumed(tmp_path):
+    given, run_dir = begun(tmp_path, 5)
+    text = (run_dir / "recipe.yaml").read_text()
+    (run_dir / "recipe.yaml").write_text(text.replace(f"format: {FORMAT}", f"format: {FORMAT + 1}"))
+    refused(lambda: check_run_dir(given, None), "recipe.yaml was written by a newer distlora")
 
 
 @pytest.mark.parametrize("resume", [None, True])

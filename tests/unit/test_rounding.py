@@ -103,7 +103,7 @@ def test_its_error_is_root_two_times_that_of_nearest():
 def test_it_does_not_depend_on_how_the_matrix_is_cut(cuts, block, monkeypatch):
     exact = _normal(1000)
     whole = _stochastic(exact, first=70)
-    monkeypatch.setattr(rounding, "BLOCK_ELEMENTS", block)
+    monkeypatch.setattr(rounding, "ROUNDING_ELEMENTS", block)
     edges = [0, *cuts, 1000]
     pieces = [_stochastic(exact[a:b], first=70 + a) for a, b in zip(edges, edges[1:])]
     assert torch.equal(torch.cat(pieces), whole)

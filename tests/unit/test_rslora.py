@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from distlora.methods.contract import LayerInit
+from distlora.methods import LayerInit
 from distlora.methods.lora import LoRA
 from distlora.methods.rslora import RSLoRA
 

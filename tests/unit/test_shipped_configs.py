@@ -10,10 +10,11 @@ from transformers import LlamaConfig
 from distlora.engine.comm import Topology
 from distlora.errors import UserError
 from distlora.methods import registry
+from distlora.recipe.combination import check_length
 from distlora.recipe.deepspeed_config import plan_batches, resolve_deepspeed
 from distlora.recipe.load import dump_recipe, load_recipe
+from distlora.training.build import check_targets
 from distlora.training.objective import objective_of
-from distlora.training.run import check_targets
 from distlora.training.train import check
 
 ROOT = Path(__file__).parents[2]
@@ -28,8 +29,8 @@ def by_name(path):
 
 def test_the_shipped_files():
     assert {path.stem for path in RECIPES} >= {
-        "quickstart", "smollm2-gsm8k", "mistral-7b-metamath", "gemma2-9b-metamath", "llama3.2-3b-commonsense170k",
-        "minilm-rte",
+        "quickstart", "smollm2-gsm8k", "mistral-7b-metamath", "gemma2-9b-metamath",
+        "llama3.2-3b-commonsense170k", "minilm-rte",
     }  # fmt: skip
     assert {path.stem for path in ZEROS} >= {
         "zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload", "zero3_hpz",
@@ -96,17 +97,19 @@ def test_quickstart_runs_every_method(method, smollm2_shapes, tmp_path):
         QUICKSTART, [f"method.name={method}", f"model.path={smollm2_shapes}", f"output_dir={tmp_path}/run"]
     )
     check(recipe, Topology(rank=0, world_size=2), resume=None)
-    fitted = check_targets(recipe, objective_of(recipe)).method
-    assert fitted.rank == recipe.method.rank and fitted.problem_with_length(recipe.train.steps) is None
+    fitted = check_targets(recipe, objective_of(recipe))
+    assert fitted.method.rank == recipe.method.rank
+    check_length(fitted, recipe.train.steps)
 
 
 def paper(name):
     recipe = load_recipe(ROOT / "configs" / "recipes" / f"{name}.yaml")
     train = recipe.train
     settings = (
-        recipe.method.name, recipe.method.rank, recipe.method.dropout, recipe.method.init.samples, recipe.targets,
-        recipe.model.dtype, recipe.data.split, recipe.data.max_length, train.epochs, train.steps, train.micro_batch_size,
-        plan_batches(recipe, 1), train.lr, train.schedule, train.warmup_ratio,
+        recipe.method.name, recipe.method.rank, recipe.method.dropout, recipe.method.init.samples,
+        recipe.targets, recipe.model.dtype, recipe.data.split, recipe.data.max_length,
+        train.epochs, train.steps, train.micro_batch_size, plan_batches(recipe, 1),
+        train.lr, train.schedule, train.warmup_ratio,
     )  # fmt: skip
     return recipe, settings
 
@@ -118,7 +121,8 @@ def paper(name):
 def test_settings_of_the_arithmetic_experiment(name, model):
     recipe, settings = paper(name)
     assert settings == (
-        "lora_sb", 96, 0.0, 0.001, "all-linear", "bfloat16", "train[:50000]", 512, 1, None, 1, 32, 1e-4, "cosine", 0.02,
+        "lora_sb", 96, 0.0, 0.001, "all-linear", "bfloat16", "train[:50000]", 512, 1, None, 1, 32,
+        1e-4, "cosine", 0.02,
     )  # fmt: skip
     assert (recipe.model.path, recipe.data.task, recipe.data.path) == (
         model,
@@ -130,7 +134,8 @@ def test_settings_of_the_arithmetic_experiment(name, model):
 def test_settings_of_the_commonsense_experiment():
     recipe, settings = paper("llama3.2-3b-commonsense170k")
     assert settings == (
-        "lora_sb", 96, 0.05, 0.001, "all-linear", "bfloat16", "train", 256, 2, None, 6, 24, 2e-3, "linear", 0.02,
+        "lora_sb", 96, 0.05, 0.001, "all-linear", "bfloat16", "train", 256, 2, None, 6, 24,
+        2e-3, "linear", 0.02,
     )  # fmt: skip
     assert (recipe.model.path, recipe.data.task) == ("meta-llama/Llama-3.2-3B", "commonsense")
 

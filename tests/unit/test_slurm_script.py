@@ -41,7 +41,9 @@ CONTAINERS = "--container-image=[USER@][REGISTRY#]IMAGE"
 
 
 class Desk:
-    """A job's first node: what SLURM would set, programs of these names on PATH, and what was written down."""
+    """A job's first node: what SLURM would set, programs of these names on PATH,
+    and what was written down.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -51,8 +53,9 @@ class Desk:
             self.add(name, text)
         (folder / "recipe.yaml").write_text("output_dir: run\n")
         self.variables = {
-            "PATH": f"{self.bin}:/usr/bin:/bin", "CALLS": str(folder), "SRUN_HELP": "", "NODES_LACK": "", "SLURM_JOB_ID": "7",
-            "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "node1", "SLURM_SUBMIT_DIR": str(folder), "SLURM_GPUS_ON_NODE": "2",
+            "PATH": f"{self.bin}:/usr/bin:/bin", "CALLS": str(folder), "SRUN_HELP": "", "NODES_LACK": "",
+            "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "node1",
+            "SLURM_SUBMIT_DIR": str(folder), "SLURM_GPUS_ON_NODE": "2",
             "SLURM_CPUS_ON_NODE": "8", "SLURMD_NODENAME": "node1", "PYTHONPATH": str(SCRIPT.parents[1]),
         }  # fmt: skip
 
@@ -100,7 +103,8 @@ def test_a_command_line_of_sbatch_overrides_what_the_file_asks_for():
     lines = SCRIPT.read_text().splitlines()
     asked = [line.split()[1] for line in lines[: lines.index("set -u")] if line.startswith("#SBATCH")]
     assert asked == [
-        "--job-name=distlora", "--nodes=1", "--requeue", "--signal=B:USR1@120", "--open-mode=append", "--output=%x-%j.out",
+        "--job-name=distlora", "--nodes=1", "--requeue", "--signal=B:USR1@120", "--open-mode=append",
+        "--output=%x-%j.out",
     ]  # fmt: skip
 
 
@@ -389,7 +393,9 @@ def test_a_signal_while_the_ranks_run(desk, number, state, again):
 
 
 def test_a_signal_just_before_the_ranks_run(desk):
-    """After the last look at whether one has come: `date` is what the script asks next, and here it signals."""
+    """After the last look at whether one has come: `date` is what the script asks next,
+    and here it signals.
+    """
     desk.add("date", '#!/bin/sh\nkill -USR1 $PPID\nexec /bin/date "$@"\n')
     done = desk.start("recipe.yaml", SRUN_WAITS="1", SRUN_EXIT="1")
     assert done.returncode in (75, 138), "what srun ended with, before or after it could hear\n" + done.stderr
@@ -420,8 +426,8 @@ def test_apptainer(desk):
     assert done.returncode == 0, done.stderr
     here = desk.folder
     assert desk.ranks() == [
-        "apptainer", "exec", "--nv", "--bind", f"{here}:{here},{here}:{here}", "--pwd", str(here), "an image.sif",
-        "/opt/venv/bin/python", "-m", "distlora", "train", str(here / "recipe.yaml"), "a=b c",
+        "apptainer", "exec", "--nv", "--bind", f"{here}:{here},{here}:{here}", "--pwd", str(here),
+        "an image.sif", "/opt/venv/bin/python", "-m", "distlora", "train", str(here / "recipe.yaml"), "a=b c",
     ]  # fmt: skip
 
 

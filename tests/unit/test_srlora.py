@@ -6,10 +6,11 @@ import torch
 
 from distlora.maths.importance import ElementScores
 from distlora.maths.low_rank import LowRank
-from distlora.maths.recomposition_schedule import AdaptiveSwitching, FixedSwitching, fixed_steps
-from distlora.methods.contract import LayerInit
+from distlora.maths.recomposition_schedule import AdaptiveSchedule, FixedSchedule, fixed_steps
+from distlora.methods import LayerInit, probe_of, recomposing
 from distlora.methods.pissa import PiSSA
 from distlora.methods.srlora import AdaptiveSettings, SRLoRA
+from distlora.recipe.combination import problem_with_decay
 
 OUT, IN, RANK, TARGET = 60, 131, 6, 21
 SHAPES = [(OUT, IN), (IN, OUT)]
@@ -52,11 +53,11 @@ def test_defaults():
         "nearest",
         None,
     )
-    assert (method.replaced_at_once, method.most_swaps) == (4, 6)
+    assert (method.replaced_at_once, method.most_recompositions) == (4, 6)
 
 
 @pytest.mark.parametrize(
-    ("rank", "gamma", "target_rank", "at_once", "swaps"),
+    ("rank", "gamma", "target_rank", "at_once", "recompositions"),
     [
         (8, 0.5, 32, 4, 6),
         (8, 0.5, 12, 4, 1),
@@ -66,9 +67,9 @@ def test_defaults():
         (5, 0.2, 9, 1, 4),
     ],
 )
-def test_sizes_follow_from_gamma_and_target_rank(rank, gamma, target_rank, at_once, swaps):
+def test_sizes_follow_from_gamma_and_target_rank(rank, gamma, target_rank, at_once, recompositions):
     method = SRLoRA(rank=rank, gamma=gamma, target_rank=target_rank)
-    assert (method.replaced_at_once, method.most_swaps) == (at_once, swaps)
+    assert (method.replaced_at_once, method.most_recompositions) == (at_once, recompositions)
 
 
 def test_gamma_times_rank_is_not_lost_to_rounding():
@@ -100,13 +101,13 @@ def test_a_target_rank_without_room_is_refused_with_one_that_works():
         pydantic.ValidationError, match="target_rank=11 leaves nothing to replace with: set it to at least 12"
     ):
         SRLoRA(rank=8, target_rank=11)
-    assert SRLoRA(rank=8, target_rank=12).most_swaps == 1
+    assert SRLoRA(rank=8, target_rank=12).most_recompositions == 1
 
 
 def test_without_a_schedule_the_other_sizes_do_not_matter():
     method = SRLoRA(rank=64, gamma=0.001, schedule="none")
-    assert method.most_swaps == 0 and method.problem_with(64, 64) is None
-    assert method.problem_with_length(1) is None
+    assert method.most_recompositions == 0 and method.problem_with(64, 64) is None
+    assert recomposing(method) is None
 
 
 @pytest.mark.parametrize(
@@ -141,7 +142,7 @@ def test_a_reserve_larger_than_the_layer_is_refused():
 def test_an_open_target_rank_is_what_the_smallest_layer_has():
     shapes = [(300, 400), (192, 300), (400, 300)]
     assert SRLoRA(rank=96).fitted(shapes).target_rank == 192
-    assert SRLoRA(rank=96).fitted(shapes).most_swaps == 2
+    assert SRLoRA(rank=96).fitted(shapes).most_recompositions == 2
     assert SRLoRA(rank=8).fitted(shapes).target_rank == 32, "no more than four times the rank"
     assert SRLoRA(rank=8, target_rank=40).fitted(shapes).target_rank == 40, "what the recipe says stays"
     assert SRLoRA(rank=96, refill="gradient").fitted(shapes).target_rank == 384, (
@@ -175,12 +176,9 @@ def test_components_from_gradients_need_no_reserve_and_so_no_room():
 
 
 def test_weight_decay_is_refused_under_its_own_name():
-    assert (
-        _method()
-        .problem_with_decay(0.1)
-        .startswith("train.weight_decay=0.1 decays pretrained directions under srlora")
-    )
-    assert _method(decay_pretrained=True).problem_with_decay(0.1) is None
+    problem = problem_with_decay(_method(), 0.1)
+    assert problem.startswith("train.weight_decay=0.1 decays pretrained directions under srlora")
+    assert problem_with_decay(_method(decay_pretrained=True), 0.1) is None
 
 
 #: A recipe key, and methods of which one value of it is the largest for a run of 20 steps, and the next one
@@ -208,57 +206,54 @@ def test_what_does_not_fit_into_the_run_is_refused_with_the_largest_value_that_d
 
 
 @pytest.mark.parametrize(("schedule", "steps"), [("fixed", 1), ("adaptive", 2)])
-def test_a_run_too_short_for_any_swap_is_refused(schedule, steps):
+def test_a_run_too_short_for_any_recomposition_is_refused(schedule, steps):
     problem = _method(schedule=schedule, target_rank=9, adaptive={"window": 1}).problem_with_length
     assert problem(steps).startswith(f"method.schedule={schedule} has no room in a run of {steps} steps")
     assert problem(steps + 1) is None
 
 
 @pytest.mark.parametrize("fields", [{"interval": 7}, {}, {"schedule": "adaptive"}], ids=str)
-def test_what_is_accepted_can_really_swap(fields):
+def test_what_is_accepted_can_really_recompose(fields):
     method = _method(**fields)
     shortest = next(steps for steps in range(1, 200) if method.problem_with_length(steps) is None)
-    switching = method.switching(shortest)
-    decisions = [switching.after_step(done, 1.0, lambda: 0.0) for done in range(1, shortest + 1)]
-    assert any(decision and decision.swap for decision in decisions)
+    schedule = method.recomposition_schedule(shortest)
+    decisions = [schedule.after_step(done, 1.0, lambda: 0.0) for done in range(1, shortest + 1)]
+    assert any(decision and decision.recompose for decision in decisions)
 
 
 # ---------------------------------------------------------------------- schedules
 
 
-def test_fixed_swaps_use_up_the_target_rank():
-    switching = _method().switching(100)
-    assert isinstance(switching, FixedSwitching)
-    assert switching.steps == fixed_steps(100, 5) and switching.most == 5
+def test_a_fixed_schedule_uses_up_the_target_rank():
+    schedule = _method().recomposition_schedule(100)
+    assert isinstance(schedule, FixedSchedule)
+    assert schedule.steps == fixed_steps(100, 5) and schedule.most == 5
 
 
 def test_an_interval_in_steps_is_bounded_by_the_target_rank():
-    switching = _method(interval=10).switching(100)
-    assert switching.steps == tuple(range(10, 100, 10)) and switching.most == 5
+    schedule = _method(interval=10).recomposition_schedule(100)
+    assert schedule.steps == tuple(range(10, 100, 10)) and schedule.most == 5
 
 
 def test_an_adaptive_schedule_gets_the_recipe_s_settings():
     settings = AdaptiveSettings(window=4, improvement=0.02, share=0.3, freeze_fraction=0.2)
-    switching = _method(schedule="adaptive", adaptive=settings, interval=30).switching(100)
-    assert isinstance(switching, AdaptiveSwitching)
-    assert (switching.total, switching.most, switching.window) == (100, 5, 4)
-    assert (switching.improvement, switching.share, switching.freeze_from) == (0.02, 0.3, 80)
-    assert switching.state()["interval"] == 30
+    schedule = _method(schedule="adaptive", adaptive=settings, interval=30).recomposition_schedule(100)
+    assert isinstance(schedule, AdaptiveSchedule)
+    assert (schedule.total, schedule.most, schedule.window) == (100, 5, 4)
+    assert (schedule.improvement, schedule.share, schedule.freeze_from) == (0.02, 0.3, 80)
+    assert schedule.state()["interval"] == 30
 
 
 def test_without_a_schedule_nothing_is_followed():
-    method = _method(schedule="none")
-    assert method.switching(100) is None and method.element_scores() is None and method.refill_probe() is None
-    assert _method().element_scores() == ElementScores(0.85, 0.85)
+    assert recomposing(_method(schedule="none")) is None
+    assert recomposing(_method()).element_scores() == ElementScores(0.85, 0.85)
 
 
 def test_where_new_components_come_from():
     assert _method().refill_from() == "reserve" and _method().refill_probe() is None
     method = _method(refill="gradient", probe={"samples": 8})
     assert method.refill_from() == "gradient" and method.refill_probe().samples == 8
-    assert (
-        method.probe_settings() is None and method.source_matrix() == "weight"
-    )  # it starts from W all the same
+    assert probe_of(method) is None and method.source_matrix() == "weight", "it starts from W all the same"
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
@@ -301,7 +296,8 @@ def test_the_reserve_holds_the_next_triplets_in_descending_order(shape, alpha, d
     method = _method(alpha=alpha)
     reserve = method.initialise(_layer(weight, dtype)).reserve
     u, s, vt = torch.linalg.svd(weight.double(), full_matrices=False)
-    tolerance = 1e-4 if dtype == torch.float32 else 2e-2
+    # In float32, neighbouring singular directions mix by the rounding error over the gap of their values.
+    tolerance = 5e-4 if dtype == torch.float32 else 2e-2
     assert reserve.left.shape == (shape[0], TARGET - RANK) and reserve.right.shape == (
         TARGET - RANK,
         shape[1],
@@ -369,7 +365,7 @@ def _fresh(init, count, first=0):
 @every_alpha
 @every_dtype
 @pytest.mark.parametrize("replaced", [(0, 2, 5), (3,), (0, 1, 2, 3, 4, 5)], ids=str)
-def test_a_swap_preserves_the_adapted_weight(shape, alpha, dtype, replaced):
+def test_a_recomposition_preserves_the_adapted_weight(shape, alpha, dtype, replaced):
     """W + s·B·A is the same before and after, to float32, with the factors as the forward pass uses them."""
     method = _method(alpha=alpha)
     init, factors = _trained(method, _weight(shape), dtype)
@@ -384,7 +380,7 @@ def test_a_swap_preserves_the_adapted_weight(shape, alpha, dtype, replaced):
 
 @every_alpha
 @every_dtype
-def test_a_swap_fuses_what_the_forward_pass_used_and_takes_out_the_new(alpha, dtype):
+def test_a_recomposition_fuses_what_the_forward_pass_used_and_takes_out_the_new(alpha, dtype):
     """W ← W + s·(B₁A₁ − B₁'A₁'), component by component, in the order of `replaced`."""
     method, replaced = _method(alpha=alpha), (1, 4)
     init, factors = _trained(method, _weight(), dtype)
@@ -402,7 +398,7 @@ def test_a_swap_fuses_what_the_forward_pass_used_and_takes_out_the_new(alpha, dt
 
 
 @every_dtype
-def test_a_swap_touches_the_replaced_components_alone(dtype):
+def test_a_recomposition_touches_the_replaced_components_alone(dtype):
     method, replaced = _method(), (1, 4)
     init, factors = _trained(method, _weight(), dtype)
     before = {name: value.clone() for name, value in factors.items()}
@@ -419,8 +415,8 @@ def test_a_swap_touches_the_replaced_components_alone(dtype):
 
 @every_dtype
 def test_all_updates_of_a_run_sum_up_to_the_documented_export(dtype):
-    """ΔW = s·(BA − B₀A₀ − Σ B₁'A₁' + Σ B₁A₁): after swaps, the adapted weight less W0 is what training has
-    learned.
+    """ΔW = s·(BA − B₀A₀ − Σ B₁'A₁' + Σ B₁A₁): after recompositions, the adapted weight less W0 is what
+    training has learned.
     """
     method, weight = _method(), _weight()
     init, factors = _trained(method, weight, dtype)

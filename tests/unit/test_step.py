@@ -6,7 +6,7 @@ import torch
 from distlora.data import Sample, collate, micro_batches, shard
 from distlora.engine.local import LocalEngine
 from distlora.errors import TrainingError
-from distlora.models.loading import response_loss
+from distlora.models.losses import response_loss
 from distlora.models.targets import count_targets
 from distlora.training.step import accumulate, evaluation_loss, train_step
 from tests.distributed.cases import solo
@@ -189,7 +189,9 @@ class OneOf:
 
 
 def test_each_ranks_share_is_divided_by_the_tokens_of_all(engine):
-    """The shares of three ranks, two with samples and one with nothing but empty passes, add up to the loss."""
+    """The shares of three ranks, two with samples and one with nothing but empty passes,
+    add up to the loss.
+    """
     wanted = whole_loss(engine).item()
     tokens = count_targets(collate(rows(), 0))
     shares = []

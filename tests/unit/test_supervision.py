@@ -32,7 +32,7 @@ def end(tmp_path, monkeypatch, caplog):
         raise Ended
 
     monkeypatch.setattr(supervision.os, "_exit", leave)
-    monkeypatch.setattr(supervision, "COURTESY", 0.0)
+    monkeypatch.setattr(supervision, "EXIT_DELAY", 0.0)
     monkeypatch.setattr(supervision.threading, "Timer", lambda *_: threading.Thread())
 
     def finish(rank: int, alone: bool, status: StatusFile | None, verdict: Verdict = SILENT) -> list[str]:

@@ -17,7 +17,7 @@ from distlora.engine.protocol import StepInfo
 from distlora.errors import Preempted, TrainingError, UserError
 from distlora.files.tensors import TensorFiles
 from distlora.recipe.load import load_recipe
-from distlora.training import run, train
+from distlora.training import loop, train
 from distlora.training.export_run import export_run
 from distlora.training.samples import probe_samples
 from tests.tiny_models import tiny_model_dir
@@ -140,7 +140,8 @@ def test_single_components_of_8_bit_moments_cannot_be_forgotten(recipe, name):
     with pytest.raises(UserError) as caught:
         train.check(recipe(*SRLORA, f"train.optimizer.name={name}"), Topology(), None)
     assert str(caught.value) == (
-        f"train.optimizer.name={name} keeps moments in blocks, and srlora as it is set here forgets those of single components; "
+        f"train.optimizer.name={name} keeps moments in blocks, "
+        "and srlora as it is set here forgets those of single components; "
         f"set it to {name.removesuffix('8bit')}, or turn the recomposition off in method"
     )
     for others in (
@@ -280,8 +281,8 @@ def test_a_checkpoint_that_was_removed_is_not_recommended(recipe, monkeypatch):
             raise TrainingError("the training loss is nan")
         return plain(engine, batches, loss_sum)
 
-    plain = run.accumulate
-    monkeypatch.setattr(run, "accumulate", accumulate)
+    plain = loop.accumulate
+    monkeypatch.setattr(loop, "accumulate", accumulate)
     with pytest.raises(TrainingError, match="nan at step 3; the last good checkpoint: none$"):
         train.train(recipe(), Topology())
 
@@ -300,8 +301,8 @@ class Asked:
 #: Three micro-batches a step whose dropout draws, an evaluation (of two batches) after the second step, and
 #: one at the end.
 INTERRUPTED = [
-    "method.dropout=0.5", "train.steps=4", "train.global_batch_size=3", "train.save_every=2", "train.eval_every=2",
-    "data.eval_split=train[:2]", "targets=[q_proj]",
+    "method.dropout=0.5", "train.steps=4", "train.global_batch_size=3", "train.save_every=2",
+    "train.eval_every=2", "data.eval_split=train[:2]", "targets=[q_proj]",
 ]  # fmt: skip
 
 

@@ -22,8 +22,8 @@ HOSTS = ("head", *NODES)
 
 #: Program -> where it comes from, in Debian's names.
 SSH_PROGRAMS = {
-    "ip": "iproute2", "unshare": "util-linux", "nsenter": "util-linux", "sshd": "openssh-server", "ssh": "openssh-client",
-    "ssh-keygen": "openssh-client", "pdsh": "pdsh",
+    "ip": "iproute2", "unshare": "util-linux", "nsenter": "util-linux", "sshd": "openssh-server",
+    "ssh": "openssh-client", "ssh-keygen": "openssh-client", "pdsh": "pdsh",
 }  # fmt: skip
 SLURM_PROGRAMS = {
     "slurmctld": "slurmctld",
@@ -33,7 +33,10 @@ SLURM_PROGRAMS = {
     "munged": "munge",
 }
 #: A look at everything that `cluster.sh` asks of the kernel, in namespaces that end with it.
-_TRIAL = "mount -t tmpfs tmpfs /dev/shm && ip link add one type bridge && ip link add two type veth && hostname trial"
+_TRIAL = (
+    "mount -t tmpfs tmpfs /dev/shm && ip link add one type bridge "
+    "&& ip link add two type veth && hostname trial"
+)
 #: What runs on a host that has nothing to do; srun's and sbatch's own helpers are not among it.
 _DAEMONS = {"sshd", "munged", "slurmctld", "slurmscriptd", "slurmd"}
 
@@ -65,7 +68,8 @@ def lacking(slurm: bool = False) -> str | None:
     ]
     done = subprocess.run(trial, capture_output=True, text=True)
     if done.returncode:
-        return f"a cluster of namespaces needs rights that this machine does not give: {done.stderr.strip() or done.returncode}"
+        said = done.stderr.strip() or done.returncode
+        return f"a cluster of namespaces needs rights that this machine does not give: {said}"
     return None
 
 
@@ -194,7 +198,10 @@ def cluster(folder: Path, name: str, slurm: bool = False) -> Iterator[Cluster]:
 def wait_for(
     condition: Callable[[], object], seconds: float, what: str, tell: Callable[[], str] = str
 ) -> float:
-    """Polls until the condition holds; returns the seconds that it took. tell: more to say if it never does."""
+    """Polls until the condition holds; returns the seconds that it took.
+
+    tell: more to say if it never does.
+    """
     began = time.monotonic()
     while not condition():
         assert time.monotonic() - began < seconds, f"{what}: not within {seconds:g} s\n{tell()}"

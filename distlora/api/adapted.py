@@ -1,0 +1,134 @@
+"""The adapted model, and what belongs around every optimizer step."""
+
+import torch
+from torch import nn
+
+from distlora.adapter.attach import Attached
+from distlora.adapter.layer import AdapterLinear
+from distlora.engine import boundary
+from distlora.engine.protocol import Engine
+from distlora.errors import TrainingError, UserError
+from distlora.methods import Method
+from distlora.recompose.recomposer import Recomposer
+from distlora.recompose.report import RecompositionReport
+
+
+class Adapted:
+    """A model with adapter layers: what `attach` returns, and every other call is given.
+
+    model: the bare one. method: as it is put on these layers. layers: by name in the model. trained: names of
+    all trained parameters. steps: optimizer steps taken since the start of the run.
+    """
+
+    def __init__(self, model: nn.Module, attached: Attached):
+        self.model, self.attached, self.steps = model, attached, 0
+        #: L2 norm of the last step's averaged gradient before a method transformed it; None where none does.
+        self.norm_before_transform: float | None = None
+        self._engine: Engine | None = None
+        self._recomposer: Recomposer | None = None
+        #: Whether the first steps look for tensors that do not train, and whether none was made here yet.
+        self._checks, self._just_started = True, True
+        #: Between `before_step` and `after_step`: whether the step is one of the optimizer.
+        self._at_boundary: bool | None = None
+        self._losses: list[float] = []
+
+    @property
+    def method(self) -> Method:
+        return self.attached.method
+
+    @property
+    def layers(self) -> dict[str, AdapterLinear]:
+        return self.attached.layers
+
+    @property
+    def trained(self) -> list[str]:
+        return self.attached.trained
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The trained parameters, to make an optimizer of."""
+        named = dict(self.model.named_parameters())
+        return [named[name] for name in self.attached.trained]
+
+    @property
+    def engine(self) -> Engine:
+        """Our view of what trains the model. Errors: UserError before `initialise` or `load`."""
+        if self._engine is None:
+            raise UserError("the adapter has no factors yet: call distlora.initialise or distlora.load first")
+        return self._engine
+
+    @property
+    def recomposer(self) -> Recomposer:
+        """Errors: UserError before `initialise` or `load`, and after a `load` that is not for training."""
+        if self.engine is not None and self._recomposer is None:
+            raise UserError("the adapter was loaded for evaluation; load it with training=True to train it")
+        return self._recomposer
+
+    def begin(self, engine: Engine, recomposer: Recomposer | None, check_gradients: bool) -> None:
+        """The layers have their factors now. For `initialise` and `load`."""
+        self._engine, self._recomposer, self._checks = engine, recomposer, check_gradients
+
+    @property
+    def has_begun(self) -> bool:
+        return self._engine is not None
+
+    # ------------------------------------------------------------------ around every step
+
+    def before_step(self) -> None:
+        """After the backward pass, before the optimizer's step; does nothing where gradients still add up.
+
+        Scores see the averaged gradients, and a method that transforms gradients does so. In the first two
+        steps every trained tensor must have a gradient. Clip plain PyTorch's gradients before this call; a
+        DeepSpeed engine clips by itself, after it. Errors: TrainingError that names a tensor which does not
+        train.
+        """
+        recomposer, engine = self.recomposer, self.engine
+        if self._at_boundary is not None:
+            raise UserError("before_step was called twice: call after_step once the engine has made its step")
+        self._at_boundary = engine.at_boundary()
+        if not self._at_boundary:
+            return
+        if self._checks and (self._just_started or self.steps == 1):
+            self._check_gradients()
+        recomposer.on_gradient()
+        self.norm_before_transform = boundary.before_step(engine)
+
+    def after_step(self, loss: float | torch.Tensor | None = None) -> RecompositionReport | None:
+        """After the optimizer's step; does nothing where gradients still add up.
+
+        Recomposes where the method's schedule says so, and returns what was decided, if anything was. loss:
+        of this rank's batch; only an adaptive schedule asks for it.
+        """
+        recomposer = self.recomposer
+        if self._at_boundary is None:
+            raise UserError(
+                "after_step was called without before_step, which belongs before the engine's step"
+            )
+        due, self._at_boundary = self._at_boundary, None
+        if recomposer.follows_loss:
+            if loss is None:
+                raise UserError("an adaptive schedule decides by the loss: call after_step(loss)")
+            self._losses.append(float(loss))
+        if not due:
+            return None
+        self.steps += 1
+        self._just_started = False
+        boundary.after_step(self.engine)
+        return recomposer.after_step(self.steps, self._mean_loss())
+
+    def _mean_loss(self) -> float:
+        """Of the micro-batches since the last step, over all ranks; 0 where nobody asks for it."""
+        losses, self._losses = self._losses, []
+        if not losses:
+            return 0.0
+        comm = self.engine.comm
+        return comm.sum(sum(losses) / len(losses))[0] / comm.world_size
+
+    def _check_gradients(self) -> None:
+        """Every trained tensor must have a finite gradient that is not zero, or it silently does not
+        train.
+        """
+        excused = self.method.zero_gradient_at_start if self.steps == 0 else ()
+        for name, verdict in self.engine.silent_tensors().items():
+            if verdict != "zero" or name.rpartition(".")[2] not in excused:
+                when = f"at step {self.steps + 1}"
+                raise TrainingError(f"the gradient of {name} is {verdict} {when}, so it would not be trained")

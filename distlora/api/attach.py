@@ -1,0 +1,61 @@
+"""Putting a method on a model, by its name and settings."""
+
+from collections.abc import Collection
+from typing import Any
+
+from pydantic import ValidationError
+from torch import nn
+
+from distlora.adapter.attach import ALL_LINEAR
+from distlora.adapter.attach import attach as attach_method
+from distlora.api.adapted import Adapted
+from distlora.errors import UserError
+from distlora.methods import Method, registry
+from distlora.sentences import nearest
+
+
+def attach(
+    model: nn.Module,
+    method: str | Method,
+    *,
+    targets: str | list[str] = ALL_LINEAR,
+    also_train: Collection[str] = (),
+    **settings: Any,
+) -> Adapted:
+    """Puts a method on the linear layers of `model`, in place. Afterwards exactly its factors are trained.
+
+    method: a name of `distlora.methods()`, with its settings as keywords (`rank`, `alpha`, `init={…}`), or an
+    instance. targets: "all-linear" (every `nn.Linear` but output embeddings), or a list of layers' names,
+    last parts of names (`q_proj`) and patterns. also_train: names of parameters that are trained whole, such
+    as a new head's; their layers are no targets. The model may be partitioned by `deepspeed.zero.Init`
+    already. Call it before `deepspeed.initialize` and before an optimizer is made.
+    """
+    chosen = _method(method, settings)
+    return Adapted(model, attach_method(model, chosen, targets, also_train))
+
+
+def _method(method: str | Method, settings: dict[str, Any]) -> Method:
+    if isinstance(method, Method):
+        if settings:
+            raise UserError(
+                f"{', '.join(settings)}: settings belong to the name of a method, not to an instance"
+            )
+        return method
+    known = registry()
+    if method not in known:
+        hint = nearest(str(method), known)
+        raise UserError(f"no method is called {method}{hint} (methods: {', '.join(known)})")
+    try:
+        return known[method](**settings)
+    except ValidationError as error:
+        raise UserError(f"method {method}: {_mistake(error, known[method])}") from None
+
+
+def _mistake(error: ValidationError, cls: type[Method]) -> str:
+    first = error.errors(include_url=False)[0]
+    place = ".".join(map(str, first["loc"]))
+    if first["type"] == "extra_forbidden":
+        hint = nearest(place, cls.model_fields) or f"; known: {', '.join(cls.model_fields)}"
+        return f"{place} is no setting of it{hint}"
+    text = str(first["ctx"]["error"]) if first["type"] == "value_error" else first["msg"]
+    return f"{place}: {text}" if place else text

@@ -1,0 +1,65 @@
+"""Checkpoints and exports of an adapter that is being trained."""
+
+import os
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from distlora.api.adapted import Adapted
+from distlora.checkpoints.save import save as save_checkpoint
+from distlora.errors import UserError
+from distlora.exports.merged import export_merged_from_engine
+from distlora.exports.peft import export_peft_from_engine
+
+
+def save(
+    adapted: Adapted,
+    directory: str | os.PathLike,
+    *,
+    step: int | None = None,
+    identity: dict | None = None,
+    extra: dict | None = None,
+    keep: int = 2,
+) -> Path:
+    """Writes `directory/checkpoint-<step>` and returns it; of older ones the newest `keep` stay.
+
+    It holds all that training changes, frozen weights included (as the updates made to them), and what the
+    next recompositions need: with it alone a run goes on, on any number of ranks. Beside an
+    `engine.save_checkpoint` of the same step it holds what that one lacks. step: by default the steps taken.
+    identity: what a run must have in common with this one to resume it; extra: anything else; both JSON.
+    """
+    step = adapted.steps if step is None else step
+    engine, recomposer = adapted.engine, adapted.recomposer
+    return save_checkpoint(
+        engine, adapted.attached, directory, step, identity or {}, extra, keep, recomposer=recomposer
+    )
+
+
+def export(
+    adapted: Adapted,
+    out: str | os.PathLike,
+    *,
+    format: Literal["peft", "merged"] = "peft",
+    base_model: str | os.PathLike | None = None,
+    dtype: torch.dtype | None = None,
+) -> Path:
+    """Writes what was trained to the directory `out`: an ordinary LoRA for PEFT, or the merged model.
+
+    base_model: for "peft" what others find the pretrained model under (by default what the model's config
+    says); for "merged" the directory of its safetensors files. dtype: by default float32 for "peft", that of
+    the pretrained files for "merged".
+    """
+    if format == "peft":
+        config = getattr(adapted.model, "config", None)
+        name = str(base_model or getattr(config, "name_or_path", "") or "")
+        return export_peft_from_engine(
+            adapted.engine, adapted.attached, out, name, adapted.steps, dtype or torch.float32
+        )
+    if format != "merged":
+        raise UserError(f"format is {format}; wanted peft or merged")
+    if base_model is None:
+        raise UserError("merged weights are made of the pretrained files: give base_model=, their directory")
+    return export_merged_from_engine(
+        adapted.engine, adapted.attached, out, Path(base_model), adapted.steps, dtype
+    )

@@ -1,0 +1,49 @@
+"""What a checkpoint is made of, and under which names."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from distlora.adapter.attach import Attached
+from distlora.engine.protocol import Engine
+
+#: Groups of tensors, each in files of its own.
+ADAPTER, LEDGER, RECOMPOSE, OPTIMIZER = "adapter", "ledger", "recompose", "optimizer"
+
+
+class Stateful(Protocol):
+    """What a run that recomposes has to remember beside factors and ledger. `tensors` and `restore` are
+    collective.
+    """
+
+    @property
+    def active(self) -> bool:
+        """Whether anything may still be recomposed."""
+
+    def state(self) -> dict[str, Any]:
+        """JSON, the same on every rank."""
+
+    def tensors(self) -> Iterator[tuple[str, Tensor | None]]:
+        """By name, on rank 0's CPU only."""
+
+    def restore(self, state: dict[str, Any], read: Callable[[str], Tensor] | None) -> None:
+        """Takes both back. read: the tensor of a name, on rank 0; None elsewhere."""
+
+
+def describe_model(engine: Engine) -> dict[str, Any]:
+    """The model's class, and how many labels its head tells apart: what an export has to say about a new
+    head.
+    """
+    config = getattr(engine.module, "config", None)
+    return {"class": type(engine.module).__name__, "num_labels": getattr(config, "num_labels", None)}
+
+
+def adapter_shapes(engine: Engine, attached: Attached) -> dict[str, tuple[int, ...]]:
+    """Every factor of every layer, then the trained parameters that are none."""
+    factors = {
+        f"{name}.{factor}": tuple(shape)
+        for name, layer in attached.layers.items()
+        for factor, shape in layer.method.shapes(*layer.shape).items()
+    }
+    return factors | {name: shape for name, shape in engine.trained_shapes().items() if name not in factors}

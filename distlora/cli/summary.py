@@ -1,0 +1,32 @@
+"""The outcome of a training run as text for the terminal."""
+
+#: Scores between 0 and 1, which are shown in per cent.
+PERCENTAGES = ("accuracy", "f1", "exact_match")
+
+
+def summary_table(summary) -> str:
+    """The run on one screen. summary: as `distlora.training.train.train` returns it."""
+    ratio = (
+        f"{summary.lora_trained / summary.trained:.1f} times fewer than"
+        if summary.trained < summary.lora_trained
+        else "beside"
+    )
+    rows = [("", "before", "after")] if summary.after else []
+    for key, value in summary.after.items():
+        form = "{:.1%}" if key in PERCENTAGES else "{:.4f}"
+        before = form.format(summary.before[key]) if key in summary.before else "-"
+        rows.append((key.replace("_", " "), before, form.format(value)))
+    lines = [f"  {name:<24}{before:>10}{after:>10}" for name, before, after in rows]
+    lora = f"({ratio} LoRA's {summary.lora_trained:,} at rank {summary.rank})" if summary.lora_trained else ""
+    facts = [
+        ("trained parameters", f"{summary.trained:,} {lora}"),
+        ("initialisation", f"{summary.init_seconds:.1f} s"),
+        ("a step", f"{summary.step_seconds:.2f} s (mean of {summary.steps})"),
+        ("adapter", str(summary.adapter or "none: the weights themselves were trained; see distlora export")),
+        (
+            "TensorBoard log",
+            summary.tensorboard or "none: the DeepSpeed config turns no tensorboard section on",
+        ),
+        ("metrics", str(summary.run_dir / "metrics.jsonl")),
+    ]
+    return "\n".join(["", *lines, *(f"  {name:<24}{value}" for name, value in facts), ""])

@@ -1,0 +1,36 @@
+"""Pretrained weights out of their files, one at a time: what a packed layer cannot tell any more.
+
+A method that takes something out of W needs W itself: packing the rest of it then costs less than packing W
+did (QPiSSA).
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from distlora.errors import UserError
+from distlora.files.tensors import TensorFiles, stored_name
+
+
+class PretrainedFiles:
+    """The weights of some layers. shapes: (out, in) by layer. dtype: the model's, in which they were before
+    they were packed.
+
+    Raises UserError where the files do not hold one of them as it is.
+    """
+
+    def __init__(self, directory: Path, shapes: dict[str, tuple[int, int]], dtype: torch.dtype):
+        self._files, self._dtype = TensorFiles(directory, "model"), dtype
+        self._names = {layer: stored_name(self._files, f"{layer}.weight") for layer in shapes}
+        for layer, name in self._names.items():
+            if name not in self._files or self._files.shape(name) != tuple(shapes[layer]):
+                raise UserError(
+                    f"{directory}: the weights files hold no {layer}.weight of shape {tuple(shapes[layer])}, "
+                    "which the method needs under model.quantization; set that to null, or leave the layer "
+                    "out of targets"
+                )
+
+    def read(self, layer: str) -> Tensor:
+        """(out, in) in float32 on the CPU, rounded to the model's dtype as when it is loaded."""
+        return self._files.read(self._names[layer]).to(self._dtype).float()

@@ -1,0 +1,67 @@
+"""Methods that train the norm of every row of the adapted weight: `m ⊙ (W + s·B·A)/‖W + s·B·A‖_row`."""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from distlora.maths.functional import linear
+from distlora.maths.linalg import one_for_zero, row_norms
+from distlora.methods.capabilities.from_weight import HoldsPretrained
+from distlora.methods.contract import Factors, Linear, Shapes
+
+
+class HasMagnitude(HoldsPretrained):
+    """A trained factor (out,), beside the path, is the norm of every row of the adapted weight.
+
+    It begins as the norms of the pretrained weight, which must be whole for the norms: `prepare` takes them.
+    """
+
+    #: The name of that factor.
+    magnitude: ClassVar[str] = "m"
+
+    def shapes(self, out_features: int, in_features: int) -> Shapes:
+        return super().shapes(out_features, in_features) | {self.magnitude: (out_features,)}
+
+    def prepare(self, weight: Tensor, factors: Factors) -> Factors:
+        """What the forward pass needs of the whole of W and of the factors: "norm", ‖W + s·B·A‖_row (out,), 1
+        for a zero row.
+
+        Called without gradients, once after every change (an optimizer step, a write, an addition to W), in
+        the layer's own forward pass, where W is whole. The answer is kept until the next change:
+        micro-batches, evaluations and recomputations use it. The norm is rounded to the dtype of the
+        magnitude before anything is divided by it, so that m/norm is exactly 1 at the start.
+        """
+        exact = {
+            name: factors[name].to(torch.promote_types(factors[name].dtype, torch.float32))
+            for name in self.path
+        }
+        pair = self.delta(exact)
+        norms = row_norms(weight, pair.left, pair.right)
+        return {"norm": one_for_zero(norms.to(factors[self.magnitude].dtype))}
+
+    def row_scale(self, factors: Factors, prepared: Factors) -> Tensor:
+        """c = m/norm (out,), by which the rows of `W + s·B·A` are multiplied. The norm is a constant to the
+        gradient (DoRA, Section 4.3). prepared: what `prepare` answered.
+        """
+        return factors[self.magnitude] / prepared["norm"]
+
+    def forward(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        factors: Factors,
+        training: bool,
+        base: Linear = linear,
+        prepared: Factors | None = None,
+    ) -> Tensor:
+        """`(x Wᵀ + s·(…(x Aᵀ)…)Bᵀ) ⊙ c + b`. prepared: what `prepare` answered for this weight and these
+        factors; None to ask it here.
+        """
+        if prepared is None:
+            with torch.no_grad():
+                prepared = self.prepare(weight, factors)
+        scale = self.row_scale(factors, prepared)
+        y = base(x, weight, None) + self._update(x, factors, training)
+        return y * scale if bias is None else torch.addcmul(bias, y, scale)

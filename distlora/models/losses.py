@@ -1,0 +1,51 @@
+"""The training losses: of the response tokens of a language model, and of the labels of a classifier."""
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from distlora.models.cross_entropy import cross_entropy, label_cross_entropy
+from distlora.models.targets import IGNORE, Batch
+
+
+def response_loss(model: PreTrainedModel, batch: Batch, weights: Tensor | None = None) -> tuple[Tensor, int]:
+    """The sum of the cross-entropies of the response tokens, and the number of these tokens.
+
+    batch: `input_ids`, `attention_mask` and `labels`, int64 (batch, length). Position t predicts the label at
+    t + 1; where that is IGNORE, there is no loss. weights: (batch,), a factor for each row's loss; the count
+    ignores it.
+
+    Returns a float32 scalar and an int. The scalar is connected to every layer even if no token has a loss:
+    the gradients are zero then.
+    """
+    outputs = model.base_model(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+    )
+    following = batch["labels"][:, 1:]
+    rows, columns = (following != IGNORE).nonzero(as_tuple=True)
+    hidden = outputs.last_hidden_state[rows, columns]
+    if weights is None:
+        factors = torch.ones(len(rows), device=hidden.device)
+    else:
+        factors = weights.to(hidden.device).float()[rows]
+    softcap = getattr(model.config.get_text_config(decoder=True), "final_logit_softcapping", None)
+    loss = cross_entropy(model.get_output_embeddings(), hidden, following[rows, columns], factors, softcap)
+    return loss, len(rows)
+
+
+def label_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """The classifier's logits, (batch, labels).
+
+    batch: `input_ids`, `attention_mask` and, for some models, `token_type_ids`. Its `labels` are left out.
+    """
+    return model(**{name: value for name, value in batch.items() if name != "labels"}).logits
+
+
+def label_loss(model: PreTrainedModel, batch: Batch, weights: Tensor | None = None) -> tuple[Tensor, int]:
+    """The sum of the cross-entropies of the rows with a label, and the number of these rows.
+
+    batch: as for `label_logits`, with `labels` int64 (batch,), IGNORE for a row without one. The rest is as
+    in `response_loss`.
+    """
+    labels = batch["labels"]
+    return label_cross_entropy(label_logits(model, batch), labels, weights), int((labels != IGNORE).sum())

@@ -1,0 +1,155 @@
+"""The training loop: steps, evaluations and checkpoints, from one step of a run to its last."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distlora import api
+from distlora.cluster.status import StatusFile
+from distlora.engine.coordination import on_main
+from distlora.engine.optimizers import Schedule
+from distlora.engine.protocol import Engine
+from distlora.engine.random_state import random_states, restore_random_states
+from distlora.errors import Preempted, TrainingError
+from distlora.recipe.load import run_identity
+from distlora.recipe.sections import Recipe
+from distlora.training.monitor import Monitor, Progress
+from distlora.training.samples import RunData
+from distlora.training.step import LossSum, accumulate
+
+#: In a checkpoint's extra state: the evaluation after its step was cut short.
+EVALUATION_DUE = "evaluation_due"
+
+
+@dataclass
+class State:
+    """What a checkpoint holds beside tensors. step: finished optimizer steps. random: the generators' states
+    after them.
+    """
+
+    step: int
+    extra: dict[str, Any]
+    random: dict[str, torch.Tensor]
+
+
+@dataclass
+class Loop:
+    """steps: of the whole run. score: scores of the live model on the evaluation samples; None without
+    such samples.
+    """
+
+    engine: Engine
+    adapted: api.Adapted
+    recipe: Recipe
+    data: RunData
+    loss: LossSum
+    schedule: Schedule
+    steps: int
+    status: StatusFile
+    monitor: Monitor
+    score: Callable[[], dict[str, float]] | None
+
+    def run(self, extra: dict[str, Any], saved: Path | None) -> float | None:
+        """From the adapter's step to the last one; returns the mean seconds of a step.
+
+        extra: of the state that is gone on from. saved: its checkpoint. Errors: Preempted once what was
+        reached is saved; TrainingError with the last good checkpoint in its sentence.
+        """
+        first, good = self.adapted.steps, saved
+        progress = Progress(self.steps, first, self.engine.comm.is_main)
+        self.engine.train_mode(True)
+        seconds, state = 0.0, self._state(extra)
+        try:
+            if extra.pop(EVALUATION_DUE, False):
+                self._look(state)
+            for step in range(first, self.steps):
+                began = time.perf_counter()
+                self._step(step, progress)
+                seconds += time.perf_counter() - began
+                good = saved  # the loss of its weights, or of later ones, has just turned out finite
+                self.status.step = step + 1
+                state = self._state(extra)
+                if state.step < self.steps and self._is_due(self.recipe.train.eval_every, state.step):
+                    self._look(state)
+                if state.step == self.steps or self._is_due(self.recipe.train.save_every, state.step):
+                    saved = self._save(state)
+        except Preempted:
+            raise Preempted(self._leave(state, saved)) from None
+        except TrainingError as error:
+            there = good if good and good.exists() else "none"
+            raise TrainingError(f"{error}; the last good checkpoint: {there}") from error
+        finally:
+            progress.close()
+        return seconds / (self.steps - first) if first < self.steps else None
+
+    def _state(self, extra: dict[str, Any]) -> State:
+        return State(self.adapted.steps, extra, random_states(self.engine.comm.device))
+
+    @staticmethod
+    def _is_due(every: int | None, step: int) -> bool:
+        return bool(every) and step % every == 0
+
+    def _step(self, step: int, progress: Progress) -> None:
+        batches = self.data.of_step(step)
+        rate = self.schedule.rate(step)
+        self.engine.set_rate(rate)
+        try:
+            loss = accumulate(self.engine, batches, self.loss)
+        except TrainingError as error:
+            raise TrainingError(f"{error} at step {step + 1}") from error
+        self.adapted.before_step()
+        info = self.engine.step()
+        norm = self.adapted.norm_before_transform
+        norm = info.grad_norm if norm is None else norm
+        # Of all ranks, whose shares are alike up to one sample: exact enough for a speed, and no collective.
+        tokens = sum(int(batch["attention_mask"].sum()) for batch in batches) * self.engine.comm.world_size
+        speed = progress.advance(loss, rate, tokens)
+        scalars = {"loss": loss, "learning_rate": rate, "grad_norm": norm, "tokens_per_second": speed}
+        self.monitor.write(step + 1, {f"train/{key}": value for key, value in scalars.items()})
+        if info.skipped or not math.isfinite(norm):
+            raise TrainingError(f"the optimizer refused step {step + 1}: its gradient is not finite")
+        decided = self.adapted.after_step(loss)
+        if decided is not None:
+            self.monitor.tell_recomposition(decided)
+
+    def _look(self, state: State) -> None:
+        """An evaluation on the way. One that is cut short is owed by whoever goes on from here."""
+        if self.score is None:
+            return
+        state.extra = state.extra | {EVALUATION_DUE: True}
+        self.monitor.write(state.step, {f"eval/{key}": value for key, value in self.score().items()})
+        del state.extra[EVALUATION_DUE]
+
+    def _save(self, state: State) -> Path:
+        settings, run_dir = self.recipe.train, Path(self.recipe.output_dir)
+        saved = api.save(
+            self.adapted, run_dir, step=state.step, identity=run_identity(self.recipe), extra=state.extra,
+            keep=settings.keep_checkpoints,
+        )  # fmt: skip
+        self.status.saved = state.step
+        on_main(self.engine.comm, run_dir, lambda: self.status.write("running"))
+        return saved
+
+    def _leave(self, state: State, saved: Path | None) -> str:
+        """Keeps the last completed step, whatever was begun of the next one; returns what to tell the
+        user.
+        """
+        if state.step == 0:
+            return (
+                f"asked to stop before the first of {self.steps} steps was complete; "
+                "the same command begins anew"
+            )
+        # Dropout has drawn for micro-batches that do not count.
+        restore_random_states(state.random, self.engine.comm.device)
+        there = Path(self.recipe.output_dir) / f"checkpoint-{state.step}"
+        if saved != there:
+            self._save(state)
+        return (
+            f"asked to stop: stopped after step {state.step} of {self.steps}; "
+            f"the same command goes on from {there}"
+        )
