@@ -5,9 +5,9 @@ so that ZeRO-3 cuts it up like any other parameter and no cast of the whole mode
 tensors beside it, whole on every rank.
 
     nf4   4-bit normal floats, one scale for 64 numbers of the row-major matrix (Dettmers et al., arXiv
-    2305.14314) int8  whole numbers -127 … 127, one scale a row (the weights of Dettmers et al., arXiv
-    2208.07339; here activations are never
-          quantised, so that the layer and its gradients use one and the same matrix)
+          2305.14314)
+    int8  whole numbers -127 … 127, one scale a row (the weights of Dettmers et al., arXiv 2208.07339; here
+          activations are never quantised, so that the layer and its gradients use the same matrix)
 """
 
 import copy

@@ -46,6 +46,13 @@ def initialise(
     """
     if adapted.has_begun:
         raise UserError("the adapter has its factors already: attach and initialise once")
+    taken = getattr(engine, "global_steps", 0)
+    if taken:
+        raise UserError(
+            f"the engine has made {taken} steps already: go on with distlora.load, from a checkpoint of "
+            "distlora.save",
+            agreed=True,
+        )
     ours = _around(adapted, engine, optimizer, clip)
     plan = Plan(adapted, ours, probe, loss, steps, first_rate, seed)
     open_ledger(ours, adapted.attached, seed, pretrained, watched=ours is not engine)

@@ -1,12 +1,13 @@
 """Checkpoints that survive a crash at any moment and do not know the number of ranks or the ZeRO stage.
 
-    RUN/checkpoint-<step>/   adapter.safetensors     every factor as the forward pass uses it, and other
-    trained parameters ledger.safetensors      what was added to frozen weights, by which they are made again
-    from the pretrained ones; absent without any. A frozen weight itself is never here recompose.safetensors
-    what the next recompositions need, absent without such optimizer.safetensors   <tensor>/master and
-    <tensor>/<moment> of every trained tensor, float32 state.json              step, method, what the caller
-    adds, random-number states of all ranks manifest.json           written last: the size and SHA-256 of
-    every other file
+    RUN/checkpoint-<step>/
+        adapter.safetensors     every factor as the forward pass uses it, and other trained parameters
+        ledger.safetensors      what was added to frozen weights, by which they are made again from the
+                                pretrained ones; absent without any. A frozen weight itself is never here
+        recompose.safetensors   what the next recompositions need; absent without such
+        optimizer.safetensors   <tensor>/master and <tensor>/<moment> of every trained tensor, float32
+        state.json              step, method, what the caller adds, random-number states of all ranks
+        manifest.json           written last: the size and SHA-256 of every other file
 
 Groups of tensors above 2 GiB are split over files with an index. Rank 0 writes and reads; it holds one
 tensor at a time beside the file that is being filled.

@@ -4,6 +4,7 @@ linalg                    decompositions, norms, small linear systems
 low_rank                  `LowRank` pairs (left, right): compression, addition to a part of a weight
 functional                the linear map of every layer
 rounding                  how weights of low precision are rounded
+checksum                  a sum of bits that may be taken in parts
 moments                   Adam's moments of components that are younger than the run
 blockwise                 numbers of 8 bits
 blocks                    how much of a large tensor is worked on at a time

@@ -30,8 +30,8 @@ class LoRAPro(TransformsGradients, RSLoRA):
     def transform_gradients(self, gradients: Factors, factors: Factors) -> Factors:
         """The g_A*, g_B* whose effect on W, `s(B g_A* + g_B* A)`, is nearest to g = dL/dW:
 
-            g_A* = (1/s²)(BᵀB)⁻¹ g_A + X A        g_B* = (1/s²)(I − P_B) g_B (AAᵀ)⁻¹ − B X        P_B =
-            B(BᵀB)⁻¹Bᵀ
+            g_A* = (1/s²)(BᵀB)⁻¹ g_A + X A
+            g_B* = (1/s²)(I − P_B) g_B (AAᵀ)⁻¹ − B X        P_B = B(BᵀB)⁻¹Bᵀ
 
         X does not change that effect. The X that is used keeps g_A*, g_B* nearest to g_A, g_B: it solves
         `BᵀB X + X AAᵀ = −(1/s²)(BᵀB)⁻¹ g_A Aᵀ`. With pseudo-inverses all of this holds for any rank of B;

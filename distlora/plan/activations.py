@@ -13,7 +13,7 @@ Nothing is saved for a frozen weight.
 
 from dataclasses import dataclass
 
-from distlora.maths.blocks import LOGIT_ELEMENTS as BLOCK_ELEMENTS
+from distlora.maths.blocks import LOGIT_ELEMENTS
 from distlora.methods import TrainsWeight
 from distlora.plan.setup import FLOAT32, Setup
 
@@ -127,7 +127,7 @@ class _Dimensions:
         """Bytes of the logits of one block of rows: in the model's type and in float32, their gradient
         likewise, and what a soft cap needs.
         """
-        rows = min(rows, max(1, BLOCK_ELEMENTS // self.outputs))
+        rows = min(rows, max(1, LOGIT_ELEMENTS // self.outputs))
         low = self.width if self.width < FLOAT32 else 0
         each = low + FLOAT32
         if backward:

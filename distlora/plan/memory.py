@@ -9,8 +9,7 @@ from math import prod
 
 import torch
 
-from distlora.maths.blocks import GRADIENT_COLUMNS as BLOCK_COLUMNS
-from distlora.maths.blocks import GRADIENT_ELEMENTS as BLOCK_ELEMENTS
+from distlora.maths.blocks import GRADIENT_COLUMNS, GRADIENT_ELEMENTS
 from distlora.maths.linalg import EXACT_SIDE
 from distlora.methods import TakesFromWeight, probe_of
 from distlora.plan import stored
@@ -128,9 +127,9 @@ def _peaks_of_initialisation(setup: Setup, constant: int, deepspeed: bool) -> di
         passed: Activations = activations(setup, settings.micro_batch_size, True, every_input=True)
         gathered = _whole(setup, deepspeed, settings.micro_batch_size)
         tokens = settings.micro_batch_size * setup.recipe.data.max_length
-        widest = min(BLOCK_COLUMNS, max(into for _, into in setup.layers.values()))
+        widest = min(GRADIENT_COLUMNS, max(into for _, into in setup.layers.values()))
         forming = FLOAT32 * (
-            PROBE_BLOCKS * min(BLOCK_ELEMENTS, max(map(prod, setup.layers.values()))) + tokens * widest
+            PROBE_BLOCKS * min(GRADIENT_ELEMENTS, max(map(prod, setup.layers.values()))) + tokens * widest
         )
         sums = stored.probe_sums(setup) if settings.sums == "device" else 0
         alive = passed.kept + max(passed.block + forming + gathered.block, passed.loss + gathered.head)

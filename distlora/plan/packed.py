@@ -3,8 +3,7 @@
 import torch
 
 from distlora.adapter.packed import Packing
-from distlora.maths.blocks import NORM_ELEMENTS as NORM_BLOCK_ELEMENTS
-from distlora.maths.blocks import SQUARES_ELEMENTS as BLOCK_ELEMENTS
+from distlora.maths.blocks import NORM_ELEMENTS, SQUARES_ELEMENTS
 from distlora.methods import HasMagnitude
 from distlora.plan.setup import FLOAT32, Setup
 
@@ -29,9 +28,7 @@ def _product(setup: Setup, name: str, packing: Packing, tokens: int) -> int:
         return product
     # Before the first pass after a step the method measures the whole weight, a block of rows at a time.
     elements = packing.shape[0] * packing.shape[1]
-    return max(
-        product, packing.unpacking_nbytes(torch.float32) + FLOAT32 * min(elements, NORM_BLOCK_ELEMENTS)
-    )
+    return max(product, packing.unpacking_nbytes(torch.float32) + FLOAT32 * min(elements, NORM_ELEMENTS))
 
 
 def packed_anew(packing: Packing) -> int:
@@ -44,7 +41,7 @@ def packed_anew(packing: Packing) -> int:
     return (
         2 * FLOAT32 * elements
         + packing.unpacking_nbytes(torch.float32)
-        + 4 * FLOAT32 * min(elements, BLOCK_ELEMENTS)
+        + 4 * FLOAT32 * min(elements, SQUARES_ELEMENTS)
     )
 
 

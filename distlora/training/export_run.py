@@ -16,7 +16,7 @@ from distlora.exports.peft import ADAPTER_WEIGHTS, refuse_full, write_peft_adapt
 from distlora.exports.sources import AdapterSource, CheckpointSource, Compressed, Source, check_compression
 from distlora.methods import HasMagnitude, Method
 from distlora.models.hub import resolve_path
-from distlora.recipe.load import load_recipe
+from distlora.recipe.load import load_run_recipe
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def export_run(
     check_compression(format, compress_rank, max_error)
     if not (run_dir / "recipe.yaml").is_file():
         raise UserError(f"{run_dir} is no run directory: it has no recipe.yaml")
-    recipe = load_recipe(run_dir / "recipe.yaml")
+    recipe = load_run_recipe(run_dir / "recipe.yaml")
     if (compress_rank, max_error) != (None, None):
         _refuse_compression(recipe.method, "--max-error" if compress_rank is None else "--compress-rank")
     with file_errors_explained(out), new_directory(out) as draft:

@@ -19,7 +19,7 @@ from distlora.errors import Preempted, TrainingError
 from distlora.recipe.load import run_identity
 from distlora.recipe.sections import Recipe
 from distlora.training.monitor import Monitor, Progress
-from distlora.training.samples import RunData
+from distlora.training.samples import RunSamples
 from distlora.training.step import LossSum, accumulate
 
 #: In a checkpoint's extra state: the evaluation after its step was cut short.
@@ -46,7 +46,7 @@ class Loop:
     engine: Engine
     adapted: api.Adapted
     recipe: Recipe
-    data: RunData
+    data: RunSamples
     loss: LossSum
     schedule: Schedule
     steps: int

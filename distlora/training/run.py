@@ -25,7 +25,7 @@ from distlora.training.export_run import base_name
 from distlora.training.loop import Loop
 from distlora.training.monitor import Monitor
 from distlora.training.objective import objective_of
-from distlora.training.samples import RunData, fetch
+from distlora.training.samples import RunSamples, fetch
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ class Run:
         fetch(comm, recipe)
         comm.sum_or_stop()
         fitted = on_every_rank(comm, lambda: check_targets(recipe, self.objective))
-        self.data = RunData(comm, recipe, self.objective)
+        self.data = RunSamples(comm, recipe, self.objective)
         settings = recipe.train
         self.steps = settings.steps or max(1, round(settings.epochs * self.data.order.steps_per_epoch))
         if status is not None:

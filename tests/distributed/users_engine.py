@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -158,6 +159,8 @@ def under_deepspeed(case: Case, rank: int, world: int, folder: Path) -> list[flo
         engine = engine_of(case, adapted, world)
         if case.resume == "both":
             engine.load_checkpoint(str(folder / "engine"), load_module_strict=case.frozen)
+            with pytest.raises(distlora.UserError, match="go on with distlora.load"):
+                distlora.initialise(adapted, engine, **plan)
         distlora.load(adapted, engine, folder / "distlora", **plan)
         losses += train(case, adapted, engine, dtype, rank, world, case.steps)
     return losses
