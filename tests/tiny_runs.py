@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from distlora.adapter.attach import attach
-from distlora.engine.boundary import take_step
 from distlora.engine.comm import Comm, Topology
 from distlora.engine.local import LocalEngine
 from distlora.engine.optimizers import OptimizerSpec
@@ -22,6 +21,7 @@ from distlora.methods import Method, registry
 from distlora.recompose.recomposer import Recomposer
 from distlora.recompose.report import RecompositionReport
 from distlora.training.step import accumulate
+from tests.stepping import take_step
 
 FP32, BF16 = torch.float32, torch.bfloat16
 SEED, RATE = 11, 1e-2

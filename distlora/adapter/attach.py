@@ -73,6 +73,9 @@ def attach(
     layers are no targets whatever their names. Raises UserError for a target that matches no linear layer,
     and for a layer whose shape the method refuses.
     """
+    if any(isinstance(module, AdapterLinear) for module in model.modules()):
+        raise UserError("the model has adapter layers already; attach to a newly loaded one")
+    _refuse_unknown(model, new_parameters)
     linears = target_linears(model, targets, new_parameters)
     method = method.fitted([(linear.out_features, linear.in_features) for linear in linears.values()])
     chosen = list(linears)
@@ -135,15 +138,37 @@ def target_linears(
 
 
 def _computes_otherwise(model: nn.Module, name: str) -> bool:
-    """Whether a linear layer's class has a forward pass of its own, as packed ones of other libraries have,
-    or its parent reads the weight without calling it.
+    """Whether a layer in this place would not be called, or would compute something else than an adapter
+    layer does: its weight is packed by another library, its class computes more than x Wᵀ + b, or its parent
+    reads the weight without calling it.
     """
     layer, parent = model.get_submodule(name), model.get_submodule(name.rpartition(".")[0])
-    if isinstance(parent, nn.MultiheadAttention):
-        return True
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    usual = (nn.Linear.forward, PackedLinear.forward)
-    return type(layer).forward not in usual and layer is not output
+    if type(layer) in (nn.Linear, PackedLinear) or layer is output:
+        return isinstance(parent, nn.MultiheadAttention)
+    packed = not layer.weight.dtype.is_floating_point or type(layer.weight) is not nn.Parameter
+    return packed or isinstance(parent, nn.MultiheadAttention) or not _is_linear(type(layer))
+
+
+def _is_linear(cls: type[nn.Linear]) -> bool:
+    """Whether a small layer of the class computes x Wᵀ + b; assumed where none can be made."""
+    with torch.random.fork_rng(devices=[]):  # a layer's own initialisation draws
+        try:
+            small = cls(3, 2)
+            x = torch.linspace(-1.0, 2.0, 3)[None]
+            return torch.allclose(small(x), nn.functional.linear(x, small.weight, small.bias), atol=1e-5)
+        except Exception:  # whatever a class of the user's may want of its arguments
+            return True
+
+
+def _refuse_unknown(model: nn.Module, names: Collection[str]) -> None:
+    if isinstance(names, str):
+        raise UserError(f"the parameters to be trained whole are one text, {names}; give a list of names")
+    known = [name for name, _ in model.named_parameters()]
+    for name in names:
+        if name not in known:
+            hint = nearest(name, known) or "; give the full name of a parameter, such as score.weight"
+            raise UserError(f"{type(model).__name__} has no parameter {name} to be trained whole{hint}")
 
 
 def _uses(model: nn.Module, weight: nn.Parameter) -> int:
@@ -158,7 +183,7 @@ def _match(model: nn.Module, linears: dict[str, nn.Linear], targets: str | list[
     if targets == ALL_LINEAR:
         return _all_linear(model, linears)
     matched: set[str] = set()
-    for target in targets:
+    for target in [targets] if isinstance(targets, str) else targets:
         hits = {name for name in linears if _matches(name, target)}
         if not hits:
             last_parts = sorted({name.rsplit(".", 1)[-1] for name in linears})

@@ -1,5 +1,8 @@
 """The adapted model, and what belongs around every optimizer step."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 
@@ -28,6 +31,8 @@ class Adapted:
         self._recomposer: Recomposer | None = None
         #: Whether the first steps look for tensors that do not train, and whether none was made here yet.
         self._checks, self._just_started = True, True
+        #: A start that broke off may have changed weights.
+        self._broken = False
         #: Between `before_step` and `after_step`: whether the step is one of the optimizer.
         self._at_boundary: bool | None = None
         self._losses: list[float] = []
@@ -67,9 +72,25 @@ class Adapted:
         """The layers have their factors now. For `initialise` and `load`."""
         self._engine, self._recomposer, self._checks = engine, recomposer, check_gradients
 
+    @contextmanager
+    def starting(self) -> Iterator[None]:
+        """Around what changes weights before `begin`. What breaks off in it cannot be tried again."""
+        self._broken = True
+        yield
+        self._broken = False
+
+    def refuse_second_start(self) -> None:
+        """UserError where the adapter has its factors, or an earlier start broke off."""
+        again = "attach to a newly loaded model"
+        if self._broken:
+            raise UserError(f"an earlier start broke off after weights were changed: {again}")
+        if self._engine is not None:
+            raise UserError(f"the adapter has its factors already; {again} to start or load another")
+
     @property
-    def has_begun(self) -> bool:
-        return self._engine is not None
+    def amid_step(self) -> bool:
+        """Whether `before_step` was called and `after_step` was not yet."""
+        return self._at_boundary is not None
 
     # ------------------------------------------------------------------ around every step
 
@@ -84,13 +105,13 @@ class Adapted:
         recomposer, engine = self.recomposer, self.engine
         if self._at_boundary is not None:
             raise UserError("before_step was called twice: call after_step once the engine has made its step")
-        self._at_boundary = engine.at_boundary()
-        if not self._at_boundary:
-            return
-        if self._checks and (self._just_started or self.steps == 1):
-            self._check_gradients()
-        recomposer.on_gradient()
-        self.norm_before_transform = boundary.before_step(engine)
+        due = engine.at_boundary()
+        if due:
+            if self._checks and (self._just_started or self.steps == 1):
+                self._check_gradients()
+            recomposer.on_gradient()
+            self.norm_before_transform = boundary.before_step(engine)
+        self._at_boundary = due
 
     def after_step(self, loss: float | torch.Tensor | None = None) -> RecompositionReport | None:
         """After the optimizer's step; does nothing where gradients still add up.
@@ -124,11 +145,18 @@ class Adapted:
         return comm.sum(sum(losses) / len(losses))[0] / comm.world_size
 
     def _check_gradients(self) -> None:
-        """Every trained tensor must have a finite gradient that is not zero, or it silently does not
-        train.
-        """
-        excused = self.method.zero_gradient_at_start if self.steps == 0 else ()
+        """Every trained tensor must have a finite gradient that is not zero, or it does not train."""
         for name, verdict in self.engine.silent_tensors().items():
-            if verdict != "zero" or name.rpartition(".")[2] not in excused:
+            if verdict != "zero" or not self._is_excused(name):
                 when = f"at step {self.steps + 1}"
                 raise TrainingError(f"the gradient of {name} is {verdict} {when}, so it would not be trained")
+
+    def _is_excused(self, name: str) -> bool:
+        """Whether a gradient is zero because another factor of the layer still is: at the first step, and
+        after a step with the learning rate 0, as the first of many warm-ups is. Collective.
+        """
+        layer, _, factor = name.rpartition(".")
+        if factor not in self.method.zero_gradient_at_start or layer not in self.layers:
+            return False
+        others = self.engine.read(self.layers[layer])
+        return any(not others[other].any() for other in self.method.trains if other != factor)

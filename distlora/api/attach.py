@@ -24,11 +24,11 @@ def attach(
 ) -> Adapted:
     """Puts a method on the linear layers of `model`, in place. Afterwards exactly its factors are trained.
 
-    method: a name of `distlora.methods()`, with its settings as keywords (`rank`, `alpha`, `init={…}`), or an
-    instance. targets: "all-linear" (every `nn.Linear` but output embeddings), or a list of layers' names,
-    last parts of names (`q_proj`) and patterns. also_train: names of parameters that are trained whole, such
-    as a new head's; their layers are no targets. The model may be partitioned by `deepspeed.zero.Init`
-    already. Call it before `deepspeed.initialize` and before an optimizer is made.
+    method: a name that the command `distlora methods` lists, with its settings as keywords (`rank`, `alpha`,
+    `init={…}`), or an instance. targets: "all-linear" (every `nn.Linear` but output embeddings), or layers'
+    names, last parts of names (`q_proj`) and patterns, one or a list. also_train: names of parameters that
+    are trained whole, such as a new head's; their layers are no targets. The model may be partitioned by
+    `deepspeed.zero.Init` already. Call it before `deepspeed.initialize` and before an optimizer is made.
     """
     chosen = _method(method, settings)
     return Adapted(model, attach_method(model, chosen, targets, also_train))

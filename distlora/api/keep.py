@@ -1,5 +1,6 @@
 """Checkpoints and exports of an adapter that is being trained."""
 
+import logging
 import os
 from pathlib import Path
 from typing import Literal
@@ -12,6 +13,8 @@ from distlora.errors import UserError
 from distlora.exports.merged import export_merged_from_engine
 from distlora.exports.peft import export_peft_from_engine
 
+log = logging.getLogger(__name__)
+
 
 def save(
     adapted: Adapted,
@@ -21,19 +24,26 @@ def save(
     identity: dict | None = None,
     extra: dict | None = None,
     keep: int = 2,
+    claimed: bool = False,
 ) -> Path:
-    """Writes `directory/checkpoint-<step>` and returns it; of older ones the newest `keep` stay.
+    """Writes `directory/checkpoint-<step>` and returns it; of those up to this step the newest `keep` stay.
 
     It holds all that training changes, frozen weights included (as the updates made to them), and what the
-    next recompositions need: with it alone a run goes on, on any number of ranks. Beside an
-    `engine.save_checkpoint` of the same step it holds what that one lacks. step: by default the steps taken.
-    identity: what a run must have in common with this one to resume it; extra: anything else; both JSON.
+    next recompositions need, on any number of ranks. Beside an `engine.save_checkpoint` of the same step it
+    holds what that one lacks; a learning-rate schedule is the caller's. step: by default the steps taken.
+    identity, extra: what the caller wants to find again in the state that `load` returns; JSON. claimed: all
+    checkpoints in the directory are of this run, broken ones too. Otherwise what others have written there is
+    left alone. Errors: UserError where something else has that name, or a later checkpoint is of another run.
     """
-    step = adapted.steps if step is None else step
     engine, recomposer = adapted.engine, adapted.recomposer
+    if adapted.amid_step:
+        raise UserError("save was called between before_step and after_step: call it after both")
+    step = adapted.steps if step is None else step
+    about = {"taken": adapted.steps, "engine_steps": engine.engine_steps()}
     return save_checkpoint(
-        engine, adapted.attached, directory, step, identity or {}, extra, keep, recomposer=recomposer
-    )
+        engine, adapted.attached, directory, step, identity or {}, extra, keep,
+        recomposer=recomposer, about=about, claimed=claimed,
+    )  # fmt: skip
 
 
 def export(
@@ -53,6 +63,8 @@ def export(
     if format == "peft":
         config = getattr(adapted.model, "config", None)
         name = str(base_model or getattr(config, "name_or_path", "") or "")
+        if not name:
+            log.info("%s does not say which model it is for: give base_model=", out)
         return export_peft_from_engine(
             adapted.engine, adapted.attached, out, name, adapted.steps, dtype or torch.float32
         )

@@ -9,7 +9,7 @@ from distlora.engine.protocol import Engine
 from distlora.errors import UserError
 from distlora.initialisation.factors import InitReport
 from distlora.initialisation.probe import Loss, Probe
-from distlora.methods import NeedsProbe, recomposing
+from distlora.methods import HoldsPretrained, probe_of, recomposing
 from distlora.recompose.recomposer import Recomposer
 
 #: What `initialise` and `load` take as the samples of a probe: a `Probe`, the batches of this rank, or a
@@ -17,6 +17,8 @@ from distlora.recompose.recomposer import Recomposer
 ProbeSource = Probe | Iterable[Any] | Callable[[int], Probe | Iterable[Any]]
 #: The learning rate of the first step, or a function from a step (0, 1, …) to its rate.
 Rate = float | Callable[[int], float]
+#: Steps within which a warm-up leaves the rate 0.
+WARM_UP = 1000
 
 
 class Plan:
@@ -33,36 +35,65 @@ class Plan:
         seed: int,
     ):
         self._adapted, self._engine, self._seed = adapted, engine, seed
-        self._probe, self._loss, self._steps, self._rate = probe, loss, steps, first_rate
+        plain = probe is None or callable(probe) or isinstance(probe, Probe)
+        self._probe = probe if plain else list(probe)  # batches are wanted again at every recomposition
+        self._loss, self._steps, self._rate = loss, steps, first_rate
 
-    def probe(self, number: int) -> Probe:
-        """Of the start, or of the j-th recomposition."""
+    def check(self) -> None:
+        """Raises UserError for all that can be known to be wrong before anything is written."""
+        method, steps = self._adapted.method, self._steps
+        recomposes = recomposing(method)
+        if recomposes is not None:
+            if steps is None:
+                raise UserError(
+                    f"method {method.name} recomposes at intervals of the run: give steps=, its length"
+                )
+            problem = recomposes.problem_with_length(steps)
+            if problem:
+                raise UserError(problem)
+        if probe_of(method) is not None or (recomposes is not None and recomposes.refill_probe() is not None):
+            self._check_probe()
+            self.rate(0)
+        decay = self._engine.optimizer.weight_decay
+        if decay and isinstance(method, HoldsPretrained) and not method.decay_pretrained:
+            raise UserError(
+                f"what {method.name} trains begins as a part of the pretrained weight, which the optimizer's "
+                f"weight_decay={decay:g} would shrink: set that to 0, or decay_pretrained=True",
+                agreed=True,
+            )
+
+    def _check_probe(self) -> None:
         if self._probe is None:
             raise UserError(
                 f"method {self._adapted.method.name} makes factors of gradients: give probe=batches and loss="
             )
+        if isinstance(self._probe, list) and self._loss is None:
+            raise UserError("the probe has no loss: give loss=, from (model, batch) to the batch's mean loss")
+
+    def probe(self, number: int) -> Probe:
+        """Of the start, or of the j-th recomposition."""
+        self._check_probe()
         source = self._probe(number) if callable(self._probe) else self._probe
         if isinstance(source, Probe):
             return source
         return _probe_of_batches(source, self._loss, self._engine.comm)
 
     def rate(self, step: int) -> float:
-        """Of a step, counted from 0; 0 where nothing depends on it."""
-        method, rate = self._adapted.method, self._rate
-        settings = method.probe_settings() if isinstance(method, NeedsProbe) else None
-        if rate is None and settings is not None and settings.eta == "schedule":
+        """Of the first step from `step` on, counted from 0, whose rate is not zero; 0 where nobody asks."""
+        settings, rate = probe_of(self._adapted.method), self._rate
+        asked = settings is not None and settings.eta == "schedule"
+        if rate is None and asked:
             raise UserError("eta is schedule, the learning rate of the first step: give first_rate=…")
-        return rate(step) if callable(rate) else rate or 0.0
+        rates = (rate(later) for later in range(step, step + WARM_UP)) if callable(rate) else (rate or 0.0,)
+        found = next((value for value in rates if value > 0), 0.0)
+        if asked and not found:
+            raise UserError("eta is schedule, and first_rate is 0: give the first rate that is not")
+        return found
 
     def recomposer(self, report: InitReport | None) -> Recomposer:
-        method, steps = self._adapted.method, self._steps
-        if steps is None and recomposing(method) is not None:
-            raise UserError(
-                f"method {method.name} recomposes at intervals of the run: give steps=, its length"
-            )
         reserves = None if report is None else report.reserves
-        attached = self._adapted.attached
-        return Recomposer(self._engine, attached, self._seed, steps or 0, reserves, self.probe, self.rate)
+        attached, steps = self._adapted.attached, self._steps or 0
+        return Recomposer(self._engine, attached, self._seed, steps, reserves, self.probe, self.rate)
 
 
 def _probe_of_batches(batches: Iterable[Any], loss: Loss | None, comm: Comm) -> Probe:

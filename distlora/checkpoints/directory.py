@@ -143,13 +143,35 @@ def put_in_place(partial: Path, final: Path) -> None:
     flush_directory(final.parent)
 
 
-def prune(final: Path, keep: int) -> None:
+def prune(final: Path, keep: int, claimed: bool = True) -> None:
     """Removes older checkpoints once `final` is complete. Later steps are left alone: only broken ones can be
-    there.
+    there. claimed: see `save`; else only what has our manifest is removed.
     """
     complete = 0
     for step, path in _candidates(final.parent):
+        if not (claimed or _is_ours(path)):
+            continue
         whole = path.name[0] != "." and problem_with(path, checksums=False) is None
         complete += whole and step <= _step_of(final)
         if step <= _step_of(final) and not (whole and complete <= max(keep, 1)):
             shutil.rmtree(path, ignore_errors=True)  # what stays of it is broken, and goes next time
+
+
+def refuse_others(final: Path) -> None:
+    """UserError where `final` would take the place of something else, or stand before another run's."""
+    if final.exists() and not _is_ours(final):
+        raise UserError(f"{final} is no checkpoint of distlora, and is left alone; name another directory")
+    later = [step for step, path in _candidates(final.parent) if step > _step_of(final) and _is_ours(path)]
+    if later:
+        raise UserError(
+            f"{final.parent} holds a checkpoint of the later step {later[0]}, of another run; name another "
+            "directory, or remove that one"
+        )
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a directory has a manifest as this program writes it."""
+    try:
+        return {"format", "step", "files"} <= json.loads((path / MANIFEST).read_bytes()).keys()
+    except (OSError, ValueError, AttributeError):
+        return False

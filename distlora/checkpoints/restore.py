@@ -141,6 +141,7 @@ def _open_fitting(
     path, state = checkpoint.path, checkpoint.state
     if state["method"] != attached.method.name:
         raise UserError(f"{path} is of method {state['method']}, and the run of {attached.method.name}")
+    _refuse_other_settings(path, state.get("settings"), attached.method.model_dump(mode="json"))
     if state.get("ledger") and ledger is None:
         raise UserError(
             f"{path} holds updates of frozen weights, and the run of {attached.method.name} keeps no ledger"
@@ -154,6 +155,16 @@ def _open_fitting(
     ledger_file = ledger_files(checkpoint, {name: layer.shape for name, layer in attached.layers.items()})
     recompose = TensorFiles(path, RECOMPOSE) if any(path.glob(f"{RECOMPOSE}*.safetensors")) else None
     return _Files(path, adapter, optimizer, keys, ledger_file, recompose)
+
+
+def _refuse_other_settings(path: Path, there: dict | None, here: dict) -> None:
+    """there: None in checkpoints of before this was written down."""
+    for key, value in {} if there is None else here.items():
+        if there.get(key) != value:
+            raise UserError(
+                f"{path} is of a run with {key}={json.dumps(there.get(key))} of the method, "
+                f"and this one has {json.dumps(value)}"
+            )
 
 
 def _compare(path: Path, files: TensorFiles, wanted: dict[str, tuple[int, ...]]) -> None:

@@ -32,7 +32,7 @@ from distlora.checkpoints.contents import (
     adapter_shapes,
     describe_model,
 )
-from distlora.checkpoints.directory import FORMAT, MANIFEST, STATE, prune, put_in_place
+from distlora.checkpoints.directory import FORMAT, MANIFEST, STATE, prune, put_in_place, refuse_others
 from distlora.engine.comm import Comm
 from distlora.engine.coordination import on_main, stream_to_main
 from distlora.engine.protocol import Engine
@@ -54,20 +54,27 @@ def save(
     keep: int = 2,
     split_bytes: int = SPLIT_BYTES,
     recomposer: Stateful | None = None,
+    about: dict | None = None,
+    claimed: bool = True,
 ) -> Path:
     """Writes `run_dir/checkpoint-<step>` and returns it; then removes all but the newest `keep` of the steps
     up to this one.
 
     Collective. A crash at any moment leaves the earlier checkpoints, or this one, whole. identity: what a run
     must have in common with this one to resume it; extra: anything else of the caller's; both JSON. One of
-    the same step is replaced. Errors: UserError on all ranks where the disk refuses; nothing is left behind
-    then.
+    the same step is replaced. about: more that `restore` is to find in the state. claimed: all checkpoints in
+    the directory are of this run, broken ones too; else those of others are left alone, or refused where they
+    are in the way. Errors: UserError on all ranks where the disk refuses; nothing is left behind then.
     """
     final = Path(run_dir) / f"checkpoint-{step}"
+    if not claimed:
+        on_main(engine.comm, final, lambda: refuse_others(final))
     state = {
         "format": FORMAT,
         "step": step,
         "method": attached.method.name,
+        "settings": attached.method.model_dump(mode="json"),
+        "seed": None if engine.ledger is None else engine.ledger.seed,
         "rank": attached.method.rank,
         "targets": attached.targets,
         "model": describe_model(engine),
@@ -78,10 +85,10 @@ def save(
         "weights": {} if engine.ledger is None else engine.ledger.checksums(engine, attached.layers),
         "recompose": None if recomposer is None else recomposer.state(),
         "rng": _gather_random_states(engine.comm),
-    }
+    } | (about or {})
     tensors = _tensors(engine, attached, recomposer)
     stream_to_main(engine.comm, final, tensors, lambda tensors: _write(final, tensors, state, split_bytes))
-    on_main(engine.comm, final, lambda: prune(final, keep))
+    on_main(engine.comm, final, lambda: prune(final, keep, claimed))
     return final
 
 

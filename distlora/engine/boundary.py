@@ -1,7 +1,7 @@
 """What belongs to an optimizer step beside the step itself, whatever engine takes it."""
 
 from distlora.adapter.layer import AdapterLinear
-from distlora.engine.protocol import Engine, StepInfo, clip_factor, transforming
+from distlora.engine.protocol import Engine, clip_factor, transforming
 from distlora.methods import Factors
 
 
@@ -32,11 +32,3 @@ def after_step(engine: Engine) -> None:
     """After `engine.step`: what layers have kept of the factors' old values is forgotten."""
     for layer in engine.layers.values():
         layer.changed()
-
-
-def take_step(engine: Engine) -> StepInfo:
-    """The whole of it."""
-    norm = before_step(engine)
-    info = engine.step()
-    after_step(engine)
-    return info if norm is None else StepInfo(norm, info.skipped)

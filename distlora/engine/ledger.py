@@ -60,7 +60,7 @@ class Ledger:
     ):
         self.entries: dict[str, list[Entry]] = {}
         self._watched, self._pretrained_sums = watched, dict[str, int]()
-        self._comm, self._owners, self._seed, self.pretrained = comm, owners, seed, pretrained
+        self._comm, self._owners, self.seed, self.pretrained = comm, owners, seed, pretrained
         self._pairs: dict[tuple[str, int], LowRank] = {}
         self._shapes: dict[str, tuple[int, int]] = {}
 
@@ -95,7 +95,7 @@ class Ledger:
             if self._watched and layer.name not in self._pretrained_sums:
                 self._pretrained_sums[layer.name] = engine.weight_checksum(layer)
             return engine.add_low_rank(
-                layer, update, entry.rounding, rounding_key(self._seed, layer.name, entry.number)
+                layer, update, entry.rounding, rounding_key(self.seed, layer.name, entry.number)
             )
         owner = self._owners[layer.name]
         weight = self._before(engine, layer, owner, entry.number)

@@ -47,9 +47,15 @@ class LocalEngine:
         clip: norm to which gradients are to be clipped where a method transforms them. Errors: UserError for
         several ranks, an optimizer that lacks a trained parameter, and one whose state is not known here.
         """
-        parameters = dict(model.named_parameters())
-        trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
-        first = next(iter(trained.values()))
+        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        if not trained:
+            raise UserError("no parameter of the model requires a gradient, so there is nothing to train")
+        layers = adapter_layers(model).values()
+        first = next((layer.weight for layer in layers), next(iter(trained.values())))
+        if first.dtype == torch.float16:
+            raise UserError(
+                "float16 needs scaled gradients, which are not supported; use bfloat16 or float32"
+            )
         comm = Comm.of_running_group(first.device)
         if comm.world_size > 1:
             raise UserError(
@@ -254,6 +260,9 @@ class LocalEngine:
         self._overwrite(name, value)
 
     def steps_taken(self) -> int:
+        return steps_taken(self._optimizer)
+
+    def engine_steps(self) -> int:
         return steps_taken(self._optimizer)
 
     def _best_copy(self, name: str) -> Tensor:

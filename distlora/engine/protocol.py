@@ -205,6 +205,9 @@ class Engine(Protocol):
     def steps_taken(self) -> int:
         """The optimizer's own step count."""
 
+    def engine_steps(self) -> int:
+        """Steps that this engine has made itself, whatever was restored into it."""
+
 
 def adapter_layers(module: nn.Module) -> dict[str, AdapterLinear]:
     """The adapted layers of a bare model, by name."""

@@ -66,8 +66,7 @@ def refuse_full(method: Method) -> None:
     """Raises UserError for a method that makes no adapter."""
     if isinstance(method, TrainsWeight):
         raise UserError(
-            f"method {method.name} trains the weights themselves, which is no adapter; "
-            "export with --format merged"
+            f"method {method.name} trains the weights themselves, which is no adapter; export it merged"
         )
 
 

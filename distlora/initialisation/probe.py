@@ -156,26 +156,35 @@ class _HostSums(_DeviceSums):
 
 
 @contextmanager
-def _checkpointed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode (no dropout), with activation checkpointing in every block that supports it. Afterwards
-    the model is as it was.
+def modes_kept(model: nn.Module) -> Iterator[None]:
+    """Afterwards every module is in training or evaluation mode as it was before."""
+    before = {module: module.training for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, training in before.items():
+            module.training = training
 
-    Blocks checkpoint in training mode only, so they alone are set to it; their children stay in evaluation
-    mode.
+
+@contextmanager
+def _checkpointed(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode (no dropout) with activation checkpointing in every block that knows it, as the model
+    had it afterwards.
+
+    Blocks checkpoint in training mode only, so that flag alone is set on them, and their children stay in
+    evaluation mode.
     """
-    was_training = {module: module.training for module in model.modules()}
     able = getattr(model, "supports_gradient_checkpointing", False)
     was_on = able and model.is_activation_checkpointing
     if able and not was_on:
         model.activation_checkpointing_enable({"use_reentrant": False})
-    model.eval()
-    for module in model.modules():
-        if getattr(module, "gradient_checkpointing", False):
-            module.training = True
     try:
-        yield
+        with modes_kept(model):
+            model.eval()
+            for module in model.modules():
+                if getattr(module, "gradient_checkpointing", False):
+                    module.training = True
+            yield
     finally:
-        for module, training in was_training.items():
-            module.training = training
         if able and not was_on:
             model.activation_checkpointing_disable()

@@ -7,7 +7,7 @@ import torch
 
 from distlora.adapter.layer import AdapterLinear
 from distlora.engine.protocol import Engine
-from distlora.initialisation.probe import Probe
+from distlora.initialisation.probe import Probe, modes_kept
 
 log = logging.getLogger(__name__)
 
@@ -95,9 +95,8 @@ def _loss_with(
 def _probe_loss(engine: Engine, data: Probe) -> float:
     """Mean over the probe's samples of each sample's mean loss, equal on all ranks."""
     total = torch.zeros((), device=engine.comm.device)
-    engine.train_mode(False)
-    with engine.probe_pass():
+    with engine.probe_pass(), modes_kept(engine.module):
+        engine.module.eval()
         for batch in data.forward_batches():
             total += engine.run_probe(data.loss, batch).detach().float()
-    engine.train_mode(True)
     return float(engine.comm.all_reduce(total)) / data.samples

@@ -226,6 +226,7 @@ class Recomposer:
 
     def _start_anew(self, report: RecompositionReport) -> None:
         """Fuses the whole adapter, which then starts anew from the present gradients."""
+        probe = self._probe(self._made + 1)  # before anything changes: it may be refused
         self._made += 1
         carried = _Carried()
         for name, layer in self._layers.items():
@@ -239,8 +240,7 @@ class Recomposer:
         self._measure(report, carried)
         with torch.enable_grad():
             init = initialise(
-                self._engine, self._attached, self._seed, self._rate(report.step),
-                self._probe(self._made), self._made,
+                self._engine, self._attached, self._seed, self._rate(report.step), probe, self._made,
                 keep_function=self._method.keeps_function_at_restart(),
             )  # fmt: skip
         self._initial_values.start()

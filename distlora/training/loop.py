@@ -129,7 +129,7 @@ class Loop:
         settings, run_dir = self.recipe.train, Path(self.recipe.output_dir)
         saved = api.save(
             self.adapted, run_dir, step=state.step, identity=run_identity(self.recipe), extra=state.extra,
-            keep=settings.keep_checkpoints,
+            keep=settings.keep_checkpoints, claimed=True,
         )  # fmt: skip
         self.status.saved = state.step
         on_main(self.engine.comm, run_dir, lambda: self.status.write("running"))

@@ -8,8 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from distlora.engine.boundary import take_step
-from distlora.engine.protocol import Engine, StepInfo
+from distlora.engine.protocol import Engine
 from distlora.errors import TrainingError
 from distlora.models.targets import Batch, count_targets
 
@@ -37,15 +36,6 @@ def accumulate(engine: Engine, batches: Sequence[Batch], loss_sum: LossSum) -> f
     if not math.isfinite(value):
         raise TrainingError(f"the training loss is {value}")
     return value
-
-
-def train_step(
-    engine: Engine, batches: Sequence[Batch], loss_sum: LossSum, rate: float
-) -> tuple[float, StepInfo]:
-    """`accumulate`, then one optimizer step at this learning rate; returns the loss before the step."""
-    engine.set_rate(rate)
-    loss = accumulate(engine, batches, loss_sum)
-    return loss, take_step(engine)
 
 
 @torch.no_grad()

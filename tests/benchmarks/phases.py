@@ -19,8 +19,8 @@ from distlora.initialisation.probe import Probe, mean_gradients
 from distlora.initialisation.search import search_eta
 from distlora.models.losses import response_loss
 from distlora.models.targets import loss_of_samples
-from distlora.training.step import train_step
 from tests.benchmarks.live_bytes import LiveBytes
+from tests.stepping import train_step
 
 #: Blocks that are on their way to the host while the next one is formed: `probe._HostSums` has two buffers.
 BLOCKS_UNDER_WAY = 2

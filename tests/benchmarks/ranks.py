@@ -37,10 +37,11 @@ from distlora.models.targets import IGNORE
 from distlora.plan import plan_of
 from distlora.recipe.deepspeed_config import resolve_deepspeed
 from distlora.recipe.sections import Recipe
-from distlora.training.step import evaluation_loss, train_step
+from distlora.training.step import evaluation_loss
 from tests.benchmarks.live_bytes import DEVICE, LiveBytes
 from tests.benchmarks.phases import PHASES, Subject
 from tests.benchmarks.subjects import REAL_PATH, REAL_RANK, REAL_TOKENS
+from tests.stepping import train_step
 
 ROOT = Path(__file__).resolve().parents[2]
 GIB = 1 << 30

@@ -16,7 +16,6 @@ from distlora.checkpoints.restore import restore
 from distlora.checkpoints.save import save
 from distlora.data import collate, collate_labelled, collate_prompts, micro_batches, shard
 from distlora.engine import boundary
-from distlora.engine.boundary import take_step
 from distlora.engine.comm import Comm
 from distlora.engine.local import LocalEngine
 from distlora.engine.optimizers import OptimizerSpec
@@ -30,7 +29,7 @@ from distlora.methods.dora import DoRA
 from distlora.models.generation import generate
 from distlora.models.losses import label_loss, response_loss
 from distlora.models.targets import loss_of_samples
-from distlora.training.step import accumulate, evaluation_loss, train_step
+from distlora.training.step import accumulate, evaluation_loss
 from tests.distributed.plan import GLOBAL_BATCH
 from tests.distributed.recomposition_cases import (
     Collectives,
@@ -42,6 +41,7 @@ from tests.distributed.recomposition_cases import (
 )
 from tests.distributed.traffic_cases import sent_at_the_start, sent_in_a_step
 from tests.distributed.world import build, labelled_samples, samples, share, write_random_factors
+from tests.stepping import take_step, train_step
 
 Results = dict[str, Tensor]
 RATE = 1e-2

@@ -9,7 +9,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from distlora.checkpoints.directory import newest
 from distlora.checkpoints.restore import restore
 from distlora.checkpoints.save import save
-from distlora.engine.boundary import take_step
 from distlora.engine.owners import open_ledger
 from distlora.initialisation.factors import initialise, install_gradient_maps
 from distlora.models.losses import response_loss
@@ -18,6 +17,7 @@ from distlora.plan.traffic import ALL_REDUCE, BROADCAST
 from distlora.recompose.recomposer import Recomposer
 from distlora.training.step import accumulate
 from tests.distributed.traffic_cases import planned
+from tests.stepping import take_step
 
 SEED = 3
 PROBE_SAMPLES = EVALUATED = 6

@@ -181,7 +181,7 @@ def test_other_weights_are_refused(tmp_path):
     again = adapted_network(case)
     with torch.no_grad():
         again.layers["second"].weight += 0.5
-    optimizer = torch.optim.AdamW(again.parameters(), lr=RATE)
+    optimizer = torch.optim.AdamW(again.parameters(), lr=RATE, weight_decay=0.0)
     with refused("weight of second", "neither the pretrained"):
         distlora.load(again, None, tmp_path, optimizer=optimizer, **told(case, FP32, 0, 1, 2))
 
@@ -191,7 +191,7 @@ def test_what_is_loaded_for_evaluation_cannot_be_trained(tmp_path):
     step(adapted, optimizer)
     distlora.save(adapted, tmp_path)
     again = adapted_network(Case("srlora", SRLORA))
-    optimizer = torch.optim.AdamW(again.parameters(), lr=RATE)
+    optimizer = torch.optim.AdamW(again.parameters(), lr=RATE, weight_decay=0.0)
     distlora.load(again, None, tmp_path, optimizer=optimizer, training=False)
     x = batches(9, BATCH, FP32, 0, 1, 1)[0]["x"]
     assert torch.equal(again.model(x), adapted.model(x))
@@ -207,7 +207,7 @@ def test_a_merged_export_is_what_the_live_network_computes(tmp_path):
     directory = tiny_model_dir("llama", tmp_path)
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=FP32)
     adapted = distlora.attach(model, "srlora", rank=4, interval=1, target_rank=8)
-    optimizer = torch.optim.AdamW(adapted.parameters(), lr=RATE)
+    optimizer = torch.optim.AdamW(adapted.parameters(), lr=RATE, weight_decay=0.0)
     distlora.initialise(adapted, optimizer=optimizer, steps=4)
     ids = torch.arange(5, 45)[None]
     for _ in range(3):
@@ -225,6 +225,70 @@ def test_a_merged_export_is_what_the_live_network_computes(tmp_path):
     assert load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     with refused("base_model"):
         distlora.export(adapted, tmp_path / "again", format="merged")
+
+
+def test_what_others_left_in_the_directory_is_left_alone(tmp_path):
+    adapted, optimizer = started("srlora", **SRLORA)
+    for name in ("checkpoint-1", "checkpoint-3"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_text("theirs")
+    for _ in range(2):
+        step(adapted, optimizer)
+    distlora.save(adapted, tmp_path)
+    assert (tmp_path / "checkpoint-1" / "model.safetensors").exists()
+    step(adapted, optimizer)
+    with refused("checkpoint-3 is no checkpoint of distlora"):
+        distlora.save(adapted, tmp_path)
+    assert (tmp_path / "checkpoint-3" / "model.safetensors").read_text() == "theirs"
+    other, optimizer = started("srlora", **SRLORA)
+    with refused("later step 2, of another run"):
+        distlora.save(other, tmp_path, step=0)
+
+
+def test_the_number_of_a_checkpoint_is_not_the_count_of_steps(tmp_path):
+    adapted, optimizer = started("srlora", **SRLORA)
+    losses = [step(adapted, optimizer) for _ in range(3)]
+    distlora.save(adapted, tmp_path, step=1)  # an epoch, say
+    losses += [step(adapted, optimizer) for _ in range(3)]
+    case = Case("srlora", SRLORA, steps=STEPS)
+    again = adapted_network(case)
+    optimizer = torch.optim.AdamW(again.parameters(), lr=RATE, weight_decay=0.0)
+    distlora.load(again, None, tmp_path, step=1, optimizer=optimizer, **told(case, FP32, 0, 1, 2))
+    assert again.steps == 3 and [step(again, optimizer) for _ in range(3)] == losses[3:]
+
+
+def test_a_method_with_other_settings_is_refused(tmp_path):
+    adapted, optimizer = started("lora", rank=4, alpha=32)
+    step(adapted, optimizer)
+    distlora.save(adapted, tmp_path)
+    again = adapted_network(Case("lora", {"rank": 4}))
+    optimizer = torch.optim.AdamW(again.parameters(), lr=RATE, weight_decay=0.0)
+    with refused("alpha=32.0 of the method, and this one has null"):
+        distlora.load(again, None, tmp_path, optimizer=optimizer)
+
+
+def test_stochastic_rounding_is_replayed_with_the_seed_of_its_run(tmp_path):
+    settings = SRLORA | {"rounding": "stochastic"}
+    case = Case("srlora", settings, steps=STEPS, bf16=True)
+    plan = told(case, torch.bfloat16, 0, 1, 2)
+    weights = []
+    for seed in (7, 42):
+        adapted = adapted_network(case)
+        optimizer = torch.optim.AdamW(adapted.parameters(), lr=RATE, weight_decay=0.0)
+        if seed == 7:
+            distlora.initialise(adapted, optimizer=optimizer, **plan | {"seed": seed})
+            for _ in range(2):
+                (batch,) = batches(adapted.steps, BATCH, torch.bfloat16, 0, 1, 1)
+                loss = loss_of(adapted.model, batch)
+                loss.backward()
+                adapted.before_step()
+                optimizer.step()
+                adapted.after_step(loss)
+            distlora.save(adapted, tmp_path)
+        else:
+            distlora.load(adapted, None, tmp_path, optimizer=optimizer, **plan | {"seed": seed})
+        weights.append(adapted.layers["second"].weight.clone())
+    assert torch.equal(*weights)
 
 
 # ---------------------------------------------------------------------- mistakes
@@ -319,3 +383,123 @@ def test_a_linear_layer_with_a_forward_of_its_own_is_refused():
     attention = nn.MultiheadAttention(8, 2)
     with refused("out_proj"):
         distlora.attach(attention, "lora", targets=["out_proj"])
+
+
+# ---------------------------------------------------------------------- nothing is half done
+
+
+def test_a_refused_start_has_changed_nothing():
+    adapted = adapted_network(Case("srlora", SRLORA))
+    optimizer = torch.optim.AdamW(adapted.parameters(), lr=RATE, weight_decay=0.0)
+    before = adapted.layers["first"].weight.clone()
+    with refused("steps="):
+        distlora.initialise(adapted, optimizer=optimizer)
+    assert torch.equal(adapted.layers["first"].weight, before)
+    distlora.initialise(adapted, optimizer=optimizer, steps=STEPS)
+    assert not torch.equal(adapted.layers["first"].weight, before)
+
+
+def test_a_start_that_broke_off_is_not_gone_on_with():
+    adapted = adapted_network(Case("lora_sb", {"rank": 4}))
+    optimizer = torch.optim.AdamW(adapted.parameters(), lr=RATE)
+
+    def broken(net, batch):
+        raise RuntimeError("the loss broke")
+
+    probe = batches(0, 4, FP32, 0, 1, 2)
+    with pytest.raises(RuntimeError, match="the loss broke"):
+        distlora.initialise(adapted, optimizer=optimizer, probe=probe, loss=broken)
+    with refused("broke off", "newly loaded model"):
+        distlora.initialise(adapted, optimizer=optimizer, probe=probe, loss=loss_of)
+
+
+def test_batches_that_can_be_read_once_serve_every_recomposition():
+    settings = {"rank": 4, "init": {"eta": 1e-2}, "recompose": {"interval": 2}}
+    adapted = adapted_network(Case("lora_sb", settings))
+    optimizer = torch.optim.AdamW(adapted.parameters(), lr=RATE)
+    once = iter(batches(0, 4, FP32, 0, 1, 2))
+    distlora.initialise(adapted, optimizer=optimizer, probe=once, loss=loss_of, steps=STEPS)
+    for _ in range(STEPS):
+        step(adapted, optimizer)
+
+
+def test_a_probe_that_only_a_recomposition_needs_is_asked_for_at_the_start():
+    adapted = adapted_network(Case("srlora", SRLORA | {"refill": "gradient"}))
+    optimizer = torch.optim.AdamW(adapted.parameters(), lr=RATE, weight_decay=0.0)
+    with refused("probe=batches"):
+        distlora.initialise(adapted, optimizer=optimizer, steps=STEPS)
+
+
+def test_saving_amid_a_step_is_refused(tmp_path):
+    adapted, optimizer = started()
+    loss_of(adapted.model, batches(0, BATCH, FP32, 0, 1, 1)[0]).backward()
+    adapted.before_step()
+    with refused("between before_step and after_step"):
+        distlora.save(adapted, tmp_path)
+
+
+def test_modules_that_the_user_put_into_evaluation_mode_stay_in_it():
+    net = nn.Sequential(nn.Linear(23, 16), nn.Dropout(0.5), nn.Linear(16, 7))
+    net.train()
+    net[1].eval()
+    adapted = distlora.attach(net, "lora_sb", rank=2)
+    optimizer = torch.optim.AdamW(adapted.parameters(), lr=RATE)
+    distlora.initialise(adapted, optimizer=optimizer, probe=batches(0, 4, FP32, 0, 1, 2), loss=loss_of)
+    assert [module.training for module in net] == [True, False, True]
+
+
+@pytest.mark.parametrize("method", ["lora", "rslora", "dora", "lora_pro"])
+def test_a_warm_up_from_rate_zero_is_no_tensor_that_does_not_train(method):
+    adapted = adapted_network(Case(method, {"rank": 4}))
+    optimizer = torch.optim.AdamW(adapted.parameters(), lr=RATE, weight_decay=0.0)
+    distlora.initialise(adapted, optimizer=optimizer)
+    for rate in (0.0, RATE, RATE):
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        step(adapted, optimizer)
+    assert adapted.layers["first"].B.any()
+
+
+def test_the_first_rate_of_a_warm_up_from_zero_is_the_first_above():
+    case = Case("lora_sb", {"rank": 4, "init": {"eta": "schedule"}})
+    adapted = adapted_network(case)
+    optimizer = torch.optim.AdamW(adapted.parameters(), lr=RATE)
+    plan = {"probe": batches(0, 4, FP32, 0, 1, 2), "loss": loss_of}
+    report = distlora.initialise(adapted, optimizer=optimizer, first_rate=lambda step: step * 1e-3, **plan)
+    assert report.scalars["eta"] == 1e-3
+    adapted = adapted_network(case)
+    optimizer = torch.optim.AdamW(adapted.parameters(), lr=RATE)
+    with refused("first_rate is 0"):
+        distlora.initialise(adapted, optimizer=optimizer, first_rate=0.0, **plan)
+
+
+def test_what_the_recipes_checks_refuse_the_calls_refuse_too():
+    adapted = adapted_network(Case("pissa", {"rank": 4}))
+    with refused("pissa", "weight_decay=0.01"):
+        distlora.initialise(adapted, optimizer=torch.optim.AdamW(adapted.parameters(), lr=RATE))
+    adapted = adapted_network(Case("srlora", SRLORA | {"interval": 50}))
+    optimizer = torch.optim.AdamW(adapted.parameters(), lr=RATE, weight_decay=0.0)
+    with refused("interval=50"):
+        distlora.initialise(adapted, optimizer=optimizer, steps=10)
+    adapted = adapted_network(Case("lora", {"rank": 4}))
+    with refused("clip= is for methods that transform gradients"):
+        distlora.initialise(adapted, optimizer=torch.optim.AdamW(adapted.parameters()), clip=1.0)
+
+
+def test_parameters_to_be_trained_whole_must_exist():
+    net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 3))
+    with refused("no parameter 1.wieght", "did you mean 1.weight"):
+        distlora.attach(net, "lora", rank=2, also_train=["1.wieght"])
+    with refused("one text"):
+        distlora.attach(net, "lora", rank=2, also_train="1.weight")
+    assert list(distlora.attach(net, "lora", rank=2, targets="0").layers) == ["0"]
+    with refused("adapter layers already"):
+        distlora.attach(net, "lora", rank=2)
+
+
+def test_a_class_that_computes_the_same_in_its_own_words_is_adapted():
+    class Wordy(nn.Linear):
+        def forward(self, x):
+            return x @ self.weight.T + (0 if self.bias is None else self.bias)
+
+    assert list(distlora.attach(nn.Sequential(Wordy(8, 8)), "lora", rank=2).layers) == ["0"]

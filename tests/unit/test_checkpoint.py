@@ -24,7 +24,6 @@ from distlora.checkpoints.directory import newest, of_step
 from distlora.checkpoints.restore import restore
 from distlora.checkpoints.save import save
 from distlora.cluster.addresses import free_port
-from distlora.engine.boundary import take_step
 from distlora.engine.comm import Comm, Topology
 from distlora.engine.local import LocalEngine
 from distlora.engine.optimizers import OptimizerSpec
@@ -37,6 +36,7 @@ from distlora.initialisation.factors import initialise
 from distlora.maths.low_rank import LowRank
 from distlora.methods import registry
 from distlora.recompose.recomposer import Recomposer
+from tests.stepping import take_step
 
 CPU = torch.device("cpu")
 IDENTITY = {"method": {"name": "lora_sb", "rank": 5}, "train": {"lr": 0.01, "betas": [0.9, 0.999]}}

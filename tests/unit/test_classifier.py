@@ -32,8 +32,9 @@ from distlora.models.targets import loss_of_samples, sample_weights, targets_per
 from distlora.recipe.load import load_recipe
 from distlora.recipe.sections import ModelSection
 from distlora.training.objective import objective_of
-from distlora.training.step import accumulate, train_step
+from distlora.training.step import accumulate
 from distlora.training.train import check
+from tests.stepping import train_step
 from tests.tiny_models import ENCODERS, VOCAB_SIZE, tiny_encoder_config, tiny_encoder_dir, tiny_model_dir
 
 LABELS = ("red", "green", "blue")

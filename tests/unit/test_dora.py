@@ -6,7 +6,6 @@ from torch.utils.checkpoint import checkpoint
 
 from distlora.adapter.attach import attach
 from distlora.adapter.layer import AdapterLinear
-from distlora.engine.boundary import take_step
 from distlora.engine.comm import Comm, Topology
 from distlora.engine.local import LocalEngine
 from distlora.engine.optimizers import OptimizerSpec
@@ -15,6 +14,7 @@ from distlora.maths.low_rank import LowRank
 from distlora.methods import LayerInit
 from distlora.methods.dora import DoRA
 from distlora.recipe.combination import problem_with_decay
+from tests.stepping import take_step
 
 FP32, BF16 = torch.float32, torch.bfloat16
 OUT, IN, RANK = 31, 23, 3

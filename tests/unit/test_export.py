@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForSequenceCl
 from distlora.adapter.attach import attach
 from distlora.checkpoints.save import save
 from distlora.cli import main as cli
-from distlora.engine.boundary import take_step
 from distlora.engine.comm import Comm, Topology
 from distlora.engine.local import LocalEngine
 from distlora.engine.optimizers import OptimizerSpec
@@ -26,6 +25,7 @@ from distlora.maths.low_rank import LowRank
 from distlora.methods import TrainsWeight, registry
 from distlora.recompose.recomposer import Recomposer
 from distlora.training.export_run import export_run
+from tests.stepping import take_step
 from tests.tiny_models import VOCAB_SIZE, tiny_config, tiny_model_dir
 
 CPU = torch.device("cpu")

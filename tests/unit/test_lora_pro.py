@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from distlora.adapter.attach import attach
-from distlora.engine.boundary import take_step
 from distlora.engine.comm import Comm, Topology
 from distlora.engine.local import LocalEngine
 from distlora.engine.optimizers import OptimizerSpec
 from distlora.methods import LayerInit
 from distlora.methods.lora import LoRA
 from distlora.methods.lora_pro import LoRAPro
+from tests.stepping import take_step
 
 OUT, IN, RANK = 8, 11, 3
 METHOD = LoRAPro(rank=RANK, alpha=5.0)

@@ -11,9 +11,10 @@ from distlora.engine.local import LocalEngine
 from distlora.engine.optimizers import OptimizerSpec
 from distlora.initialisation.factors import initialise
 from distlora.models.losses import response_loss
-from distlora.training.step import accumulate, train_step
+from distlora.training.step import accumulate
 from tests.distributed.cases import solo
 from tests.distributed.world import build, random_factors, samples
+from tests.stepping import train_step
 from tests.tiny_models import tiny_model_dir
 
 peft = pytest.importorskip("peft")

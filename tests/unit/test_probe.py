@@ -22,8 +22,9 @@ from distlora.models.loading import load_model
 from distlora.models.losses import response_loss
 from distlora.models.targets import loss_of_samples, sample_weights
 from distlora.recipe.sections import ModelSection
-from distlora.training.step import accumulate, train_step
+from distlora.training.step import accumulate
 from tests.distributed.world import build, samples, write_random_factors
+from tests.stepping import train_step
 from tests.tiny_models import NAMES, tiny_model_dir
 
 COUNT = 5

@@ -31,11 +31,11 @@ from distlora.models.targets import loss_of_samples
 from distlora.plan import plan_of
 from distlora.recipe.combination import problem_with_packed_weights
 from distlora.recipe.sections import Recipe
-from distlora.training.step import train_step
 from tests.benchmarks.live_bytes import DEVICE, LiveBytes
 from tests.distributed.cases import Setting, solo
 from tests.distributed.recomposition_cases import Recomposing
 from tests.distributed.world import build, samples, save_model
+from tests.stepping import train_step
 
 CPU = torch.device("cpu")
 FP32, BF16 = torch.float32, torch.bfloat16

@@ -8,9 +8,10 @@ from distlora.engine.local import LocalEngine
 from distlora.errors import TrainingError
 from distlora.models.losses import response_loss
 from distlora.models.targets import count_targets
-from distlora.training.step import accumulate, evaluation_loss, train_step
+from distlora.training.step import accumulate, evaluation_loss
 from tests.distributed.cases import solo
 from tests.distributed.world import build, samples, write_random_factors
+from tests.stepping import train_step
 from tests.tiny_models import tiny_model_dir
 
 COUNT = 12

@@ -7,18 +7,32 @@ import torch
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import nn
 
-from distlora.engine.zero.layout import base_optimizer, locate, refuse_unknown_layout
+from distlora.engine.zero.layout import (
+    base_optimizer,
+    locate,
+    refuse_parameters_outside,
+    refuse_unknown_layout,
+)
 from distlora.errors import UserError
 
 
-def engine(**changes):
-    """What is asked of a DeepSpeed engine, one that is welcome unless something is changed."""
-    answers = {"fp16_enabled": False, "torch_autocast_enabled": False, "autotp_size": 0} | changes
-    methods = {name: lambda answer=answer: answer for name, answer in answers.items() if name in (
-        "fp16_enabled", "torch_autocast_enabled", "autotp_size",
-    )}  # fmt: skip
-    fields = {"optimizer": SimpleNamespace(), "dp_world_size": 2}
-    return SimpleNamespace(**methods, **(fields | {k: v for k, v in changes.items() if k not in methods}))
+def offload(device: str) -> SimpleNamespace:
+    return SimpleNamespace(device=device)
+
+
+OPTIMIZER = SimpleNamespace()
+
+
+def engine(optimizer=OPTIMIZER, dp_world_size=2, **changes):
+    """What is asked of a DeepSpeed engine: one that is welcome unless something is changed."""
+    answers = {
+        "fp16_enabled": False, "torch_autocast_enabled": False, "autotp_size": 0,
+        "managed_gradient_accumulation": True,
+        "zero_offload_optimizer": None, "zero_offload_param": offload("cpu"),
+        "zero_quantized_weights": False, "zero_quantized_nontrainable_weights": False,
+    } | changes  # fmt: skip
+    methods = {name: lambda answer=answer: answer for name, answer in answers.items()}
+    return SimpleNamespace(optimizer=optimizer, dp_world_size=dp_world_size, **methods)
 
 
 def test_an_engine_of_the_table_is_welcome():
@@ -33,7 +47,10 @@ def test_an_engine_of_the_table_is_welcome():
         ({"optimizer": None}, "has no optimizer"),
         ({"autotp_size": 2}, "tensor or sequence parallel"),
         ({"dp_world_size": 1}, "tensor or sequence parallel"),
-        ({"optimizer": SimpleNamespace(swap_optimizer=True)}, "NVMe"),
+        ({"managed_gradient_accumulation": False}, "managed_gradient_accumulation"),
+        ({"zero_offload_optimizer": offload("nvme")}, "NVMe"),
+        ({"zero_offload_param": offload("nvme")}, "NVMe"),
+        ({"zero_quantized_nontrainable_weights": True}, "quantises weights"),
     ],
 )
 def test_what_cannot_be_worked_with_is_one_sentence(changes, words):
@@ -64,6 +81,14 @@ def test_a_parameter_that_the_optimizer_lacks_is_named():
     ):
         locate(plain, {"layer.A": held, "layer.B": forgotten}, 0)
     assert locate(plain, {"layer.A": held}, 0)["layer.A"].length == 2
+
+
+def test_what_an_engine_trains_outside_of_the_adapted_model_is_named():
+    model = nn.Linear(2, 2)
+    whole = nn.ModuleDict({"model": model, "value_head": nn.Linear(2, 1)})
+    refuse_parameters_outside(SimpleNamespace(module=model), model)
+    with pytest.raises(UserError, match="also trains value_head.weight, outside of the adapted model"):
+        refuse_parameters_outside(SimpleNamespace(module=whole), model)
 
 
 def test_without_a_wrapper_the_optimizer_is_the_base_optimizer():

@@ -20,7 +20,7 @@ from distlora.engine.comm import Comm
 from distlora.engine.optimizers import OptimizerSpec, set_rate, spec_of
 from distlora.engine.protocol import StepInfo, adapter_layers, left_factors, transforming
 from distlora.engine.zero.gradients import ZeroGradients
-from distlora.engine.zero.layout import base_optimizer, refuse_unknown_layout
+from distlora.engine.zero.layout import base_optimizer, refuse_parameters_outside, refuse_unknown_layout
 
 
 class _Runner(nn.Module):
@@ -65,6 +65,7 @@ class ZeroEngine(ZeroGradients):
         self = cls.__new__(cls)
         self.comm = Comm.of_running_group(engine.device)
         refuse_unknown_layout(engine, self.comm.world_size)
+        refuse_parameters_outside(engine, model)
         self.stage = engine.zero_optimization_stage()
         self.clip = clip or engine.gradient_clipping() or None
         self.dtype = torch.bfloat16 if engine.bfloat16_enabled() else torch.float32

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
@@ -69,10 +70,34 @@ def refuse_unknown_layout(engine: DeepSpeedEngine, world_size: int) -> None:
         problem = (
             "splits the model between ranks (tensor or sequence parallel); let all ranks be data parallel"
         )
-    elif getattr(engine.optimizer, "swap_optimizer", False):
-        problem = 'keeps the optimizer on NVMe; set offload_optimizer.device to "cpu" or "none"'
+    elif not engine.managed_gradient_accumulation():
+        problem = "leaves accumulation to its caller; set managed_gradient_accumulation to true"
+    elif _on_nvme(engine.zero_offload_optimizer()) or _on_nvme(engine.zero_offload_param()):
+        problem = "keeps tensors on NVMe; set the device of its offload sections to cpu or none"
+    elif engine.zero_quantized_weights() or engine.zero_quantized_nontrainable_weights():
+        problem = "quantises weights for communication; remove zero_quantized_weights and its like"
     if problem:
         raise UserError(f"this DeepSpeed engine {problem}", agreed=True)
+
+
+def refuse_parameters_outside(engine: DeepSpeedEngine, model: nn.Module) -> None:
+    """UserError where the engine trains what the adapted model does not hold: neither checkpoints nor the
+    norm of the gradient would know of it.
+    """
+    held = {id(parameter) for parameter in model.parameters()}
+    named = engine.module.named_parameters()
+    outside = [name for name, parameter in named if parameter.requires_grad and id(parameter) not in held]
+    if outside:
+        raise UserError(
+            f"the DeepSpeed engine also trains {outside[0]}, outside of the adapted model: attach to the "
+            "module that holds all, with targets= and also_train=",
+            agreed=True,
+        )
+
+
+def _on_nvme(offload: Any) -> bool:
+    """offload: an offload section of DeepSpeed's config, None without one."""
+    return offload is not None and getattr(offload.device, "value", offload.device) == "nvme"
 
 
 def base_optimizer(engine: DeepSpeedEngine) -> torch.optim.Optimizer:
@@ -103,6 +128,12 @@ def locate(wrapper: Any, trained: dict[str, nn.Parameter], rank: int) -> dict[st
     if isinstance(wrapper, torch.optim.Optimizer):
         _refuse_missing([group["params"] for group in wrapper.param_groups], trained)
         return {name: whole_slice(p) for name, p in trained.items()}
+    if type(wrapper) is FP16_Optimizer:
+        raise UserError(
+            "DeepSpeed wraps its fused Adam at stage 0 in bfloat16 in a way that is not supported; use "
+            "stage 1, or torch_adam: true in the optimizer's params",
+            agreed=True,
+        )
     raise UserError(
         f"DeepSpeed chose the optimizer wrapper {type(wrapper).__name__}, whose layout is not known here; "
         "use ZeRO stage 0-3 in float32 or bfloat16 without ZenFlow or SuperOffload",

@@ -209,6 +209,9 @@ class ZeroTensors:
     def steps_taken(self) -> int:
         return steps_taken(self._optimizer)
 
+    def engine_steps(self) -> int:
+        return self._engine.global_steps
+
     def _shape(self, name: str) -> tuple[int, ...]:
         parameter = self._parameters[name]
         return tuple(parameter.ds_shape if self.stage == 3 else parameter.shape)
