@@ -399,8 +399,9 @@ MUTATIONS = [
     Mutation(
         "swap: the weight is not updated",
         "distlora/engine/ledger.py",
-        "            return engine.add_low_rank(\n                layer, update, entry.rounding, "
-        "rounding_key(self._seed, layer.name, entry.number)\n            )\n",
+        "            return engine.add_low_rank(\n"
+        "                layer, update, entry.rounding, rounding_key(self.seed, layer.name, entry.number)\n"
+        "            )\n",
         "            return 0.0\n",
         parity(f"swapping-world2-stage2-{SWAPS}"),
     ),
