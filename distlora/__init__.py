@@ -10,7 +10,6 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Adapted",
-    "Preempted",
     "Probe",
     "TrainingError",
     "UserError",
@@ -23,9 +22,9 @@ __all__ = [
 
 if TYPE_CHECKING:
     from distlora.api import Adapted, Probe, attach, export, initialise, load, save
-    from distlora.errors import Preempted, TrainingError, UserError
+    from distlora.errors import TrainingError, UserError
 
-_ERRORS = ("Preempted", "TrainingError", "UserError")
+_ERRORS = ("TrainingError", "UserError")
 
 
 def __getattr__(name: str):

@@ -30,7 +30,7 @@ def own_age(exp_avg_sq: Tensor, gradient: Tensor, ages: Tensor, step: int, beta2
     running mean whose first value is the first g².
     """
     if step < 2:
-        raise ValueError(f"step {step} cannot come after a swap: the first possible one is 2")
+        raise ValueError(f"step {step} cannot come after a recomposition: the first possible one is 2")
     if beta2 == 0:
         return  # v is g² at every age
     device = exp_avg_sq.device  # the host, where the optimizer is offloaded

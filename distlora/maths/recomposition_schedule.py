@@ -69,7 +69,7 @@ class FixedSchedule:
             return None
         number = self.steps.index(done) + 1
         if number <= self.most:
-            return Decision(True, f"swap {number} of {self.most}")
+            return Decision(True, f"recomposition {number} of {self.most}")
         return Decision(False, _all_made(self.most)) if number == self.most + 1 else None
 
     def finished(self, done: int) -> bool:
@@ -152,7 +152,7 @@ class AdaptiveSchedule:
             now.ended = True
             return Decision(
                 False,
-                f"frozen: no swap from step {self.freeze_from} of {self.total} on; {now.swaps} were made",
+                f"frozen: no recomposition from step {self.freeze_from} of {self.total} on; {now.swaps} were made",
             )
         if now.judge:
             return self._judge(done) if done == now.judge else None
@@ -189,14 +189,15 @@ class AdaptiveSchedule:
         now.next, now.judge, now.before, now.losses = done + now.interval, done + self.window, later, []
         losses += f", improving by no more than {self.improvement:.3g} of it"
         return Decision(
-            True, f"swap {now.swaps} of at most {self.most}: {losses}; {importance}, below {self.share:.3g}"
+            True,
+            f"recomposition {now.swaps} of at most {self.most}: {losses}; {importance}, below {self.share:.3g}",
         )
 
     def _judge(self, done: int) -> Decision:
         now = self._now
         after, done_at = _mean(now.losses), done - self.window
         losses = (
-            f"mean loss {now.before:.4g} before the swap at step {done_at}, "
+            f"mean loss {now.before:.4g} before the recomposition at step {done_at}, "
             f"{after:.4g} in the {self.window} steps after"
         )
         now.judge = 0
@@ -208,7 +209,7 @@ class AdaptiveSchedule:
 
 
 def _all_made(most: int) -> str:
-    return f"ended: all {most} swaps that target_rank allows were made"
+    return f"ended: all {most} recompositions that target_rank allows were made"
 
 
 def _mean(values: list[float]) -> float:

@@ -99,7 +99,7 @@ class RunSamples:
 
         def batches(size: int) -> Iterator[Batch]:
             for batch in self._batches(chosen, shard(count, self._comm.rank, self._comm.world_size, size)):
-                if number == 0:  # a later probe is part of a swap, which must be whole
+                if number == 0:  # a later probe is part of a recomposition, which must be whole
                     self._comm.sum_or_stop()
                 yield batch
 

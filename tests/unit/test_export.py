@@ -609,9 +609,9 @@ def test_dora_is_not_compressed(tmp_path, bases, option):
 def test_full_fine_tuning_is_no_adapter(tmp_path, bases):
     run = Run(tmp_path, tiny_model_dir("llama", bases), "full")
     run.save()
-    with pytest.raises(UserError, match="--format merged"):
+    with pytest.raises(UserError, match="export it merged"):
         exported(run.dir, "peft", tmp_path / "out")
-    with pytest.raises(UserError, match="--format merged"):
+    with pytest.raises(UserError, match="export it merged"):
         export_peft_from_engine(run.engine, run.attached, tmp_path / "out", str(run.base), 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
 

@@ -56,7 +56,7 @@ def recompositions(run_dir: Path) -> dict[int, dict]:
     return {
         line["step"]: {
             "swapped": line["swapped"],
-            "reason": line["reason"],
+            "reason": line["reason"].replace("swap ", "recomposition "),  # as they were called then
             "components": {layer: found["components"] for layer, found in line["layers"].items()},
         }
         for line in lines(run_dir / "recompositions.jsonl")

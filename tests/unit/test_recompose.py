@@ -426,7 +426,9 @@ def test_the_last_recomposition_that_the_target_rank_allows_is_said(caplog):
     with caplog.at_level(logging.INFO, "distlora"):
         _, reports = run.train()
     assert [report.step for report in reports] == [3, 6, 9, 12, 15]
-    assert "all 4 swaps that target_rank allows were made" in caplog.text and not reports[-1].recomposed
+    assert (
+        "all 4 recompositions that target_rank allows were made" in caplog.text and not reports[-1].recomposed
+    )
 
 
 def test_the_reserve_lies_on_the_host_and_its_size_is_told():
@@ -529,7 +531,7 @@ def test_without_a_schedule_srlora_is_pissa_bit_by_bit(dtype):
 def test_recompositions_come_where_the_schedule_has_them_and_never_after_the_last_step():
     run = Run(SRLORA)
     assert [(report.step, report.reason) for report in run.train()[1]] == [
-        (4 * j, f"swap {j} of 4") for j in (1, 2, 3, 4)
+        (4 * j, f"recomposition {j} of 4") for j in (1, 2, 3, 4)
     ]
     short = Run(SRLORA, steps=5)
     assert [report.step for report in short.train()[1]] == [1, 2, 3, 4]

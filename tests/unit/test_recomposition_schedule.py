@@ -61,23 +61,23 @@ def test_every_steps_leaves_out_the_last_step(total, interval, steps):
 def test_a_fixed_schedule_recomposes_at_its_steps_and_counts():
     decisions = _walk(FixedSchedule((2, 5, 7)), [1.0] * 10, _no_share)
     assert decisions == {
-        2: Decision(True, "swap 1 of 3"),
-        5: Decision(True, "swap 2 of 3"),
-        7: Decision(True, "swap 3 of 3"),
+        2: Decision(True, "recomposition 1 of 3"),
+        5: Decision(True, "recomposition 2 of 3"),
+        7: Decision(True, "recomposition 3 of 3"),
     }
 
 
 def test_a_fixed_schedule_stops_at_its_most_and_says_so_once():
     decisions = _walk(FixedSchedule((2, 4, 6, 8), most=2), [1.0] * 10, _no_share)
     assert _recompositions(decisions) == [2, 4] and list(decisions) == [2, 4, 6]
-    assert decisions[4].reason == "swap 2 of 2"
-    assert "all 2 swaps" in decisions[6].reason
+    assert decisions[4].reason == "recomposition 2 of 2"
+    assert "all 2 recompositions" in decisions[6].reason
 
 
 def test_a_fixed_schedule_counts_right_after_a_resume():
     later = FixedSchedule((2, 5, 7))
     later.restore(json.loads(json.dumps(FixedSchedule((2, 5, 7)).state())))
-    assert _walk(later, [1.0] * 6, _no_share, first=5)[5].reason == "swap 2 of 3"
+    assert _walk(later, [1.0] * 6, _no_share, first=5)[5].reason == "recomposition 2 of 3"
 
 
 # ---------------------------------------------------------------------- adaptive
@@ -101,7 +101,7 @@ def test_a_flat_loss_and_an_idle_half_lead_to_a_recomposition_with_both_numbers_
     decisions = _walk(_adaptive(), FLAT[:10])
     assert list(decisions) == [10] and decisions[10].recompose
     for part in (
-        "swap 1 of at most 10",
+        "recomposition 1 of at most 10",
         "mean loss 1 → 1",
         "two windows of 5 steps",
         "0.01",
@@ -159,7 +159,7 @@ def test_a_recomposition_that_did_harm_doubles_the_interval(rise):
     decisions = _walk(_adaptive(total=1000, interval=20), losses)
     assert _recompositions(decisions)[:2] == [20, 60]
     assert not decisions[25].recompose
-    for part in ("back off", "mean loss 1 before the swap at step 20", "doubles to 40"):
+    for part in ("back off", "mean loss 1 before the recomposition at step 20", "doubles to 40"):
         assert part in decisions[25].reason
     assert "stays 40" in decisions[65].reason  # at its new level the loss is flat
     assert _recompositions(decisions)[2:] == [100]
@@ -195,7 +195,7 @@ def test_there_are_no_more_recompositions_than_allowed_and_that_is_said_once():
     decisions = _walk(_adaptive(most=2), FLAT)
     assert _recompositions(decisions) == [10, 20]
     assert list(decisions) == [10, 15, 20, 25, 26]  # the last recomposition is judged as well
-    assert "all 2 swaps" in decisions[26].reason
+    assert "all 2 recompositions" in decisions[26].reason
 
 
 @pytest.mark.parametrize(("fraction", "start"), [(0.1, 90), (0.35, 65), (0.29, 71), (0.0, 100), (0.999, 1)])
