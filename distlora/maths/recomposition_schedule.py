@@ -152,7 +152,8 @@ class AdaptiveSchedule:
             now.ended = True
             return Decision(
                 False,
-                f"frozen: no recomposition from step {self.freeze_from} of {self.total} on; {now.swaps} were made",
+                f"frozen: no recomposition from step {self.freeze_from} of {self.total} on; "
+                f"{now.swaps} were made",
             )
         if now.judge:
             return self._judge(done) if done == now.judge else None
@@ -190,7 +191,8 @@ class AdaptiveSchedule:
         losses += f", improving by no more than {self.improvement:.3g} of it"
         return Decision(
             True,
-            f"recomposition {now.swaps} of at most {self.most}: {losses}; {importance}, below {self.share:.3g}",
+            f"recomposition {now.swaps} of at most {self.most}: {losses}; "
+            f"{importance}, below {self.share:.3g}",
         )
 
     def _judge(self, done: int) -> Decision:

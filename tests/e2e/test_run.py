@@ -176,10 +176,8 @@ def test_a_run_with_recompositions(recipe, tmp_path, monkeypatch):
     assert "the reserve of new components takes" in outcome.err
     told, losses = (run_dir / "recompositions.jsonl").read_text(), curve(run_dir)
     swaps = [json.loads(line) for line in told.splitlines()]
-    assert [(swap["step"], swap["reason"]) for swap in swaps] == [
-        (2, "recomposition 1 of 2"),
-        (4, "recomposition 2 of 2"),
-    ]
+    reasons = [(swap["step"], swap["reason"]) for swap in swaps]
+    assert reasons == [(2, "recomposition 1 of 2"), (4, "recomposition 2 of 2")]
     assert all(
         len(layer["components"]) == 2 and layer["learned_norm"] > 0
         for swap in swaps

@@ -223,7 +223,7 @@ def _varied(count=300):
 def test_all_kinds_of_decisions_occur_in_the_curve_used_below():
     decisions = _walk(_adaptive(total=300, most=30, improvement=0.02), _varied())
     kinds = {decision.reason.split()[0].rstrip(":") for decision in decisions.values()}
-    assert kinds == {"keep", "swap", "recovered", "back", "frozen"}
+    assert kinds == {"keep", "recomposition", "recovered", "back", "frozen"}
 
 
 @pytest.mark.parametrize("cut", [*range(0, 300, 13), 270, 299])
