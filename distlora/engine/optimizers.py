@@ -131,17 +131,16 @@ def spec_of(optimizer: torch.optim.Optimizer) -> OptimizerSpec:
     Errors: UserError for one whose state is not known here.
     """
     first, name = optimizer.param_groups[0], type(optimizer).__name__
-    if isinstance(optimizer, PackedMoments):
-        bits = "adamw8bit" if "exp_avg_scale" in optimizer.moment_keys() else "paged_adamw"
-        return OptimizerSpec(bits, first["lr"], tuple(first["betas"]), first["eps"])
+    # Of several groups the largest decay counts: which one a factor lies in cannot be told after flattening.
+    decay = max(group.get("weight_decay", 0.0) for group in optimizer.param_groups)
+    known = {"lr": first["lr"], "weight_decay": decay}
     if isinstance(optimizer, torch.optim.SGD):
-        return OptimizerSpec(
-            "sgd", first["lr"], momentum=first["momentum"], weight_decay=first["weight_decay"]
-        )
-    if name in ADAMS and not first.get("amsgrad"):
-        return OptimizerSpec(
-            "adamw", first["lr"], tuple(first["betas"]), first["eps"], weight_decay=first["weight_decay"]
-        )
+        return OptimizerSpec("sgd", momentum=first["momentum"], **known)
+    adam = "adamw" if name in ADAMS and not first.get("amsgrad") else None
+    if isinstance(optimizer, PackedMoments):
+        adam = "adamw8bit" if "exp_avg_scale" in optimizer.moment_keys() else "paged_adamw"
+    if adam:
+        return OptimizerSpec(adam, betas=tuple(first["betas"]), eps=first["eps"], **known)
     raise UserError(
         f"the optimizer {name} keeps a state that is not known here; use AdamW, Adam without amsgrad, or SGD",
         agreed=True,

@@ -10,6 +10,7 @@ from torch import nn
 
 import distlora
 from distlora import UserError
+from distlora.engine.optimizers import OptimizerSpec, spec_of
 from tests.distributed.users_engine import BATCH, RATE, Case, adapted_network, batches, loss_of, plain, told
 
 FP32 = torch.float32
@@ -477,6 +478,13 @@ def test_what_the_recipes_checks_refuse_the_calls_refuse_too():
     adapted = adapted_network(Case("pissa", {"rank": 4}))
     with refused("pissa", "weight_decay=0.01"):
         distlora.initialise(adapted, optimizer=torch.optim.AdamW(adapted.parameters(), lr=RATE))
+    first, *rest = adapted.parameters()
+    groups = [{"params": [first], "weight_decay": 0.0}, {"params": rest, "weight_decay": 0.02}]
+    assert spec_of(OptimizerSpec("adamw8bit", weight_decay=0.03).build(rest)).weight_decay == 0.03
+    with refused("pissa", "weight_decay=0.02"):
+        distlora.initialise(adapted, optimizer=torch.optim.AdamW(groups))
+    with refused("the optimizer LBFGS keeps a state"):
+        distlora.initialise(adapted, optimizer=torch.optim.LBFGS(list(adapted.parameters())))
     adapted = adapted_network(Case("srlora", SRLORA | {"interval": 50}))
     optimizer = torch.optim.AdamW(adapted.parameters(), lr=RATE, weight_decay=0.0)
     with refused("interval=50"):
