@@ -91,10 +91,19 @@ def interrupt(cluster, bench, name, command, victim, number=signal.SIGTERM):
 
 
 def the_script(cluster) -> int:
-    """The first one of its processes: the others are parts of it."""
-    return min(
+    """The one of its processes that no other of them has started. (The lowest number is not always the
+    first one's: numbers begin again at the end.)
+    """
+    running = [
         pid for pid, command in cluster.processes("head").items() if command.startswith("bash launch/")
-    )
+    ]
+    (first,) = (pid for pid in running if _parent(pid) not in running)
+    return first
+
+
+def _parent(pid: int) -> int:
+    """The process that started this one. In /proc/PID/stat it follows the name, which may hold anything."""
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 # ---------------------------------------------------------------------- DeepSpeed's launcher
