@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from distlora.cli.commands import COMMANDS
 from distlora.cli.ending import INTERRUPTED, TRAINING_ERROR, USER_ERROR, end
 from distlora.cli.parser import parse
+from distlora.cli.verbs import COMMANDS
 from distlora.errors import TrainingError, UserError
 
 

@@ -9,8 +9,7 @@ from distlora.data import sources
 from distlora.data.sources import Row
 from distlora.errors import UserError
 from distlora.sentences import nearest
-from distlora.tasks import arithmetic
-from distlora.tasks.registry import ROLES, get_task
+from distlora.tasks import ROLES, get_task
 
 #: The value of `data.template` that asks for the tokenizer's chat template.
 CHAT = "chat"
@@ -72,27 +71,28 @@ def download(section: DataSection, split: str) -> None:
 
     One process of each node should do this before the others read the rows.
     """
-    if not get_task(section.task).embedded:
+    if get_task(section.task).rows is None:
         sources.fetch(_path(section), split)
 
 
 def is_at_hand(section: DataSection) -> bool:
     """Whether the rows can be read without the hub, or the hub could not give them either."""
     path = section.path or get_task(section.task).path
-    return get_task(section.task).embedded or path is None or sources.is_local(path)
+    return get_task(section.task).rows is not None or path is None or sources.is_local(path)
 
 
 def load_rows(section: DataSection, split: str) -> Sequence[Row]:
     """The rows of a split expression. Raises UserError, also if there are none."""
-    if get_task(section.task).embedded:
+    task = get_task(section.task)
+    if task.rows is not None:
         if section.path is not None:
             raise UserError(
                 f"data.path: the task {section.task} makes its own data, "
                 "remove the path or choose another task"
             )
-        rows = sources.select(sources.parse_split(split), arithmetic.rows)
+        rows = sources.select(sources.parse_split(split), task.rows)
     else:
-        rows = sources.load_rows(_path(section), split, get_task(section.task).header)
+        rows = sources.load_rows(_path(section), split, task.header)
     if len(rows) == 0:
         raise UserError(f"data: {origin(section, split)} has no rows, choose another split or another file")
     return rows

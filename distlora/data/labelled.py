@@ -18,7 +18,7 @@ from distlora.data.sources import Row
 from distlora.errors import UserError
 from distlora.models.targets import IGNORE
 from distlora.sentences import nearest
-from distlora.tasks.registry import LabelTask, get_task
+from distlora.tasks import LabelTask, get_task
 
 #: What a column can be used for. A data set may have no pairs.
 ROLES = ("text", "pair", "label")

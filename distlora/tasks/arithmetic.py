@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from zlib import crc32
 
 from distlora.errors import UserError
+from distlora.tasks import answers
+from distlora.tasks.base import ResponseTask
 
 SIZES = {"train": 4096, "test": 512}
 
@@ -102,3 +104,13 @@ def rows(split: str, seed: int = 0) -> list[dict[str, str]]:
         raise UserError(f"data: the arithmetic task has no split {split!r}, choose train or test")
     problems = (problem(split, index, seed) for index in range(SIZES[split]))
     return [{"question": each.question, "answer": each.answer} for each in problems]
+
+
+TASKS = {
+    "arithmetic": ResponseTask(
+        columns={"prompt": "question", "response": "answer"},
+        template="Q: {prompt}\nAnswer:",
+        extract=answers.number,
+        rows=rows,
+    )
+}

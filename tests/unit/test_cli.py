@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from distlora.cli import commands, ending
+from distlora.cli import ending, shared, verbs
 from distlora.cli.main import main
 from distlora.cli.parser import parse
 from distlora.cli.summary import summary_table
@@ -158,14 +158,14 @@ def raising(error):
     ],
 )
 def test_exit_codes(error, code, said, monkeypatch, capsys, naps):
-    monkeypatch.setitem(commands.COMMANDS, "methods", raising(error))
+    monkeypatch.setitem(verbs.COMMANDS, "methods", raising(error))
     assert main(["methods"]) == code
     assert capsys.readouterr() == ("", said)
     assert naps == []
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch):
-    monkeypatch.setitem(commands.COMMANDS, "methods", raising(ZeroDivisionError()))
+    monkeypatch.setitem(verbs.COMMANDS, "methods", raising(ZeroDivisionError()))
     with pytest.raises(ZeroDivisionError):
         main(["methods"])
 
@@ -182,11 +182,11 @@ def test_other_ranks_leave_it_to_rank_0_and_leave_later(rank, size, monkeypatch,
         monkeypatch.setenv(name, value)
     shared, lonely = UserError("x is wrong"), UserError("y is missing here")
     shared.agreed = True
-    monkeypatch.setitem(commands.COMMANDS, "methods", raising(shared))
+    monkeypatch.setitem(verbs.COMMANDS, "methods", raising(shared))
     assert main(["methods"]) == 2
     assert capsys.readouterr() == ("", "")
     assert naps == [ending.PATIENCE]
-    monkeypatch.setitem(commands.COMMANDS, "methods", raising(lonely))
+    monkeypatch.setitem(verbs.COMMANDS, "methods", raising(lonely))
     assert main(["methods"]) == 2
     assert re.fullmatch(r"distlora \(rank 1 on \S+\): y is missing here\n", capsys.readouterr().err)
 
@@ -207,7 +207,7 @@ def test_the_first_rank_of_a_node_says_what_is_missing_there(local_rank, speaks,
 
 def test_log_of_rank_0_and_of_others(capsys):
     for shown in (True, False):
-        commands._log_to_terminal(shown)
+        shared.log_to_terminal(shown)
         logging.getLogger("distlora.training.train").info("told")
         logging.getLogger("distlora.training.train").error("wrong")
     assert capsys.readouterr() == ("", "told\nwrong\nwrong\n")

@@ -9,7 +9,7 @@ import pytest
 
 from distlora.data.examples import Example, Examples, download
 from distlora.errors import UserError
-from distlora.tasks.registry import TASKS, ResponseTask, get_task, is_correct
+from distlora.tasks import TASKS, ResponseTask, get_task, is_correct
 
 
 def examples(tmp_path, rows, task="text", fields=None, template=None):

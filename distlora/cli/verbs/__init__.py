@@ -1,0 +1,27 @@
+"""The verbs of the command line: one file each.
+
+A file has `add(verbs)`, which describes the verb's options to argparse, and `run(options)`, which does it,
+prints its result, and returns an exit code or None. torch and the libraries are imported within `run`: a
+signal must be caught before that, and a mistake in the command line needs none of them.
+"""
+
+import argparse
+from collections.abc import Callable
+
+from distlora.cli.verbs import doctor, evaluate, export, methods, plan, status, sweep, train
+
+#: In the order in which `--help` shows them.
+VERBS = {
+    "train": train,
+    "eval": evaluate,
+    "export": export,
+    "status": status,
+    "plan": plan,
+    "doctor": doctor,
+    "methods": methods,
+    "sweep": sweep,
+}
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
+    name: verb.run for name, verb in VERBS.items()
+}

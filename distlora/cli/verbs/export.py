@@ -1,0 +1,53 @@
+"""`distlora export`."""
+
+import argparse
+from pathlib import Path
+
+from distlora.cli.shared import log_to_terminal
+
+
+def add(verbs) -> None:
+    parser = verbs.add_parser("export", help="write a run's result in a format that other software loads")
+    parser.add_argument("run_dir", type=Path, help="the run's output directory")
+    parser.add_argument("--format", choices=("peft", "merged"), required=True)
+    parser.add_argument("--out", type=Path, required=True, help="a directory that does not exist yet")
+    parser.add_argument("--step", type=int, help="of the checkpoint; default: the newest")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="default: float32 (peft), as the pretrained weights (merged)",
+    )
+    parser.add_argument(
+        "--compress-rank",
+        type=int,
+        metavar="K",
+        help="peft: at most K columns a layer, by an SVD of its update",
+    )
+    parser.add_argument(
+        "--max-error",
+        type=float,
+        metavar="E",
+        help="peft: the smallest rank of each layer whose update is off by at most E, relative, "
+        "in the Frobenius norm",
+    )
+
+
+def run(options: argparse.Namespace) -> None:
+    """Exports a run's result, and prints where it is."""
+    log_to_terminal(shown=True)
+    import torch
+
+    from distlora.training.export_run import export_run
+
+    done = export_run(
+        options.run_dir,
+        options.format,
+        options.out,
+        options.step,
+        options.dtype and getattr(torch, options.dtype),
+        options.compress_rank,
+        options.max_error,
+    )
+    print(done.path)
+    if done.compression:
+        print(done.compression)

@@ -1,0 +1,56 @@
+"""`distlora train`."""
+
+import argparse
+import logging
+import os
+
+from distlora.cli.ending import end
+from distlora.cli.shared import read_recipe, this_topology
+from distlora.cli.summary import summary_table
+from distlora.cluster.status import START_AGAIN
+from distlora.cluster.stopping import StopSignals
+from distlora.errors import Preempted
+
+
+def add(verbs) -> None:
+    parser = verbs.add_parser("train", help="run a recipe")
+    parser.add_argument("recipe", help="a YAML file, see configs/recipes")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="dotted.key=value",
+        help="changes to the recipe, such as train.lr=1e-3",
+    )
+    parser.add_argument(
+        "--resume",
+        action=argparse.BooleanOptionalAction,
+        help="demand a checkpoint to continue from, or begin anew; by default continue if there is one",
+    )
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Runs a recipe, and prints a table of its outcome."""
+    # At lower levels torch prints stack traces about connections that a dead rank has closed.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    # Signals are caught before the libraries are imported, which takes seconds in which one may come.
+    with StopSignals() as signals:
+        try:
+            return _run(options, signals)
+        except Preempted as error:
+            # Still within the block: once one rank has ended, a launcher may send signals to the others.
+            return end(error, START_AGAIN, wait=False)
+
+
+def _run(options: argparse.Namespace, signals: StopSignals) -> int:
+    topology = this_topology()
+    recipe = read_recipe(options.recipe, options.overrides)
+    from distlora.training import train as training
+
+    for note in recipe.notes:
+        logging.getLogger("distlora").info("%s", note)
+    training.check(recipe, topology, options.resume)
+    summary = training.train(recipe, topology, options.resume, signals.asked)
+    if topology.rank == 0:
+        print(summary_table(summary))
+    return 0

@@ -1,0 +1,54 @@
+"""GLUE, under its names on the hub."""
+
+from distlora.tasks.base import LabelTask
+
+_ENTAILMENT = ("entailment", "not_entailment")
+_SENTENCES = {"text": ("sentence1",), "pair": ("sentence2",), "label": ("label",)}
+
+#: Where the official TSV files have other columns than the hub, those come second.
+TASKS: dict[str, LabelTask] = {
+    "cola": LabelTask(
+        columns={"text": ("sentence",), "label": ("label",)},
+        labels=("unacceptable", "acceptable"),
+        metrics=("accuracy", "matthews"),
+        header=("source", "label", "mark", "sentence"),
+        path="nyu-mll/glue:cola",
+    ),
+    "sst2": LabelTask(
+        columns={"text": ("sentence",), "label": ("label",)},
+        labels=("negative", "positive"),
+        path="nyu-mll/glue:sst2",
+    ),
+    "mrpc": LabelTask(
+        columns={
+            "text": ("sentence1", "#1 String"),
+            "pair": ("sentence2", "#2 String"),
+            "label": ("label", "Quality"),
+        },
+        labels=("not_equivalent", "equivalent"),
+        metrics=("accuracy", "f1"),
+        path="nyu-mll/glue:mrpc",
+    ),
+    "qqp": LabelTask(
+        columns={"text": ("question1",), "pair": ("question2",), "label": ("label", "is_duplicate")},
+        labels=("not_duplicate", "duplicate"),
+        metrics=("accuracy", "f1"),
+        path="nyu-mll/glue:qqp",
+    ),
+    "mnli": LabelTask(
+        columns={
+            "text": ("premise", "sentence1"),
+            "pair": ("hypothesis", "sentence2"),
+            "label": ("label", "gold_label"),
+        },
+        labels=("entailment", "neutral", "contradiction"),
+        path="nyu-mll/glue:mnli",
+    ),
+    "qnli": LabelTask(
+        columns={"text": ("question",), "pair": ("sentence",), "label": ("label",)},
+        labels=_ENTAILMENT,
+        path="nyu-mll/glue:qnli",
+    ),
+    "rte": LabelTask(columns=_SENTENCES, labels=_ENTAILMENT, path="nyu-mll/glue:rte"),
+    "wnli": LabelTask(columns=_SENTENCES, labels=("not_entailment", "entailment"), path="nyu-mll/glue:wnli"),
+}

@@ -1,0 +1,13 @@
+"""MetaMathQA: mathematical questions, answered step by step."""
+
+from distlora.tasks import alpaca, answers
+from distlora.tasks.base import ResponseTask
+
+TASKS = {
+    "metamath": ResponseTask(
+        columns={"prompt": "query", "response": "response"},
+        template=alpaca.PROMPT,
+        extract=answers.after_the_answer_is,
+        path="meta-math/MetaMathQA",
+    )
+}
