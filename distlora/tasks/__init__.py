@@ -9,7 +9,7 @@ all other files one family of tasks each: `TASKS`, from a name to its task; and 
 Other folders use the names below.
 """
 
-from distlora.tasks.base import ROLES, LabelTask, ResponseTask
+from distlora.tasks.base import ROLES, LabelTask, Layout, ResponseTask, ScoreTask, Task, TextTask
 from distlora.tasks.metrics import METRICS
 from distlora.tasks.registry import SUITES, TASKS, get_task, is_correct, scored_tasks
 
@@ -19,7 +19,11 @@ __all__ = [
     "SUITES",
     "TASKS",
     "LabelTask",
+    "Layout",
     "ResponseTask",
+    "ScoreTask",
+    "Task",
+    "TextTask",
     "get_task",
     "is_correct",
     "scored_tasks",
