@@ -58,8 +58,8 @@ class ModelChoice(Protocol):
         """Whether blocks compute their activations again in the backward pass."""
 
 
-# In what follows, `labels` are the names that a classifier tells apart. Without any, the model is a causal
-# language model.
+# In what follows, `labels` are the names that a classifier tells apart; a single one is that of the output of
+# a regression. Without any, the model is a causal language model.
 #
 # ---------------------------------------------------------------------- config
 
@@ -78,6 +78,7 @@ def load_config(section: ModelChoice, labels: Sequence[str] = ()) -> PreTrainedC
             )
         config.id2label = dict(enumerate(labels))
         config.label2id = {name: number for number, name in enumerate(labels)}
+        config.problem_type = "regression" if len(labels) == 1 else None
         config.use_cache = False  # a classifier generates nothing
     elif _is_encoder(config) or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         hint = (

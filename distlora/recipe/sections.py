@@ -34,8 +34,9 @@ OffOrNumber = Annotated[NotNegative | None, AfterValidator(lambda value: value o
 
 #: The newest format of a recipe. It grows when the same keys come to mean other numbers, such as other tokens
 #: for the same rows. A run keeps the format that it was begun with. Format 1: a run from before the number
-#: was written down.
-FORMAT = 2
+#: was written down. Formats 1 and 2: the prompt was tokenised apart, and a space put before the response; see
+#: `distlora.data.seams`.
+FORMAT = 3
 
 #: What messages call a DeepSpeed config that stands in the recipe itself.
 INLINE = "the recipe's deepspeed section"
@@ -106,7 +107,10 @@ class DataSection(Section):
         None, description="task classification: names in the order of their numbers, from 0 on"
     )
     template: Text | None = Field(
-        None, description="prompt with {field} placeholders, or chat; null: the task's own"
+        None, description="prompt with {field} placeholders, chat, or paper; null: the task's own"
+    )
+    think_step_by_step: bool | None = Field(
+        None, description='questions end in "Let\'s think step by step."; null: as the template does it'
     )
     max_length: int = Field(
         512, ge=2, description="tokens of a sample; longer ones are truncated, and counted"
@@ -198,6 +202,11 @@ class Recipe(Section):
     def format(self) -> int:
         """What the keys mean: see FORMAT. It is no key; users do not choose it."""
         return self._format
+
+    @property
+    def whole_text(self) -> bool:
+        """Whether prompt and response are tokenised as one text, as they are from format 3 on."""
+        return self._format >= 3
 
     def in_format(self, number: int) -> "Recipe":
         """The same recipe in another format."""

@@ -111,6 +111,7 @@ TASKS = {
         columns={"prompt": "question", "response": "answer"},
         template="Q: {prompt}\nAnswer:",
         extract=answers.number,
+        stops=("\nQ:",),
         rows=rows,
     )
 }

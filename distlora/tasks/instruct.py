@@ -8,6 +8,7 @@ INSTRUCT = ResponseTask(
     template=alpaca.PROMPT,
     template_with_input=alpaca.WITH_INPUT,
     extract=answers.choice_or_text,
+    stops=alpaca.STOPS,
 )
 
 TASKS = {"instruct": INSTRUCT}

@@ -7,7 +7,10 @@ TASKS = {
     "metamath": ResponseTask(
         columns={"prompt": "query", "response": "response"},
         template=alpaca.PROMPT,
+        paper=alpaca.PAPER_MATHS,
         extract=answers.after_the_answer_is,
+        stops=alpaca.STOPS,
         path="meta-math/MetaMathQA",
+        eval_split="train",  # it has no other
     )
 }

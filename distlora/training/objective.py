@@ -1,5 +1,5 @@
-"""What is learned: a language model's responses or a classifier's labels. The kind of the recipe's task is
-looked at only here.
+"""What is learned: a language model's responses, a classifier's labels or a regression's scores. The kind of
+the recipe's task is looked at only here.
 """
 
 from abc import ABC, abstractmethod
@@ -25,10 +25,10 @@ from distlora.engine.protocol import Engine
 from distlora.errors import UserError
 from distlora.evaluation.scoring import exact_match, label_scores
 from distlora.models.loading import bare_model, head_parameters, load_config, load_model, position_limit
-from distlora.models.losses import label_loss, response_loss
+from distlora.models.losses import label_loss, response_loss, score_loss
 from distlora.models.targets import Batch
 from distlora.recipe.sections import Recipe
-from distlora.tasks import LabelTask, get_task
+from distlora.tasks import LabelTask, ResponseTask, ScoreTask, Task, get_task
 from distlora.training.step import evaluation_loss
 
 
@@ -109,7 +109,7 @@ class Responses(Objective):
         return Examples(self.recipe.data, split)
 
     def read(self, split: str, tokenizer) -> Encoded:
-        return load_split(self.recipe.data, split, tokenizer)
+        return load_split(self.recipe.data, split, tokenizer, self.recipe.whole_text)
 
     def evaluate(self, engine: Engine, tokenizer, samples: Sequence) -> dict[str, float]:
         parts = shard(
@@ -138,6 +138,10 @@ class Labels(Objective):
     def __init__(self, recipe: Recipe):
         super().__init__(recipe)
         self.labels = label_names(recipe.data)
+        if recipe.data.think_step_by_step is not None:
+            raise UserError(
+                f"data.think_step_by_step: the task {recipe.data.task} asks nothing; set it to null"
+            )
         if recipe.train.exact_match_samples:
             raise UserError(
                 f"train.exact_match_samples: the task {recipe.data.task} generates no answers; set it to 0"
@@ -167,6 +171,21 @@ class Labels(Objective):
         )
 
 
+class Scores(Labels):
+    """A regression: a model with one output learns the score of a text or of a pair of texts."""
+
+    loss = staticmethod(score_loss)
+
+
+#: By the kind of task.
+_OBJECTIVES: dict[type[Task], type[Objective]] = {
+    ResponseTask: Responses,
+    LabelTask: Labels,
+    ScoreTask: Scores,
+}
+
+
 def objective_of(recipe: Recipe) -> Objective:
     """Raises UserError for an unknown task, and for settings that its kind does not have."""
-    return (Labels if isinstance(get_task(recipe.data.task), LabelTask) else Responses)(recipe)
+    task = get_task(recipe.data.task)
+    return next(objective for kind, objective in _OBJECTIVES.items() if isinstance(task, kind))(recipe)

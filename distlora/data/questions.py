@@ -1,0 +1,103 @@
+"""What a model is asked in an evaluation: a task's prompts as tokens, with the expected answers."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from distlora.data.examples import DataSection, Example, Examples
+from distlora.data.seams import Tokens, tokens_of
+from distlora.errors import UserError
+from distlora.tasks import get_task
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question.
+
+    prompt: the text that is shown. prompt_ids: its tokens as generation gets them, with BOS where the
+    tokenizer adds one. answer: the expected final answer; None if the row has none. options: the tokens of
+    each possible response as they follow prompt_ids; none where the answer is free. correct: which of the
+    options is right.
+    """
+
+    prompt: str
+    prompt_ids: list[int]
+    answer: str | None
+    options: tuple[tuple[int, ...], ...] = ()
+    correct: int | None = None
+
+
+@dataclass(frozen=True)
+class Questions:
+    """The questions of a split, in its order.
+
+    stops: a generated answer ends before the first of these texts. origin: the data set, as messages name
+    it. dropped: how many rows are left out, because their prompt is longer than `data.max_length` or they
+    have no answer. digest: SHA-256 of the prompts and answers.
+    """
+
+    items: list[Question]
+    stops: tuple[str, ...]
+    origin: str
+    dropped: int
+    digest: str
+
+
+def load_questions(section: DataSection, split: str, tokenizer, whole_text: bool = True) -> Questions:
+    """Reads a split expression (`test`, `test[:100]`) of a task with responses as questions.
+
+    The prompt ends before the token with which a response begins, as it does in training. A question that
+    ends in "Let's think step by step." and one of the LoRA-SB paper are tokenised alone. A prompt longer than
+    `data.max_length` tokens is left out and counted: cut anywhere it would be another question. whole_text:
+    as in `load_split`. Raises UserError for everything that is wrong with the section, its files or its rows,
+    and if no question is left.
+    """
+    task, examples = get_task(section.task), Examples(section, split, scoring=True)
+    tokens = tokens_of(section, tokenizer, whole_text)
+    items, has_answers = [], False
+    for position, example in enumerate(examples):
+        if example.response is not None and task.numeric and not re.search(r"\d", example.answer or ""):
+            raise UserError(
+                f"data: row {position} of {examples.origin} has no number as its answer, "
+                f"which the task {section.task} wants, correct it or choose another task"
+            )
+        if example.answer is None:
+            continue
+        has_answers = True
+        item = _question(example, tokens, examples, position)
+        if len(item.prompt_ids) <= section.max_length:
+            items.append(item)
+    if not has_answers:
+        raise UserError(f"data: no row of {examples.origin} has an answer, choose another split")
+    if not items:
+        raise UserError(
+            f"data.max_length: none of the {len(examples)} prompts of {examples.origin} has at most "
+            f"{section.max_length} tokens, raise it"
+        )
+    return Questions(items, examples.stops, examples.origin, len(examples) - len(items), _digest(items))
+
+
+def _question(example: Example, tokens: Tokens, examples: Examples, position: int) -> Question:
+    """The question of a row that has an answer."""
+    text, names = tokens.render(example.prompt), list(example.options)
+    if not names:
+        response = None if examples.by_steps else example.response
+        return Question(text, tokens.before_answer(example.prompt, response), example.answer)
+    if example.answer not in names:
+        raise UserError(
+            f"data: row {position} of {examples.origin} has the answer {example.answer!r}, "
+            f"which is none of {', '.join(names)}, correct it"
+        )
+    ids, following = tokens.before_options(example.prompt, list(example.options.values()))
+    return Question(
+        text, ids, example.answer, tuple(map(tuple, following)), correct=names.index(example.answer)
+    )
+
+
+def _digest(items: Iterable[Question]) -> str:
+    digest = hashlib.sha256()
+    for item in items:
+        digest.update(json.dumps([item.prompt, item.answer]).encode() + b"\n")
+    return digest.hexdigest()
