@@ -14,7 +14,10 @@ FIXTURE = Path(__file__).parent / "data" / "paper_sequences.json"
 #: Their --max_seq_length for MetaMathQA and for CommonSense170K.
 MATHS_LENGTH, COMMONSENSE_LENGTH = 512, 256
 
-INTRODUCTION = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+INTRODUCTION = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request."
+)
 
 
 def maths(tokenizer, question: str, response: str, max_length: int) -> tuple[list[int], int]:

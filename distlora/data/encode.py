@@ -39,13 +39,14 @@ class Encoded:
     """The samples of a split, in its order.
 
     truncated: how many of them were cut to the maximal length. dropped: how many more were left out, and
-    why_dropped.
+    why_dropped. unanswered: how many of these have no answer in the data.
     """
 
     samples: list
     truncated: int
     dropped: int
     why_dropped: str = "no response was left"
+    unanswered: int = 0
 
 
 def load_split(section: DataSection, split: str, tokenizer, whole_text: bool = True) -> Encoded:
@@ -56,6 +57,8 @@ def load_split(section: DataSection, split: str, tokenizer, whole_text: bool = T
     """
     examples = Examples(section, split)
     encoded = encode(examples, tokens_of(section, tokenizer, whole_text), section.max_length)
+    if encoded.unanswered == len(examples):
+        raise UserError(f"data: no row of {examples.origin} has an answer, choose another split")
     if not encoded.samples:
         raise UserError(
             f"data.max_length: none of the {len(examples)} samples of {examples.origin} has a response token "
@@ -70,9 +73,7 @@ def encode(examples: Iterable[Example], tokens: Tokens, max_length: int) -> Enco
     shared: dict[int, int] = {}
     for chunk in chunks(examples):
         answered = [example for example in chunk if example.response is not None]
-        if len(answered) < len(chunk):
-            encoded.dropped += len(chunk) - len(answered)
-            encoded.why_dropped = "they have no answer, or no response was left"
+        encoded.unanswered += len(chunk) - len(answered)
         pairs = tokens.pairs([example.prompt for example in answered], [each.response for each in answered])
         for example, (prompt_ids, response_ids) in zip(answered, pairs):
             # The tokenizer makes a new int object for each token. Sharing equal ones halves the memory of a
@@ -86,6 +87,9 @@ def encode(examples: Iterable[Example], tokens: Tokens, max_length: int) -> Enco
             ids = ids[:max_length]
             labels = [IGNORE] * start + ids[start:]
             encoded.samples.append(Sample(ids, labels, ids[: len(prompt_ids)], example.answer))
+    if encoded.unanswered:
+        encoded.dropped += encoded.unanswered
+        encoded.why_dropped = "they have no answer, or no response was left"
     return encoded
 
 
