@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from distlora.tasks import answers
+from distlora.tasks import answers, judging
 
 #: What a column can be used for. A row may lack `input` and `answer`.
 ROLES = ("prompt", "response", "input", "answer")
@@ -31,13 +31,15 @@ class ResponseTask(Task):
     columns: the column of each role, if `data.fields` does not name another. template: the prompt, a format
     string of roles and columns. template_with_input: the same for rows with an input. extract: finds the
     final answer in a text, None if there is none. Without a column for `answer`, the expected answer is the
-    one that `extract` finds in the response.
+    one that `extract` finds in the response. judge: whether an output gives an expected answer, see
+    `distlora.tasks.judging`.
     """
 
     columns: dict[str, str] = field(default_factory=dict)
     template: str = "{prompt}"
     template_with_input: str | None = None
     extract: Callable[[str], str | None] = answers.exact_text
+    judge: judging.Judge = judging.by_text
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """GSM8K: word problems of grade-school mathematics."""
 
-from distlora.tasks import alpaca, answers
+from distlora.tasks import alpaca, answers, judging
 from distlora.tasks.base import ResponseTask
 
 TASKS = {
@@ -8,6 +8,7 @@ TASKS = {
         columns={"prompt": "question", "response": "answer"},
         template=alpaca.PROMPT,
         extract=answers.after_hashes,
+        judge=judging.by_number,
         path="openai/gsm8k:main",
     )
 }

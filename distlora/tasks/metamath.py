@@ -1,6 +1,6 @@
 """MetaMathQA: mathematical questions, answered step by step."""
 
-from distlora.tasks import alpaca, answers
+from distlora.tasks import alpaca, answers, judging
 from distlora.tasks.base import ResponseTask
 
 TASKS = {
@@ -8,6 +8,7 @@ TASKS = {
         columns={"prompt": "query", "response": "response"},
         template=alpaca.PROMPT,
         extract=answers.after_the_answer_is,
+        judge=judging.by_mathematics,
         path="meta-math/MetaMathQA",
     )
 }
