@@ -1,6 +1,7 @@
 """Data: rows from files, from the hub or from a generator, made into samples and batches.
 
     sources ─► examples ─► encode ─► batches        prompts and responses
+            │           └► questions                what is asked in an evaluation
             └► labelled                             texts and labels
 
 Other folders use the names below. `distlora.tasks` says what is made of a row and how an answer is judged.
@@ -10,12 +11,15 @@ from distlora.data.batches import TrainOrder, collate, collate_prompts, micro_ba
 from distlora.data.encode import Encoded, Sample, load_split
 from distlora.data.examples import Examples, download, is_at_hand
 from distlora.data.labelled import LabelledRows, LabelledSample, collate_labelled, label_names, load_labelled
+from distlora.data.questions import Question, Questions, load_questions
 
 __all__ = [
     "Encoded",
     "Examples",
     "LabelledRows",
     "LabelledSample",
+    "Question",
+    "Questions",
     "Sample",
     "TrainOrder",
     "collate",
@@ -25,6 +29,7 @@ __all__ = [
     "is_at_hand",
     "label_names",
     "load_labelled",
+    "load_questions",
     "load_split",
     "micro_batches",
     "shard",

@@ -56,7 +56,7 @@ def load_split(section: DataSection, split: str, tokenizer) -> Encoded:
     left.
     """
     examples = Examples(section, split)
-    prompts = _Prompts(tokenizer, chat=section.template == CHAT)
+    prompts = Prompts(tokenizer, chat=section.template == CHAT)
     encoded = encode(examples, prompts, section.max_length)
     if not encoded.samples:
         raise UserError(
@@ -66,7 +66,7 @@ def load_split(section: DataSection, split: str, tokenizer) -> Encoded:
     return encoded
 
 
-class _Prompts:
+class Prompts:
     """A tokenizer with the conventions of this file: how a prompt starts, and how a response ends."""
 
     def __init__(self, tokenizer, chat: bool):
@@ -98,13 +98,20 @@ class _Prompts:
         return encoded["input_ids"]
 
 
+def chunks(rows: Iterable) -> Iterator[list]:
+    """The rows in lists of CHUNK; the last may be shorter."""
+    stream = iter(rows)
+    while chunk := list(islice(stream, CHUNK)):
+        yield chunk
+
+
 def _start_tokens(tokenizer) -> list[int]:
     """[BOS] if the tokenizer puts it before every text, else []."""
     bos = tokenizer.bos_token_id
     return [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
 
 
-def encode(examples: Iterable[Example], prompts: _Prompts, max_length: int) -> Encoded:
+def encode(examples: Iterable[Example], prompts: Prompts, max_length: int) -> Encoded:
     """Tokenises examples, cuts them to max_length tokens, and drops those without a response token then."""
     encoded = Encoded([], truncated=0, dropped=0)
     shared: dict[int, int] = {}
@@ -123,11 +130,10 @@ def encode(examples: Iterable[Example], prompts: _Prompts, max_length: int) -> E
 
 
 def _tokenised(
-    examples: Iterable[Example], prompts: _Prompts
+    examples: Iterable[Example], prompts: Prompts
 ) -> Iterator[tuple[list[int], list[int], str | None]]:
     """For each example: the tokens of its prompt, those of its response with EOS, and its answer."""
-    stream = iter(examples)
-    while chunk := list(islice(stream, CHUNK)):
+    for chunk in chunks(examples):
         prompt_texts = [prompts.render(example.prompt) for example in chunk]
         responses = [
             _separator(prompt, example.response) + example.response

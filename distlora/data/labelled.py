@@ -4,7 +4,7 @@ The tokenizer makes the tokens of a row by its own rules, as the encoder has see
 `[CLS] text [SEP] pair [SEP]` for BERT, `<s> text </s></s> pair </s>` for RoBERTa.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from distlora.data import examples
 from distlora.data.batches import pad_rows
-from distlora.data.encode import CHUNK, Encoded
+from distlora.data.encode import Encoded, chunks
 from distlora.data.sources import Row
 from distlora.errors import UserError
 from distlora.models.targets import IGNORE
@@ -138,7 +138,7 @@ def load_labelled(section: DataSection, split: str, tokenizer) -> Encoded:
     """
     rows = LabelledRows(section, split)
     encoded = Encoded([], truncated=0, dropped=0, why_dropped="they have no label")
-    for chunk in _chunks(rows):
+    for chunk in chunks(rows):
         encoded.dropped += sum(label is None for *_, label in chunk)
         chunk = [row for row in chunk if row[2] is not None]
         if chunk:
@@ -146,17 +146,6 @@ def load_labelled(section: DataSection, split: str, tokenizer) -> Encoded:
     if not encoded.samples:
         raise UserError(f"data: no row of {rows.origin} has a label, choose another split")
     return encoded
-
-
-def _chunks(rows: Iterable) -> Iterator[list]:
-    chunk = []
-    for row in rows:
-        chunk.append(row)
-        if len(chunk) == CHUNK:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk
 
 
 def _encode(encoded: Encoded, chunk: list[tuple[str, str | None, int]], max_length: int, tokenizer) -> None:

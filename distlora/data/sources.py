@@ -25,7 +25,11 @@ _SLICE = re.compile(r"(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?")
 _SHARD = re.compile(r"-\d+-of-\d+$")
 
 #: Names that splits may have as local files, by their names on the hub.
-_LOCAL_NAMES = {"validation": "dev"}
+_LOCAL_NAMES = {
+    "validation": "dev",
+    "validation_matched": "dev_matched",
+    "validation_mismatched": "dev_mismatched",
+}
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,23 @@ base            the kinds of tasks
 answers         how an answer is found in a text, and when two are the same
 metrics         how good predicted labels are
 registry        all tasks by name
-all other files one family of tasks each: `TASKS`, from a name to its task
+all other files one family of tasks each: `TASKS`, from a name to its task; and `SUITES`, names for several
 
 Other folders use the names below.
 """
 
 from distlora.tasks.base import ROLES, LabelTask, ResponseTask
 from distlora.tasks.metrics import METRICS
-from distlora.tasks.registry import TASKS, get_task, is_correct
+from distlora.tasks.registry import SUITES, TASKS, get_task, is_correct, scored_tasks
 
-__all__ = ["METRICS", "ROLES", "TASKS", "LabelTask", "ResponseTask", "get_task", "is_correct"]
+__all__ = [
+    "METRICS",
+    "ROLES",
+    "SUITES",
+    "TASKS",
+    "LabelTask",
+    "ResponseTask",
+    "get_task",
+    "is_correct",
+    "scored_tasks",
+]

@@ -16,10 +16,11 @@ class Task:
 
     path: the data set to read if the recipe names none. rows: makes the rows of a split, for a task that
     reads no file; then there is no path. header: the columns of the data set's official TSV files, if these
-    do not name them.
+    do not name them. eval_split: the split on which the task is scored unless another is named.
     """
 
     path: str | None = None
+    eval_split: str = "test"
     rows: Callable[[str], list[dict[str, Any]]] | None = None
     header: tuple[str, ...] | None = None
 
@@ -31,13 +32,14 @@ class ResponseTask(Task):
     columns: the column of each role, if `data.fields` does not name another. template: the prompt, a format
     string of roles and columns. template_with_input: the same for rows with an input. extract: finds the
     final answer in a text, None if there is none. Without a column for `answer`, the expected answer is the
-    one that `extract` finds in the response.
+    one that `extract` finds in the response. stops: a generated answer ends before the first of these texts.
     """
 
     columns: dict[str, str] = field(default_factory=dict)
     template: str = "{prompt}"
     template_with_input: str | None = None
     extract: Callable[[str], str | None] = answers.exact_text
+    stops: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,13 @@ TASKS: dict[str, LabelTask] = {
         labels=("unacceptable", "acceptable"),
         metrics=("accuracy", "matthews"),
         header=("source", "label", "mark", "sentence"),
+        eval_split="validation",
         path="nyu-mll/glue:cola",
     ),
     "sst2": LabelTask(
         columns={"text": ("sentence",), "label": ("label",)},
         labels=("negative", "positive"),
+        eval_split="validation",
         path="nyu-mll/glue:sst2",
     ),
     "mrpc": LabelTask(
@@ -27,12 +29,14 @@ TASKS: dict[str, LabelTask] = {
         },
         labels=("not_equivalent", "equivalent"),
         metrics=("accuracy", "f1"),
+        eval_split="validation",
         path="nyu-mll/glue:mrpc",
     ),
     "qqp": LabelTask(
         columns={"text": ("question1",), "pair": ("question2",), "label": ("label", "is_duplicate")},
         labels=("not_duplicate", "duplicate"),
         metrics=("accuracy", "f1"),
+        eval_split="validation",
         path="nyu-mll/glue:qqp",
     ),
     "mnli": LabelTask(
@@ -42,13 +46,27 @@ TASKS: dict[str, LabelTask] = {
             "label": ("label", "gold_label"),
         },
         labels=("entailment", "neutral", "contradiction"),
+        eval_split="validation_matched",
         path="nyu-mll/glue:mnli",
     ),
     "qnli": LabelTask(
         columns={"text": ("question",), "pair": ("sentence",), "label": ("label",)},
         labels=_ENTAILMENT,
+        eval_split="validation",
         path="nyu-mll/glue:qnli",
     ),
-    "rte": LabelTask(columns=_SENTENCES, labels=_ENTAILMENT, path="nyu-mll/glue:rte"),
-    "wnli": LabelTask(columns=_SENTENCES, labels=("not_entailment", "entailment"), path="nyu-mll/glue:wnli"),
+    "rte": LabelTask(
+        columns=_SENTENCES,
+        labels=_ENTAILMENT,
+        eval_split="validation",
+        path="nyu-mll/glue:rte",
+    ),
+    "wnli": LabelTask(
+        columns=_SENTENCES,
+        labels=("not_entailment", "entailment"),
+        eval_split="validation",
+        path="nyu-mll/glue:wnli",
+    ),
 }
+
+SUITES = {"glue": tuple(TASKS)}

@@ -1,7 +1,11 @@
-"""All tasks by name. A new family of tasks is one new file in this folder, with a dict `TASKS`."""
+"""All tasks by name. A new family of tasks is one new file in this folder, with a dict `TASKS`; the families
+that are scored together have a dict `SUITES`, from a name to the names of tasks, as well.
+"""
 
 import importlib
 import pkgutil
+from collections.abc import Sequence
+from typing import Any
 
 from distlora import tasks
 from distlora.errors import UserError
@@ -10,17 +14,32 @@ from distlora.tasks import answers
 from distlora.tasks.base import Task
 
 
-def _found() -> dict[str, Task]:
-    """The tasks of all files in this folder."""
-    found: dict[str, Task] = {}
+def _found(kind: str) -> dict[str, Any]:
+    """What all files in this folder have under this name, in one dict."""
+    found: dict[str, Any] = {}
     for module in pkgutil.iter_modules(tasks.__path__):
         if f"{tasks.__name__}.{module.name}" != __name__:
             family = importlib.import_module(f"{tasks.__name__}.{module.name}")
-            found |= getattr(family, "TASKS", {})
+            found |= getattr(family, kind, {})
     return found
 
 
-TASKS = _found()
+TASKS: dict[str, Task] = _found("TASKS")
+SUITES: dict[str, tuple[str, ...]] = _found("SUITES")
+
+
+def scored_tasks(names: Sequence[str]) -> list[str]:
+    """The tasks that these names stand for, each once, in order: a suite's name stands for its tasks.
+
+    Raises UserError, which names the nearest task or suite, for an unknown name.
+    """
+    found: dict[str, None] = {}
+    for name in names:
+        if name not in SUITES | TASKS:
+            hint = nearest(name, SUITES | TASKS) or f", choose from {', '.join(SUITES | TASKS)}"
+            raise UserError(f"unknown task {name!r}{hint}")
+        found |= dict.fromkeys(SUITES.get(name, (name,)))
+    return list(found)
 
 
 def get_task(name: str) -> Task:

@@ -136,7 +136,7 @@ def load(tmp_path, tokenizer, *rows, **more):
 
 
 def test_a_pair_is_tokenised_by_the_tokenizers_own_rules(tmp_path, monkeypatch):
-    monkeypatch.setattr("distlora.data.labelled.CHUNK", 2)  # rows of several chunks stay in order
+    monkeypatch.setattr("distlora.data.encode.CHUNK", 2)  # rows of several chunks stay in order
     rows = [
         {"sentence1": f"Tom has {n} apples", "sentence2": "How many?" * n, "label": n % 2}
         for n in range(1, 6)
