@@ -83,11 +83,7 @@ class Likelihood(Way):
 
     def __init__(self, engine: Engine, tokenizer, task: str, questions: Questions):
         super().__init__(engine, tokenizer, task, questions)
-        if any(not question.options or question.correct is None for question in questions.items):
-            raise UserError(
-                f"--by likelihood chooses among the options of a question, and the task {task} has none "
-                "to choose from; leave it out"
-            )
+        refuse_without_options(task, questions)
 
     def length(self, question: Question) -> int:
         longest = max(map(len, question.options))
@@ -117,6 +113,15 @@ class Likelihood(Way):
             "accuracy": sum(record["right"] for record in records) / len(records),
             "accuracy_norm": sum(record["right_norm"] for record in records) / len(records),
         }
+
+
+def refuse_without_options(task: str, questions: Questions) -> None:
+    """Raises UserError where a question has nothing to choose from."""
+    if any(not question.options or question.correct is None for question in questions.items):
+        raise UserError(
+            f"--by likelihood chooses among the options of a question, and the task {task} has none "
+            "to choose from; leave it out"
+        )
 
 
 #: By the value of `--by`.

@@ -20,7 +20,7 @@ from distlora.engine.device import device_of
 from distlora.engine.protocol import Engine
 from distlora.engine.random_state import own_random_state
 from distlora.errors import Preempted, UserError, before_ranks_meet
-from distlora.evaluation.answering import WAYS, Record, Way
+from distlora.evaluation.answering import WAYS, Record, Way, refuse_without_options
 from distlora.evaluation.folding import refuse_packed
 from distlora.evaluation.predictions import Predictions
 from distlora.evaluation.scoring import answer_questions, ready_to_answer
@@ -187,6 +187,8 @@ class _Jobs:
             "data: %d questions of %s, %d left out", len(questions.items), questions.origin, questions.dropped
         )
         questions = replace(questions, items=questions.items[:limit])
+        if self.asked.by == "likelihood":
+            refuse_without_options(name, questions)
         return _Job(name, section, objective, self.asked.by, questions)
 
     def _settings(self, job: _Job) -> dict[str, Any]:
