@@ -4,9 +4,9 @@
         [--dtype bfloat16|float32] [--stage 3 --ranks 2] [--data FOLDER]
 
 SmolLM2-135M-Instruct with a LoRA of rank 16 on all linear layers, on questions of GSM8K (a folder with
-test.jsonl; without one, arithmetic problems). "plain" is a loop over batches of the same size, in the order of
-the file, of a model into whose weights the adapter was merged. Both answer in turn, `rounds` times, so that
-whatever else the machine does weighs on both; the ratio of the samples a second is that of the sums.
+test.jsonl; without one, arithmetic problems). "plain" is a loop over batches of the same size, in the order
+of the file, of a plain model with the merged weights. Both answer in turn, `rounds` times, so that whatever
+else the machine does weighs on both; the ratio of the samples a second is that of the sums.
 
     merged, beside   with --merge, and with the adapter beside the weights
     ranks            ours on so many ranks of ZeRO at this stage, each with a share of the threads, together;
@@ -74,6 +74,15 @@ def ours(engine: Engine, tokenizer, questions: Questions, options: argparse.Name
         answer_questions(way, range(len(questions.items)), agree, found.extend, options.batch)
     assert len(found) == len(questions.items)
     return time.perf_counter() - began
+
+
+@torch.no_grad()
+def plain_model(merged: LocalEngine, section: ModelSection):
+    """Of the class in transformers, with the weights that the layers were folded into."""
+    model, _ = load_model(section)
+    for name, layer in merged.layers.items():
+        model.get_submodule(name).weight.copy_(layer.weight)
+    return model.eval()
 
 
 @torch.no_grad()
@@ -156,16 +165,16 @@ def main() -> None:
             "merged": lambda: ours(merged, tokenizer, questions, options, fold=False),
             "beside": lambda: ours(beside, tokenizer, questions, options, fold=False),
         }
-    with ready_to_answer(
-        merged, fold=True
-    ):  # folded for `plain` too: the layers then compute with one matrix
+    with ready_to_answer(merged, fold=True):
+        model = plain_model(merged, section)
         seconds = dict.fromkeys(("plain", *kinds), 0.0)
         for _ in range(options.rounds):
-            seconds["plain"] += plain(merged.module, tokenizer, questions, options)
+            seconds["plain"] += plain(model, tokenizer, questions, options)
             for name, run in kinds.items():
                 seconds[name] += run()
     print(
-        f"smollm2, {options.dtype}, {options.questions} questions, {options.tokens} tokens, batch {options.batch}"
+        f"smollm2, {options.dtype}, {options.questions} questions, {options.tokens} tokens, "
+        f"batch {options.batch}"
     )
     for name, total in seconds.items():
         speed = options.rounds * options.questions / total
