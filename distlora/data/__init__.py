@@ -7,7 +7,7 @@
 Other folders use the names below. `distlora.tasks` says what is made of a row and how an answer is judged.
 """
 
-from distlora.data.batches import TrainOrder, collate, collate_prompts, micro_batches, shard
+from distlora.data.batches import TrainOrder, collate, micro_batches, shard
 from distlora.data.encode import Encoded, Sample, load_split
 from distlora.data.examples import Examples, download, is_at_hand
 from distlora.data.labelled import LabelledRows, LabelledSample, collate_labelled, label_names, load_labelled
@@ -24,7 +24,6 @@ __all__ = [
     "TrainOrder",
     "collate",
     "collate_labelled",
-    "collate_prompts",
     "download",
     "is_at_hand",
     "label_names",

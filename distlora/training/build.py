@@ -32,7 +32,8 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class Built:
     """pretrained: the weights of packed layers before that, where the method needs them. tensorboard: where
-    its log will lie, if there is to be one. deepspeed: the config as it was resolved.
+    its log will lie, if there is to be one. deepspeed: the config as it was resolved. new: names of the
+    parameters that the model's files lack.
     """
 
     engine: Engine
@@ -40,6 +41,7 @@ class Built:
     pretrained: PretrainedFiles | None
     tensorboard: str | None
     deepspeed: dict[str, Any] | None
+    new: frozenset[str]
 
 
 def check_targets(recipe: Recipe, objective: Objective) -> Recipe:
@@ -72,7 +74,7 @@ def build(comm: Comm, recipe: Recipe, objective: Objective) -> Built:
     draw_heads(engine, new, settings.seed)
     # From here on ranks may draw different numbers (dropout); new heads were drawn alike.
     reseed(settings.seed + comm.rank, comm.device)
-    return Built(engine, adapted, pretrained, tensorboard, resolved)
+    return Built(engine, adapted, pretrained, tensorboard, resolved, frozenset(new))
 
 
 def _make_engine(comm: Comm, recipe: Recipe, config) -> tuple[Engine, str | None, dict[str, Any] | None]:

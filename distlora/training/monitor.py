@@ -90,19 +90,24 @@ class _Lines:
         self._stream.flush()
 
 
+def progress_bar(name: str, unit: str, total: int, done: int, shown: bool) -> tqdm:
+    """A bar with the time left, if it is shown. done: of `total`, before it begins."""
+    # Where nobody watches a terminal, a line every ten seconds is enough for a log file.
+    watched = sys.stderr.isatty()
+    return tqdm(
+        total=total, initial=done, desc=name, unit=unit, disable=not shown,
+        mininterval=0.5 if watched else 10, file=sys.stderr if watched else _Lines(sys.stderr),
+        dynamic_ncols=watched,
+    )  # fmt: skip
+
+
 class Progress:
     """A progress bar on rank 0 with loss, learning rate, tokens a second and time left; nothing on the
     others.
     """
 
     def __init__(self, steps: int, start: int, shown: bool):
-        # Where nobody watches a terminal, a line every ten seconds is enough for a log file.
-        watched = sys.stderr.isatty()
-        self._bar = tqdm(
-            total=steps, initial=start, desc="training", unit="step", disable=not shown,
-            mininterval=0.5 if watched else 10, file=sys.stderr if watched else _Lines(sys.stderr),
-            dynamic_ncols=watched,
-        )  # fmt: skip
+        self._bar = progress_bar("training", "step", steps, start, shown)
         self._tokens, self._since = 0, time.perf_counter()
 
     def advance(self, loss: float, rate: float, tokens: int) -> float:

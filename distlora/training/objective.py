@@ -4,6 +4,7 @@ the recipe's task is looked at only here.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,14 +14,17 @@ from distlora.data import (
     Encoded,
     Examples,
     LabelledRows,
+    Questions,
     collate,
     collate_labelled,
     is_at_hand,
     label_names,
     load_labelled,
+    load_questions,
     load_split,
     shard,
 )
+from distlora.engine.coordination import on_every_rank
 from distlora.engine.protocol import Engine
 from distlora.errors import UserError
 from distlora.evaluation.scoring import exact_match, label_scores
@@ -104,6 +108,7 @@ class Responses(Objective):
             raise UserError(
                 f"data.labels: the task {recipe.data.task} has responses and no labels; remove them"
             )
+        self._questions: Questions | None = None
 
     def _rows(self, split: str) -> Examples:
         return Examples(self.recipe.data, split)
@@ -121,12 +126,19 @@ class Responses(Objective):
         return {"loss": evaluation_loss(engine, batches, self.loss)}
 
     def generate(self, engine: Engine, tokenizer, samples: Sequence) -> dict[str, float]:
-        data, count = self.recipe.data, self.recipe.train.exact_match_samples
-        if not count:
+        data = self.recipe.data
+        if not self.recipe.train.exact_match_samples:
             return {}
+        if self._questions is None:
+            self._questions = on_every_rank(engine.comm, lambda: self._read_questions(tokenizer))
         return {
-            "exact_match": exact_match(engine, tokenizer, data.task, samples[:count], data.max_new_tokens)
+            "exact_match": exact_match(engine, tokenizer, data.task, self._questions, data.max_new_tokens)
         }
+
+    def _read_questions(self, tokenizer) -> Questions:
+        data, count = self.recipe.data, self.recipe.train.exact_match_samples
+        questions = load_questions(data, data.eval_split, tokenizer, self.recipe.whole_text)
+        return replace(questions, items=questions.items[:count])
 
 
 class Labels(Objective):

@@ -59,8 +59,8 @@ class Run:
         checkpoint: Checkpoint | None,
         status: StatusFile | None = None,
     ):
-        """checkpoint: to continue from, or to evaluate. status: of a run that is to train. Nothing is written
-        to the run directory before `finish`. Raises Preempted between what takes long.
+        """checkpoint: to continue from. Nothing is written to the run directory before `finish`. Raises
+        Preempted between what takes long.
         """
         self.comm, self.recipe, self.checkpoint, self.status = comm, recipe, checkpoint, status
         self.run_dir = Path(recipe.output_dir)
@@ -105,11 +105,6 @@ class Run:
             monitor.write(self.steps, {f"eval/{key}": value for key, value in summary.after.items()})
         summary.adapter = self._export()
         return summary
-
-    def evaluate_checkpoint(self) -> dict[str, float]:
-        """Scores of the checkpoint; nothing is restored of what only further training needs."""
-        api.load(self.built.adapted, self.built.engine, self.checkpoint, training=False, **self._plan())
-        return self._evaluate()
 
     def _plan(self) -> dict[str, Any]:
         """What an adapter has to know of the run."""

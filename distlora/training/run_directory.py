@@ -38,7 +38,7 @@ def check_run_dir(recipe: Recipe, resume: bool | None) -> None:
         return
     if not _was_begun(run_dir):
         return
-    difference = _first_difference(run_identity(load_run_recipe(run_dir / RECIPE)), run_identity(recipe))
+    difference = first_difference(run_identity(load_run_recipe(run_dir / RECIPE)), run_identity(recipe))
     if difference:
         raise UserError(
             f"output_dir: {run_dir} holds the run of another recipe ({difference}); name another directory"
@@ -106,10 +106,11 @@ def _forget(run_dir: Path) -> None:
         (run_dir / name).unlink(missing_ok=True)
 
 
-def _first_difference(there: Any, here: Any, key: str = "") -> str | None:
+def first_difference(there: Any, here: Any, key: str = "") -> str | None:
+    """The first value in which two nested dictionaries differ, in words; None if they are equal."""
     if isinstance(there, dict) and isinstance(here, dict):
         for name in there | here:
-            found = _first_difference(there.get(name), here.get(name), f"{key}.{name}" if key else name)
+            found = first_difference(there.get(name), here.get(name), f"{key}.{name}" if key else name)
             if found:
                 return found
         return None

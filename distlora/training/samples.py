@@ -1,7 +1,7 @@
 """The samples of a run on this rank: brought, read, and in batches."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from huggingface_hub import is_offline_mode
@@ -15,7 +15,7 @@ from distlora.models.hub import may_download, resolve_path
 from distlora.models.loading import load_tokenizer
 from distlora.models.targets import Batch, loss_of_samples
 from distlora.recipe.deepspeed_config import plan_batches
-from distlora.recipe.sections import Recipe
+from distlora.recipe.sections import DataSection, Recipe
 from distlora.training.objective import Objective
 
 #: Fewest samples that a fraction of the training set stands for (LoRA-SB's Table 5: quality is flat above).
@@ -24,16 +24,28 @@ FEWEST_PROBE_SAMPLES = 25
 log = logging.getLogger(__name__)
 
 
-def fetch(comm: Comm, recipe: Recipe) -> None:
+def fetch(comm: Comm, recipe: Recipe, wanted: Sequence[tuple[DataSection, str]] | None = None) -> None:
     """Model and data into the local caches: one process a node brings them, the others wait. Collective.
-    Where that may be a download, every rank says so; of a data set nobody knows before the hub is asked."""
+    Where that may be a download, every rank says so; of a data set nobody knows before the hub is asked.
+
+    wanted: splits of data sections; None for what training reads.
+    """
+    if wanted is None:
+        splits = filter(None, (recipe.data.split, recipe.data.eval_split))
+        wanted = [(recipe.data, split) for split in splits]
 
     def bring() -> None:
         resolve_path(recipe.model.path, progress=log.info)
-        for split in filter(None, (recipe.data.split, recipe.data.eval_split)):
-            download(recipe.data, split)
+        for section, split in wanted:
+            download(section, split)
 
-    lacking = on_every_rank(comm, lambda: (may_download(recipe.model.path), not is_at_hand(recipe.data)))
+    lacking = on_every_rank(
+        comm,
+        lambda: (
+            may_download(recipe.model.path),
+            not all(is_at_hand(section) for section, _ in wanted),
+        ),
+    )
     model, data = comm.sum(*lacking)  # before anyone downloads, or the others might find it there already
     if comm.world_size > 1 and (model or data) and not is_offline_mode():
         what = " and ".join(
@@ -43,6 +55,17 @@ def fetch(comm: Comm, recipe: Recipe) -> None:
             "%s: one rank of each node downloads what its cache lacks, and all ranks wait for that", what
         )
     on_every_rank(comm, lambda: bring() if comm.local_rank == 0 else None)
+
+
+def read_samples(objective: Objective, split: str, tokenizer) -> list:
+    """The samples of a split, and a line on them in the log. Raises UserError."""
+    encoded: Encoded = objective.read(split, tokenizer)
+    log.info(
+        "data: %d samples of split %s, %d truncated to %d tokens, %d dropped because %s",
+        len(encoded.samples), split, encoded.truncated, objective.recipe.data.max_length, encoded.dropped,
+        encoded.why_dropped,
+    )  # fmt: skip
+    return encoded.samples
 
 
 class RunSamples:
@@ -62,13 +85,7 @@ class RunSamples:
         self._accumulation = plan_batches(recipe, comm.world_size)
 
     def _read(self, split: str) -> list:
-        encoded: Encoded = self._objective.read(split, self.tokenizer)
-        log.info(
-            "data: %d samples of split %s, %d truncated to %d tokens, %d dropped because %s",
-            len(encoded.samples), split, encoded.truncated, self._recipe.data.max_length, encoded.dropped,
-            encoded.why_dropped,
-        )  # fmt: skip
-        return encoded.samples
+        return read_samples(self._objective, split, self.tokenizer)
 
     def of_step(self, step: int) -> list[Batch]:
         """This rank's micro-batches of a step, counted from 0; equally many on every rank."""

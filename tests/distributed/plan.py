@@ -198,7 +198,9 @@ def _zero_options() -> list[Entry]:
         # evaluation too.
         Entry(2, "short_batch", 3, zero=never_persistent, note="persist0"),
         Entry(3, "generating", 3, zero=never_persistent, note="persist0"),
-        Entry(3, "generating_in_parts", 3, zero=never_persistent, arguments={"end": 69}, note="persist0"),
+        Entry(3, "answering", 3, zero=never_persistent, arguments={"end": 69}, note="persist0"),
+        Entry(2, "answering", 3, arguments={"end": 69, "fits": True}),
+        Entry(2, "answering", 0, arguments={"end": 69}),
         Entry(3, "curve", 3, zero=never_persistent, arguments={"steps": 6}, note="persist0"),
         Entry(
             3,

@@ -20,6 +20,7 @@ from distlora.cli.parser import parse
 from distlora.methods import Method, registry
 from distlora.recipe.load import load_recipe, run_identity
 from distlora.recipe.sections import Recipe
+from distlora.tasks import scored_tasks
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -111,7 +112,9 @@ def test_the_program_takes_all_arguments(command):
     overrides = getattr(options, "overrides", [])
     if getattr(options, "recipe", None):
         load_recipe(options.recipe, overrides)
-    if options.verb == "eval":
+    if options.verb == "eval" and options.tasks:
+        assert scored_tasks(options.tasks.split(",")) and (options.run_dir is None) == bool(options.model)
+    elif options.verb == "eval":
         evaluated = load_recipe(recipes_of_the_page()[str(options.run_dir)], overrides)
         assert evaluated.data.eval_split, "a run without one has nothing to be evaluated on"
         promised = "exact match" in command.partition("#")[2]
@@ -128,6 +131,8 @@ def test_the_program_takes_all_arguments(command):
 )
 def test_a_run_directory_is_that_of_a_recipe_on_the_page(command):
     options = read_by_the_program(command)
+    if getattr(options, "model", None):
+        return  # in place of a run
     by_directory = recipes_of_the_page()
     assert str(getattr(options, "run_dir", None) or options.recipe) in {*by_directory, *by_directory.values()}
 
