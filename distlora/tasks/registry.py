@@ -16,7 +16,7 @@ from distlora.tasks.base import Task
 _NO_FAMILIES = ("metrics", "registry")
 
 
-def _found(kind: str) -> dict[str, Any]:
+def find(kind: str) -> dict[str, Any]:
     """What all files in this folder have under this name, in one dict."""
     found: dict[str, Any] = {}
     for module in pkgutil.iter_modules(tasks.__path__):
@@ -26,8 +26,8 @@ def _found(kind: str) -> dict[str, Any]:
     return found
 
 
-TASKS: dict[str, Task] = _found("TASKS")
-SUITES: dict[str, tuple[str, ...]] = _found("SUITES")
+TASKS: dict[str, Task] = find("TASKS")
+SUITES: dict[str, tuple[str, ...]] = find("SUITES")
 
 
 def scored_tasks(names: Sequence[str]) -> list[str]:

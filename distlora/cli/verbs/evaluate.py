@@ -85,7 +85,9 @@ def _check_words(options: argparse.Namespace) -> None:
     if not options.model and options.adapter is not None:
         raise UserError("--adapter is for --model, whose adapter it is; a run has its own")
     if not options.model and options.run_dir is None:
-        raise UserError("nothing to evaluate was given; name a run's output directory, --model, or --predictions")
+        raise UserError(
+            "nothing to evaluate was given; name a run's output directory, --model, or --predictions"
+        )
     if options.tasks is None:
         if options.model:
             raise UserError("--model needs --tasks; name one, such as --tasks gsm8k")
