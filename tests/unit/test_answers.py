@@ -17,19 +17,15 @@ from distlora.tasks.reading.equivalence import equivalent
 from distlora.tasks.reading.final_answer import final_answer
 from distlora.tasks.reading.quantities import quantity
 
-ROWS = [
-    json.loads(line)
-    for line in (Path(__file__).parents[1] / "data" / "answers.jsonl")
-    .read_text(encoding="utf-8")
-    .splitlines()
-]
+TABLE = Path(__file__).parents[1] / "data" / "answers.jsonl"
+ROWS = [json.loads(line) for line in TABLE.read_text(encoding="utf-8").split("\n")[:-1]]
 HOSTILE = "9^{9^{9^{9}}}"
 
 
 @pytest.mark.parametrize("task", sorted({row["task"] for row in ROWS}))
 def test_every_case_of_the_table_is_judged_right(task):
     rows = [row for row in ROWS if row["task"] == task]
-    assert {row["right"] for row in rows} == {True, False} or task == "metamath"
+    assert {row["right"] for row in rows} == {True, False}
     wrong = [row for row in rows if is_correct(task, row["output"], row["answer"]) is not row["right"]]
     assert wrong == []
 

@@ -53,10 +53,9 @@ def test_empty_lines_and_letters_that_utf8_lacks_do_no_harm(predictions, tmp_pat
 
 def test_the_program_prints_the_score_and_loads_no_torch(predictions, tmp_path):
     source, target = predictions(lines(ROWS)), tmp_path / "judged.jsonl"
+    words = ["eval", "--task", "gsm8k", "--predictions", str(source), "--out", str(target)]
     program = (
-        "import sys\nfrom distlora.cli.main import main\n"
-        "code = main(['eval', '--task', 'gsm8k', "
-        f"'--predictions', {str(source)!r}, '--out', {str(target)!r}])\n"
+        f"import sys\nfrom distlora.cli.main import main\ncode = main({words})\n"
         "assert not {'torch', 'transformers', 'sympy'} & set(sys.modules)\nsys.exit(code)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)

@@ -42,6 +42,7 @@ def _as_latex(text: str) -> str:
     text = re.sub(r"(?<!\\)\$|\\[()\[\]]|\*\*|[\n\r`]", " ", text)
     text = text.translate(str.maketrans({"−": "-", "–": "-", "×": "\\times ", "÷": "\\div ", "√": "\\sqrt "}))
     text = re.sub(r",?\s+(?:and|or)\s+|,?\s*\\text\s*\{\s*(?:and|or)\s*\}", ", ", text)
+    text = re.sub(r"(\\[dtc]?frac)\s*(\\(?!sqrt|frac|text)[A-Za-z]+)", r"\1{\2}", text)
     return " ".join(text.split()).rstrip(".;, ")
 
 

@@ -12,7 +12,7 @@ import signal
 import sys
 
 #: Seconds for one comparison, of processor time and by the clock of a busy machine.
-SECONDS, CLOCK_SECONDS = 3.0, 8.0
+SECONDS, CLOCK_SECONDS = 3.0, 6.0
 #: Bytes of memory for the whole program.
 MEMORY = 2 * 2**30
 

@@ -13,9 +13,9 @@ _TRUTH = {"true": "true", "yes": "true", "false": "false", "no": "false"}
 #: Characters of a text that are looked at, and of those in front of a label.
 _LONGEST, _NEAR = 20_000, 160
 
-_DRESS = r"[\s\"'*_`(\[]*"
+_DRESS = r"[\s\"'*_`(\[#]*"
 _UNDRESS = r"[\s\"'*_`)\].]*"
-_BE = r"(?:is|are|was|were|seems?|looks?|sounds?|would be|can be|must be|being|makes?)"
+_BE = r"(?:is|are|was|were|seems?|looks?|sounds?|(?:would|can|must|seems?\s+to)\s+be|being|makes?)"
 _ADVERBS = (
     r"(?:\s+(?:also|clearly|obviously|both|all|therefore|definitely|probably|simply|just|most|more|the|an?"
     r"|only))*"
@@ -23,7 +23,7 @@ _ADVERBS = (
 #: Words in front of a label that decide for it.
 _FOR_BEFORE = re.compile(
     rf"""(?:
-      \b(?:answer|option|choice|solution|ending|response|statement|one|pick)s?\b [^.\n]{{0,40}}?
+      \b(?:answer|option|choice|solution|ending|response|statement|one|pick|best)s?\b [^.\n]{{0,40}}?
       \s*(?:is|was|:|=|would\s+be|must\s+be|should\s+be|has\s+to\s+be|will\s+be)
     | \b(?:choose|choosing|chose|pick|picked|select|selected|go(?:ing)?\s+with|opt\s+for|prefer|vote\s+for
       |think|believe|conclude|guess|say|it\s+(?:is|must\s+be|has\s+to\s+be|should\s+be)|it's
@@ -38,21 +38,25 @@ _FOR_BEFORE = re.compile(
 #: Words behind a label that decide for it.
 _FOR_BEHIND = re.compile(
     rf"""{_UNDRESS}{_BE}{_ADVERBS}\s+(?:correct|right|best|true|appropriate|suitable|likely|plausible|logical
-    |reasonable|sensible|answer|option|choice|solution|ending)\b | \s+it\s+is\b""",
+    |reasonable|sensible|answer|option|choice|solution|ending)\b | \s+it\s+is\b
+    | {_UNDRESS}[:\-–—]\s*(?:right|correct|yes|true)\s*(?:[.,;!]|$)""",
     re.IGNORECASE | re.VERBOSE,
 )
 #: Words that decide against a label, behind it and in front of it.
 _AGAINST_BEHIND = re.compile(
     rf"""{_UNDRESS}(?:{_BE}{_ADVERBS}\s+(?:not|wrong|incorrect|false|impossible|unlikely|implausible|inappropriate
-    |irrelevant|out)\b | {_BE}n't\b | (?:can't|cannot|couldn't)\b)""",
+    |irrelevant|out)\b | {_BE}n't\b | (?:can't|cannot|couldn't)\b
+    | [:\-–—]\s*(?:wrong|incorrect|no|false)\s*(?:[.,;!]|$))""",
     re.IGNORECASE | re.VERBOSE,
 )
 _AGAINST_BEFORE = re.compile(
-    rf"""(?:\b(?:not|never|cannot|neither|nor|rather\s+than|instead\s+of|rule\s+out|eliminate)\b|n't\b)\s*
+    rf"""(?:\b(?:not|never|cannot|neither|nor|rather\s+than|instead\s+of|rule\s+out|eliminate|any(?:thing|one)\s+but
+    |except(?:\s+for)?|other\s+than)\b|n't\b)\s*
     (?:(?:be|choose|pick|select|go\s+with|opt\s+for|think|believe|say|want)\b\s*)?
     (?:(?:that\s+)?(?:it\s+is|it's)\s+)?(?:the\s+)?{_DRESS}$""",
     re.IGNORECASE | re.VERBOSE,
 )
+_ASKED = re.compile(rf"{_UNDRESS}\?")
 #: What joins labels: `answer1, answer2 and answer3`.
 _JOIN = re.compile(
     rf"[\s\"'*_`)\]]*(?:,|/|&|\band\b|\bor\b|\bnor\b){_DRESS}(?:(?:and|or|nor)\b)?{_DRESS}", re.IGNORECASE
@@ -106,6 +110,8 @@ def _decided(text: str, mentions: Sequence[_Mention], of_two: bool) -> str | Non
 
     of_two: what is not true is false.
     """
+    asked = [each for each in mentions if _ASKED.match(text, each.end)]
+    mentions = [each for each in mentions if each not in asked] or mentions
     groups = _groups(text, mentions)
     _reject(text, groups)
     if of_two and len(mentions) == 1 and mentions[0].rejected:

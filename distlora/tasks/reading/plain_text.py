@@ -3,7 +3,7 @@
 import re
 
 _IN_BRACES = re.compile(
-    r"\\(?:boxed|fbox|mbox|text[a-z]*|math(?:rm|bf|it|sf|tt|bb|cal)|emph|underline|bm|operatorname\*?)\s*\{"
+    r"\\(?:boxed|fbox|mbox|text[a-z]*|math(?:rm|bf|it|sf|tt|bb|cal)|emph|underline|bm|boldsymbol|operatorname\*?)\s*\{"
 )
 _FRACTION = re.compile(r"\\[dtc]?frac(?![a-z])\s*")
 _COMMANDS = {
@@ -29,7 +29,7 @@ _SIGNS = str.maketrans(
         **dict.fromkeys("≤≥≠≦≧", "<"),
         **dict.fromkeys("→⟹⟶∴", "⇒"),
         **dict.fromkeys("‘’ʼ", "'"),
-        "—": " ; ",
+        "—": " . ",
         "＋": "+",
         "＝": "=",
         "％": "%",
@@ -53,6 +53,7 @@ def plain(text: str) -> str:
     for sign, digits in _VULGAR.items():
         text = text.replace(sign, f" {digits} ")
     text = _without_markdown(text.translate(_SIGNS))
+    text = re.sub(r"[-=]+>", "⇒", text)
     text = re.sub(r"\\[!]|\{,\}", lambda found: "," if found[0] == "{,}" else "", text)
     text = re.sub(r"\^\s*\{?\s*\\circ\s*\}?", " degrees ", text)
     text = _with_fractions(_unwrapped(text))
@@ -113,7 +114,10 @@ def _with_fractions(text: str) -> str:
 
 
 def _argument(text: str, place: int) -> tuple[str, int]:
-    """The argument of a command: a group in braces, or one character."""
+    """The argument of a command: a group in braces, a command without an argument, or one character."""
     while text[place : place + 1] == " ":
         place += 1
-    return braced(text, place) if text[place : place + 1] == "{" else (text[place : place + 1], place + 1)
+    if text[place : place + 1] == "{":
+        return braced(text, place)
+    end = re.compile(r"\\[A-Za-z]+|.?").match(text, place).end()
+    return text[place:end], end

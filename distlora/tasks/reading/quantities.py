@@ -13,6 +13,10 @@ _DEEPEST, _LARGEST_EXPONENT, _LARGEST_BASE = 30, 64, 10**9
 #: Numbers that differ by less are the same to six decimals.
 _CLOSE = Fraction(1, 2_000_000)
 _COMPARATIVES = ("more", "less", "fewer", "greater")
+#: Words directly in front of a number that make another one of it.
+_FUNCTIONS = frozenset("twice double triple thrice log ln sin cos tan sqrt".split())
+_OF_FUNCTIONS = frozenset("root square cube factorial double log logarithm power".split())
+_PERHAPS = frozenset("maybe perhaps possibly even about".split())
 
 
 def quantity(text: str) -> Values:
@@ -106,6 +110,8 @@ class _Reader(SingleReader):
         before = self.at(-1)
         if before.kind == "command" or before.text in ("√", "<", ">", "±"):
             raise Unreadable
+        if before.text in _FUNCTIONS or before.text == "of" and self.text(-2) in _OF_FUNCTIONS:
+            raise Unreadable
         if before.text == "than" and self.text(-2) in _COMPARATIVES:
             raise Unreadable
 
@@ -143,15 +149,13 @@ class _Reader(SingleReader):
 
     def _product(self) -> Single:
         left = self._power()
-        while (sign := self.text()) in ("*", "/", "times", "divided"):
+        while (sign := self.text()) in ("*", "/", "times", "over", "divided"):
             ahead = 2 if (sign, self.text(1)) == ("divided", "by") else 1
             if not self._operand_follows(ahead):
                 break
             self.place += ahead
             right = self._power().number
-            left = Single(
-                left.number / right if sign in ("/", "divided") else left.number * right, bare=False
-            )
+            left = Single(left.number * right if sign in ("*", "times") else left.number / right, bare=False)
         if self.text() == "(" and self.at().glued:
             raise Unreadable
         return left
@@ -216,6 +220,8 @@ class _Reader(SingleReader):
     def _more_or_less(self, single: Single, word: str) -> None:
         than = next((ahead for ahead in (1, 2, 3) if self.text(ahead) == "than"), 0)
         if not than:
+            if self.at(1).is_unknown and self.unknown_follows(1):
+                raise Unreadable
             return
         if self.unknown_follows(than + 1):
             raise Unreadable
@@ -250,14 +256,15 @@ class _Reader(SingleReader):
         if self.at(1).kind == "word" and self.text(2) == "=":
             raise Unreadable
         ahead = 2 if token.text == "," and self.text(1) in ("and", "or") else 1
-        if token.text != ";" and self.number_follows(ahead):
+        ahead += self.text(ahead) in _PERHAPS
+        if self.number_follows(ahead):
             self._check_second(values, token.text, ahead)
 
     def _check_second(self, values: Values, joint: str, ahead: int) -> None:
         self.place += ahead
         second = self._sum()
         lists = ("", ",", "and", "or", ".", ")", "]", "$", ";")
-        if joint == "," and ahead == 1 and (second.unit or self.text() not in lists):
+        if joint in (",", ";") and ahead == 1 and (second.unit or self.text() not in lists):
             return  # a clause: `7 apples, 3 red ones`
         if joint == "and" and self.text() in ("of", "are", "is", "were", "was"):
             return

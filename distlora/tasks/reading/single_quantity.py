@@ -145,6 +145,8 @@ class SingleReader(Cursor):
             raise Unreadable
         if token.text in _UNKNOWN_BEHIND and (token.glued or token.text in ("x", "y", "z")):
             raise Unreadable
+        if token.kind == "word" and token.glued and set(token.text) <= set("abxyz"):
+            raise Unreadable
 
     def _percent(self, single: Single) -> None:
         words = 2 if (self.text(), self.text(1)) == ("per", "cent") else 1
