@@ -68,8 +68,8 @@ def problem_with_search(method: Method) -> str | None:
     if settings is None or settings.eta != "schedule":
         return None
     return (
-        "train.lr=search starts from the initialised factors, whose size eta=schedule takes from the very rate "
-        f"that is searched: set eta of method {method.name} to search or a number, or train.lr to a number"
+        "train.lr=search starts from the initialised factors, whose size eta=schedule takes from the very "
+        f"rate that is searched: set eta of method {method.name} to search or a number, or train.lr to one"
     )
 
 

@@ -62,8 +62,8 @@ def search_rate(
 ) -> RateSearch:
     """Tries rates from the present state, before the first step, and leaves that state as it is. Collective.
 
-    steps, held_back: this rank's batches, see `RunSamples.trial`. Errors: Preempted; TrainingError where every
-    rate diverges.
+    steps, held_back: this rank's batches, see `RunSamples.trial`. Errors: Preempted; TrainingError where
+    every rate diverges.
     """
     began, tried = time.perf_counter(), dict[float, float]()
     with modes_kept(engine.module), engine.rehearsal() as take_back:
@@ -142,8 +142,8 @@ def _three_digits(rate: float) -> float:
 
 
 def choose(tried: dict[float, float], before: float) -> float:
-    """The smallest rate whose loss is as good as the least, but for MARGIN and NOISE. before: the loss without
-    a step. Errors: TrainingError where no loss is finite.
+    """The smallest rate whose loss is as good as the least, but for MARGIN and NOISE. before: the loss
+    without a step. Errors: TrainingError where no loss is finite.
     """
     least = min(tried.values())
     if not math.isfinite(least):

@@ -141,8 +141,8 @@ def trial_indices(
 ) -> tuple[list[list[int]], list[int]]:
     """The samples of trial steps, and `count` others, at most half of all. order: in which they are trained.
 
-    The steps take what the run's own first steps do, as long as there are enough others; then they begin again.
-    Errors: UserError where there are too few samples to hold one back.
+    The steps take what the run's own first steps do, as long as there are enough others; then they begin
+    again. Errors: UserError where there are too few samples to hold one back.
     """
     count = min(count, len(order) // 2)
     if not count:
