@@ -202,6 +202,8 @@ def run_identity(recipe: Recipe) -> dict:
             "exact_match_samples", "hang_timeout",
         ),
     }  # fmt: skip
+    if not recipe.train.searches_lr:
+        ignored["train"] += ("lr_search",)
     for section, keys in ignored.items():
         for key in keys:
             del content[section][key]

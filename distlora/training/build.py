@@ -68,8 +68,10 @@ def build(comm: Comm, recipe: Recipe, objective: Objective) -> Built:
     pretrained = None
     if quantized and isinstance(recipe.method, TakesFromWeight):
         pretrained = on_every_rank(comm, lambda: _pretrained(adapted, recipe))
+    # Every step is preceded by a rate of its own; one that is not known yet is never this one.
+    rate = settings.lr_search.lowest if settings.searches_lr else settings.lr
     engine.start(
-        model, OptimizerSpec(lr=settings.lr, weight_decay=settings.weight_decay, **dict(settings.optimizer))
+        model, OptimizerSpec(lr=rate, weight_decay=settings.weight_decay, **dict(settings.optimizer))
     )
     draw_heads(engine, new, settings.seed)
     # From here on ranks may draw different numbers (dropout); new heads were drawn alike.

@@ -49,6 +49,15 @@ class Monitor:
             with self._path.with_name(RECOMPOSITIONS).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(report.record()) + "\n")
 
+    def tell_rates(self, scalars: dict[str, float], tried: list[tuple[float, float]]) -> None:
+        """What a search for the learning rate has found, and to TensorBoard its curve, of which the steps are
+        the numbers of the rates. tried: (rate, loss) by rate."""
+        self.write(0, scalars)
+        for number, (rate, loss) in enumerate(tried):
+            self._engine.write_details(
+                [("lr_search/tried_rate", rate, number), ("lr_search/tried_loss", loss, number)]
+            )
+
 
 def _keep_until(path: Path, step: int) -> set[tuple[int, str]]:
     """Forgets lines of steps that a resumed run is going to make again, and a line that a crash cut short.

@@ -1,5 +1,6 @@
 """The samples of a run on this rank: brought, read, and in batches."""
 
+import itertools
 import logging
 from collections.abc import Iterator, Sequence
 
@@ -9,6 +10,7 @@ from huggingface_hub import is_offline_mode
 from distlora.data import Encoded, TrainOrder, download, is_at_hand, micro_batches, shard
 from distlora.engine.comm import Comm
 from distlora.engine.coordination import on_every_rank
+from distlora.errors import UserError
 from distlora.initialisation.probe import Probe
 from distlora.methods import ProbeSettings
 from distlora.models.hub import may_download, resolve_path
@@ -104,6 +106,21 @@ class RunSamples:
                 [samples[i] for i in indices], self.tokenizer.pad_token_id, self._comm.device
             )
 
+    def trial(self, steps: int, count: int) -> tuple[list[list[Batch]], list[Batch]]:
+        """This rank's micro-batches of `steps` global batches, and batches of `count` training samples that
+        are in none of them, the same samples on any number of ranks: see `trial_indices`. Errors: UserError.
+        """
+        whole, micro = self._recipe.train.global_batch_size, self._recipe.train.micro_batch_size
+        rank, world = self._comm.rank, self._comm.world_size
+        order = [i for step in range(self.order.steps_per_epoch) for i in self.order.indices(step)]
+        trained, held_back = trial_indices(order, steps, whole, count)
+        shares = [micro_batches(part, rank, world, micro, self._accumulation) for part in trained]
+        chosen = [self.training[i] for i in held_back]
+        return (
+            [list(self._batches(self.training, share)) for share in shares],
+            list(self._batches(chosen, shard(len(chosen), rank, world, micro))),
+        )
+
     def probe_data(self, settings: ProbeSettings, number: int = 0) -> Probe:
         """The same training samples for every world size, drawn by the recipe's seed; others for every number
         of a probe.
@@ -134,3 +151,20 @@ def probe_samples(setting: float, available: int | None) -> int:
     least 25. available: the size of that; None where it is not known yet."""
     wanted = max(FEWEST_PROBE_SAMPLES, round(setting * (available or 0))) if setting < 1 else int(setting)
     return min(wanted, available or wanted)
+
+
+def trial_indices(
+    order: Sequence[int], steps: int, batch_size: int, count: int
+) -> tuple[list[list[int]], list[int]]:
+    """The samples of trial steps, and `count` others, at most half of all. order: in which they are trained.
+
+    The steps take what the run's own first steps do, as long as there are enough others; then they begin
+    again. Errors: UserError where there are too few samples to hold one back.
+    """
+    count = min(count, len(order) // 2)
+    if not count:
+        raise UserError("train.lr=search holds training samples back, and there is only one: set a number")
+    rest, held_back = order[:-count], list(order[-count:])
+    size = min(batch_size, len(rest))
+    wanted = itertools.islice(itertools.cycle(rest), steps * size)
+    return [list(itertools.islice(wanted, size)) for _ in range(steps)], held_back
