@@ -1,7 +1,8 @@
 """Data: rows from files, from the hub or from a generator, made into samples and batches.
 
     sources ─► examples ─► encode ─► batches        prompts and responses
-            └► labelled                             texts and labels
+            ├► labelled                             texts and labels
+            └► images (image_files)                 images and labels
 
 Other folders use the names below. `distlora.tasks` says what is made of a row and how an answer is judged.
 """
@@ -9,21 +10,35 @@ Other folders use the names below. `distlora.tasks` says what is made of a row a
 from distlora.data.batches import TrainOrder, collate, collate_prompts, micro_batches, shard
 from distlora.data.encode import Encoded, Sample, load_split
 from distlora.data.examples import Examples, download, is_at_hand
+from distlora.data.images import (
+    ImageRows,
+    ImageSample,
+    blank_images,
+    collate_images,
+    image_labels,
+    load_images,
+)
 from distlora.data.labelled import LabelledRows, LabelledSample, collate_labelled, label_names, load_labelled
 
 __all__ = [
     "Encoded",
     "Examples",
+    "ImageRows",
+    "ImageSample",
     "LabelledRows",
     "LabelledSample",
     "Sample",
     "TrainOrder",
+    "blank_images",
     "collate",
+    "collate_images",
     "collate_labelled",
     "collate_prompts",
     "download",
+    "image_labels",
     "is_at_hand",
     "label_names",
+    "load_images",
     "load_labelled",
     "load_split",
     "micro_batches",

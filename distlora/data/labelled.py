@@ -67,22 +67,30 @@ def label_names(section: DataSection) -> tuple[str, ...]:
 class LabelledRows:
     """The rows of a split in order, each as (text, pair or None, number of the label or None).
 
-    To make one checks the section against the columns.
+    To make one checks the section against the columns. roles: what a column can be used for. names_of: finds
+    the names of the labels.
     """
 
+    roles = ROLES
+    names_of = staticmethod(label_names)
+
     def __init__(self, section: DataSection, split: str):
-        self.labels = label_names(section)
+        self.labels = self.names_of(section)
         if section.template is not None:
             raise UserError(
-                f"data.template: the task {section.task} shows texts as they are, remove the template"
+                f"data.template: the task {section.task} shows {self.roles[0]}s as they are, "
+                "remove the template"
             )
-        self.rows = examples.load_rows(section, split)
+        self.rows = self.read(section, split)
         self.origin = examples.origin(section, split)
         self._columns = self._assign_columns(get_task(section.task), section.task, section.fields or {})
         self._numbers = {name: number for number, name in enumerate(self.labels)}
         self._numbers |= {
             str(number): number for number in range(len(self.labels)) if str(number) not in self._numbers
         }
+
+    def read(self, section: DataSection, split: str) -> Sequence[Row]:
+        return examples.load_rows(section, split)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -97,8 +105,8 @@ class LabelledRows:
     def _assign_columns(self, task: LabelTask, name: str, fields: dict[str, str]) -> dict[str, str]:
         """The column of each role: the recipe's, else the first of the task's names that the data set has."""
         for role, column in fields.items():
-            if role not in ROLES:
-                hint = nearest(role, ROLES) or f", choose from {', '.join(ROLES)}"
+            if role not in self.roles:
+                hint = nearest(role, self.roles) or f", choose from {', '.join(self.roles)}"
                 raise UserError(f"data.fields: unknown name {role!r}{hint}")
             examples.require_column(self.rows, column, f"data.fields: {role}", self.origin)
         available, columns = examples.columns_of(self.rows), dict(fields)
@@ -106,7 +114,7 @@ class LabelledRows:
             if role not in fields:
                 columns[role] = next((column for column in names if column in available), names[0])
                 examples.require_column(self.rows, columns[role], f"{role} of the task {name}", self.origin)
-        for role in ("text", "label"):
+        for role in (self.roles[0], "label"):
             if role not in columns:
                 raise UserError(
                     f"data.fields: no column for {role}, set it, as in {{text: sentence, label: label}}"

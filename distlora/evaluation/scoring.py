@@ -1,14 +1,15 @@
 """Scores on held-out samples: of greedily generated answers, and of a classifier's labels."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
-from distlora.data import LabelledSample, Sample, collate_labelled, collate_prompts, shard
+from distlora.data import Sample, collate_prompts, shard
 from distlora.engine.protocol import Engine
 from distlora.models.cross_entropy import label_cross_entropy
 from distlora.models.generation import generate
 from distlora.models.losses import label_logits
+from distlora.models.targets import Batch
 from distlora.tasks import is_correct
 from distlora.tasks.metrics import METRICS
 
@@ -51,10 +52,15 @@ def exact_match(
 
 @torch.no_grad()
 def label_scores(
-    engine: Engine, samples: Sequence[LabelledSample], pad_id: int, batch_size: int, metrics: Iterable[str]
+    engine: Engine,
+    samples: Sequence,
+    batch_of: Callable[[list], Batch],
+    batch_size: int,
+    metrics: Iterable[str],
 ) -> dict[str, float]:
     """The mean cross-entropy over the samples, as "loss", and the `distlora.tasks.metrics` of these names.
 
+    samples: with a `label` each. batch_of: makes a batch of some of them, or of none.
     Collective: each rank predicts the labels of its share of the samples, once. Raises Preempted between two
     batches.
     """
@@ -63,7 +69,7 @@ def label_scores(
     predicted = torch.zeros(len(samples), dtype=torch.int64, device=comm.device)
     engine.train_mode(False)
     for indices in shard(len(samples), comm.rank, comm.world_size, batch_size):
-        batch = collate_labelled([samples[i] for i in indices], pad_id, comm.device)
+        batch = batch_of([samples[i] for i in indices])
         logits = engine.run(label_logits, batch)
         loss += comm.sum_or_stop(float(label_cross_entropy(logits, batch["labels"])))[0]
         predicted[indices] = logits.argmax(-1)[: len(indices)]

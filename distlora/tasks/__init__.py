@@ -10,7 +10,8 @@ Other folders use the names below.
 """
 
 from distlora.tasks.base import ROLES, LabelTask, ResponseTask
+from distlora.tasks.images import ImageTask
 from distlora.tasks.metrics import METRICS
 from distlora.tasks.registry import TASKS, get_task, is_correct
 
-__all__ = ["METRICS", "ROLES", "TASKS", "LabelTask", "ResponseTask", "get_task", "is_correct"]
+__all__ = ["METRICS", "ROLES", "TASKS", "ImageTask", "LabelTask", "ResponseTask", "get_task", "is_correct"]

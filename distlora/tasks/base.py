@@ -1,4 +1,4 @@
-"""The kinds of tasks: prompts with responses, and texts with labels."""
+"""The kinds of tasks: prompts with responses, and texts with labels. Those of images are in `images`."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field

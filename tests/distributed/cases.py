@@ -426,7 +426,10 @@ def classifying(setting: Setting, steps: int = 4, labels: int = 3) -> Results:
         loss, info = train_step(engine, batches, label_loss, setting.rate(step))
         losses.append(loss)
         norms.append(info.grad_norm)
-    scores = label_scores(engine, labelled_samples(10, labels, 99), 0, setting.micro_batch, ["accuracy"])
+    scores = label_scores(
+        engine, labelled_samples(10, labels, 99), lambda part: collate_labelled(part, 0, comm.device),
+        setting.micro_batch, ["accuracy"],
+    )  # fmt: skip
     return _curve(losses, norms, scores["loss"]) | drawn | {"accuracy": torch.tensor(scores["accuracy"])}
 
 
