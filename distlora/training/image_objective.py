@@ -18,7 +18,7 @@ from distlora.engine.protocol import Engine
 from distlora.errors import UserError
 from distlora.evaluation.scoring import label_scores
 from distlora.models.image_processor import Pixels, check_pixels, load_image_processor
-from distlora.models.loading import bare_model, head_parameters, load_config, load_model
+from distlora.models.loading import attention_of, bare_model, head_parameters, load_config, load_model
 from distlora.models.losses import label_loss
 from distlora.models.targets import Batch
 from distlora.recipe.sections import Recipe
@@ -63,6 +63,13 @@ class ImageLabels(Objective):
 
     def load_model(self) -> tuple[nn.Module, set[str]]:
         return load_model(self.recipe.model, self.labels, images=True)
+
+    def attention(self) -> str:
+        return attention_of(self.recipe.model, self.labels, images=True)
+
+    def meta_sample(self, model: nn.Module) -> Batch:
+        shape = self.load_preprocessor()(blank_images()[:1]).shape
+        return {"pixel_values": torch.zeros(shape, dtype=model.dtype, device="meta")}
 
     def head(self, model: nn.Module) -> set[str]:
         return head_parameters(model)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from distlora.data import Encoded, is_at_hand
 from distlora.engine.protocol import Engine
-from distlora.models.loading import bare_model, load_config, load_model, load_tokenizer
+from distlora.models.loading import attention_of, bare_model, load_config, load_model, load_tokenizer
 from distlora.models.targets import Batch
 from distlora.recipe.sections import Recipe
 
@@ -64,6 +64,16 @@ class Objective(ABC):
     def load_model(self) -> tuple[nn.Module, set[str]]:
         """The model, and the names of the parameters that its weights lack."""
         return load_model(self.recipe.model, self.labels)
+
+    def attention(self) -> str:
+        """The attention implementation that this machine would run."""
+        return attention_of(self.recipe.model, self.labels)
+
+    def meta_sample(self, model: nn.Module) -> Batch:
+        """One sample, without a label, for a model on the meta device."""
+        tokens = torch.ones(1, 2, dtype=torch.int64, device="meta")
+        # A mask as attention uses it: transformers would make one from values, and meta tensors have none.
+        return {"input_ids": tokens, "attention_mask": torch.zeros(1, 1, 2, 2, device="meta")}
 
     def head(self, model: nn.Module) -> set[str]:
         """Names of the parameters that are trained whole even if the weights hold them."""
