@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from distlora.data import examples, labelled, sources
@@ -105,7 +105,8 @@ class ImageRows(LabelledRows):
         try:
             yield
         except _BROKEN as error:
-            what = first_line(error) or type(error).__name__
+            unknown = isinstance(error, UnidentifiedImageError)
+            what = "it is none" if unknown else first_line(error) or type(error).__name__
             raise UserError(f"data: the image in {where} cannot be read ({what}), replace it") from None
 
 
