@@ -88,15 +88,15 @@ class ImageRows(LabelledRows):
     def __iter__(self) -> Iterator[int | None]:
         """Looks into every image as far as its header, so that a file that is none shows before training."""
         for position, row in enumerate(self.rows):
-            with self._explained(row, position):
-                _check_depth(_opened(row[self._column]))
+            with self._explained(row, position), _opened(row[self._column]) as image:
+                _check_depth(image)
             yield self._label(row, position)
 
     def image(self, position: int) -> Image.Image:
         """The image of a row, upright and in RGB. Raises UserError if it is damaged."""
         row = self.rows[position]
-        with self._explained(row, position):
-            return ImageOps.exif_transpose(_opened(row[self._column])).convert("RGB")
+        with self._explained(row, position), _opened(row[self._column]) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
 
     @contextmanager
     def _explained(self, row: Row, position: int) -> Iterator[None]:
@@ -131,7 +131,7 @@ def _opened(value: Any) -> Image.Image:
     if isinstance(value, bytes):
         return Image.open(io.BytesIO(value))
     if isinstance(value, Path):
-        return Image.open(io.BytesIO(value.read_bytes()))
+        return Image.open(value)
     found = "no value" if value is None else f"a {type(value).__name__}"
     raise ValueError(f"{found} and no image")
 
