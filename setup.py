@@ -26,6 +26,7 @@ setup(
         "PyYAML>=6.0,<7",
         "huggingface_hub>=2.0,<3",
         "pyarrow>=20,<27",
+        "pillow>=12,<14",
         "tensorboard>=2.21,<3",
         "tqdm>=4.70,<5",
     ],

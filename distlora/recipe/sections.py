@@ -94,7 +94,7 @@ class OptimizerSection(Section):
 
 
 class DataSection(Section):
-    task: Text = Field(description="how rows become prompts and answers, or texts and labels")
+    task: Text = Field(description="how rows become prompts and answers, or inputs and labels")
     path: Text | None = Field(
         None, description="a hub data set, a local file or folder; null: the task's own"
     )
@@ -104,7 +104,7 @@ class DataSection(Section):
         None, description="the task's field name -> the column of the data"
     )
     labels: list[Text] | None = Field(
-        None, description="task classification: names in the order of their numbers, from 0 on"
+        None, description="tasks classification and images: names in the order of their numbers, from 0 on"
     )
     template: Text | None = Field(
         None, description="prompt with {field} placeholders, chat, or paper; null: the task's own"
@@ -112,9 +112,7 @@ class DataSection(Section):
     think_step_by_step: bool | None = Field(
         None, description='questions end in "Let\'s think step by step."; null: as the template does it'
     )
-    max_length: int = Field(
-        512, ge=2, description="tokens of a sample; longer ones are truncated, and counted"
-    )
+    max_length: int = Field(512, ge=2, description="tokens of a text; longer ones are truncated, and counted")
     max_new_tokens: Count = Field(8, description="tokens generated for an exact-match answer")
 
 

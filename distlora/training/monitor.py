@@ -111,19 +111,19 @@ def progress_bar(name: str, unit: str, total: int, done: int, shown: bool) -> tq
 
 
 class Progress:
-    """A progress bar on rank 0 with loss, learning rate, tokens a second and time left; nothing on the
-    others.
+    """A progress bar on rank 0 with loss, learning rate, tokens or images a second and time left; nothing on
+    the others.
     """
 
     def __init__(self, steps: int, start: int, shown: bool):
         self._bar = progress_bar("training", "step", steps, start, shown)
-        self._tokens, self._since = 0, time.perf_counter()
+        self._done, self._since = 0, time.perf_counter()
 
-    def advance(self, loss: float, rate: float, tokens: int) -> float:
-        """One finished step; returns tokens a second since the run began."""
-        self._tokens += tokens
-        speed = self._tokens / (time.perf_counter() - self._since)
-        self._bar.set_postfix_str(f"loss {loss:.4f}, lr {rate:.2e}, {speed:.0f} tokens/s", refresh=False)
+    def advance(self, loss: float, rate: float, amount: int, unit: str = "tokens") -> float:
+        """One finished step; returns how much of the unit a second there was since the run began."""
+        self._done += amount
+        speed = self._done / (time.perf_counter() - self._since)
+        self._bar.set_postfix_str(f"loss {loss:.4f}, lr {rate:.2e}, {speed:.0f} {unit}/s", refresh=False)
         self._bar.update()
         return speed
 

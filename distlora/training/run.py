@@ -191,12 +191,14 @@ class Run:
 
     def _scores(self) -> dict[str, float]:
         samples = self.data.held_out[: self.recipe.train.eval_samples]
-        return self.objective.evaluate(self.built.engine, self.data.tokenizer, samples)
+        return self.objective.evaluate(self.built.engine, self.data.preprocessor, samples)
 
     def _evaluate(self) -> dict[str, float]:
         """The scores, and what takes longer."""
         scores = self._scores()
-        result = scores | self.objective.generate(self.built.engine, self.data.tokenizer, self.data.held_out)
+        result = scores | self.objective.generate(
+            self.built.engine, self.data.preprocessor, self.data.held_out
+        )
         log.info("evaluation: %s", ", ".join(f"{key} {value:.4f}" for key, value in result.items()))
         return result
 

@@ -14,7 +14,6 @@ from distlora.errors import UserError
 from distlora.initialisation.probe import Probe
 from distlora.methods import ProbeSettings
 from distlora.models.hub import may_download, resolve_path
-from distlora.models.loading import load_tokenizer
 from distlora.models.targets import Batch, loss_of_samples
 from distlora.recipe.deepspeed_config import plan_batches
 from distlora.recipe.sections import DataSection, Recipe
@@ -59,26 +58,28 @@ def fetch(comm: Comm, recipe: Recipe, wanted: Sequence[tuple[DataSection, str]] 
     on_every_rank(comm, lambda: bring() if comm.local_rank == 0 else None)
 
 
-def read_samples(objective: Objective, split: str, tokenizer) -> list:
+def read_samples(objective: Objective, split: str, preprocessor) -> list:
     """The samples of a split, and a line on them in the log. Raises UserError."""
-    encoded: Encoded = objective.read(split, tokenizer)
+    encoded: Encoded = objective.read(split, preprocessor)
+    cut = f"{encoded.truncated} truncated to {objective.recipe.data.max_length} tokens, "
     log.info(
-        "data: %d samples of split %s, %d truncated to %d tokens, %d dropped because %s",
-        len(encoded.samples), split, encoded.truncated, objective.recipe.data.max_length, encoded.dropped,
+        "data: %d samples of split %s, %s%d dropped because %s",
+        len(encoded.samples), split, "" if encoded.truncated is None else cut, encoded.dropped,
         encoded.why_dropped,
     )  # fmt: skip
     return encoded.samples
 
 
 class RunSamples:
-    """training, held_out: the samples of both splits, the second empty without one. order: which of the first
+    """preprocessor: the tokenizer, or what else comes with the model and makes numbers of its inputs.
+    training, held_out: the samples of both splits, the second empty without one. order: which of the first
     make up a step.
     """
 
     def __init__(self, comm: Comm, recipe: Recipe, objective: Objective):
         """Collective. Raises UserError, on all ranks, for what is wrong with the data."""
         self._comm, self._recipe, self._objective = comm, recipe, objective
-        self.tokenizer = on_every_rank(comm, lambda: load_tokenizer(recipe.model))
+        self.preprocessor = on_every_rank(comm, objective.load_preprocessor)
         self.training = on_every_rank(comm, lambda: self._read(recipe.data.split))
         self.held_out = (
             on_every_rank(comm, lambda: self._read(recipe.data.eval_split)) if recipe.data.eval_split else []
@@ -87,7 +88,7 @@ class RunSamples:
         self._accumulation = plan_batches(recipe, comm.world_size)
 
     def _read(self, split: str) -> list:
-        return read_samples(self._objective, split, self.tokenizer)
+        return read_samples(self._objective, split, self.preprocessor)
 
     def of_step(self, step: int) -> list[Batch]:
         """This rank's micro-batches of a step, counted from 0; equally many on every rank."""
@@ -102,9 +103,8 @@ class RunSamples:
 
     def _batches(self, samples: list, parts: list[list[int]]) -> Iterator[Batch]:
         for indices in parts:
-            yield self._objective.collate(
-                [samples[i] for i in indices], self.tokenizer.pad_token_id, self._comm.device
-            )
+            part = [samples[i] for i in indices]
+            yield self._objective.batch(part, self.preprocessor, self._comm.device)
 
     def trial(self, steps: int, count: int) -> tuple[list[list[Batch]], list[Batch]]:
         """This rank's micro-batches of `steps` global batches, and batches of `count` training samples that

@@ -23,6 +23,7 @@ HOMES = {
     "torch.utils.tensorboard": {"training/monitor.py"},
     "bitsandbytes": {"engine/bitsandbytes_adamw.py", "adapter/packed.py"},
     "matplotlib": {"plan/picture.py"},
+    "PIL": {"data/"},
     "mpi4py": {"cluster/mpi.py"},
     "math_verify": {"tasks/reading/equivalence_worker.py"},
     "peft": set(),

@@ -30,7 +30,7 @@ def by_name(path):
 def test_the_shipped_files():
     assert {path.stem for path in RECIPES} >= {
         "quickstart", "smollm2-gsm8k", "mistral-7b-metamath", "gemma2-9b-metamath",
-        "llama3.2-3b-commonsense170k", "minilm-rte",
+        "llama3.2-3b-commonsense170k", "minilm-rte", "vit-base-cifar100", "vit-base-stl10", "vit-base-mnist",
     }  # fmt: skip
     assert {path.stem for path in ZEROS} >= {
         "zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload", "zero3_hpz",
