@@ -60,8 +60,8 @@ class ModelChoice(Protocol):
         """Whether blocks compute their activations again in the backward pass."""
 
 
-# In what follows, `labels` are the names that a classifier of texts or images tells apart; a single one is that
-# of the output of a regression. Without any, the model is a causal language model.
+# In what follows, `labels` are the names that a classifier of texts or images tells apart; a single one is
+# that of the output of a regression. Without any, the model is a causal language model.
 #
 # ---------------------------------------------------------------------- config
 

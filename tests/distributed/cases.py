@@ -547,8 +547,8 @@ CASES: dict[str, Callable[..., Results]] = {
     for case in (
         curve, short_batch, writing, norming, replacing_gradients, initialising, probing, generating,
         answering, naming_silent_tensors, transform_traffic, correcting, storing, classifying,
-        classifying_images, saving, resuming, swapping, swap_traffic, swap_saving, swap_resuming, whole_run, sent_in_a_step,
-        sent_at_the_start, searching,
+        classifying_images, saving, resuming, swapping, swap_traffic, swap_saving, swap_resuming, whole_run,
+        sent_in_a_step, sent_at_the_start, searching,
     )
 }  # fmt: skip
 
