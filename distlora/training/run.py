@@ -3,7 +3,7 @@
 import logging
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from distlora.training.loop import Loop
 from distlora.training.monitor import Monitor
 from distlora.training.objective import objective_of
 from distlora.training.samples import RunSamples, fetch
+from distlora.training.summary import record_summary
 
 log = logging.getLogger(__name__)
 
@@ -104,6 +105,7 @@ class Run:
             summary.after = self._evaluate()
             monitor.write(self.steps, {f"eval/{key}": value for key, value in summary.after.items()})
         summary.adapter = self._export()
+        record_summary(self.comm, asdict(summary), first, self.data.order.steps_per_epoch)
         return summary
 
     def evaluate_checkpoint(self) -> dict[str, float]:
