@@ -1,4 +1,4 @@
-"""`summary.json`: what a finished run came to, in numbers that a report can put beside those of other runs."""
+"""`summary.json`: what a finished run came to, in numbers that a report compares."""
 
 import json
 import resource
@@ -19,7 +19,7 @@ FACTS = ("trained", "lora_trained", "rank", "steps", "init_seconds")
 
 
 def record_summary(comm: Comm, outcome: Mapping[str, Any], first_step: int, steps_per_epoch: int) -> None:
-    """Writes the file on rank 0. Collective; call it at the very end, so that the peak of memory is the run's.
+    """Writes the file on rank 0. Collective. At the very end, so that the peak of memory is the whole run's.
 
     outcome: the fields of the run's `Summary`. first_step: finished steps when this start began, 0 for a new
     run: seconds and memory are those of this start. A start that had no step to make leaves the file of the
@@ -36,7 +36,10 @@ def record_summary(comm: Comm, outcome: Mapping[str, Any], first_step: int, step
         "peak_memory_bytes": peak,
         "device": comm.device.type,
         "ranks": comm.world_size,
-        **{when: {key: jsonable(value) for key, value in outcome[when].items()} for when in ("before", "after")},
+        **{
+            when: {key: jsonable(value) for key, value in outcome[when].items()}
+            for when in ("before", "after")
+        },
     }
 
     def write() -> None:
