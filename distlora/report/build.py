@@ -32,12 +32,13 @@ def write_report(
     an earlier report.
     """
     require_matplotlib()
-    earlier = _earlier_report(out)
+    place = out.resolve()
+    earlier = _earlier_report(place)
     runs = find_runs(paths)
     _check_tasks(runs, tasks)
     groups = comparable_groups(runs)
     try:
-        with new_directory(out, earlier) as folder:
+        with new_directory(place, earlier) as folder:
             blocks = _page(groups, Pictures(folder, smooth), command, tasks)
             (folder / MARKDOWN).write_text(as_markdown(blocks), encoding="utf-8")
             (folder / HTML).write_text(as_html(blocks, folder), encoding="utf-8")

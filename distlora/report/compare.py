@@ -1,11 +1,13 @@
 """Which runs can be compared, and what the settings are in which they differ."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from distlora.methods import TrainsWeight
 from distlora.report.runs import RunRecord
+
+Value = TypeVar("Value", bound=Hashable)
 
 METHOD, RANK = "method.name", "method.rank"
 #: Keys of a recipe that change nothing that a report tells.
@@ -162,6 +164,6 @@ def _labels(rows: Sequence[tuple[str, ...]], names: Sequence[str]) -> list[str]:
     return labels
 
 
-def unique(values: Iterable[str]) -> list[str]:
+def unique(values: Iterable[Value]) -> list[Value]:
     """The values without repetition, in their order."""
     return list(dict.fromkeys(values))

@@ -153,7 +153,7 @@ def draw_scores(group: Group, path: Path, tasks: Collection[str]) -> bool:
 def _score_panel(axes, rows: Sequence[Row], place: int, factor: float) -> None:
     """place: of the score among the columns. Points with equally many parameters are moved a little apart."""
     sizes = [row.setting.runs[0].trained for row in rows]
-    apart = max(1.03, (max(sizes) / min(sizes)) ** 0.02)
+    apart = max(1.03, (max(sizes) / min(sizes)) ** 0.035)
     for number, (row, size) in enumerate(zip(rows, sizes)):
         found = row.found[place]
         if found is None:

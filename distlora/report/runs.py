@@ -1,5 +1,6 @@
 """What run directories hold, as a report needs it."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -52,6 +53,7 @@ class RunRecord:
     """A run as its directory tells it. Of files that are not there the content is empty.
 
     name: short, and different for every run of a report. starts: from environment.json, the oldest first.
+    known_costs: of all runs of a report, since many share theirs.
     """
 
     directory: Path
@@ -63,6 +65,7 @@ class RunRecord:
     summary: dict[str, Any] = field(default_factory=dict)
     status: Status | None = None
     evaluations: list[Score] = field(default_factory=list)
+    known_costs: dict[str, tuple[InferenceCost | None, str]] = field(default_factory=dict, repr=False)
 
     @cached_property
     def steps(self) -> int | None:
@@ -110,6 +113,13 @@ class RunRecord:
     @cached_property
     def cost(self) -> tuple[InferenceCost | None, str]:
         """What the run's model costs in a forward pass, or None and why it is unknown here."""
+        parts = self.recipe.model_dump(mode="json", include={"model", "method", "targets", "data"})
+        key = json.dumps(parts, sort_keys=True)
+        if key not in self.known_costs:
+            self.known_costs[key] = self._count()
+        return self.known_costs[key]
+
+    def _count(self) -> tuple[InferenceCost | None, str]:
         try:
             return inference_cost(self.recipe), ""
         except UserError as error:
@@ -168,7 +178,7 @@ def find_runs(paths: Sequence[Path]) -> list[RunRecord]:
         ]
     runs = [read_run(directory) for directory in found]
     for run, name in zip(runs, _names(found)):
-        run.name = name
+        run.name, run.known_costs = name, runs[0].known_costs
     return runs
 
 

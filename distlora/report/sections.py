@@ -107,7 +107,4 @@ def _speed(group: Group) -> list[Block]:
 
 def _inference(group: Group) -> list[Block]:
     table, about = inference_table(group)
-    text = f"Not counted: {about}."
-    if table is not None:
-        text = f"{about}; a MAC is two FLOPs; attention is counted over the whole square of positions."
-    return [Heading("Inference", 3), Paragraph(text), *([table] if table is not None else [])]
+    return [Heading("Inference", 3), Paragraph(f"{about}."), *([table] if table is not None else [])]
