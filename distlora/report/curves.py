@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from distlora.report.compare import Setting
+from distlora.report.runs import RunRecord
 
 TRAINING, EVALUATION = "train/loss", "eval/loss"
 #: The part of a run over which its curve is smoothed by default.
@@ -15,8 +16,8 @@ PART = 1 / 30
 
 @dataclass(frozen=True)
 class Curve:
-    """One setting. x, mean: (n,), the smoothed mean over seeds. raw: (x, y) of every seed as measured, with
-    NaN for what was not finite. marks: x of the recompositions.
+    """One setting. x, mean: (n,), the smoothed mean over seeds, of finished runs if there are any. raw: (x,
+    y) of every seed as measured, with NaN for what was not finite. marks: x of the recompositions.
     """
 
     label: str
@@ -38,22 +39,26 @@ def curves(settings: Sequence[Setting], tag: str, smooth: int | None, by_samples
 
 def _curve(setting: Setting, tag: str, smooth: int | None, by_samples: bool) -> Curve | None:
     factor = setting.runs[0].batch if by_samples else 1
-    seeds = []
-    for run in setting.runs:
-        steps, values = run.curve(tag)
-        if steps:
-            y = np.array(values, float)
-            seeds.append((np.array(steps), np.where(np.isfinite(y), y, np.nan)))
+    raw = [_points(run, tag) for run in setting.runs]
+    finished = [points for run, points in zip(setting.runs, raw) if run.steps and run.reached >= run.steps]
+    # The mean is over the same seeds at every step: where one is missing, it would jump.
+    seeds = [(x, y) for x, y in finished or raw if len(x)]
     if not seeds:
         return None
-    # The mean is over all seeds or none: where one is missing, it would jump.
     steps = sorted(set.intersection(*(set(x.tolist()) for x, _ in seeds)))
     width = smooth or max(1, round(PART * len(steps)))
     smoothed = [smooth_values(y[np.isin(x, steps)], width) for x, y in seeds]
     mean = np.mean(smoothed, axis=0) if steps else np.empty(0)
     marks = sorted({step * factor for run in setting.runs for step in run.swaps})
-    raw = tuple((x * factor, y) for x, y in seeds)
-    return Curve(setting.label, np.array(steps) * factor, mean, raw, tuple(marks))
+    scaled = tuple((x * factor, y) for x, y in raw)
+    return Curve(setting.label, np.array(steps) * factor, mean, scaled, tuple(marks))
+
+
+def _points(run: RunRecord, tag: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and values, NaN for what is not finite."""
+    steps, values = run.curve(tag)
+    y = np.array(values, float)
+    return np.array(steps, int), np.where(np.isfinite(y), y, np.nan)
 
 
 def smooth_values(values: np.ndarray, width: int) -> np.ndarray:

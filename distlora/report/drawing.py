@@ -5,7 +5,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from distlora.errors import UserError
-from distlora.report.compare import Group, Setting
+from distlora.report.compare import Group, Setting, unique
 from distlora.report.curves import EVALUATION, TRAINING, Curve, curves, limits, panels
 from distlora.report.numbers import is_share, less_is_better
 from distlora.report.scores import Row, column_names, score_columns, score_rows
@@ -17,8 +17,8 @@ STYLES = ("-", "--", "-.", (0, (1, 1)), "-", "--", "-.", (0, (1, 1)))
 MARKERS = "osD^pP*X"
 #: Curves in a panel.
 MOST = len(COLOURS)
-#: Recompositions of a curve that are drawn as triangles; of more, as dashes.
-TRIANGLES = 25
+#: Recompositions of a curve up to which their marks are large.
+FEW = 12
 DPI = 120
 
 
@@ -80,15 +80,16 @@ def draw_losses(group: Group, path: Path, smooth: int | None) -> bool:
 def _panel(axes, settings: Sequence[Setting], by_label: dict[str, Curve], points: bool) -> None:
     """points: every value is marked, since there are few."""
     marked = False
+    lines = sum(len(by_label[setting.label].raw) for setting in settings if setting.label in by_label)
     for place, setting in enumerate(settings):
         curve = by_label.get(setting.label)
         if curve is None:
             continue
         colour = COLOURS[place % MOST]
         for x, y in curve.raw:
-            axes.plot(x, y, color=colour, alpha=0.25, linewidth=0.8, zorder=1)
+            axes.plot(x, y, color=colour, alpha=0.3 if lines <= 4 else 0.16, linewidth=0.7, zorder=1)
         axes.plot(
-            curve.x, curve.mean, color=colour, linestyle=STYLES[place % MOST], linewidth=1.8, zorder=3,
+            curve.x, curve.mean, color=colour, linestyle=STYLES[place % MOST], linewidth=2.0, zorder=3,
             label=setting.label, marker=MARKERS[place % MOST] if points else None, markersize=4,
         )  # fmt: skip
         if curve.marks and not points:
@@ -106,10 +107,9 @@ def _marks(axes, curve: Curve, colour: str) -> None:
 
     x = np.array([mark for mark in curve.marks if len(curve.x) and curve.x[0] <= mark <= curve.x[-1]])
     y = np.interp(x, curve.x, curve.mean)
-    few = len(x) <= TRIANGLES
+    size = 7 if len(x) <= FEW else 4.5
     axes.plot(
-        x, y, linestyle="", marker="v" if few else "|", color=colour, markersize=7 if few else 9,
-        markeredgecolor="white" if few else colour, markeredgewidth=0.7, zorder=4,
+        x, y, "v", color=colour, markersize=size, markeredgecolor="white", markeredgewidth=0.6, zorder=4
     )  # fmt: skip
 
 
@@ -125,13 +125,15 @@ def _legend(figure, axes, count: int) -> None:
 
 
 def draw_scores(group: Group, path: Path, tasks: Collection[str]) -> bool:
-    """The scores of finished runs over their trained parameters, one panel a score. Returns whether there was
-    enough to draw: two settings with different numbers of trained parameters, and no more than can be told
-    apart.
+    """The scores of finished runs over their trained parameters, one panel a score. Where there are more
+    settings than colours, those of a method look alike. Returns whether there was enough to draw: settings
+    with different numbers of trained parameters, and no more methods than can be told apart.
     """
     columns = [column for column in score_columns(group, tasks) if not less_is_better(column.metric)]
     rows = [row for row in score_rows(group, columns) if row.whole and row.setting.runs[0].trained]
-    if not columns or len({row.setting.runs[0].trained for row in rows}) < 2 or len(rows) > MOST:
+    names = [row.setting.label if len(rows) <= MOST else row.setting.method for row in rows]
+    kinds = len(set(names))
+    if not columns or len({row.setting.runs[0].trained for row in rows}) < 2 or kinds > MOST:
         return False
     wide = min(len(columns), 3)
     high = -(-len(columns) // wide)
@@ -140,30 +142,34 @@ def draw_scores(group: Group, path: Path, tasks: Collection[str]) -> bool:
     for axes in grid[len(columns) :]:
         axes.set_visible(False)
     for place, (axes, name) in enumerate(zip(grid, column_names(columns))):
-        _score_panel(axes, rows, place, 100 if is_share(columns[place].metric) else 1)
+        _score_panel(axes, rows, names, place, 100 if is_share(columns[place].metric) else 1)
         task, _, metric = name.partition(": ")
         axes.set(title=task, xscale="log", xlabel="trained parameters")
         axes.set_ylabel("\n".join(textwrap.wrap(metric, 34)))
         axes.margins(x=0.15, y=0.15)
-    _legend(figure, grid[0], len(rows))
+    _legend(figure, grid[0], kinds)
     figure.savefig(path, dpi=DPI)
     return True
 
 
-def _score_panel(axes, rows: Sequence[Row], place: int, factor: float) -> None:
-    """place: of the score among the columns. Points with equally many parameters are moved a little apart."""
+def _score_panel(axes, rows: Sequence[Row], names: Sequence[str], place: int, factor: float) -> None:
+    """names: of the rows in the legend. place: of the score among the columns. Points with equally many
+    parameters are moved a little apart.
+    """
+    kinds = unique(names)
+    for kind, name in enumerate(kinds):  # also what has no score in this panel
+        axes.plot([], [], MARKERS[kind], color=COLOURS[kind], label=name)
     sizes = [row.setting.runs[0].trained for row in rows]
     apart = max(1.03, (max(sizes) / min(sizes)) ** 0.035)
     for number, (row, size) in enumerate(zip(rows, sizes)):
-        found = row.found[place]
+        found, kind = row.found[place], kinds.index(names[number])
         if found is None:
             continue
         beside = sizes[:number].count(size) - (sizes.count(size) - 1) / 2
         axes.errorbar(
             [size * apart**beside], [found.mean * factor],
             yerr=None if found.deviation is None else [found.deviation * factor],
-            color=COLOURS[number], marker=MARKERS[number], markersize=7, capsize=3, linestyle="",
-            label=row.setting.label,
+            color=COLOURS[kind], marker=MARKERS[kind], markersize=7, capsize=3, linestyle="",
         )  # fmt: skip
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)

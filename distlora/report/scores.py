@@ -32,9 +32,10 @@ class Row:
 
 
 def score_columns(group: Group, tasks: Collection[str] = ()) -> list[Measured]:
-    """All that was measured of the group's runs. tasks: only these; by default all."""
+    """All that was measured of the group's runs, losses last. tasks: only these; by default all."""
     measured = unique(score.measured for run in group.runs for score in run.scores)
-    return [column for column in measured if not tasks or column.task in tasks]
+    chosen = [column for column in measured if not tasks or column.task in tasks]
+    return sorted(chosen, key=lambda column: less_is_better(column.metric))
 
 
 def score_rows(group: Group, columns: Sequence[Measured]) -> list[Row]:

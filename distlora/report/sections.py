@@ -78,7 +78,7 @@ def _caption(group: Group, smooth: int | None) -> str:
     seeds = f"the mean over {' or '.join(map(str, counts))} seeds, " if counts[-1] > 1 else ""
     text = f"Strong lines: {seeds}the training loss averaged over {width}. Pale lines: every run as it was."
     if any(run.swaps for run in group.runs):
-        text += " Marks on a curve: after these steps components were recomposed."
+        text += " Triangles: after these steps components were recomposed."
     if len({run.recipe.train.eval_samples for run in group.runs}) > 1:
         text += " The evaluation losses are of different numbers of samples."
     return text

@@ -57,8 +57,16 @@ def peak_memory(comm: Comm) -> int:
     if comm.device.type == "cuda":
         own = torch.cuda.max_memory_allocated(comm.device)
     else:
-        own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
+        own = _peak_of_process()
     return max(comm.gather(own))
+
+
+def _peak_of_process() -> int:
+    """Bytes. Not `ru_maxrss` if it can be helped, which may be the launcher's, before it became this process."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
 
 
 def _last_speed(metrics: Path) -> float | None:

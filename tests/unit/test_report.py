@@ -334,6 +334,14 @@ def test_a_curve_is_the_mean_over_the_steps_that_all_seeds_have(tmp_path):
     assert curve.x.tolist() == [4, 8, 12] and curve.marks == (8, 12)
 
 
+def test_the_mean_is_over_finished_runs_if_there_are_any(tmp_path):
+    for seed, count, loss in ((1, 10, 2.0), (2, 10, 4.0), (3, 4, 9.0)):
+        metrics = [{"step": step, "train/loss": loss} for step in range(1, count + 1)]
+        make_run(tmp_path, str(seed), {"train.seed": seed}, metrics=metrics)
+    (curve,) = curves(group_of(tmp_path).settings, TRAINING, smooth=None, by_samples=False)
+    assert len(curve.raw) == 3 and curve.mean.tolist() == [3.0] * 10
+
+
 def test_many_settings_are_small_multiples(tmp_path):
     for index in range(9):
         make_run(tmp_path, f"lora-{index}", LORA | {"train.lr": 0.01 * (index + 1)})
@@ -343,6 +351,25 @@ def test_many_settings_are_small_multiples(tmp_path):
         ("lora (1 of 2)", 5), ("lora (2 of 2)", 4), ("pissa", 1)
     ]  # fmt: skip
     assert len(panels(group_of(tmp_path).settings, most=10)) == 1
+    report_of(tmp_path)
+    width, height = size_of(tmp_path / "report" / "losses.png")
+    assert height > 0.6 * width, "three panels stand below each other"
+
+
+def size_of(picture: Path) -> tuple[int, int]:
+    """Width and height in the header of a PNG."""
+    header = picture.read_bytes()[16:24]
+    return int.from_bytes(header[:4]), int.from_bytes(header[4:])
+
+
+def test_scores_are_drawn_where_methods_train_differently_many_parameters(tmp_path):
+    scores = {"boolq": {"accuracy": 0.5, "loss": 1.0}}
+    make_run(tmp_path, "a", LORA, scores=scores, summary={"trained": 100})
+    report_of(tmp_path)
+    assert not (tmp_path / "report" / "scores.png").exists()
+    make_run(tmp_path, "b", PISSA, scores=scores, summary={"trained": 200})
+    assert "scores.png" in report_of(tmp_path)
+    assert (tmp_path / "report" / "scores.png").exists()
 
 
 # ---------------------------------------------------------------------- the page
