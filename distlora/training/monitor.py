@@ -32,7 +32,7 @@ class Monitor:
         scalars = {tag: value for tag, value in scalars.items() if (step, tag) not in self._told}
         if not self._engine.comm.is_main or not scalars:
             return
-        line = {"step": step, **{tag: _jsonable(value) for tag, value in scalars.items()}}
+        line = {"step": step, **{tag: jsonable(value) for tag, value in scalars.items()}}
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         self._engine.write_events([(tag, value, step) for tag, value in scalars.items()])
@@ -80,7 +80,8 @@ def _keep_until(path: Path, step: int) -> set[tuple[int, str]]:
     return told
 
 
-def _jsonable(value: float) -> float | str:
+def jsonable(value: float) -> float | str:
+    """The value, or the text of one that JSON does not know: "nan", "inf", "-inf"."""
     return value if math.isfinite(value) else str(value)
 
 

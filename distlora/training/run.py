@@ -3,7 +3,7 @@
 import logging
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from distlora.training.monitor import Monitor
 from distlora.training.objective import objective_of
 from distlora.training.rate_search import RateSearch, find_rate, search_rate
 from distlora.training.samples import RunSamples, fetch
+from distlora.training.summary import record_summary
 
 #: In a checkpoint's extra state: the learning rate that was found for `train.lr: search`.
 FOUND_RATE = "found_rate"
@@ -117,6 +118,7 @@ class Run:
             summary.after = self._evaluate()
             monitor.write(self.steps, {f"eval/{key}": value for key, value in summary.after.items()})
         summary.adapter = self._export()
+        record_summary(self.comm, asdict(summary), first, self.data.order.steps_per_epoch)
         return summary
 
     def _plan(self) -> dict[str, Any]:

@@ -22,7 +22,7 @@ HOMES = {
     "tensorboard": {"training/monitor.py"},
     "torch.utils.tensorboard": {"training/monitor.py"},
     "bitsandbytes": {"engine/bitsandbytes_adamw.py", "adapter/packed.py"},
-    "matplotlib": {"plan/picture.py"},
+    "matplotlib": {"plan/picture.py", "report/drawing.py"},
     "PIL": {"data/"},
     "mpi4py": {"cluster/mpi.py"},
     "math_verify": {"tasks/reading/equivalence_worker.py"},

@@ -196,7 +196,7 @@ def test_every_script_is_shown():
 
 
 #: `sweep --line` is for slurm.sbatch.
-@pytest.mark.parametrize("verb", ["train", "eval", "export", "status", "plan", "doctor", "methods"])
+@pytest.mark.parametrize("verb", ["train", "eval", "export", "status", "plan", "report", "doctor", "methods"])
 def test_no_option_is_kept_from_the_reader(verb, capsys):
     with pytest.raises(SystemExit):
         main([verb, "--help"])
