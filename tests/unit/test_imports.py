@@ -45,7 +45,7 @@ FLOORS = [
     {"cluster"},
     {"api"},
     {"training"},
-    {"doctor", "plan", "report"},
+    {"doctor", "plan", "report", "sweeps"},
     {"cli"},
     {"__main__", "__init__"},
 ]
@@ -71,6 +71,7 @@ STRANGERS = {
     "data": {"adapter", "engine"},
     "api": {"models", "tasks", "data", "evaluation", "recipe", "cluster"},
     "doctor": {"training", "api"},
+    "sweeps": {"api", "models", "adapter", "data"},
 }
 
 
