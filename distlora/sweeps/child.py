@@ -20,8 +20,8 @@ GRACE = 10.0
 class Signals:
     """A context manager in which SIGNALS do not end this process, but ask the run to stop.
 
-    The run gets SIGTERM, which `distlora train` and launchers understand, whatever came. A second Ctrl-C
-    kills it.
+    SIGTERM and SIGUSR1 are passed on as they came: `distlora train` and the launch scripts understand both.
+    For the others the run gets SIGTERM, and for a second Ctrl-C SIGKILL.
     """
 
     def __init__(self) -> None:
@@ -43,12 +43,12 @@ class Signals:
         """The process that signals are passed on to from now on, and one that has come already."""
         self._child = child
         if self.asked is not None:
-            self._pass_on(signal.SIGTERM)
+            self._pass_on(self.asked)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         again = self.asked is not None and number == signal.SIGINT
         self.asked = signal.Signals(number)
-        self._pass_on(signal.SIGKILL if again else signal.SIGTERM)
+        self._pass_on(signal.SIGKILL if again else self.asked)
 
     def _pass_on(self, number: signal.Signals) -> None:
         if self._child is None or self._child.returncode is not None:
@@ -57,7 +57,7 @@ class Signals:
             if number == signal.SIGKILL:
                 os.killpg(self._child.pid, number)
             else:
-                os.kill(self._child.pid, number)
+                os.kill(self._child.pid, number if number == signal.SIGUSR1 else signal.SIGTERM)
 
 
 def run(words: Sequence[str], output: Path, signals: Signals, told: Callable[[int], None]) -> int:
@@ -85,12 +85,20 @@ def run(words: Sequence[str], output: Path, signals: Signals, told: Callable[[in
 
 def _end_group(group: int) -> None:
     """Kills what the run has left: it would hold the memory that the next one needs."""
+    if not _ends(group):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGKILL)
+        _ends(group)
+
+
+def _ends(group: int) -> bool:
+    """Whether nothing of the group runs any more, within GRACE seconds."""
     deadline = time.monotonic() + GRACE
     while group_runs(group):
         if time.monotonic() > deadline:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(group, signal.SIGKILL)
+            return False
         time.sleep(0.05)
+    return True
 
 
 def last_sentence(output: Path, since: int) -> str:

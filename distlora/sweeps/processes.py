@@ -1,4 +1,4 @@
-"""Processes of this host, as Linux' /proc shows them. One that has ended but was not waited for does not run."""
+"""Processes of this host, as Linux shows them. One that has ended but was not waited for does not run."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +16,7 @@ def is_running(pid: int, started: int | None) -> bool:
 
 
 def group_runs(group: int) -> bool:
-    """Whether a process of the group runs. A group's number is not given to a new process while it has one."""
+    """Whether a process of the group runs. Meanwhile no new process is given the group's number."""
     return any(int(fields[2]) == group for fields in _running())
 
 
@@ -27,7 +27,7 @@ def _running() -> Iterator[list[str]]:
 
 
 def _fields(folder: Path) -> list[str]:
-    """State, parent, group and so on, which follow the name, which may hold anything; [] if it does not run."""
+    """State, parent, group and so on, which follow a name that may hold anything; [] if it does not run."""
     try:
         fields = (folder / "stat").read_text(errors="replace").rpartition(")")[2].split()
     except OSError:
