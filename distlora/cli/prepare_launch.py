@@ -14,7 +14,6 @@ from pathlib import Path
 from distlora.cluster.launching import prepare
 from distlora.errors import UserError
 
-
 #: What a run leaves in its directory first, see `distlora.training.run_directory`.
 _RECIPE = "recipe.yaml"
 
