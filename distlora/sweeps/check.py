@@ -5,9 +5,8 @@ import os
 from collections.abc import Sequence
 
 from distlora.errors import UserError
-from distlora.recipe.load import dump_recipe, load_recipe
+from distlora.recipe.load import load_recipe
 from distlora.recipe.sections import Recipe
-from distlora.recipe.strict import parse_yaml
 from distlora.sweeps.file import Sweep
 from distlora.sweeps.points import Point
 from distlora.tasks import get_task
@@ -56,7 +55,7 @@ def _refuse_twins(sweep: Sweep, recipes: Sequence[Recipe]) -> None:
                 f"{sweep.path}: {first.title} and {point.title} share the output directory {directory}; "
                 "leave one of them out, or give it an output_dir of its own"
             )
-        content = json.dumps({**parse_yaml(dump_recipe(recipe), ""), "output_dir": None}, sort_keys=True)
+        content = json.dumps(recipe.model_dump(mode="json", exclude={"output_dir"}), sort_keys=True)
         first = contents.setdefault(content, point)
         if first is not point:
             raise UserError(f"{sweep.path}: {first.title} and {point.title} are the same run; leave one out")

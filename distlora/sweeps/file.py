@@ -38,13 +38,17 @@ class Evaluation(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     tasks: Annotated[Words, Field(min_length=1)] = Field(description="that every trained point is scored on")
-    limit: Annotated[int, Field(ge=1)] | None = Field(None, description="rows of each task; null: all")
+    limit: Annotated[int, Field(ge=1)] | None = Field(None, description="questions of each task; null: all")
+    batch_size: Annotated[int, Field(ge=1)] | None = Field(None, description="rows of a batch at most")
+    data: dict[str, Text] = Field({}, description="task -> its data, where that is not the task's own")
 
     @property
     def words(self) -> list[str]:
         """The options of `distlora eval`."""
-        limit = [] if self.limit is None else ["--limit", str(self.limit)]
-        return ["--tasks", ",".join(self.tasks), *limit]
+        numbers = {"--limit": self.limit, "--batch-size": self.batch_size}
+        given = [word for name, number in numbers.items() if number for word in (name, str(number))]
+        data = [word for task, path in self.data.items() for word in ("--data", f"{task}={path}")]
+        return ["--tasks", ",".join(self.tasks), *given, *data]
 
 
 def _tasks_alone(given: Any) -> Any:

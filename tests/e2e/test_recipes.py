@@ -16,7 +16,10 @@ from tests.tiny_models import ENCODERS, NAMES, tiny_encoder_dir, tiny_model_dir
 
 RECIPES = sorted((REPOSITORY / "configs" / "recipes").glob("*.yaml"))
 #: What stands in a hub name, and the tiny model of the same class.
-CLASSES = {"mistral": "mistral", "gemma": "gemma2", "llama": "llama", "smollm2": "llama", "minilm": "bert"}
+CLASSES = {
+    "mistral": "mistral", "gemma": "gemma2", "llama": "llama", "smollm2": "llama", "minilm": "bert",
+    "roberta": "roberta", "deberta": "deberta",
+}  # fmt: skip
 #: Columns of the data sets that the recipes name, and a row of each.
 ROWS = {
     "metamath": {
@@ -31,6 +34,7 @@ ROWS = {
         "output": "the correct answer is true",
         "answer": "true",
     },
+    "cola": {"sentence": "Tom has {n} apples.", "label": "acceptable"},
     "rte": {"sentence1": "Tom has {n} apples.", "sentence2": "Tom has apples.", "label": "entailment"},
 }
 

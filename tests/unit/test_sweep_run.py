@@ -40,14 +40,16 @@ def wait_until(condition):
 
 
 def test_each_point_is_trained_and_evaluated_once(desk, capsys):
-    tasks = {"tasks": ["gsm8k", "metamath"], "limit": 7}
+    tasks = {"tasks": ["gsm8k", "metamath"], "limit": 7, "data": {"gsm8k": "a b"}}
     assert sweep(desk, evaluate=tasks) == 0
     assert desk.names() == [f"{verb} train.seed={seed}" for seed in (1, 2, 3) for verb in ("train", "eval")]
     train, evaluation = desk.starts()[:2]
     assert train[2:] == [
         str(desk.folder / "recipe.yaml"), "train.seed=1", f"output_dir={desk.folder}/out/train.seed=1",
     ]  # fmt: skip
-    assert evaluation[2:] == [f"{desk.folder}/out/train.seed=1", "--tasks", "gsm8k,metamath", "--limit", "7"]
+    assert evaluation[2:] == [
+        f"{desk.folder}/out/train.seed=1", "--tasks", "gsm8k,metamath", "--limit", "7", "--data", "gsm8k=a b",
+    ]  # fmt: skip
     assert desk.table() == ALL and "3 done" in capsys.readouterr().out
     assert sweep(desk, evaluate=tasks) == 0 and len(desk.starts()) == 6, "nothing is left to do"
     assert sweep(desk, evaluate=["gsm8k"]) == 0
