@@ -109,10 +109,9 @@ def read_sweep_file(
     path = Path(path)
     content = _content(path)
     file = validate(SweepFile, content, "", lambda key: f"{path}: {key}" if key else str(path))
-    name = file.name or path.stem
-    if not re.fullmatch(r"[\w.+-]+", name, re.ASCII) or name.startswith("."):
-        raise UserError(f"{path}: name: found {show(name)}, wanted letters, digits and . _ + -")
-    output = Path(file.output or Path("runs", name))
+    if file.name and not re.fullmatch(r"[\w+-][\w.+-]*", file.name, re.ASCII):
+        raise UserError(f"{path}: name: found {show(file.name)}, wanted letters, digits and . _ + -")
+    output = Path(file.output or Path("runs", file.name or path.stem))
     shared = (*(override_of(key, value) for key, value in file.common.items()), *overrides)
     points = _points(file, path, shared, overrides, output)
     words = (
