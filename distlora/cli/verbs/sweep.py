@@ -33,7 +33,7 @@ def add(verbs) -> None:
     parser.add_argument("--point", type=int, metavar="N", help="only point N, counted from 0")
     parser.add_argument("--launcher", metavar="WORDS", help="start each run with these words, not the file's")
     parser.add_argument("--slurm", action="store_true", help="submit what is not done as a job array")
-    parser.add_argument("--sbatch", metavar="OPTIONS", help="with --slurm: options of sbatch, in one word")
+    parser.add_argument("--sbatch", metavar="OPTIONS", help="with --slurm: sbatch's own, --sbatch='-N 2 …'")
     parser.add_argument("--jobs", metavar="N", help="with --slurm: at most N points at once")
     parser.add_argument(
         "--line",
