@@ -30,7 +30,9 @@ class Signals:
         self._before: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> "Signals":
-        self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        # What is ignored stays so: under nohup the terminal's end is no request to stop.
+        heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._receive) for number in heard}
         return self
 
     def __exit__(

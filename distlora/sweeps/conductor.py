@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from distlora.cluster.status import START_AGAIN, Status, read_status
+from distlora.cluster.status import START_AGAIN, Status
 from distlora.errors import Preempted, TrainingError
 from distlora.sentences import counted
 from distlora.sweeps.child import Signals, last_sentence, run
@@ -20,6 +20,7 @@ from distlora.sweeps.states import (
     keep_table,
     read_note,
     state_of,
+    status_of,
     write_note,
 )
 
@@ -71,15 +72,16 @@ class _PointRun:
         """Trains and evaluates, as far as the point lacks it, and notes what came out."""
         self._note(failed="")
         if not is_trained(self._point):
+            self._note(evaluated=())  # that was of a run that is gone
             self._note(failed=self._train())
         if is_trained(self._point) and not is_evaluated(self._sweep, self._point) and not self._signals.asked:
             self._evaluate()
 
     def _train(self) -> str:
         """Why the training failed; "" if it is done, or is to be started again."""
-        before = read_status(self._point.run_dir)
+        before = status_of(self._point)
         code, said = self._start("train", str(self._sweep.recipe), *self._point.overrides)
-        return _failure(code, said, before, read_status(self._point.run_dir), bool(self._signals.asked))
+        return _failure(code, said, before, status_of(self._point), bool(self._signals.asked))
 
     def _evaluate(self) -> None:
         options = tuple(self._sweep.evaluation.words)

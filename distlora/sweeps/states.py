@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from distlora.cluster.status import read_status
+from distlora.cluster.status import Status, read_status
 from distlora.errors import UserError
 from distlora.files.atomic import write_text
 from distlora.sweeps.claims import Owner, owner_of, this_process
@@ -78,8 +78,16 @@ def _note_path(sweep: Sweep, point: Point) -> Path:
     return sweep.output / POINTS / f"{point.name}.json"
 
 
+def status_of(point: Point) -> Status | None:
+    """The status of the point's run; None without one, or if it is damaged: runs do not depend on it."""
+    try:
+        return read_status(point.run_dir)
+    except UserError:
+        return None
+
+
 def is_trained(point: Point) -> bool:
-    status = read_status(point.run_dir)
+    status = status_of(point)
     return status is not None and status.state == "done"
 
 
@@ -89,18 +97,14 @@ def is_evaluated(sweep: Sweep, point: Point) -> bool:
 
 
 def state_of(sweep: Sweep, point: Point) -> PointState:
-    """A point's row. Raises UserError for a damaged status."""
-    note, owner, status = (
-        read_note(sweep, point),
-        owner_of(claim_path(sweep, point)),
-        read_status(point.run_dir),
-    )
+    """A point's row."""
+    note, owner, status = read_note(sweep, point), owner_of(claim_path(sweep, point)), status_of(point)
     state, message = _state(note, owner, status, is_evaluated(sweep, point))
     step, steps = (status.step, status.steps) if status else (0, None)
     return PointState(point.name, str(point.run_dir), state, step, steps, message)
 
 
-def _state(note: Note, owner: Owner | None, status, evaluated: bool) -> tuple[State, str]:
+def _state(note: Note, owner: Owner | None, status: Status | None, evaluated: bool) -> tuple[State, str]:
     if owner is not None and not owner.is_dead():
         return "running", owner.where
     if note.failed:

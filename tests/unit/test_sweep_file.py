@@ -104,6 +104,7 @@ def test_the_recipe_is_looked_up_beside_the_sweep_and_above(desk, monkeypatch):
         ),
         ({"list": [{"train": {"seed": 4}}]}, "list.0 sets train, and the grid sets train.seed"),
         ({"grid": {"output_dir": ["a", "./a"]}}, "share the output directory"),
+        ({"common": {"output_dir": "a"}}, "output_dir is a point's own; set output"),
         ({"recipe": "none.yaml"}, "recipe: no file none.yaml here, beside the sweep or in a folder above it"),
         ({"recipe": None}, "recipe is missing"),
         ({"name": "../x"}, 'name: found "../x", wanted letters'),
@@ -127,6 +128,7 @@ def test_a_mistake_is_one_sentence_and_starts_nothing(desk, changes, sentence, c
     ("words", "sentence"),
     [
         (["train.seed=9"], "sets train.seed, and the command line sets train.seed"),
+        (["output_dir=a"], "output_dir is a point's own; set output"),
         (["recipe.yaml"], "recipe.yaml: wanted dotted.key=value;"),
         (["--point", "3"], "has no point 3, only 3, counted from 0"),
         (["--jobs", "2"], "--sbatch and --jobs are for --slurm"),

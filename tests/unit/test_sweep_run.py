@@ -58,6 +58,14 @@ def test_each_point_is_trained_and_evaluated_once(desk, capsys):
     assert desk.names()[9:] == ["train train.seed=4", "eval train.seed=4"], "a new point alone"
 
 
+def test_a_run_that_was_removed_is_trained_and_evaluated_again(desk):
+    assert sweep(desk, "--point", "0", evaluate=["gsm8k"]) == 0
+    status = desk.folder / "out" / "train.seed=1" / "status.json"
+    status.write_text("{")  # damaged, which is as good as none
+    assert sweep(desk, "--point", "0", evaluate=["gsm8k"]) == 0
+    assert desk.names()[2:] == ["train train.seed=1", "eval train.seed=1"]
+
+
 def test_one_point(desk):
     assert sweep(desk, "--point", "1") == 0
     assert desk.names() == ["train train.seed=2"]
@@ -115,6 +123,17 @@ def test_a_signal_is_passed_on_and_the_same_command_goes_on(desk, capsys, number
     desk.play()
     assert sweep(desk) == 0 and desk.table() == ALL
     assert desk.names()[2:] == ["train train.seed=2", "train train.seed=3"]
+
+
+def test_what_is_ignored_stays_so():
+    """As under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Signals() as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signals.asked is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_what_a_run_leaves_is_ended_with_it(tmp_path, monkeypatch):
