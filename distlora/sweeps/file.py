@@ -170,9 +170,7 @@ def _points(
     _refuse_overlap(file.grid, file.grid, f"{path}: grid", "the grid")
     given = [override.partition("=")[0].strip() for override in overrides]
     if "output_dir" in (*file.common, *given):
-        raise UserError(
-            f"{path}: output_dir is a point's own; set output, which holds them all"
-        )
+        raise UserError(f"{path}: output_dir is a point's own; set output, which holds them all")
     for entry in (file.grid, *file.list):
         _refuse_overlap(entry, given, str(path), "the command line")
     return [
