@@ -145,8 +145,8 @@ def test_settings_of_the_commonsense_experiment():
 
 def test_settings_of_the_language_understanding_experiment():
     recipe, settings = paper("roberta-large-glue")
-    assert settings[:2] + settings[5:] == (
-        "lora_sb", 24, "float32", "train", 128, 30, None, 16, 8, 1e-3, "linear", 0.06,
+    assert settings[:4] + settings[5:] == (
+        "lora_sb", 24, 0.0, 0.001, "float32", "train", 128, 30, None, 16, 8, 1e-3, "linear", 0.06,
     )  # fmt: skip
     assert all("attention" in target for target in recipe.targets) and recipe.train.clip is None
 
