@@ -22,7 +22,7 @@ from distlora.errors import UserError
 from distlora.sentences import first_line
 
 #: The files that a run reads. Repositories also hold the weights in other formats, each of them as large.
-WANTED_FILES = ["*.json", "*.jinja", "*.txt", "tokenizer.model", "model*.safetensors"]
+WANTED_FILES = ["*.json", "*.jinja", "*.txt", "tokenizer.model", "spm.model", "model*.safetensors"]
 
 #: Those that say what the shapes of a model and of its inputs are.
 SHAPE_FILES = ("config.json", "preprocessor_config.json")

@@ -37,6 +37,7 @@ PAD_NAMES = ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>")
 #: Config keys of models that scale their logits. Their loss would be wrong here, and nobody would notice.
 UNKNOWN_LOGIT_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier")
 
+_NO_TOKENIZER = "no usable tokenizer files; tokenizer.json is missing"
 _MISFIT = "the sizes of the weights are not those of config.json; fetch it again"
 
 
@@ -263,6 +264,9 @@ def load_tokenizer(section: ModelChoice) -> PreTrainedTokenizerBase:
             .vocab_size
         )
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        # Without its files, transformers makes a tokenizer for which every text is unknown.
+        raise UserError(f"model.path={section.path}: {_NO_TOKENIZER}")
     tokenizer.padding_side = "right"
     _ensure_pad_token(tokenizer, vocab_size)
     return tokenizer
@@ -305,7 +309,7 @@ def explained(path: str) -> Iterator[None]:
     except (OSError, ValueError, KeyError) as error:
         what = first_line(error)
         if "backend tokenizer" in what:
-            what = "no usable tokenizer files; tokenizer.json is missing"
+            what = _NO_TOKENIZER
         elif "custom code" in what:
             what = "the model needs code of its own, which is never executed here"
         raise UserError(f"model.path={path}: {what}") from error

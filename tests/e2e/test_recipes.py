@@ -21,6 +21,7 @@ RECIPES = sorted((REPOSITORY / "configs" / "recipes").glob("*.yaml"))
 CLASSES = {
     "mistral": "mistral", "gemma": "gemma2", "llama": "llama", "smollm2": "llama", "minilm": "bert",
     "vit": "vit",
+    "roberta": "roberta", "deberta": "deberta",
 }  # fmt: skip
 #: Columns of the data sets that the recipes name, and a row of each.
 ROWS = {
@@ -36,6 +37,7 @@ ROWS = {
         "output": "the correct answer is true",
         "answer": "true",
     },
+    "cola": {"sentence": "Tom has {n} apples.", "label": "acceptable"},
     "rte": {"sentence1": "Tom has {n} apples.", "sentence2": "Tom has apples.", "label": "entailment"},
 }
 

@@ -47,7 +47,7 @@ FLOORS = [
     {"cluster"},
     {"api"},
     {"training"},
-    {"doctor", "plan", "report"},
+    {"doctor", "plan", "report", "sweeps"},
     {"cli"},
     {"__main__", "__init__"},
 ]
@@ -73,6 +73,7 @@ STRANGERS = {
     "data": {"adapter", "engine"},
     "api": {"models", "tasks", "data", "evaluation", "recipe", "cluster"},
     "doctor": {"training", "api"},
+    "sweeps": {"api", "models", "adapter", "data"},
 }
 
 
