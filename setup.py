@@ -21,6 +21,7 @@ setup(
         "safetensors>=0.8,<1",
         "datasets>=5.2,<6",
         "numpy>=2.4,<3",
+        "math-verify>=0.9,<1",  # whether two answers are the same mathematics
         "pydantic>=2.14,<3",
         "PyYAML>=6.0,<7",
         "huggingface_hub>=2.0,<3",

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from distlora.tasks import answers
+from distlora.tasks import answers, judging
 
 #: What a column can be used for. A row may lack `input` and `answer`.
 ROLES = ("prompt", "response", "input", "answer")
@@ -70,9 +70,10 @@ class ResponseTask(Task):
     copies of the data set have. template: the prompt, a format string of roles and columns.
     template_with_input: the same for rows with an input. paper: the prompts of the LoRA-SB paper.
     extract: finds the final answer in a text, None if there is none. Without a column for `answer`, the
-    expected answer is the one that `extract` finds in the response. numeric: whether every expected answer
-    holds a number. options: from the text of the role `prompt` to the possible answers, each with its
-    response; none where the answer is free. stops: a generated answer ends before the first of these texts.
+    expected answer is the one that `extract` finds in the response. judge: whether an output gives an
+    expected answer, see `distlora.tasks.judging`. numeric: whether every expected answer holds a number.
+    options: from the text of the role `prompt` to the possible answers, each with its response; none where
+    the answer is free. stops: a generated answer ends before the first of these texts.
     """
 
     columns: dict[str, str] = field(default_factory=dict)
@@ -81,6 +82,7 @@ class ResponseTask(Task):
     template_with_input: str | None = None
     paper: PaperPrompts | None = None
     extract: Callable[[str], str | None] = answers.exact_text
+    judge: judging.Judge = judging.by_text
     numeric: bool = False
     options: Callable[[str], dict[str, str]] = lambda prompt: {}
     stops: tuple[str, ...] = ()

@@ -6,7 +6,7 @@ which the hub's own rows give the same texts.
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from distlora.tasks import alpaca
+from distlora.tasks import alpaca, judging
 from distlora.tasks.base import Layout, ResponseTask, Row
 from distlora.tasks.instruct import INSTRUCT
 
@@ -93,10 +93,13 @@ def _multiple_choice(column: str) -> Callable[[Row], Row]:
     return read
 
 
-def _test(path: str, folder: str, layout: Layout, eval_split: str = "validation") -> ResponseTask:
-    """One of the eight. LLM-Adapters calls the split `test` on which all are scored, whatever it is."""
+def _test(kind: str, path: str, folder: str, layout: Layout, eval_split: str = "validation") -> ResponseTask:
+    """One of the eight. kind: of its options, see `distlora.tasks.judging.by_option`. LLM-Adapters calls the
+    split `test` on which it is scored, whatever that is.
+    """
     return replace(
         COMMONSENSE,
+        judge=judging.by_option(kind),
         path=path,
         folder=folder,
         layouts=(layout,),
@@ -108,36 +111,46 @@ def _test(path: str, folder: str, layout: Layout, eval_split: str = "validation"
 COMMONSENSE = replace(INSTRUCT, options=options, paper=alpaca.PAPER_COMMONSENSE)
 
 EIGHT = {
-    "boolq": _test("google/boolq", "boolq", Layout(("question", "passage", "answer"), "answer", _boolq)),
-    "piqa": _test("ybisk/piqa", "piqa", Layout(("goal", "sol1", "sol2", "label"), "label", _piqa)),
+    "boolq": _test(
+        "truth", "google/boolq", "boolq", Layout(("question", "passage", "answer"), "answer", _boolq)
+    ),
+    "piqa": _test(
+        "solution", "ybisk/piqa", "piqa", Layout(("goal", "sol1", "sol2", "label"), "label", _piqa)
+    ),
     "siqa": _test(
+        "answer",
         "allenai/social_i_qa",
         "social_i_qa",
         Layout(("context", "question", "answerA", "answerB", "answerC", "label"), "label", _siqa),
     ),
     "hellaswag": _test(
+        "ending",
         "Rowan/hellaswag",
         "hellaswag",
         Layout(("activity_label", "ctx", "endings", "label"), "label", _hellaswag),
     ),
     "winogrande": _test(
+        "option",
         "allenai/winogrande:winogrande_xl",
         "winogrande",
         Layout(("sentence", "option1", "option2", "answer"), "answer", _winogrande),
     ),
     "arc_easy": _test(
+        "answer",
         "allenai/ai2_arc:ARC-Easy",
         "ARC-Easy",
         Layout(("question", "choices", "answerKey"), "answerKey", _multiple_choice("question")),
         eval_split="test",
     ),
     "arc_challenge": _test(
+        "answer",
         "allenai/ai2_arc:ARC-Challenge",
         "ARC-Challenge",
         Layout(("question", "choices", "answerKey"), "answerKey", _multiple_choice("question")),
         eval_split="test",
     ),
     "openbookqa": _test(
+        "answer",
         "allenai/openbookqa:main",
         "openbookqa",
         Layout(("question_stem", "choices", "answerKey"), "answerKey", _multiple_choice("question_stem")),

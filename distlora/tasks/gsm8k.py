@@ -1,6 +1,6 @@
 """GSM8K: word problems of grade-school mathematics."""
 
-from distlora.tasks import alpaca, answers
+from distlora.tasks import alpaca, answers, judging
 from distlora.tasks.base import Layout, ResponseTask, Row
 
 
@@ -15,6 +15,7 @@ TASKS = {
         template=alpaca.PROMPT,
         paper=alpaca.PAPER_MATHS_BY_STEPS,
         extract=answers.after_hashes,
+        judge=judging.by_number,
         numeric=True,
         stops=alpaca.STOPS,
         path="openai/gsm8k:main",

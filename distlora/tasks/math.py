@@ -1,6 +1,6 @@
 r"""MATH (arXiv 2103.03874): problems of competitions, whose solutions hold the answer in `\boxed{}`."""
 
-from distlora.tasks import alpaca
+from distlora.tasks import alpaca, judging
 from distlora.tasks.base import Layout, ResponseTask, Row
 
 _BOXES = ("\\boxed", "\\fbox")
@@ -36,6 +36,7 @@ TASKS = {
         template=alpaca.PROMPT,
         paper=alpaca.PAPER_MATHS_BY_STEPS,
         extract=last_boxed,
+        judge=judging.by_mathematics,
         stops=alpaca.STOPS,
         path="HuggingFaceH4/MATH-500",
         folder="math",

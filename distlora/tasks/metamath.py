@@ -1,6 +1,6 @@
 """MetaMathQA: mathematical questions, answered step by step."""
 
-from distlora.tasks import alpaca, answers
+from distlora.tasks import alpaca, answers, judging
 from distlora.tasks.base import ResponseTask
 
 TASKS = {
@@ -9,6 +9,7 @@ TASKS = {
         template=alpaca.PROMPT,
         paper=alpaca.PAPER_MATHS,
         extract=answers.after_the_answer_is,
+        judge=judging.by_mathematics,
         stops=alpaca.STOPS,
         path="meta-math/MetaMathQA",
         eval_split="train",  # it has no other

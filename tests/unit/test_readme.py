@@ -20,6 +20,7 @@ from distlora.cli.parser import parse
 from distlora.methods import Method, registry
 from distlora.recipe.load import load_recipe, run_identity
 from distlora.recipe.sections import Recipe
+from distlora.tasks import get_task
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -111,7 +112,9 @@ def test_the_program_takes_all_arguments(command):
     overrides = getattr(options, "overrides", [])
     if getattr(options, "recipe", None):
         load_recipe(options.recipe, overrides)
-    if options.verb == "eval":
+    if options.verb == "eval" and options.predictions:
+        assert get_task(options.task) and options.out
+    elif options.verb == "eval":
         evaluated = load_recipe(recipes_of_the_page()[str(options.run_dir)], overrides)
         assert evaluated.data.eval_split, "a run without one has nothing to be evaluated on"
         promised = "exact match" in command.partition("#")[2]
@@ -124,7 +127,7 @@ def test_the_program_takes_all_arguments(command):
 
 
 @pytest.mark.parametrize(
-    "command", [line for line in PROGRAM if re.match(r"distlora (eval|export|status) ", line)]
+    "command", [line for line in PROGRAM if re.match(r"distlora (eval(?! --task)|export|status) ", line)]
 )
 def test_a_run_directory_is_that_of_a_recipe_on_the_page(command):
     options = read_by_the_program(command)

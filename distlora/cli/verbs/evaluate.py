@@ -3,18 +3,29 @@
 import argparse
 from pathlib import Path
 
+from distlora.cli import judge_predictions
 from distlora.cli.shared import read_recipe, this_topology
 from distlora.errors import UserError, before_ranks_meet
 
 
 def add(verbs) -> None:
     parser = verbs.add_parser("eval", help="evaluate a run's newest checkpoint on its evaluation split")
-    parser.add_argument("run_dir", type=Path, help="the run's output directory")
+    parser.add_argument("run_dir", type=Path, nargs="?", help="the run's output directory")
     parser.add_argument("overrides", nargs="*", metavar="dotted.key=value")
+    judge_predictions.add_options(parser)
 
 
 def run(options: argparse.Namespace) -> None:
-    """Evaluates a run's newest checkpoint, and prints one line a score."""
+    """Evaluates a run's newest checkpoint, or judges a file of answers, and prints one line a score."""
+    if options.predictions is not None:
+        for line in judge_predictions.scores(options):
+            print(line)
+        return
+    for name in ("task", "out"):
+        if getattr(options, name) is not None:
+            raise UserError(f"--{name} goes with --predictions, which judges a file of answers")
+    if options.run_dir is None:
+        raise UserError("eval needs a run's output directory, or --predictions with a file of answers")
     topology = this_topology()
     from distlora.training.run_directory import RECIPE
 
