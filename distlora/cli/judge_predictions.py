@@ -7,16 +7,13 @@ from distlora.errors import UserError
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of this mode."""
+    """The options of this mode, beside `--out`."""
     parser.add_argument("--task", help="with --predictions: the task whose rule judges the answers")
     parser.add_argument(
         "--predictions",
         type=Path,
         metavar="FILE",
         help='judge answers that were generated elsewhere: JSONL with "output" and "answer"',
-    )
-    parser.add_argument(
-        "--out", type=Path, metavar="FILE", help='with --predictions: the same lines with "right" added'
     )
 
 

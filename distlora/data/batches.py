@@ -88,30 +88,8 @@ def collate(samples: Sequence[Sample], pad_id: int, device: torch.device | str =
     }
 
 
-def collate_prompts(
-    samples: Sequence[Sample], pad_id: int, device: torch.device | str = "cpu"
-) -> dict[str, Tensor]:
-    """Left-padded `input_ids` and `attention_mask`, int64 (batch, longest prompt), for generation.
-
-    No samples give a 1 × 2 batch, as from `collate`.
-    """
-    if not samples:
-        batch = collate(samples, pad_id, device)
-        return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-    prompts = [sample.prompt_ids for sample in samples]
-    return {
-        "input_ids": pad_rows(prompts, pad_id, device, left=True),
-        "attention_mask": pad_rows([[1] * len(row) for row in prompts], 0, device, left=True),
-    }
-
-
-def pad_rows(rows: list[list[int]], value: int, device: torch.device | str, left: bool = False) -> Tensor:
-    """Rows of different lengths as one int64 tensor (len(rows), longest).
-
-    Shorter rows are filled with `value` on the right, or on the left.
-    """
+def pad_rows(rows: list[list[int]], value: int, device: torch.device | str) -> Tensor:
+    """Rows of different lengths as one int64 tensor (len(rows), longest), with `value` on the right."""
     longest = max(map(len, rows))
-    fill = [[value] * (longest - len(row)) for row in rows]
-    return torch.tensor(
-        [f + r if left else r + f for r, f in zip(rows, fill)], dtype=torch.int64, device=device
-    )
+    padded = [row + [value] * (longest - len(row)) for row in rows]
+    return torch.tensor(padded, dtype=torch.int64, device=device)

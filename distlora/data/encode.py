@@ -38,12 +38,12 @@ class Sample:
 class Encoded:
     """The samples of a split, in its order.
 
-    truncated: how many of them were cut to the maximal length. dropped: how many more were left out, and
-    why_dropped. unanswered: how many of these have no answer in the data.
+    truncated: how many of them were cut to the maximal length; None where nothing is cut. dropped: how
+    many more were left out, and why_dropped. unanswered: how many of these have no answer in the data.
     """
 
     samples: list
-    truncated: int
+    truncated: int | None
     dropped: int
     why_dropped: str = "no response was left"
     unanswered: int = 0

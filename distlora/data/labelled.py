@@ -53,6 +53,10 @@ class LabelledSample:
     segments: list[int] | None
     label: int | float
 
+    def identity(self) -> list:
+        """What tells it from others, for JSON."""
+        return [self.input_ids, self.label]
+
 
 def label_names(section: DataSection) -> tuple[str, ...]:
     """The names of the labels that a section's task tells apart, in the order of their numbers; of a
@@ -84,16 +88,21 @@ def label_names(section: DataSection) -> tuple[str, ...]:
 class LabelledRows:
     """The rows of a split in order.
 
-    To make one checks the section against the columns.
+    To make one checks the section against the columns. roles: what a column can be used for. names_of: finds
+    the names of the labels.
     """
 
+    roles = ROLES
+    names_of = staticmethod(label_names)
+
     def __init__(self, section: DataSection, split: str):
-        self.labels = label_names(section)
+        self.labels = self.names_of(section)
         if section.template is not None:
             raise UserError(
-                f"data.template: the task {section.task} shows texts as they are, remove the template"
+                f"data.template: the task {section.task} shows {self.roles[0]}s as they are, "
+                "remove the template"
             )
-        self.rows = examples.load_rows(section, split)
+        self.rows = self.read(section, split)
         self.origin = examples.origin(section, split)
         self._task = get_task(section.task)
         self._columns = self._assign_columns(self._task, section.task, section.fields or {})
@@ -101,6 +110,9 @@ class LabelledRows:
         self._numbers |= {
             str(number): number for number in range(len(self.labels)) if str(number) not in self._numbers
         }
+
+    def read(self, section: DataSection, split: str) -> Sequence[Row]:
+        return examples.load_rows(section, split)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -115,8 +127,8 @@ class LabelledRows:
     def _assign_columns(self, task: TextTask, name: str, fields: dict[str, str]) -> dict[str, str]:
         """The column of each role: the recipe's, else the first of the task's names that the data set has."""
         for role, column in fields.items():
-            if role not in ROLES:
-                hint = nearest(role, ROLES) or f", choose from {', '.join(ROLES)}"
+            if role not in self.roles:
+                hint = nearest(role, self.roles) or f", choose from {', '.join(self.roles)}"
                 raise UserError(f"data.fields: unknown name {role!r}{hint}")
             examples.require_column(self.rows, column, f"data.fields: {role}", self.origin)
         available, columns = examples.columns_of(self.rows), dict(fields)
@@ -124,7 +136,7 @@ class LabelledRows:
             if role not in fields:
                 columns[role] = next((column for column in names if column in available), names[0])
                 examples.require_column(self.rows, columns[role], f"{role} of the task {name}", self.origin)
-        for role in ("text", "label"):
+        for role in (self.roles[0], "label"):
             if role not in columns:
                 raise UserError(
                     f"data.fields: no column for {role}, set it, as in {{text: sentence, label: label}}"

@@ -1,61 +1,93 @@
-"""Scores on held-out samples: of greedily generated answers, and of a classifier's labels."""
+"""Scores on held-out samples: of answers, and of a classifier's labels."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
-from distlora.data import LabelledSample, Sample, collate_labelled, collate_prompts, shard
+from distlora.data import Questions, shard
 from distlora.engine.protocol import Engine
+from distlora.evaluation.answering import Generation, Record, Way
+from distlora.evaluation.folding import folded
+from distlora.evaluation.spreading import batch_limit, rounds
 from distlora.models.cross_entropy import label_cross_entropy
-from distlora.models.generation import generate
+from distlora.models.generation import Agree
 from distlora.models.losses import label_logits, squared_error
-from distlora.tasks import is_correct
+from distlora.models.targets import Batch
 from distlora.tasks.metrics import METRICS
 
-#: Prompts that are answered at once.
-GENERATION_BATCH = 32
 
+@contextmanager
+def ready_to_answer(engine: Engine, fold: bool = False) -> Iterator[Agree | None]:
+    """Around `answer_questions`: the model gathered once if it fits, and yields what it needs as `agree`.
 
-@torch.no_grad()
-def exact_match(
-    engine: Engine, tokenizer, task: str, samples: Sequence[Sample], max_new_tokens: int
-) -> float:
-    """The share (0 … 1) of the samples whose generated answer is correct by the task's rule.
-
-    Collective: each rank answers its share of the samples. If the model fits, it is gathered once and runs
-    without ZeRO's hooks; otherwise the ranks gather it layer by layer, in step. Raises Preempted between two
-    batches.
+    Without that the ranks gather it layer by layer, in step. fold: adapters into the weights; only what is
+    gathered can be folded, and a model that does not fit stays as it is. Collective.
     """
-    comm = engine.comm
-    correct = 0.0
     engine.train_mode(False)
-    with engine.whole_model() as gathered:
-        size = min(GENERATION_BATCH, -(-len(samples) // comm.world_size))
-        for indices in shard(len(samples), comm.rank, comm.world_size, size):
-            part = [samples[i] for i in indices]
-            batch = collate_prompts(part, tokenizer.pad_token_id, comm.device)
-            answers = generate(
-                engine.module,
-                batch,
-                max_new_tokens,
-                tokenizer.eos_token_id,
-                tokenizer.pad_token_id,
-                partitioned=not gathered,
-            )
-            texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
-            right = sum(is_correct(task, text, sample.answer) for text, sample in zip(texts, part))
-            correct += comm.sum_or_stop(right)[0]
-    engine.train_mode(True)
-    return correct / len(samples)
+    try:
+        with engine.whole_model() as gathered:
+            if not gathered:
+                yield lambda goes_on: engine.comm.sum(float(goes_on))[0] > 0
+            elif fold:
+                with folded(engine):
+                    yield None
+            else:
+                yield None
+    finally:
+        engine.train_mode(True)
+
+
+def answer_questions(
+    way: Way,
+    todo: Iterable[int],
+    agree: Agree | None,
+    take: Callable[[list[Record]], None],
+    batch_size: int | None = None,
+) -> None:
+    """Answers the questions of these numbers, in batches of at most `batch_size` rows. Collective.
+
+    take: is given the records of all ranks after each round; on every rank. agree: of `ready_to_answer`.
+    Raises Preempted between two rounds.
+    """
+    comm, items = way.engine.comm, way.questions.items
+    lengths = {index: way.length(items[index]) for index in todo}
+    for shares in rounds(lengths, comm.world_size, batch_limit(comm, way.engine.module, batch_size)):
+        records = way.answer(shares[comm.rank], agree)
+        take([record for own in comm.gather(records) for record in own])
+        comm.sum_or_stop()
+
+
+def exact_match(
+    engine: Engine,
+    tokenizer,
+    task: str,
+    questions: Questions,
+    max_new_tokens: int,
+    batch_size: int | None = None,
+) -> float:
+    """The share (0 … 1) of the questions whose generated answer is correct by the task's rule.
+
+    Collective: each rank answers its share of the questions. Raises Preempted between two batches.
+    """
+    way, found = Generation(engine, tokenizer, task, questions, max_new_tokens), []
+    with ready_to_answer(engine) as agree:
+        answer_questions(way, range(len(questions.items)), agree, found.extend, batch_size)
+    return way.scores(found)["exact_match"]
 
 
 @torch.no_grad()
 def label_scores(
-    engine: Engine, samples: Sequence[LabelledSample], pad_id: int, batch_size: int, metrics: Iterable[str]
+    engine: Engine,
+    samples: Sequence,
+    batch_of: Callable[[list], Batch],
+    batch_size: int,
+    metrics: Iterable[str],
 ) -> dict[str, float]:
     """The mean loss over the samples, as "loss", and the `distlora.tasks.metrics` of these names. The loss is
     the cross-entropy; of samples with scores it is the squared error.
 
+    samples: with a `label` each. batch_of: makes a batch of some of them, or of none.
     Collective: each rank predicts the labels of its share of the samples, once. Raises Preempted between two
     batches.
     """
@@ -67,7 +99,7 @@ def label_scores(
     predicted = torch.zeros(len(samples), dtype=expected.dtype, device=comm.device)
     engine.train_mode(False)
     for indices in shard(len(samples), comm.rank, comm.world_size, batch_size):
-        batch = collate_labelled([samples[i] for i in indices], pad_id, comm.device)
+        batch = batch_of([samples[i] for i in indices])
         logits = engine.run(label_logits, batch)
         loss += comm.sum_or_stop(float(error(logits, batch["labels"])))[0]
         found = logits.squeeze(-1).to(expected.dtype) if is_score else logits.argmax(-1)

@@ -1,60 +1,121 @@
-"""Greedy generation."""
+"""Greedy generation, in batches that shrink: a row that is done costs nothing any more."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import inspect
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
+
+#: Whether any rank goes on, from whether this one does; a collective.
+Agree = Callable[[bool], bool]
+
+
+def end_tokens(model: PreTrainedModel, tokenizer) -> set[int]:
+    """All tokens that end an answer: the tokenizer's, and those of the model's generation config.
+
+    Instruction-tuned models often end a turn with another token than the tokenizer's `eos_token`.
+    """
+    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    own = [own] if isinstance(own, int) else list(own or ())
+    return {token for token in (tokenizer.eos_token_id, *own) if token is not None}
 
 
 @torch.no_grad()
 def generate(
     model: PreTrainedModel,
-    batch: dict[str, Tensor],
+    prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
-    eos_id: int | Iterable[int],
+    ends: set[int],
     pad_id: int,
-    partitioned: bool = False,
+    stopped: Callable[[list[int]], bool] | None = None,
+    agree: Agree | None = None,
 ) -> list[list[int]]:
     """Greedy answers: one list of token ids for each prompt, without the end token.
 
-    batch: left-padded `input_ids` and `attention_mask`, int64 (batch, length). eos_id: the token, or the
-    tokens, that end an answer. partitioned: True if every token takes a collective (ZeRO-3 with its hooks
-    on); each rank then goes on until all ranks are done.
+    prompts: token ids; none of them is empty. ends: the tokens that end an answer. stopped: whether the
+    tokens of an answer so far hold a text that ends it; they are kept. agree: given where every token takes a
+    collective (ZeRO-3 with its hooks on). Each rank then goes on until all are done, also one without
+    prompts. The model is used as it is: nothing of its generation config but the ends that are given here
+    (no temperature, no penalty for repetitions).
     """
-    ends = {eos_id} if isinstance(eos_id, int) else set(eos_id)
-    greedy = GenerationConfig(
-        do_sample=False,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=sorted(ends),
-        pad_token_id=pad_id,
-        use_cache=True,
-    )
-    with _plain_generation(model, greedy):
-        tokens = model.generate(
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
-            generation_config=greedy,
-            synced_gpus=partitioned,
-        )
-    return [_until(answer, ends) for answer in tokens[:, batch["input_ids"].shape[1] :].tolist()]
-
-
-@contextmanager
-def _plain_generation(model: PreTrainedModel, greedy: GenerationConfig) -> Iterator[None]:
-    """Evaluation mode, and none of the model's own defaults (a repetition penalty, a temperature)."""
-    training, own = model.training, model.generation_config
+    training = model.training
     model.eval()
-    model.generation_config = greedy
     try:
-        yield
+        return _Greedy(model, prompts, max_new_tokens, ends, pad_id, stopped).run(agree)
     finally:
-        model.generation_config = own
         model.train(training)
 
 
-def _until(tokens: list[int], ends: set[int]) -> list[int]:
-    """The tokens before the first one of `ends`."""
-    end = next((position for position, token in enumerate(tokens) if token in ends), len(tokens))
-    return tokens[:end]
+class _Greedy:
+    """The rows that are not done yet, with their cache of keys and values."""
+
+    def __init__(self, model, prompts, max_new_tokens, ends, pad_id, stopped):
+        self.model, self.pad_id, self.ends = model, pad_id, ends
+        self.limit, self.stopped = max_new_tokens, stopped or (lambda tokens: False)
+        self.answers: list[list[int]] = [[] for _ in prompts]
+        self.rows = list(range(len(prompts)))
+        self.device = model.get_input_embeddings().weight.device
+        self.takes = set(inspect.signature(model.forward).parameters)
+        if prompts:
+            self._begin(prompts)
+
+    def _begin(self, prompts: Sequence[Sequence[int]]) -> None:
+        longest = max(map(len, prompts))
+        padding = [longest - len(prompt) for prompt in prompts]
+        tokens = [[self.pad_id] * count + list(prompt) for count, prompt in zip(padding, prompts)]
+        mask = [[0] * count + [1] * len(prompt) for count, prompt in zip(padding, prompts)]
+        self.tokens = torch.tensor(tokens, device=self.device)
+        self.mask = torch.tensor(mask, device=self.device)
+        self.positions = (self.mask.cumsum(-1) - 1).clamp(min=0)
+        self.padded = any(padding)
+        self.cache = DynamicCache(config=self.model.config)
+
+    def run(self, agree: Agree | None) -> list[list[int]]:
+        while True:
+            goes_on = bool(self.rows)
+            if not (goes_on if agree is None else agree(goes_on)):
+                return self.answers
+            if goes_on:
+                self._advance(self._next_tokens())
+            else:  # the other ranks need this one's part of the weights
+                self.model(input_ids=torch.full((1, 1), self.pad_id, device=self.device), use_cache=False)
+
+    def _next_tokens(self) -> Tensor:
+        """(rows,) int64."""
+        inputs = {"attention_mask": self.mask, "position_ids": self.positions, "logits_to_keep": 1}
+        taken = {name: value for name, value in inputs.items() if name in self.takes}
+        outputs = self.model(input_ids=self.tokens, past_key_values=self.cache, use_cache=True, **taken)
+        return outputs.logits[:, -1].argmax(-1)
+
+    def _advance(self, following: Tensor) -> None:
+        left = [
+            place
+            for place, (row, token) in enumerate(zip(self.rows, following.tolist()))
+            if self._continues(self.answers[row], token)
+        ]
+        if len(left) < len(self.rows):
+            self.rows = [self.rows[place] for place in left]
+            if not left:
+                return
+            kept = torch.tensor(left, device=self.device)
+            following, self.mask, self.positions = following[kept], self.mask[kept], self.positions[kept]
+            self.cache.batch_select_indices(kept)
+        self.tokens, self.positions = following[:, None], self.positions[:, -1:] + 1
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.rows), 1)], 1)
+
+    def _continues(self, answer: list[int], token: int) -> bool:
+        """Notes a row's new token, and says whether there will be more."""
+        if token in self.ends:
+            return False
+        answer.append(token)
+        return len(answer) < self.limit and not self.stopped(answer)
+
+
+def cache_bytes(model: PreTrainedModel) -> int:
+    """Bytes of the keys and values of one token of one row."""
+    config = model.config.get_text_config(decoder=True)
+    heads = getattr(config, "num_attention_heads", 1)
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    kept = getattr(config, "num_key_value_heads", None) or heads
+    return 2 * config.num_hidden_layers * kept * width * model.dtype.itemsize

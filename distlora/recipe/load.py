@@ -33,16 +33,20 @@ def load_recipe(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Recip
     the others: see `Recipe.notes`. A file that does not say its format has the newest one.
     Raises UserError for everything that is wrong with the file, its values or an override.
     """
-    return _load(path, overrides, default_format=FORMAT)
+    return _load(_Document(Path(path)), overrides, default_format=FORMAT)
+
+
+def recipe_of(content: dict, name: str, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in a mapping, with overrides as for `load_recipe`. name: what messages call it."""
+    return _load(_Document(Path(name), copy.deepcopy(content)), overrides, default_format=FORMAT)
 
 
 def load_run_recipe(path: str | os.PathLike) -> Recipe:
     """The recipe that a run has written into its directory. One that does not say its format has format 1."""
-    return _load(path, (), default_format=1)
+    return _load(_Document(Path(path)), (), default_format=1)
 
 
-def _load(path: str | os.PathLike, overrides: Sequence[str], default_format: int) -> Recipe:
-    document = _Document(Path(path))
+def _load(document: "_Document", overrides: Sequence[str], default_format: int) -> Recipe:
     for override in overrides:
         document.apply(override)
     document.fit_method()
@@ -63,15 +67,10 @@ class _Document:
     format: the one that the file says, None if it says none.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, content: dict | None = None):
+        """content: in the place of that of the file."""
         self.path, self.name = path, str(path)
-        try:
-            text = path.read_text(encoding="utf-8")
-        except FileNotFoundError:
-            raise UserError(f"{self.name}: no such recipe; give the path of a YAML file") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{self.name} cannot be read as a recipe: {error}") from None
-        self.content = parse_yaml(text, self.name)
+        self.content = self._read() if content is None else content
         if not isinstance(self.content, dict):
             raise UserError(
                 f"{self.name} is no recipe: wanted a mapping with the keys {', '.join(Recipe.model_fields)}"
@@ -82,6 +81,15 @@ class _Document:
         self.given: list[str] = []  # dotted keys that an override set or made
         self.notes: list[str] = []
         self.deepspeed_source = INLINE
+
+    def _read(self):
+        try:
+            text = self.path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise UserError(f"{self.name}: no such recipe; give the path of a YAML file") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{self.name} cannot be read as a recipe: {error}") from None
+        return parse_yaml(text, self.name)
 
     def _take_format(self) -> int | None:
         """Removes the format from the content, so that no override reaches it."""
@@ -194,6 +202,8 @@ def run_identity(recipe: Recipe) -> dict:
             "exact_match_samples", "hang_timeout",
         ),
     }  # fmt: skip
+    if not recipe.train.searches_lr:
+        ignored["train"] += ("lr_search",)
     for section, keys in ignored.items():
         for key in keys:
             del content[section][key]

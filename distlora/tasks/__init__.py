@@ -11,12 +11,14 @@ Other folders use the names below.
 """
 
 from distlora.tasks.base import ROLES, LabelTask, Layout, ResponseTask, ScoreTask, Task, TextTask
+from distlora.tasks.images import ImageTask
 from distlora.tasks.registry import SUITES, TASKS, get_task, is_correct, scored_tasks
 
 __all__ = [
     "ROLES",
     "SUITES",
     "TASKS",
+    "ImageTask",
     "LabelTask",
     "Layout",
     "ResponseTask",

@@ -3,8 +3,6 @@
 import re
 from decimal import Decimal
 
-from distlora.tasks.reading.final_answer import final_answer
-
 _NUMBER = r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|-?\.\d+"
 #: An answer that is a number, perhaps with a currency, a percent sign or a unit in words: `$1,000.00` and
 #: `1 kid`, but not `5/6` or `5x`.
@@ -23,12 +21,6 @@ def after_the_answer_is(text: str) -> str | None:
     """MetaMathQA: the line after the last `The answer is:`, where the colon may be missing."""
     parts = re.split(r"the answer is\s*:?", text, flags=re.IGNORECASE)
     return _line(parts[-1]) if len(parts) > 1 else None
-
-
-def marked(text: str) -> str | None:
-    """MATH: the content of the last box, or what stands behind another mark that comes later."""
-    found = final_answer(text)
-    return found.text if found else None
 
 
 def choice_or_text(text: str) -> str | None:

@@ -1,4 +1,6 @@
-"""The kinds of tasks: prompts with responses, texts with labels, and texts with scores."""
+"""The kinds of tasks: prompts with responses, texts with labels, and texts with scores. That of images is in
+`images`.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field

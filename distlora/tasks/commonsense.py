@@ -93,16 +93,16 @@ def _multiple_choice(column: str) -> Callable[[Row], Row]:
     return read
 
 
-def _test(kind: str, path: str, folder: str, layout: Layout, eval_split: str = "validation") -> ResponseTask:
-    """One of the eight. kind: of its options, see `distlora.tasks.judging.by_option`. LLM-Adapters calls the
-    split `test` on which it is scored, whatever that is.
+def _test(path: str, folder: str, layout: Layout, kind: str, eval_split: str = "validation") -> ResponseTask:
+    """One of the eight. kind: what its options are called, see `judging.by_option`. LLM-Adapters calls the
+    split `test` on which all are scored, whatever it is.
     """
     return replace(
         COMMONSENSE,
-        judge=judging.by_option(kind),
         path=path,
         folder=folder,
         layouts=(layout,),
+        judge=judging.by_option(kind),
         eval_split=eval_split,
         local_splits={"validation": "test"},
     )
@@ -112,48 +112,48 @@ COMMONSENSE = replace(INSTRUCT, options=options, paper=alpaca.PAPER_COMMONSENSE)
 
 EIGHT = {
     "boolq": _test(
-        "truth", "google/boolq", "boolq", Layout(("question", "passage", "answer"), "answer", _boolq)
+        "google/boolq", "boolq", Layout(("question", "passage", "answer"), "answer", _boolq), "truth"
     ),
     "piqa": _test(
-        "solution", "ybisk/piqa", "piqa", Layout(("goal", "sol1", "sol2", "label"), "label", _piqa)
+        "ybisk/piqa", "piqa", Layout(("goal", "sol1", "sol2", "label"), "label", _piqa), "solution"
     ),
     "siqa": _test(
-        "answer",
         "allenai/social_i_qa",
         "social_i_qa",
         Layout(("context", "question", "answerA", "answerB", "answerC", "label"), "label", _siqa),
+        "answer",
     ),
     "hellaswag": _test(
-        "ending",
         "Rowan/hellaswag",
         "hellaswag",
         Layout(("activity_label", "ctx", "endings", "label"), "label", _hellaswag),
+        "ending",
     ),
     "winogrande": _test(
-        "option",
         "allenai/winogrande:winogrande_xl",
         "winogrande",
         Layout(("sentence", "option1", "option2", "answer"), "answer", _winogrande),
+        "option",
     ),
     "arc_easy": _test(
-        "answer",
         "allenai/ai2_arc:ARC-Easy",
         "ARC-Easy",
         Layout(("question", "choices", "answerKey"), "answerKey", _multiple_choice("question")),
+        "answer",
         eval_split="test",
     ),
     "arc_challenge": _test(
-        "answer",
         "allenai/ai2_arc:ARC-Challenge",
         "ARC-Challenge",
         Layout(("question", "choices", "answerKey"), "answerKey", _multiple_choice("question")),
+        "answer",
         eval_split="test",
     ),
     "openbookqa": _test(
-        "answer",
         "allenai/openbookqa:main",
         "openbookqa",
         Layout(("question_stem", "choices", "answerKey"), "answerKey", _multiple_choice("question_stem")),
+        "answer",
         eval_split="test",
     ),
 }

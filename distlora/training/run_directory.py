@@ -18,6 +18,7 @@ from distlora.recipe.sections import Recipe
 log = logging.getLogger(__name__)
 
 RECIPE, METRICS, RECOMPOSITIONS, ADAPTER = "recipe.yaml", "metrics.jsonl", "recompositions.jsonl", "adapter"
+RATE_SEARCH, SUMMARY = "lr_search.json", "summary.json"
 
 
 def check_run_dir(recipe: Recipe, resume: bool | None) -> None:
@@ -38,7 +39,7 @@ def check_run_dir(recipe: Recipe, resume: bool | None) -> None:
         return
     if not _was_begun(run_dir):
         return
-    difference = _first_difference(run_identity(load_run_recipe(run_dir / RECIPE)), run_identity(recipe))
+    difference = first_difference(run_identity(load_run_recipe(run_dir / RECIPE)), run_identity(recipe))
     if difference:
         raise UserError(
             f"output_dir: {run_dir} holds the run of another recipe ({difference}); name another directory"
@@ -102,14 +103,15 @@ def _forget(run_dir: Path) -> None:
     # An export takes the adapter if it is of a later step than every checkpoint.
     for name in (ADAPTER, LOGS):
         shutil.rmtree(run_dir / name, ignore_errors=True)
-    for name in (METRICS, RECOMPOSITIONS, ENVIRONMENT, STATUS):
+    for name in (METRICS, RECOMPOSITIONS, RATE_SEARCH, SUMMARY, ENVIRONMENT, STATUS):
         (run_dir / name).unlink(missing_ok=True)
 
 
-def _first_difference(there: Any, here: Any, key: str = "") -> str | None:
+def first_difference(there: Any, here: Any, key: str = "") -> str | None:
+    """The first value in which two nested dictionaries differ, in words; None if they are equal."""
     if isinstance(there, dict) and isinstance(here, dict):
         for name in there | here:
-            found = _first_difference(there.get(name), here.get(name), f"{key}.{name}" if key else name)
+            found = first_difference(there.get(name), here.get(name), f"{key}.{name}" if key else name)
             if found:
                 return found
         return None

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from distlora.adapter.packed import library
-from distlora.checkpoints.directory import newest, share_checkpoint
+from distlora.checkpoints.directory import share_checkpoint
 from distlora.cluster import environment
 from distlora.cluster.logs import RankLog
 from distlora.cluster.status import StatusFile, new_start
@@ -32,9 +32,6 @@ from distlora.training.run_directory import check_run_dir, claim_run_dir, find_c
 
 log = logging.getLogger(__name__)
 
-#: DeepSpeed's monitors, by their sections in its config.
-MONITORS = ("tensorboard", "wandb", "csv_monitor", "comet")
-
 
 def check(recipe: Recipe, topology: Topology, resume: bool | None) -> None:
     """Everything that can be wrong with a recipe and needs neither weights nor other ranks.
@@ -43,17 +40,17 @@ def check(recipe: Recipe, topology: Topology, resume: bool | None) -> None:
     """
     with before_ranks_meet():
         recipe = with_format_of_run(recipe, resume)
-        objective, config = _check_settings(recipe, topology.world_size)
+        objective, config = check_settings(recipe, topology.world_size)
         check_run_dir(recipe, resume)
-        recipe = _fitted(recipe, objective)
+        recipe = fitted(recipe, objective)
         check_combination(recipe, config)
-        _check_packages(recipe)
+        check_packages(recipe)
         for split in filter(None, (recipe.data.split, recipe.data.eval_split)):
             objective.check_split(split)
 
 
-def _check_settings(recipe: Recipe, world_size: int) -> tuple[Objective, dict[str, Any]]:
-    """What is learned, and the DeepSpeed config; {} without one."""
+def check_settings(recipe: Recipe, world_size: int) -> tuple[Objective, dict[str, Any]]:
+    """What is learned, and the DeepSpeed config; {} without one. Raises UserError where they contradict."""
     objective = objective_of(recipe)
     plan_batches(recipe, world_size)
     if recipe.deepspeed is None:
@@ -66,12 +63,13 @@ def _check_settings(recipe: Recipe, world_size: int) -> tuple[Objective, dict[st
     return objective, checked_deepspeed(recipe, world_size, hidden_size=1)
 
 
-def _fitted(recipe: Recipe, objective: Objective) -> Recipe:
+def fitted(recipe: Recipe, objective: Objective) -> Recipe:
     """See `check_targets`; the recipe as it is where the model has to be fetched first."""
     return recipe if on_the_hub(recipe.model.path) else check_targets(recipe, objective)
 
 
-def _check_packages(recipe: Recipe) -> None:
+def check_packages(recipe: Recipe) -> None:
+    """Raises UserError for a package that the recipe needs and that is not there."""
     lacking = OptimizerSpec(recipe.train.optimizer.name).problem()
     if lacking:
         raise UserError(lacking)
@@ -119,36 +117,7 @@ def train(
             return run.finish()
 
 
-def evaluate(recipe: Recipe, topology: Topology) -> dict[str, float]:
-    """Evaluates the newest checkpoint of the recipe's run on its evaluation samples: see `Summary.after`.
-    Like `train`, after `check`, on every rank; writes nothing."""
-    if recipe.data.eval_split is None:
-        raise UserError(
-            "data.eval_split is null, so there is nothing to evaluate on; name a split", agreed=True
-        )
-    device = device_of(topology.local_rank)
-    with (
-        own_random_state(recipe.train.seed, device),
-        Supervision(topology, recipe.train.hang_timeout) as supervision,
-    ):
-        comm = supervision.gather(device, recipe.deepspeed is not None)
-        checkpoint = newest(recipe.output_dir, comm)
-        if checkpoint is None:
-            raise UserError(f"{recipe.output_dir} holds no complete checkpoint; train first", agreed=True)
-        recipe = _in_format_of_run(comm, recipe)
-        return Run(comm, _without_monitors(recipe), checkpoint).evaluate_checkpoint()
-
-
 def _in_format_of_run(comm: Comm, recipe: Recipe, resume: bool | None = None) -> Recipe:
     """See `with_format_of_run`; rank 0 looks."""
     found = on_main(comm, recipe.output_dir, lambda: with_format_of_run(recipe, resume).format)
     return recipe.in_format(comm.share(found))
-
-
-def _without_monitors(recipe: Recipe) -> Recipe:
-    """The recipe with a DeepSpeed config that turns no monitor on."""
-    if not isinstance(recipe.deepspeed, dict):
-        return recipe
-    return recipe.model_copy(
-        update={"deepspeed": {k: v for k, v in recipe.deepspeed.items() if k not in MONITORS}}
-    )

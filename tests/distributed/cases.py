@@ -14,14 +14,15 @@ from torch import Tensor, nn
 from distlora.checkpoints.directory import newest
 from distlora.checkpoints.restore import restore
 from distlora.checkpoints.save import save
-from distlora.data import collate, collate_labelled, collate_prompts, micro_batches, shard
+from distlora.data import Question, Questions, collate, collate_labelled, micro_batches, shard
 from distlora.engine import boundary
 from distlora.engine.comm import Comm
 from distlora.engine.local import LocalEngine
 from distlora.engine.optimizers import OptimizerSpec
 from distlora.engine.owners import assign_owners
 from distlora.engine.protocol import Engine
-from distlora.evaluation.scoring import label_scores
+from distlora.evaluation.answering import Generation, Likelihood
+from distlora.evaluation.scoring import answer_questions, label_scores, ready_to_answer
 from distlora.initialisation.factors import initialise, install_gradient_maps
 from distlora.initialisation.probe import Probe, mean_gradients
 from distlora.maths.low_rank import LowRank
@@ -31,6 +32,7 @@ from distlora.models.losses import label_loss, response_loss
 from distlora.models.targets import loss_of_samples
 from distlora.training.step import accumulate, evaluation_loss
 from tests.distributed.plan import GLOBAL_BATCH
+from tests.distributed.rate_search_cases import searching
 from tests.distributed.recomposition_cases import (
     Collectives,
     swap_resuming,
@@ -40,7 +42,15 @@ from tests.distributed.recomposition_cases import (
     whole_run,
 )
 from tests.distributed.traffic_cases import sent_at_the_start, sent_in_a_step
-from tests.distributed.world import build, labelled_samples, samples, share, write_random_factors
+from tests.distributed.world import (
+    batch_of_images,
+    build,
+    images_with_labels,
+    labelled_samples,
+    samples,
+    share,
+    write_random_factors,
+)
 from tests.stepping import take_step, train_step
 
 Results = dict[str, Tensor]
@@ -348,48 +358,66 @@ def generating(setting: Setting) -> Results:
     setting.start_from_random_factors()
     losses = [*setting.steps(0, 2)[0], setting.evaluation()]
     setting.engine.train_mode(False)
-    batch = collate_prompts(samples(4, 11), 0, setting.comm.device)
+    prompts = [row.prompt_ids for row in samples(4, 11)]
     with setting.engine.whole_model() as gathered:
         assert gathered
         # Ranks whose answers end early make fewer passes, here none: the weights must lie there without
         # anyone's help.
-        answers = (
-            generate(setting.engine.module, batch, 6, eos_id=96, pad_id=0, partitioned=False)
-            if setting.comm.is_main
-            else []
-        )
+        answers = generate(setting.engine.module, prompts, 6, {96}, pad_id=0) if setting.comm.is_main else []
     setting.engine.train_mode(True)
     losses += setting.steps(2, 4)[0]
     padded = torch.tensor([answer + [0] * (6 - len(answer)) for answer in answers])
     return _curve(losses, []) | {"answers": padded}
 
 
-def generating_in_parts(setting: Setting, count: int = 4, end: int = 96) -> Results:
-    """Generation where no rank can hold the model whole: every token is a collective, and whoever is done
-    goes on for the others.
+class Numbers:
+    """A tokenizer whose texts are the numbers of the tokens. end: the token that ends an answer."""
 
-    end: a token that ends some of the answers early. Some ranks have no prompt at last.
+    pad_token_id = 0
+
+    def __init__(self, end: int):
+        self.eos_token_id = end
+
+    def decode(self, tokens, skip_special_tokens: bool = False) -> str:
+        return " ".join(map(str, tokens))
+
+
+def answering(setting: Setting, count: int = 5, end: int = 96, fits: bool = False) -> Results:
+    """Questions spread over ranks, generated and chosen, in batches of any size. Where no rank can hold the
+    model whole, every token is a collective, and whoever is done goes on for the others. At last adapters are
+    folded in, where there is room.
+
+    end: a token that ends some of the answers early.
     """
     setting.start_from_random_factors()
     losses = setting.steps(0, 2)[0]
-    engine, comm, rows = setting.engine, setting.comm, samples(count, 11)
-    engine.train_mode(False)
-    answers = {}
-    with (
-        mock.patch.object(engine, "_fits", return_value=False, create=True),
-        engine.whole_model() as gathered,
-    ):
-        assert gathered == (getattr(engine, "stage", 0) < 3)
-        for part in shard(count, comm.rank, comm.world_size, 1):
-            batch = collate_prompts([rows[i] for i in part], 0, comm.device)
-            found = generate(engine.module, batch, 6, eos_id=end, pad_id=0, partitioned=not gathered)
-            answers |= dict(zip(part, found))
-    engine.train_mode(True)
+    engine, options = setting.engine, ((5, 9, 12), (7,))
+    items = [Question("", row.prompt_ids, "", options, 0) for row in samples(count, 11)]
+    asked = Questions(items, (), "", 0, "")
+
+    def answers(batch_size: int, fold: bool = False) -> Results:
+        ways = Generation(engine, Numbers(end), "text", asked, 4), Likelihood(engine, Numbers(end), "", asked)
+        records: list[list[dict]] = [[], []]
+        with (
+            mock.patch.object(engine, "_fits", return_value=fits, create=True),
+            ready_to_answer(engine, fold) as agree,
+        ):
+            assert (agree is None) == (fits or getattr(engine, "stage", 0) < 3)
+            for way, found in zip(ways, records):
+                answer_questions(way, range(count), agree, found.extend, batch_size)
+        texts, chosen = (sorted(found, key=lambda record: record["index"]) for found in records)
+        assert [record["index"] for record in texts] == [record["index"] for record in chosen]
+        tokens = [[int(word) for word in record["output"].split()] for record in texts]
+        return {
+            "answers": torch.tensor([row + [0] * (4 - len(row)) for row in tokens]),
+            "lengths": torch.tensor([len(row) for row in tokens]),
+            "likelihoods": torch.tensor([record["log_likelihoods"] for record in chosen]),
+        }
+
+    found = answers(1)
     losses += setting.steps(2, 4)[0]
-    everywhere = {int(i): answer for own in comm.gather(answers) for i, answer in own.items()}
-    lengths = torch.tensor([len(everywhere[i]) for i in range(count)])
-    padded = torch.tensor([everywhere[i] + [0] * (6 - len(everywhere[i])) for i in range(count)])
-    return _curve(losses, []) | {"answers": padded, "lengths": lengths}
+    later = {f"{name}_later": value for name, value in answers(2, fold=True).items()}
+    return _curve(losses, []) | found | later
 
 
 def naming_silent_tensors(setting: Setting) -> Results:
@@ -426,8 +454,46 @@ def classifying(setting: Setting, steps: int = 4, labels: int = 3) -> Results:
         loss, info = train_step(engine, batches, label_loss, setting.rate(step))
         losses.append(loss)
         norms.append(info.grad_norm)
-    scores = label_scores(engine, labelled_samples(10, labels, 99), 0, setting.micro_batch, ["accuracy"])
+    scores = label_scores(
+        engine, labelled_samples(10, labels, 99), lambda part: collate_labelled(part, 0, comm.device),
+        setting.micro_batch, ["accuracy"],
+    )  # fmt: skip
     return _curve(losses, norms, scores["loss"]) | drawn | {"accuracy": torch.tensor(scores["accuracy"])}
+
+
+def classifying_images(setting: Setting, steps: int = 3, labels: int = 3) -> Results:
+    """The same of images; the last batch leaves ranks without one."""
+    engine, comm, dtype = setting.engine, setting.comm, setting.engine.dtype
+    setting.start_from_random_factors()
+    losses, norms = [], []
+    for step in range(steps):
+        rows = images_with_labels(GLOBAL_BATCH if step + 1 < steps else 1, labels, step)
+        parts = micro_batches(
+            range(len(rows)), comm.rank, comm.world_size, setting.micro_batch, setting.accumulation
+        )
+        batches = [batch_of_images([rows[i] for i in part], dtype) for part in parts]
+        loss, info = train_step(engine, batches, label_loss, setting.rate(step))
+        losses.append(loss)
+        norms.append(info.grad_norm)
+    count, owners = 5, assign_owners(setting.attached.layers, setting.attached.method, comm.world_size)
+    rows = images_with_labels(count, labels, 7)
+    batches = [
+        batch_of_images([rows[i] for i in part], dtype) for part in shard(count, comm.rank, comm.world_size)
+    ]
+    found = mean_gradients(
+        engine, setting.attached.layers, owners, batches, count, loss_of_samples(label_loss)
+    )
+    gradients = {
+        f"gradient.{name}": comm.broadcast(
+            found.get(name, torch.zeros(layer.shape)).contiguous(), owners[name]
+        )
+        for name, layer in setting.attached.layers.items()
+    }
+    heads = {
+        name: engine.read_parameter(name) for name in engine.trained_shapes() if name.startswith("classifier")
+    }
+    heads = {name: value.float().clone() for name, value in heads.items() if comm.is_main}
+    return _curve(losses, norms) | gradients | heads | setting.state()
 
 
 def saving(setting: Setting) -> Results:
@@ -480,9 +546,9 @@ CASES: dict[str, Callable[..., Results]] = {
     case.__name__: case
     for case in (
         curve, short_batch, writing, norming, replacing_gradients, initialising, probing, generating,
-        generating_in_parts, naming_silent_tensors, transform_traffic, correcting, storing, classifying,
-        saving, resuming, swapping, swap_traffic, swap_saving, swap_resuming, whole_run, sent_in_a_step,
-        sent_at_the_start,
+        answering, naming_silent_tensors, transform_traffic, correcting, storing, classifying,
+        classifying_images, saving, resuming, swapping, swap_traffic, swap_saving, swap_resuming, whole_run,
+        sent_in_a_step, sent_at_the_start, searching,
     )
 }  # fmt: skip
 

@@ -81,6 +81,8 @@ def test_export_and_eval():
     assert (options.max_error, options.dtype) == (0.01, "bfloat16")
     assert parse(["export", "x", "--format", "peft", "--out", "y", "--compress-rank", "8"]).compress_rank == 8
     assert parse(["eval", "runs/x", "a.b=1"]).overrides == ["a.b=1"]
+    options = parse(["eval", "--model", "m", "--tasks", "gsm8k", "--data", "a=b", "--data", "c=d", "a.b=1"])
+    assert (options.model, options.tasks, options.data) == ("m", "gsm8k", ["a=b", "c=d"])
 
 
 def test_methods_takes_a_recipe_or_none():

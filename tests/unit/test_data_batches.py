@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from distlora.data import Sample, TrainOrder, collate, collate_prompts, micro_batches, shard
+from distlora.data import Sample, TrainOrder, collate, micro_batches, shard
 from distlora.models.targets import IGNORE
 
 
@@ -84,12 +84,6 @@ def test_collate_pads_on_the_right_and_keeps_an_eos_equal_to_pad():
     assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
 
 
-def test_collate_prompts_pads_on_the_left():
-    batch = collate_prompts(SAMPLES, pad_id=0)
-    assert batch["input_ids"].tolist() == [[0, 0, 5], [5, 7, 8]]
-    assert batch["attention_mask"].tolist() == [[0, 0, 1], [1, 1, 1]]
-
-
 def test_empty_batch_can_be_passed_through_a_model_and_has_no_loss():
     batch = collate([], pad_id=4, device="meta")
     assert {tuple(tensor.shape) for tensor in batch.values()} == {(1, 2)} and batch[
@@ -98,4 +92,3 @@ def test_empty_batch_can_be_passed_through_a_model_and_has_no_loss():
     batch = collate([], pad_id=4)
     assert batch["labels"].tolist() == [[IGNORE, IGNORE]] and batch["input_ids"].tolist() == [[4, 4]]
     assert batch["attention_mask"].tolist() == [[1, 1]], "a row that attends to nothing can give NaN"
-    assert set(collate_prompts([], 4)) == {"input_ids", "attention_mask"}

@@ -97,7 +97,7 @@ def test_what_is_wrong_with_the_predictions_is_one_sentence(task, text, said, pr
         (["--predictions", "in", "--out", "new"], "--predictions needs --task"),
         (["--predictions", "in", "--task", "gsm8k"], "--predictions needs --out"),
         (["--task", "gsm8k", "--out", "new"], "--task goes with --predictions"),
-        ([], "eval needs a run's output directory, or --predictions"),
+        ([], "name a run's output directory, --model, or --predictions"),
         (["run", "--task", "gsm8k", "--predictions", "in", "--out", "new"], "leave out the run's directory"),
         (["--task", "gsm8k", "--predictions", "absent", "--out", "new"], "absent: no such file"),
         (["--task", "gsm8k", "--predictions", ".", "--out", "new"], "cannot be read: Is a directory"),

@@ -14,7 +14,8 @@ import pytest
 from distlora.engine.comm import Topology
 from distlora.recipe.load import load_recipe, load_run_recipe
 from distlora.recipe.sections import FORMAT
-from distlora.training import run, train
+from distlora.training import evaluate, run, train
+from distlora.training.evaluated import Asked, subject_of_run
 from tests.tiny_models import tiny_model_dir
 
 DATA = Path(__file__).parents[1] / "data"
@@ -92,10 +93,11 @@ def test_a_resumed_run_keeps_its_format(kept, run_dir):
 
 def test_training_and_evaluation_read_the_data_in_the_format_of_the_run(kept, run_dir, monkeypatch):
     seen, objective_of = [], run.objective_of
-    monkeypatch.setattr(
-        run, "objective_of", lambda recipe: seen.append(recipe.format) or objective_of(recipe)
-    )
+    for module in (run, evaluate):
+        monkeypatch.setattr(
+            module, "objective_of", lambda recipe: seen.append(recipe.format) or objective_of(recipe)
+        )
     given = load_recipe(run_dir / "recipe.yaml").in_format(FORMAT)
-    train.evaluate(given, Topology())
+    evaluate.evaluate(subject_of_run(run_dir, []), Topology(), Asked())
     train.train(given, Topology())
     assert given.format == FORMAT and seen == [load_run_recipe(DATA / kept / "recipe.yaml").format] * 2

@@ -16,8 +16,11 @@ from distlora.engine.local import LocalEngine
 from distlora.engine.protocol import StepInfo
 from distlora.errors import Preempted, TrainingError, UserError
 from distlora.files.tensors import TensorFiles
+from distlora.recipe.deepspeed_config import plan_batches
 from distlora.recipe.load import load_recipe
-from distlora.training import loop, train
+from distlora.recipe.sections import Recipe
+from distlora.training import evaluate, evaluated, loop, train
+from distlora.training.evaluated import Subject, fitted_to_ranks
 from distlora.training.export_run import export_run
 from distlora.training.samples import probe_samples
 from tests.tiny_models import tiny_model_dir
@@ -29,6 +32,10 @@ ALONE = Comm(Topology(), CPU, distributed=False)
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     return tiny_model_dir("llama", tmp_path_factory.mktemp("models"))
+
+
+def of_run(recipe: Recipe) -> Subject:
+    return Subject(recipe, recipe.data, frozenset(), None, run=True)
 
 
 @pytest.fixture
@@ -81,6 +88,10 @@ def short_recipe(model, folder):
             'offload_param: found "cpu", wanted a mapping',
         ),
         (["method.name=srlora", "method.interval=3"], "method.interval=3 passes step 2"),
+        (
+            ["method={name: lora_sb, rank: 4, init: {eta: schedule}}", "train.lr=search"],
+            "set eta of method lora_sb to search or a number, or train.lr to one",
+        ),
         # What does not depend on the length is found where the length is not known yet.
         (
             ["method.name=pissa", "train.weight_decay=0.1", "train.steps=null", "train.epochs=1"],
@@ -118,8 +129,8 @@ def test_a_mistake_from_before_the_ranks_meet_is_known_as_such(recipe, override)
 
 def test_without_an_evaluation_split_no_rank_goes_to_meet_the_others(recipe):
     with pytest.raises(UserError, match="^data.eval_split is null") as refused:
-        train.evaluate(recipe("data.eval_split=null"), Topology())
-    assert refused.value.agreed
+        evaluate.check(of_run(recipe("data.eval_split=null")), Topology(), evaluated.Asked())
+    assert refused.value.early
 
 
 SRLORA = ["method={name: srlora, rank: 4, target_rank: 8}", "train.steps=50"]
@@ -230,7 +241,8 @@ def test_a_run_over_packed_weights_trains_is_told_and_evaluates_alike_from_its_c
     start = json.loads(Path(recipe.output_dir, "metrics.jsonl").read_text().splitlines()[0])
     assert 0.05 < start["init/quantization_error"] < 0.15 and start["init/quantization_error_left"] < 1
     assert summary.after["loss"] < summary.before["loss"]
-    assert train.evaluate(recipe, Topology())["loss"] == pytest.approx(summary.after["loss"], rel=1e-6)
+    scores = evaluate.evaluate(of_run(recipe), Topology(), evaluated.Asked())[evaluate.OWN_SPLIT]
+    assert scores["loss"] == pytest.approx(summary.after["loss"], rel=1e-6)
 
 
 def test_the_merged_model_is_the_pretrained_one_in_full_precision_with_the_update(
@@ -407,18 +419,21 @@ def test_an_unreadable_file_is_a_users_matter():
 def test_evaluation_turns_the_monitors_off_and_keeps_the_rest(recipe):
     monitors = {name: {"enabled": True} for name in ("tensorboard", "csv_monitor", "wandb", "comet")}
     loud = recipe(f"deepspeed={json.dumps(monitors | {'zero_optimization': {'stage': 2}})}")
-    quiet = train._without_monitors(loud)
+    quiet = fitted_to_ranks(loud, world_size=3)
     assert quiet.deepspeed == {"zero_optimization": {"stage": 2}}
-    assert quiet.model_copy(update={"deepspeed": loud.deepspeed}) == loud
     assert quiet.deepspeed_source == loud.deepspeed_source
-    assert train._without_monitors(recipe()) == recipe()
+    assert fitted_to_ranks(recipe(), 3).deepspeed is None
 
 
-def test_evaluation_wants_a_split_and_a_checkpoint(recipe):
-    with pytest.raises(UserError, match="data.eval_split is null"):
-        train.evaluate(recipe(), Topology())
+def test_an_evaluation_runs_on_any_number_of_ranks(recipe):
+    """Also where the run's batch divides among none but its own."""
+    sizes = ["train.micro_batch_size=2", "train.global_batch_size=4"]
+    assert plan_batches(fitted_to_ranks(recipe(*sizes), world_size=3), world_size=3) == 1
+
+
+def test_evaluation_wants_a_checkpoint(recipe):
     with pytest.raises(UserError, match="holds no complete checkpoint; train first"):
-        train.evaluate(recipe("data.eval_split=train[:2]"), Topology())
+        evaluate.evaluate(of_run(recipe("data.eval_split=train[:2]")), Topology(), evaluated.Asked())
 
 
 def test_the_callers_random_numbers_are_as_before(recipe):

@@ -1,42 +1,129 @@
 """`distlora eval`."""
 
 import argparse
+import os
 from pathlib import Path
 
 from distlora.cli import judge_predictions
-from distlora.cli.shared import read_recipe, this_topology
-from distlora.errors import UserError, before_ranks_meet
+from distlora.cli.arguments import whole_number
+from distlora.cli.ending import end
+from distlora.cli.shared import this_topology
+from distlora.cluster.status import START_AGAIN
+from distlora.cluster.stopping import StopSignals
+from distlora.errors import Preempted, UserError, before_ranks_meet
 
 
 def add(verbs) -> None:
-    parser = verbs.add_parser("eval", help="evaluate a run's newest checkpoint on its evaluation split")
-    parser.add_argument("run_dir", type=Path, nargs="?", help="the run's output directory")
+    parser = verbs.add_parser(
+        "eval",
+        help="evaluate a run's newest checkpoint, or another model",
+        description="A run's newest checkpoint on its own evaluation split; with --tasks, a run or any other "
+        "model on these.",
+    )
+    parser.add_argument("run_dir", nargs="?", type=Path, help="the run's output directory")
     parser.add_argument("overrides", nargs="*", metavar="dotted.key=value")
+    parser.add_argument("--model", metavar="PATH", help="in place of a run: a directory, or a hub name")
+    parser.add_argument("--adapter", type=Path, metavar="DIR", help="of --model: a LoRA or DoRA of PEFT's")
+    parser.add_argument("--tasks", metavar="T1,T2", help="names of tasks and suites, see README")
+    parser.add_argument(
+        "--data", action="append", default=[], metavar="TASK=PATH", help="a task's data; by default its own"
+    )
+    parser.add_argument("--limit", metavar="N", help="the first N questions of each task")
+    parser.add_argument("--batch-size", metavar="N", help="rows of a batch at most")
+    parser.add_argument("--by", choices=("generation", "likelihood"), help="default: generation")
+    parser.add_argument("--merge", action="store_true", help="fold the adapter into the weights first")
+    parser.add_argument("--fresh", action="store_true", help="remove earlier predictions of these tasks")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="PLACE",
+        help="a directory for the files, by default the run's; with --predictions: a file for the same lines "
+        'with "right" added',
+    )
     judge_predictions.add_options(parser)
 
 
-def run(options: argparse.Namespace) -> None:
-    """Evaluates a run's newest checkpoint, or judges a file of answers, and prints one line a score."""
+def run(options: argparse.Namespace) -> int:
+    """Evaluates, or judges a file of answers, and prints one line a score."""
     if options.predictions is not None:
         for line in judge_predictions.scores(options):
             print(line)
-        return
-    for name in ("task", "out"):
-        if getattr(options, name) is not None:
-            raise UserError(f"--{name} goes with --predictions, which judges a file of answers")
-    if options.run_dir is None:
-        raise UserError("eval needs a run's output directory, or --predictions with a file of answers")
+        return 0
+    if options.task is not None:
+        raise UserError("--task goes with --predictions, which judges a file of answers; here it is --tasks")
+    # At lower levels torch prints stack traces about connections that a dead rank has closed.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    # Signals are caught before the libraries are imported, which takes seconds in which one may come.
+    with StopSignals() as signals:
+        try:
+            return _run(options, signals)
+        except Preempted as error:
+            return end(error, START_AGAIN, wait=False)
+
+
+def _run(options: argparse.Namespace, signals: StopSignals) -> int:
     topology = this_topology()
-    from distlora.training.run_directory import RECIPE
-
     with before_ranks_meet():
-        if not (options.run_dir / RECIPE).exists():
-            raise UserError(f"{options.run_dir} holds no run: it has no {RECIPE}")
-    own_name = str(options.run_dir).replace("'", "''")  # quoted, so that YAML reads it as a text
-    recipe = read_recipe(options.run_dir / RECIPE, [*options.overrides, f"output_dir='{own_name}'"])
-    from distlora.training import train as training
+        _check_words(options)
+        asked, subject = _read(options)
+    from distlora.training import evaluate
 
-    training.check(recipe, topology, resume=True)
-    for name, value in training.evaluate(recipe, topology).items():
-        if topology.rank == 0:
-            print(f"eval/{name} {value:.6f}")
+    evaluate.check(subject, topology, asked)
+    for task, scores in evaluate.evaluate(subject, topology, asked, signals.asked).items():
+        for name, value in scores.items():
+            if topology.rank == 0:
+                print(f"eval/{task}{'/' if task else ''}{name} {value:.6f}")
+    return 0
+
+
+def _check_words(options: argparse.Namespace) -> None:
+    """Raises UserError for options that do not go together."""
+    if options.model and options.run_dir is not None and "=" in str(options.run_dir):
+        options.overrides, options.run_dir = [str(options.run_dir), *options.overrides], None
+    if options.model and options.run_dir is not None:
+        raise UserError(f"{options.run_dir} and --model were both given; give a run or a model")
+    if not options.model and options.adapter is not None:
+        raise UserError("--adapter is for --model, whose adapter it is; a run has its own")
+    if not options.model and options.run_dir is None:
+        raise UserError(
+            "nothing to evaluate was given; name a run's output directory, --model, or --predictions"
+        )
+    if options.tasks is None:
+        if options.model:
+            raise UserError("--model needs --tasks; name one, such as --tasks gsm8k")
+        given = {
+            "--data": options.data, "--limit": options.limit, "--batch-size": options.batch_size,
+            "--by": options.by, "--merge": options.merge, "--fresh": options.fresh, "--out": options.out,
+        }  # fmt: skip
+        for name, value in given.items():
+            if value:
+                raise UserError(f"{name} is for --tasks; name them, or leave it out")
+
+
+def _read(options: argparse.Namespace):
+    """What is asked for, and of what."""
+    limit, batch_size = (
+        whole_number(name, text) if text is not None else None
+        for name, text in (("--limit", options.limit), ("--batch-size", options.batch_size))
+    )
+    data = []
+    for word in options.data:
+        name, equals, path = word.partition("=")
+        if not (name and equals and path):
+            raise UserError(f"--data {word}: wanted TASK=PATH, as in gsm8k=data/gsm8k")
+        data.append((name, path))
+    tasks = tuple(filter(None, (options.tasks or "").split(",")))
+    if options.tasks is not None and not tasks:
+        raise UserError("--tasks is empty; name one, such as --tasks gsm8k")
+    from distlora.tasks import scored_tasks
+    from distlora.training.evaluated import Asked, subject_of_model, subject_of_run
+
+    asked = Asked(
+        tasks, tuple(data), limit, batch_size, options.by or "generation", options.merge, options.fresh,
+        options.out,
+    )  # fmt: skip
+    if options.model:
+        return asked, subject_of_model(
+            options.model, options.adapter, scored_tasks(tasks)[0], options.overrides
+        )
+    return asked, subject_of_run(options.run_dir, options.overrides)

@@ -1,0 +1,162 @@
+"""An adapter in PEFT's files, whoever has written it."""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from distlora.errors import UserError
+from distlora.exports.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from distlora.exports.sources import MAGNITUDE, PREFIX
+from distlora.files.atomic import sha256_of
+from distlora.files.tensors import TensorFiles
+from distlora.maths.low_rank import LowRank
+
+_A, _B = ".lora_A.weight", ".lora_B.weight"
+
+
+@dataclass(frozen=True)
+class PeftFiles:
+    """layers: (out, in) of every adapted layer, by its name in the bare model. magnitudes: the layers with
+    trained row norms (DoRA). heads: shapes of the parameters that were trained whole. step: of the run that
+    has exported it; 0 where the files do not say.
+    """
+
+    directory: Path
+    config: dict[str, Any]
+    files: TensorFiles
+    layers: dict[str, tuple[int, int]]
+    magnitudes: dict[str, str]
+    heads: dict[str, tuple[int, ...]]
+    step: int
+
+    @property
+    def digest(self) -> str:
+        """Of the content of both files."""
+        names = (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
+        both = " ".join(sha256_of(self.directory / name) for name in names)
+        return hashlib.sha256(both.encode()).hexdigest()
+
+    def pair(self, layer: str) -> LowRank:
+        """`W_trained = W0 + left @ right` in float32 (then scaled to the magnitude where there is one)."""
+        a, b = (self.files.read(f"{PREFIX}{layer}{side}").float() for side in (_A, _B))
+        return LowRank(b * self._scaling(layer, a.shape[0]), a)
+
+    def magnitude(self, layer: str) -> Tensor:
+        """(out,) float32."""
+        return self.files.read(self.magnitudes[layer]).float().reshape(-1)
+
+    def head(self, name: str) -> Tensor:
+        return self.files.read(PREFIX + name)
+
+    def _scaling(self, layer: str, rank: int) -> float:
+        alpha = float(_by_pattern(self.config.get("alpha_pattern"), layer, self.config.get("lora_alpha", 8)))
+        return alpha / (rank**0.5 if self.config.get("use_rslora") else rank)
+
+    def refuse_other_model(self, model: nn.Module, path: str) -> None:
+        """Raises UserError unless the model has these layers and heads in these shapes. path: the model's."""
+        modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
+        base = self.config.get("base_model_name_or_path")
+        hint = f" (it says {base})" if base and str(base) != path else ""
+        other = f"{self.directory} is an adapter of another model{hint} than {path}"
+        for layer, shape in self.layers.items():
+            module = modules.get(layer)
+            if not isinstance(module, nn.Linear):
+                raise UserError(f"{other}: this one has no linear layer {layer}")
+            if (module.out_features, module.in_features) != shape:
+                here = (module.out_features, module.in_features)
+                raise UserError(f"{other}: its layer {layer} has the shape {shape}, and this one's {here}")
+        for name, shape in self.heads.items():
+            found = tuple(parameters[name].shape) if name in parameters else None
+            if found != shape:
+                what = f"has the shape {found}" if found else "is missing"
+                raise UserError(f"{other}: its {name} has the shape {shape}, and this one's {what}")
+
+
+def read_peft(directory: Path) -> PeftFiles:
+    """Raises UserError for files that are missing, broken, half written, or no LoRA."""
+    config = _config(directory)
+    if not (directory / ADAPTER_WEIGHTS).is_file():
+        raise UserError(
+            f"{directory} has no {ADAPTER_WEIGHTS}: it is half written, or in a format that is not loaded"
+        )
+    try:
+        files = TensorFiles(directory, ADAPTER_WEIGHTS.removesuffix(".safetensors"))
+        shapes = {name: files.shape(name) for name in files.names}
+        about = json.loads(files.metadata(ADAPTER_WEIGHTS).get("distlora", "{}"))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{directory / ADAPTER_WEIGHTS} is broken ({error}); export it again") from error
+    layers, magnitudes, heads = {}, {}, {}
+    for name, shape in shapes.items():
+        inner = name.removeprefix(PREFIX)
+        if inner.endswith((_A, _B)):
+            layer = inner.removesuffix(_A).removesuffix(_B)
+            layers[layer] = _shape(directory, layer, shapes)
+        elif MAGNITUDE in inner:
+            magnitudes[inner.partition(MAGNITUDE)[0]] = name
+        elif "lora_" in inner:
+            raise UserError(f"{directory}: {name} belongs to no linear layer, which is not supported")
+        else:
+            heads[inner] = shape
+    if not layers:
+        raise UserError(f"{directory} adapts no layer; export it again")
+    if magnitudes and magnitudes.keys() != layers.keys():
+        raise UserError(f"{directory}: some layers have magnitudes and others none; it is half written")
+    return PeftFiles(directory, config, files, layers, magnitudes, heads, int(about.get("step", 0)))
+
+
+def _config(directory: Path) -> dict[str, Any]:
+    path = directory / ADAPTER_CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{directory} is no adapter, or half written: it has no {ADAPTER_CONFIG}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is no JSON ({error}); export the adapter again") from None
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        kind = config.get("peft_type") if isinstance(config, dict) else None
+        raise UserError(f"{path}: peft_type is {kind}; only LORA (and DoRA) is loaded")
+    unsupported: dict[str, Callable[[Any], bool]] = {
+        "fan_in_fan_out": bool, "lora_bias": bool, "bias": lambda value: value not in (None, "none"),
+        "layer_replication": bool, "alora_invocation_tokens": bool,
+    }  # fmt: skip
+    for key, is_set in unsupported.items():
+        if is_set(config.get(key)):
+            raise UserError(f"{path}: {key}={config[key]} is not supported; merge the adapter first")
+    return config
+
+
+def _shape(directory: Path, layer: str, shapes: dict[str, tuple[int, ...]]) -> tuple[int, int]:
+    a, b = (shapes.get(f"{PREFIX}{layer}{side}") for side in (_A, _B))
+    if a is None or b is None:
+        raise UserError(f"{directory}: layer {layer} has only one of A and B; it is half written")
+    if len(a) != 2 or len(b) != 2 or a[0] != b[1]:
+        raise UserError(f"{directory}: A {a} and B {b} of layer {layer} do not fit together; export it again")
+    return b[0], a[1]
+
+
+def _by_pattern(patterns: dict[str, Any] | None, layer: str, usual: Any) -> Any:
+    """PEFT's rule: the first pattern that matches the end of the name."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", layer):
+            return value
+    return usual
+
+
+def digest_of_weights(directory: Path) -> str:
+    """Of a model's files: names, sizes, and the ends of each, so that large ones are not read whole."""
+    digest, ends = hashlib.sha256(), 1 << 20
+    for path in sorted([*directory.glob("*.safetensors"), directory / "config.json"]):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size} ".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(ends))
+            file.seek(max(0, size - ends))
+            digest.update(file.read(ends))
+    return digest.hexdigest()

@@ -1,0 +1,109 @@
+"""The file of predictions: what is left behind is gone on from, and nobody's work is overwritten."""
+
+import json
+
+import pytest
+
+from distlora.errors import UserError
+from distlora.evaluation.predictions import Predictions
+from distlora.evaluation.spreading import BatchLimit, rounds
+
+SETTINGS = {"data": "a" * 64, "max_new_tokens": 8, "limit": None}
+ROWS = [{"index": 3, "output": "vier\n", "right": True}, {"index": 0, "output": "ü", "right": False}]
+
+
+def begun(folder, settings=SETTINGS) -> Predictions:
+    there = Predictions(folder / "eval", "gsm8k", 6, settings)
+    assert there.found() == {}
+    there.begin()
+    there.add(ROWS)
+    return there
+
+
+def again(folder, **changes) -> Predictions:
+    return Predictions(folder / "eval", "gsm8k", 6, SETTINGS | changes)
+
+
+def test_what_was_answered_is_found_again(tmp_path):
+    begun(tmp_path)
+    assert list(again(tmp_path).found().values()) == ROWS
+    assert again(tmp_path).finished() is None
+
+
+@pytest.mark.parametrize("tail", ['{"index": 7, "outp', '{"index": 7, "output": ""}', "{\n", "\n", "7\n"])
+def test_a_line_that_was_half_written_is_cut_off(tail, tmp_path):
+    there = begun(tmp_path)
+    whole = there.lines.read_bytes()
+    there.lines.write_bytes(whole + tail.encode())
+    there = again(tmp_path)
+    assert there.found().keys() == {3, 0} and there.lines.read_bytes() == whole + tail.encode()
+    there.begin()
+    assert there.lines.read_bytes() == whole
+    there.add([{"index": 7, "output": ""}])
+    assert again(tmp_path).found().keys() == {3, 0, 7}
+
+
+def test_a_broken_line_in_the_middle_is_told(tmp_path):
+    there = begun(tmp_path)
+    there.lines.write_text("nonsense\n" + there.lines.read_text())
+    with pytest.raises(UserError, match="gsm8k-6.jsonl: line 1 is no prediction"):
+        again(tmp_path).found()
+
+
+@pytest.mark.parametrize("done", [False, True])
+def test_predictions_of_another_evaluation_are_refused(done, tmp_path):
+    there = begun(tmp_path)
+    if done:
+        there.finish({"task": "gsm8k", "scores": {}})
+    before = {path.name: path.read_bytes() for path in (tmp_path / "eval").iterdir()}
+    with pytest.raises(UserError, match=r"\(max_new_tokens is 8 there and 9 here\); --fresh removes"):
+        again(tmp_path, max_new_tokens=9).found()
+    with pytest.raises(UserError, match=r"\(data is aaaaaaaaaaaa… there and bbbbbbbbbbbb… here\)"):
+        again(tmp_path, data="b" * 64).found()
+    with pytest.raises(UserError, match=r"\(new is none there and 1 here\)"):
+        again(tmp_path, new=1).found()
+    assert {path.name: path.read_bytes() for path in (tmp_path / "eval").iterdir()} == before
+
+
+def test_predictions_of_nobody_knows_what_are_refused(tmp_path):
+    there = begun(tmp_path)
+    there._begun.unlink()
+    with pytest.raises(UserError, match="nothing says of what"):
+        again(tmp_path).found()
+    there.forget()
+    assert again(tmp_path).found() == {} and list((tmp_path / "eval").iterdir()) == []
+
+
+def test_the_summary_holds_the_settings_and_takes_the_place_of_the_note(tmp_path):
+    there = begun(tmp_path)
+    there.finish({"task": "gsm8k", "scores": {"exact_match": 0.5}})
+    written = json.loads((tmp_path / "eval" / "gsm8k-6.json").read_text())
+    assert written == {"task": "gsm8k", "scores": {"exact_match": 0.5}, "settings": SETTINGS}
+    assert again(tmp_path).finished() == written and again(tmp_path).found().keys() == {3, 0}
+    assert {path.name for path in (tmp_path / "eval").iterdir()} == {"gsm8k-6.json", "gsm8k-6.jsonl"}
+
+
+# ---------------------------------------------------------------------- who answers what
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("tokens", [1, 40, 10_000])
+def test_questions_are_spread_without_loss_in_batches_that_fit(world, tokens):
+    lengths = {index: 3 + index * 7 % 20 for index in range(5, 28)}
+    limit, seen = BatchLimit(tokens, rows=4), []
+    for shares in rounds(lengths, world, limit):
+        assert len(shares) == world
+        sizes = [len(share) for share in shares]
+        assert max(sizes) - min(sizes) <= 1
+        for share in filter(None, shares):
+            longest = max(lengths[index] for index in share)
+            assert len(share) <= 4 and (len(share) * longest <= tokens or len(share) == 1)
+        seen += [index for share in shares for index in share]
+    assert sorted(seen) == sorted(lengths)
+    assert [lengths[i] for i in seen][0] == max(lengths.values()), "the longest come first"
+
+
+def test_a_batch_is_filled_by_tokens():
+    fast = [len(shares[0]) for shares in rounds(dict.fromkeys(range(40), 10), 1, BatchLimit(100, 64))]
+    slow = [len(shares[0]) for shares in rounds(dict.fromkeys(range(40), 50), 1, BatchLimit(100, 64))]
+    assert fast == [10] * 4 and slow == [2] * 20
