@@ -145,12 +145,11 @@ def _split_files(path: Path, split: str, local_names: Mapping[str, str]) -> list
     for file in sorted(path.iterdir()):
         if file.suffix.lower() in READERS and file.is_file():
             found.setdefault(_SHARD.sub("", file.stem), []).append(file)
-    if split not in found:
-        split = local_names.get(split, split)
-    if split not in found:
+    name = split if split in found else local_names.get(split, split)
+    if name not in found:
         have = f"it has {', '.join(found)}" if found else f"it has no {', '.join(READERS)} file"
         raise UserError(f"data: no file for split {split!r} in {path}{nearest(split, found) or ':'} ({have})")
-    files = found[split]
+    files = found[name]
     if len(files) > 1 and any(not _SHARD.search(file.stem) for file in files):
         names = " and ".join(file.name for file in files)
         raise UserError(

@@ -88,6 +88,12 @@ def test_every_copy_of_the_test_split_is_found(tmp_path, tokenizer):
         assert len(questions.items) == 1 and str(tmp_path / TASKS[task].folder) in questions.origin
 
 
+def test_a_split_that_is_missing_is_named_as_it_was_asked_for(tmp_path, tokenizer):
+    (tmp_path / "train.json").write_text(json.dumps([ROWS[0]["llm_adapters"]]))
+    with pytest.raises(UserError, match="no file for split 'validation' in .*it has train"):
+        load_questions(section_of(tmp_path, "boolq"), "validation", tokenizer)
+
+
 #: Of each task: what makes its row wrong, and what is said of it.
 WRONG = [
     ("boolq", {"answer": "maybe"}, "row 1 of .* has the answer 'maybe', which is neither true nor false"),

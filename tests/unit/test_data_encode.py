@@ -6,7 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from distlora.data import load_split
@@ -102,6 +102,58 @@ def test_only_a_tasks_own_template_puts_a_space_before_the_response(tmp_path, to
         f"{between.strip()}answer",
     ]
     assert texts(("Q\n", "a"), ("Q", "\na")) == [f"Q\n{between.strip()}a", f"Q{between.strip()}\na"]
+
+
+def of_kind(kind):
+    """Tokenizers that tell where their tokens stand in other ways: RoBERTa's leaves white space out of a
+    token's place, Llama-2's and Gemma's put a sign before the text that is not in it.
+    """
+    fallback, alphabet = [f"<0x{byte:02X}>" for byte in range(256)], []
+    core = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    if kind == "trimmed":
+        core = Tokenizer(models.BPE())
+        core.pre_tokenizer, core.decoder = (
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+            decoders.ByteLevel(),
+        )
+        core.post_processor = processors.ByteLevel(trim_offsets=True)
+        fallback, alphabet = [], pre_tokenizers.ByteLevel.alphabet()
+    elif kind == "metaspace":
+        core.pre_tokenizer, core.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    else:
+        marks = [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+        core.normalizer = normalizers.Sequence(marks)
+        plain = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+        core.decoder = decoders.Sequence([*plain, decoders.Strip(" ", 1, 0)])
+    special = ["<eos>", "<unk>", *fallback]
+    trainer = trainers.BpeTrainer(
+        vocab_size=700, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    core.train_from_iterator(TEXTS, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", pad_token="<eos>")
+
+
+@pytest.mark.parametrize("kind", ["trimmed", "metaspace", "normalised"])
+@pytest.mark.parametrize(
+    "prompt, response",
+    [
+        ("Q:\n", "the"),
+        ("Answer: ", "2"),
+        ("hi", " there"),
+        ("not ", "long"),
+        ("hi  ", " 2"),
+        ("hi", "\u20ac"),
+    ],
+)
+def test_the_prompt_has_the_tokens_that_end_within_it_whatever_a_tokenizer_calls_their_place(
+    tmp_path, kind, prompt, response
+):
+    tokenizer = of_kind(kind)
+    (sample,) = load(tmp_path, tokenizer, [(prompt, response)], template="{prompt}").samples
+    ids, length = sample.input_ids, len(sample.prompt_ids)
+    assert ids == [*tokenizer(prompt + response)["input_ids"], tokenizer.eos_token_id]
+    assert prompt.startswith(tokenizer.decode(ids[:length]))
+    assert not prompt.startswith(tokenizer.decode(ids[: length + 1]))
 
 
 class WithoutOffsets:

@@ -197,7 +197,9 @@ def test_the_probe_gives_autograds_gradients(directory):
 @pytest.mark.parametrize("size", [1, 3, 8])
 def test_scores(directory, size):
     engine, _ = started(directory)
-    found = label_scores(engine, rows(7), PAD, size, ["pearson", "spearman"])
+    found = label_scores(
+        engine, rows(7), lambda part: collate_labelled(part, PAD), size, ["pearson", "spearman"]
+    )
     (batch,) = batches(size=7)
     predicted = engine.module.eval()(**batch).logits.detach().squeeze(1)
     assert found == {
