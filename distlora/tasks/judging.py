@@ -52,9 +52,12 @@ by_truth = by_option("truth")
 
 def by_kind(output: str, expected: str) -> bool:
     """Of any kind: an expected label as `by_option`, anything else as a number or as a text."""
-    label = label_of(reference(expected))
+    wanted = reference(expected)
+    label = label_of(wanted)
     if label and label[0] != "letter":
-        return by_option(label[0])(output, reference(expected))
+        return by_option(label[0])(output, wanted)
+    if quantity(wanted) and final_answer(output):
+        return by_number(output, wanted)
     return answers.same(answers.choice_or_text(output), answers.choice_or_text(expected))
 
 

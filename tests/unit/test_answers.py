@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from distlora.errors import UserError
 from distlora.tasks import TASKS, ResponseTask, is_correct
 from distlora.tasks.reading import equivalence, equivalence_worker
 from distlora.tasks.reading.equivalence import equivalent
@@ -99,6 +100,13 @@ def test_an_expression_that_never_ends_is_not_right_and_harms_nothing(caplog, ca
     assert signal.getsignal(signal.SIGALRM) is handler and signal.getitimer(signal.ITIMER_REAL) == alarm
     assert caplog.records == [] and capfd.readouterr() == ("", "")
     worker._end()
+
+
+def test_a_library_that_does_not_load_is_said_and_not_taken_for_a_wrong_answer(monkeypatch):
+    monkeypatch.setattr(equivalence, "_WORKER", equivalence._Worker())
+    monkeypatch.setattr(equivalence_worker, "__file__", "/nowhere/equivalence_worker.py")
+    with pytest.raises(UserError, match="math-verify does not load"):
+        equivalent("p + p", "2p")
 
 
 def test_threads_share_the_process():

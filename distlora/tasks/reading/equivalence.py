@@ -13,6 +13,7 @@ import sys
 import threading
 from functools import lru_cache
 
+from distlora.errors import UserError
 from distlora.tasks.reading import equivalence_worker
 from distlora.tasks.reading.final_answer import LONGEST
 
@@ -22,7 +23,7 @@ _WITH_BASE = re.compile(r"\d\s*_")
 
 def equivalent(text: str, expected: str) -> bool:
     """Whether a text gives the expected expression. False if that is not found out within a few seconds of
-    processor time (`equivalence_worker.SECONDS`).
+    processor time (`equivalence_worker.SECONDS`). Raises UserError if the library cannot be used.
     """
     text, expected = _as_latex(text), _as_latex(expected)
     if not text or not expected or max(len(text), len(expected)) > LONGEST:
@@ -81,6 +82,12 @@ class _Worker:
             )
             self._owner = os.getpid()
             atexit.register(self._end)
+            if self._process.stdout.readline().strip() != equivalence_worker.READY:
+                self._end()
+                raise UserError(
+                    "mathematical answers cannot be judged: math-verify does not load, "
+                    f"install it with {sys.executable} -m pip install math-verify"
+                )
         return self._process
 
     def _end(self) -> None:

@@ -1,6 +1,7 @@
 """The worker of `distlora.tasks.reading.equivalence`: a program that compares mathematical expressions.
 
-It reads lines of JSON, `[text, expected]` in LaTeX, and answers each with a line, `1` if they are equal.
+It writes READY, reads lines of JSON, `[text, expected]` in LaTeX, and answers each with a line: `1` if they
+are equal, else `0`.
 
 It is a process of its own because some expressions keep sympy busy for hours, or fill the memory, within one
 operation that no Python code can interrupt. Then the system ends the process.
@@ -15,6 +16,7 @@ import sys
 SECONDS, CLOCK_SECONDS = 3.0, 6.0
 #: Bytes of memory for the whole program.
 MEMORY = 2 * 2**30
+READY = "ready"
 
 
 def main() -> None:
@@ -28,6 +30,7 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     latex = [LatexExtractionConfig()]
+    _say(READY)
     for line in sys.stdin:
         texts = json.loads(line)
         _limit(SECONDS, CLOCK_SECONDS)
@@ -41,8 +44,12 @@ def main() -> None:
         except (Exception, RecursionError, MemoryError):
             right = False
         _limit(0, 0)
-        sys.stdout.write("1\n" if right else "0\n")
-        sys.stdout.flush()
+        _say("1" if right else "0")
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
 
 
 def _limit(processor: float, clock: float) -> None:

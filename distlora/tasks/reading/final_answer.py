@@ -17,8 +17,9 @@ _MARK = re.compile(
     rf"""(?P<box>\\(?:boxed|fbox)\s*(?=[{{\w]))
     | \#{{4,}}
     | \b(?:final\s+)?answer\b (?:,[^,.\n]{{1,30}},)? (?:\s+(?:to|for|of)\b[^.:\n]{{1,80}}?)? {_DRESS}
-      (?:(?:is|was|=|:|would\s+be|will\s+be|must\s+be|should\s+be|equals|comes\s+to|to\s+be)(?![\w'’>]){_DRESS})+
-      (?!{_DRESS}(?:(?:in)?correct|wrong)\b)
+      (?:(?:is|was|would\s+be|will\s+be|must\s+be|should\s+be|equals|comes\s+to|to\s+be)(?![\w'’>]){_DRESS})+
+      (?:[:=](?!>){_DRESS})? (?!{_DRESS}(?:(?:in)?correct|wrong)\b)
+    | (?:^[^\w\n]*|[.!?]\s+|\b(?:final|the|correct|right|best|my)\s+)answer\b{_DRESS}[:=](?!>)
     | \bfinal\s+answer\b[*_`\#\ ]*\n
     | ^[^\w\n]*final\s+answer\b""",
     re.IGNORECASE | re.VERBOSE | re.MULTILINE,
