@@ -14,8 +14,7 @@ _PROGRAM = ("distlora", "__main__.py")
 def hardware_of(run: RunRecord) -> str:
     """Such as "8 × NVIDIA H100" and "2 ranks on a CPU"; "-" where it is unknown."""
     start = _newest(run)
-    topology = start.get("topology")
-    topology = topology if isinstance(topology, dict) else {}
+    topology = dict(_items(start.get("topology")))
     ranks, device = topology.get("ranks"), topology.get("device")
     if not isinstance(ranks, int):
         return "-"
@@ -27,7 +26,7 @@ def hardware_of(run: RunRecord) -> str:
 
 
 def command_of(run: RunRecord) -> str:
-    """The command that began the run, without the paths of this machine's programs."""
+    """The command that began the run, on each of its ranks, without the paths of this machine's programs."""
     words = run.starts[0].get("command") if run.starts else None
     if not isinstance(words, list) or len(words) < 2:
         return ""
@@ -36,7 +35,10 @@ def command_of(run: RunRecord) -> str:
     arguments = [word for word in arguments if not word.startswith(("--local_rank=", "--local-rank="))]
     name = PurePath(program).name
     started = ["distlora"] if name in _PROGRAM else ["python", name]
-    return shlex.join([*started, *arguments])
+    topology = dict(_items(run.starts[0].get("topology")))
+    ranks, launcher = topology.get("ranks"), topology.get("launcher")
+    remark = f"    # on {ranks} ranks{f', {launcher}' if launcher else ''}" if ranks != 1 and ranks else ""
+    return shlex.join([*started, *arguments]) + remark
 
 
 def versions_of(run: RunRecord) -> dict[str, str]:

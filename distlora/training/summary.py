@@ -62,7 +62,7 @@ def peak_memory(comm: Comm) -> int:
 
 
 def _peak_of_process() -> int:
-    """Bytes. Not `ru_maxrss` if it can be helped: it may be the launcher's, before it became this process."""
+    """Bytes. Not `ru_maxrss` where it can be helped: it may be the launcher's, from before the exec."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024

@@ -14,6 +14,7 @@ from distlora.report.build import write_report
 from distlora.report.compare import comparable_groups, different_facts
 from distlora.report.costs import inference_table, initialisation_table, speed_table
 from distlora.report.curves import TRAINING, curves, limits, panels, smooth_values
+from distlora.report.hardware import command_of
 from distlora.report.inference_cost import inference_cost, pass_cost
 from distlora.report.page import Commands, Heading, Paragraph, Picture, Table, as_html, as_markdown
 from distlora.report.runs import find_runs
@@ -438,6 +439,9 @@ def test_commands_are_told_without_the_paths_of_programs(tmp_path):
     assert "\ndistlora train 'a b.yaml'\n" in page and "torch 2.13.0" in page and "mpi4py" not in page
     assert "| 2026-01-02 | CPU, 1 rank | 0123456789ab |" in page
     assert "/venv" not in page and "somebody" not in page
+    (run,) = find_runs([tmp_path])
+    run.starts[0]["topology"] = CPU | {"ranks": 4, "launcher": "torchrun"}
+    assert command_of(run) == "distlora train 'a b.yaml'    # on 4 ranks, torchrun"
 
 
 def test_only_scores_of_the_named_tasks(tmp_path):
