@@ -51,10 +51,10 @@ def check(subject: Subject, topology: Topology, asked: Asked) -> None:
     with before_ranks_meet():
         recipe = _of_model(subject, fitted_to_ranks(subject.recipe, topology.world_size), asked)
         objective, config = check_settings(recipe, topology.world_size)
+        refuse_other_base(subject, objective)
         recipe = fitted(recipe, objective)
         check_combination(recipe, config)
         check_packages(recipe)
-        refuse_other_base(subject, objective)
         if not asked.tasks:
             if recipe.data.eval_split is None:
                 raise UserError("data.eval_split is null, so there is nothing to evaluate on; name a split")
