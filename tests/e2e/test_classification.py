@@ -120,8 +120,9 @@ def test_a_classifier_is_scored_on_tasks_with_its_labels(models, data, tmp_path)
     assert (told["by"], told["samples"], told["split"]) == ("labels", 9, "validation")
     # What PEFT loads is scored alike: the head is in the adapter.
     adapter = ["--model", model, "--adapter", run_dir / "adapter", *tasks, "model.dtype=float32"]
+    adapter.append("data.max_length=60")
     assert succeed("eval", *adapter).out == scores
-    assert "has no weights for" in refused("eval", "--model", model, *tasks)
+    assert "has no weights for" in refused("eval", "--model", model, *tasks, "data.max_length=60")
     cola = refused("eval", run_dir, "--tasks", "cola")
     assert cola == (
         f"the task cola has the labels unacceptable, acceptable, and {run_dir} tells apart entailment, "
