@@ -19,12 +19,15 @@ setup(
         "transformers>=5.23,<6",
         "accelerate>=1.15,<2",  # transformers asks for it while loading
         "safetensors>=0.8,<1",
+        "sentencepiece>=0.2.1,<1",  # tokenizers that are published as spm.model, such as DeBERTa's
         "datasets>=5.2,<6",
         "numpy>=2.4,<3",
+        "math-verify>=0.9,<1",  # whether two answers are the same mathematics
         "pydantic>=2.14,<3",
         "PyYAML>=6.0,<7",
         "huggingface_hub>=2.0,<3",
         "pyarrow>=20,<27",
+        "pillow>=12,<14",
         "tensorboard>=2.21,<3",
         "tqdm>=4.70,<5",
     ],

@@ -1,5 +1,7 @@
-# Shared by deepspeed.sh and mpi.sh (sourced after _environment.sh): one training job, its signals, its end.
+# Shared by deepspeed.sh and mpi.sh (sourced after _environment.sh): one job of training or evaluation, its signals, its end; and
+# sweeps of such jobs.
 
+VERB=train     # what the program does: train, eval; or sweep, which starts this script again for each of its runs
 GRACE=25       # seconds from a signal to the end of whatever still runs
 PYTHON=        # what the ranks run
 MARK=$(od -An -N8 -tx1 /dev/urandom | tr -d ' \n')  # stands in the command line of every process of this job, and of no other
@@ -46,9 +48,35 @@ make_private_directory() {
     trap 'rm -rf "$PRIVATE"' EXIT
 }
 
-require_recipe() {  # require_recipe WORD…: the first one is a file
-    (($# > 0)) || refuse "no recipe: usage is in --help"
-    [[ -f $1 ]] || refuse "$1: no such recipe; relative paths start at $PWD"
+choose_verb() {  # choose_verb NAME: sets VERB
+    [[ $1 =~ ^(train|eval|sweep)$ ]] || refuse "--verb must be train, eval or sweep, not '$1'"
+    VERB=$1
+}
+
+require_subject() {  # require_subject WORD…: the first one is what VERB needs
+    case $VERB in
+        train)
+            (($# > 0)) || refuse "no recipe: usage is in --help"
+            [[ -f $1 ]] || refuse "$1: no such recipe; relative paths start at $PWD"
+            ;;
+        eval)
+            (($# > 0)) || refuse "no run directory: usage is in --help"
+            [[ -f $1/recipe.yaml ]] || refuse "$1 holds no run: it has no recipe.yaml; relative paths start at $PWD"
+            ;;
+        sweep)
+            (($# > 0)) || refuse "no sweep: usage is in --help"
+            [[ -f $1 && $1 == *.y*ml ]] || refuse "$1: no such sweep, a .yaml file; relative paths start at $PWD"
+            ;;
+    esac
+}
+
+run_sweep() {  # run_sweep COUNT WORD…: the first COUNT words are those of this script before a run's own; the rest is the sweep's
+    local count=$1 launcher
+    shift
+    choose_python
+    # Quoted by Python, which splits it again: no shell sees it.
+    launcher=$("$PYTHON" -c 'import shlex, sys; print(shlex.join(sys.argv[1:]))' bash "$REPOSITORY/launch/$NAME" "${@:1:count}") || exit
+    exec "$PYTHON" -m distlora sweep "${@:count + 1}" --launcher "$launcher"
 }
 
 # ------------------------------------------------------------------------------------------------------------- signals

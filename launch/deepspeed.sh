@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Fine-tunes on the hosts of a hostfile through DeepSpeed's launcher, or on this machine alone.
+# Fine-tunes or evaluates on the hosts of a hostfile through DeepSpeed's launcher, or on this machine alone.
 
 set -u
 . "$(dirname "${BASH_SOURCE[0]}")/_environment.sh"
@@ -8,11 +8,15 @@ set -u
 usage() {
     cat <<'TEXT'
 usage: bash launch/deepspeed.sh [options] HOSTFILE RECIPE [dotted.key=value …]
+       bash launch/deepspeed.sh --verb eval [options] HOSTFILE RUN [options of distlora eval]
+       bash launch/deepspeed.sh --verb sweep [options] HOSTFILE SWEEP.yaml [options of distlora sweep]
 
 HOSTFILE has lines of `host slots=N`; the first host is rank 0's. `-` means all GPUs of this machine. Every host must be reached
 by ssh without a password and find the same Python, recipe and run directory at the same paths: `distlora doctor HOSTFILE`
-looks. What follows RECIPE is handed to `distlora train` as it is, whatever signs it has.
+looks. What follows RECIPE is handed to `distlora train` as it is, whatever signs it has, and so on. A sweep is conducted on this
+machine, and its runs are started by this script, one after the other.
 
+  --verb train|eval|sweep  what is run (default: train)
   --launcher pdsh|openmpi  how DeepSpeed reaches the hosts (default: pdsh)
   --launcher-args WORDS    for pdsh or mpirun, e.g. --launcher-args='--mca btl_tcp_if_include ib0'
   --master-addr A          rank 0's address (default: the first host's)
@@ -45,18 +49,21 @@ ranks=
 no_ssh=
 node_rank=
 exports=()
+words=()  # all options but --verb
 
 while (($#)); do
     option=$1
     case $option in
         --help | -h) usage; exit 0 ;;
-        --no-ssh | --no_ssh) no_ssh=yes; shift; continue ;;
+        --no-ssh | --no_ssh) no_ssh=yes; words+=("$option"); shift; continue ;;
         --) shift; break ;;
         --*=*) value=${option#*=}; option=${option%%=*}; shift ;;
         -?*) require_value "$option" $(($# - 1)); value=$2; shift 2 ;;
         *) break ;;
     esac
+    [[ $option == --verb ]] || words+=("$option" "$value")
     case $option in
+        --verb) choose_verb "$value" ;;
         --launcher)
             [[ $value == pdsh || $value == openmpi ]] ||
                 refuse "--launcher must be pdsh or openmpi, not '$value' (with SLURM: launch/slurm.sbatch)"
@@ -76,7 +83,8 @@ done
 (($# >= 1)) || refuse "no HOSTFILE: usage is in --help"
 hostfile=$1
 shift
-require_recipe "$@"
+require_subject "$@"
+[[ $VERB != sweep || -z $no_ssh ]] || refuse "--verb sweep starts its runs from one machine: without --no-ssh"
 if [[ -n $no_ssh ]]; then
     [[ -n $node_rank ]] || refuse "--no-ssh needs --node-rank, this host's place in HOSTFILE, from 0"
     [[ $hostfile != - && $hostfile != localhost ]] || refuse "--no-ssh needs a HOSTFILE, the same on every host"
@@ -88,7 +96,7 @@ fi
 
 prepare() {
     prepare_job --hostfile "$hostfile" --launcher "$launcher" ${no_ssh:+--no-ssh} ${exports[@]+"${exports[@]}"} \
-        -- "$PRIVATE" train "$@"
+        -- "$PRIVATE" "$VERB" "$@"
     if [[ -f $PRIVATE/hosts ]]; then
         [[ -z $ranks ]] || refuse "--ranks is for this machine alone; write slots=$ranks into $hostfile"
         [[ -n $no_ssh ]] || mapfile -t HOSTS <"$PRIVATE/hosts"
@@ -125,6 +133,7 @@ launcher_options() {  # sets `options`: where DeepSpeed's launcher starts what
 
 main() {  # a function, so that bash has read this file to its end before anything runs: it may be edited meanwhile
     local here=$PWD options=() program status=0
+    [[ $VERB != sweep ]] || run_sweep $((${#words[@]} + 3)) ${words[@]+"${words[@]}"} --verb '{verb}' "$hostfile" "$@"
     choose_python
     make_private_directory
     prepare "$@"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Fine-tunes under Open MPI: on this machine, or on the hosts of a hostfile.
+# Fine-tunes or evaluates under Open MPI: on this machine, or on the hosts of a hostfile.
 
 set -u
 . "$(dirname "${BASH_SOURCE[0]}")/_environment.sh"
@@ -8,10 +8,13 @@ set -u
 usage() {
     cat <<'TEXT'
 usage: bash launch/mpi.sh [options] RECIPE [dotted.key=value …]
+       bash launch/mpi.sh --verb eval [options] RUN [options of distlora eval]
+       bash launch/mpi.sh --verb sweep [options] SWEEP.yaml [options of distlora sweep]
 
-Runs `distlora train RECIPE …` under Open MPI's mpirun. On several hosts rank 0 tells the others through MPI where they meet, which
+Runs `distlora train RECIPE …`, or each run of a sweep, under Open MPI's mpirun. On several hosts rank 0 tells the others through MPI where they meet, which
 needs mpi4py: pip install 'distlora[mpi]'. (Or export MASTER_ADDR, the host of rank 0, and MASTER_PORT.)
 
+  --verb train|eval|sweep    what is run (default: train)
   -np N, --np N          ranks (default: all slots of the hostfile; without one, one a GPU)
   --hostfile FILE        lines of `host slots=N`; the first host is rank 0's
   --mpirun-args WORDS    more for mpirun, e.g. --mpirun-args='--mca btl_tcp_if_include ib0 --oversubscribe'
@@ -30,6 +33,7 @@ ranks=
 hostfile=-
 mpirun_args=()
 exports=()
+words=()  # all options but --verb
 
 while (($#)); do
     option=$1
@@ -40,7 +44,9 @@ while (($#)); do
         -?*) require_value "$option" $(($# - 1)); value=$2; shift 2 ;;
         *) break ;;
     esac
+    [[ $option == --verb ]] || words+=("$option" "$value")
     case $option in
+        --verb) choose_verb "$value" ;;
         -n | -np | --np) require_whole "$option" "$value" 1 999999; ranks=$value ;;
         --hostfile) hostfile=$value ;;
         --mpirun-args) read -r -a mpirun_args <<<"$value" ;;
@@ -49,7 +55,7 @@ while (($#)); do
         *) refuse "unknown option $option; --help lists them" ;;
     esac
 done
-require_recipe "$@"
+require_subject "$@"
 
 # ------------------------------------------------------------------------------------------------------------- the job
 
@@ -81,9 +87,10 @@ mpirun_options() {  # sets `options`
 main() {  # a function, so that bash has read this file to its end before anything runs: it may be edited meanwhile
     local here=$PWD options=() program status=0
     require_open_mpi
+    [[ $VERB != sweep ]] || run_sweep $((${#words[@]} + 2)) ${words[@]+"${words[@]}"} --verb '{verb}' "$@"
     choose_python
     make_private_directory
-    prepare_job --hostfile "$hostfile" --launcher mpirun ${exports[@]+"${exports[@]}"} -- "$PRIVATE" train "$@"
+    prepare_job --hostfile "$hostfile" --launcher mpirun ${exports[@]+"${exports[@]}"} -- "$PRIVATE" "$VERB" "$@"
     mpirun_options
     program=$(<"$PRIVATE/program")
     cd / || exit 1  # it need not be there on other hosts; the ranks find their directory in `program`

@@ -12,9 +12,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
     AutoModelForMaskedLM,
+    BeitConfig,
     BertConfig,
     DebertaV2Config,
+    DeiTConfig,
+    Dinov2Config,
     Gemma2Config,
     LlamaConfig,
     MistralConfig,
@@ -22,7 +26,10 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     RobertaConfig,
+    SwinConfig,
+    ViTConfig,
 )
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 VOCAB_SIZE = 331
 
@@ -192,6 +199,63 @@ def tiny_encoder_tokenizer(name: str) -> PreTrainedTokenizerFast:
         cls_token=start,
         sep_token=end,
         model_input_names=inputs,
+    )
+
+
+# ---------------------------------------------------------------------- vision
+
+VISION = ("vit", "deit", "beit", "dinov2", "swin")
+
+
+def tiny_vision_config(name: str, **more) -> PreTrainedConfig:
+    """The config of one of VISION, for images of 16 x 16 in patches of 4 x 4; without anything random in
+    training.
+    """
+    sizes = (
+        dict(image_size=16, patch_size=4, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0) | more
+    )
+    flat = dict(hidden_size=60, num_hidden_layers=3, num_attention_heads=6, initializer_range=0.05)
+    if name == "vit":
+        return ViTConfig(**flat, **sizes, intermediate_size=131)
+    if name == "deit":
+        return DeiTConfig(**flat, **sizes, intermediate_size=131)
+    if name == "beit":
+        return BeitConfig(
+            **flat, **sizes, intermediate_size=131, drop_path_rate=0.0, use_relative_position_bias=True
+        )
+    if name == "dinov2":  # positions are interpolated: it was trained on larger images
+        return Dinov2Config(**flat, **(sizes | {"image_size": 28}), mlp_ratio=2)
+    if name == "swin":  # widths that grow, and windows
+        return SwinConfig(
+            **sizes, embed_dim=12, depths=[1, 2], num_heads=[2, 4], window_size=2, drop_path_rate=0.0,
+            initializer_range=0.05,
+        )  # fmt: skip
+    raise KeyError(name)
+
+
+def tiny_vision_dir(name: str, parent: Path, head: int | None = None) -> Path:
+    """Saves one of VISION with its image processor to `parent / name`, unless it is there, and returns the
+    directory.
+
+    head: of how many labels; None for the base model alone, as ViT-B/16 is published after ImageNet-21k.
+    """
+    directory = Path(parent) / name
+    if not directory.exists():
+        config = tiny_vision_config(name, **({} if head is None else {"num_labels": head}))
+        config.architectures = []  # DeiT has several
+        cls = AutoModel if head is None else AutoModelForImageClassification
+        model = cls.from_config(config)
+        _draw_parameters(model, torch.Generator().manual_seed(len(name)))
+        model.save_pretrained(directory)
+        tiny_image_processor().save_pretrained(directory)
+    return directory
+
+
+def tiny_image_processor(**more) -> ViTImageProcessorPil:
+    """Images of 16 x 16, normalised by channel."""
+    return ViTImageProcessorPil(
+        **{"size": {"height": 16, "width": 16}, "image_mean": [0.5, 0.4, 0.3], "image_std": [0.3, 0.25, 0.2]}
+        | more
     )
 
 

@@ -32,11 +32,12 @@ class Stateful(Protocol):
 
 
 def describe_model(engine: Engine) -> dict[str, Any]:
-    """The model's class, and how many labels its head tells apart: what an export has to say about a new
-    head.
-    """
-    config = getattr(engine.module, "config", None)
-    return {"class": type(engine.module).__name__, "num_labels": getattr(config, "num_labels", None)}
+    """The model's class, and which labels its head tells apart: what an export has to say about a head."""
+    config, name = getattr(engine.module, "config", None), type(engine.module).__name__
+    about = {"class": name, "num_labels": getattr(config, "num_labels", None)}
+    if name.endswith("Classification") and getattr(config, "id2label", None):
+        about["labels"] = [config.id2label[number] for number in sorted(config.id2label)]
+    return about
 
 
 def adapter_shapes(engine: Engine, attached: Attached) -> dict[str, tuple[int, ...]]:

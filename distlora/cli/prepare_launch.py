@@ -1,11 +1,12 @@
 """What launch scripts run before they start ranks:
 `python -m distlora.cli.prepare_launch OPTIONS -- FOLDER ARGUMENTS…`.
 
-ARGUMENTS are `train RECIPE …`. The files that are written into FOLDER are listed in
+ARGUMENTS are `train RECIPE …` or `eval RUN …`. The files that are written into FOLDER are listed in
 `distlora.cluster.launching`.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,13 +14,17 @@ from pathlib import Path
 from distlora.cluster.launching import prepare
 from distlora.errors import UserError
 
+#: What a run leaves in its directory first, see `distlora.training.run_directory`.
+_RECIPE = "recipe.yaml"
+
 
 def main(words: Sequence[str]) -> int:
     options = _parse(words)
     try:
-        folder = Path(options.folder)
+        folder, (verb, subject, *words) = Path(options.folder), options.arguments
+        options.file = os.path.join(subject, _RECIPE) if verb == "eval" else subject
         prepare(options, folder)
-        (folder / "run").write_text(_run_directory(options.arguments[1:]))
+        (folder / "run").write_text("" if verb == "eval" else _run_directory(subject, words))
     except UserError as error:
         sys.stderr.write(f"{options.script}: {error}\n")
         return 2
@@ -38,11 +43,11 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
-def _run_directory(words: Sequence[str]) -> str:
+def _run_directory(recipe: str, words: Sequence[str]) -> str:
     """The output directory of RECIPE with its overrides. A mistake in them shows before a host is asked."""
     from distlora.recipe.load import load_recipe
 
-    return load_recipe(words[0], [word for word in words[1:] if not word.startswith("-")]).output_dir
+    return load_recipe(recipe, [word for word in words if not word.startswith("-")]).output_dir
 
 
 if __name__ == "__main__":

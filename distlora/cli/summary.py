@@ -18,9 +18,12 @@ def summary_table(summary) -> str:
         rows.append((key.replace("_", " "), before, form.format(value)))
     lines = [f"  {name:<24}{before:>10}{after:>10}" for name, before, after in rows]
     lora = f"({ratio} LoRA's {summary.lora_trained:,} at rank {summary.rank})" if summary.lora_trained else ""
+    rate = summary.found_rate
+    found = [("learning rate", f"{rate:.3g}, found by the search")] if rate else []
     facts = [
         ("trained parameters", f"{summary.trained:,} {lora}"),
         ("initialisation", f"{summary.init_seconds:.1f} s"),
+        *found,
         ("a step", f"{summary.step_seconds:.2f} s (mean of {summary.steps})"),
         ("adapter", str(summary.adapter or "none: the weights themselves were trained; see distlora export")),
         (

@@ -11,7 +11,7 @@ these files into FOLDER, which only the user can read:
     withheld       the names of the variables that are not sent because they hold a secret
     master         rank 0's address; absent where DeepSpeed must find it
     program        ARGUMENTS in one word, see `distlora.cluster.packed_command`
-    run            the run directory of ARGUMENTS, which are `train RECIPE …`; `prepare_launch` writes it
+    run            the run directory of a training, whose status says how it ended; `prepare_launch` writes it
 """
 
 import argparse
@@ -32,7 +32,7 @@ from distlora.errors import UserError
 
 #: Seconds for a host to start Python.
 PATIENCE = 60
-#: The program that checks a host. Its argument is the recipe.
+#: The program that checks a host. Its argument is a file that must be there.
 _CHECK = (
     "import os, sys, distlora.cli.as_rank; "
     "os.path.isfile(sys.argv[1]) or sys.exit(f'{sys.argv[1]} is not there')"
@@ -44,7 +44,8 @@ _NOT_PROTECTED = re.compile(r'([\\$`"])')  # also %, which pdsh reads: it is dou
 
 
 def prepare(options: argparse.Namespace, folder: Path) -> None:
-    """Writes all files but `run` into the folder. options: as `prepare_launch` has parsed them.
+    """Writes all files but `run` into the folder. options: as `prepare_launch` has parsed them; `file`
+    is what every host must find.
 
     Raises UserError for a mistake in the hostfile or the variables, and for a host that cannot be used.
     """
@@ -79,7 +80,7 @@ def _prepare_hosts(options: argparse.Namespace, folder: Path) -> None:
         (folder / "environment").write_text(
             environment_file(os.environ, names, through_shell=options.launcher == "pdsh")
         )
-    _refuse_unreachable(hosts, options.arguments[1])
+    _refuse_unreachable(hosts, options.file)
 
 
 # ---------------------------------------------------------------------- hosts
@@ -102,9 +103,9 @@ def _refuse_loopback(hosts: Sequence[Host]) -> None:
             )
 
 
-def _refuse_unreachable(hosts: Sequence[Host], recipe: str) -> None:
-    """Asks all hosts at once whether this Python starts there, and finds this package and the recipe."""
-    command = ["-c", _CHECK, recipe]
+def _refuse_unreachable(hosts: Sequence[Host], file: str) -> None:
+    """Asks all hosts at once whether this Python starts there, and finds this package and the file."""
+    command = ["-c", _CHECK, file]
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
     try:
         asked = [

@@ -2,7 +2,8 @@
 
     sources ─► examples ─► encode ─► batches        prompts and responses
             │           └► questions                what is asked in an evaluation
-            └► labelled                             texts and labels
+            ├► labelled                             texts and labels
+            └► images (image_files)                 images and labels
 
 Other folders use the names below. `distlora.tasks` says what is made of a row and how an answer is judged.
 """
@@ -10,23 +11,37 @@ Other folders use the names below. `distlora.tasks` says what is made of a row a
 from distlora.data.batches import TrainOrder, collate, micro_batches, shard
 from distlora.data.encode import Encoded, Sample, load_split
 from distlora.data.examples import Examples, download, is_at_hand
+from distlora.data.images import (
+    ImageRows,
+    ImageSample,
+    blank_images,
+    collate_images,
+    image_labels,
+    load_images,
+)
 from distlora.data.labelled import LabelledRows, LabelledSample, collate_labelled, label_names, load_labelled
 from distlora.data.questions import Question, Questions, load_questions
 
 __all__ = [
     "Encoded",
     "Examples",
+    "ImageRows",
+    "ImageSample",
     "LabelledRows",
     "LabelledSample",
     "Question",
     "Questions",
     "Sample",
     "TrainOrder",
+    "blank_images",
     "collate",
+    "collate_images",
     "collate_labelled",
     "download",
+    "image_labels",
     "is_at_hand",
     "label_names",
+    "load_images",
     "load_labelled",
     "load_questions",
     "load_split",

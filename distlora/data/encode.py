@@ -2,17 +2,16 @@
 
     prompt tokens (BOS first, if the tokenizer adds one) | response tokens | EOS
 
-The loss is taken on the response and EOS only. The prompt is tokenised alone, exactly as generation will
-present it. The response's tokens are those that follow the prompt's tokens in the tokenised whole text; so
-every kind of tokenizer treats white space between the two as it is used to. If the whole text does not begin
-with the prompt's tokens, because one token spans the border, the response is tokenised alone as well.
+The loss is taken on the response and EOS only. What is trained are the tokens of the whole text as it is
+written; `distlora.data.seams` says which of them belong to the prompt.
 """
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 
-from distlora.data.examples import CHAT, DataSection, Example, Examples
+from distlora.data.examples import DataSection, Example, Examples
+from distlora.data.seams import Tokens, tokens_of
 from distlora.errors import UserError
 from distlora.models.targets import IGNORE
 
@@ -39,25 +38,27 @@ class Sample:
 class Encoded:
     """The samples of a split, in its order.
 
-    truncated: how many of them were cut to the maximal length. dropped: how many more were left out, and
-    why_dropped.
+    truncated: how many of them were cut to the maximal length; None where nothing is cut. dropped: how
+    many more were left out, and why_dropped. unanswered: how many of these have no answer in the data.
     """
 
     samples: list
-    truncated: int
+    truncated: int | None
     dropped: int
     why_dropped: str = "no response was left"
+    unanswered: int = 0
 
 
-def load_split(section: DataSection, split: str, tokenizer) -> Encoded:
+def load_split(section: DataSection, split: str, tokenizer, whole_text: bool = True) -> Encoded:
     """Reads, formats and tokenises a split expression (`train`, `test[:100]`) of a recipe's data section.
 
-    Raises UserError for everything that is wrong with the section, its files or its rows, and if no sample is
-    left.
+    whole_text: False for a run of the formats 1 and 2, see `distlora.data.seams`. Raises UserError for
+    everything that is wrong with the section, its files or its rows, and if no sample is left.
     """
     examples = Examples(section, split)
-    prompts = Prompts(tokenizer, chat=section.template == CHAT)
-    encoded = encode(examples, prompts, section.max_length)
+    encoded = encode(examples, tokens_of(section, tokenizer, whole_text), section.max_length)
+    if encoded.unanswered == len(examples):
+        raise UserError(f"data: no row of {examples.origin} has an answer, choose another split")
     if not encoded.samples:
         raise UserError(
             f"data.max_length: none of the {len(examples)} samples of {examples.origin} has a response token "
@@ -66,36 +67,30 @@ def load_split(section: DataSection, split: str, tokenizer) -> Encoded:
     return encoded
 
 
-class Prompts:
-    """A tokenizer with the conventions of this file: how a prompt starts, and how a response ends."""
-
-    def __init__(self, tokenizer, chat: bool):
-        if tokenizer.eos_token_id is None:
-            raise UserError(
-                "model.path: the tokenizer has no token to end a response with, set its eos_token"
-            )
-        if chat and not tokenizer.chat_template:
-            raise UserError(
-                "data.template: the tokenizer has no chat template, "
-                "write a template or leave data.template out"
-            )
-        self.tokenizer, self.chat = tokenizer, chat
-        self.eos = tokenizer.eos_token_id
-        # A chat template writes BOS itself where the model wants it.
-        self.start = [] if chat else _start_tokens(tokenizer)
-
-    def render(self, prompt: str) -> str:
-        """The text that generation starts from."""
-        if not self.chat:
-            return prompt
-        message = [{"role": "user", "content": prompt}]
-        return self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-
-    def tokens(self, texts: list[str]) -> list[list[int]]:
-        # Without verbose=False, transformers would warn of texts beyond the model's length. They are cut
-        # later.
-        encoded = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
-        return encoded["input_ids"]
+def encode(examples: Iterable[Example], tokens: Tokens, max_length: int) -> Encoded:
+    """Tokenises examples, cuts them to max_length tokens, and drops those without a response token then."""
+    encoded = Encoded([], truncated=0, dropped=0)
+    shared: dict[int, int] = {}
+    for chunk in chunks(examples):
+        answered = [example for example in chunk if example.response is not None]
+        encoded.unanswered += len(chunk) - len(answered)
+        pairs = tokens.pairs([example.prompt for example in answered], [each.response for each in answered])
+        for example, (prompt_ids, response_ids) in zip(answered, pairs):
+            # The tokenizer makes a new int object for each token. Sharing equal ones halves the memory of a
+            # large data set.
+            ids = [shared.setdefault(token, token) for token in (*prompt_ids, *response_ids, tokens.eos)]
+            start = max(len(prompt_ids), 1)
+            if start >= min(len(ids), max_length):
+                encoded.dropped += 1
+                continue
+            encoded.truncated += len(ids) > max_length
+            ids = ids[:max_length]
+            labels = [IGNORE] * start + ids[start:]
+            encoded.samples.append(Sample(ids, labels, ids[: len(prompt_ids)], example.answer))
+    if encoded.unanswered:
+        encoded.dropped += encoded.unanswered
+        encoded.why_dropped = "they have no answer, or no response was left"
+    return encoded
 
 
 def chunks(rows: Iterable) -> Iterator[list]:
@@ -103,51 +98,3 @@ def chunks(rows: Iterable) -> Iterator[list]:
     stream = iter(rows)
     while chunk := list(islice(stream, CHUNK)):
         yield chunk
-
-
-def _start_tokens(tokenizer) -> list[int]:
-    """[BOS] if the tokenizer puts it before every text, else []."""
-    bos = tokenizer.bos_token_id
-    return [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
-
-
-def encode(examples: Iterable[Example], prompts: Prompts, max_length: int) -> Encoded:
-    """Tokenises examples, cuts them to max_length tokens, and drops those without a response token then."""
-    encoded = Encoded([], truncated=0, dropped=0)
-    shared: dict[int, int] = {}
-    for prompt_ids, response_ids, answer in _tokenised(examples, prompts):
-        # The tokenizer makes a new int object for each token. Sharing equal ones halves the memory of a large
-        # data set.
-        ids = [shared.setdefault(token, token) for token in prompt_ids + response_ids]
-        start = max(len(prompt_ids), 1)
-        if start >= min(len(ids), max_length):
-            encoded.dropped += 1
-            continue
-        encoded.truncated += len(ids) > max_length
-        ids = ids[:max_length]
-        encoded.samples.append(Sample(ids, [IGNORE] * start + ids[start:], ids[: len(prompt_ids)], answer))
-    return encoded
-
-
-def _tokenised(
-    examples: Iterable[Example], prompts: Prompts
-) -> Iterator[tuple[list[int], list[int], str | None]]:
-    """For each example: the tokens of its prompt, those of its response with EOS, and its answer."""
-    for chunk in chunks(examples):
-        prompt_texts = [prompts.render(example.prompt) for example in chunk]
-        responses = [
-            _separator(prompt, example.response) + example.response
-            for prompt, example in zip(prompt_texts, chunk)
-        ]
-        prompt_ids = prompts.tokens(prompt_texts)
-        whole_ids = prompts.tokens([prompt + response for prompt, response in zip(prompt_texts, responses)])
-        response_ids = prompts.tokens(responses)
-        for example, prompt, whole, response in zip(chunk, prompt_ids, whole_ids, response_ids):
-            if whole[: len(prompt)] == prompt:
-                response = whole[len(prompt) :]
-            yield prompts.start + prompt, response + [prompts.eos], example.answer
-
-
-def _separator(prompt: str, response: str) -> str:
-    """A space between prompt and response, unless there is white space. It belongs to the response."""
-    return " " if prompt and response and not prompt[-1].isspace() and not response[0].isspace() else ""

@@ -1,18 +1,19 @@
 """From rows to texts: the recipe's task, fields and template, applied to the columns of a data set."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from string import Formatter
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 from distlora.data import sources
 from distlora.data.sources import Row
+from distlora.data.templates import BY_STEPS, CHAT, PAPER, ask_by_steps, choose_templates, joined
 from distlora.errors import UserError
 from distlora.sentences import nearest
-from distlora.tasks import ROLES, get_task
+from distlora.tasks import ROLES, Layout, get_task
 
-#: The value of `data.template` that asks for the tokenizer's chat template.
-CHAT = "chat"
+#: What the column of the answer holds in a row without one, as in the hub's test splits.
+_UNANSWERED = ("", "-1")
 
 
 class DataSection(Protocol):
@@ -22,6 +23,7 @@ class DataSection(Protocol):
     path: str | None
     fields: dict[str, str] | None
     template: str | None
+    think_step_by_step: bool | None
     max_length: int
 
 
@@ -29,41 +31,15 @@ class DataSection(Protocol):
 class Example:
     """A prompt, the response to learn, and the final answer in it.
 
-    With a chat template, `prompt` is the user's message.
+    With a chat template, `prompt` is the user's message. Without one, prompt and response make up the text
+    that is trained: nothing is put between them. response: None if the row has no answer. options: the
+    possible answers, each with its response, of a question; none where the answer is free.
     """
 
     prompt: str
-    response: str
+    response: str | None
     answer: str | None
-
-
-@dataclass(frozen=True)
-class Template:
-    """A parsed format string: pairs of literal text and the name that follows it, None if none follows."""
-
-    pieces: list[tuple[str, str | None]]
-
-    @property
-    def names(self) -> list[str]:
-        return [name for _, name in self.pieces if name is not None]
-
-    def fill(self, values: dict[str, str]) -> str:
-        return "".join(text + ("" if name is None else values[name]) for text, name in self.pieces)
-
-
-def parse_template(template: str) -> Template:
-    """Parses `data.template`. Only plain names may stand in braces: they are looked up, never evaluated."""
-    pieces = []
-    try:
-        for text, name, spec, conversion in Formatter().parse(template):
-            if spec or conversion or name == "":
-                raise ValueError("only names may stand in braces")
-            pieces.append((text, name))
-    except ValueError as error:
-        raise UserError(
-            f"data.template: {error}, write {{name}} for a column and {{{{ }}}} for braces as text"
-        ) from None
-    return Template(pieces)
+    options: dict[str, str] = field(default_factory=dict)
 
 
 def download(section: DataSection, split: str) -> None:
@@ -92,7 +68,7 @@ def load_rows(section: DataSection, split: str) -> Sequence[Row]:
             )
         rows = sources.select(sources.parse_split(split), task.rows)
     else:
-        rows = sources.load_rows(_path(section), split, task.header)
+        rows = sources.load_rows(_path(section), split, task.header, task.local_splits)
     if len(rows) == 0:
         raise UserError(f"data: {origin(section, split)} has no rows, choose another split or another file")
     return rows
@@ -100,8 +76,8 @@ def load_rows(section: DataSection, split: str) -> Sequence[Row]:
 
 def origin(section: DataSection, split: str) -> str:
     """The data set, as error messages name it."""
-    path = section.path or get_task(section.task).path or section.task
-    return f"{path}, split {split}"
+    has_path = section.path or get_task(section.task).path
+    return f"{_path(section) if has_path else section.task}, split {split}"
 
 
 def columns_of(rows: Sequence[Row]) -> list[str]:
@@ -139,19 +115,30 @@ def _path(section: DataSection) -> str:
         raise UserError(
             f"data.path: the task {section.task} needs one, name a file, a directory or a data set of the hub"
         )
+    for folder in filter(None, (get_task(section.task).folder, section.task)):
+        if (Path(path).expanduser() / folder).is_dir():  # those of several tasks lie in one
+            return str(Path(path) / folder)
     return path
 
 
 class Examples:
-    """The rows of a split as examples, in order. To make one checks the section against the columns."""
+    """The rows of a split as examples, in order. To make one checks the section against the columns.
 
-    def __init__(self, section: DataSection, split: str):
+    scoring: whether the prompts are those of an evaluation.
+    """
+
+    def __init__(self, section: DataSection, split: str, scoring: bool = False):
         self.rows = load_rows(section, split)
         self.origin = origin(section, split)
-        self._section = section
-        self._task = get_task(section.task)
+        self._section, self._task, self._scoring = section, get_task(section.task), scoring
+        self.by_steps = scoring and ask_by_steps(section.template, section.think_step_by_step, self._task)
+        self._layout = None if section.fields else self._find_layout()
         self._columns = self._assign_columns(section.fields or {})
-        self._template, self._template_with_input = self._choose_templates(section.template)
+        self._template, self._template_with_input = choose_templates(
+            section.template, self._task, section.task, scoring
+        )
+        for name in self._template.names:
+            self._check_name(name)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -159,6 +146,34 @@ class Examples:
     def __iter__(self) -> Iterator[Example]:
         for position, row in enumerate(self.rows):
             yield self._example(row, position)
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """A generated answer ends before the first of these texts."""
+        paper = self._task.paper if self._section.template == PAPER else None
+        return self._task.stops if paper is None else paper.stops
+
+    # ------------------------------------------------------------------ columns
+
+    def _find_layout(self) -> Layout | None:
+        """How the rows are read if they do not have the columns of the task themselves.
+
+        Raises UserError if they have those of no copy of the data set.
+        """
+        own = tuple(self._task.columns[role] for role in ROLES[:2] if role in self._task.columns)
+        available = set(columns_of(self.rows))
+        if not self._task.layouts or available.issuperset(own):
+            return None
+        for layout in self._task.layouts:
+            if available.issuperset(layout.columns):
+                return layout
+        known = " nor ".join(
+            ", ".join(columns) for columns in (own, *(layout.columns for layout in self._task.layouts))
+        )
+        raise UserError(
+            f"task {self._section.task}: {self.origin} has neither the columns {known}, name others in "
+            f"data.fields (it has {', '.join(map(str, columns_of(self.rows)))})"
+        )
 
     def _assign_columns(self, fields: dict[str, str]) -> dict[str, str]:
         """The column of each role that has one."""
@@ -176,23 +191,19 @@ class Examples:
             self._require(defaults["response"], f"response of the task {self._section.task}")
         return {**defaults, **fields}
 
-    def _choose_templates(self, template: str | None) -> tuple[Template, Template]:
-        """The templates for a row without an input, and for a row with one."""
-        if template == CHAT:
-            plain, with_input = Template([("", "prompt")]), Template([("", "prompt"), ("\n\n", "input")])
-        elif template is not None:
-            plain = with_input = parse_template(template)
-        else:
-            plain = parse_template(self._task.template)
-            with_input = parse_template(self._task.template_with_input or self._task.template)
-        for name in plain.names:
-            self._check_name(name)
-        return plain, with_input
+    def _require(self, column: str, where: str) -> None:
+        if self._layout is None or column not in self._task.columns.values():
+            require_column(self.rows, column, where, self.origin)
 
     def _check_name(self, name: str) -> None:
         """Raises UserError unless a template's name means a column that does not show the answer."""
         column = self._columns.get(name, name)
-        if column in (self._columns["response"], self._columns.get("answer")):
+        secret = [
+            self._columns["response"],
+            self._columns.get("answer"),
+            self._layout and self._layout.answer,
+        ]
+        if column in secret:
             raise UserError(
                 f"data.template: {{{name}}} would show the answer, remove it "
                 "(the response is added by itself)"
@@ -201,24 +212,62 @@ class Examples:
             raise UserError(
                 "data.fields: no column for prompt, set it, as in {prompt: question, response: answer}"
             )
-        explicit = self._section.template not in (None, CHAT)
+        explicit = self._section.template not in (None, CHAT, PAPER)
         self._require(
             column, f"data.template: {{{name}}}" if explicit else f"{name} of the task {self._section.task}"
         )
 
-    def _require(self, column: str, where: str) -> None:
-        require_column(self.rows, column, where, self.origin)
+    # ------------------------------------------------------------------ rows
 
     def _example(self, row: Row, position: int) -> Example:
+        if self._layout is not None:
+            row = self._read(self._layout, row, position)
+            if row is None:
+                return Example("", None, None)
         has_input = bool(self._text(row, self._columns.get("input"), position, optional=True).strip())
         template = self._template_with_input if has_input else self._template
         values = {
             name: self._text(row, self._columns.get(name, name), position, name == "input")
             for name in template.names
         }
+        prompt = template.fill(values)
+        if self.by_steps:
+            prompt += joined(prompt, BY_STEPS)
         response = self._text(row, self._columns["response"], position)
         answer = self._text(row, self._columns.get("answer"), position, optional=True).strip()
-        return Example(template.fill(values), response, answer or self._task.extract(response))
+        options = self._options(row, position) if self._scoring else {}
+        return Example(
+            prompt,
+            self._following(prompt, response),
+            answer or self._task.extract(response),
+            {name: self._following(prompt, text) for name, text in options.items()},
+        )
+
+    def _options(self, row: Row, position: int) -> dict[str, str]:
+        column = self._columns.get("prompt")
+        return self._task.options(self._text(row, column, position, optional=True))
+
+    def _following(self, prompt: str, response: str) -> str:
+        """A response as it follows a prompt: a task's own prompt with a space, if there is no white space,
+        and every other one just as it is written."""
+        return response if self._section.template is not None else joined(prompt, response)
+
+    def _read(self, layout: Layout, row: Row, position: int) -> Row | None:
+        """A row with the columns of the task beside its own; None for a row without an answer."""
+        value = row.get(layout.answer)
+        if value is None or str(value).strip() in _UNANSWERED:
+            return None
+        where = f"data: row {position} of {self.origin}"
+        for column in layout.columns:
+            if row.get(column) is None:
+                raise UserError(f"{where} has no value in column {column!r}, correct it")
+        try:
+            return {**row, **layout.read(row)}
+        except ValueError as error:
+            raise UserError(f"{where} has {error}, correct it") from None
+        except (KeyError, TypeError, IndexError):
+            form = f"rows of the task {self._section.task} ({', '.join(layout.columns)})"
+            raise UserError(f"{where} has another form than {form}, correct it") from None
 
     def _text(self, row: Row, column: str | None, position: int, optional: bool = False) -> str:
         """A cell as text. An optional one may be missing or null; its text is then empty."""

@@ -1,4 +1,5 @@
-"""Classification: rows with a label and a text, or a pair of texts, made into samples and batches.
+"""Classification and regression: rows with a label and a text, or a pair of texts, made into samples and
+batches. Of a regression the label is a score.
 
 The tokenizer makes the tokens of a row by its own rules, as the encoder has seen them in pretraining:
 `[CLS] text [SEP] pair [SEP]` for BERT, `<s> text </s></s> pair </s>` for RoBERTa.
@@ -18,10 +19,16 @@ from distlora.data.sources import Row
 from distlora.errors import UserError
 from distlora.models.targets import IGNORE
 from distlora.sentences import nearest
-from distlora.tasks import LabelTask, get_task
+from distlora.tasks import ScoreTask, TextTask, get_task
 
 #: What a column can be used for. A data set may have no pairs.
 ROLES = ("text", "pair", "label")
+
+#: The output of a regression.
+SCORE = ("score",)
+
+#: What the column of the label holds in a row without one, as in the hub's test splits.
+_UNLABELLED = ("", "-", "-1", "-1.0")
 
 
 class DataSection(examples.DataSection, Protocol):
@@ -30,25 +37,39 @@ class DataSection(examples.DataSection, Protocol):
     labels: list[str] | None
 
 
+#: A text, the second one of a pair or None, and the number of the label, the score, or None.
+LabelledRow = tuple[str, str | None, int | float | None]
+
+
 @dataclass(frozen=True)
 class LabelledSample:
     """One tokenised row.
 
     segments: for each token whether it belongs to the text (0) or the pair (1); None if the tokenizer does
-    not tell them apart. label: its number.
+    not tell them apart. label: its number; of a regression the score, a float.
     """
 
     input_ids: list[int]
     segments: list[int] | None
-    label: int
+    label: int | float
+
+    def identity(self) -> list:
+        """What tells it from others, for JSON."""
+        return [self.input_ids, self.label]
 
 
 def label_names(section: DataSection) -> tuple[str, ...]:
-    """The names of the labels that a section's task tells apart, in the order of their numbers.
+    """The names of the labels that a section's task tells apart, in the order of their numbers; of a
+    regression the name of its only output.
 
     Raises UserError if the section does not say them, or says them wrongly.
     """
-    own, given = get_task(section.task).labels, section.labels
+    task, given = get_task(section.task), section.labels
+    if isinstance(task, ScoreTask):
+        if given is not None:
+            raise UserError(f"data.labels: the task {section.task} predicts a score, remove the labels")
+        return SCORE
+    own = task.labels
     if own and given is not None:
         raise UserError(
             f"data.labels: the task {section.task} has its own labels ({', '.join(own)}), remove these"
@@ -65,40 +86,49 @@ def label_names(section: DataSection) -> tuple[str, ...]:
 
 
 class LabelledRows:
-    """The rows of a split in order, each as (text, pair or None, number of the label or None).
+    """The rows of a split in order.
 
-    To make one checks the section against the columns.
+    To make one checks the section against the columns. roles: what a column can be used for. names_of: finds
+    the names of the labels.
     """
 
+    roles = ROLES
+    names_of = staticmethod(label_names)
+
     def __init__(self, section: DataSection, split: str):
-        self.labels = label_names(section)
+        self.labels = self.names_of(section)
         if section.template is not None:
             raise UserError(
-                f"data.template: the task {section.task} shows texts as they are, remove the template"
+                f"data.template: the task {section.task} shows {self.roles[0]}s as they are, "
+                "remove the template"
             )
-        self.rows = examples.load_rows(section, split)
+        self.rows = self.read(section, split)
         self.origin = examples.origin(section, split)
-        self._columns = self._assign_columns(get_task(section.task), section.task, section.fields or {})
+        self._task = get_task(section.task)
+        self._columns = self._assign_columns(self._task, section.task, section.fields or {})
         self._numbers = {name: number for number, name in enumerate(self.labels)}
         self._numbers |= {
             str(number): number for number in range(len(self.labels)) if str(number) not in self._numbers
         }
 
+    def read(self, section: DataSection, split: str) -> Sequence[Row]:
+        return examples.load_rows(section, split)
+
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __iter__(self) -> Iterator[tuple[str, str | None, int | None]]:
+    def __iter__(self) -> Iterator[LabelledRow]:
         pair = self._columns.get("pair")
         for position, row in enumerate(self.rows):
             text = examples.cell_text(row, self._columns["text"], position, self.origin)
             second = pair and examples.cell_text(row, pair, position, self.origin)
             yield text, second, self._label(row, position)
 
-    def _assign_columns(self, task: LabelTask, name: str, fields: dict[str, str]) -> dict[str, str]:
+    def _assign_columns(self, task: TextTask, name: str, fields: dict[str, str]) -> dict[str, str]:
         """The column of each role: the recipe's, else the first of the task's names that the data set has."""
         for role, column in fields.items():
-            if role not in ROLES:
-                hint = nearest(role, ROLES) or f", choose from {', '.join(ROLES)}"
+            if role not in self.roles:
+                hint = nearest(role, self.roles) or f", choose from {', '.join(self.roles)}"
                 raise UserError(f"data.fields: unknown name {role!r}{hint}")
             examples.require_column(self.rows, column, f"data.fields: {role}", self.origin)
         available, columns = examples.columns_of(self.rows), dict(fields)
@@ -106,28 +136,46 @@ class LabelledRows:
             if role not in fields:
                 columns[role] = next((column for column in names if column in available), names[0])
                 examples.require_column(self.rows, columns[role], f"{role} of the task {name}", self.origin)
-        for role in ("text", "label"):
+        for role in (self.roles[0], "label"):
             if role not in columns:
                 raise UserError(
                     f"data.fields: no column for {role}, set it, as in {{text: sentence, label: label}}"
                 )
         return columns
 
-    def _label(self, row: Row, position: int) -> int | None:
-        """The number of a row's label, which the row holds as a name or as a number.
+    def _label(self, row: Row, position: int) -> int | float | None:
+        """The number of a row's label, which the row holds as a name or as a number; or its score.
 
-        None for a row without a label, as in the hub's test splits: null, empty, -1 or "-".
+        None for a row without one.
         """
         value = row.get(self._columns["label"])
         text = "" if value is None else str(value).strip()
-        if text in ("", "-1", "-"):
+        if text in _UNLABELLED:
             return None
+        return (
+            self._score(text, position) if isinstance(self._task, ScoreTask) else self._number(text, position)
+        )
+
+    def _number(self, text: str, position: int) -> int:
         if text not in self._numbers:
             known = f"{', '.join(self.labels)} or 0 to {len(self.labels) - 1}"
             raise UserError(
                 f"data: row {position} of {self.origin} has the label {text!r}, which is none of {known}"
             )
         return self._numbers[text]
+
+    def _score(self, text: str, position: int) -> float:
+        lowest, highest = self._task.lowest, self._task.highest
+        try:
+            score = float(text)
+        except ValueError:
+            score = float("nan")
+        if not lowest <= score <= highest:
+            raise UserError(
+                f"data: row {position} of {self.origin} has the score {text!r}, "
+                f"which is no number from {lowest:g} to {highest:g}, correct it"
+            )
+        return score
 
 
 def load_labelled(section: DataSection, split: str, tokenizer) -> Encoded:
@@ -148,7 +196,7 @@ def load_labelled(section: DataSection, split: str, tokenizer) -> Encoded:
     return encoded
 
 
-def _encode(encoded: Encoded, chunk: list[tuple[str, str | None, int]], max_length: int, tokenizer) -> None:
+def _encode(encoded: Encoded, chunk: list[LabelledRow], max_length: int, tokenizer) -> None:
     """Appends the samples of a chunk whose rows all have a label."""
     texts, pairs, labels = zip(*chunk)
     columns = [list(texts)] if pairs[0] is None else [list(texts), list(pairs)]
@@ -165,7 +213,7 @@ def _encode(encoded: Encoded, chunk: list[tuple[str, str | None, int]], max_leng
     encoded.samples += samples
 
 
-def _samples(tokens, labels: Sequence[int]) -> list[LabelledSample]:
+def _samples(tokens, labels: Sequence[int | float]) -> list[LabelledSample]:
     segments = tokens.get("token_type_ids") or [None] * len(labels)
     return [LabelledSample(*row) for row in zip(tokens["input_ids"], segments, labels)]
 
@@ -174,7 +222,7 @@ def collate_labelled(
     samples: Sequence[LabelledSample], pad_id: int, device: torch.device | str = "cpu"
 ) -> dict[str, Tensor]:
     """Right-padded `input_ids`, `attention_mask` and, if the samples have segments, `token_type_ids`, int64
-    (batch, longest); and `labels`, int64 (batch,).
+    (batch, longest); and `labels`, int64 (batch,), of a regression float32.
 
     No samples give a 1 × 2 batch without a label, for a pass of weight zero.
     """
@@ -190,7 +238,11 @@ def collate_labelled(
     batch = {
         "input_ids": pad_rows(ids, pad_id, device),
         "attention_mask": pad_rows([[1] * len(row) for row in ids], 0, device),
-        "labels": torch.tensor([sample.label for sample in samples], dtype=torch.int64, device=device),
+        "labels": torch.tensor(
+            [sample.label for sample in samples],
+            dtype=torch.float32 if isinstance(samples[0].label, float) else torch.int64,
+            device=device,
+        ),
     }
     if samples[0].segments is not None:
         batch["token_type_ids"] = pad_rows([sample.segments for sample in samples], 0, device)

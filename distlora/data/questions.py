@@ -2,11 +2,12 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from distlora.data.encode import Prompts, chunks
-from distlora.data.examples import CHAT, DataSection, Examples
+from distlora.data.examples import DataSection, Example, Examples
+from distlora.data.seams import Tokens, tokens_of
 from distlora.errors import UserError
 from distlora.tasks import get_task
 
@@ -44,28 +45,55 @@ class Questions:
     digest: str
 
 
-def load_questions(section: DataSection, split: str, tokenizer) -> Questions:
+def load_questions(section: DataSection, split: str, tokenizer, whole_text: bool = True) -> Questions:
     """Reads a split expression (`test`, `test[:100]`) of a task with responses as questions.
 
-    A prompt longer than `data.max_length` tokens is left out and counted: cut anywhere it would be another
-    question. Raises UserError for everything that is wrong with the section, its files or its rows, and if no
-    question is left.
+    The prompt ends before the token with which a response begins, as it does in training. A question that
+    ends in "Let's think step by step." and one of the LoRA-SB paper are tokenised alone. A prompt longer than
+    `data.max_length` tokens is left out and counted: cut anywhere it would be another question. whole_text:
+    as in `load_split`. Raises UserError for everything that is wrong with the section, its files or its rows,
+    and if no question is left.
     """
-    examples = Examples(section, split)
-    task = get_task(section.task)
-    prompts = Prompts(tokenizer, chat=section.template == CHAT)
-    items = []
-    for chunk in chunks(examples):
-        texts = [prompts.render(example.prompt) for example in chunk]
-        for example, text, ids in zip(chunk, texts, prompts.tokens(texts)):
-            if len(prompts.start + ids) <= section.max_length:
-                items.append(Question(text, prompts.start + ids, example.answer))
+    task, examples = get_task(section.task), Examples(section, split, scoring=True)
+    tokens = tokens_of(section, tokenizer, whole_text)
+    items, has_answers = [], False
+    for position, example in enumerate(examples):
+        if example.response is not None and task.numeric and not re.search(r"\d", example.answer or ""):
+            raise UserError(
+                f"data: row {position} of {examples.origin} has no number as its answer, "
+                f"which the task {section.task} wants, correct it or choose another task"
+            )
+        if example.answer is None:
+            continue
+        has_answers = True
+        item = _question(example, tokens, examples, position)
+        if len(item.prompt_ids) <= section.max_length:
+            items.append(item)
+    if not has_answers:
+        raise UserError(f"data: no row of {examples.origin} has an answer, choose another split")
     if not items:
         raise UserError(
             f"data.max_length: none of the {len(examples)} prompts of {examples.origin} has at most "
             f"{section.max_length} tokens, raise it"
         )
-    return Questions(items, task.stops, examples.origin, len(examples) - len(items), _digest(items))
+    return Questions(items, examples.stops, examples.origin, len(examples) - len(items), _digest(items))
+
+
+def _question(example: Example, tokens: Tokens, examples: Examples, position: int) -> Question:
+    """The question of a row that has an answer."""
+    text, names = tokens.render(example.prompt), list(example.options)
+    if not names:
+        response = None if examples.by_steps else example.response
+        return Question(text, tokens.before_answer(example.prompt, response), example.answer)
+    if example.answer not in names:
+        raise UserError(
+            f"data: row {position} of {examples.origin} has the answer {example.answer!r}, "
+            f"which is none of {', '.join(names)}, correct it"
+        )
+    ids, following = tokens.before_options(example.prompt, list(example.options.values()))
+    return Question(
+        text, ids, example.answer, tuple(map(tuple, following)), correct=names.index(example.answer)
+    )
 
 
 def _digest(items: Iterable[Question]) -> str:

@@ -8,7 +8,7 @@ in the hub's syntax: `train`, `train[:50000]`, `train[10%:20%]`, `train[-500:]`,
 import csv
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -24,7 +24,7 @@ _PART = re.compile(r"(?P<name>[\w.\-]+)(?:\[(?P<slice>[^\]]*)\])?")
 _SLICE = re.compile(r"(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?")
 _SHARD = re.compile(r"-\d+-of-\d+$")
 
-#: Names that splits may have as local files, by their names on the hub.
+#: Names that splits may have as local files, by their names on the hub, whatever the data set.
 _LOCAL_NAMES = {
     "validation": "dev",
     "validation_matched": "dev_matched",
@@ -71,19 +71,26 @@ def parse_split(expression: str) -> list[SplitPart]:
     return parts
 
 
-def load_rows(path: str, split: str, header: Sequence[str] | None = None) -> Sequence[Row]:
+def load_rows(
+    path: str,
+    split: str,
+    header: Sequence[str] | None = None,
+    local_names: Mapping[str, str] | None = None,
+) -> Sequence[Row]:
     """The rows of a split expression, from a local path if there is one, else from the hub.
 
     path: a file; a directory with a file for each split (`train.jsonl`) or its shards
     (`train-00000-of-00002.parquet`); or a data set of the hub, with its configuration after a colon if it has
     several (`openai/gsm8k:main`). header: the columns of TSV files whose first line is already a row.
+    local_names: the names that splits may have in a directory, by their names on the hub.
 
     Rows of the hub are memory-mapped and not copied. Raises UserError, in one sentence, for what is missing,
     unreadable or out of reach.
     """
     parts = parse_split(split)
     if is_local(path):
-        return select(parts, partial(_read_local, Path(path).expanduser(), header))
+        names = _LOCAL_NAMES | dict(local_names or {})
+        return select(parts, partial(_read_local, Path(path).expanduser(), header, names))
     return _select_hub(path, parts)
 
 
@@ -112,11 +119,14 @@ def select(parts: list[SplitPart], read_split: Callable[[str], list[Row]]) -> li
     return [whole[part.name][position] for part in parts for position in part.rows(len(whole[part.name]))]
 
 
-def _read_local(path: Path, header: Sequence[str] | None, split: str) -> list[Row]:
-    return list(chain.from_iterable(read_file(file, header) for file in _split_files(path, split)))
+def _read_local(
+    path: Path, header: Sequence[str] | None, local_names: Mapping[str, str], split: str
+) -> list[Row]:
+    files = _split_files(path, split, local_names)
+    return list(chain.from_iterable(read_file(file, header) for file in files))
 
 
-def _split_files(path: Path, split: str) -> list[Path]:
+def _split_files(path: Path, split: str, local_names: Mapping[str, str]) -> list[Path]:
     """The files of one split, shards in order. A single file is the split `train`, as on the hub."""
     if not path.exists():
         siblings = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
@@ -136,7 +146,7 @@ def _split_files(path: Path, split: str) -> list[Path]:
         if file.suffix.lower() in READERS and file.is_file():
             found.setdefault(_SHARD.sub("", file.stem), []).append(file)
     if split not in found:
-        split = _LOCAL_NAMES.get(split, split)
+        split = local_names.get(split, split)
     if split not in found:
         have = f"it has {', '.join(found)}" if found else f"it has no {', '.join(READERS)} file"
         raise UserError(f"data: no file for split {split!r} in {path}{nearest(split, found) or ':'} ({have})")

@@ -58,6 +58,16 @@ class BitsandbytesAdamW(Optimizer2State):
         return scales if key in SCALES else decode(values.to(scales.device), scales, state[f"qmap{number}"])
 
     @torch.no_grad()
+    def forget(self, parameter: Tensor) -> None:
+        # Paged memory is never given back to the system: what is there is used again.
+        state = self.state.get(parameter, {})
+        for key, value in state.items():
+            if key == "step":
+                state[key] = 0
+            elif not key.startswith("qmap"):
+                value.zero_()
+
+    @torch.no_grad()
     def unpack(self, parameter: Tensor) -> None:
         state = self.state[parameter]
         if "state1" in state:

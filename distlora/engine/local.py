@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from distlora.adapter.layer import AdapterLinear
+from distlora.engine import boundary
 from distlora.engine.comm import Comm
 from distlora.engine.ledger import Ledger
 from distlora.engine.optimizers import OptimizerSpec, moment_of, restore_state, set_rate, spec_of, steps_taken
@@ -20,6 +21,7 @@ from distlora.engine.protocol import (
     tell_changed,
     transforming,
 )
+from distlora.engine.rehearsal import Kept
 from distlora.errors import UserError
 from distlora.maths.checksum import bit_sum
 from distlora.maths.low_rank import LowRank, add_low_rank
@@ -134,6 +136,18 @@ class LocalEngine:
 
     def set_rate(self, rate: float) -> None:
         set_rate(self._optimizer, rate)
+
+    @contextmanager
+    def rehearsal(self) -> Iterator[Callable[[], None]]:
+        kept = Kept(self.comm.device, self._optimizer, self._masters.values())
+        kept.keep(p for name, p in self._trained.items() if self._masters[name] is not p)
+
+        def take_back() -> None:
+            kept.put_back()
+            boundary.after_step(self)
+
+        yield take_back
+        take_back()
 
     def silent_tensors(self) -> dict[str, str]:
         verdicts = {name: _verdict(p.grad) for name, p in self._trained.items()}

@@ -33,6 +33,9 @@ class PackedMoments(Protocol):
     def moment_keys(self) -> list[str]:
         """All that `moment` knows."""
 
+    def forget(self, parameter: Tensor) -> None:
+        """Makes the state of `parameter` what it is before the first step, in the memory that it has."""
+
     def unpack(self, parameter: Tensor) -> None:
         """Until the next step the state of `parameter` holds every moment under its key, float32 and shaped
         like it.
@@ -222,6 +225,19 @@ def restore_state(
     if "exp_avg" in state:
         state["step"] = _step_count(optimizer, parameter, steps)
     return state
+
+
+def has_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> bool:
+    """Whether the optimizer has stepped one of its (flat) parameters, or was given a state of it."""
+    return bool(optimizer.state.get(parameter))
+
+
+def forget_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> None:
+    """Makes the state of one of the optimizer's (flat) parameters what it is before the first step."""
+    if isinstance(optimizer, PackedMoments):
+        optimizer.forget(parameter)
+    else:
+        optimizer.state.pop(parameter, None)
 
 
 def _step_count(optimizer: torch.optim.Optimizer, parameter: Tensor, steps: int) -> Tensor | int:

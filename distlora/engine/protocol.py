@@ -106,6 +106,15 @@ class Engine(Protocol):
 
     def set_rate(self, rate: float) -> None: ...
 
+    def rehearsal(self) -> AbstractContextManager[Callable[[], None]]:
+        """Around training steps that are taken back, before the first step that counts.
+
+        Yields what takes them back: parameters, masters, the optimizer's state, generators and counters are
+        what they were when the context was entered, to the bit. It is called between whole steps, and at the
+        end by itself; an exception passes through as it is. Nothing but steps and evaluations belongs inside.
+        Monitors of the engine are silent. Every rank keeps its own part, in host memory.
+        """
+
     def silent_tensors(self) -> dict[str, str]:
         """After the last backward, before the step: trained tensors whose averaged gradient is wrong, as
         {name: "zero" or "not finite"}."""

@@ -5,14 +5,15 @@ from contextlib import contextmanager
 
 import torch
 
-from distlora.data import LabelledSample, Questions, collate_labelled, shard
+from distlora.data import Questions, shard
 from distlora.engine.protocol import Engine
 from distlora.evaluation.answering import Generation, Record, Way
 from distlora.evaluation.folding import folded
 from distlora.evaluation.spreading import batch_limit, rounds
 from distlora.models.cross_entropy import label_cross_entropy
 from distlora.models.generation import Agree
-from distlora.models.losses import label_logits
+from distlora.models.losses import label_logits, squared_error
+from distlora.models.targets import Batch
 from distlora.tasks.metrics import METRICS
 
 
@@ -77,23 +78,32 @@ def exact_match(
 
 @torch.no_grad()
 def label_scores(
-    engine: Engine, samples: Sequence[LabelledSample], pad_id: int, batch_size: int, metrics: Iterable[str]
+    engine: Engine,
+    samples: Sequence,
+    batch_of: Callable[[list], Batch],
+    batch_size: int,
+    metrics: Iterable[str],
 ) -> dict[str, float]:
-    """The mean cross-entropy over the samples, as "loss", and the `distlora.tasks.metrics` of these names.
+    """The mean loss over the samples, as "loss", and the `distlora.tasks.metrics` of these names. The loss is
+    the cross-entropy; of samples with scores it is the squared error.
 
+    samples: with a `label` each. batch_of: makes a batch of some of them, or of none.
     Collective: each rank predicts the labels of its share of the samples, once. Raises Preempted between two
     batches.
     """
     comm = engine.comm
     loss = 0.0
-    predicted = torch.zeros(len(samples), dtype=torch.int64, device=comm.device)
+    expected = torch.tensor([sample.label for sample in samples])
+    is_score = expected.is_floating_point()
+    error = squared_error if is_score else label_cross_entropy
+    predicted = torch.zeros(len(samples), dtype=expected.dtype, device=comm.device)
     engine.train_mode(False)
     for indices in shard(len(samples), comm.rank, comm.world_size, batch_size):
-        batch = collate_labelled([samples[i] for i in indices], pad_id, comm.device)
+        batch = batch_of([samples[i] for i in indices])
         logits = engine.run(label_logits, batch)
-        loss += comm.sum_or_stop(float(label_cross_entropy(logits, batch["labels"])))[0]
-        predicted[indices] = logits.argmax(-1)[: len(indices)]
+        loss += comm.sum_or_stop(float(error(logits, batch["labels"])))[0]
+        found = logits.squeeze(-1).to(expected.dtype) if is_score else logits.argmax(-1)
+        predicted[indices] = found[: len(indices)]
     engine.train_mode(True)
-    expected = torch.tensor([sample.label for sample in samples])
     predicted = comm.all_reduce(predicted).cpu()
     return {"loss": loss / len(samples)} | {name: METRICS[name](predicted, expected) for name in metrics}

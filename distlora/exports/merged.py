@@ -58,10 +58,15 @@ def write_merged(draft: Path, base: Path, source: Source, dtype: torch.dtype | N
     draft: the directory to fill. base: the pretrained model's. dtype: of all floating-point weights; None:
     each keeps its own. Raises UserError if the files do not fit what was trained.
     """
+    from distlora.models.stored_names import (
+        renamed,
+    )  # late: it brings transformers to users of `distlora.api`
+
     files = TensorFiles(base, "model")
-    new_heads = _check_names(base, files, source)
-    updated = {stored_name(files, f"{layer}.weight"): layer for layer in source.layers}
-    heads = {stored_name(files, name): name for name in source.heads}
+    renaming = renamed(base, source.model["class"], files.names)
+    new_heads = _check_names(base, files, source, renaming)
+    updated = {stored_name(files, f"{layer}.weight", renaming): layer for layer in source.layers}
+    heads = {stored_name(files, name, renaming): name for name in source.heads}
 
     def value(name: str) -> Tensor:
         if name in heads:
@@ -94,23 +99,23 @@ def write_merged(draft: Path, base: Path, source: Source, dtype: torch.dtype | N
     _copy_companions(draft, base, _config_changes(source, new_heads + resized, dtype))
 
 
-def _check_names(base: Path, files: TensorFiles, source: Source) -> list[str]:
+def _check_names(base: Path, files: TensorFiles, source: Source, renaming: dict[str, str]) -> list[str]:
     """The heads that the pretrained files lack. Raises UserError for a target that is not there, or has
-    another shape.
+    another shape. renaming: see `stored_name`.
     """
     for layer, (_, *shape) in source.layers.items():
-        name = stored_name(files, f"{layer}.weight")
+        name = stored_name(files, f"{layer}.weight", renaming)
         if name in files and files.shape(name) != tuple(shape):
             raise UserError(f"{base}: {name} has shape {files.shape(name)}, the adapter {tuple(shape)}")
     weights = [f"{layer}.weight" for layer in source.layers]
     weights += [name for name in source.heads if name.rpartition(".")[0] in source.targets]
     for name in weights:
-        if stored_name(files, name) not in files:
+        if stored_name(files, name, renaming) not in files:
             raise UserError(
                 f"{base}: the weights files hold no {name}; a layer that shares its weight with another, "
                 "or is stored under another name, cannot be merged: export with --format peft"
             )
-    return [name for name in source.heads if stored_name(files, name) not in files]
+    return [name for name in source.heads if stored_name(files, name, renaming) not in files]
 
 
 def _config_changes(source: Source, new_heads: list[str], dtype: torch.dtype | None) -> dict[str, Any]:
@@ -120,6 +125,10 @@ def _config_changes(source: Source, new_heads: list[str], dtype: torch.dtype | N
         changes["dtype"] = str(dtype).removeprefix("torch.")
     if new_heads and source.model["class"]:
         changes |= {"architectures": [source.model["class"]], "num_labels": source.model["num_labels"]}
+    labels = source.model.get("labels")
+    if labels:
+        changes["id2label"] = {str(number): name for number, name in enumerate(labels)}
+        changes["label2id"] = {name: number for number, name in enumerate(labels)}
     return changes
 
 

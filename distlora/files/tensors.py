@@ -187,10 +187,13 @@ class TensorFiles:
         return self._open[file]
 
 
-def stored_name(files: TensorFiles, name: str) -> str:
+def stored_name(files: TensorFiles, name: str, renamed: Mapping[str, str] | None = None) -> str:
     """The parameter's name in the pretrained files.
 
     A model with a head puts a prefix before the names of its base model. Files of the base model lack it.
+    renamed: the names of those that have another one in the files, by that in the model.
     """
+    if renamed and name not in files and name in renamed:
+        return renamed[name]
     inner = name.partition(".")[2]
     return inner if name not in files and inner in files else name

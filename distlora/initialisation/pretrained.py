@@ -4,6 +4,7 @@ A method that takes something out of W needs W itself: packing the rest of it th
 did (QPiSSA).
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -15,14 +16,22 @@ from distlora.files.tensors import TensorFiles, stored_name
 
 class PretrainedFiles:
     """The weights of some layers. shapes: (out, in) by layer. dtype: the model's, in which they were before
-    they were packed.
+    they were packed. renaming: from the names in the files to what
+    `stored_name` takes.
 
     Raises UserError where the files do not hold one of them as it is.
     """
 
-    def __init__(self, directory: Path, shapes: dict[str, tuple[int, int]], dtype: torch.dtype):
+    def __init__(
+        self,
+        directory: Path,
+        shapes: dict[str, tuple[int, int]],
+        dtype: torch.dtype,
+        renaming: Callable[[list[str]], dict[str, str]] = lambda names: {},
+    ):
         self._files, self._dtype = TensorFiles(directory, "model"), dtype
-        self._names = {layer: stored_name(self._files, f"{layer}.weight") for layer in shapes}
+        names = renaming(self._files.names)
+        self._names = {layer: stored_name(self._files, f"{layer}.weight", names) for layer in shapes}
         for layer, name in self._names.items():
             if name not in self._files or self._files.shape(name) != tuple(shapes[layer]):
                 raise UserError(

@@ -1,4 +1,4 @@
-"""The linear map that every layer is made of.
+"""The linear map that every layer is made of, and the sum of two of them with rescaled rows.
 
 The weight W (out, in) may be stored in packed form. Then `unpack` makes W of it, in the dtype of the product.
 The backward pass makes W again, because to keep it until then would take the memory that packing saves.
@@ -57,6 +57,25 @@ class _TappedLinear(torch.autograd.Function):
         return dx, None, None, None, None, None
 
 
+class _RowsRescaled(torch.autograd.Function):
+    """`base ⊙ (c − 1) + update ⊙ c`, which saves one wide tensor, `base + update`, instead of both."""
+
+    @staticmethod
+    def forward(ctx, base: Tensor, update: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(base + update, scale)
+        return torch.addcmul(base * (scale - 1), update, scale)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        total, scale = ctx.saved_tensors
+        needs_base, needs_update, needs_scale = ctx.needs_input_grad
+        return (
+            dy * (scale - 1) if needs_base else None,
+            dy * scale if needs_update else None,
+            _rows(dy * total).sum(0) if needs_scale else None,
+        )
+
+
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, unpack: Unpack | None) -> Tensor:
     """`x Wᵀ + b`, computed in the dtype of W and returned in that of x."""
     if unpack is None:
@@ -95,3 +114,10 @@ def tapped_linear(
     tapped layer, and no parameter.
     """
     return _TappedLinear.apply(x, weight, bias, anchor, tap, unpack)
+
+
+def rows_rescaled(base: Tensor, update: Tensor, scale: Tensor) -> Tensor:
+    """`base ⊙ (c − 1) + update ⊙ c`: what is added to the output `base` of a linear layer when `update` is
+    added to it and the rows of the sum are multiplied by c. base, update: (…, out). scale: c (out,).
+    """
+    return _RowsRescaled.apply(base, update, scale)

@@ -151,7 +151,14 @@ class Method(BaseModel):
 
     def _update(self, x: Tensor, factors: Factors, training: bool) -> Tensor:
         """What the path adds to the output of the pretrained layer: (…, in) to (…, out)."""
-        u = torch.nn.functional.dropout(x, self.dropout, training) if self.dropout else x
+        return self._along_path(self._dropped(x, training), factors)
+
+    def _dropped(self, x: Tensor, training: bool) -> Tensor:
+        """The input of the path: x itself where dropout does not act."""
+        return torch.nn.functional.dropout(x, self.dropout, training) if self.dropout else x
+
+    def _along_path(self, u: Tensor, factors: Factors) -> Tensor:
+        """`s·(…(u Aᵀ)…)Bᵀ`: (…, in) to (…, out)."""
         *inner, last = self.path
         for name in inner:
             u = linear(u, factors[name])

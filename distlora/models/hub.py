@@ -22,7 +22,10 @@ from distlora.errors import UserError
 from distlora.sentences import first_line
 
 #: The files that a run reads. Repositories also hold the weights in other formats, each of them as large.
-WANTED_FILES = ["*.json", "*.jinja", "*.txt", "tokenizer.model", "model*.safetensors"]
+WANTED_FILES = ["*.json", "*.jinja", "*.txt", "tokenizer.model", "spm.model", "model*.safetensors"]
+
+#: Those that say what the shapes of a model and of its inputs are.
+SHAPE_FILES = ("config.json", "preprocessor_config.json")
 
 #: Packages that hold a model directory: the module, the folder in it, and how to install the package.
 PACKAGED = {
@@ -60,10 +63,10 @@ def resolve_path(path: str, progress: Callable[[str], None] | None = None) -> Pa
 
 
 def without_weights(path: str) -> str:
-    """A `model.path` to read a model's shapes from. Of a repository on the hub, only the config is
-    fetched.
+    """A `model.path` to read a model's shapes from. Of a repository on the hub, only the configs are fetched:
+    the model's, and for images that of what is made of them.
     """
-    return str(_download(path, ("config.json",))) if on_the_hub(path) else path
+    return str(_download(path, SHAPE_FILES)) if on_the_hub(path) else path
 
 
 def may_download(path: str) -> bool:

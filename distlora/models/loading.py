@@ -10,6 +10,7 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedConfig,
@@ -18,6 +19,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
 )
@@ -35,6 +37,7 @@ PAD_NAMES = ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>")
 #: Config keys of models that scale their logits. Their loss would be wrong here, and nobody would notice.
 UNKNOWN_LOGIT_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier")
 
+_NO_TOKENIZER = "no usable tokenizer files; tokenizer.json is missing"
 _MISFIT = "the sizes of the weights are not those of config.json; fetch it again"
 
 
@@ -58,33 +61,33 @@ class ModelChoice(Protocol):
         """Whether blocks compute their activations again in the backward pass."""
 
 
-# In what follows, `labels` are the names that a classifier tells apart. Without any, the model is a causal
-# language model.
+# In what follows, `labels` are the names that a classifier of texts or images tells apart; a single one is
+# that of the output of a regression. Without any, the model is a causal language model.
 #
 # ---------------------------------------------------------------------- config
 
 
-def load_config(section: ModelChoice, labels: Sequence[str] = ()) -> PreTrainedConfig:
+def load_config(section: ModelChoice, labels: Sequence[str] = (), images: bool = False) -> PreTrainedConfig:
     """The model's config. Reads no weights. Raises UserError if the model cannot be trained here."""
     directory = resolve_path(section.path)
-    with _errors_explained(section.path):
+    with explained(section.path):
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     text = config.get_text_config(decoder=True)
     if labels:
-        if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        if type(config) not in _classes(labels, images):
+            wanted = "classifier of images" if images else "classifier"
             raise UserError(
-                f"model.path={section.path}: the type {config.model_type} has no classifier, "
-                "which data.task wants"
+                f"model.path={section.path}: the type {config.model_type} has no {wanted}, "
+                f"which data.task wants{_hint(config)}"
             )
         config.id2label = dict(enumerate(labels))
         config.label2id = {name: number for number, name in enumerate(labels)}
+        config.problem_type = "regression" if len(labels) == 1 else None
         config.use_cache = False  # a classifier generates nothing
     elif _is_encoder(config) or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        hint = (
-            "; a data.task with labels, such as rte, trains it as a classifier" if _is_encoder(config) else ""
-        )
         raise UserError(
-            f"model.path={section.path}: the type {config.model_type} is no causal language model{hint}"
+            f"model.path={section.path}: the type {config.model_type} is no causal language model"
+            f"{_hint(config)}"
         )
     if getattr(config, "quantization_config", None):
         raise UserError(
@@ -95,8 +98,24 @@ def load_config(section: ModelChoice, labels: Sequence[str] = ()) -> PreTrainedC
             raise UserError(
                 f"model.path={section.path}: models that scale their logits ({key}) are not supported"
             )
-    _attention(section, config, labels)
+    _attention(section, config, labels, images)
     return config
+
+
+def _classes(labels: Sequence[str], images: bool):
+    """transformers' mapping from a config's class to that of the model."""
+    if images:
+        return MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
+    return MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING if labels else MODEL_FOR_CAUSAL_LM_MAPPING
+
+
+def _hint(config: PreTrainedConfig) -> str:
+    """Which tasks a model could be trained on that is of the wrong kind for this one."""
+    if type(config) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
+        return "; a data.task of images, such as cifar10, trains it"
+    if _is_encoder(config):
+        return "; a data.task with labels, such as rte, trains it as a classifier"
+    return ""
 
 
 def _is_encoder(config: PreTrainedConfig) -> bool:
@@ -107,14 +126,16 @@ def _is_encoder(config: PreTrainedConfig) -> bool:
     return type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
 
 
-def _attention(section: ModelChoice, config: PreTrainedConfig, labels: Sequence[str] = ()) -> str:
+def _attention(
+    section: ModelChoice, config: PreTrainedConfig, labels: Sequence[str] = (), images: bool = False
+) -> str:
     """The attention implementation for `model.attention`.
 
     "auto" stands for the fastest one that the model's class, the dtype and the machine allow.
     """
-    model_class = (MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING if labels else MODEL_FOR_CAUSAL_LM_MAPPING)[
-        type(config)
-    ]
+    model_class = _classes(labels, images)[type(config)]
+    if isinstance(model_class, tuple):  # DeiT's, with and without a teacher, differ in their heads alone
+        model_class = model_class[0]
     supported = {
         "flash_attention_2": model_class._supports_flash_attn,
         "sdpa": model_class._supports_sdpa,
@@ -136,23 +157,31 @@ def _attention(section: ModelChoice, config: PreTrainedConfig, labels: Sequence[
     return section.attention
 
 
-def attention_of(section: ModelChoice, labels: Sequence[str] = ()) -> str:
+def attention_of(section: ModelChoice, labels: Sequence[str] = (), images: bool = False) -> str:
     """The attention implementation that `load_model` takes on this machine. Reads no weights."""
-    return _attention(section, load_config(section, labels), labels)
+    return _attention(section, load_config(section, labels, images), labels, images)
 
 
 # ---------------------------------------------------------------------- model
 
 
-def _auto_class(labels: Sequence[str]) -> type:
+def _auto_class(labels: Sequence[str], images: bool) -> type:
+    if images:
+        return AutoModelForImageClassification
     return AutoModelForSequenceClassification if labels else AutoModelForCausalLM
 
 
-def bare_model(section: ModelChoice, labels: Sequence[str] = ()) -> PreTrainedModel:
+def bare_model(section: ModelChoice, labels: Sequence[str] = (), images: bool = False) -> PreTrainedModel:
     """The model without weights: its modules have their shapes, and take no memory (on the meta device)."""
-    config = load_config(section, labels)
-    with torch.device("meta"), _errors_explained(section.path):
-        return _auto_class(labels).from_config(config, trust_remote_code=False)
+    config = load_config(section, labels, images)
+    with torch.device("meta"), explained(section.path):
+        model = _auto_class(labels, images).from_config(config, trust_remote_code=False)
+    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+        raise UserError(
+            f"model.path={section.path}: {type(model).__name__} has batch norms, whose statistics change in "
+            "training and are in no adapter; give a model without them"
+        )
+    return model
 
 
 def head_parameters(model: PreTrainedModel) -> set[str]:
@@ -170,7 +199,9 @@ def position_limit(model: PreTrainedModel) -> int | None:
     return None
 
 
-def load_model(section: ModelChoice, labels: Sequence[str] = ()) -> tuple[PreTrainedModel, set[str]]:
+def load_model(
+    section: ModelChoice, labels: Sequence[str] = (), images: bool = False
+) -> tuple[PreTrainedModel, set[str]]:
     """The model in evaluation mode, and the names of its new parameters.
 
     The weights are in `section.dtype`; rotary and other buffers keep their own dtype. Under ZeRO-3 call this
@@ -180,21 +211,21 @@ def load_model(section: ModelChoice, labels: Sequence[str] = ()) -> tuple[PreTra
     in the files is not new. A classifier's head is new also if the files hold one for another number of
     labels. Raises UserError for files that are missing, damaged or of other sizes.
     """
-    config = load_config(section, labels)
+    config = load_config(section, labels, images)
     directory = resolve_path(section.path)
     if not any(directory.glob("*.safetensors")):
         raise UserError(
             f"model.path={section.path}: no *.safetensors in {directory}; only this format is loaded"
         )
-    if labels and config.get_text_config(decoder=True).pad_token_id is None:
+    if labels and not images and config.get_text_config(decoder=True).pad_token_id is None:
         # A decoder classifies by the last token that is not padding, and must know which token that is.
         config.get_text_config(decoder=True).pad_token_id = load_tokenizer(section).pad_token_id
-    with _errors_explained(section.path), _quiet():
-        model, info = _auto_class(labels).from_pretrained(
+    with explained(section.path), quiet():
+        model, info = _auto_class(labels, images).from_pretrained(
             directory,
             config=config,
             dtype=getattr(torch, section.dtype),
-            attn_implementation=_attention(section, config, labels),
+            attn_implementation=_attention(section, config, labels, images),
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
@@ -226,13 +257,16 @@ def _new_parameters(model: PreTrainedModel, missing: set[str]) -> set[str]:
 def load_tokenizer(section: ModelChoice) -> PreTrainedTokenizerBase:
     """The tokenizer. It pads on the right, with a token that the model's embeddings have a row for."""
     directory = resolve_path(section.path)
-    with _errors_explained(section.path):
+    with explained(section.path):
         vocab_size = (
             AutoConfig.from_pretrained(directory, trust_remote_code=False)
             .get_text_config(decoder=True)
             .vocab_size
         )
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        # Without its files, transformers makes a tokenizer for which every text is unknown.
+        raise UserError(f"model.path={section.path}: {_NO_TOKENIZER}")
     tokenizer.padding_side = "right"
     _ensure_pad_token(tokenizer, vocab_size)
     return tokenizer
@@ -264,7 +298,7 @@ def _has_row(token_id: int | None, vocab_size: int) -> bool:
 
 
 @contextmanager
-def _errors_explained(path: str) -> Iterator[None]:
+def explained(path: str) -> Iterator[None]:
     """Turns what transformers raises for a bad model directory into one sentence."""
     try:
         yield
@@ -275,7 +309,7 @@ def _errors_explained(path: str) -> Iterator[None]:
     except (OSError, ValueError, KeyError) as error:
         what = first_line(error)
         if "backend tokenizer" in what:
-            what = "no usable tokenizer files; tokenizer.json is missing"
+            what = _NO_TOKENIZER
         elif "custom code" in what:
             what = "the model needs code of its own, which is never executed here"
         raise UserError(f"model.path={path}: {what}") from error
@@ -286,7 +320,7 @@ def _errors_explained(path: str) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No progress bar, and no table of new or unused heads: every rank would draw its own."""
     shown, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()

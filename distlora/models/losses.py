@@ -1,4 +1,6 @@
-"""The training losses: of the response tokens of a language model, and of the labels of a classifier."""
+"""The training losses: of the response tokens of a language model, of the labels of a classifier, and of the
+scores of a regression.
+"""
 
 import torch
 from torch import Tensor
@@ -49,3 +51,24 @@ def label_loss(model: PreTrainedModel, batch: Batch, weights: Tensor | None = No
     """
     labels = batch["labels"]
     return label_cross_entropy(label_logits(model, batch), labels, weights), int((labels != IGNORE).sum())
+
+
+def squared_error(scores: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
+    """The weighted sum of the squared errors of n scores: a float32 scalar (float64 for a model in float64).
+
+    scores: (n, 1), a model's output. labels: (n,); IGNORE for a row without a loss. weights: (n,) float32.
+    """
+    exact = scores.squeeze(-1).to(torch.promote_types(scores.dtype, torch.float32))
+    errors = torch.where(labels == IGNORE, 0, (exact - labels.to(exact.dtype)).square())
+    return (errors if weights is None else errors * weights).sum()
+
+
+def score_loss(model: PreTrainedModel, batch: Batch, weights: Tensor | None = None) -> tuple[Tensor, int]:
+    """The sum of the squared errors of the rows with a score, and the number of these rows: divided by it,
+    the mean squared error, which transformers trains where a model has one output.
+
+    batch: as for `label_logits`, with `labels` (batch,), IGNORE for a row without one. The rest is as in
+    `response_loss`.
+    """
+    labels = batch["labels"]
+    return squared_error(label_logits(model, batch), labels, weights), int((labels != IGNORE).sum())

@@ -44,7 +44,7 @@ def activations(setup: Setup, micro_batch: int, checkpointed: bool, every_input:
     all adapted layers keep their inputs, as in the probe.
     """
     dims = _Dimensions(setup)
-    tokens = micro_batch * setup.recipe.data.max_length
+    tokens = micro_batch * setup.length
     saved, working = tokens * dims.saved_by_block(every_input), tokens * dims.working()
     stream = tokens * dims.hidden * dims.width
     kept = dims.blocks * (stream if checkpointed else saved)
@@ -71,7 +71,7 @@ class _Dimensions:
         self.softcap = getattr(config, "attn_logit_softcapping", None)
         self.final_softcap = getattr(config, "final_logit_softcapping", None)
         self.outputs = setup.shapes.labels or config.vocab_size
-        self.length = setup.recipe.data.max_length
+        self.length = setup.length
         block = next(iter(sorted(setup.shapes.blocks)), None)
         prefix = f"{setup.shapes.names[block]}." if block is not None else ""
         self._own = {name: shape for name, shape in setup.shapes.linears.items() if name.startswith(prefix)}

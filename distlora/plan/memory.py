@@ -126,7 +126,7 @@ def _peaks_of_initialisation(setup: Setup, constant: int, deepspeed: bool) -> di
     if settings is not None:
         passed: Activations = activations(setup, settings.micro_batch_size, True, every_input=True)
         gathered = _whole(setup, deepspeed, settings.micro_batch_size)
-        tokens = settings.micro_batch_size * setup.recipe.data.max_length
+        tokens = settings.micro_batch_size * setup.length
         widest = min(GRADIENT_COLUMNS, max(into for _, into in setup.layers.values()))
         forming = FLOAT32 * (
             PROBE_BLOCKS * min(GRADIENT_ELEMENTS, max(map(prod, setup.layers.values()))) + tokens * widest

@@ -13,7 +13,7 @@ def unpacked(setup: Setup, micro_batch: int) -> int:
 
     These are the unpacked matrix, and copies of input and output in its type.
     """
-    tokens = micro_batch * setup.recipe.data.max_length
+    tokens = micro_batch * setup.length
     return max(
         (_product(setup, name, packing, tokens) for name, packing in setup.shapes.packings.items()), default=0
     )

@@ -48,6 +48,11 @@ class Setup:
         return {name: layer.shape for name, layer in self.shapes.attached.layers.items()}
 
     @property
+    def length(self) -> int:
+        """Tokens of the longest sample."""
+        return self.shapes.length or self.recipe.data.max_length
+
+    @property
     def zero(self) -> dict[str, Any]:
         return self.config.get("zero_optimization", {})
 

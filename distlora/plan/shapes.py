@@ -12,11 +12,13 @@ from torch import nn
 
 from distlora.adapter.attach import Attached, attach, linears_to_pack
 from distlora.adapter.packed import Packing, packing_maker
+from distlora.errors import UserError
 from distlora.models.hub import without_weights
-from distlora.models.loading import attention_of
+from distlora.models.targets import Batch
 from distlora.plan.gathering import Event, Module, Piece
 from distlora.recipe.sections import Recipe
 from distlora.training.objective import objective_of
+from distlora.training.objective_base import Objective
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +34,7 @@ class Shapes:
     width: bytes of one element of the weights.
     attention: the implementation that this machine would run.
     labels: number of labels of a classifier, else 0.
+    length: tokens that the model makes of an image; None where the recipe says how long samples are.
     sizes: elements of every parameter as it is stored; a shared one stands under its first name.
     linears: (out, in) of every linear layer.
     packings: how weights are packed, by the name of their layer.
@@ -50,6 +53,7 @@ class Shapes:
     sizes: dict[str, int] = field(default_factory=dict)
     linears: dict[str, tuple[int, int]] = field(default_factory=dict)
     packings: dict[str, Packing] = field(default_factory=dict)
+    length: int | None = None
 
     @property
     def elements(self) -> int:
@@ -91,6 +95,12 @@ def shapes_of(recipe: Recipe) -> Shapes:
     recipe = recipe.model_copy(update={"model": config_only})
     objective = objective_of(recipe)
     model = objective.bare_model()
+    config = model.config.get_text_config(decoder=True)
+    if not isinstance(getattr(config, "num_attention_heads", None), int):
+        raise UserError(
+            f"model.path={recipe.model.path}: {type(model).__name__} has no attention, or blocks of several "
+            "widths, whose memory and traffic this plan does not know"
+        )
     packings = _packings(recipe, model, objective.head(model))
     stored = {f"{name}.weight": packing.elements for name, packing in packings.items()}
     attached = attach(model, recipe.method, recipe.targets, objective.head(model))
@@ -106,18 +116,19 @@ def shapes_of(recipe: Recipe) -> Shapes:
         modules.append(tuple(pieces))
     return Shapes(
         modules,
-        [Event(kind, number_of[id(module)]) for kind, module in _order(model, bool(objective.labels))],
+        [Event(kind, number_of[id(module)]) for kind, module in _order(model, objective)],
         {number_of[id(block)] for block in _blocks(model)},
         list(named),
         {name: parameter.numel() for name, parameter in model.named_parameters() if parameter.requires_grad},
         attached,
-        model.config.get_text_config(decoder=True),
+        config,
         getattr(torch, recipe.model.dtype).itemsize,
-        attention_of(recipe.model, objective.labels),
+        objective.attention(),
         len(objective.labels),
         {piece.name: piece.elements for module in modules for piece in module},
         {name: (m.out_features, m.in_features) for name, m in named.items() if hasattr(m, "in_features")},
         packings,
+        _tokens_of_an_image(model, objective.meta_sample(model)),
     )
 
 
@@ -141,14 +152,27 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
     return list(max(lists, key=len, default=[]))
 
 
-def _order(model: nn.Module, classifies: bool) -> list[tuple[str, nn.Module]]:
+def _tokens_of_an_image(model: nn.Module, sample: Batch) -> int | None:
+    """The length of what the first block is handed; None for a sample that is no image."""
+    if "pixel_values" not in sample:
+        return None
+    lengths: list[int] = []
+    hook = _blocks(model)[0].register_forward_pre_hook(
+        lambda block, inputs, named: lengths.append((inputs or tuple(named.values()))[0].shape[1]),
+        with_kwargs=True,
+    )
+    with torch.no_grad():
+        model(**sample)
+    hook.remove()
+    return lengths[0]
+
+
+def _order(model: nn.Module, objective: Objective) -> list[tuple[str, nn.Module]]:
     """The modules as a forward pass enters and leaves them, observed on the meta device."""
     seen: list[tuple[str, nn.Module]] = []
-    tokens = torch.ones(1, 2, dtype=torch.int64, device="meta")
-    # A mask as attention uses it: transformers would make one from values, which meta tensors do not have.
-    given = {"input_ids": tokens, "attention_mask": torch.zeros(1, 1, 2, 2, device="meta")}
+    given = objective.meta_sample(model)
     with _watched(model, seen), torch.no_grad():
-        if classifies:
+        if objective.labels:
             model(**given)
         else:
             hidden = model.base_model(**given, use_cache=False).last_hidden_state

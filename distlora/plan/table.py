@@ -57,7 +57,7 @@ def _headline(plan: Plan) -> list[str]:
         f"in {recipe.model.dtype}{_packed(plan)}",
         f"{setup.method.name}: {trained:,} trained parameters",
         f"{engine}{', offloaded: ' + ' and '.join(moved) if moved else ''}; "
-        f"micro-batch {recipe.train.micro_batch_size} of {recipe.data.max_length} tokens, "
+        f"micro-batch {recipe.train.micro_batch_size} of {setup.length} tokens, "
         f"{'' if setup.checkpointing else 'not '}checkpointed, {shapes.attention} attention",
         "in GiB, where no other unit is named",
     ]

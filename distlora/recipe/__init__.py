@@ -3,6 +3,6 @@
     load ─► sections (all keys) ─► combination, deepspeed_check (what does not go together)
 
 Other folders use `load` (`load_recipe`, `load_run_recipe`, `dump_recipe`, `run_identity`), the `Recipe` of
-`sections`, the checks, `deepspeed_config` (every "auto" filled) and `sweep` (one line of overrides for each
-run). Folders below are handed plain values and never a `Recipe`.
+`sections`, the checks, and `deepspeed_config` (every "auto" filled). Folders below are handed plain values
+and never a `Recipe`.
 """

@@ -7,7 +7,7 @@ from typing import Any
 
 from distlora.engine.optimizers import OptimizerSpec
 from distlora.errors import UserError
-from distlora.methods import HasMagnitude, HoldsPretrained, Method, TrainsWeight, recomposing
+from distlora.methods import HasMagnitude, HoldsPretrained, Method, TrainsWeight, probe_of, recomposing
 from distlora.recipe.sections import Recipe
 
 
@@ -16,6 +16,8 @@ def check_combination(recipe: Recipe, config: dict[str, Any]) -> None:
     resolved DeepSpeed config, {} without DeepSpeed.
     """
     _refuse(problem_with_decay(recipe.method, recipe.train.weight_decay))
+    if recipe.train.searches_lr:
+        _refuse(problem_with_search(recipe.method))
     if recipe.train.steps:
         check_length(recipe, recipe.train.steps)
     check_base(recipe, partitioned=config.get("zero_optimization", {}).get("stage") == 3)
@@ -56,6 +58,18 @@ def problem_with_decay(method: Method, weight_decay: float) -> str | None:
     return (
         f"train.weight_decay={weight_decay:g} {what} under {method.name}: "
         "set it to 0, or method.decay_pretrained to true"
+    )
+
+
+def problem_with_search(method: Method) -> str | None:
+    """Why the learning rate cannot be searched from the initialised state, as a sentence; None if it can
+    be."""
+    settings = probe_of(method)
+    if settings is None or settings.eta != "schedule":
+        return None
+    return (
+        "train.lr=search starts from the initialised factors, whose size eta=schedule takes from the very "
+        f"rate that is searched: set eta of method {method.name} to search or a number, or train.lr to one"
     )
 
 

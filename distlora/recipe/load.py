@@ -196,12 +196,14 @@ def run_identity(recipe: Recipe) -> dict:
         del content[key]
     ignored = {
         "model": ("gradient_checkpointing", "attention"),
-        "data": ("max_new_tokens", "eval_split"),
+        "data": ("max_new_tokens", "eval_split", "think_step_by_step"),
         "train": (
             "micro_batch_size", "eval_every", "save_every", "keep_checkpoints", "eval_samples",
             "exact_match_samples", "hang_timeout",
         ),
     }  # fmt: skip
+    if not recipe.train.searches_lr:
+        ignored["train"] += ("lr_search",)
     for section, keys in ignored.items():
         for key in keys:
             del content[section][key]

@@ -34,8 +34,9 @@ OffOrNumber = Annotated[NotNegative | None, AfterValidator(lambda value: value o
 
 #: The newest format of a recipe. It grows when the same keys come to mean other numbers, such as other tokens
 #: for the same rows. A run keeps the format that it was begun with. Format 1: a run from before the number
-#: was written down.
-FORMAT = 2
+#: was written down. Formats 1 and 2: the prompt was tokenised apart, and a space put before the response; see
+#: `distlora.data.seams`.
+FORMAT = 3
 
 #: What messages call a DeepSpeed config that stands in the recipe itself.
 INLINE = "the recipe's deepspeed section"
@@ -93,7 +94,7 @@ class OptimizerSection(Section):
 
 
 class DataSection(Section):
-    task: Text = Field(description="how rows become prompts and answers, or texts and labels")
+    task: Text = Field(description="how rows become prompts and answers, or inputs and labels")
     path: Text | None = Field(
         None, description="a hub data set, a local file or folder; null: the task's own"
     )
@@ -103,15 +104,38 @@ class DataSection(Section):
         None, description="the task's field name -> the column of the data"
     )
     labels: list[Text] | None = Field(
-        None, description="task classification: names in the order of their numbers, from 0 on"
+        None, description="tasks classification and images: names in the order of their numbers, from 0 on"
     )
     template: Text | None = Field(
-        None, description="prompt with {field} placeholders, or chat; null: the task's own"
+        None, description="prompt with {field} placeholders, chat, or paper; null: the task's own"
     )
-    max_length: int = Field(
-        512, ge=2, description="tokens of a sample; longer ones are truncated, and counted"
+    think_step_by_step: bool | None = Field(
+        None, description='questions end in "Let\'s think step by step."; null: as the template does it'
     )
+    max_length: int = Field(512, ge=2, description="tokens of a text; longer ones are truncated, and counted")
     max_new_tokens: Count = Field(8, description="tokens generated for an exact-match answer")
+
+
+#: In the place of a learning rate: one that is found before the first step.
+SEARCH = "search"
+
+
+class RateSearchSection(Section):
+    """How `train.lr: search` goes about it."""
+
+    lowest: Positive = Field(1e-5, description="learning rate")
+    highest: Positive = Field(3e-2, description="learning rate")
+    rates: int = Field(5, ge=2, description="tried from the lowest to the highest; two finer ones follow")
+    steps: Count = Field(6, description="optimizer steps with each rate")
+    samples: Count = Field(32, description="training samples, held back from those steps, that decide")
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        if self.lowest >= self.highest:
+            raise ValueError(
+                f"lowest is {self.lowest:g}, wanted less than highest, which is {self.highest:g}"
+            )
+        return self
 
 
 class TrainSection(Section):
@@ -122,7 +146,10 @@ class TrainSection(Section):
         32, description="samples of one optimizer step, over all ranks and accumulation"
     )
     optimizer: OptimizerSection = OptimizerSection()
-    lr: Positive = 1e-4
+    lr: Positive | Literal["search"] = Field(
+        1e-4, description="of the schedule's peak; or search, from the initialised state"
+    )
+    lr_search: RateSearchSection = RateSearchSection()
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_ratio: NotNegative = Field(0.02, lt=1, description="share of the steps")
     weight_decay: NotNegative = 0.0
@@ -138,6 +165,11 @@ class TrainSection(Section):
     hang_timeout: OffOrNumber = Field(
         600.0, description="seconds that a rank may be silent before all end; 0 or null: no limit"
     )
+
+    @property
+    def searches_lr(self) -> bool:
+        """Whether the learning rate is found before the first step."""
+        return self.lr == SEARCH
 
     @model_validator(mode="after")
     def _has_a_length(self):
@@ -198,6 +230,11 @@ class Recipe(Section):
     def format(self) -> int:
         """What the keys mean: see FORMAT. It is no key; users do not choose it."""
         return self._format
+
+    @property
+    def whole_text(self) -> bool:
+        """Whether prompt and response are tokenised as one text, as they are from format 3 on."""
+        return self._format >= 3
 
     def in_format(self, number: int) -> "Recipe":
         """The same recipe in another format."""

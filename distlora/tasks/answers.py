@@ -8,7 +8,7 @@ _NUMBER = r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|-?\.\d+"
 #: `1 kid`, but not `5/6` or `5x`.
 _WHOLE_NUMBER = re.compile(rf"(?:\\?\$)?\s*({_NUMBER})\s*(?:\\?%)?(?:\s+[A-Za-z ]+)?(?:\\?\$)?")
 #: Labels of options in the LLM-Adapters data sets. Models often repeat the option's text after its label.
-_LABEL = re.compile(r"(?:true|false|(?:solution|answer|option|ending)\s?\d)\b", re.IGNORECASE)
+_LABEL = re.compile(r"(?:true|false|(?:solution|answer|option|ending)\s?\d+)\b", re.IGNORECASE)
 
 
 def after_hashes(text: str) -> str | None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from zlib import crc32
 
 from distlora.errors import UserError
-from distlora.tasks import answers
+from distlora.tasks import answers, judging
 from distlora.tasks.base import ResponseTask
 
 SIZES = {"train": 4096, "test": 512}
@@ -111,6 +111,8 @@ TASKS = {
         columns={"prompt": "question", "response": "answer"},
         template="Q: {prompt}\nAnswer:",
         extract=answers.number,
+        judge=judging.by_first_number,
+        stops=("\nQ:",),
         rows=rows,
     )
 }

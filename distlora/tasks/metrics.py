@@ -1,5 +1,8 @@
-"""How good predicted labels are: functions of (predicted, expected), two int64 tensors (n,) with n ≥ 1."""
+"""How good predictions are: functions of (predicted, expected), two tensors (n,) with n ≥ 1, int64 for labels
+and floating-point for scores.
+"""
 
+import torch
 from torch import Tensor
 
 
@@ -30,4 +33,26 @@ def matthews(predicted: Tensor, expected: Tensor) -> float:
     return (both * count - first * second) / spread**0.5 if spread else 0.0
 
 
-METRICS = {metric.__name__: metric for metric in (accuracy, f1, matthews)}
+def pearson(predicted: Tensor, expected: Tensor) -> float:
+    """The linear correlation (-1 … 1) of scores. It is 0 if all predicted scores, or all expected ones, are
+    equal.
+    """
+    first, second = (scores.double() - scores.double().mean() for scores in (predicted, expected))
+    if any(bool((scores == scores[0]).all()) for scores in (predicted, expected)):
+        return 0.0
+    return float((first @ second / (first.norm() * second.norm())).clamp(-1, 1))
+
+
+def spearman(predicted: Tensor, expected: Tensor) -> float:
+    """The correlation (-1 … 1) of the ranks of scores; equal scores have the mean of their ranks."""
+    return pearson(_ranks(predicted), _ranks(expected))
+
+
+def _ranks(scores: Tensor) -> Tensor:
+    """(n,) float64: the ranks from 1 on, of equal scores the mean."""
+    _, groups, sizes = torch.unique(scores, return_inverse=True, return_counts=True)
+    last = sizes.cumsum(0).double()
+    return (last - (sizes.double() - 1) / 2)[groups]
+
+
+METRICS = {metric.__name__: metric for metric in (accuracy, f1, matthews, pearson, spearman)}

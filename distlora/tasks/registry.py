@@ -10,22 +10,24 @@ from typing import Any
 from distlora import tasks
 from distlora.errors import UserError
 from distlora.sentences import nearest
-from distlora.tasks import answers
 from distlora.tasks.base import Task
 
+#: Files that define no tasks. `metrics` loads torch, which the judging of answers does not need.
+_NO_FAMILIES = ("metrics", "registry")
 
-def _found(kind: str) -> dict[str, Any]:
+
+def find(kind: str) -> dict[str, Any]:
     """What all files in this folder have under this name, in one dict."""
     found: dict[str, Any] = {}
     for module in pkgutil.iter_modules(tasks.__path__):
-        if f"{tasks.__name__}.{module.name}" != __name__:
+        if module.name not in _NO_FAMILIES:
             family = importlib.import_module(f"{tasks.__name__}.{module.name}")
             found |= getattr(family, kind, {})
     return found
 
 
-TASKS: dict[str, Task] = _found("TASKS")
-SUITES: dict[str, tuple[str, ...]] = _found("SUITES")
+TASKS: dict[str, Task] = find("TASKS")
+SUITES: dict[str, tuple[str, ...]] = find("SUITES")
 
 
 def scored_tasks(names: Sequence[str]) -> list[str]:
@@ -50,9 +52,9 @@ def get_task(name: str) -> Task:
     return TASKS[name]
 
 
-def is_correct(task: str, generated_text: str, answer: str | None) -> bool:
-    """Whether the final answer in a text that was generated for a `ResponseTask` is the expected one.
+def is_correct(task: str, output: str, answer: str | None) -> bool:
+    """Whether a text that was generated for a `ResponseTask` gives the expected answer, by the task's judge.
 
-    Answers are compared by `answers.same`. If no answer is known (None), no text is correct.
+    answer: bare, or a full reference response. If no answer is known (None), no text is correct.
     """
-    return answers.same(get_task(task).extract(generated_text), answer)
+    return answer is not None and get_task(task).judge(output, answer)

@@ -3,6 +3,7 @@
 import copy
 import logging
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from distlora.initialisation.heads import draw_heads
 from distlora.initialisation.pretrained import PretrainedFiles
 from distlora.methods import TakesFromWeight
 from distlora.models.hub import resolve_path
+from distlora.models.stored_names import renamed
 from distlora.recipe.deepspeed_config import resolve_deepspeed
 from distlora.recipe.sections import Recipe
 from distlora.training.objective import Objective
@@ -67,9 +69,11 @@ def build(comm: Comm, recipe: Recipe, objective: Objective) -> Built:
         adapted = api.attach(model, recipe.method, targets=recipe.targets, also_train=heads)
     pretrained = None
     if quantized and isinstance(recipe.method, TakesFromWeight):
-        pretrained = on_every_rank(comm, lambda: _pretrained(adapted, recipe))
+        pretrained = on_every_rank(comm, lambda: _pretrained(adapted, recipe, type(model).__name__))
+    # Every step is preceded by a rate of its own; one that is not known yet is never this one.
+    rate = settings.lr_search.lowest if settings.searches_lr else settings.lr
     engine.start(
-        model, OptimizerSpec(lr=settings.lr, weight_decay=settings.weight_decay, **dict(settings.optimizer))
+        model, OptimizerSpec(lr=rate, weight_decay=settings.weight_decay, **dict(settings.optimizer))
     )
     draw_heads(engine, new, settings.seed)
     # From here on ranks may draw different numbers (dropout); new heads were drawn alike.
@@ -105,6 +109,9 @@ def _pack(model: nn.Module, heads: set[str], recipe: Recipe, device: torch.devic
     )  # fmt: skip
 
 
-def _pretrained(adapted: api.Adapted, recipe: Recipe) -> PretrainedFiles:
+def _pretrained(adapted: api.Adapted, recipe: Recipe, model_class: str) -> PretrainedFiles:
+    directory = resolve_path(recipe.model.path)
     shapes = {name: layer.shape for name, layer in adapted.layers.items() if layer.packing is not None}
-    return PretrainedFiles(resolve_path(recipe.model.path), shapes, getattr(torch, recipe.model.dtype))
+    return PretrainedFiles(
+        directory, shapes, getattr(torch, recipe.model.dtype), partial(renamed, directory, model_class)
+    )

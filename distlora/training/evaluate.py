@@ -25,7 +25,7 @@ from distlora.evaluation.folding import refuse_packed
 from distlora.evaluation.predictions import Predictions
 from distlora.evaluation.scoring import answer_questions, ready_to_answer
 from distlora.models.generation import Agree
-from distlora.models.loading import load_tokenizer, position_limit
+from distlora.models.loading import position_limit
 from distlora.recipe.combination import check_combination
 from distlora.recipe.sections import DataSection, Recipe
 from distlora.tasks import SUITES, ResponseTask, get_task
@@ -130,11 +130,11 @@ def _objective(subject: Subject, recipe: Recipe, section: DataSection, model: Ob
 
 def _own_split(evaluated: Evaluated) -> dict[str, Scores]:
     comm, recipe, objective = evaluated.comm, evaluated.recipe, evaluated.objective
-    tokenizer = on_every_rank(comm, lambda: load_tokenizer(recipe.model))
-    samples = on_every_rank(comm, lambda: read_samples(objective, recipe.data.eval_split, tokenizer))
+    preprocessor = on_every_rank(comm, objective.load_preprocessor)
+    samples = on_every_rank(comm, lambda: read_samples(objective, recipe.data.eval_split, preprocessor))
     engine = evaluated.engine()
-    scores = objective.evaluate(engine, tokenizer, samples[: recipe.train.eval_samples])
-    return {OWN_SPLIT: scores | objective.generate(engine, tokenizer, samples)}
+    scores = objective.evaluate(engine, preprocessor, samples[: recipe.train.eval_samples])
+    return {OWN_SPLIT: scores | objective.generate(engine, preprocessor, samples)}
 
 
 @dataclass
@@ -163,7 +163,7 @@ class _Jobs:
         """Reads the questions, and what an earlier evaluation has left. Collective."""
         self.evaluated, self.asked, self.comm = evaluated, asked, evaluated.comm
         recipe = evaluated.recipe
-        self.tokenizer = on_every_rank(self.comm, lambda: load_tokenizer(recipe.model))
+        self.preprocessor = on_every_rank(self.comm, evaluated.objective.load_preprocessor)
         self.jobs = on_every_rank(
             self.comm, lambda: [self._read(name, section) for name, section in sections.items()]
         )
@@ -180,9 +180,9 @@ class _Jobs:
         recipe, model = evaluated.recipe, evaluated.objective
         objective = _objective(evaluated.subject, recipe, section, model)
         if not isinstance(get_task(name), ResponseTask):
-            samples = read_samples(objective, section.eval_split, self.tokenizer)
+            samples = read_samples(objective, section.eval_split, self.preprocessor)
             return _Job(name, section, objective, "labels", samples[:limit])
-        questions = load_questions(section, section.eval_split, self.tokenizer)
+        questions = load_questions(section, section.eval_split, self.preprocessor, recipe.whole_text)
         log.info(
             "data: %d questions of %s, %d left out", len(questions.items), questions.origin, questions.dropped
         )
@@ -257,7 +257,7 @@ class _Jobs:
 
     def _label(self, engine: Engine, job: _Job) -> None:
         began = time.perf_counter()
-        scores = job.objective.evaluate(engine, self.tokenizer, job.items)
+        scores = job.objective.evaluate(engine, self.preprocessor, job.items)
         self._finish(job, scores, time.perf_counter() - began)
 
     def _answer(self, engine: Engine, job: _Job, agree: Agree | None) -> None:
@@ -293,7 +293,7 @@ class _Jobs:
 
     def _way(self, engine: Engine, job: _Job) -> Way:
         more = [job.section.max_new_tokens] if job.by == "generation" else []
-        return WAYS[job.by](engine, self.tokenizer, job.name, job.items, *more)
+        return WAYS[job.by](engine, self.preprocessor, job.name, job.items, *more)
 
     def _finish(self, job: _Job, scores: Scores, seconds: float) -> None:
         section = job.section
@@ -326,5 +326,5 @@ def _digest(items: Questions | list) -> str:
         return items.digest
     digest = hashlib.sha256()
     for sample in items:
-        digest.update(json.dumps([sample.input_ids, sample.label]).encode())
+        digest.update(json.dumps(sample.identity()).encode())
     return digest.hexdigest()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distlora.data.examples import CHAT, parse_template
+from distlora.data.templates import CHAT, parse_template
 from distlora.errors import UserError
 from distlora.exports.peft_files import PeftFiles, read_peft
 from distlora.recipe.deepspeed_config import given_deepspeed
@@ -159,6 +159,7 @@ def _section(subject: Subject, name: str, path: str | None) -> DataSection:
             task=name, path=path, max_length=here.max_length,
             max_new_tokens=max(here.max_new_tokens, ANSWER_TOKENS),
             template=None if own is None else _portable(own.template),
+            think_step_by_step=None if own is None else own.think_step_by_step,
         )  # fmt: skip
     else:
         named = own is None or bool(getattr(task, "labels", ()))

@@ -16,6 +16,7 @@ from distlora.engine.optimizers import Schedule
 from distlora.engine.protocol import Engine
 from distlora.engine.random_state import random_states, restore_random_states
 from distlora.errors import Preempted, TrainingError
+from distlora.models.targets import load_of
 from distlora.recipe.load import run_identity
 from distlora.recipe.sections import Recipe
 from distlora.training.monitor import Monitor, Progress
@@ -107,9 +108,11 @@ class Loop:
         norm = self.adapted.norm_before_transform
         norm = info.grad_norm if norm is None else norm
         # Of all ranks, whose shares are alike up to one sample: exact enough for a speed, and no collective.
-        tokens = sum(int(batch["attention_mask"].sum()) for batch in batches) * self.engine.comm.world_size
-        speed = progress.advance(loss, rate, tokens)
-        scalars = {"loss": loss, "learning_rate": rate, "grad_norm": norm, "tokens_per_second": speed}
+        unit, _ = load_of(batches[0])
+        speed = progress.advance(
+            loss, rate, sum(load_of(batch)[1] for batch in batches) * self.engine.comm.world_size, unit
+        )
+        scalars = {"loss": loss, "learning_rate": rate, "grad_norm": norm, f"{unit}_per_second": speed}
         self.monitor.write(step + 1, {f"train/{key}": value for key, value in scalars.items()})
         if info.skipped or not math.isfinite(norm):
             raise TrainingError(f"the optimizer refused step {step + 1}: its gradient is not finite")

@@ -32,7 +32,7 @@ class Monitor:
         scalars = {tag: value for tag, value in scalars.items() if (step, tag) not in self._told}
         if not self._engine.comm.is_main or not scalars:
             return
-        line = {"step": step, **{tag: _jsonable(value) for tag, value in scalars.items()}}
+        line = {"step": step, **{tag: jsonable(value) for tag, value in scalars.items()}}
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         self._engine.write_events([(tag, value, step) for tag, value in scalars.items()])
@@ -48,6 +48,15 @@ class Monitor:
         if self._engine.comm.is_main:
             with self._path.with_name(RECOMPOSITIONS).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(report.record()) + "\n")
+
+    def tell_rates(self, scalars: dict[str, float], tried: list[tuple[float, float]]) -> None:
+        """What a search for the learning rate has found, and to TensorBoard its curve, of which the steps are
+        the numbers of the rates. tried: (rate, loss) by rate."""
+        self.write(0, scalars)
+        for number, (rate, loss) in enumerate(tried):
+            self._engine.write_details(
+                [("lr_search/tried_rate", rate, number), ("lr_search/tried_loss", loss, number)]
+            )
 
 
 def _keep_until(path: Path, step: int) -> set[tuple[int, str]]:
@@ -71,7 +80,8 @@ def _keep_until(path: Path, step: int) -> set[tuple[int, str]]:
     return told
 
 
-def _jsonable(value: float) -> float | str:
+def jsonable(value: float) -> float | str:
+    """The value, or the text of one that JSON does not know: "nan", "inf", "-inf"."""
     return value if math.isfinite(value) else str(value)
 
 
@@ -102,19 +112,19 @@ def progress_bar(name: str, unit: str, total: int, done: int, shown: bool) -> tq
 
 
 class Progress:
-    """A progress bar on rank 0 with loss, learning rate, tokens a second and time left; nothing on the
-    others.
+    """A progress bar on rank 0 with loss, learning rate, tokens or images a second and time left; nothing on
+    the others.
     """
 
     def __init__(self, steps: int, start: int, shown: bool):
         self._bar = progress_bar("training", "step", steps, start, shown)
-        self._tokens, self._since = 0, time.perf_counter()
+        self._done, self._since = 0, time.perf_counter()
 
-    def advance(self, loss: float, rate: float, tokens: int) -> float:
-        """One finished step; returns tokens a second since the run began."""
-        self._tokens += tokens
-        speed = self._tokens / (time.perf_counter() - self._since)
-        self._bar.set_postfix_str(f"loss {loss:.4f}, lr {rate:.2e}, {speed:.0f} tokens/s", refresh=False)
+    def advance(self, loss: float, rate: float, amount: int, unit: str = "tokens") -> float:
+        """One finished step; returns how much of the unit a second there was since the run began."""
+        self._done += amount
+        speed = self._done / (time.perf_counter() - self._since)
+        self._bar.set_postfix_str(f"loss {loss:.4f}, lr {rate:.2e}, {speed:.0f} {unit}/s", refresh=False)
         self._bar.update()
         return speed
 

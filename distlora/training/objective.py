@@ -1,14 +1,12 @@
-"""What is learned: a language model's responses or a classifier's labels. The kind of the recipe's task is
-looked at only here.
+"""What is learned: a language model's responses, a classifier's labels or a regression's scores; of images in
+`image_objective`. The kind of the recipe's task is looked at only here.
 """
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from distlora.data import (
     Encoded,
@@ -17,7 +15,6 @@ from distlora.data import (
     Questions,
     collate,
     collate_labelled,
-    is_at_hand,
     label_names,
     load_labelled,
     load_questions,
@@ -28,79 +25,20 @@ from distlora.engine.coordination import on_every_rank
 from distlora.engine.protocol import Engine
 from distlora.errors import UserError
 from distlora.evaluation.scoring import exact_match, label_scores
-from distlora.models.loading import bare_model, head_parameters, load_config, load_model, position_limit
-from distlora.models.losses import label_loss, response_loss
+from distlora.models.loading import head_parameters, position_limit
+from distlora.models.losses import label_loss, response_loss, score_loss
 from distlora.models.targets import Batch
 from distlora.recipe.sections import Recipe
-from distlora.tasks import LabelTask, get_task
+from distlora.tasks import ImageTask, LabelTask, ResponseTask, ScoreTask, Task, get_task
+from distlora.training.image_objective import ImageLabels
+from distlora.training.objective_base import Objective
 from distlora.training.step import evaluation_loss
-
-
-class Objective(ABC):
-    """What the kinds share. labels: the names that a classifier tells apart; empty for a language model.
-
-    loss: (model, batch, weights of the rows) to (sum over the targets, their number); see
-    `distlora.training.step`.
-    """
-
-    labels: tuple[str, ...] = ()
-    loss: Callable[..., tuple[Tensor, int]]
-
-    def __init__(self, recipe: Recipe):
-        self.recipe = recipe
-
-    # ------------------------------------------------------------------ data
-
-    def check_split(self, split: str) -> None:
-        """Raises UserError for all that is wrong with the data section and a split that is at hand."""
-        if is_at_hand(self.recipe.data):
-            self._rows(split)
-
-    @abstractmethod
-    def _rows(self, split: str) -> Any:
-        """The rows of a split, checked as they are read."""
-
-    @abstractmethod
-    def read(self, split: str, tokenizer) -> Encoded:
-        """The samples of a split."""
-
-    @abstractmethod
-    def collate(self, samples: Sequence, pad_id: int, device: torch.device) -> Batch:
-        """Samples of `read` as a batch for `loss`; none as one of weight zero."""
-
-    # ------------------------------------------------------------------ model
-
-    def load_config(self):
-        return load_config(self.recipe.model, self.labels)
-
-    def bare_model(self) -> nn.Module:
-        """The model without weights. Raises UserError if it cannot learn what the recipe's task asks for."""
-        return bare_model(self.recipe.model, self.labels)
-
-    def load_model(self) -> tuple[nn.Module, set[str]]:
-        """The model, and the names of the parameters that its weights lack."""
-        return load_model(self.recipe.model, self.labels)
-
-    def head(self, model: nn.Module) -> set[str]:
-        """Names of the parameters that are trained whole even if the weights hold them."""
-        return set()
-
-    # ------------------------------------------------------------------ looking on
-
-    @abstractmethod
-    def evaluate(self, engine: Engine, tokenizer, samples: Sequence) -> dict[str, float]:
-        """The "loss" and whatever else one forward pass tells, on samples of `read`; collective."""
-
-    def generate(self, engine: Engine, tokenizer, samples: Sequence) -> dict[str, float]:
-        """What needs generated answers, where the recipe asks for it; collective."""
-        return {}
 
 
 class Responses(Objective):
     """A language model learns the response to a prompt."""
 
     loss = staticmethod(response_loss)
-    collate = staticmethod(collate)
 
     def __init__(self, recipe: Recipe):
         super().__init__(recipe)
@@ -114,15 +52,16 @@ class Responses(Objective):
         return Examples(self.recipe.data, split)
 
     def read(self, split: str, tokenizer) -> Encoded:
-        return load_split(self.recipe.data, split, tokenizer)
+        return load_split(self.recipe.data, split, tokenizer, self.recipe.whole_text)
+
+    def batch(self, samples: Sequence, tokenizer, device: torch.device) -> Batch:
+        return collate(samples, tokenizer.pad_token_id, device)
 
     def evaluate(self, engine: Engine, tokenizer, samples: Sequence) -> dict[str, float]:
         parts = shard(
             len(samples), engine.comm.rank, engine.comm.world_size, self.recipe.train.micro_batch_size
         )
-        batches = (
-            collate([samples[i] for i in part], tokenizer.pad_token_id, engine.comm.device) for part in parts
-        )
+        batches = (self.batch([samples[i] for i in part], tokenizer, engine.comm.device) for part in parts)
         return {"loss": evaluation_loss(engine, batches, self.loss)}
 
     def generate(self, engine: Engine, tokenizer, samples: Sequence) -> dict[str, float]:
@@ -137,7 +76,7 @@ class Responses(Objective):
 
     def _read_questions(self, tokenizer) -> Questions:
         data, count = self.recipe.data, self.recipe.train.exact_match_samples
-        questions = load_questions(data, data.eval_split, tokenizer)
+        questions = load_questions(data, data.eval_split, tokenizer, self.recipe.whole_text)
         return replace(questions, items=questions.items[:count])
 
 
@@ -145,11 +84,14 @@ class Labels(Objective):
     """A classifier learns the label of a text or of a pair of texts."""
 
     loss = staticmethod(label_loss)
-    collate = staticmethod(collate_labelled)
 
     def __init__(self, recipe: Recipe):
         super().__init__(recipe)
         self.labels = label_names(recipe.data)
+        if recipe.data.think_step_by_step is not None:
+            raise UserError(
+                f"data.think_step_by_step: the task {recipe.data.task} asks nothing; set it to null"
+            )
         if recipe.train.exact_match_samples:
             raise UserError(
                 f"train.exact_match_samples: the task {recipe.data.task} generates no answers; set it to 0"
@@ -160,6 +102,9 @@ class Labels(Objective):
 
     def read(self, split: str, tokenizer) -> Encoded:
         return load_labelled(self.recipe.data, split, tokenizer)
+
+    def batch(self, samples: Sequence, tokenizer, device: torch.device) -> Batch:
+        return collate_labelled(samples, tokenizer.pad_token_id, device)
 
     def bare_model(self) -> nn.Module:
         model, wanted = super().bare_model(), self.recipe.data.max_length
@@ -175,10 +120,27 @@ class Labels(Objective):
     def evaluate(self, engine: Engine, tokenizer, samples: Sequence) -> dict[str, float]:
         metrics = get_task(self.recipe.data.task).metrics
         return label_scores(
-            engine, samples, tokenizer.pad_token_id, self.recipe.train.micro_batch_size, metrics
-        )
+            engine, samples, lambda part: self.batch(part, tokenizer, engine.comm.device),
+            self.recipe.train.micro_batch_size, metrics,
+        )  # fmt: skip
+
+
+class Scores(Labels):
+    """A regression: a model with one output learns the score of a text or of a pair of texts."""
+
+    loss = staticmethod(score_loss)
+
+
+#: By the kind of task.
+_OBJECTIVES: dict[type[Task], type[Objective]] = {
+    ResponseTask: Responses,
+    LabelTask: Labels,
+    ScoreTask: Scores,
+    ImageTask: ImageLabels,
+}
 
 
 def objective_of(recipe: Recipe) -> Objective:
     """Raises UserError for an unknown task, and for settings that its kind does not have."""
-    return (Labels if isinstance(get_task(recipe.data.task), LabelTask) else Responses)(recipe)
+    task = get_task(recipe.data.task)
+    return next(objective for kind, objective in _OBJECTIVES.items() if isinstance(task, kind))(recipe)

@@ -3,7 +3,7 @@
 import logging
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,19 @@ from distlora.engine.optimizers import Schedule
 from distlora.initialisation.factors import InitReport
 from distlora.methods import NeedsProbe, ProbeSettings, Recomposes, TrainsWeight
 from distlora.recipe.combination import check_length
+from distlora.recipe.load import run_identity
 from distlora.recipe.sections import Recipe
 from distlora.training.build import Built, build, check_targets
 from distlora.training.export_run import base_name
 from distlora.training.loop import Loop
 from distlora.training.monitor import Monitor
 from distlora.training.objective import objective_of
+from distlora.training.rate_search import RateSearch, find_rate, search_rate
 from distlora.training.samples import RunSamples, fetch
+from distlora.training.summary import record_summary
+
+#: In a checkpoint's extra state: the learning rate that was found for `train.lr: search`.
+FOUND_RATE = "found_rate"
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +39,7 @@ log = logging.getLogger(__name__)
 @dataclass
 class Summary:
     """What a run came to. before, after, on the evaluation set: "loss", a classifier's metrics, and
-    "exact_match" (0 … 1) where it was asked for.
+    "exact_match" (0 … 1) where it was asked for. found_rate: the learning rate, where it was searched.
     """
 
     run_dir: Path
@@ -46,6 +52,7 @@ class Summary:
     after: dict[str, float] = field(default_factory=dict)
     init_seconds: float = 0.0
     step_seconds: float = 0.0
+    found_rate: float | None = None
     tensorboard: str | None = None
 
 
@@ -73,7 +80,7 @@ class Run:
         self.steps = settings.steps or max(1, round(settings.epochs * self.data.order.steps_per_epoch))
         if status is not None:
             status.steps = self.steps
-        self.schedule = Schedule(settings.schedule, settings.lr, self.steps, settings.warmup_ratio)
+        self.schedule = None if settings.searches_lr else self._schedule(settings.lr)
         on_every_rank(comm, lambda: check_length(fitted, self.steps))
         self.built = build(comm, recipe, self.objective)
         comm.sum_or_stop()
@@ -83,6 +90,10 @@ class Run:
         """The DeepSpeed config as it was resolved."""
         return self.built.deepspeed
 
+    def _schedule(self, rate: float) -> Schedule:
+        settings = self.recipe.train
+        return Schedule(settings.schedule, rate, self.steps, settings.warmup_ratio)
+
     # ------------------------------------------------------------------ the stages
 
     def finish(self) -> Summary:
@@ -90,9 +101,12 @@ class Run:
         first = self.checkpoint.step if self.checkpoint else 0
         monitor = Monitor(self.built.engine, self.run_dir, first)
         extra = self._initialise(monitor) if self.checkpoint is None else self._restore()
+        if self.schedule is None:
+            self.schedule = self._schedule(extra[FOUND_RATE])
         self._tell_reserve()
         summary = _summary(self.run_dir, self.built, self.recipe.method.rank, self.steps)
         summary.before, summary.init_seconds = extra["before"], extra["init_seconds"]
+        summary.found_rate = extra.get(FOUND_RATE)
         if first == 0:
             monitor.write(0, {f"eval/{key}": value for key, value in summary.before.items()})
         loop = Loop(
@@ -104,6 +118,7 @@ class Run:
             summary.after = self._evaluate()
             monitor.write(self.steps, {f"eval/{key}": value for key, value in summary.after.items()})
         summary.adapter = self._export()
+        record_summary(self.comm, asdict(summary), first, self.data.order.steps_per_epoch)
         return summary
 
     def _plan(self) -> dict[str, Any]:
@@ -112,7 +127,9 @@ class Run:
         refill = method.refill_probe() if isinstance(method, Recomposes) else None
         first = method.probe_settings() if isinstance(method, NeedsProbe) else None
         return {
-            "probe": self._probe(refill or first), "steps": self.steps, "first_rate": self.schedule.rate,
+            "probe": self._probe(refill or first), "steps": self.steps,
+            # Of a rate that is to be found nobody asks: see `problem_with_search`.
+            "first_rate": self.schedule and self.schedule.rate,
             "seed": self.recipe.train.seed, "pretrained": self.built.pretrained,
         }  # fmt: skip
 
@@ -127,7 +144,20 @@ class Run:
         report = api.initialise(self.built.adapted, self.built.engine, **self._plan())
         seconds = time.perf_counter() - began
         self._tell_init(report, seconds, monitor)
-        return {"before": before, "init_seconds": seconds}
+        extra = {"before": before, "init_seconds": seconds}
+        return extra | ({FOUND_RATE: self._find_rate(monitor)} if self.schedule is None else {})
+
+    def _find_rate(self, monitor: Monitor) -> float:
+        """The learning rate of a run that begins and asks for one."""
+        engine, settings = self.built.engine, self.recipe.train.lr_search
+
+        def search() -> RateSearch:
+            steps, held_back = self.data.trial(settings.steps, settings.samples)
+            return search_rate(engine, settings, steps, held_back, self.objective.loss)
+
+        found = find_rate(engine, self.run_dir, run_identity(self.recipe), search)
+        monitor.tell_rates(found.scalars(), found.tried)
+        return found.rate
 
     def _restore(self) -> dict[str, Any]:
         """Of a run that goes on; returns what is remembered of its beginning."""
@@ -163,12 +193,14 @@ class Run:
 
     def _scores(self) -> dict[str, float]:
         samples = self.data.held_out[: self.recipe.train.eval_samples]
-        return self.objective.evaluate(self.built.engine, self.data.tokenizer, samples)
+        return self.objective.evaluate(self.built.engine, self.data.preprocessor, samples)
 
     def _evaluate(self) -> dict[str, float]:
         """The scores, and what takes longer."""
         scores = self._scores()
-        result = scores | self.objective.generate(self.built.engine, self.data.tokenizer, self.data.held_out)
+        result = scores | self.objective.generate(
+            self.built.engine, self.data.preprocessor, self.data.held_out
+        )
         log.info("evaluation: %s", ", ".join(f"{key} {value:.4f}" for key, value in result.items()))
         return result
 

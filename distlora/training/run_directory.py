@@ -18,6 +18,7 @@ from distlora.recipe.sections import Recipe
 log = logging.getLogger(__name__)
 
 RECIPE, METRICS, RECOMPOSITIONS, ADAPTER = "recipe.yaml", "metrics.jsonl", "recompositions.jsonl", "adapter"
+RATE_SEARCH, SUMMARY = "lr_search.json", "summary.json"
 
 
 def check_run_dir(recipe: Recipe, resume: bool | None) -> None:
@@ -102,7 +103,7 @@ def _forget(run_dir: Path) -> None:
     # An export takes the adapter if it is of a later step than every checkpoint.
     for name in (ADAPTER, LOGS):
         shutil.rmtree(run_dir / name, ignore_errors=True)
-    for name in (METRICS, RECOMPOSITIONS, ENVIRONMENT, STATUS):
+    for name in (METRICS, RECOMPOSITIONS, RATE_SEARCH, SUMMARY, ENVIRONMENT, STATUS):
         (run_dir / name).unlink(missing_ok=True)
 
 

@@ -1,5 +1,6 @@
 """The samples of a run on this rank: brought, read, and in batches."""
 
+import itertools
 import logging
 from collections.abc import Iterator, Sequence
 
@@ -9,10 +10,10 @@ from huggingface_hub import is_offline_mode
 from distlora.data import Encoded, TrainOrder, download, is_at_hand, micro_batches, shard
 from distlora.engine.comm import Comm
 from distlora.engine.coordination import on_every_rank
+from distlora.errors import UserError
 from distlora.initialisation.probe import Probe
 from distlora.methods import ProbeSettings
 from distlora.models.hub import may_download, resolve_path
-from distlora.models.loading import load_tokenizer
 from distlora.models.targets import Batch, loss_of_samples
 from distlora.recipe.deepspeed_config import plan_batches
 from distlora.recipe.sections import DataSection, Recipe
@@ -57,26 +58,28 @@ def fetch(comm: Comm, recipe: Recipe, wanted: Sequence[tuple[DataSection, str]] 
     on_every_rank(comm, lambda: bring() if comm.local_rank == 0 else None)
 
 
-def read_samples(objective: Objective, split: str, tokenizer) -> list:
+def read_samples(objective: Objective, split: str, preprocessor) -> list:
     """The samples of a split, and a line on them in the log. Raises UserError."""
-    encoded: Encoded = objective.read(split, tokenizer)
+    encoded: Encoded = objective.read(split, preprocessor)
+    cut = f"{encoded.truncated} truncated to {objective.recipe.data.max_length} tokens, "
     log.info(
-        "data: %d samples of split %s, %d truncated to %d tokens, %d dropped because %s",
-        len(encoded.samples), split, encoded.truncated, objective.recipe.data.max_length, encoded.dropped,
+        "data: %d samples of split %s, %s%d dropped because %s",
+        len(encoded.samples), split, "" if encoded.truncated is None else cut, encoded.dropped,
         encoded.why_dropped,
     )  # fmt: skip
     return encoded.samples
 
 
 class RunSamples:
-    """training, held_out: the samples of both splits, the second empty without one. order: which of the first
+    """preprocessor: the tokenizer, or what else comes with the model and makes numbers of its inputs.
+    training, held_out: the samples of both splits, the second empty without one. order: which of the first
     make up a step.
     """
 
     def __init__(self, comm: Comm, recipe: Recipe, objective: Objective):
         """Collective. Raises UserError, on all ranks, for what is wrong with the data."""
         self._comm, self._recipe, self._objective = comm, recipe, objective
-        self.tokenizer = on_every_rank(comm, lambda: load_tokenizer(recipe.model))
+        self.preprocessor = on_every_rank(comm, objective.load_preprocessor)
         self.training = on_every_rank(comm, lambda: self._read(recipe.data.split))
         self.held_out = (
             on_every_rank(comm, lambda: self._read(recipe.data.eval_split)) if recipe.data.eval_split else []
@@ -85,7 +88,7 @@ class RunSamples:
         self._accumulation = plan_batches(recipe, comm.world_size)
 
     def _read(self, split: str) -> list:
-        return read_samples(self._objective, split, self.tokenizer)
+        return read_samples(self._objective, split, self.preprocessor)
 
     def of_step(self, step: int) -> list[Batch]:
         """This rank's micro-batches of a step, counted from 0; equally many on every rank."""
@@ -100,9 +103,23 @@ class RunSamples:
 
     def _batches(self, samples: list, parts: list[list[int]]) -> Iterator[Batch]:
         for indices in parts:
-            yield self._objective.collate(
-                [samples[i] for i in indices], self.tokenizer.pad_token_id, self._comm.device
-            )
+            part = [samples[i] for i in indices]
+            yield self._objective.batch(part, self.preprocessor, self._comm.device)
+
+    def trial(self, steps: int, count: int) -> tuple[list[list[Batch]], list[Batch]]:
+        """This rank's micro-batches of `steps` global batches, and batches of `count` training samples that
+        are in none of them, the same samples on any number of ranks: see `trial_indices`. Errors: UserError.
+        """
+        whole, micro = self._recipe.train.global_batch_size, self._recipe.train.micro_batch_size
+        rank, world = self._comm.rank, self._comm.world_size
+        order = [i for step in range(self.order.steps_per_epoch) for i in self.order.indices(step)]
+        trained, held_back = trial_indices(order, steps, whole, count)
+        shares = [micro_batches(part, rank, world, micro, self._accumulation) for part in trained]
+        chosen = [self.training[i] for i in held_back]
+        return (
+            [list(self._batches(self.training, share)) for share in shares],
+            list(self._batches(chosen, shard(len(chosen), rank, world, micro))),
+        )
 
     def probe_data(self, settings: ProbeSettings, number: int = 0) -> Probe:
         """The same training samples for every world size, drawn by the recipe's seed; others for every number
@@ -134,3 +151,20 @@ def probe_samples(setting: float, available: int | None) -> int:
     least 25. available: the size of that; None where it is not known yet."""
     wanted = max(FEWEST_PROBE_SAMPLES, round(setting * (available or 0))) if setting < 1 else int(setting)
     return min(wanted, available or wanted)
+
+
+def trial_indices(
+    order: Sequence[int], steps: int, batch_size: int, count: int
+) -> tuple[list[list[int]], list[int]]:
+    """The samples of trial steps, and `count` others, at most half of all. order: in which they are trained.
+
+    The steps take what the run's own first steps do, as long as there are enough others; then they begin
+    again. Errors: UserError where there are too few samples to hold one back.
+    """
+    count = min(count, len(order) // 2)
+    if not count:
+        raise UserError("train.lr=search holds training samples back, and there is only one: set a number")
+    rest, held_back = order[:-count], list(order[-count:])
+    size = min(batch_size, len(rest))
+    wanted = itertools.islice(itertools.cycle(rest), steps * size)
+    return [list(itertools.islice(wanted, size)) for _ in range(steps)], held_back

@@ -32,6 +32,7 @@ from distlora.models.losses import label_loss, response_loss
 from distlora.models.targets import loss_of_samples
 from distlora.training.step import accumulate, evaluation_loss
 from tests.distributed.plan import GLOBAL_BATCH
+from tests.distributed.rate_search_cases import searching
 from tests.distributed.recomposition_cases import (
     Collectives,
     swap_resuming,
@@ -41,7 +42,15 @@ from tests.distributed.recomposition_cases import (
     whole_run,
 )
 from tests.distributed.traffic_cases import sent_at_the_start, sent_in_a_step
-from tests.distributed.world import build, labelled_samples, samples, share, write_random_factors
+from tests.distributed.world import (
+    batch_of_images,
+    build,
+    images_with_labels,
+    labelled_samples,
+    samples,
+    share,
+    write_random_factors,
+)
 from tests.stepping import take_step, train_step
 
 Results = dict[str, Tensor]
@@ -445,8 +454,46 @@ def classifying(setting: Setting, steps: int = 4, labels: int = 3) -> Results:
         loss, info = train_step(engine, batches, label_loss, setting.rate(step))
         losses.append(loss)
         norms.append(info.grad_norm)
-    scores = label_scores(engine, labelled_samples(10, labels, 99), 0, setting.micro_batch, ["accuracy"])
+    scores = label_scores(
+        engine, labelled_samples(10, labels, 99), lambda part: collate_labelled(part, 0, comm.device),
+        setting.micro_batch, ["accuracy"],
+    )  # fmt: skip
     return _curve(losses, norms, scores["loss"]) | drawn | {"accuracy": torch.tensor(scores["accuracy"])}
+
+
+def classifying_images(setting: Setting, steps: int = 3, labels: int = 3) -> Results:
+    """The same of images; the last batch leaves ranks without one."""
+    engine, comm, dtype = setting.engine, setting.comm, setting.engine.dtype
+    setting.start_from_random_factors()
+    losses, norms = [], []
+    for step in range(steps):
+        rows = images_with_labels(GLOBAL_BATCH if step + 1 < steps else 1, labels, step)
+        parts = micro_batches(
+            range(len(rows)), comm.rank, comm.world_size, setting.micro_batch, setting.accumulation
+        )
+        batches = [batch_of_images([rows[i] for i in part], dtype) for part in parts]
+        loss, info = train_step(engine, batches, label_loss, setting.rate(step))
+        losses.append(loss)
+        norms.append(info.grad_norm)
+    count, owners = 5, assign_owners(setting.attached.layers, setting.attached.method, comm.world_size)
+    rows = images_with_labels(count, labels, 7)
+    batches = [
+        batch_of_images([rows[i] for i in part], dtype) for part in shard(count, comm.rank, comm.world_size)
+    ]
+    found = mean_gradients(
+        engine, setting.attached.layers, owners, batches, count, loss_of_samples(label_loss)
+    )
+    gradients = {
+        f"gradient.{name}": comm.broadcast(
+            found.get(name, torch.zeros(layer.shape)).contiguous(), owners[name]
+        )
+        for name, layer in setting.attached.layers.items()
+    }
+    heads = {
+        name: engine.read_parameter(name) for name in engine.trained_shapes() if name.startswith("classifier")
+    }
+    heads = {name: value.float().clone() for name, value in heads.items() if comm.is_main}
+    return _curve(losses, norms) | gradients | heads | setting.state()
 
 
 def saving(setting: Setting) -> Results:
@@ -500,8 +547,8 @@ CASES: dict[str, Callable[..., Results]] = {
     for case in (
         curve, short_batch, writing, norming, replacing_gradients, initialising, probing, generating,
         answering, naming_silent_tensors, transform_traffic, correcting, storing, classifying,
-        saving, resuming, swapping, swap_traffic, swap_saving, swap_resuming, whole_run, sent_in_a_step,
-        sent_at_the_start,
+        classifying_images, saving, resuming, swapping, swap_traffic, swap_saving, swap_resuming, whole_run,
+        sent_in_a_step, sent_at_the_start, searching,
     )
 }  # fmt: skip
 

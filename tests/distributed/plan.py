@@ -73,6 +73,7 @@ def entries() -> list[Entry]:
         *_every_stage(), *_every_method(), *_bfloat16(), *_methods_and_settings(), *_norms(), *_transforms(),
         *_optimizers(),
         *_zero_options(), *_swaps(), *_classifiers(), *_packed(), *_traffic(),
+        *_searches(),
     ]  # fmt: skip
 
 
@@ -286,6 +287,8 @@ def _classifiers() -> list[Entry]:
         plan.append(
             Entry(2, "classifying", stage, BF16, setting=setting, loss=2e-2, first_loss=1e-2, tensors=0.3)
         )
+    images = {**setting, "images": True}
+    plan += [Entry(2, "classifying_images", stage, setting=images) for stage in (2, 3)]
     return [*plan, Entry(3, "classifying", 3, setting=setting), Entry(1, "classifying", 3, setting=setting)]
 
 
@@ -367,3 +370,24 @@ def _traffic() -> list[Entry]:
             Entry(2, "sent_at_the_start", stage, zero=zero, setting=setting, loss=1e-2, first_loss=1e-2)
         )
     return plan
+
+
+def _searches() -> list[Entry]:
+    """Steps that are taken back: wherever ZeRO keeps master, moments and what forward passes read."""
+
+    def search(stage: int, method: str = "lora", dtype: str = FP32, zero: dict = NOTHING, **rest) -> Entry:
+        setting = {"method": method, "targets": "few", "clip": 0.5, **NEEDED.get(method, {})}
+        if method == "full":
+            del setting["targets"]
+        return Entry(2, "searching", stage, dtype, zero, setting, **{"tensors": 5e-2, **rest})
+
+    rounded = {"dtype": BF16, "loss": 5e-3, "first_loss": 2e-3, "tensors": 0.3}
+    return [
+        *(search(stage) for stage in (0, 1, 2, 3)),
+        search(0, "pissa", **rounded),
+        search(1, "lora_pro", zero={"grad_accum_dtype": "fp32"}, note="fp32grads", **rounded),
+        search(2, "srlora", zero=OFFLOAD, note="offload"),
+        search(3, "lora_xs", zero={**OFFLOAD, "offload_param": {"device": "cpu"}}, note="offloadall"),
+        search(3, "full", zero={"stage3_param_persistence_threshold": 0}, note="persist0"),
+        search(3, "dora", arguments={"highest": 3e37}),
+    ]

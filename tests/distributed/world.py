@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import BertConfig, BertModel, Qwen2Config, Qwen2ForCausalLM
+from transformers import BertConfig, BertModel, Qwen2Config, Qwen2ForCausalLM, ViTConfig, ViTModel
 
 from distlora.adapter.attach import Attached, attach, pack_linears
 from distlora.adapter.packed import packer
@@ -44,6 +44,7 @@ def save_model(directory: Path) -> None:
                 nn.init.normal_(parameter, std=0.2)
     model.save_pretrained(directory)
     save_encoder(directory / "encoder")
+    save_vision(directory / "vision")
 
 
 def save_encoder(directory: Path) -> None:
@@ -58,6 +59,30 @@ def save_encoder(directory: Path) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(1)
         BertModel(config, add_pooling_layer=False).save_pretrained(directory)
+
+
+def save_vision(directory: Path) -> None:
+    """A ViT as it is published: without a head, and under names that transformers changes while it loads."""
+    config = ViTConfig(
+        image_size=12, patch_size=4, hidden_size=60, intermediate_size=131, num_hidden_layers=2,
+        num_attention_heads=6, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        initializer_range=0.1,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        ViTModel(config, add_pooling_layer=False).save_pretrained(directory)
+
+
+def images_with_labels(count: int, labels: int, seed: int = 0) -> list[tuple[torch.Tensor, int]]:
+    """Pixels (3, 12, 12) and labels."""
+    generator = torch.Generator().manual_seed(seed)
+    return [(torch.randn(3, 12, 12, generator=generator), number % labels) for number in range(count)]
+
+
+def batch_of_images(rows: list[tuple[torch.Tensor, int]], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """None give one without a label."""
+    pixels, labels = zip(*(rows or [(torch.zeros(3, 12, 12), -100)]))
+    return {"pixel_values": torch.stack(pixels).to(dtype), "labels": torch.tensor(labels)}
 
 
 def samples(count: int, seed: int = 0) -> list[Sample]:
@@ -101,20 +126,22 @@ def build(
     spec: OptimizerSpec | None = None,
     when_loaded: Callable[[nn.Module], None] = lambda model: None,
     labels: int = 0,
+    images: bool = False,
     quantization: str | None = None,
     **settings,
 ) -> Attached:
     """Loads, attaches and starts, as the training program does. when_loaded: shown the model before anything
     is attached. targets: as in a recipe, or "few". labels: how many the encoder tells apart; 0 for the
-    language model. quantization: kind of packed weights."""
-    directory = directory / "encoder" if labels else directory
+    language model. images: of images and not of texts. quantization: kind of packed weights."""
+    if labels:
+        directory = directory / ("vision" if images else "encoder")
     section = ModelSection(
         path=str(directory),
         dtype=str(engine.dtype).removeprefix("torch."),
         gradient_checkpointing=checkpointing,
     )
     with engine.loading(whole=quantization is not None):
-        model, new = load_model(section, [f"label {number}" for number in range(labels)])
+        model, new = load_model(section, [f"label {number}" for number in range(labels)], images)
     when_loaded(model)
     if quantization:
         heads = new | head_parameters(model) if labels else new

@@ -94,6 +94,39 @@ def test_a_classifier_is_trained_evaluated_and_loaded_by_others(name, models, da
     assert scores(merged, tokenizer, data) == pytest.approx(tuple(last.values()), rel=1e-4)
 
 
+def test_a_regression_is_trained_evaluated_and_loaded_by_others(models, tmp_path):
+    rows = [
+        (f"Tom has {number} apples.", f"Tom has {number + number % 6} apples.", 5 - number % 6)
+        for number in range(31)
+    ]
+    data = tmp_path / "STS-B"
+    data.mkdir()
+    for split, part in (("train", rows[:22]), ("dev", rows[22:])):
+        lines = ["index\tsentence1\tsentence2\tscore", *(f"0\t{a}\t{b}\t{score}.000" for a, b, score in part)]
+        (data / f"{split}.tsv").write_text("\n".join(lines) + "\n")
+    base, run = tiny_encoder_dir("bert", models), tmp_path / "run"
+    content = recipe_of(base, tmp_path, run)
+    content["data"] = {"task": "stsb", "path": str(tmp_path), "eval_split": "validation", "max_length": 60}
+    content["train"] |= {"exact_match_samples": 0, "eval_samples": None}
+    succeed("train", write_recipe(tmp_path / "recipe.yaml", content))
+    last = {key: curve(run, f"eval/{key}")[6] for key in ("loss", "pearson", "spearman")}
+    assert all(-1 <= last[key] <= 1 for key in ("pearson", "spearman"))
+    printed = dict(line.split() for line in succeed("eval", run).out.splitlines())
+    assert {f"eval/{key}": f"{value:.6f}" for key, value in last.items()} == printed
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    plain = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
+    succeed("export", run, "--format", "merged", "--out", tmp_path / "merged")
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    for model in (PeftModel.from_pretrained(plain, run / "adapter"), merged):
+        with torch.no_grad():
+            errors = [
+                float(model.eval()(**tokenizer(a, b, return_tensors="pt")).logits) - score
+                for a, b, score in rows[22:]
+            ]
+        assert sum(error**2 for error in errors) / len(errors) == pytest.approx(last["loss"], rel=1e-4)
+
+
 def test_the_head_is_in_checkpoints_and_a_resumed_run_goes_on_with_it(models, data, tmp_path):
     path = recipe(tiny_encoder_dir("bert", models), data, tmp_path)
     succeed("train", path)

@@ -11,12 +11,18 @@ import torch
 from safetensors.torch import load_file
 
 from distlora.recipe.load import load_recipe
+from distlora.tasks import TASKS, ImageTask
 from tests.e2e.program import REPOSITORY, curve, recipe_of, succeed, write_recipe
-from tests.tiny_models import ENCODERS, NAMES, tiny_encoder_dir, tiny_model_dir
+from tests.tiny_images import write_npz
+from tests.tiny_models import ENCODERS, NAMES, VISION, tiny_encoder_dir, tiny_model_dir, tiny_vision_dir
 
 RECIPES = sorted((REPOSITORY / "configs" / "recipes").glob("*.yaml"))
 #: What stands in a hub name, and the tiny model of the same class.
-CLASSES = {"mistral": "mistral", "gemma": "gemma2", "llama": "llama", "smollm2": "llama", "minilm": "bert"}
+CLASSES = {
+    "mistral": "mistral", "gemma": "gemma2", "llama": "llama", "smollm2": "llama", "minilm": "bert",
+    "vit": "vit",
+    "roberta": "roberta", "deberta": "deberta",
+}  # fmt: skip
 #: Columns of the data sets that the recipes name, and a row of each.
 ROWS = {
     "metamath": {
@@ -31,6 +37,7 @@ ROWS = {
         "output": "the correct answer is true",
         "answer": "true",
     },
+    "cola": {"sentence": "Tom has {n} apples.", "label": "acceptable"},
     "rte": {"sentence1": "Tom has {n} apples.", "sentence2": "Tom has apples.", "label": "entailment"},
 }
 
@@ -42,6 +49,10 @@ def models(tmp_path_factory) -> Path:
 
 def write_rows_of(task: str, folder: Path) -> Path:
     folder.mkdir()
+    if isinstance(TASKS[task], ImageTask):
+        for split in ("train", "test"):
+            write_npz(folder / f"{split}.npz", 8)
+        return folder
     for split in ("train", "test", "validation"):
         rows = [{key: text.format(n=number) for key, text in ROWS[task].items()} for number in range(8)]
         (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -53,7 +64,8 @@ def test_shipped_recipe_takes_steps(path, models, tmp_path):
     shipped = load_recipe(path)
     (name,) = {tiny for word, tiny in CLASSES.items() if word in shipped.model.path.lower()}
     task = shipped.data.task
-    make, length = (tiny_encoder_dir, 64) if name in ENCODERS else (tiny_model_dir, 256)
+    make = tiny_encoder_dir if name in ENCODERS else tiny_vision_dir if name in VISION else tiny_model_dir
+    length = 64 if name in ENCODERS else 256
     small = [
         f"model.path={make(name, models)}", f"output_dir={tmp_path / 'run'}", "deepspeed=null",
         "method.rank=4", "data.split=train[:8]", f"data.max_length={length}", "train.steps=2",

@@ -35,7 +35,7 @@ def mean_loss(model, recipe) -> float:
 def test_files(finished):
     _, run_dir = finished
     found = {path.name for path in run_dir.iterdir()}
-    told = {"metrics.jsonl", "environment.json", "status.json", "logs"}
+    told = {"metrics.jsonl", "environment.json", "status.json", "summary.json", "logs"}
     assert found == {"recipe.yaml", "checkpoint-3", "checkpoint-6", "adapter"} | told
     kinds = {path.suffix for path in run_dir.rglob("*") if path.is_file()}
     assert kinds == {".yaml", ".jsonl", ".json", ".safetensors", ".log"}
@@ -91,7 +91,32 @@ def test_the_adapter_is_a_peft_adapter_with_the_runs_loss(finished):
     assert mean_loss(merged, recipe) == pytest.approx(losses[6], rel=1e-5)
 
 
+def test_the_summary_tells_what_the_run_came_to(finished):
+    _, run_dir = finished
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert (summary["trained"], summary["lora_trained"], summary["steps"]) == (7 * 3 * 16, 11676, 6)
+    assert summary["steps_per_epoch"] == 5, "20 samples, 4 a step"
+    assert (
+        summary["epoch_seconds"] == pytest.approx(5 * summary["step_seconds"]) and summary["step_seconds"] > 0
+    )
+    assert summary["init_seconds"] == curve(run_dir, "init/seconds")[0]
+    assert summary["tokens_per_second"] == curve(run_dir, "train/tokens_per_second")[6]
+    assert summary["peak_memory_bytes"] > 100 * 2**20, "the libraries alone take more"
+    for when, step in (("before", 0), ("after", 6)):
+        assert summary[when]["loss"] == curve(run_dir, "eval/loss")[step]
+
+
 # ---------------------------------------------------------------------- the other verbs
+
+
+def test_a_report_of_the_run(finished, tmp_path):
+    _, run_dir = finished
+    outcome = succeed("report", run_dir, "--out", tmp_path / "report")
+    assert outcome.out.strip() == str(tmp_path / "report" / "report.md")
+    page = (tmp_path / "report" / "report.md").read_text()
+    assert "done, step 6 of 6" in page and f"| lora\\_sb | 4 | {7 * 3 * 16} | 1 |" in page
+    for heading in ("Scores", "Losses", "Initialisation", "Speed and memory", "Inference"):
+        assert f"### {heading}\n" in page
 
 
 def test_eval_tells_the_runs_loss_and_changes_nothing(finished, tmp_path):

@@ -3,6 +3,7 @@ and its end.
 """
 
 import copy
+import json
 import os
 import re
 import signal
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from distlora.recipe.strict import dump_yaml
 from tests.e2e.bench import Bench
 from tests.e2e.program import REPOSITORY
 from tests.e2e.testbed import Cluster, wait_for
@@ -266,3 +268,25 @@ def test_an_array_of_two(bench, queue, tmp_path):
     bench.expect_same_curve(runs[0].name)
     bench.expect_same_curve("second", quiet="plain-second")
     assert not (bench.folder / "unused").exists()
+
+
+@pytest.mark.cluster_long
+def test_a_sweep_as_an_array(bench, queue, tmp_path):
+    """Each task conducts one point, on a node of its own; one of them is interrupted, and goes on."""
+    sweep = tmp_path / "sweep.yaml"
+    common = {"deepspeed": {"zero_optimization": {"stage": 3}}, "train.micro_batch_size": 1}
+    content = {"recipe": str(bench.recipe), "output": str(bench.folder / "sweep"), "common": common}
+    sweep.write_text(dump_yaml(content | {"grid": {"train.lr": [0.005, 0.01]}}))
+    first, second = "sweep/train.lr=0.005", "sweep/train.lr=0.01"
+    bench.plain("plain-faster", "train.lr=0.01")
+    job = queue("--array=0-1", "--gpus-per-node=2", words=("--verb", "sweep", str(sweep)))
+    interrupted = job.task(1)
+    interrupted.until(lambda: under_way(bench, second), "its first checkpoint")
+    job.say("scancel", "--signal=USR1", "--batch", interrupted.number)
+    said = interrupted.expect_end("COMPLETED", 1)
+    assert "asked to stop (SIGUSR1): 1 point (train.lr=0.01) left of 1" in said
+    job.task(0).expect_end("COMPLETED", 0)
+    bench.expect_same_curve(first)
+    bench.expect_same_curve(second, quiet="plain-faster")
+    rows = json.loads((bench.folder / "sweep" / "sweep.json").read_text())["points"]
+    assert [row["state"] for row in rows] == ["done", "done"]

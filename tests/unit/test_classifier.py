@@ -281,7 +281,7 @@ def test_the_probe_gives_autograds_gradients(models, name):
 def test_scores(models, size):
     engine, _ = started(tiny_encoder_dir("bert", models))
     samples = rows(7)
-    scores = label_scores(engine, samples, PAD, size, ["accuracy", "f1"])
+    scores = label_scores(engine, samples, lambda part: collate_labelled(part, PAD), size, ["accuracy", "f1"])
     (batch,) = batches("bert", size=7)
     loss, _ = label_loss(engine.module.eval(), batch)
     right = engine.module(**batch).logits.argmax(-1) == batch["labels"]

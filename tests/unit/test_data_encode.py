@@ -42,14 +42,14 @@ def tokenizer():
     return make_tokenizer()
 
 
-def load(tmp_path, tokenizer, pairs, template=None, max_length=64, split="train"):
+def load(tmp_path, tokenizer, pairs, template=None, max_length=64, split="train", **more):
     file = tmp_path / "rows.json"
     file.write_text(json.dumps([{"q": prompt, "a": response} for prompt, response in pairs]))
     fields = {"prompt": "q", "response": "a"}
     section = SimpleNamespace(
         task="text", path=str(file), fields=fields, template=template, max_length=max_length
     )
-    return load_split(section, split, tokenizer)
+    return load_split(section, split, tokenizer, **more)
 
 
 def trained_text(sample, tokenizer):
@@ -71,15 +71,82 @@ def test_loss_is_on_the_response_and_the_real_end_only(tmp_path, tokenizer):
     assert second.answer == "answer"
 
 
-SEAMS = [("a\n", "\nb"), ("hel", "lo"), ("the ", " answer"), ("the ", "answer"), ("x", "y\u20ac")]
+#: Prompt, response, and the text of the prompt that generation is given: a token that spans the seam belongs
+#: to the response.
+SEAMS = [
+    ("a\n", "\nb", "a\n"),
+    ("hel", "lo", "he"),
+    ("the ", " answer", "the "),
+    ("the ", "answer", "the"),
+    ("x", "y\u20ac", "x"),
+    ("not lo", "ng", "not"),
+]
 
 
-@pytest.mark.parametrize("prompt, response", SEAMS)
-def test_tokens_give_back_the_text_whatever_meets_at_the_seam(tmp_path, tokenizer, prompt, response):
-    (sample,) = load(tmp_path, tokenizer, [(prompt, response)]).samples
-    assert sample.prompt_ids == tokenizer(prompt)["input_ids"], "the prompt is what generation will present"
-    seam = "" if prompt[-1].isspace() else " "
-    assert tokenizer.decode(sample.input_ids) == prompt + seam + response + "<eos>"
+@pytest.mark.parametrize("prompt, response, given", SEAMS)
+def test_the_whole_text_is_tokenised_as_it_is_written(tmp_path, tokenizer, prompt, response, given):
+    (sample,) = load(tmp_path, tokenizer, [(prompt, response)], template="{prompt}").samples
+    assert sample.input_ids == [*tokenizer(prompt + response)["input_ids"], tokenizer.eos_token_id]
+    assert tokenizer.decode(sample.prompt_ids) == given
+    assert trained_text(sample, tokenizer) == (prompt + response)[len(given) :] + "<eos>"
+
+
+@pytest.mark.parametrize("template, between", [(None, " "), ("{prompt}", ""), ("{prompt}:", ":")])
+def test_only_a_tasks_own_template_puts_a_space_before_the_response(tmp_path, tokenizer, template, between):
+    def texts(*pairs):
+        samples = load(tmp_path, tokenizer, pairs, template=template).samples
+        return [tokenizer.decode(sample.input_ids[:-1]) for sample in samples]
+
+    assert texts(("the", "answer"), ("", "answer")) == [
+        f"the{between}answer",
+        f"{between.strip()}answer",
+    ]
+    assert texts(("Q\n", "a"), ("Q", "\na")) == [f"Q\n{between.strip()}a", f"Q{between.strip()}\na"]
+
+
+class WithoutOffsets:
+    """A tokenizer that does not tell where its tokens stand."""
+
+    is_fast = False
+
+    def __init__(self, tokenizer):
+        self._tokenizer = tokenizer
+
+    def __getattr__(self, name):
+        return getattr(self._tokenizer, name)
+
+    def __call__(self, texts, **options):
+        assert "return_offsets_mapping" not in options
+        return self._tokenizer(texts, **options)
+
+
+@pytest.mark.parametrize("prompt, response, given", SEAMS)
+def test_a_tokenizer_without_offsets_trains_the_same_text(tmp_path, tokenizer, prompt, response, given):
+    (sample,) = load(tmp_path, WithoutOffsets(tokenizer), [(prompt, response)], template="{prompt}").samples
+    (fast,) = load(tmp_path, tokenizer, [(prompt, response)], template="{prompt}").samples
+    assert sample.input_ids == fast.input_ids
+    assert given.startswith(tokenizer.decode(sample.prompt_ids))
+
+
+#: Prompt, response, and what the formats 1 and 2 trained of them.
+APART = [
+    ("the ", "answer", "answer"),
+    ("the", "answer", " answer"),
+    ("not lo", "ng", " ng"),
+    ("the\n", "answer", "answer"),
+    ("Q", "\nA", "\nA"),
+]
+
+
+@pytest.mark.parametrize("prompt, response, trained", APART)
+@pytest.mark.parametrize("template", [None, "{prompt}"])
+def test_runs_of_the_formats_1_and_2_keep_their_tokens(
+    tmp_path, tokenizer, template, prompt, response, trained
+):
+    (sample,) = load(tmp_path, tokenizer, [(prompt, response)], template, whole_text=False).samples
+    alone = tokenizer(prompt)["input_ids"]
+    assert sample.prompt_ids == alone
+    assert sample.input_ids[len(alone) :] == [*tokenizer(trained)["input_ids"], tokenizer.eos_token_id]
 
 
 def test_bos_is_there_exactly_if_the_tokenizer_adds_it(tmp_path, tokenizer):

@@ -58,11 +58,11 @@ def test_instruct_rows_without_input_and_answer_columns(tmp_path):
 def test_fields_and_template_of_the_recipe(tmp_path):
     rows = [{"title": "T{0}", "body text": "B", "n": 3, "label": "yes"}]
     fields = {"prompt": "title", "response": "label"}
-    assert examples(tmp_path, rows, fields=fields) == [Example("T{0}", "yes", "yes")]
+    assert examples(tmp_path, rows, fields=fields) == [Example("T{0}", " yes", "yes")]
     (example,) = examples(tmp_path, rows, fields=fields, template="{prompt}/{title}: {{{body text}}} {n}\n")
     assert example.prompt == "T{0}/T{0}: {B} 3\n"
     (example,) = examples(tmp_path, rows, fields={"response": "label"}, template="{n}?")
-    assert example.prompt == "3?"
+    assert (example.prompt, example.response) == ("3?", "yes"), "nothing is added to a recipe's own template"
 
 
 def test_fields_override_a_preset(tmp_path):
@@ -140,7 +140,7 @@ def test_arithmetic_takes_slices_and_no_path():
     assert (
         part[0].prompt.startswith("Q: ")
         and part[0].prompt.endswith("?\nAnswer:")
-        and part[0].response == part[0].answer
+        and part[0].response == f" {part[0].answer}"
     )
     download(section, "test")
     section.path = "rows.jsonl"

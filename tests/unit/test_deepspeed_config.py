@@ -216,6 +216,11 @@ def test_the_optimizer_section_may_name_one_of_bitsandbytes():
     assert "optimizer" not in resolve({"optimizer": section}, "train.optimizer.name=adamw8bit")[0]
 
 
+def test_a_rate_that_is_searched_goes_with_auto():
+    section = {"type": "AdamW", "params": {"lr": "auto"}}
+    assert "optimizer" not in resolve({"optimizer": section}, "train.lr=search")[0]
+
+
 def test_an_offloaded_optimizer_is_deepspeeds_own_or_explicitly_not():
     zero = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
     resolve(zero)
@@ -272,6 +277,8 @@ END = "in zero.json; set the latter to auto or make them equal"
          f'recipe train.optimizer.name=sgd contradicts optimizer.type="AdamW" {END}'),
         ({"optimizer": {"type": "AdamW", "params": {"lr": 3e-5}}}, [],
          f"recipe train.lr=0.0001 contradicts optimizer.params.lr=3e-05 {END}"),
+        ({"optimizer": {"type": "AdamW", "params": {"lr": 3e-5}}}, ["train.lr=search"],
+         f'recipe train.lr="search" contradicts optimizer.params.lr=3e-05 {END}'),
         ({"optimizer": {"type": "AdamW", "params": {"weight_decay": 0.1}}}, [],
          f"recipe train.weight_decay=0.0 contradicts optimizer.params.weight_decay=0.1 {END}"),
         ({"optimizer": {"type": "AdamW", "params": {"betas": [0.9, 0.95]}}}, [],

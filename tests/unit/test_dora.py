@@ -106,16 +106,54 @@ def test_a_zero_row_stays_zero_and_disturbs_nothing(dtype):
     assert not layer.B.grad[4].any() and not layer.m.grad[4].any()
 
 
-def test_dropout_is_on_the_input_of_the_pair_alone():
-    layer, x = _layer(start="random", dropout=0.5).train(), _input(tokens=1)
-    c = layer.m / row_norms(layer.weight, layer.method.scaling * layer.B, layer.A)
-    base = (x @ layer.weight.T) * c + layer.bias
-    pair = (x @ (layer.method.scaling * layer.B @ layer.A).T) * c
-    with torch.no_grad(), torch.random.fork_rng():
+@BOTH
+def test_dropout_is_on_the_input_of_all_that_differs_from_the_pretrained_layer(dtype):
+    """y = x Wᵀ + b + (x̃ Wᵀ) ⊙ (c − 1) + s·x̃ AᵀBᵀ ⊙ c with the dropped input x̃; and its gradients."""
+    layer, x = _layer(dtype, start="random", dropout=0.5).train(), _input(dtype).requires_grad_()
+    with torch.random.fork_rng():
         torch.manual_seed(1)
-        noise = layer(x.expand(4000, -1)) - base
-    assert noise.std(0).max() > 0.1
-    assert (noise.mean(0) - pair).norm() < 0.05 * noise.norm(dim=1).mean()
+        y = layer(x)
+        torch.manual_seed(1)
+        kept = torch.nn.functional.dropout(torch.ones(x.shape, dtype=dtype), 0.5).double()
+    assert 0 < kept.count_nonzero() < kept.numel()
+    w, a, b, m, bias = (
+        getattr(layer, name).detach().double().requires_grad_() for name in ("weight", "A", "B", "m", "bias")
+    )
+    s = layer.method.scaling
+    c = m / (w + s * b @ a).norm(dim=1).detach()
+    exact = x.detach().double().requires_grad_()
+    dropped = exact * kept
+    expected = exact @ w.T + bias + dropped @ w.T * (c - 1) + s * dropped @ a.T @ b.T * c
+    y.double().square().sum().backward()
+    expected.square().sum().backward()
+    tolerance = 1e-5 if dtype == FP32 else 2e-2
+    found = {"y": y, "x": x.grad, "A": layer.A.grad, "B": layer.B.grad, "m": layer.m.grad}
+    wanted = {"y": expected, "x": exact.grad, "A": a.grad, "B": b.grad, "m": m.grad}
+    for name in found:
+        assert (found[name].double() - wanted[name]).norm() < tolerance * wanted[name].norm(), name
+
+
+def _saved(layer) -> int:
+    """Elements of the wide tensors that a forward pass of 64 tokens keeps for the backward pass."""
+    kept = {}
+
+    def pack(tensor):
+        if tensor.numel() >= 64 * IN:
+            kept[tensor.data_ptr()] = tensor.numel()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        x = _input(tokens=64).requires_grad_()
+        y = layer(x)
+    assert y.requires_grad
+    return sum(kept.values())
+
+
+def test_with_dropout_no_second_wide_output_is_kept():
+    """Beside the input of the pair and the sum: the mask of the dropout."""
+    without, with_dropout = (_layer(start="random", dropout=p).train() for p in (0.0, 0.5))
+    assert _saved(with_dropout) - _saved(without) == 64 * IN
+    assert _saved(without) == 64 * (IN + OUT)
 
 
 def test_weight_decay_must_be_wanted():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from distlora.maths.functional import linear, tapped_linear
+from distlora.maths.functional import linear, rows_rescaled, tapped_linear
 
 OUT, IN = 7, 5
 
@@ -172,3 +172,20 @@ def test_backward_to_the_anchor_leaves_every_parameter_without_gradient(checkpoi
     (_chain(x, weights, sums, anchor, checkpointed) * head).sum().backward(inputs=[anchor])
     assert sums.calls == 3
     assert head.grad is None and all(w.grad is None for w in weights)
+
+
+# ---------------------------------------------------------------------- rescaled rows
+
+
+def test_rescaled_rows_and_their_gradients():
+    generator = torch.Generator().manual_seed(3)
+    base, update = (torch.randn(2, 3, OUT, generator=generator, dtype=torch.float64) for _ in range(2))
+    scale = torch.linspace(0.5, 2.0, OUT, dtype=torch.float64)
+    torch.testing.assert_close(rows_rescaled(base, update, scale), (base + update) * scale - base)
+    leaves = (base.requires_grad_(), update.requires_grad_(), scale.requires_grad_())
+    assert torch.autograd.gradcheck(rows_rescaled, leaves)
+
+
+def test_where_no_row_is_rescaled_the_update_keeps_every_bit():
+    base, update = torch.full((2, OUT), 1e8), torch.rand(2, OUT)
+    assert torch.equal(rows_rescaled(base, update, torch.ones(OUT)), update)

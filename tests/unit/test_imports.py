@@ -22,8 +22,10 @@ HOMES = {
     "tensorboard": {"training/monitor.py"},
     "torch.utils.tensorboard": {"training/monitor.py"},
     "bitsandbytes": {"engine/bitsandbytes_adamw.py", "adapter/packed.py"},
-    "matplotlib": {"plan/picture.py"},
+    "matplotlib": {"plan/picture.py", "report/drawing.py"},
+    "PIL": {"data/"},
     "mpi4py": {"cluster/mpi.py"},
+    "math_verify": {"tasks/reading/equivalence_worker.py"},
     "peft": set(),
     "pickle": set(),
 }
@@ -45,7 +47,7 @@ FLOORS = [
     {"cluster"},
     {"api"},
     {"training"},
-    {"doctor", "plan", "report"},
+    {"doctor", "plan", "report", "sweeps"},
     {"cli"},
     {"__main__", "__init__"},
 ]
@@ -71,6 +73,7 @@ STRANGERS = {
     "data": {"adapter", "engine"},
     "api": {"models", "tasks", "data", "evaluation", "recipe", "cluster"},
     "doctor": {"training", "api"},
+    "sweeps": {"api", "models", "adapter", "data"},
 }
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -143,6 +144,14 @@ RECIPE = "configs/recipes/quickstart.yaml"
         (["deepspeed.sh", "--master-port=70000", "-", RECIPE], ["--master-port", "'70000'"]),
         (["deepspeed.sh", "--ranks", "two", "-", RECIPE], ["--ranks", "'two'"]),
         (["deepspeed.sh", "--grace=0", "-", RECIPE], ["--grace", "'0'"]),
+        (["deepspeed.sh", "--verb", "evla", "-", RECIPE], ["--verb must be train, eval or sweep", "'evla'"]),
+        (["deepspeed.sh", "--verb=eval", "-", "launch"], ["launch holds no run: it has no recipe.yaml"]),
+        (["deepspeed.sh", "--verb=sweep", "-", "nope.yaml"], ["nope.yaml", "no such sweep"]),
+        (
+            ["deepspeed.sh", "--verb=sweep", "--no-ssh", "--node-rank=0", "hosts", RECIPE],
+            ["--verb sweep", "without --no-ssh"],
+        ),
+        (["mpi.sh", "--verb=eval"], ["no run directory", "--help"]),
         (["mpi.sh"], ["no recipe", "--help"]),
         (["mpi.sh", "-np", "0", RECIPE], ["-np", "'0'"]),
         (["mpi.sh", "--hosts", "x", RECIPE], ["--hosts", "--help"]),
@@ -154,6 +163,39 @@ def test_a_mistake_in_a_job_is_one_sentence(machine, arguments, parts):
         machine.link(tool)
     script, *words = arguments
     assert_refused(start(LAUNCH / script, *words, **machine.variables), *parts)
+
+
+#: Python that looks whether packages are there, and quotes words; instead of the program it shows these.
+SHOWS_WORDS = f"""#!/usr/bin/env bash
+case "$*" in
+    *find_spec*) exit 0 ;;
+    *shlex*) exec {sys.executable} "$@" ;;
+esac
+printf '%s\\n' "$@"
+"""
+
+
+@pytest.mark.parametrize(
+    ("script", "given", "kept"),
+    [
+        (
+            "deepspeed.sh",
+            ["--ranks=2", "--verb", "sweep", "--launcher-args", "--mca x 'y'", "my hosts"],
+            ["--ranks", "2", "--launcher-args", "--mca x 'y'", "--verb", "{verb}", "my hosts"],
+        ),
+        ("mpi.sh", ["--verb=sweep", "-np", "3"], ["-np", "3", "--verb", "{verb}"]),
+    ],
+)
+def test_a_sweep_starts_the_script_again_with_the_same_options(machine, script, given, kept):
+    for tool in ("od", "tr", "date"):
+        machine.link(tool)
+    machine("python", SHOWS_WORDS)
+    machine("mpirun", "#!/usr/bin/env bash\necho Open MPI\n")
+    done = start(LAUNCH / script, *given, RECIPE, "a=b c", "--check", **machine.variables)
+    assert done.returncode == 0, done.stderr
+    *words, option, launcher = done.stdout.splitlines()
+    assert words == ["-m", "distlora", "sweep", RECIPE, "a=b c", "--check"] and option == "--launcher"
+    assert shlex.split(launcher) == ["bash", str(LAUNCH / script), *kept]
 
 
 def test_a_job_that_is_told_to_stop_while_hosts_are_looked_at(tmp_path):

@@ -245,6 +245,17 @@ def test_what_is_prepared(prepare):
     assert unpack(found["program"])[1][2:] == ["output_dir=runs/y"]
 
 
+def test_an_evaluation_looks_for_the_runs_recipe_and_has_no_status(tmp_path, monkeypatch, capsys):
+    looked = []
+    monkeypatch.setattr(launching, "_refuse_unreachable", lambda hosts, file: looked.append(file))
+    monkeypatch.setattr(launching, "addresses", lambda name: ["10.0.0.7"])
+    (tmp_path / "hosts").write_text("node1 slots=1\nnode2 slots=1\n")
+    words = ["--script", "x.sh", "--hostfile", str(tmp_path / "hosts"), "--", str(tmp_path)]
+    assert prepare_launch.main([*words, "eval", "my run", "--tasks", "gsm8k"]) == 0
+    assert looked == ["my run/recipe.yaml"] and (tmp_path / "run").read_text() == ""
+    assert unpack((tmp_path / "program").read_text())[1] == ["eval", "my run", "--tasks", "gsm8k"]
+
+
 def test_this_machine_alone(prepare):
     code, _, folder = prepare("localhost slots=3\n")
     assert code == 0 and {path.name for path in folder.iterdir()} == {"program", "run", "slots"}

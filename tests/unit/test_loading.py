@@ -4,6 +4,7 @@ import json
 import logging
 
 import pytest
+import sentencepiece
 import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
@@ -13,11 +14,12 @@ from distlora.errors import UserError
 from distlora.models import loading
 from distlora.models.cross_entropy import OutputHead
 from distlora.models.generation import generate
+from distlora.models.hub import WANTED_FILES
 from distlora.models.loading import load_config, load_model, load_tokenizer
 from distlora.models.losses import response_loss
 from distlora.models.targets import IGNORE
 from distlora.recipe.sections import ModelSection
-from tests.tiny_models import NAMES, VOCAB_SIZE, tiny_model_dir, tiny_tokenizer
+from tests.tiny_models import NAMES, VOCAB_SIZE, tiny_encoder_config, tiny_model_dir, tiny_tokenizer
 
 PAD = 3
 
@@ -239,6 +241,44 @@ def test_a_pad_token_without_an_embedding_is_replaced(tmp_path):
     assert tokenizer.pad_token_id == VOCAB_SIZE
     tokenizer.save_pretrained(directory)
     assert load_tokenizer(section(directory)).pad_token == "<|end|>"
+
+
+@pytest.fixture
+def published_deberta(tmp_path):
+    """The config and the tokenizer as DeBERTa's third version is published: a SentencePiece model alone."""
+    texts = ["Tom has three apples and buys four more. How many apples does Tom have? The answer is 7."] * 20
+    (tmp_path / "texts").write_text("\n".join(texts))
+    pieces = {
+        f"{role}_{what}": value
+        for number, role in enumerate(("pad", "bos", "eos", "unk"))
+        for what, value in (("id", number), ("piece", ("[PAD]", "[CLS]", "[SEP]", "[UNK]")[number]))
+    }
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "texts"),
+        model_prefix=str(tmp_path / "spm"),
+        vocab_size=36,
+        minloglevel=2,
+        **pieces,
+    )
+    tiny_encoder_config("deberta").save_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"do_lower_case": false, "vocab_type": "spm"}')
+    return tmp_path
+
+
+def test_a_sentencepiece_model_is_a_tokenizer(published_deberta):
+    """And the hub's repositories are asked for the file."""
+    tokenizer = load_tokenizer(section(published_deberta))
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(published_deberta / "spm.model"))
+    text = "Tom buys apples. How many?"
+    assert tokenizer(text)["input_ids"] == [1, *reference.encode(text), 2]
+    assert tokenizer.pad_token_id == 0 and "spm.model" in WANTED_FILES
+
+
+def test_a_tokenizer_that_knows_no_word_is_refused(published_deberta):
+    """Which transformers makes where the file is missing."""
+    (published_deberta / "spm.model").unlink()
+    with pytest.raises(UserError, match="no usable tokenizer files"):
+        load_tokenizer(section(published_deberta))
 
 
 def test_a_tokenizer_without_any_special_token_is_refused(tmp_path):

@@ -96,7 +96,7 @@ def test_a_run_that_begins_anew_begins_a_new_file(tmp_path):
 
 def test_the_bar_shows_loss_rate_speed_and_time_left(capsys):
     progress = Progress(steps=4, start=1, shown=True)
-    speeds = [progress.advance(loss, 2e-3, tokens=100) for loss in (1.5, 1.25, 1.125)]
+    speeds = [progress.advance(loss, 2e-3, amount=100) for loss in (1.5, 1.25, 1.125)]
     progress.close()
     captured = capsys.readouterr()
     assert captured.out == ""

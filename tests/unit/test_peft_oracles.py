@@ -56,7 +56,11 @@ class Twins:
         initialise(self.engine, self.attached, 3, ADAMW.lr)
         plain = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
         config = peft.LoraConfig(
-            r=RANK, lora_alpha=ALPHA, target_modules=list(self.attached.layers), **PEFTS[method]
+            r=RANK,
+            lora_alpha=ALPHA,
+            lora_dropout=settings.get("dropout", 0.0),
+            target_modules=list(self.attached.layers),
+            **PEFTS[method],
         )
         self.theirs = peft.get_peft_model(plain, config).train()
         self.initial = {name: self.of_peft(name).detach().clone() for name in self.attached.trained}
@@ -116,6 +120,24 @@ def test_forward_and_gradients(directory, method, start):
         for name in twins.attached.trained
         if start == "initial" and method != "pissa" and name.endswith(".A")
     }
+
+
+@every_method
+def test_with_dropout_of_the_same_elements(directory, method):
+    """Both draw one mask a layer, in the order of the layers, from torch's global generator."""
+    twins, batch = Twins(directory, method, "random", dropout=0.3), whole_batch(seed=1)
+    losses = []
+    for one_pass in (
+        lambda: accumulate(twins.engine, [batch], response_loss),
+        lambda: twins.theirs(**batch).loss,
+    ):
+        with torch.random.fork_rng():
+            torch.manual_seed(5)
+            losses.append(one_pass())
+    losses[1].backward()
+    assert losses[0] == pytest.approx(losses[1].item(), rel=TOLERANCE)
+    for name in twins.attached.trained:
+        assert_equal(twins.ours(name).grad, twins.of_peft(name).grad, name)
 
 
 @every_method

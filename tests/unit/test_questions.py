@@ -1,14 +1,19 @@
 """Questions: what a model is asked, and what is left out of an evaluation."""
 
 import json
+import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from distlora.data import load_questions
+from distlora.data import load_questions, load_split
 from distlora.errors import UserError
 from distlora.tasks import SUITES, TASKS, scored_tasks
+from distlora.tasks.math import last_boxed
 from tests.unit.test_data_encode import make_tokenizer
+
+DATA = Path(os.environ.get("DISTLORA_TEST_DATA", "../shared/data"))
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +55,132 @@ def test_the_digest_is_that_of_prompts_and_answers(tmp_path, tokenizer):
     assert digest(first) == digest(first | {"more": 1}) and len(digest(first)) == 64
     others = [first | {"question": "How many?"}, first | {"answer": "#### 3"}]
     assert len({digest(first), digest(first, first), *map(digest, others)}) == 4
+
+
+LAST = "Let's think step by step."
+
+
+@pytest.mark.parametrize(
+    "template, setting, ending",
+    [
+        (None, None, "### Response:\n"),
+        (None, True, f"### Response:\n{LAST}"),
+        ("paper", None, f"### Response: {LAST}"),
+        ("paper", False, "### Response:"),
+        ("{question}", True, f"How much? {LAST}"),
+    ],
+)
+def test_questions_may_ask_for_a_derivation(tmp_path, tokenizer, template, setting, ending):
+    path = rows_file(tmp_path, ROWS[0])
+    data = section(path, template=template, think_step_by_step=setting)
+    (item,) = load_questions(data, "test", tokenizer).items
+    assert item.prompt.endswith(ending) and item.prompt_ids == tokenizer(item.prompt)["input_ids"]
+    (sample,) = load_split(data, "test", tokenizer).samples
+    assert LAST not in tokenizer.decode(sample.input_ids), "it is not trained"
+
+
+@pytest.mark.parametrize("template", ["Q: {question}\nAnswer: ", "{question}\n", None])
+@pytest.mark.parametrize("whole_text", [True, False])
+def test_a_question_ends_where_the_response_began_in_training(tmp_path, tokenizer, template, whole_text):
+    row = {"question": "How much?", "answer": "2"}
+    fields = {"prompt": "question", "response": "answer"}
+    data = section(rows_file(tmp_path, row), "text", template=template, fields=fields)
+    (item,) = load_questions(data, "test", tokenizer, whole_text).items
+    (sample,) = load_split(data, "test", tokenizer, whole_text).samples
+    assert item.prompt_ids == sample.prompt_ids and item.answer == "2"
+
+
+def test_bos_comes_first_where_the_tokenizer_adds_it(tmp_path):
+    with_bos = make_tokenizer(bos=True)
+    for template in (None, "paper"):
+        data = section(rows_file(tmp_path, ROWS[0]), template=template)
+        (item,) = load_questions(data, "test", with_bos).items
+        assert (
+            item.prompt_ids[0] == with_bos.bos_token_id and item.prompt_ids.count(with_bos.bos_token_id) == 1
+        )
+
+
+def test_stops_are_those_of_the_prompt(tmp_path, tokenizer):
+    path = rows_file(tmp_path, ROWS[0])
+    assert load_questions(section(path), "test", tokenizer).stops == ("### Instruction:", "### Response:")
+    paper = load_questions(section(path, template="paper"), "test", tokenizer)
+    assert paper.stops == ("Instruction", "Response")
+
+
+# ---------------------------------------------------------------------- mathematics
+
+
+def test_both_copies_of_gsm8k_are_read(tmp_path, tokenizer):
+    adapters = {
+        "instruction": "How much?",
+        "input": "",
+        "output": "\nA: 2. The answer is 2.",
+        "answer": "2.0",
+    }
+    for row, answer in ((ROWS[0], "2"), (adapters, "2.0")):
+        (item,) = load_questions(section(rows_file(tmp_path, row)), "test", tokenizer).items
+        assert "### Instruction:\nHow much?\n" in item.prompt and item.answer == answer
+
+
+@pytest.mark.parametrize("answer", ["It is two.", "It is 2.\n####", "It is 2.\n#### two"])
+def test_a_reference_without_a_number_is_named(tmp_path, tokenizer, answer):
+    rows = [ROWS[0], {"question": "How much?", "answer": answer}]
+    with pytest.raises(UserError, match="row 1 of .* has no number as its answer"):
+        load_questions(section(rows_file(tmp_path, *rows)), "test", tokenizer)
+
+
+SOLUTION = "We have $x = \\boxed{1}$, so the answer is \\boxed{\\frac{a}{b}}."
+
+
+@pytest.mark.parametrize(
+    "row, answer",
+    [
+        ({"problem": "P", "solution": SOLUTION, "level": "Level 5", "type": "Algebra"}, "\\frac{a}{b}"),
+        ({"problem": "P", "solution": SOLUTION, "answer": "a/b", "subject": "Algebra", "level": 5}, "a/b"),
+        ({"instruction": "P", "output": SOLUTION, "input": ""}, "\\frac{a}{b}"),
+    ],
+)
+def test_every_copy_of_math_is_read(tmp_path, tokenizer, row, answer):
+    (item,) = load_questions(section(rows_file(tmp_path, row), "math"), "test", tokenizer).items
+    assert "### Instruction:\nP\n" in item.prompt and item.answer == answer
+
+
+@pytest.mark.parametrize(
+    "text, found",
+    [
+        ("\\boxed{{1}}", "{1}"),
+        ("\\fbox{2} after \\boxed{1}", "1"),
+        ("\\boxed{1} then \\fbox{ 3 }", "3"),
+        ("$\\boxed 7$.", "7"),
+        ("\\boxed{1", None),
+        ("\\boxed{}", None),
+        ("no box", None),
+    ],
+)
+def test_the_last_box_is_the_answer(text, found):
+    assert last_boxed(text) == found
+
+
+def test_an_answer_that_cannot_be_found_is_counted(tmp_path, tokenizer):
+    rows = [{"problem": "P", "solution": "No box."}, {"problem": "P", "solution": SOLUTION}]
+    questions = load_questions(section(rows_file(tmp_path, *rows), "math"), "test", tokenizer)
+    assert (len(questions.items), questions.dropped) == (1, 1)
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason=f"no real data in {DATA}")
+@pytest.mark.parametrize("task, count", [("gsm8k", 1319), ("math", 250)])
+def test_the_real_files_have_an_answer_in_every_row(tokenizer, task, count):
+    questions = load_questions(section(DATA, task, max_length=100_000), TASKS[task].eval_split, tokenizer)
+    assert (len(questions.items), questions.dropped) == (count, 0)
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason=f"no real data in {DATA}")
+def test_the_last_box_of_the_real_solutions_is_their_answer():
+    rows = [json.loads(line) for line in (DATA / "math" / "test.jsonl").read_text().splitlines()]
+    assert [last_boxed(row["solution"]) for row in rows] == [row["answer"] for row in rows]
+
+
+# ---------------------------------------------------------------------- suites
 
 
 def test_suites_stand_for_their_tasks():

@@ -20,7 +20,8 @@ from distlora.cli.parser import parse
 from distlora.methods import Method, registry
 from distlora.recipe.load import load_recipe, run_identity
 from distlora.recipe.sections import Recipe
-from distlora.tasks import scored_tasks
+from distlora.sweeps.file import read_sweep_file
+from distlora.tasks import get_task, scored_tasks
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -114,11 +115,15 @@ def test_the_program_takes_all_arguments(command):
         load_recipe(options.recipe, overrides)
     if options.verb == "eval" and options.tasks:
         assert scored_tasks(options.tasks.split(",")) and (options.run_dir is None) == bool(options.model)
+    elif options.verb == "eval" and options.predictions:
+        assert get_task(options.task) and options.out
     elif options.verb == "eval":
         evaluated = load_recipe(recipes_of_the_page()[str(options.run_dir)], overrides)
         assert evaluated.data.eval_split, "a run without one has nothing to be evaluated on"
         promised = "exact match" in command.partition("#")[2]
         assert bool(evaluated.train.exact_match_samples) == promised, "what is not asked for is not printed"
+    if options.verb == "sweep" and options.file.endswith(".yaml"):
+        assert read_sweep_file(options.file, overrides).points
     if options.verb == "plan":
         assert whole_numbers("--nodes", options.nodes) and whole_number(
             "--gpus-per-node", options.gpus_per_node
@@ -127,7 +132,7 @@ def test_the_program_takes_all_arguments(command):
 
 
 @pytest.mark.parametrize(
-    "command", [line for line in PROGRAM if re.match(r"distlora (eval|export|status) ", line)]
+    "command", [line for line in PROGRAM if re.match(r"distlora (eval(?! --task)|export|status) ", line)]
 )
 def test_a_run_directory_is_that_of_a_recipe_on_the_page(command):
     options = read_by_the_program(command)
@@ -179,7 +184,8 @@ def test_a_script_takes_all_arguments(command, bare_machine):
     at = next(index for index, word in enumerate(words) if word.startswith("launch/"))
     script, words = Path(words[at]).name, words[at + 1 :]
     assert BEYOND_ARGUMENTS[script] in refusal(script, words, bare_machine)
-    recipe = next((word for word in words if word.endswith(".yaml")), "configs/recipes/quickstart.yaml")
+    recipes = (word for word in words if re.match(r"configs/recipes/.*\.yaml", word))
+    recipe = next(recipes, "configs/recipes/quickstart.yaml")
     load_recipe(recipe, [word for word in words if "=" in word and not word.startswith("-")])
 
 
@@ -193,12 +199,14 @@ def test_every_script_is_shown():
     assert shown == BEYOND_ARGUMENTS.keys()
 
 
-#: `sweep --line` is for slurm.sbatch.
-@pytest.mark.parametrize("verb", ["train", "eval", "export", "status", "plan", "doctor", "methods"])
+@pytest.mark.parametrize(
+    "verb", ["train", "eval", "export", "status", "plan", "report", "doctor", "methods", "sweep"]
+)
 def test_no_option_is_kept_from_the_reader(verb, capsys):
     with pytest.raises(SystemExit):
         main([verb, "--help"])
-    options = set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out)) - {"--help", "--build"}
+    unshown = {"--help", "--build", "--line"}  # the last one is for slurm.sbatch
+    options = set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out)) - unshown
     assert {option for option in options if option not in README} == set()
 
 

@@ -188,9 +188,9 @@ def test_a_whole_method_can_be_given():
          "quantization"),
         ("train.lr=fast", 'override train.lr: found "fast", wanted a number'),
         ("train.lr='1e-3'", 'override train.lr: found "1e-3", wanted a number'),
-        ("train.lr=.inf", "override train.lr: found Infinity, wanted a finite number"),
-        ("train.lr=0", "override train.lr: found 0, wanted a number above 0"),
-        ("train.lr=true", "override train.lr: found true, wanted a number"),
+        ("train.lr=.inf", "override train.lr: found Infinity, wanted a finite number or search"),
+        ("train.lr=0", "override train.lr: found 0, wanted a number above 0 or search"),
+        ("train.lr=true", "override train.lr: found true, wanted a number or search"),
         ("train.seed=true", "override train.seed: found true, wanted a whole number"),
         ("train.steps=1.5", "override train.steps: found 1.5, wanted a whole number"),
         ("train.steps=-1", "override train.steps: found -1, wanted a number of at least 0"),
@@ -255,7 +255,16 @@ def test_a_bad_override(override, expected):
     "text, expected",
     [
         (MINIMAL + "trian: {}\n", "x.yaml: trian: unknown key, did you mean train?"),
-        (MINIMAL + "train: {lr: fast}\n", 'x.yaml: train.lr: found "fast", wanted a number'),
+        (MINIMAL + "train: {lr: fast}\n", 'x.yaml: train.lr: found "fast", wanted a number or search'),
+        (MINIMAL + "train: {lr: 0}\n", "x.yaml: train.lr: found 0, wanted a number above 0 or search"),
+        (MINIMAL + "train: {lr: search, lr_search: {rates: 1}}\n",
+         "x.yaml: train.lr_search.rates: found 1, wanted a number of at least 2"),
+        (MINIMAL + "train: {lr_search: {lowest: 1e-2, highest: 1e-3}}\n",
+         "x.yaml: train.lr_search: lowest is 0.01, wanted less than highest, which is 0.001"),
+        (MINIMAL + "train: {lr_search: {step: 3}}\n",
+         "x.yaml: train.lr_search.step: unknown key, did you mean steps?"),
+        (MINIMAL + "train: {lr: {search: true}}\n",
+         'x.yaml: train.lr: found {"search": true}, wanted a number or search'),
         (MINIMAL + "train: {optimizer: {epz: 1}}\n",
          "x.yaml: train.optimizer.epz: unknown key, did you mean eps?"),
         (MINIMAL + "train.lr: 5\n", "x.yaml: train.lr: unknown key, did you mean train?"),
@@ -340,7 +349,8 @@ def test_unequal_recipes():
     "override",
     ["deepspeed={}", "train.micro_batch_size=2", "train.eval_every=7", "train.save_every=7",
      "train.keep_checkpoints=7", "train.eval_samples=7", "train.exact_match_samples=7", "output_dir=y",
-     "model.gradient_checkpointing=false", "model.attention=eager", "data.max_new_tokens=7"],
+     "model.gradient_checkpointing=false", "model.attention=eager", "data.max_new_tokens=7",
+     "train.lr_search.steps=7"],
 )  # fmt: skip
 def test_what_a_resume_may_change(override):
     assert load(override) != load()
@@ -351,12 +361,18 @@ def test_what_a_resume_may_change(override):
     "override",
     ["train.lr=1", "train.seed=1", "train.steps=7", "train.global_batch_size=7", "train.clip=2",
      "train.optimizer.eps=1", "method.rank=2", "method.init.eta=1", "targets=[a]", "model.path=b",
-     "model.dtype=float32", "data.split=test"],
+     "model.dtype=float32", "data.split=test", "train.lr=search"],
 )  # fmt: skip
 def test_what_a_resume_may_not_change(override):
     identity = run_identity(load(override))
     assert identity != run_identity(load())
     assert json.loads(json.dumps(identity)) == identity
+
+
+def test_how_a_rate_is_searched_decides_the_numbers_of_a_run_that_searches():
+    searching = run_identity(load("train.lr=search"))
+    assert run_identity(load("train.lr=search", "train.lr_search.steps=7")) != searching
+    assert searching["train"]["lr"] == "search", "whatever rate was found"
 
 
 # ---------------------------------------------------------------------- format

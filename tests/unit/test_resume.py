@@ -257,7 +257,8 @@ def test_nothing_whole_to_go_on_from_is_said_and_nothing_removed(resume, words, 
 def test_beginning_anew_forgets_checkpoints_and_metrics_and_nothing_else(tmp_path):
     given, run_dir = begun(tmp_path, 5, 10)
     (run_dir / "checkpoint-10" / STATE).write_text("")
-    (run_dir / "metrics.jsonl").write_text("{}\n")
+    for name in ("metrics.jsonl", "summary.json"):
+        (run_dir / name).write_text("{}\n")
     (run_dir / "notes.txt").write_text("mine")
     open_run_dir(given, False)
     assert {path.name for path in run_dir.iterdir()} == {"recipe.yaml", "notes.txt"}

@@ -13,12 +13,15 @@ from distlora.methods import registry
 from distlora.recipe.combination import check_length
 from distlora.recipe.deepspeed_config import plan_batches, resolve_deepspeed
 from distlora.recipe.load import dump_recipe, load_recipe
+from distlora.sweeps.check import check_sweep
+from distlora.sweeps.file import read_sweep_file
 from distlora.training.build import check_targets
 from distlora.training.objective import objective_of
 from distlora.training.train import check
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "configs" / "recipes").glob("*.yaml"))
+SWEEPS = sorted((ROOT / "configs" / "sweeps").glob("*.yaml"))
 ZEROS = sorted((ROOT / "configs" / "zero").glob("*.json"))
 QUICKSTART = ROOT / "configs" / "recipes" / "quickstart.yaml"
 
@@ -30,7 +33,8 @@ def by_name(path):
 def test_the_shipped_files():
     assert {path.stem for path in RECIPES} >= {
         "quickstart", "smollm2-gsm8k", "mistral-7b-metamath", "gemma2-9b-metamath",
-        "llama3.2-3b-commonsense170k", "minilm-rte",
+        "llama3.2-3b-commonsense170k", "minilm-rte", "roberta-large-glue", "deberta-v3-base-glue",
+        "vit-base-cifar100", "vit-base-stl10", "vit-base-mnist",
     }  # fmt: skip
     assert {path.stem for path in ZEROS} >= {
         "zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload", "zero3_hpz",
@@ -138,6 +142,40 @@ def test_settings_of_the_commonsense_experiment():
         2e-3, "linear", 0.02,
     )  # fmt: skip
     assert (recipe.model.path, recipe.data.task) == ("meta-llama/Llama-3.2-3B", "commonsense")
+
+
+def test_settings_of_the_language_understanding_experiment():
+    recipe, settings = paper("roberta-large-glue")
+    assert settings[:4] + settings[5:] == (
+        "lora_sb", 24, 0.0, 0.001, "float32", "train", 128, 30, None, 16, 8, 1e-3, "linear", 0.06,
+    )  # fmt: skip
+    assert all("attention" in target for target in recipe.targets) and recipe.train.clip is None
+
+
+# ---------------------------------------------------------------------- sweeps
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=by_name)
+def test_every_point_of_a_sweep_is_a_recipe(path):
+    sweep = read_sweep_file(path)
+    assert sweep.output == Path("runs", path.stem) and check_sweep(sweep)
+    assert sum(line.startswith("# ") for line in path.read_text(encoding="utf-8").splitlines()) >= 2
+
+
+def test_the_tables_of_the_papers_have_every_method_at_every_rank():
+    for model in ("mistral", "gemma2", "llama", "roberta"):
+        sweep = read_sweep_file(ROOT / "configs" / "sweeps" / f"lora-sb-table-{model}.yaml")
+        own = [dict(text.split("=", 1) for text in point.overrides) for point in sweep.points]
+        rates = [(keys["method.name"], float(keys["train.lr"])) for keys in own]
+        found = {(keys["method.name"], keys.get("method.rank")) for keys in own}
+        ranks = ("8", "16", "24") if model == "roberta" else ("32", "64", "96")
+        assert found >= {(name, rank) for name in ("lora_sb", "lora_xs") for rank in ranks}
+        assert found >= {(name, ranks[0]) for name in ("lora", "rslora", "pissa", "dora", "lora_pro")}
+        assert ("full", None) in found
+        for core in ("lora_sb", "lora_xs"):
+            assert max(lr for name, lr in rates if name == core) > max(
+                lr for name, lr in rates if name == "lora"
+            )
 
 
 # ---------------------------------------------------------------------- DeepSpeed configs

@@ -32,6 +32,13 @@ SQUEUE = """#!/usr/bin/env bash
 echo "${STATE:-RUNNING}"
 """
 PYTHON = f"""#!/usr/bin/env bash
+[[ $2 != *shlex* ]] || exec {shlex.quote(sys.executable)} "$@"
+if [[ $3 == sweep && $* == *--launcher* ]]; then
+    printf '%s\\0' "$@" >>"$CALLS/sweep"
+    trap 'exit 75' USR1
+    [[ -z ${{SRUN_WAITS:-}} ]] || for i in {{1..600}}; do sleep 0.05; done
+    exit "${{SRUN_EXIT:-0}}"
+fi
 case $3 in
     status) printf '%s\\0' "$@" >>"$CALLS/status"; exit "${{STATUS:-1}}" ;;
     sweep) exec {shlex.quote(sys.executable)} "$@" ;;
@@ -93,9 +100,9 @@ def desk(tmp_path) -> Desk:
 def test_help_needs_no_slurm_and_lists_every_option(desk):
     done = desk.start("--help", SLURM_JOB_ID=None, PATH="/usr/bin:/bin")
     assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("usage: sbatch [")
-    read = next(line for line in SCRIPT.read_text().splitlines() if line.strip().startswith("--sweep | "))
+    read = next(line for line in SCRIPT.read_text().splitlines() if line.strip().startswith("--verb | "))
     options = read.strip().rstrip(")").split(" | ")
-    assert len(options) == 8 and all(f"\n  {option} " in done.stdout for option in options)
+    assert len(options) == 9 and all(f"\n  {option} " in done.stdout for option in options)
 
 
 def test_a_command_line_of_sbatch_overrides_what_the_file_asks_for():
@@ -135,6 +142,17 @@ def test_a_command_line_of_sbatch_overrides_what_the_file_asks_for():
             ["recipe.yaml"],
             {"PATH": "/usr/bin:/bin", "PYTHONPATH": None},
             "no python with distlora on PATH or in",
+        ),
+        (["--verb", "evla", "x"], {}, "--verb must be train, eval or sweep, not 'evla'"),
+        (["recipe.yaml", "--verb", "eval"], {}, "--verb stands before 'recipe.yaml'"),
+        (["--verb=eval"], {}, "which run? sbatch launch/slurm.sbatch RUN"),
+        (["--verb=sweep", "a=b"], {}, "the sweep comes first, before 'a=b'"),
+        (["--verb=eval", "--sweep=x", "run"], {}, "--sweep is for --verb train"),
+        (["--verb=sweep", "--container=x", "s.yaml"], {}, "outside of containers"),
+        (
+            ["--verb=eval", "run"],
+            {"SLURM_ARRAY_TASK_ID": "0", "SLURM_ARRAY_JOB_ID": "7"},
+            "would all eval the same",
         ),
         (["recipe.yaml"], {"SLURMD_NODENAME": None}, "this is a job of SLURM"),  # in a shell of salloc
         (["recipe.yaml"], {"SLURM_JOB_ID": None}, "this is a job of SLURM: sbatch launch/slurm.sbatch"),
@@ -316,6 +334,39 @@ def test_a_wrong_sweep_starts_nothing(desk, text, sentence):
     done = desk.start("recipe.yaml", "--sweep", "sweep.txt", SLURM_ARRAY_TASK_ID="1", SLURM_ARRAY_JOB_ID="7")
     assert done.returncode == 2 and sentence in done.stderr and len(done.stderr.splitlines()) == 1
     assert desk.called("srun") == []
+
+
+# ---------------------------------------------------------------------- other verbs
+
+
+@pytest.mark.parametrize(("code", "again"), [(0, False), (1, False), (2, False), (75, True)])
+def test_an_evaluation(desk, code, again):
+    """Words behind the run are the program's; its exit code alone says whether another start would go on."""
+    words = ["--tasks", "gsm8k,math", "--limit", "9", "data.template=a b"]
+    done = desk.start("--verb", "eval", "--logs", "l", "my run/", *words, SRUN_EXIT=str(code), STATUS="75")
+    run = str(desk.folder / "my run")
+    assert desk.ranks()[1:] == ["-m", "distlora", "eval", run, *words] and done.returncode == code
+    assert desk.called("scontrol") == (["requeue", "7"] if again else []) and desk.called("status") == []
+    assert "--output=l/%j-%t.out" in desk.called("srun")
+
+
+def test_a_container_has_the_folder_of_the_run(desk):
+    desk.start("--verb=eval", "--container", "image", "my run", SRUN_HELP=CONTAINERS)
+    here = str(desk.folder)
+    assert f"--container-mounts={here}/my run:{here}/my run,{here}:{here}" in desk.called("srun")
+
+
+@pytest.mark.parametrize("array", [{}, {"SLURM_ARRAY_TASK_ID": "5", "SLURM_ARRAY_JOB_ID": "7"}])
+def test_a_sweep_starts_each_of_its_runs_as_a_step(desk, array):
+    done = desk.start("--verb", "sweep", "my sweep.yaml", "a=b c", SRUN_EXIT="75", **array)
+    verb, file, override, *point, option, launcher = desk.called("sweep")[2:]
+    assert [verb, file, override] == ["sweep", str(desk.folder / "my sweep.yaml"), "a=b c"]
+    assert point == (["--point", "5"] if array else []) and option == "--launcher"
+    words = shlex.split(launcher)
+    assert words[0] == "srun" and words[-3:] == [str(desk.bin / "python"), "-m", "distlora"]
+    assert {"--ntasks=2", "--ntasks-per-node=2", "--kill-on-bad-exit=1"} <= set(words)
+    assert desk.called("scontrol") == ["requeue", "7_5" if array else "7"], done.stderr
+    assert desk.called("srun") == [], "that is the sweep's affair"
 
 
 # ---------------------------------------------------------------------- how it ends

@@ -88,6 +88,10 @@ def short_recipe(model, folder):
             'offload_param: found "cpu", wanted a mapping',
         ),
         (["method.name=srlora", "method.interval=3"], "method.interval=3 passes step 2"),
+        (
+            ["method={name: lora_sb, rank: 4, init: {eta: schedule}}", "train.lr=search"],
+            "set eta of method lora_sb to search or a number, or train.lr to one",
+        ),
         # What does not depend on the length is found where the length is not known yet.
         (
             ["method.name=pissa", "train.weight_decay=0.1", "train.steps=null", "train.epochs=1"],

@@ -8,7 +8,7 @@ signal must be caught before that, and a mistake in the command line needs none 
 import argparse
 from collections.abc import Callable
 
-from distlora.cli.verbs import doctor, evaluate, export, methods, plan, status, sweep, train
+from distlora.cli.verbs import doctor, evaluate, export, methods, plan, report, status, sweep, train
 
 #: In the order in which `--help` shows them.
 VERBS = {
@@ -17,6 +17,7 @@ VERBS = {
     "export": export,
     "status": status,
     "plan": plan,
+    "report": report,
     "doctor": doctor,
     "methods": methods,
     "sweep": sweep,

@@ -4,6 +4,7 @@ import argparse
 import os
 from pathlib import Path
 
+from distlora.cli import judge_predictions
 from distlora.cli.arguments import whole_number
 from distlora.cli.ending import end
 from distlora.cli.shared import this_topology
@@ -32,11 +33,24 @@ def add(verbs) -> None:
     parser.add_argument("--by", choices=("generation", "likelihood"), help="default: generation")
     parser.add_argument("--merge", action="store_true", help="fold the adapter into the weights first")
     parser.add_argument("--fresh", action="store_true", help="remove earlier predictions of these tasks")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="for the files; default: the run's directory")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="PLACE",
+        help="a directory for the files, by default the run's; with --predictions: a file for the same lines "
+        'with "right" added',
+    )
+    judge_predictions.add_options(parser)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Evaluates, and prints one line a score."""
+    """Evaluates, or judges a file of answers, and prints one line a score."""
+    if options.predictions is not None:
+        for line in judge_predictions.scores(options):
+            print(line)
+        return 0
+    if options.task is not None:
+        raise UserError("--task goes with --predictions, which judges a file of answers; here it is --tasks")
     # At lower levels torch prints stack traces about connections that a dead rank has closed.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # Signals are caught before the libraries are imported, which takes seconds in which one may come.
@@ -71,7 +85,9 @@ def _check_words(options: argparse.Namespace) -> None:
     if not options.model and options.adapter is not None:
         raise UserError("--adapter is for --model, whose adapter it is; a run has its own")
     if not options.model and options.run_dir is None:
-        raise UserError("nothing to evaluate was given; name a run's output directory, or --model")
+        raise UserError(
+            "nothing to evaluate was given; name a run's output directory, --model, or --predictions"
+        )
     if options.tasks is None:
         if options.model:
             raise UserError("--model needs --tasks; name one, such as --tasks gsm8k")

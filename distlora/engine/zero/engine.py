@@ -16,11 +16,20 @@ from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from torch import Tensor, nn
 from transformers.integrations import HfDeepSpeedConfig
 
+from distlora.engine import boundary
 from distlora.engine.comm import Comm
 from distlora.engine.optimizers import OptimizerSpec, set_rate, spec_of
 from distlora.engine.protocol import StepInfo, adapter_layers, left_factors, transforming
+from distlora.engine.rehearsal import Kept
 from distlora.engine.zero.gradients import ZeroGradients
 from distlora.engine.zero.layout import base_optimizer, refuse_parameters_outside, refuse_unknown_layout
+
+#: What an engine of DeepSpeed, its optimizer wrapper and its clock count.
+COUNTERS = (
+    "global_steps", "global_samples", "micro_steps", "skipped_steps", "_step_applied", "_global_grad_norm",
+    "overflow", "micro_step_count", "global_step_count", "total_elapsed_time", "step_elapsed_time",
+    "start_time",
+)  # fmt: skip
 
 
 class _Runner(nn.Module):
@@ -151,6 +160,29 @@ class ZeroEngine(ZeroGradients):
 
     def set_rate(self, rate: float) -> None:
         set_rate(self._optimizer, rate)
+
+    # ------------------------------------------------------------------ steps that are taken back
+
+    @contextmanager
+    def rehearsal(self) -> Iterator[Callable[[], None]]:
+        engine = self._engine
+        flats = {id(own.flat): own.flat for own in self._slices.values() if own is not None}
+        kept = Kept(self.comm.device, self._optimizer, flats.values())
+        for owner in (engine, engine.optimizer, engine.tput_timer):
+            kept.keep_attributes(owner, COUNTERS)
+        low = self._own_storage(name for name, p in self._trained.items() if id(p) not in flats)
+
+        def take_back() -> None:
+            kept.put_back()
+            self._put_back(low)
+            boundary.after_step(self)
+
+        told, engine.monitor.enabled = engine.monitor.enabled, False  # DeepSpeed tells of steps by itself
+        try:
+            yield take_back
+        finally:
+            engine.monitor.enabled = told
+        take_back()
 
     # ------------------------------------------------------------------ passes that train nothing
 

@@ -1,6 +1,6 @@
 """Whole tensors in and out of a live DeepSpeed engine, however ZeRO has cut them up."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -13,6 +13,7 @@ from distlora.engine.comm import Comm
 from distlora.engine.ledger import Ledger
 from distlora.engine.optimizers import OptimizerSpec, restore_state, steps_taken
 from distlora.engine.protocol import adapter_layers, tell_changed
+from distlora.engine.rehearsal import on_host
 from distlora.engine.zero.layout import Slice, base_optimizer, locate, shard_of
 from distlora.maths.checksum import bit_sum
 from distlora.maths.low_rank import LowRank, add_low_rank
@@ -86,6 +87,29 @@ class ZeroTensors:
             return
         with self._shard_for_writing(parameter) as (start, shard):
             shard.copy_(value.reshape(-1)[start : start + shard.numel()])
+
+    def _own_storage(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Copies in host memory of what this rank stores of the named parameters as forward passes read them.
+        Not collective.
+        """
+        self._settle()
+        return {name: on_host(self._stored(self._parameters[name])) for name in names}
+
+    def _stored(self, parameter: nn.Parameter) -> Tensor:
+        if self.stage < 3:
+            return parameter.data
+        return parameter.ds_tensor.data[: shard_of(parameter, self.comm.rank)[1]]
+
+    @torch.no_grad()
+    def _put_back(self, stored: dict[str, Tensor]) -> None:
+        """Puts back what `_own_storage` gave. Not collective."""
+        for name, value in stored.items():
+            parameter = self._parameters[name]
+            if self.stage < 3:
+                parameter.data.copy_(value)
+            else:
+                with self._shard_for_writing(parameter) as (_, shard):
+                    shard.copy_(value)
 
     @contextmanager
     def _shard_for_writing(self, parameter: nn.Parameter) -> Iterator[tuple[int, Tensor]]:

@@ -5,7 +5,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from distlora.maths.functional import linear
+from distlora.maths.functional import linear, rows_rescaled
 from distlora.maths.linalg import one_for_zero, row_norms
 from distlora.methods.capabilities.from_weight import HoldsPretrained
 from distlora.methods.contract import Factors, Linear, Shapes
@@ -58,10 +58,18 @@ class HasMagnitude(HoldsPretrained):
     ) -> Tensor:
         """`(x Wᵀ + s·(…(x Aᵀ)…)Bᵀ) ⊙ c + b`. prepared: what `prepare` answered for this weight and these
         factors; None to ask it here.
+
+        Where dropout acts, it drops the input of everything that differs from the pretrained layer: with the
+        dropped input x̃ it is `x Wᵀ + b + (x̃ Wᵀ) ⊙ (c − 1) + s·(…(x̃ Aᵀ)…)Bᵀ ⊙ c`. So do the reference code
+        of the paper and PEFT.
         """
         if prepared is None:
             with torch.no_grad():
                 prepared = self.prepare(weight, factors)
         scale = self.row_scale(factors, prepared)
+        if training and self.dropout:
+            u = self._dropped(x, training)
+            change = rows_rescaled(base(u, weight, None), self._along_path(u, factors), scale)
+            return base(x, weight, bias) + change
         y = base(x, weight, None) + self._update(x, factors, training)
         return y * scale if bias is None else torch.addcmul(bias, y, scale)

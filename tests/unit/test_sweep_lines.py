@@ -4,7 +4,7 @@ import pytest
 
 from distlora.cli.main import main
 from distlora.errors import UserError
-from distlora.recipe.sweep import check_directories, line_of, read_sweep
+from distlora.sweeps.lines import check_directories, line_of, read_sweep
 
 TEXT = """# four runs
 output_dir=runs/a train.lr=1e-3

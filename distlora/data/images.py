@@ -1,0 +1,198 @@
+"""Images with a label: rows from any source made into samples and batches.
+
+Samples hold no pixels. An image is opened, made RGB and prepared for the model when a batch needs it, so that
+a data set takes no more memory than its files.
+"""
+
+import io
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from distlora.data import examples, labelled, sources
+from distlora.data.encode import Encoded
+from distlora.data.image_files import class_names, read_split, splits_of
+from distlora.data.labelled import LabelledRows, label_names
+from distlora.data.sources import Row
+from distlora.errors import UserError
+from distlora.models.targets import IGNORE
+from distlora.sentences import first_line
+from distlora.tasks import get_task
+
+#: What Pillow raises for bytes that are no image, or only a part of one.
+_BROKEN = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
+
+
+class DataSection(labelled.DataSection, Protocol):
+    """What this file reads of a recipe's `data:` section, beside what all tasks with labels have."""
+
+    split: str
+
+
+def image_labels(section: DataSection) -> tuple[str, ...]:
+    """The names of the labels, in the order of their numbers: the task's, the recipe's, or those of the
+    folders in which the images of the training split lie, sorted.
+
+    Raises UserError if nothing says them, or they are said wrongly.
+    """
+    if get_task(section.task).labels or section.labels is not None:
+        return label_names(section)
+    path = section.path and Path(section.path).expanduser()
+    parts = sources.parse_split(section.split)
+    names = class_names(path, (part.name for part in parts)) if path else None
+    if names is None:
+        raise UserError(
+            f"data.labels: the task {section.task} needs them where the images do not lie in folders of "
+            "their classes, list the names, as in [cat, dog]"
+        )
+    if len(names) < 2:
+        raise UserError(
+            f"data.path: all images of {section.path} lie in the folder {names[0]}, "
+            "wanted one folder for each of at least two classes"
+        )
+    return names
+
+
+class ImageRows(LabelledRows):
+    """The rows of a split in order, each as the number of its label or None; and their images.
+
+    To make one checks the section against the columns.
+    """
+
+    roles = ("image", "label")
+    names_of = staticmethod(image_labels)
+
+    def __init__(self, section: DataSection, split: str):
+        super().__init__(section, split)
+        self._column = self._columns["image"]
+        self.rows = _undecoded(self.rows, self._column)
+
+    def read(self, section: DataSection, split: str) -> Sequence[Row]:
+        path = section.path and Path(section.path).expanduser()
+        found = splits_of(path) if path else None
+        if found is None:
+            return examples.load_rows(section, split)
+        rows = sources.select(sources.parse_split(split), partial(read_split, found, path=path))
+        if not rows:
+            raise UserError(f"data: {examples.origin(section, split)} has no rows, choose another split")
+        return rows
+
+    def __iter__(self) -> Iterator[int | None]:
+        """Looks into every image as far as its header, so that a file that is none shows before training."""
+        for position, row in enumerate(self.rows):
+            with self._explained(row, position), _opened(row[self._column]) as image:
+                _check_depth(image)
+            yield self._label(row, position)
+
+    def image(self, position: int) -> Image.Image:
+        """The image of a row, upright and in RGB. Raises UserError if it is damaged."""
+        row = self.rows[position]
+        with self._explained(row, position), _opened(row[self._column]) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+
+    @contextmanager
+    def _explained(self, row: Row, position: int) -> Iterator[None]:
+        value = row.get(self._column)
+        where = str(value) if isinstance(value, Path) else f"row {position} of {self.origin}"
+        try:
+            yield
+        except _BROKEN as error:
+            unknown = isinstance(error, UnidentifiedImageError)
+            what = "it is none" if unknown else first_line(error) or type(error).__name__
+            raise UserError(f"data: the image in {where} cannot be read ({what}), replace it") from None
+
+
+def _undecoded(rows: Sequence[Row], column: str) -> Sequence[Row]:
+    """Rows of the hub with images as the bytes of their files: `datasets` would decode each that is looked
+    at.
+    """
+    if not hasattr(rows, "cast_column"):
+        return rows
+    import datasets
+
+    is_image = isinstance(rows.features[column], datasets.Image)
+    return rows.cast_column(column, datasets.Image(decode=False)) if is_image else rows
+
+
+def _opened(value: Any) -> Image.Image:
+    """A row's image as far as its header: of an array, a file, or the bytes of a file."""
+    if isinstance(value, np.ndarray):
+        return Image.fromarray(value)
+    if isinstance(value, dict) and {"bytes", "path"} & set(value):
+        value = value.get("bytes") or Path(value.get("path") or "")
+    if isinstance(value, bytes):
+        return Image.open(io.BytesIO(value))
+    if isinstance(value, Path):
+        return Image.open(value)
+    found = "no value" if value is None else f"a {type(value).__name__}"
+    raise ValueError(f"{found} and no image")
+
+
+def _check_depth(image: Image.Image) -> None:
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(f"its mode {image.mode} has more than 8 bits, convert it")
+
+
+@dataclass(frozen=True)
+class ImageSample:
+    """An image, by its place, and the number of its label."""
+
+    rows: ImageRows
+    position: int
+    label: int
+
+    def identity(self) -> list:
+        """What tells it from others, for JSON: its place and its label. The pixels would take a second
+        reading.
+        """
+        return [self.rows.origin, self.position, self.label]
+
+
+def load_images(section: DataSection, split: str) -> Encoded:
+    """The samples of a split expression of a recipe's data section; rows without a label are dropped.
+
+    Raises UserError for everything that is wrong with the section, its files or its rows, except images whose
+    header is right and whose content is damaged; these show when they are needed.
+    """
+    rows = ImageRows(section, split)
+    encoded = Encoded([], truncated=None, dropped=0, why_dropped="they have no label")
+    for position, label in enumerate(rows):
+        if label is None:
+            encoded.dropped += 1
+        else:
+            encoded.samples.append(ImageSample(rows, position, label))
+    if not encoded.samples:
+        raise UserError(f"data: no row of {rows.origin} has a label, choose another split")
+    return encoded
+
+
+def blank_images() -> list[Image.Image]:
+    """Images of different sizes and shapes, for what is known without data."""
+    return [Image.new("RGB", size) for size in ((32, 32), (60, 40), (40, 300))]
+
+
+def collate_images(
+    samples: Sequence[ImageSample],
+    pixels: Callable[[list[Image.Image]], Tensor],
+    device: torch.device | str,
+    dtype: torch.dtype,
+) -> dict[str, Tensor]:
+    """`pixel_values`, (batch, channels, height, width) in `dtype`, and `labels`, int64 (batch,).
+
+    pixels: from images in RGB to float32 of that shape. No samples give one black image without a label, for
+    a pass of weight zero.
+    """
+    images = [sample.rows.image(sample.position) for sample in samples] or blank_images()[:1]
+    labels = [sample.label for sample in samples] or [IGNORE]
+    return {
+        "pixel_values": pixels(images).to(device, dtype),
+        "labels": torch.tensor(labels, dtype=torch.int64, device=device),
+    }

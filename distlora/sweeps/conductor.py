@@ -1,0 +1,148 @@
+"""Runs what is missing of a sweep, point after point, each in a process of its own."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from distlora.cluster.status import START_AGAIN, Status
+from distlora.errors import Preempted, TrainingError
+from distlora.sentences import counted
+from distlora.sweeps.child import Signals, last_sentence, run
+from distlora.sweeps.claims import Claim, take
+from distlora.sweeps.file import Sweep
+from distlora.sweeps.points import Point
+from distlora.sweeps.states import (
+    claim_path,
+    folder_of,
+    is_evaluated,
+    is_trained,
+    keep_table,
+    read_note,
+    state_of,
+    status_of,
+    write_note,
+)
+
+log = logging.getLogger(__name__)
+
+#: So many names stand in a sentence.
+_NAMED = 8
+
+
+def conduct(sweep: Sweep, points: Sequence[Point]) -> None:
+    """Trains and evaluates those of the points that are not done, one after the other.
+
+    A point that fails does not stop the others. Raises TrainingError, which names the points, if some have
+    failed or are run by another sweep; Preempted if this process, or a run, was asked to stop.
+    """
+    folder_of(sweep)
+    with Signals() as signals:
+        for point in points:
+            if signals.asked:
+                break
+            if state_of(sweep, point).state != "done":
+                _try_point(sweep, point, signals)
+                keep_table(sweep)
+        keep_table(sweep)
+        _conclude(sweep, points, signals)
+
+
+def _try_point(sweep: Sweep, point: Point, signals: Signals) -> None:
+    claim = take(claim_path(sweep, point))
+    if not isinstance(claim, Claim):
+        log.info("%s is run by %s", point.title, claim.where)
+        return
+    try:
+        _PointRun(sweep, point, signals, claim).finish()
+    finally:
+        claim.release()
+    row = state_of(sweep, point)
+    log.info("%s: %s%s", point.title, row.state, f": {row.message}" if row.message else "")
+
+
+class _PointRun:
+    """One claimed point, from where it stands to its end."""
+
+    def __init__(self, sweep: Sweep, point: Point, signals: Signals, claim: Claim):
+        self._sweep, self._point, self._signals, self._claim = sweep, point, signals, claim
+        self._output = folder_of(sweep) / f"{point.name}.log"
+
+    def finish(self) -> None:
+        """Trains and evaluates, as far as the point lacks it, and notes what came out."""
+        self._note(failed="")
+        if not is_trained(self._point):
+            self._note(evaluated=())  # that was of a run that is gone
+            self._note(failed=self._train())
+        if is_trained(self._point) and not is_evaluated(self._sweep, self._point) and not self._signals.asked:
+            self._evaluate()
+
+    def _train(self) -> str:
+        """Why the training failed; "" if it is done, or is to be started again."""
+        before = status_of(self._point)
+        code, said = self._start("train", str(self._sweep.recipe), *self._point.overrides)
+        return _failure(code, said, before, status_of(self._point), bool(self._signals.asked))
+
+    def _evaluate(self) -> None:
+        options = tuple(self._sweep.evaluation.words)
+        code, said = self._start("eval", str(self._point.run_dir), *options)
+        if code == 0:
+            self._note(evaluated=options)
+        elif code != START_AGAIN and not self._signals.asked:
+            self._note(failed=f"its evaluation: {said or _ended(code)}")
+
+    def _start(self, verb: str, *arguments: str) -> tuple[int, str]:
+        """The exit code, and the program's last sentence."""
+        log.info("%s: %s, see %s", self._point.title, verb, self._output)
+        since = self._output.stat().st_size if self._output.exists() else 0
+        keep_table(self._sweep)
+        words = self._sweep.command(verb, *arguments)
+        code = run(words, self._output, self._signals, self._claim.name_child)
+        return code, last_sentence(self._output, since)
+
+    def _note(self, **changes) -> None:
+        write_note(self._sweep, self._point, replace(read_note(self._sweep, self._point), **changes))
+
+
+def _failure(code: int, said: str, before: Status | None, after: Status | None, asked: bool) -> str:
+    """Why a training failed; "" if it is done, or goes on when it is started again.
+
+    Launchers swallow the program's exit code, so its status comes first, if this start has written one.
+    """
+    if after is not None and after.state == "done":
+        return ""
+    ended = after if after != before and after is not None and after.state != "running" else None
+    if code == START_AGAIN or (ended is not None and ended.requeue):
+        return ""
+    if ended is not None:
+        return ended.message or said or _ended(code)
+    if asked and code != 2:
+        return ""
+    return said or _ended(code)
+
+
+def _ended(code: int) -> str:
+    return f"killed by signal {-code}" if code < 0 else f"ended with exit code {code} and without a word"
+
+
+def _conclude(sweep: Sweep, points: Sequence[Point], signals: Signals) -> None:
+    rows = [(point, state_of(sweep, point)) for point in points]
+    left = [point for point, row in rows if row.state in ("waiting", "preempted")]
+    failed = [point for point, row in rows if row.state == "failed"]
+    busy = [point for point, row in rows if row.state == "running"]
+    if left:
+        why = f"asked to stop ({signals.asked.name})" if signals.asked else "not done"
+        raise Preempted(f"{why}: {_named(left)} left of {len(points)}; the same command goes on")
+    if failed:
+        where = Path(folder_of(sweep), "NAME.log")
+        raise TrainingError(f"{_named(failed)} of {len(points)} failed; see {where}, and start again")
+    if busy:
+        raise TrainingError(
+            f"{_named(busy)} of {len(points)} run by another sweep; start again when it has ended"
+        )
+
+
+def _named(points: Sequence[Point]) -> str:
+    shown = ", ".join(point.name for point in points[:_NAMED])
+    more = ", …" if len(points) > _NAMED else ""
+    return f"{counted(len(points), 'point')} ({shown}{more})"

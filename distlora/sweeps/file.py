@@ -1,0 +1,192 @@
+"""A sweep as a YAML file.
+
+recipe: configs/recipes/smollm2-gsm8k.yaml
+common: {train.steps: 60}                                       # of all points
+grid: {train.seed: [1, 2], method.rank: [16, 32]}               # every combination
+list:                                                           # each of these with each combination
+- {method.name: lora, train.lr: 1e-3}
+- {method.name: lora_sb, train.lr: 4e-3}
+evaluate: [gsm8k]                       # after training: `distlora eval RUN --tasks gsm8k`
+"""
+
+import itertools
+import os
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from distlora.errors import UserError
+from distlora.recipe.strict import parse_yaml, show, validate
+from distlora.sweeps.points import Point, override_of, point_of
+
+Text = Annotated[str, Field(min_length=1)]
+Words = list[Text]
+Overrides = dict[str, Any]
+Entries = list[Overrides]
+
+
+class Evaluation(BaseModel):
+    """`evaluate: [gsm8k]` stands for `{tasks: [gsm8k]}`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    tasks: Annotated[Words, Field(min_length=1)] = Field(description="that every trained point is scored on")
+    limit: Annotated[int, Field(ge=1)] | None = Field(None, description="questions of each task; null: all")
+    batch_size: Annotated[int, Field(ge=1)] | None = Field(None, description="rows of a batch at most")
+    data: dict[str, Text] = Field({}, description="task -> its data, where that is not the task's own")
+
+    @property
+    def words(self) -> list[str]:
+        """The options of `distlora eval`."""
+        numbers = {"--limit": self.limit, "--batch-size": self.batch_size}
+        given = [word for name, number in numbers.items() if number for word in (name, str(number))]
+        data = [word for task, path in self.data.items() for word in ("--data", f"{task}={path}")]
+        return ["--tasks", ",".join(self.tasks), *given, *data]
+
+
+def _tasks_alone(given: Any) -> Any:
+    return given if isinstance(given, dict) or given is None else {"tasks": given}
+
+
+class SweepFile(BaseModel):
+    """The keys of the file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    recipe: Text = Field(
+        description="that the points change; looked up here, then beside the sweep and above"
+    )
+    name: Text | None = Field(None, description="null: the name of the file")
+    output: Text | None = Field(None, description="the points' directories are in it; null: runs/NAME")
+    common: Overrides = Field({}, description="overrides of all points, which a point's own win over")
+    grid: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(
+        {}, description="key -> its values; every combination is a point"
+    )
+    list: Entries = Field(
+        [], description="the own keys of a point each; with a grid, each joins every combination"
+    )
+    evaluate: Annotated[Evaluation | None, BeforeValidator(_tasks_alone)] = Field(
+        None, description="tasks, or {tasks: [...], limit: N}"
+    )
+    launcher: Text | Words | None = Field(
+        None, description="the words that start the program; null: this Python, `python -m distlora`"
+    )
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep that can be run. launcher: its words; None for this Python."""
+
+    path: Path
+    recipe: Path
+    output: Path
+    points: tuple[Point, ...]
+    evaluation: Evaluation | None
+    launcher: tuple[str, ...] | None
+
+    def command(self, verb: str, *arguments: str) -> list[str]:
+        """The words that start the program with a verb: in the place of the word {verb}, or at the end."""
+        launcher = self.launcher or (sys.executable, "-m", "distlora")
+        placed = [verb if word == "{verb}" else word for word in launcher]
+        return [*placed, *([] if "{verb}" in launcher else [verb]), *arguments]
+
+
+def read_sweep_file(
+    path: str | os.PathLike, overrides: Sequence[str] = (), launcher: str | None = None
+) -> Sweep:
+    """The sweep in a YAML file.
+
+    overrides: of all points, after the file's `common`. launcher: replaces the file's. Raises UserError for a
+    file that is none, for a mistake in its keys, and for points that contradict each other.
+    """
+    path = Path(path)
+    content = _content(path)
+    file = validate(SweepFile, content, "", lambda key: f"{path}: {key}" if key else str(path))
+    if file.name and not re.fullmatch(r"[\w+-][\w.+-]*", file.name, re.ASCII):
+        raise UserError(f"{path}: name: found {show(file.name)}, wanted letters, digits and . _ + -")
+    output = Path(file.output or Path("runs", file.name or path.stem))
+    shared = (*(override_of(key, value) for key, value in file.common.items()), *overrides)
+    points = _points(file, path, shared, overrides, output)
+    words = (
+        _words(launcher, "--launcher") if launcher is not None else _words(file.launcher, f"{path}: launcher")
+    )
+    return Sweep(path, _recipe(file.recipe, path), output, tuple(points), file.evaluate, words)
+
+
+def _content(path: Path) -> dict:
+    try:
+        content = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path} cannot be read as a sweep: {reason}") from None
+    if not isinstance(content, dict):
+        raise UserError(
+            f"{path} is no sweep: wanted a mapping with the keys {', '.join(SweepFile.model_fields)}"
+        )
+    return content
+
+
+def _recipe(name: str, path: Path) -> Path:
+    for folder in (Path(), *path.absolute().parents):
+        if (folder / name).is_file():
+            return folder / name
+    raise UserError(f"{path}: recipe: no file {name} here, beside the sweep or in a folder above it")
+
+
+def _words(given: str | Sequence[str] | None, name: str) -> tuple[str, ...] | None:
+    """The launcher's words. A text is split as a shell splits it; no shell sees it."""
+    if given is None:
+        return None
+    try:
+        words = shlex.split(given) if isinstance(given, str) else given
+    except ValueError as error:
+        raise UserError(f"{name} is not quoted as in a shell: {str(error).lower()}") from None
+    if not words:
+        raise UserError(f"{name} has no words; leave it out for this Python")
+    if shutil.which(words[0]) is None:
+        raise UserError(f"{name}: there is no program {words[0]} here")
+    return tuple(words)
+
+
+# ---------------------------------------------------------------------- points
+
+
+def _points(
+    file: SweepFile, path: Path, shared: tuple[str, ...], overrides: Sequence[str], output: Path
+) -> Iterable[Point]:
+    if not file.grid and not file.list:
+        raise UserError(f"{path} has no points; give a grid (key: [value, …]) or a list of mappings")
+    for number, entry in enumerate(file.list):
+        if not entry:
+            raise UserError(f"{path}: list.{number} is empty; give it a key that makes it a point")
+        _refuse_overlap(entry, file.grid, f"{path}: list.{number}", "the grid")
+    _refuse_overlap(file.grid, file.grid, f"{path}: grid", "the grid")
+    given = [override.partition("=")[0].strip() for override in overrides]
+    if "output_dir" in (*file.common, *given):
+        raise UserError(f"{path}: output_dir is a point's own; set output, which holds them all")
+    for entry in (file.grid, *file.list):
+        _refuse_overlap(entry, given, str(path), "the command line")
+    return [
+        point_of(number, {**dict(zip(file.grid, values)), **entry}, shared, output)
+        for number, (values, entry) in enumerate(
+            itertools.product(itertools.product(*file.grid.values()), file.list or [{}])
+        )
+    ]
+
+
+def _refuse_overlap(keys: Iterable[str], others: Iterable[str], place: str, where: str) -> None:
+    """Raises UserError where one key sets what another, or a section of it, sets as well."""
+    same = keys is others
+    for key in keys:
+        for other in others:
+            if same and key == other:
+                continue
+            if f"{key}.".startswith(f"{other}.") or f"{other}.".startswith(f"{key}."):
+                raise UserError(f"{place} sets {key}, and {where} sets {other}; leave one of them out")

@@ -1,0 +1,101 @@
+"""Whether two expressions in LaTeX are the same mathematics: math-verify, in a process of its own.
+
+See `equivalence_worker` for why. The process is started at the first comparison, and anew after one that it
+did not survive.
+"""
+
+import atexit
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from functools import lru_cache
+
+from distlora.tasks.reading import equivalence_worker
+from distlora.tasks.reading.final_answer import LONGEST
+
+#: A number in another base than ten, `4210_5`, which the library reads without its base.
+_WITH_BASE = re.compile(r"\d\s*_")
+
+
+def equivalent(text: str, expected: str) -> bool:
+    """Whether a text gives the expected expression. False if that is not found out within a few seconds of
+    processor time (`equivalence_worker.SECONDS`).
+    """
+    text, expected = _as_latex(text), _as_latex(expected)
+    if not text or not expected or max(len(text), len(expected)) > LONGEST:
+        return False
+    if _WITH_BASE.search(text) or _WITH_BASE.search(expected):
+        return re.sub(r"[\s{}]", "", text) == re.sub(r"[\s{}]", "", expected)
+    return _compare(text, expected)
+
+
+@lru_cache(maxsize=4096)
+def _compare(text: str, expected: str) -> bool:
+    return _WORKER.ask(json.dumps([text, expected]))
+
+
+def _as_latex(text: str) -> str:
+    """The expression without the signs around it; several of them with commas between."""
+    text = re.sub(r"(?<!\\)\$|\\[()\[\]]|\*\*|[\n\r`]", " ", text)
+    text = text.translate(str.maketrans({"−": "-", "–": "-", "×": "\\times ", "÷": "\\div ", "√": "\\sqrt "}))
+    text = re.sub(r",?\s+(?:and|or)\s+|,?\s*\\text\s*\{\s*(?:and|or)\s*\}", ", ", text)
+    text = re.sub(r"(\\[dtc]?frac)\s*(\\(?!sqrt|frac|text)[A-Za-z]+)", r"\1{\2}", text)
+    return " ".join(text.split()).rstrip(".;, ")
+
+
+class _Worker:
+    """The process, and what keeps two threads from speaking to it at once."""
+
+    def __init__(self):
+        self._lock, self._process, self._owner = threading.Lock(), None, None
+
+    def ask(self, line: str) -> bool:
+        """The process's answer to a line; False if it ended over it."""
+        with self._lock:
+            process = self._running()
+            try:
+                process.stdin.write(line + "\n")
+                process.stdin.flush()
+                answer = process.stdout.readline()
+            except BrokenPipeError:
+                answer = ""
+            if not answer:
+                self._end()
+            return answer == "1\n"
+
+    def _running(self) -> subprocess.Popen:
+        if self._process is None or self._owner != os.getpid():
+            # Of a session of its own, so that a signal to all processes of a run does not reach it. It ends
+            # with its input.
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", equivalence_worker.__file__],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+                encoding="utf-8",
+                start_new_session=True,
+            )
+            self._owner = os.getpid()
+            atexit.register(self._end)
+        return self._process
+
+    def _end(self) -> None:
+        """Ends the process, unless it belongs to the process that this one was forked from."""
+        process, self._process = self._process, None
+        if process is None or self._owner != os.getpid():
+            return
+        atexit.unregister(self._end)
+        process.kill()
+        for stream in (process.stdin, process.stdout):
+            try:
+                stream.close()
+            except BrokenPipeError:
+                pass
+        process.wait()
+
+
+_WORKER = _Worker()

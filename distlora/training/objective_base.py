@@ -1,0 +1,90 @@
+"""What a run asks of the kind of its task: data, model, loss and scores."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distlora.data import Encoded, is_at_hand
+from distlora.engine.protocol import Engine
+from distlora.models.loading import attention_of, bare_model, load_config, load_model, load_tokenizer
+from distlora.models.targets import Batch
+from distlora.recipe.sections import Recipe
+
+
+class Objective(ABC):
+    """What the kinds share. labels: the names that a classifier tells apart; empty for a language model.
+
+    loss: (model, batch, weights of the rows) to (sum over the targets, their number); see
+    `distlora.training.step`.
+    """
+
+    labels: tuple[str, ...] = ()
+    loss: Callable[..., tuple[Tensor, int]]
+
+    def __init__(self, recipe: Recipe):
+        self.recipe = recipe
+
+    # ------------------------------------------------------------------ data
+
+    def check_split(self, split: str) -> None:
+        """Raises UserError for all that is wrong with the data section and a split that is at hand."""
+        if is_at_hand(self.recipe.data):
+            self._rows(split)
+
+    @abstractmethod
+    def _rows(self, split: str) -> Any:
+        """The rows of a split, checked as they are read."""
+
+    def load_preprocessor(self) -> Any:
+        """What comes with the model and makes numbers of its inputs: here the tokenizer. The methods below
+        are handed it.
+        """
+        return load_tokenizer(self.recipe.model)
+
+    @abstractmethod
+    def read(self, split: str, tokenizer) -> Encoded:
+        """The samples of a split."""
+
+    @abstractmethod
+    def batch(self, samples: Sequence, tokenizer, device: torch.device) -> Batch:
+        """Samples of `read` as a batch for `loss`; none as one of weight zero."""
+
+    # ------------------------------------------------------------------ model
+
+    def load_config(self):
+        return load_config(self.recipe.model, self.labels)
+
+    def bare_model(self) -> nn.Module:
+        """The model without weights. Raises UserError if it cannot learn what the recipe's task asks for."""
+        return bare_model(self.recipe.model, self.labels)
+
+    def load_model(self) -> tuple[nn.Module, set[str]]:
+        """The model, and the names of the parameters that its weights lack."""
+        return load_model(self.recipe.model, self.labels)
+
+    def attention(self) -> str:
+        """The attention implementation that this machine would run."""
+        return attention_of(self.recipe.model, self.labels)
+
+    def meta_sample(self, model: nn.Module) -> Batch:
+        """One sample, without a label, for a model on the meta device."""
+        tokens = torch.ones(1, 2, dtype=torch.int64, device="meta")
+        # A mask as attention uses it: transformers would make one from values, and meta tensors have none.
+        return {"input_ids": tokens, "attention_mask": torch.zeros(1, 1, 2, 2, device="meta")}
+
+    def head(self, model: nn.Module) -> set[str]:
+        """Names of the parameters that are trained whole even if the weights hold them."""
+        return set()
+
+    # ------------------------------------------------------------------ looking on
+
+    @abstractmethod
+    def evaluate(self, engine: Engine, tokenizer, samples: Sequence) -> dict[str, float]:
+        """The "loss" and whatever else one forward pass tells, on samples of `read`; collective."""
+
+    def generate(self, engine: Engine, tokenizer, samples: Sequence) -> dict[str, float]:
+        """What needs generated answers, where the recipe asks for it; collective."""
+        return {}

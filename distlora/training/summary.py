@@ -1,0 +1,80 @@
+"""`summary.json`: what a finished run came to, in numbers that a report compares."""
+
+import json
+import resource
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distlora.engine.comm import Comm
+from distlora.engine.coordination import on_main
+from distlora.files.atomic import write_text
+from distlora.training.monitor import jsonable
+from distlora.training.run_directory import METRICS, SUMMARY
+
+#: Of a run's `Summary`, what is written as it is.
+FACTS = ("trained", "lora_trained", "rank", "steps", "init_seconds")
+
+
+def record_summary(comm: Comm, outcome: Mapping[str, Any], first_step: int, steps_per_epoch: int) -> None:
+    """Writes the file on rank 0. Collective. At the very end, so that the peak of memory is the whole run's.
+
+    outcome: the fields of the run's `Summary`. first_step: finished steps when this start began, 0 for a new
+    run: seconds and memory are those of this start. A start that had no step to make leaves the file of the
+    start that made them.
+    """
+    peak = peak_memory(comm)
+    run_dir, seconds = Path(outcome["run_dir"]), outcome["step_seconds"] or None
+    content = {key: outcome[key] for key in FACTS} | {
+        "first_step": first_step,
+        "steps_per_epoch": steps_per_epoch,
+        "step_seconds": seconds,
+        "epoch_seconds": seconds and seconds * steps_per_epoch,
+        "tokens_per_second": _last_speed(run_dir / METRICS) if comm.is_main else None,
+        "peak_memory_bytes": peak,
+        "device": comm.device.type,
+        "ranks": comm.world_size,
+        **{
+            when: {key: jsonable(value) for key, value in outcome[when].items()}
+            for when in ("before", "after")
+        },
+    }
+
+    def write() -> None:
+        path = run_dir / SUMMARY
+        if seconds is not None or not path.exists():
+            write_text(path, json.dumps(content, indent=1) + "\n")
+
+    on_main(comm, run_dir, write)
+
+
+def peak_memory(comm: Comm) -> int:
+    """The most bytes that any rank has held so far: of tensors on its GPU, or of its whole process in main
+    memory where it computes on the CPU. Collective.
+    """
+    if comm.device.type == "cuda":
+        own = torch.cuda.max_memory_allocated(comm.device)
+    else:
+        own = _peak_of_process()
+    return max(comm.gather(own))
+
+
+def _peak_of_process() -> int:
+    """Bytes. Not `ru_maxrss` if it can be helped: it may be the launcher's, before it became this process."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
+
+
+def _last_speed(metrics: Path) -> float | None:
+    """Tokens a second of all ranks, as the monitor has written it last: the mean over the newest start's
+    steps, with the evaluations and checkpoints between them.
+    """
+    key, found = "train/tokens_per_second", None
+    if metrics.exists():
+        for line in metrics.read_text(encoding="utf-8").splitlines():
+            found = json.loads(line).get(key, found)
+    return found
