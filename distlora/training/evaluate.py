@@ -25,6 +25,7 @@ from distlora.evaluation.folding import refuse_packed
 from distlora.evaluation.predictions import Predictions
 from distlora.evaluation.scoring import answer_questions, ready_to_answer
 from distlora.models.generation import Agree
+from distlora.models.loading import position_limit
 from distlora.recipe.combination import check_combination
 from distlora.recipe.sections import DataSection, Recipe
 from distlora.tasks import SUITES, ResponseTask, get_task
@@ -50,10 +51,10 @@ def check(subject: Subject, topology: Topology, asked: Asked) -> None:
     with before_ranks_meet():
         recipe = _of_model(subject, fitted_to_ranks(subject.recipe, topology.world_size), asked)
         objective, config = check_settings(recipe, topology.world_size)
+        refuse_other_base(subject, objective)
         recipe = fitted(recipe, objective)
         check_combination(recipe, config)
         check_packages(recipe)
-        refuse_other_base(subject, objective)
         if not asked.tasks:
             if recipe.data.eval_split is None:
                 raise UserError("data.eval_split is null, so there is nothing to evaluate on; name a split")
@@ -186,9 +187,21 @@ class _Jobs:
             "data: %d questions of %s, %d left out", len(questions.items), questions.origin, questions.dropped
         )
         questions = replace(questions, items=questions.items[:limit])
+        self._refuse_long(section, questions)
         if self.asked.by == "likelihood":
             refuse_without_options(name, questions)
         return _Job(name, section, objective, self.asked.by, questions)
+
+    def _refuse_long(self, section: DataSection, questions: Questions) -> None:
+        """Raises UserError where an answer could run over the end of the model's table of positions."""
+        positions = position_limit(self.evaluated.objective.bare_model())
+        prompt = max(len(question.prompt_ids) for question in questions.items)
+        if positions is not None and prompt + section.max_new_tokens > positions:
+            raise UserError(
+                f"data.max_new_tokens={section.max_new_tokens}: with a prompt of {prompt} tokens that is "
+                f"beyond the {positions} positions of {self.evaluated.recipe.model.path}; lower it, or "
+                "data.max_length"
+            )
 
     def _settings(self, job: _Job) -> dict[str, Any]:
         """All that decides the predictions beside the model."""

@@ -28,6 +28,8 @@ TRAINING_ONLY = (
 )  # fmt: skip
 #: Tokens of an answer, for tasks that the recipe says nothing of.
 ANSWER_TOKENS = 256
+#: Tokens of a prompt at most, for models that have no recipe.
+PROMPT_TOKENS = 2048
 #: Rows of a classifier's batch, for models that have no recipe.
 ROWS = 8
 
@@ -92,9 +94,11 @@ def subject_of_model(model: str, adapter: Path | None, task: str, overrides: Seq
     content = {
         # A pair of rank 1 that stays zero: engines are made for models with something to train.
         "model": {"path": model}, "method": {"name": method, "rank": 1},
-        "data": {"task": task, "max_length": 2048, "max_new_tokens": ANSWER_TOKENS},
+        "data": {"task": task, "max_new_tokens": ANSWER_TOKENS},
         "train": {"micro_batch_size": ROWS}, "output_dir": "none",
     }  # fmt: skip
+    if isinstance(get_task(task), ResponseTask):
+        content["data"]["max_length"] = PROMPT_TOKENS
     if files:
         content["targets"] = list(files.layers)
     recipe = recipe_of(content, "the command line", overrides)

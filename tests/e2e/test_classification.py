@@ -1,6 +1,7 @@
 """Encoders as classifiers, from the official files of GLUE's tasks to what other software loads."""
 
 import csv
+import json
 import math
 import shutil
 
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from tests.e2e.program import curve, recipe_of, succeed, write_recipe
+from tests.e2e.test_mistakes import refused
 from tests.tiny_models import ENCODERS, tiny_encoder_dir
 
 LABELS = ("entailment", "not_entailment")
@@ -138,3 +140,25 @@ def test_the_head_is_in_checkpoints_and_a_resumed_run_goes_on_with_it(models, da
     again = load_file(tmp_path / "run" / "checkpoint-6" / "adapter.safetensors")
     assert all(torch.equal(again[name], heads[1][name]) for name in again)
     assert curve(tmp_path / "run") == whole
+
+
+def test_a_classifier_is_scored_on_tasks_with_its_labels(models, data, tmp_path):
+    model = tiny_encoder_dir("bert", models)
+    succeed("train", recipe(model, data, tmp_path, steps=2), "method.name=lora")
+    run_dir, tasks = tmp_path / "run", ["--tasks", "rte", "--data", f"rte={data}"]
+    scores = succeed("eval", run_dir, *tasks).out
+    own = succeed("eval", run_dir).out
+    assert scores.replace("eval/rte/", "eval/") == own
+    told = json.loads((run_dir / "eval" / "rte-2.json").read_text())
+    assert (told["by"], told["samples"], told["split"]) == ("labels", 9, "validation")
+    # What PEFT loads is scored alike: the head is in the adapter.
+    adapter = ["--model", model, "--adapter", run_dir / "adapter", *tasks, "model.dtype=float32"]
+    adapter.append("data.max_length=60")
+    assert succeed("eval", *adapter).out == scores
+    assert "has no weights for" in refused("eval", "--model", model, *tasks, "data.max_length=60")
+    cola = refused("eval", run_dir, "--tasks", "cola")
+    assert cola == (
+        f"the task cola has the labels unacceptable, acceptable, and {run_dir} tells apart entailment, "
+        "not_entailment; choose a task with these"
+    )
+    assert "wants generated answers" in refused("eval", run_dir, "--tasks", "arithmetic")

@@ -8,6 +8,7 @@ import pytest
 
 from distlora.cli.verbs import evaluate as verb
 from distlora.evaluation.predictions import Predictions
+from distlora.tasks import SUITES, get_task
 from tests.e2e.program import call, files_of, recipe_of, succeed, write_recipe, write_rows
 from tests.e2e.test_mistakes import refused
 
@@ -133,6 +134,35 @@ def test_an_evaluation_reads_no_training_data(model, tmp_path):
     assert summary(tmp_path / "run", "gsm8k-1")["data"] == str(data), "a run's own data is known"
 
 
+def test_a_suite_is_its_tasks_and_their_average_and_options_are_chosen_among(run_dir, tmp_path):
+    names = {task: get_task(task).folder for task in SUITES["commonsense"]}
+    for count, folder in enumerate(names.values(), 1):
+        (tmp_path / folder).mkdir()
+        rows = [choice_row(number, right=number % count == 0) for number in range(4)]
+        (tmp_path / folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["--tasks", "commonsense", "--data", f"commonsense={tmp_path}", "data.max_length=128"]
+    outcome = succeed("eval", run_dir, *words, "--by", "likelihood")
+    told = dict(line.split() for line in outcome.out.splitlines())
+    for metric in ("accuracy", "accuracy_norm"):
+        scores = [summary(run_dir, f"{task}-6")["scores"][metric] for task in names]
+        assert [told[f"eval/{task}/{metric}"] for task in names] == [f"{score:.6f}" for score in scores]
+        assert float(told[f"eval/commonsense/{metric}"]) == pytest.approx(sum(scores) / 8, abs=1e-6)
+        assert len(set(scores)) > 1, "an average of equal numbers would show nothing"
+    line = predictions(run_dir, "boolq-6")[0]
+    assert line["answer"] == "true" and len(line["log_likelihoods"]) == 2
+
+
+def choice_row(number: int, right: bool) -> dict[str, str]:
+    answer = "true" if right else "false"
+    question = f"Has Tom {number} apples?\n\nAnswer format: true/false"
+    return {
+        "instruction": question,
+        "input": "",
+        "output": f"the correct answer is {answer}",
+        "answer": answer,
+    }
+
+
 # ---------------------------------------------------------------------- other models
 
 
@@ -182,7 +212,7 @@ def test_adapters_that_do_not_fit_are_refused(finished, model, data, tmp_path):
     shallow = json.loads((Path(other) / "config.json").read_text())
     for change, expected in (
         ({"num_hidden_layers": 2}, "this one has no linear layer model.layers.2"),
-        ({"intermediate_size": 128}, "has the shape (131, 60), and this one's (128, 60)"),
+        ({"intermediate_size": 128}, "has the shape (60, 131), and this one's (60, 128)"),
     ):
         folder = shutil.copytree(other, tmp_path / "other", dirs_exist_ok=True)
         (folder / "config.json").write_text(json.dumps(shallow | change))
