@@ -563,6 +563,22 @@ MUTATIONS = [
         "    predicted = predicted.cpu()\n",
         parity("classifying-world2-stage3-float32-method=lora-labels=3-clip=0_5"),
     ),
+    # ------------------------------------------------------------------ steps that are taken back
+    Mutation(
+        "what forward passes read is not put back",
+        TENSORS,
+        "                with self._shard_for_writing(parameter) as (_, shard):\n"
+        "                    shard.copy_(value)\n",
+        "                pass\n",
+        parity("searching-world2-stage3-float32-method=full-clip=0_5-persist0"),
+    ),
+    Mutation(
+        "DeepSpeed's counters are not put back",
+        ZERO,
+        "            kept.keep_attributes(owner, COUNTERS)\n",
+        "            pass\n",
+        parity("searching-world2-stage2-float32-method=lora-targets=few-clip=0_5"),
+    ),
 ]
 
 

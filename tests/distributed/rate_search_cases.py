@@ -9,6 +9,7 @@ from distlora.initialisation.factors import initialise
 from distlora.models.losses import response_loss
 from distlora.recipe.sections import RateSearchSection
 from distlora.training.rate_search import search_rate
+from tests.distributed.plan import GLOBAL_BATCH
 from tests.distributed.world import samples
 
 
@@ -19,7 +20,9 @@ def searching(setting, highest: float = 1e-1, steps: int = 2) -> dict[str, Tenso
     initialise(engine, setting.attached, seed=3, first_rate=1e-3, data=setting.probe_data(10, 1))
     settings = RateSearchSection(lowest=1e-3, highest=highest, rates=2, steps=steps)
     batches = [setting.batches(step) for step in range(steps)]
-    held_back = samples(8, 99)
+    held_back = samples(
+        GLOBAL_BATCH, 0
+    )  # the rows of the first step: nothing is learned of other random ones
     parts = shard(len(held_back), comm.rank, comm.world_size, setting.micro_batch)
     others = [collate([held_back[i] for i in part], 0, comm.device) for part in parts]
     before = _held(setting)

@@ -266,3 +266,8 @@ def test_table_of_a_run_without_evaluation_or_adapter():
 
 def test_table_does_not_praise_what_is_not_smaller():
     assert "1,500 (beside LoRA's 1,500 at rank 4)" in summary_table(summary(trained=1500))
+
+
+def test_table_tells_a_learning_rate_that_was_found():
+    assert "learning rate" not in summary_table(summary())
+    assert "0.00149, found by the search" in summary_table(summary(found_rate=1.49e-3))

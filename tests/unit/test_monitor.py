@@ -16,10 +16,13 @@ class Engine:
     def __init__(self, rank=0):
         self.comm = Comm(Topology(), torch.device("cpu"), distributed=False)
         self.comm.rank = rank
-        self.events = []
+        self.events, self.details = [], []
 
     def write_events(self, events):
         self.events += events
+
+    def write_details(self, events):
+        self.details += events
 
 
 def lines(directory):
@@ -36,6 +39,19 @@ def test_one_object_a_line_with_step_and_tags(tmp_path):
         {"step": 1, "train/loss": 2.5, "train/learning_rate": 1e-3},
     ]
     assert engine.events == [("init/eta", 1e-4, 0), ("train/loss", 2.5, 1), ("train/learning_rate", 1e-3, 1)]
+
+
+def test_the_curve_of_a_search_is_for_tensorboard_and_its_outcome_for_all(tmp_path):
+    engine = Engine()
+    Monitor(engine, tmp_path).tell_rates({"lr_search/rate": 1e-3}, [(1e-4, 1.9), (1e-3, 1.5)])
+    assert lines(tmp_path) == [{"step": 0, "lr_search/rate": 1e-3}]
+    assert engine.events == [("lr_search/rate", 1e-3, 0)]
+    assert engine.details == [
+        ("lr_search/tried_rate", 1e-4, 0),
+        ("lr_search/tried_loss", 1.9, 0),
+        ("lr_search/tried_rate", 1e-3, 1),
+        ("lr_search/tried_loss", 1.5, 1),
+    ]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

@@ -186,8 +186,8 @@ def test_a_whole_method_can_be_given():
         ("model.zzz=1",
          "override model.zzz: unknown key; known here: path, dtype, attention, gradient_checkpointing, "
          "quantization"),
-        ("train.lr=fast", 'override train.lr: found "fast", wanted a number'),
-        ("train.lr='1e-3'", 'override train.lr: found "1e-3", wanted a number'),
+        ("train.lr=fast", 'override train.lr: found "fast", wanted a number or search'),
+        ("train.lr='1e-3'", 'override train.lr: found "1e-3", wanted a number or search'),
         ("train.lr=.inf", "override train.lr: found Infinity, wanted a finite number or search"),
         ("train.lr=0", "override train.lr: found 0, wanted a number above 0 or search"),
         ("train.lr=true", "override train.lr: found true, wanted a number or search"),
