@@ -14,10 +14,9 @@ from distlora.recipe.load import load_run_recipe
 from distlora.recipe.sections import Recipe
 from distlora.report.inference_cost import InferenceCost, inference_cost
 from distlora.report.records import as_number, has_step, is_count, metrics_problem, read_json, read_lines
-from distlora.training.run_directory import METRICS, RECIPE, RECOMPOSITIONS, SUMMARY
+from distlora.training.run_directory import EVALUATIONS, METRICS, RECIPE, RECOMPOSITIONS, SUMMARY
 
 #: The folder of a run with the scores of evaluations after training, one JSON object a file.
-EVALUATIONS = "eval"
 #: Who has measured a score that stands in the metrics of the run.
 ITSELF = "training"
 

@@ -9,7 +9,7 @@ from distlora.recipe.load import load_recipe
 from distlora.recipe.sections import Recipe
 from distlora.sweeps.file import Sweep
 from distlora.sweeps.points import Point
-from distlora.tasks import get_task
+from distlora.tasks import scored_tasks
 from distlora.training.run_directory import check_run_dir
 
 
@@ -20,11 +20,10 @@ def check_sweep(sweep: Sweep) -> list[Recipe]:
     that holds another run, and for two points with one directory or one content.
     """
     _check_output(sweep)
-    for task in sweep.evaluation.tasks if sweep.evaluation else ():
-        try:
-            get_task(task)
-        except UserError as error:
-            raise UserError(f"{sweep.path}: evaluate: {str(error).removeprefix('data.task: ')}") from None
+    try:
+        scored_tasks(sweep.evaluation.tasks if sweep.evaluation else ())
+    except UserError as error:
+        raise UserError(f"{sweep.path}: evaluate: {error}") from None
     recipes = [_recipe_of(sweep, point) for point in sweep.points]
     _refuse_twins(sweep, recipes)
     return recipes

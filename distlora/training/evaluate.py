@@ -32,6 +32,7 @@ from distlora.tasks import SUITES, ResponseTask, get_task
 from distlora.training.evaluated import Asked, Subject, fitted_to_ranks, sections_of
 from distlora.training.monitor import progress_bar
 from distlora.training.objective import Objective, objective_of
+from distlora.training.run_directory import EVALUATIONS
 from distlora.training.samples import fetch, read_samples
 from distlora.training.subject import Evaluated, refuse_other_base
 from distlora.training.train import check_packages, check_settings, fitted
@@ -172,7 +173,7 @@ class _Jobs:
             identity = self.comm.share(on_main(self.comm, recipe.model.path, evaluated.identity))
             for job in self.jobs:
                 settings = identity | self._settings(job)
-                job.predictions = Predictions(directory / "eval", job.name, evaluated.step, settings)
+                job.predictions = Predictions(directory / EVALUATIONS, job.name, evaluated.step, settings)
             self._look(directory)
 
     def _read(self, name: str, section: DataSection) -> _Job:

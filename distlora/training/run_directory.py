@@ -18,7 +18,7 @@ from distlora.recipe.sections import Recipe
 log = logging.getLogger(__name__)
 
 RECIPE, METRICS, RECOMPOSITIONS, ADAPTER = "recipe.yaml", "metrics.jsonl", "recompositions.jsonl", "adapter"
-RATE_SEARCH, SUMMARY = "lr_search.json", "summary.json"
+RATE_SEARCH, SUMMARY, EVALUATIONS = "lr_search.json", "summary.json", "eval"
 
 
 def check_run_dir(recipe: Recipe, resume: bool | None) -> None:
@@ -101,7 +101,8 @@ def _forget(run_dir: Path) -> None:
         log.info("beginning anew: removing %s", checkpoint)
         shutil.rmtree(checkpoint)
     # An export takes the adapter if it is of a later step than every checkpoint.
-    for name in (ADAPTER, LOGS):
+    # Predictions and scores are of the checkpoints that are removed.
+    for name in (ADAPTER, LOGS, EVALUATIONS):
         shutil.rmtree(run_dir / name, ignore_errors=True)
     for name in (METRICS, RECOMPOSITIONS, RATE_SEARCH, SUMMARY, ENVIRONMENT, STATUS):
         (run_dir / name).unlink(missing_ok=True)

@@ -259,6 +259,8 @@ def test_beginning_anew_forgets_checkpoints_and_metrics_and_nothing_else(tmp_pat
     (run_dir / "checkpoint-10" / STATE).write_text("")
     for name in ("metrics.jsonl", "summary.json"):
         (run_dir / name).write_text("{}\n")
+    (run_dir / "eval").mkdir()
+    (run_dir / "eval" / "gsm8k-10.jsonl").write_text("{}\n")
     (run_dir / "notes.txt").write_text("mine")
     open_run_dir(given, False)
     assert {path.name for path in run_dir.iterdir()} == {"recipe.yaml", "notes.txt"}
