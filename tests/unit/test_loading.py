@@ -301,14 +301,6 @@ def by_hand(model, prompt: list[int], steps: int) -> list[int]:
     return tokens[len(prompt) :]
 
 
-def left_padded(*prompts: list[int]) -> dict[str, torch.Tensor]:
-    longest = max(map(len, prompts))
-    return {
-        "input_ids": torch.tensor([[PAD] * (longest - len(p)) + p for p in prompts]),
-        "attention_mask": torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts]),
-    }
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_generation_is_greedy_and_leaves_the_model_as_it_was(monkeypatch, caplog, recwarn, models, name):
     model, _ = load_model(section(tiny_model_dir(name, models), gradient_checkpointing=True))
@@ -325,7 +317,7 @@ def test_generation_is_greedy_and_leaves_the_model_as_it_was(monkeypatch, caplog
     use_cache = model.config.use_cache
 
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
-    answers = generate(model, left_padded(*prompts), 12, eos_id=end, pad_id=PAD)
+    answers = generate(model, prompts, 12, {end}, PAD)
     assert answers == expected
     assert model.training and model.is_activation_checkpointing
     assert model.generation_config is own and model.config.use_cache == use_cache
@@ -336,6 +328,6 @@ def test_several_end_tokens(models):
     model, _ = load_model(section(tiny_model_dir("llama", models)))
     with torch.no_grad():
         answer = by_hand(model, [7, 8, 9], 6)
-    short = generate(model, left_padded([7, 8, 9]), 6, eos_id=[answer[3], answer[1]], pad_id=PAD)
+    short = generate(model, [[7, 8, 9]], 6, {answer[3], answer[1]}, PAD)
     assert short == [answer[: min(answer.index(answer[3]), answer.index(answer[1]))]]
     assert not model.training

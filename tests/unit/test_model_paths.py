@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from distlora.errors import UserError
 from distlora.models import hub, smollm2
-from distlora.models.generation import generate
+from distlora.models.generation import end_tokens, generate
 from distlora.models.hub import resolve_path
 from distlora.models.loading import load_config, load_model, load_tokenizer
 from distlora.recipe.sections import ModelSection
@@ -298,8 +298,7 @@ def test_smollm2_speaks_english():
         ".",
     ]
     messages = [{"role": "user", "content": "What is the capital of France?"}]
-    prompt = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
-    (tokens,) = generate(model, prompt, 12, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+    ends = end_tokens(model, tokenizer)
+    (tokens,) = generate(model, [prompt["input_ids"]], 12, ends, tokenizer.pad_token_id)
     assert tokenizer.decode(tokens) == "The capital of France is Paris."
