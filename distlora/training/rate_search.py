@@ -82,6 +82,11 @@ def search_rate(
         for rate in finer(settings, choose(tried, before)):
             attempt(rate)
     chosen = choose(tried, before)
+    if tried[chosen] >= before:
+        log.warning(
+            "no learning rate from %.3g to %.3g lowered the loss (%.4f) within %d steps; see train.lr_search",
+            min(tried), max(tried), before, len(steps),
+        )  # fmt: skip
     return RateSearch(chosen, before, sorted(tried.items()), time.perf_counter() - began)
 
 

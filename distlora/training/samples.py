@@ -2,7 +2,7 @@
 
 import itertools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from huggingface_hub import is_offline_mode
@@ -106,7 +106,7 @@ class RunSamples:
             part = [samples[i] for i in indices]
             yield self._objective.batch(part, self.preprocessor, self._comm.device)
 
-    def trial(self, steps: int, count: int) -> tuple[list[list[Batch]], list[Batch]]:
+    def trial(self, steps: int, count: int) -> tuple["StepsOfBatches", list[Batch]]:
         """This rank's micro-batches of `steps` global batches, and batches of `count` training samples that
         are in none of them, the same samples on any number of ranks: see `trial_indices`. Errors: UserError.
         """
@@ -117,7 +117,7 @@ class RunSamples:
         shares = [micro_batches(part, rank, world, micro, self._accumulation) for part in trained]
         chosen = [self.training[i] for i in held_back]
         return (
-            [list(self._batches(self.training, share)) for share in shares],
+            StepsOfBatches(shares, lambda share: list(self._batches(self.training, share))),
             list(self._batches(chosen, shard(len(chosen), rank, world, micro))),
         )
 
@@ -144,6 +144,22 @@ class RunSamples:
             count,
             loss_of_samples(self._objective.loss),
         )
+
+
+class StepsOfBatches(Sequence):
+    """The micro-batches of several steps, made for one step at a time: a device may have no room for all."""
+
+    def __init__(
+        self, shares: Sequence[list[list[int]]], batches_of: Callable[[list[list[int]]], list[Batch]]
+    ):
+        """shares: for each step the samples of its micro-batches."""
+        self._shares, self._batches_of = shares, batches_of
+
+    def __len__(self) -> int:
+        return len(self._shares)
+
+    def __getitem__(self, step: int) -> list[Batch]:
+        return self._batches_of(self._shares[step])
 
 
 def probe_samples(setting: float, available: int | None) -> int:
