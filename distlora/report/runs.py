@@ -99,10 +99,10 @@ class RunRecord:
         known = self.number("init_seconds")
         return self.last("init/seconds") if known is None else known
 
-    @property
-    def tokens_per_second(self) -> float | None:
-        known = self.number("tokens_per_second")
-        return self.last("train/tokens_per_second") if known is None else known
+    def speed(self, unit: str) -> float | None:
+        """Of these a second, on all ranks. unit: one of `distlora.training.summary.UNITS`."""
+        known = self.number(f"{unit}_per_second")
+        return self.last(f"train/{unit}_per_second") if known is None else known
 
     @property
     def swaps(self) -> list[int]:

@@ -20,7 +20,13 @@ from distlora.report.page import Commands, Heading, Paragraph, Picture, Table, a
 from distlora.report.runs import find_runs
 from distlora.report.scores import scores_table
 from tests.e2e.program import recipe_of, write_recipe
-from tests.tiny_models import tiny_config, tiny_model_dir
+from tests.tiny_models import (
+    tiny_config,
+    tiny_encoder_dir,
+    tiny_model_dir,
+    tiny_vision_config,
+    tiny_vision_dir,
+)
 
 CPU = {"ranks": 1, "device": "cpu", "hosts": {"a": [0]}}
 
@@ -290,7 +296,7 @@ def test_macs_of_a_linear_layer():
         def forward(self, input_ids):
             return self.out(self.embed(input_ids))
 
-    cost = pass_cost(Only().to("meta"), tokens=5)
+    cost = pass_cost(Only().to("meta"), {"input_ids": torch.zeros(1, 5, dtype=torch.long, device="meta")})
     assert (cost.macs, cost.parameters) == (5 * 3 * 7, 33 + 28)
 
 
@@ -299,6 +305,52 @@ def test_inference_costs_are_one_row_for_equal_ones(tmp_path, model):
         make_run(tmp_path, f"a{lr}", LORA | {"model.path": str(model), "train.lr": lr})
     table, about = inference_table(group_of(tmp_path))
     assert len(table.rows) == 2 and about.startswith("One sequence of 256 tokens")
+
+
+def image_run(folder: Path, **files) -> Path:
+    """Of a vision model whose images are 16 × 16."""
+    base = tiny_vision_dir("vit", folder / "models")
+    section = {"task": "mnist", "path": str(folder / "no-data"), "eval_split": "test"}
+    return make_run(folder / "runs", "a", LORA | {"model.path": str(base), "data": section}, **files)
+
+
+def test_runs_on_images_have_pages_like_others(tmp_path):
+    metrics = [{"step": step, "train/loss": 2.0, "train/images_per_second": 7.0} for step in range(1, 11)]
+    image_run(tmp_path, metrics=metrics)
+    page = report_of(tmp_path / "runs")
+    assert "One image of 16 × 16 pixels through the whole model" in page and "Not counted" not in page
+    table = speed_table(group_of(tmp_path / "runs"))
+    assert column(table, "images a second") == ["7.00"] and "tokens a second" not in table.header
+
+
+def test_macs_of_an_image(tmp_path):
+    """Of 16 patches, which a convolution makes, and of a token before them."""
+    (run,) = find_runs([image_run(tmp_path)])
+    cost, config = inference_cost(run.recipe), tiny_vision_config("vit")
+    patches = (16 // config.patch_size) ** 2
+    tokens, hidden, inner = patches + 1, config.hidden_size, config.intermediate_size
+    block = tokens * (4 * hidden * hidden + 2 * hidden * inner) + 2 * tokens * tokens * hidden
+    first = patches * config.patch_size**2 * config.num_channels * hidden
+    assert cost.merged.macs == first + config.num_hidden_layers * block + 10 * hidden
+    assert cost.adapted.macs > cost.merged.macs
+
+
+def test_macs_of_a_classifier_of_texts(tmp_path):
+    base = tiny_encoder_dir("bert", tmp_path / "models")
+    section = {"task": "sst2", "path": str(tmp_path / "no-data"), "eval_split": "validation"}
+    make_run(tmp_path / "runs", "a", LORA | {"model.path": str(base), "data": section | {"max_length": 8}})
+    (run,) = find_runs([tmp_path / "runs"])
+    cost, problem = run.cost
+    assert problem == "" and cost.adapted.macs > cost.merged.macs > 0
+
+
+def test_a_model_that_asks_for_values_is_not_counted():
+    class Asks(torch.nn.Linear):
+        def forward(self, input):
+            return super().forward(input) if input.sum() > 0 else input
+
+    with pytest.raises(UserError, match="Asks cannot be run without its weights"):
+        pass_cost(Asks(2, 3, device="meta"), {"input": torch.zeros(1, 2, device="meta")})
 
 
 def test_without_the_model_nothing_is_counted_and_the_reason_is_told(tmp_path):
