@@ -26,8 +26,7 @@ def initialisation_table(group: Group) -> Table | None:
 
 
 def speed_table(group: Group) -> Table | None:
-    """Seconds a step, tokens or images a second, and the peak of memory of the rank with the most, in any run."""
-
+    """Seconds a step, tokens or images a second, and the most memory of any rank in any run."""
     units = [unit for unit in UNITS if any(run.speed(unit) is not None for run in group.runs)]
 
     def row(runs: Sequence[RunRecord]) -> list[str]:
