@@ -39,8 +39,8 @@ class PassCost:
 
 @dataclass(frozen=True)
 class InferenceCost:
-    """sample: what passes through, in words. merged: the plain model. adapted: with the factors of every layer
-    beside its weight; None where the weight itself is trained. trained: numbers that the run trains.
+    """sample: what passes through, in words. merged: the plain model. adapted: with the factors of every
+    layer beside its weight; None where the weight itself is trained. trained: numbers that the run trains.
     """
 
     sample: str
