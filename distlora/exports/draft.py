@@ -22,8 +22,22 @@ def new_directory(out: Path, may_hold: Iterable[str] = ()) -> Iterator[Path]:
     draft.mkdir(parents=True)
     try:
         yield draft
-        if out.exists():
-            shutil.rmtree(out)
-        os.rename(draft, out)
+        _swap(draft, out)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def _swap(draft: Path, out: Path) -> None:
+    """Gives the draft its name. What had the name before is removed only when that is done."""
+    if not out.exists():
+        os.rename(draft, out)
+        return
+    earlier = out.with_name(f".{out.name}.earlier")
+    shutil.rmtree(earlier, ignore_errors=True)
+    os.rename(out, earlier)
+    try:
+        os.rename(draft, out)
+    except OSError:
+        os.rename(earlier, out)
+        raise
+    shutil.rmtree(earlier, ignore_errors=True)

@@ -23,6 +23,10 @@ from distlora.recipe.strict import (
 
 #: The key of a resolved recipe that says its format. Not one of the recipe's keys.
 _FORMAT_KEY = "format"
+#: Keys of the train section that change neither what is trained nor how fast.
+LOOKING_ON = (
+    "eval_every", "save_every", "keep_checkpoints", "eval_samples", "exact_match_samples", "hang_timeout",
+)  # fmt: skip
 
 
 def load_recipe(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Recipe:
@@ -197,10 +201,7 @@ def run_identity(recipe: Recipe) -> dict:
     ignored = {
         "model": ("gradient_checkpointing", "attention"),
         "data": ("max_new_tokens", "eval_split", "think_step_by_step"),
-        "train": (
-            "micro_batch_size", "eval_every", "save_every", "keep_checkpoints", "eval_samples",
-            "exact_match_samples", "hang_timeout",
-        ),
+        "train": ("micro_batch_size", *LOOKING_ON),
     }  # fmt: skip
     if not recipe.train.searches_lr:
         ignored["train"] += ("lr_search",)

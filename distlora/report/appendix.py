@@ -7,6 +7,7 @@ from distlora.report.compare import Group, unique
 from distlora.report.hardware import began, command_of, hardware_of, revision_of, versions_of
 from distlora.report.page import Block, Bullets, Commands, Heading, Paragraph, Table
 from distlora.report.runs import RunRecord
+from distlora.report.scores import RATE_FOUND, rates_text
 
 
 def appendix(groups: Sequence[Group], command: str) -> list[Block]:
@@ -23,14 +24,17 @@ def appendix(groups: Sequence[Group], command: str) -> list[Block]:
 
 
 def _runs_table(groups: Sequence[Group]) -> Table:
-    header = ["run", "method", "seed", "state", "began", "hardware", "revision"]
+    searched = any(run.rate_found is not None for group in groups for run in group.runs)
+    rate = [RATE_FOUND] if searched else []
+    header = ["run", "method", "seed", *rate, "state", "began", "hardware", "revision"]
     several = ["group"] if len(groups) > 1 else []
     rows = []
     for number, group in enumerate(groups, 1):
         for run in group.runs:
             recipe = run.recipe
-            about = [run.name, recipe.method.name, str(recipe.train.seed), _state(run)]
-            own = [began(run), hardware_of(run), revision_of(run)]
+            about = [run.name, recipe.method.name, str(recipe.train.seed)]
+            about += [rates_text([run])] if searched else []
+            own = [_state(run), began(run), hardware_of(run), revision_of(run)]
             rows.append([*([str(number)] if several else []), *about, *own])
     return Table([*several, *header], rows, texts=len(several) + len(header))
 

@@ -5,19 +5,17 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from distlora.methods import TrainsWeight
+from distlora.recipe.load import LOOKING_ON
+from distlora.report.numbers import ABSENT
 from distlora.report.runs import RunRecord
 
 Value = TypeVar("Value", bound=Hashable)
 
 METHOD, RANK = "method.name", "method.rank"
 #: Keys of a recipe that change nothing that a report tells.
-IGNORED = (
-    "output_dir", "train.seed", "train.eval_every", "train.save_every", "train.keep_checkpoints",
-    "train.eval_samples", "train.exact_match_samples", "train.hang_timeout", "data.max_new_tokens",
-)  # fmt: skip
+IGNORED = ("output_dir", "train.seed", "data.max_new_tokens", *(f"train.{key}" for key in LOOKING_ON))
 #: Keys of the data section that say what is learned, and by which texts.
 DATA = ("task", "path", "split", "eval_split", "fields", "labels", "template", "max_length")
-ABSENT = "-"
 
 
 @dataclass(frozen=True)
@@ -73,7 +71,8 @@ def common_facts(run: RunRecord) -> dict[str, str]:
     if run.steps:
         facts["budget"] = f"{run.steps * run.batch:,} samples"
     else:
-        facts["budget"] = f"{text_of(recipe.train.epochs)} epochs"
+        epochs = recipe.train.epochs
+        facts["budget"] = f"{text_of(epochs)} {'epoch' if epochs == 1 else 'epochs'}"
     return facts
 
 

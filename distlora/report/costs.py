@@ -8,6 +8,7 @@ from distlora.report.inference_cost import PassCost
 from distlora.report.numbers import ABSENT, bytes_text, count_text, mean_text, number, scaled, spread
 from distlora.report.page import Table
 from distlora.report.runs import RunRecord
+from distlora.training.summary import UNITS
 
 
 def initialisation_table(group: Group) -> Table | None:
@@ -25,17 +26,18 @@ def initialisation_table(group: Group) -> Table | None:
 
 
 def speed_table(group: Group) -> Table | None:
-    """Seconds a step, tokens a second, and the peak of memory of the rank with the most, in any run."""
+    """Seconds a step, tokens or images a second, and the most memory of any rank in any run."""
+    units = [unit for unit in UNITS if any(run.speed(unit) is not None for run in group.runs)]
 
     def row(runs: Sequence[RunRecord]) -> list[str]:
         peaks = [run.number("peak_memory_bytes") for run in runs]
         return [
             mean_text(run.number("step_seconds") for run in runs),
-            mean_text(run.tokens_per_second for run in runs),
+            *(mean_text(run.speed(unit) for run in runs) for unit in units),
             bytes_text(max((peak for peak in peaks if peak is not None), default=None)),
         ]
 
-    return _table(group, ["a step, s", "tokens a second", "peak memory of a rank"], row)
+    return _table(group, ["a step, s", *(f"{unit} a second" for unit in units), "peak memory of a rank"], row)
 
 
 def _table(
@@ -60,7 +62,7 @@ def _by_hardware(setting: Setting) -> list[tuple[str, list[RunRecord]]]:
 
 
 def inference_table(group: Group) -> tuple[Table | None, str]:
-    """Parameters, MACs and FLOPs of one sequence, with adapters beside the weights and merged, as in table 7
+    """Parameters, MACs and FLOPs of one sample, with adapters beside the weights and merged, as in table 7
     of LoRA-SB (arXiv 2411.19557); and what the numbers are of, or why they are unknown. Settings whose costs
     are equal are one row.
     """
@@ -69,14 +71,14 @@ def inference_table(group: Group) -> tuple[Table | None, str]:
     unknown = unique(problem for _, _, problem in costs if problem)
     if not known:
         return None, "Not counted: " + "; ".join(unknown)
-    plain = known[0][1].merged
+    sample, plain = known[0][1].sample, known[0][1].merged
     rows = [["merged, or the pretrained model", "", *_cost_cells(plain, plain)]]
     for setting, cost in known:
         if cost.adapted is not None:
             rows.append([*setting.values[:2], *_cost_cells(cost.adapted, plain)])
     header = ["method", "rank", "parameters", "added", "MACs", "FLOPs", "added"]
     about = (
-        f"One sequence of {plain.tokens} tokens through the whole model, counted by torch's FlopCounterMode; "
+        f"One {sample} through the whole model, counted by torch's FlopCounterMode; "
         "a MAC is two FLOPs; attention is counted over the whole square of positions"
     )
     without = f". Not counted for some: {'; '.join(unknown)}" if unknown else ""

@@ -9,23 +9,25 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from distlora.adapter.attach import attach
+from distlora.errors import UserError
 from distlora.methods import TrainsWeight
 from distlora.models.hub import without_weights
 from distlora.models.loading import position_limit
+from distlora.models.targets import Batch
 from distlora.recipe.sections import Recipe
+from distlora.sentences import first_line
 from distlora.training.objective import objective_of
 
-#: Tokens of the one sequence that is counted, fewer where the model has fewer positions.
+#: Tokens of the one text that is counted, fewer where the model has fewer positions.
 TOKENS = 256
 
 
 @dataclass(frozen=True)
 class PassCost:
-    """Of one forward pass over one sequence of `tokens` tokens. flops: two for each multiplication and
-    addition of a matrix product; sums, norms and activations are not counted.
+    """Of one forward pass over one sample. flops: two for each multiplication and addition of a matrix
+    product; sums, norms and activations are not counted.
     """
 
-    tokens: int
     parameters: int
     flops: int
 
@@ -37,10 +39,11 @@ class PassCost:
 
 @dataclass(frozen=True)
 class InferenceCost:
-    """merged: the plain model. adapted: with the factors of every layer beside its weight; None where the
-    weight itself is trained. trained: numbers that the run trains.
+    """sample: what passes through, in words. merged: the plain model. adapted: with the factors of every
+    layer beside its weight; None where the weight itself is trained. trained: numbers that the run trains.
     """
 
+    sample: str
     merged: PassCost
     adapted: PassCost | None
     trained: int
@@ -49,27 +52,41 @@ class InferenceCost:
 def inference_cost(recipe: Recipe) -> InferenceCost:
     """Of the recipe's model and method. Packed weights count as the matrices that they stand for.
 
-    Raises UserError where the model's config cannot be read here.
+    Raises UserError where the model's config cannot be read here, and for a model that needs its weights to
+    be run.
     """
     place = without_weights(recipe.model.path)
     recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"path": place})})
     objective = objective_of(recipe)
     model = objective.bare_model().eval()
     limit = position_limit(model)
-    tokens = TOKENS if limit is None else min(TOKENS, limit)
-    merged = pass_cost(model, tokens)
+    inputs = objective.meta_sample(model, TOKENS if limit is None else min(TOKENS, limit))
+    merged = pass_cost(model, inputs)
     attach(model, recipe.method, recipe.targets, objective.head(model))
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     trains_weight = isinstance(recipe.method, TrainsWeight)
-    return InferenceCost(merged, None if trains_weight else pass_cost(model, tokens), trained)
+    adapted = None if trains_weight else pass_cost(model, inputs)
+    return InferenceCost(_in_words(inputs), merged, adapted, trained)
+
+
+def _in_words(inputs: Batch) -> str:
+    if "pixel_values" in inputs:
+        height, width = inputs["pixel_values"].shape[-2:]
+        return f"image of {height} × {width} pixels"
+    return f"sequence of {inputs['input_ids'].shape[-1]} tokens"
 
 
 @torch.no_grad()
-def pass_cost(model: nn.Module, tokens: int) -> PassCost:
-    """Of a transformers model on the meta device, over input ids (1, tokens)."""
-    ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
-    model(input_ids=ids)  # what a layer prepares once and keeps is no part of a pass
-    with FlopCounterMode(display=False) as counter:
-        model(input_ids=ids)
+def pass_cost(model: nn.Module, inputs: Batch) -> PassCost:
+    """Of a transformers model on the meta device, over the inputs of one sample, there too. Raises UserError
+    for a model whose course depends on values, which meta tensors have not.
+    """
+    try:
+        model(**inputs)  # what a layer prepares once and keeps is no part of a pass
+        with FlopCounterMode(display=False) as counter:
+            model(**inputs)
+    except (RuntimeError, NotImplementedError) as error:
+        name = type(model).__name__
+        raise UserError(f"{name} cannot be run without its weights ({first_line(error)})") from None
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return PassCost(tokens, parameters, counter.get_total_flops())
+    return PassCost(parameters, counter.get_total_flops())

@@ -14,19 +14,27 @@ from distlora.recipe.load import load_run_recipe
 from distlora.recipe.sections import Recipe
 from distlora.report.inference_cost import InferenceCost, inference_cost
 from distlora.report.records import as_number, has_step, is_count, metrics_problem, read_json, read_lines
-from distlora.training.run_directory import EVALUATIONS, METRICS, RECIPE, RECOMPOSITIONS, SUMMARY
+from distlora.training.run_directory import (
+    EVALUATIONS,
+    METRICS,
+    RATE_SEARCH,
+    RECIPE,
+    RECOMPOSITIONS,
+    SUMMARY,
+)
 
-#: The folder of a run with the scores of evaluations after training, one JSON object a file.
 #: Who has measured a score that stands in the metrics of the run.
 ITSELF = "training"
+#: Settings in an evaluation's file that say which model was measured, or what other keys say as well.
+NO_SETTINGS = ("model", "dtype", "checkpoint", "adapter", "by", "split", "limit")
 
 
 @dataclass(frozen=True)
 class Measured:
     """What a score is a score of: scores are compared only where all of this is equal.
 
-    by: the program that measured. samples: their number; None: all of the split. settings: of the
-    measurement, as text.
+    by: how, or by which program, it was measured. samples: their number; None: all of the split. settings:
+    of the measurement, as texts.
     """
 
     task: str
@@ -35,7 +43,7 @@ class Measured:
     data: str = ""
     split: str = ""
     samples: int | None = None
-    settings: str = ""
+    settings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -63,6 +71,7 @@ class RunRecord:
     starts: list[dict[str, Any]] = field(default_factory=list)
     summary: dict[str, Any] = field(default_factory=dict)
     status: Status | None = None
+    rate_search: dict[str, Any] = field(default_factory=dict)
     evaluations: list[Score] = field(default_factory=list)
     known_costs: dict[str, tuple[InferenceCost | None, str]] = field(default_factory=dict, repr=False)
 
@@ -99,10 +108,16 @@ class RunRecord:
         known = self.number("init_seconds")
         return self.last("init/seconds") if known is None else known
 
+    def speed(self, unit: str) -> float | None:
+        """Of these a second, on all ranks. unit: one of `distlora.training.summary.UNITS`."""
+        known = self.number(f"{unit}_per_second")
+        return self.last(f"train/{unit}_per_second") if known is None else known
+
     @property
-    def tokens_per_second(self) -> float | None:
-        known = self.number("tokens_per_second")
-        return self.last("train/tokens_per_second") if known is None else known
+    def rate_found(self) -> float | None:
+        """The learning rate that `train.lr: search` has chosen."""
+        known = as_number(self.rate_search.get("rate"))
+        return self.last("lr_search/rate") if known is None else known
 
     @property
     def swaps(self) -> list[int]:
@@ -135,14 +150,12 @@ class RunRecord:
 
     @cached_property
     def scores(self) -> list[Score]:
-        """Those of the evaluations after training; and of what these have not, those that the run itself has
-        measured.
+        """Those of the evaluations after training, and those that the run itself has measured, unless an
+        evaluation has measured just the same.
         """
-        known = {(score.measured.task, score.measured.metric) for score in self.evaluations}
+        known = {(score.measured, score.step) for score in self.evaluations}
         own = self._own_scores()
-        return self.evaluations + [
-            score for score in own if (score.measured.task, score.measured.metric) not in known
-        ]
+        return self.evaluations + [score for score in own if (score.measured, score.step) not in known]
 
     def _own_scores(self) -> list[Score]:
         """The scores in the metrics: of the beginning and of the newest step."""
@@ -151,9 +164,14 @@ class RunRecord:
         found = []
         for tag in sorted(tags):
             metric = tag.removeprefix("eval/")
-            samples = train.exact_match_samples if metric == "exact_match" else train.eval_samples
+            generated = metric == "exact_match"
             measured = Measured(
-                data.task, metric, data=data.path or "", split=data.eval_split or "", samples=samples or None
+                data.task,
+                metric,
+                data=data.path or "",
+                split=data.eval_split or "",
+                samples=(train.exact_match_samples if generated else train.eval_samples) or None,
+                settings=(f"max_new_tokens {data.max_new_tokens}",) if generated else (),
             )
             steps, values = self.curve(tag)
             ends = {steps[0]: values[0]} if steps[0] == 0 else {}
@@ -166,7 +184,7 @@ class RunRecord:
 
 
 def find_runs(paths: Sequence[Path]) -> list[RunRecord]:
-    """The runs in these directories; a directory that holds no run itself stands for those in it.
+    """The runs in these directories; a directory that holds no run itself stands for those below it.
 
     Raises UserError for what is no run, and for files of a run that are broken.
     """
@@ -186,10 +204,25 @@ def _directories(path: Path) -> list[Path]:
         raise UserError(f"{path} is no run directory: there is no such directory")
     if (path / RECIPE).is_file():
         return [path]
-    within = sorted(place.parent for place in path.glob(f"*/{RECIPE}"))
-    if not within:
-        raise UserError(f"{path} holds no run: neither it nor a directory in it has a {RECIPE}")
-    return within
+    below = _below(path)
+    if not below:
+        raise UserError(f"{path} holds no run: neither it nor a directory below it has a {RECIPE}")
+    return below
+
+
+def _below(folder: Path) -> list[Path]:
+    """What is within a run is part of it. A link to a folder is not followed: it may lead in a circle."""
+    try:
+        places = sorted(place for place in folder.iterdir() if place.is_dir())
+    except OSError as error:
+        raise UserError(f"{folder} cannot be read ({error.strerror})") from None
+    found: list[Path] = []
+    for place in places:
+        if (place / RECIPE).is_file():
+            found.append(place)
+        elif not place.is_symlink():
+            found += _below(place)
+    return found
 
 
 def _names(directories: Sequence[Path]) -> list[str]:
@@ -216,6 +249,7 @@ def read_run(directory: Path) -> RunRecord:
         [start for start in read_json(directory / ENVIRONMENT, list, []) if isinstance(start, dict)],
         read_json(directory / SUMMARY, dict, {}),
         read_status(directory),
+        read_json(directory / RATE_SEARCH, dict, {}),
         _evaluations(directory / EVALUATIONS),
     )
 
@@ -236,7 +270,9 @@ def _evaluation(path: Path) -> list[Score]:
             raise UserError(f"{path}: the score {metric} is no number; remove or repair it")
         about = {key: str(content.get(key) or "") for key in ("by", "data", "split")}
         samples = content.get("samples") if is_count(content.get("samples")) else None
-        settings = ", ".join(f"{key} {value}" for key, value in sorted(_mapping(content).items()))
+        settings = tuple(
+            f"{key} {value}" for key, value in sorted(_mapping(content).items()) if key not in NO_SETTINGS
+        )
         found.append(Score(Measured(task, metric, **about, samples=samples, settings=settings), step, number))
     return found
 

@@ -1,30 +1,38 @@
 """The table of scores: by method, rank and task, the mean over seeds and its standard deviation."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, fields
 
 from distlora.report.compare import Group, Setting, unique
-from distlora.report.numbers import Spread, best, count_text, is_share, less_is_better, score_text, spread
+from distlora.report.numbers import (
+    ABSENT,
+    Spread,
+    best,
+    count_text,
+    is_share,
+    less_is_better,
+    score_text,
+    spread,
+)
 from distlora.report.page import Table
 from distlora.report.runs import Measured, RunRecord, Score
 
-AFTER = "after steps"
+RATE_FOUND = "learning rate found"
+AFTER, BEFORE = "after steps", "before training"
 
 
 @dataclass(frozen=True)
 class Row:
-    """setting: None stands for all runs before training. step: of the measurement, where the runs had not
-    reached their last one. found: by column.
-    """
+    """step: of the measurement, 0 before training; None for the last one of the runs. found: by column."""
 
-    setting: Setting | None
+    setting: Setting
     step: int | None
     found: tuple[Spread | None, ...]
 
     @property
     def whole(self) -> bool:
         """Whether the scores are those of finished runs, which alone are compared."""
-        return self.setting is not None and self.step is None
+        return self.step is None
 
     @property
     def count(self) -> int:
@@ -39,16 +47,12 @@ def score_columns(group: Group, tasks: Collection[str] = ()) -> list[Measured]:
 
 
 def score_rows(group: Group, columns: Sequence[Measured]) -> list[Row]:
-    """Before training, where that was measured; then every setting, once more for unfinished runs."""
-    before = tuple(
-        spread(score.value for run in group.runs for score in _scores(run, column) if score.step == 0)
-        for column in columns
-    )
-    rows = [Row(None, None, before)] if any(before) else []
+    """Of every setting: before training, where that was measured; at the end; and of unfinished runs."""
+    rows = []
     for setting in group.settings:
-        by_column = [_after(setting, column) for column in columns]
+        by_column = [_by_step(setting, column) for column in columns]
         steps = {step for values in by_column for step in values}
-        for step in sorted(steps, key=lambda step: (step is not None, step)):
+        for step in sorted(steps, key=lambda step: (step != 0, step is not None, step)):
             rows.append(Row(setting, step, tuple(spread(values.get(step, [])) for values in by_column)))
     return rows
 
@@ -57,11 +61,17 @@ def _scores(run: RunRecord, column: Measured) -> list[Score]:
     return [score for score in run.scores if score.measured == column]
 
 
-def _after(setting: Setting, column: Measured) -> dict[int | None, list[float]]:
-    """The newest score of every run, by the step at which it was measured; None for the run's last step."""
+def _by_step(setting: Setting, column: Measured) -> dict[int | None, list[float]]:
+    """Every run's score before training, at step 0, and its newest one, by the step at which it was measured;
+    None for the run's last step.
+    """
     found: dict[int | None, list[float]] = {}
     for run in setting.runs:
-        trained = [score for score in _scores(run, column) if score.step]
+        scores = _scores(run, column)
+        trained = [score for score in scores if score.step]
+        for score in scores:
+            if not score.step:
+                found.setdefault(0, []).append(score.value)
         if trained:
             newest = max(trained, key=lambda score: score.step)
             finished = run.steps is None or newest.step >= run.steps
@@ -81,9 +91,10 @@ def scores_table(group: Group, tasks: Collection[str] = ()) -> Table | None:
         return None
     rows = score_rows(group, columns)
     by_step = any(row.step is not None for row in rows)
-    texts = [*group.columns, *([AFTER] if by_step else [])]
+    searched = any(run.rate_found is not None for run in group.runs)
+    texts = [*group.columns, *([RATE_FOUND] if searched else []), *([AFTER] if by_step else [])]
     header = [*texts, "trained parameters", "n", *column_names(columns)]
-    cells = [[*_about(row, group, by_step), *_values(row, columns)] for row in rows]
+    cells = [[*_about(row, searched, by_step), *_values(row, columns)] for row in rows]
     first = len(header) - len(columns)
     bold = {
         (places[top], first + column)
@@ -94,15 +105,26 @@ def scores_table(group: Group, tasks: Collection[str] = ()) -> Table | None:
     return Table(header, cells, frozenset(bold), len(texts))
 
 
-def _about(row: Row, group: Group, by_step: bool) -> list[str]:
+def _about(row: Row, searched: bool, by_step: bool) -> list[str]:
     """The cells before the scores."""
     setting = row.setting
-    if setting is None:
-        return ["before training", *[""] * (len(group.columns) - 1 + by_step), "", ""]
-    whole = count_text(run.steps for run in setting.runs)
-    step = whole if row.step is None else f"{row.step:,} of {whole}"
+    rates = [rates_text(setting.runs)] if searched else []
+    steps = [_step_text(row)] if by_step else []
     trained = count_text(run.trained for run in setting.runs)
-    return [*setting.values, *([step] if by_step else []), trained, str(row.count)]
+    return [*setting.values, *rates, *steps, trained, str(row.count)]
+
+
+def rates_text(runs: Iterable[RunRecord]) -> str:
+    """The learning rates that the runs have searched and found."""
+    rates = unique(run.rate_found for run in runs if run.rate_found is not None)
+    return " / ".join(f"{rate:g}" for rate in rates) or ABSENT
+
+
+def _step_text(row: Row) -> str:
+    if row.step == 0:
+        return BEFORE
+    whole = count_text(run.steps for run in row.setting.runs)
+    return whole if row.step is None else f"{row.step:,} of {whole}"
 
 
 def _values(row: Row, columns: Sequence[Measured]) -> list[str]:
@@ -110,7 +132,7 @@ def _values(row: Row, columns: Sequence[Measured]) -> list[str]:
     texts = []
     for item, measured in zip(row.found, columns):
         text = score_text(item, measured.metric)
-        other = item is not None and row.setting is not None and item.count != row.count
+        other = item is not None and item.count != row.count
         texts.append(f"{text} (n = {item.count})" if other else text)
     return texts
 
@@ -121,15 +143,17 @@ def column_names(columns: Sequence[Measured]) -> list[str]:
     for column in columns:
         rivals = [c for c in columns if (c.task, c.metric) == (column.task, column.metric)]
         keys = [f.name for f in fields(Measured) if len({getattr(rival, f.name) for rival in rivals}) > 1]
-        told = [text for text in (_told(column, key) for key in keys) if text]
+        told = [text for text in (_told(column, key, rivals) for key in keys) if text]
         unit = ", %" if is_share(column.metric) else " ↓" if less_is_better(column.metric) else ""
         more = f" ({', '.join(told)})" if told else ""
         names.append(f"{column.task}: {column.metric.replace('_', ' ')}{unit}{more}")
     return names
 
 
-def _told(column: Measured, key: str) -> str:
+def _told(column: Measured, key: str, rivals: Sequence[Measured]) -> str:
     value = getattr(column, key)
+    if key == "settings":
+        return ", ".join(text for text in value if any(text not in rival.settings for rival in rivals))
     if key == "samples":
         return "all samples" if value is None else f"{value} samples"
     return f"by {value}" if key == "by" and value else str(value)

@@ -96,7 +96,7 @@ def _speed(group: Group) -> list[Block]:
         return []
     text = (
         "Peak memory is that of tensors on a GPU, or of the whole process where it computes on a CPU; "
-        "tokens a second are counted with the evaluations and checkpoints between the steps."
+        "tokens or images a second are counted with the evaluations and checkpoints between the steps."
     )
     continued = [run.name for run in group.runs if run.number("first_step")]
     if continued:

@@ -67,7 +67,8 @@ class ImageLabels(Objective):
     def attention(self) -> str:
         return attention_of(self.recipe.model, self.labels, images=True)
 
-    def meta_sample(self, model: nn.Module) -> Batch:
+    def meta_sample(self, model: nn.Module, tokens: int = 2) -> Batch:
+        """One image; tokens plays no part."""
         shape = self.load_preprocessor()(blank_images()[:1]).shape
         return {"pixel_values": torch.zeros(shape, dtype=model.dtype, device="meta")}
 

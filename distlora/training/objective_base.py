@@ -69,11 +69,12 @@ class Objective(ABC):
         """The attention implementation that this machine would run."""
         return attention_of(self.recipe.model, self.labels)
 
-    def meta_sample(self, model: nn.Module) -> Batch:
-        """One sample, without a label, for a model on the meta device."""
-        tokens = torch.ones(1, 2, dtype=torch.int64, device="meta")
+    def meta_sample(self, model: nn.Module, tokens: int = 2) -> Batch:
+        """One sample, without a label, for a model on the meta device. tokens: the length of a text."""
+        ids = torch.ones(1, tokens, dtype=torch.int64, device="meta")
         # A mask as attention uses it: transformers would make one from values, and meta tensors have none.
-        return {"input_ids": tokens, "attention_mask": torch.zeros(1, 1, 2, 2, device="meta")}
+        mask = torch.zeros(1, 1, tokens, tokens, dtype=model.dtype, device="meta")
+        return {"input_ids": ids, "attention_mask": mask}
 
     def head(self, model: nn.Module) -> set[str]:
         """Names of the parameters that are trained whole even if the weights hold them."""

@@ -14,6 +14,8 @@ from distlora.files.atomic import write_text
 from distlora.training.monitor import jsonable
 from distlora.training.run_directory import METRICS, SUMMARY
 
+#: What the speed of a run counts: tokens where it learns from texts, images where it learns from these.
+UNITS = ("tokens", "images")
 #: Of a run's `Summary`, what is written as it is.
 FACTS = ("trained", "lora_trained", "rank", "steps", "init_seconds")
 
@@ -32,7 +34,7 @@ def record_summary(comm: Comm, outcome: Mapping[str, Any], first_step: int, step
         "steps_per_epoch": steps_per_epoch,
         "step_seconds": seconds,
         "epoch_seconds": seconds and seconds * steps_per_epoch,
-        "tokens_per_second": _last_speed(run_dir / METRICS) if comm.is_main else None,
+        **(_last_speeds(run_dir / METRICS) if comm.is_main else {}),
         "peak_memory_bytes": peak,
         "device": comm.device.type,
         "ranks": comm.world_size,
@@ -69,12 +71,14 @@ def _peak_of_process() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
 
 
-def _last_speed(metrics: Path) -> float | None:
-    """Tokens a second of all ranks, as the monitor has written it last: the mean over the newest start's
-    steps, with the evaluations and checkpoints between them.
+def _last_speeds(metrics: Path) -> dict[str, float | None]:
+    """`tokens_per_second` and `images_per_second` of all ranks, None for the one that the run does not count;
+    as the monitor has written it last: the mean over the newest start's steps, with the evaluations and
+    checkpoints between them.
     """
-    key, found = "train/tokens_per_second", None
+    found: dict[str, float | None] = {f"{unit}_per_second": None for unit in UNITS}
     if metrics.exists():
         for line in metrics.read_text(encoding="utf-8").splitlines():
-            found = json.loads(line).get(key, found)
+            record = json.loads(line)
+            found = {key: record.get(f"train/{key}", value) for key, value in found.items()}
     return found

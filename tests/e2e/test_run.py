@@ -114,7 +114,7 @@ def test_a_report_of_the_run(finished, tmp_path):
     outcome = succeed("report", run_dir, "--out", tmp_path / "report")
     assert outcome.out.strip() == str(tmp_path / "report" / "report.md")
     page = (tmp_path / "report" / "report.md").read_text()
-    assert "done, step 6 of 6" in page and f"| lora\\_sb | 4 | {7 * 3 * 16} | 1 |" in page
+    assert "done, step 6 of 6" in page and f"| lora\\_sb | 4 | 6 | {7 * 3 * 16} | 1 |" in page
     for heading in ("Scores", "Losses", "Initialisation", "Speed and memory", "Inference"):
         assert f"### {heading}\n" in page
 

@@ -10,8 +10,9 @@ import torch
 
 from distlora.cli.main import main
 from distlora.errors import UserError
+from distlora.exports.draft import new_directory
 from distlora.report.build import write_report
-from distlora.report.compare import comparable_groups, different_facts
+from distlora.report.compare import common_facts, comparable_groups, different_facts
 from distlora.report.costs import inference_table, initialisation_table, speed_table
 from distlora.report.curves import TRAINING, curves, limits, panels, smooth_values
 from distlora.report.hardware import command_of
@@ -20,7 +21,13 @@ from distlora.report.page import Commands, Heading, Paragraph, Picture, Table, a
 from distlora.report.runs import find_runs
 from distlora.report.scores import scores_table
 from tests.e2e.program import recipe_of, write_recipe
-from tests.tiny_models import tiny_config, tiny_model_dir
+from tests.tiny_models import (
+    tiny_config,
+    tiny_encoder_dir,
+    tiny_model_dir,
+    tiny_vision_config,
+    tiny_vision_dir,
+)
 
 CPU = {"ranks": 1, "device": "cpu", "hosts": {"a": [0]}}
 
@@ -46,7 +53,7 @@ def make_run(folder: Path, name: str, changes: dict | None = None, **files) -> P
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in metrics))
     for task, scores in files.get("scores", {}).items():
         add_evaluation(run_dir, task, scores)
-    for key in ("summary", "environment"):
+    for key in ("summary", "environment", "lr_search"):
         if key in files:
             (run_dir / f"{key}.json").write_text(json.dumps(files[key]))
     return run_dir
@@ -153,6 +160,12 @@ def test_what_is_not_comparable_is_told_and_kept_apart(tmp_path):
     assert {path.name for path in (tmp_path / "report").glob("*.png")} == {"losses-1.png", "losses-2.png"}
 
 
+@pytest.mark.parametrize("epochs, told", [(1.0, "1 epoch"), (0.5, "0.5 epochs"), (2.0, "2 epochs")])
+def test_a_budget_of_epochs_is_told_in_words(tmp_path, epochs, told):
+    make_run(tmp_path, "a", {"train.steps": None, "train.epochs": epochs}, metrics=[])
+    assert common_facts(find_runs([tmp_path])[0])["budget"] == told
+
+
 def test_a_budget_is_steps_times_batch(tmp_path):
     make_run(tmp_path, "a", {"train.steps": 10, "train.global_batch_size": 4})
     make_run(tmp_path, "b", {"train.steps": 5, "train.global_batch_size": 8})
@@ -199,8 +212,8 @@ def test_scores_of_unfinished_runs_stand_apart(tmp_path):
     add_evaluation(running, "boolq", {"accuracy": 0.9}, step=5)
     add_evaluation(other, "boolq", {"accuracy": 0.1}, step=0)
     table = scores_table(group_of(tmp_path))
-    assert column(table, "method") == ["before training", "lora", "lora_sb", "lora_sb"]
-    assert column(table, "after steps") == ["", "10", "10", "5 of 10"]
+    assert column(table, "method") == ["lora", "lora", "lora_sb", "lora_sb"]
+    assert column(table, "after steps") == ["before training", "10", "10", "5 of 10"]
     assert column(table, "boolq: accuracy, %") == ["10.0", "40.0", "50.0", "90.0"]
     assert bold(table) == {("lora_sb", "50.0")}
 
@@ -214,13 +227,86 @@ def test_scores_of_other_samples_have_a_column_of_their_own(tmp_path):
     ]  # fmt: skip
 
 
-def test_what_the_run_itself_has_measured_counts_where_nobody_else_has(tmp_path):
+def test_what_the_run_itself_has_measured_stands_beside_what_others_have(tmp_path):
+    """Also where these have asked fewer questions."""
     metrics = [{"step": 0, "eval/loss": 3.0, "eval/exact_match": 0.0},
                {"step": 10, "eval/loss": 1.0, "eval/exact_match": 0.25}]  # fmt: skip
-    make_run(tmp_path, "a", metrics=metrics, scores={"gsm8k": {"exact_match": 0.5}})
+    run_dir = make_run(tmp_path, "a", {"train.exact_match_samples": 100}, metrics=metrics)
+    add_evaluation(run_dir, "gsm8k", {"exact_match": 0.8}, samples=5)
     table = scores_table(group_of(tmp_path))
-    assert column(table, "gsm8k: exact match, %") == ["-", "50.0"]
+    assert column(table, "after steps") == ["before training", "10"]
+    found = {name: column(table, name) for name in table.header if "exact match" in name}
+    (few,) = [cells for name, cells in found.items() if "5 samples" in name]
+    (own,) = [cells for name, cells in found.items() if "100 samples" in name]
+    assert (few, own) == (["-", "80.0"], ["0.0", "25.0"])
     assert column(table, "gsm8k: loss ↓") == ["3.000", "1.000"]
+
+
+def test_what_others_have_measured_alike_replaces_what_the_run_itself_has(tmp_path):
+    run_dir = make_run(tmp_path, "a", metrics=[{"step": 5, "eval/loss": 2.0}, {"step": 10, "eval/loss": 1.0}])
+    (run,) = find_runs([run_dir])
+    (own,) = [score.measured for score in run.scores]
+    same = {"by": own.by, "data": own.data, "split": own.split, "samples": own.samples}
+    add_evaluation(run_dir, own.task, {"loss": 1.5}, **same)
+    (run,) = find_runs([run_dir])
+    assert [(score.step, score.value) for score in run.scores] == [(10, 1.5)]
+
+
+@pytest.mark.parametrize(
+    "key, names", [("data.max_new_tokens", ["max_new_tokens 8", "max_new_tokens 64"]),
+                   ("train.exact_match_samples", ["8 samples", "64 samples"])]
+)  # fmt: skip
+def test_a_run_that_asked_otherwise_has_a_column_of_its_own(tmp_path, key, names):
+    metrics = [{"step": 10, "eval/exact_match": 0.25, "eval/loss": 1.0}]
+    for seed, value in ((1, 8), (2, 64)):
+        changes = {"train.exact_match_samples": 100, "train.seed": seed} | {key: value}
+        make_run(tmp_path, f"a{seed}", changes, metrics=metrics)
+    table = scores_table(group_of(tmp_path))
+    assert [name for name in table.header if "exact" in name] == [
+        f"gsm8k: exact match, % ({name})" for name in names
+    ]
+    assert column(table, "gsm8k: loss ↓") == ["1.000 ± 0.000"], "which generates nothing"
+
+
+def test_evaluations_of_equal_runs_have_one_column(tmp_path):
+    """Though each file says of which checkpoint it is."""
+    for seed in (1, 2):
+        settings = {"checkpoint": f"sha{seed}", "model": "m", "dtype": "float32", "max_new_tokens": 64}
+        run_dir = make_run(tmp_path, f"a{seed}", {"train.seed": seed})
+        add_evaluation(run_dir, "gsm8k", {"exact_match": 0.5}, settings=settings)
+    table = scores_table(group_of(tmp_path))
+    assert column(table, "gsm8k: exact match, %") == ["50.0 ± 0.0"] and column(table, "n") == ["2"]
+
+
+def test_scores_before_training_are_those_of_their_setting(tmp_path):
+    for seed, method, loss in ((1, LORA, 2.0), (2, LORA, 4.0), (1, PISSA, 9.0)):
+        metrics = [{"step": 0, "eval/loss": loss}, {"step": 10, "eval/loss": 1.0}]
+        name = f"{method['method']['name']}-{seed}"
+        make_run(tmp_path, name, method | {"train.seed": seed}, metrics=metrics)
+    table = scores_table(group_of(tmp_path))
+    assert column(table, "method") == ["lora", "lora", "pissa", "pissa"]
+    assert column(table, "after steps") == ["before training", "10"] * 2
+    assert column(table, "n") == ["2", "2", "1", "1"]
+    assert column(table, "gsm8k: loss ↓") == ["3.000 ± 1.414", "1.000 ± 0.000", "9.000", "1.000"]
+
+
+def test_learning_rates_that_were_found_are_told(tmp_path):
+    scores = {"boolq": {"accuracy": 0.5}}
+    search = {"train.lr": "search"}
+    make_run(tmp_path, "a", search, scores=scores, lr_search={"rate": 0.002})
+    metrics = [{"step": 0, "lr_search/rate": 0.003}, {"step": 10, "train/loss": 1.0}]
+    make_run(tmp_path, "b", search | {"train.seed": 7}, scores=scores, metrics=metrics)
+    make_run(tmp_path, "c", LORA, scores=scores)
+    name = "learning rate found"
+    table = scores_table(group_of(tmp_path))
+    assert column(table, "lr") == ["0.02", "search"] and column(table, name) == ["-", "0.002 / 0.003"]
+    page = report_of(tmp_path)
+    assert f"| run | method | seed | {name} | state |" in page and "| 7 | 0.003 | at step 10 |" in page
+
+
+def test_without_a_search_no_learning_rate_is_told(tmp_path):
+    make_run(tmp_path, "a", scores={"boolq": {"accuracy": 0.5}})
+    assert "learning rate found" not in report_of(tmp_path)
 
 
 # ---------------------------------------------------------------------- time, memory
@@ -290,7 +376,7 @@ def test_macs_of_a_linear_layer():
         def forward(self, input_ids):
             return self.out(self.embed(input_ids))
 
-    cost = pass_cost(Only().to("meta"), tokens=5)
+    cost = pass_cost(Only().to("meta"), {"input_ids": torch.zeros(1, 5, dtype=torch.long, device="meta")})
     assert (cost.macs, cost.parameters) == (5 * 3 * 7, 33 + 28)
 
 
@@ -299,6 +385,52 @@ def test_inference_costs_are_one_row_for_equal_ones(tmp_path, model):
         make_run(tmp_path, f"a{lr}", LORA | {"model.path": str(model), "train.lr": lr})
     table, about = inference_table(group_of(tmp_path))
     assert len(table.rows) == 2 and about.startswith("One sequence of 256 tokens")
+
+
+def image_run(folder: Path, **files) -> Path:
+    """Of a vision model whose images are 16 × 16."""
+    base = tiny_vision_dir("vit", folder / "models")
+    section = {"task": "mnist", "path": str(folder / "no-data"), "eval_split": "test"}
+    return make_run(folder / "runs", "a", LORA | {"model.path": str(base), "data": section}, **files)
+
+
+def test_runs_on_images_have_pages_like_others(tmp_path):
+    metrics = [{"step": step, "train/loss": 2.0, "train/images_per_second": 7.0} for step in range(1, 11)]
+    image_run(tmp_path, metrics=metrics)
+    page = report_of(tmp_path / "runs")
+    assert "One image of 16 × 16 pixels through the whole model" in page and "Not counted" not in page
+    table = speed_table(group_of(tmp_path / "runs"))
+    assert column(table, "images a second") == ["7.00"] and "tokens a second" not in table.header
+
+
+def test_macs_of_an_image(tmp_path):
+    """Of 16 patches, which a convolution makes, and of a token before them."""
+    (run,) = find_runs([image_run(tmp_path)])
+    cost, config = inference_cost(run.recipe), tiny_vision_config("vit")
+    patches = (16 // config.patch_size) ** 2
+    tokens, hidden, inner = patches + 1, config.hidden_size, config.intermediate_size
+    block = tokens * (4 * hidden * hidden + 2 * hidden * inner) + 2 * tokens * tokens * hidden
+    first = patches * config.patch_size**2 * config.num_channels * hidden
+    assert cost.merged.macs == first + config.num_hidden_layers * block + 10 * hidden
+    assert cost.adapted.macs > cost.merged.macs
+
+
+def test_macs_of_a_classifier_of_texts(tmp_path):
+    base = tiny_encoder_dir("bert", tmp_path / "models")
+    section = {"task": "sst2", "path": str(tmp_path / "no-data"), "eval_split": "validation"}
+    make_run(tmp_path / "runs", "a", LORA | {"model.path": str(base), "data": section | {"max_length": 8}})
+    (run,) = find_runs([tmp_path / "runs"])
+    cost, problem = run.cost
+    assert problem == "" and cost.adapted.macs > cost.merged.macs > 0
+
+
+def test_a_model_that_asks_for_values_is_not_counted():
+    class Asks(torch.nn.Linear):
+        def forward(self, input):
+            return super().forward(input) if input.sum() > 0 else input
+
+    with pytest.raises(UserError, match="Asks cannot be run without its weights"):
+        pass_cost(Asks(2, 3, device="meta"), {"input": torch.zeros(1, 2, device="meta")})
 
 
 def test_without_the_model_nothing_is_counted_and_the_reason_is_told(tmp_path):
@@ -414,6 +546,18 @@ def test_a_report_is_replaced_and_nothing_else_is(tmp_path):
     assert (tmp_path / "report" / "notes.txt").read_text() == "mine"
 
 
+def test_a_report_that_cannot_take_its_place_leaves_the_earlier_one(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "a").write_text("earlier")
+    with pytest.raises(OSError), new_directory(tmp_path / "out", {"a"}) as draft:
+        draft.rmdir()
+    assert (tmp_path / "out" / "a").read_text() == "earlier"
+    with new_directory(tmp_path / "out", {"a"}) as draft:
+        (draft / "a").write_text("newer")
+    assert (tmp_path / "out" / "a").read_text() == "newer"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 @pytest.mark.parametrize("content", ["{}", "broken", '{"files": 3}', '{"files": ["a", "report.json"]}'])
 def test_a_directory_of_others_is_left_alone(tmp_path, content):
     make_run(tmp_path, "run")
@@ -474,6 +618,15 @@ def test_what_is_no_run_is_refused(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_every_run_below_a_folder_is_found(tmp_path):
+    """And none within a run, such as a copy of another one's files."""
+    inner = make_run(tmp_path / "runs" / "sweep" / "points", "b")
+    make_run(inner / "copies", "no")
+    make_run(tmp_path / "runs", "a")
+    (tmp_path / "runs" / "sweep" / "circle").symlink_to(tmp_path / "runs", target_is_directory=True)
+    assert [run.name for run in find_runs([tmp_path / "runs"])] == ["a", "b"]
+
+
 def test_without_matplotlib_one_sentence(tmp_path, capsys, monkeypatch):
     make_run(tmp_path, "a")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
@@ -493,6 +646,7 @@ def test_without_matplotlib_one_sentence(tmp_path, capsys, monkeypatch):
         ("metrics.jsonl", "[1]\n", "metrics.jsonl, line 1: wanted a JSON object"),
         ("recompositions.jsonl", '{"step": "x"}\n', "recompositions.jsonl, line 1: the key step"),
         ("summary.json", "[]", "summary.json: wanted a JSON object"),
+        ("lr_search.json", "[]", "lr_search.json: wanted a JSON object"),
         ("summary.json", "{", "summary.json cannot be read as JSON"),
         ("environment.json", "{}", "environment.json: wanted a JSON list"),
         ("status.json", "{}", "status.json is not a run's status"),

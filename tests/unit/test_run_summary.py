@@ -44,6 +44,14 @@ def test_a_summary_is_json_that_others_can_read(tmp_path):
     assert found["before"] == {"loss": 2.0} and found["after"] == {"loss": "nan"}
 
 
+@pytest.mark.parametrize("unit, other", [("tokens", "images"), ("images", "tokens")])
+def test_a_summary_has_the_speed_in_what_the_run_counts(tmp_path, unit, other):
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, f"train/{unit}_per_second": 5.0}) + "\n")
+    record_summary(ALONE, outcome(tmp_path), first_step=0, steps_per_epoch=8)
+    found = written(tmp_path)
+    assert (found[f"{unit}_per_second"], found[f"{other}_per_second"]) == (5.0, None)
+
+
 def test_a_start_without_a_step_keeps_what_the_steps_have_told(tmp_path):
     record_summary(ALONE, outcome(tmp_path), first_step=0, steps_per_epoch=8)
     before = written(tmp_path)
