@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 from distlora.tasks.reading.plain_text import braced, first_line
 from distlora.tasks.reading.quantities import names_number
@@ -29,10 +30,12 @@ _MARK = re.compile(
 _AS_FOLLOWS = re.compile(r"\W*(?:as follows|(?:given |shown )?below)\b\W*", re.IGNORECASE)
 _NOT = re.compile(r"\W*not\b", re.IGNORECASE)
 _INSTEAD = re.compile(r"\b(?:but(?: rather)?|rather|instead|it is|it's|it must be)\b", re.IGNORECASE)
+#: Of a text that repeats its marks, so many of the last ones are read.
+_MOST_MARKS = 6
 #: What stands behind `####` where that begins a section, and behind `the answer is` where that explains.
 _HEADING = re.compile(r"(?!Answer|Total|Negative|Minus|About|Approx)[A-Z][a-z]+\b")
 _EXPLANATION = re.compile(
-    r"(?:obtained|found|calculated|computed|derived|determined|reached|correct|the (?:sum|result) of)\b(?! to be)",
+    r"(?:obtained|found|calculated|computed|derived|determined|reached)\b(?! to be)",
     re.IGNORECASE,
 )
 #: The end of a sentence: a full stop that is no decimal point.
@@ -68,7 +71,7 @@ def final_number(text: str) -> Marked | None:
     """As `final_answer`, where the answer is a number. A mark without any (`the answer is an integer`), a
     heading (`#### Step 2`) and an explanation (`the answer is obtained by …`) count only if no other does.
     """
-    marked = list(_marked(text))
+    marked = list(islice(_marked(text), _MOST_MARKS))
     numbers = [each for each in marked if not each[1].text or names_number(each[1].text)]
     answers = [found for mark, found in numbers if not _is_aside(mark, found.text)]
     found = answers or [found for _, found in numbers or marked]
