@@ -3,12 +3,15 @@
 import re
 from decimal import Decimal
 
+from distlora.tasks.reading.options import KINDS
+from distlora.tasks.reading.plain_text import first_line
+
 _NUMBER = r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|-?\.\d+"
 #: An answer that is a number, perhaps with a currency, a percent sign or a unit in words: `$1,000.00` and
 #: `1 kid`, but not `5/6` or `5x`.
 _WHOLE_NUMBER = re.compile(rf"(?:\\?\$)?\s*({_NUMBER})\s*(?:\\?%)?(?:\s+[A-Za-z ]+)?(?:\\?\$)?")
 #: Labels of options in the LLM-Adapters data sets. Models often repeat the option's text after its label.
-_LABEL = re.compile(r"(?:true|false|(?:solution|answer|option|ending)\s?\d+)\b", re.IGNORECASE)
+_LABEL = re.compile(rf"(?:true|false|(?:{'|'.join(KINDS)})\s?\d+)\b", re.IGNORECASE)
 
 
 def after_hashes(text: str) -> str | None:
@@ -63,7 +66,7 @@ def same(found: str | None, expected: str | None) -> bool:
 
 def _line(text: str) -> str | None:
     """The first line that is not blank."""
-    return next((line.strip() for line in text.splitlines() if line.strip()), None)
+    return first_line(text) or None
 
 
 def _value(text: str) -> Decimal | None:

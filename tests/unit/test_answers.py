@@ -2,6 +2,7 @@
 
 import json
 import logging
+import random
 import signal
 import subprocess
 import sys
@@ -44,6 +45,31 @@ def test_every_task_with_generated_answers_is_in_the_table_or_judged_like_one():
 def test_no_text_breaks_a_judge_or_is_right_by_accident(task, output):
     for text in (output, f"The answer is: {output}", f"#### {output}"):
         assert is_correct(task, text, "5") is False
+
+
+#: What texts are made of in which a judge may find numbers, marks, options and mathematics.
+PIECES = [
+    *"0123456789.,:;!?%$&#*_^-+/=<>(){}[]~'|\\ \n xyzane€½²≤∪π√∞٣",
+    *"1.000 .000 1,000 e9 answer answer2 true false not is #### Answer: one two half dozen hundred".split(),
+    *"The answer is:;out of;million;more than;and;or;dollars;cents;per;third;doubt;Yes;No".split(";"),
+    *"\\boxed{ \\frac \\frac{1}{2} \\overline{3} \\sqrt \\text{ \\begin{pmatrix} \\le \\{ \\left( ⇒".split(),
+]
+DIGITS = "0 1 9 50 . . , / : - e9 % .000 .000 1.000 ,000 1,000".split()
+
+
+def test_no_judge_raises_on_any_text(monkeypatch):
+    """Random texts of a fixed seed. The process that compares mathematics has its tests below."""
+    monkeypatch.setattr(equivalence, "_compare", lambda text, expected: False)
+    rng = random.Random(0)
+    judges = [task.judge for task in TASKS.values() if isinstance(task, ResponseTask)]
+    judges = list(dict.fromkeys(judges))
+    for turn in range(3000):
+        output, answer = (
+            rng.choice(("", "", " ")).join(rng.choices(rng.choice((PIECES, DIGITS)), k=rng.randrange(1, 14)))
+            for _ in range(2)
+        )
+        judge = judges[turn % len(judges)]
+        assert judge(f"The answer is: {output}", answer) in (True, False), (output, answer)
 
 
 @pytest.mark.parametrize(
@@ -95,10 +121,20 @@ def test_an_expression_that_never_ends_is_not_right_and_harms_nothing(caplog, ca
         start = time.monotonic()
         assert not equivalent(HOSTILE, "3.5x")
         assert time.monotonic() - start < equivalence_worker.CLOCK_SECONDS + 2
-        assert process.returncode in (-signal.SIGPROF, -signal.SIGALRM)
+        assert process.returncode == -signal.SIGPROF
         assert equivalent("2y + y", "3y")
     assert signal.getsignal(signal.SIGALRM) is handler and signal.getitimer(signal.ITIMER_REAL) == alarm
     assert caplog.records == [] and capfd.readouterr() == ("", "")
+    worker._end()
+
+
+def test_a_comparison_that_was_not_finished_is_made_again(monkeypatch):
+    monkeypatch.setattr(equivalence, "_WORKER", worker := equivalence._Worker())
+    with worker._lock:
+        worker._running().kill()
+        worker._process.wait()
+    assert not equivalent("5z + z", "6z")
+    assert equivalent("5z + z", "6z")
     worker._end()
 
 

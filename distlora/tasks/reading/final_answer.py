@@ -1,9 +1,12 @@
 """Where the final answer stands in a text."""
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
-from distlora.tasks.reading.plain_text import braced
+from distlora.tasks.reading.plain_text import braced, first_line
+from distlora.tasks.reading.quantities import names_number
 
 #: Where the next prompt begins that a model has invented behind its answer.
 _NEXT_PROMPT = re.compile(
@@ -27,6 +30,14 @@ _MARK = re.compile(
 _AS_FOLLOWS = re.compile(r"\W*(?:as follows|(?:given |shown )?below)\b\W*", re.IGNORECASE)
 _NOT = re.compile(r"\W*not\b", re.IGNORECASE)
 _INSTEAD = re.compile(r"\b(?:but(?: rather)?|rather|instead|it is|it's|it must be)\b", re.IGNORECASE)
+#: Of a text that repeats its marks, so many of the last ones are read.
+_MOST_MARKS = 6
+#: What stands behind `####` where that begins a section, and behind `the answer is` where that explains.
+_HEADING = re.compile(r"(?!Answer|Total|Negative|Minus|About|Approx)[A-Z][a-z]+\b")
+_EXPLANATION = re.compile(
+    r"(?:obtained|found|calculated|computed|derived|determined|reached)\b(?! to be)",
+    re.IGNORECASE,
+)
 #: The end of a sentence: a full stop that is no decimal point.
 _SENTENCE_END = re.compile(r"[.?][*_`$\"']*(?=\s+[A-Z]|\s*$)")
 
@@ -53,12 +64,33 @@ def final_answer(text: str) -> Marked | None:
 
     A mark with nothing behind it, where a text was cut, does not count.
     """
+    return next((found for _, found in _marked(text)), None)
+
+
+def final_number(text: str) -> Marked | None:
+    """As `final_answer`, where the answer is a number. A mark without any (`the answer is an integer`), a
+    heading (`#### Step 2`) and an explanation (`the answer is obtained by …`) count only if no other does.
+    """
+    marked = list(islice(_marked(text), _MOST_MARKS))
+    numbers = [each for each in marked if not each[1].text or names_number(each[1].text)]
+    answers = [found for mark, found in numbers if not _is_aside(mark, found.text)]
+    found = answers or [found for _, found in numbers or marked]
+    return found[0] if found else None
+
+
+def _marked(text: str) -> Iterator[tuple[str, Marked]]:
+    """The marks and what stands behind them, from the last one on."""
     text = own_turn(text)
     for mark in reversed(list(_MARK.finditer(text))):
         found = _in_box(text, mark) if mark["box"] else _behind(text[mark.end() :])
         if found:
-            return found
-    return None
+            yield mark[0], found
+
+
+def _is_aside(mark: str, text: str) -> bool:
+    if mark.startswith("#"):
+        return bool(_HEADING.match(text)) and not names_number(text.split()[0])
+    return bool(_EXPLANATION.match(text))
 
 
 def reference(text: str) -> str:
@@ -81,7 +113,7 @@ def _in_box(text: str, mark: re.Match) -> Marked | None:
 def _behind(tail: str) -> Marked | None:
     follows = _AS_FOLLOWS.match(tail)
     tail = tail[follows.end() :] if follows else tail
-    line = next((line.strip() for line in tail.splitlines() if re.search(r"\w", line)), "")[:LONGEST]
+    line = first_line(tail, with_a=r"\w")[:LONGEST]
     if _NOT.match(line):
         instead = _INSTEAD.search(line)
         return Marked(line[instead.end() :].strip() if instead else "")

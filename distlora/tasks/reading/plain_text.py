@@ -5,6 +5,7 @@ import re
 _IN_BRACES = re.compile(
     r"\\(?:boxed|fbox|mbox|text[a-z]*|math(?:rm|bf|it|sf|tt|bb|cal)|emph|underline|bm|boldsymbol|operatorname\*?)\s*\{"
 )
+_REPEATING = re.compile(r"(?<![\d.,])(\d{1,9})\.(\d{0,9})\\(?:overline|bar)\s*\{\s*(\d{1,9})\s*\}", re.ASCII)
 _FRACTION = re.compile(r"\\[dtc]?frac(?![a-z])\s*")
 _COMMANDS = {
     **dict.fromkeys(("times", "cdot", "ast"), "*"),
@@ -12,7 +13,15 @@ _COMMANDS = {
     **dict.fromkeys(("quad", "qquad", "ldots", "dots", "cdots"), " "),
     **dict.fromkeys(("implies", "Rightarrow", "rightarrow", "to", "Longrightarrow"), "⇒"),
     **dict.fromkeys(("approx", "simeq", "sim"), "≈"),
-    **dict.fromkeys(("le", "leq", "ge", "geq", "ne", "neq", "lt", "gt"), "<"),
+    **dict.fromkeys(("le", "leq", "leqslant"), "≤"),
+    **dict.fromkeys(("ge", "geq", "geqslant"), "≥"),
+    **dict.fromkeys(("ne", "neq"), "≠"),
+    **dict.fromkeys(("emptyset", "varnothing"), "∅"),
+    "lt": "<",
+    "gt": ">",
+    "infty": "∞",
+    "cup": "∪",
+    "cap": "∩",
     "div": "/",
     "pm": "±",
     "degree": " degrees ",
@@ -26,7 +35,8 @@ _SIGNS = str.maketrans(
         **dict.fromkeys("÷∕⁄", "/"),
         **dict.fromkeys("\u00a0\u2002\u2003\u2007\u2008\u2009\u200a\u202f\u3000", " "),
         **dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff`", None),
-        **dict.fromkeys("≤≥≠≦≧", "<"),
+        **dict.fromkeys("≦⩽", "≤"),
+        **dict.fromkeys("≧⩾", "≥"),
         **dict.fromkeys("→⟹⟶∴", "⇒"),
         **dict.fromkeys("‘’ʼ", "'"),
         "—": " . ",
@@ -46,25 +56,36 @@ _VULGAR |= {"⅘": "4/5", "⅙": "1/6", "⅚": "5/6", "⅛": "1/8", "⅜": "3/8"
 def plain(text: str) -> str:
     """The text without LaTeX's commands and Markdown's emphasis, in lower case, in one line.
 
-    A fraction becomes `((a)/(b))`, a group in braces one in parentheses, a set one in brackets. A command
+    A fraction becomes `((a)/(b))`, a group in braces one in parentheses; the braces of a set stay. A command
     without a plain form, such as `\\sqrt`, stays.
     """
     text = re.sub(r"<<[^<>]*>>|</?[a-zA-Z]{1,6}>", "", text)
     for sign, digits in _VULGAR.items():
         text = text.replace(sign, f" {digits} ")
     text = _without_markdown(text.translate(_SIGNS))
-    text = re.sub(r"[-=]+>", "⇒", text)
+    text = re.sub(r"[-=]+>", "⇒", text).replace("<=", "≤").replace(">=", "≥")
     text = re.sub(r"\\[!]|\{,\}", lambda found: "," if found[0] == "{,}" else "", text)
     text = re.sub(r"\^\s*\{?\s*\\circ\s*\}?", " degrees ", text)
-    text = _with_fractions(_unwrapped(text))
+    text = _with_fractions(repeating_decimals(_unwrapped(text)))
     text = re.sub(r"\^\(?(?:th|st|nd|rd)\b\)?", "", text)
     text = re.sub(
         r"\\[(),;: \[\]]|[~\n\r\t]", lambda f: " " if f[0] in "\n\r\t~" or f[0][1] in ",;: " else "", text
     )
     text = re.sub(r"\\([$%#&])", r"\1", text)
-    text = text.replace("\\{", "[").replace("\\}", "]")
+    text = re.sub(r"(?<!\\)[{}]", lambda found: "(" if found[0] == "{" else ")", text)
+    text = text.replace("\\{", "{").replace("\\}", "}")
     text = re.sub(r"\\([A-Za-z]+)", lambda found: _COMMANDS.get(found[1], found[0]), text)
-    return re.sub(r"\s+", " ", text.replace("{", "(").replace("}", ")")).strip().lower()
+    return re.sub(r"\s+", " ", text).strip().lower()
+
+
+def repeating_decimals(text: str) -> str:
+    """The text with each `0.1\\overline{6}` as the fraction that it is, `\\frac{15}{90}`."""
+    return _REPEATING.sub(_as_fraction, text)
+
+
+def first_line(text: str, with_a: str = r"\S") -> str:
+    """The first line with a character of this pattern, without the spaces around it; "" without one."""
+    return next((line.strip() for line in text.splitlines() if re.search(with_a, line)), "")
 
 
 def braced(text: str, start: int) -> tuple[str, int]:
@@ -79,6 +100,12 @@ def braced(text: str, start: int) -> tuple[str, int]:
         if depth == 0:
             return text[start + 1 : place], place + 1
     return text[start + 1 :], len(text)
+
+
+def _as_fraction(found: re.Match) -> str:
+    whole, once, again = found.groups()
+    above = int(whole + once + again) - int(whole + once)
+    return f" \\frac{{{above}}}{{{(10 ** len(again) - 1) * 10 ** len(once)}}} "
 
 
 def _without_markdown(text: str) -> str:

@@ -3,7 +3,7 @@
 from fractions import Fraction
 
 from distlora.tasks.reading.number_words import SMALL, leading_number
-from distlora.tasks.reading.quantity_tokens import Token, tokens
+from distlora.tasks.reading.quantity_tokens import RELATIONS, SYMBOLS, Token, tokens
 from distlora.tasks.reading.single_quantity import Single, SingleReader, Unreadable
 from distlora.tasks.reading.units import is_abbreviation
 
@@ -31,6 +31,19 @@ def quantity(text: str) -> Values:
         return frozenset()
 
 
+def is_quantity(text: str) -> bool:
+    """Whether a text is one quantity and nothing else, but for an unknown in front: `18 inches`, `x = 5`."""
+    try:
+        return _Reader(tokens(text)).is_whole()
+    except (Unreadable, ZeroDivisionError):
+        return False
+
+
+def names_number(text: str) -> bool:
+    """Whether any number stands in a text, in digits, in words, or as an expression in LaTeX."""
+    return _Reader(tokens(text)).finds_number()
+
+
 def equal(some: Values, others: Values) -> bool:
     """Whether two texts may mean the same number, to six decimals."""
     return any(abs(one - other) < _CLOSE for one in some for other in others)
@@ -41,12 +54,35 @@ class _Reader(SingleReader):
 
     def __init__(self, found: list[Token]):
         super().__init__(found)
-        self._depth = 0
+        self._depth, self._labelled = 0, False
 
     def first_quantity(self) -> Values:
         """Of `7 = 3 + 4` and of `3 + 4 = 7` that is 7."""
         if not self._seek():
             return frozenset()
+        self._labelled = self.text(-1) == ":"
+        return self._compared()
+
+    def is_whole(self) -> bool:
+        """Whether nothing stands in front of the first quantity but `x =`, and nothing behind it."""
+        if not self._seek():
+            return False
+        front = [token for token in self.tokens[: self.place] if token.kind != "currency"]
+        if front and not (len(front) == 2 and front[0].is_unknown and front[1].text == "="):
+            return False
+        self._compared()
+        return all(token.text in (")", ".", "$") for token in self.tokens[self.place :])
+
+    def finds_number(self) -> bool:
+        """Whether a number stands behind the place, which may be part of something else."""
+        while (token := self.at()).kind != "end":
+            if token.kind in ("number", "command") or token.text in SYMBOLS or self._is_number_in_words():
+                return True
+            self.place += 1
+        return False
+
+    def _compared(self) -> Values:
+        """The quantity at the place, with what is equal to it."""
         side = self._sum()
         values = side.values
         while self.text() in ("=", "≈"):
@@ -67,10 +103,11 @@ class _Reader(SingleReader):
         """Goes to the first number, or to the sign or the parenthesis in front; False if there is none."""
         while (token := self.at()).kind != "end":
             if self._is_argument():
+                of_unknown = self.at(-1).is_unknown
                 self._pass_group()
-                if self.text() in ("+", "-", "*", "/", "^"):
+                if self.text() in ("+", "-", "*", "/", "^") or of_unknown and self.text() == ",":
                     raise Unreadable
-            elif token.text in ("√", "π"):
+            elif token.text in SYMBOLS or token.text in ("∪", "∩") or self._is_first_element():
                 raise Unreadable
             elif token.kind == "number" or self._is_number_in_words():
                 self._check_front()
@@ -82,6 +119,13 @@ class _Reader(SingleReader):
             else:
                 self.place += 1
         return False
+
+    def _is_first_element(self) -> bool:
+        """Whether an unknown number or a matrix begins here that has other elements: `a, 3`, `(e, 3)`."""
+        if self.text() == "\\begin" and self.text(2).endswith("matrix"):
+            return True
+        opens = self.text(-1) in ("", "(", "[", "{", ",")
+        return opens and self.at().is_unknown and self.text(1) == ","
 
     def _is_argument(self) -> bool:
         """Whether a group begins here that belongs to a function: `f(3)`, `\\sqrt(3)`."""
@@ -108,7 +152,7 @@ class _Reader(SingleReader):
 
     def _check_front(self) -> None:
         before = self.at(-1)
-        if before.kind == "command" or before.text in ("√", "<", ">", "±"):
+        if before.kind == "command" or before.text in SYMBOLS or before.text in RELATIONS:
             raise Unreadable
         if before.text in _FUNCTIONS or before.text == "of" and self.text(-2) in _OF_FUNCTIONS:
             raise Unreadable
@@ -212,6 +256,8 @@ class _Reader(SingleReader):
         first = self.text()
         if first in _COMPARATIVES:
             self._more_or_less(single, first)
+        elif first == "of" and single.unit:
+            return  # `3 boxes of 12 pencils`
         elif first == "of" or (first, self.text(1)) == ("out", "of"):
             self._part_of(single, 1 if first == "of" else 2)
         elif first == "mod" or first == "times" and self.unknown_follows(1):
@@ -247,7 +293,9 @@ class _Reader(SingleReader):
     def _check_end(self, values: Values) -> None:
         """Unreadable if a second number stands beside the first: `7 or 8`, `7, 8`, `3:1`, `x = 7, y = 8`."""
         token = self.at()
-        if token.kind in ("command", "number") or token.text in ("±", "<", ">", "_", "√", "π"):
+        if token.kind in ("command", "number") or token.text in SYMBOLS | RELATIONS | {"_"}:
+            raise Unreadable
+        if (token.text, self.text(1)) == ("\\", "\\") and self.number_follows(2):
             raise Unreadable
         if token.text in (":", "by") and self.number_follows(1):
             raise Unreadable
@@ -257,8 +305,23 @@ class _Reader(SingleReader):
             raise Unreadable
         ahead = 2 if token.text == "," and self.text(1) in ("and", "or") else 1
         ahead += self.text(ahead) in _PERHAPS
+        if self._is_last_element(ahead) or self._labelled and self._label_follows(ahead):
+            raise Unreadable
         if self.number_follows(ahead):
             self._check_second(values, token.text, ahead)
+
+    def _is_last_element(self, ahead: int) -> bool:
+        """Whether an unknown number stands there as the next of several: `3, b`, `3 or \\sqrt(2)`."""
+        token, closing = self.at(ahead), ("", ",", ";", ")", "]", "}", "and", "or")
+        if token.text in ("-", "+"):
+            token, ahead = self.at(ahead + 1), ahead + 1
+        symbol = token.kind == "command" or token.text in SYMBOLS
+        return symbol or token.is_unknown and self.text(ahead + 1) in closing
+
+    def _label_follows(self, ahead: int) -> bool:
+        """Whether another labelled number follows: `Amy: 7, Bob: 8`."""
+        words = len(self.words(ahead))
+        return self.text(ahead + words) == ":" and self.number_follows(ahead + words + 1)
 
     def _check_second(self, values: Values, joint: str, ahead: int) -> None:
         self.place += ahead

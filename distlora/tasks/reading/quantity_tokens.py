@@ -11,7 +11,7 @@ _TOKEN = re.compile(
     r"""(?P<number>(?:\d{1,3}(?:,\d{2,3})*,\d{3}(?!\d)   # 1,000 and 12,34,567
         | \d{1,3}(?:[ ]\d{3})+(?!\d)
         | \d{1,3}(?:['_]\d{3})+(?!\d)
-        | \d{1,3}(?:\.\d{3}){2,}(?!\d)
+        | \d{1,3}(?:\.\d{3}){2,}(?!\.?\d)
         | \d+)(?:\.\d+)?(?:e[+-]?\d{1,2}(?![\w.]))?
       | (?<![\w.])\.\d+)
     | (?P<word>[^\W\d_]+(?:'[^\W\d_]+)?\w*)
@@ -25,6 +25,10 @@ _CODES = re.compile(r"\b(?:us|ca|au|usd|eur|gbp|rs|inr|cad|aud|chf|jpy|cny|rmb)\
 _HYPHENS = re.compile(r"(?<=[a-z])-(?=[a-z])|(?<=\d)-(?=[a-z]{2})|–(?=[a-z])")
 _TIMES = re.compile(r"(?<=\d)\s*x\s*(?=[\d$(])")
 _LETTERS = frozenset("abcdefghijklmnopqrstuvwxyz")
+#: Signs of numbers that are no fractions.
+SYMBOLS = frozenset("√π∞")
+#: Signs between a quantity and another one, or between sets.
+RELATIONS = frozenset("<>≤≥≠±∪∩")
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ class Token:
     @property
     def is_unknown(self) -> bool:
         """Whether it may stand for an unknown or an irrational number: a letter, a command, a root."""
-        return self.kind == "command" or self.text in ("√", "π") or self.text in _LETTERS
+        return self.kind == "command" or self.text in SYMBOLS or self.text in _LETTERS
 
 
 def tokens(text: str) -> list[Token]:

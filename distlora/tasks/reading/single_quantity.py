@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from distlora.tasks.reading.number_words import MAGNITUDES, ONE_PART, PARTS, leading_number
-from distlora.tasks.reading.quantity_tokens import Cursor
+from distlora.tasks.reading.quantity_tokens import SYMBOLS, Cursor
 from distlora.tasks.reading.units import parts_of, unit_name
 
 #: Letters directly behind a number that stand for an unknown one, and not for a unit.
@@ -84,7 +84,10 @@ class SingleReader(Cursor):
         self.place += 1
         if _GROUPED_BY_POINTS.fullmatch(text):
             text = text.replace(".", "")
-        value = Fraction(re.sub(r"[,' _]", "", text))
+        try:
+            value = Fraction(re.sub(r"[,' _]", "", text))
+        except ValueError as error:
+            raise Unreadable from error
         mixed = value.denominator == 1 and not self.at().glued and self._proper_fraction()
         return value + mixed if mixed else value
 
@@ -141,7 +144,7 @@ class SingleReader(Cursor):
 
     def _check_no_unknown(self) -> None:
         token = self.at()
-        if token.kind == "command" or token.text in ("√", "π"):
+        if token.kind == "command" or token.text in SYMBOLS:
             raise Unreadable
         if token.text in _UNKNOWN_BEHIND and (token.glued or token.text in ("x", "y", "z")):
             raise Unreadable
