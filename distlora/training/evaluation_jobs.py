@@ -123,8 +123,8 @@ def _refuse_long(evaluated: Evaluated, section: DataSection, questions: Question
 def _settings(job: Job, asked: Asked) -> dict[str, Any]:
     """All that decides the predictions beside the model."""
     section = job.section
-    settings = {
-        "data": _digest(job.items), "split": section.eval_split, "by": job.by, "limit": asked.limit,
+    settings = {  # the first that differs is told, and another limit makes another digest
+        "limit": asked.limit, "data": _digest(job.items), "split": section.eval_split, "by": job.by,
     }  # fmt: skip
     if job.by == "generation":
         settings |= {"max_new_tokens": section.max_new_tokens, "template": section.template}

@@ -109,15 +109,15 @@ WRONG = [
     ("arc_easy", {"answerKey": "F"}, "row 1 of .* has the answer 'F', which is none of A, B, C, D"),
     (
         "arc_easy",
-        {"choices": {"label": list("ABCD"), "text": ["x", None, "y", "z"]}},
+        {"choices": {"label": ["A", "E"], "text": ["x", None]}},
         "has None as its option 2",
     ),
     (
         "arc_easy",
-        {"choices": {"label": "ABCD", "text": list("wxyz")}},
+        {"choices": {"label": "ABE", "text": list("xyz")}},
         "has labels of options that are no list",
     ),
-    ("arc_easy", {"choices": {"label": list("ABCD"), "text": list("wxy")}}, "has 3 options and 4 labels"),
+    ("arc_easy", {"choices": {"label": ["A", "E"], "text": ["x"]}}, "has 1 option and 2 labels of options"),
     ("openbookqa", {"choices": ["a"]}, "row 1 of .* has another form than rows of the task openbookqa"),
 ]
 
