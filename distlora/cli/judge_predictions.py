@@ -5,6 +5,9 @@ from pathlib import Path
 
 from distlora.errors import UserError
 
+#: Options for the answers of a model.
+OF_MODELS = ("model", "adapter", "tasks", "data", "limit", "batch_size", "by", "merge", "fresh")
+
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of this mode, beside `--out`."""
@@ -22,8 +25,11 @@ def scores(options: argparse.Namespace) -> list[str]:
     for name in ("task", "out"):
         if getattr(options, name) is None:
             raise UserError(f"--predictions needs --{name} as well")
-    if getattr(options, "run_dir", None) is not None or getattr(options, "overrides", None):
+    if options.run_dir is not None or options.overrides:
         raise UserError("--predictions judges a file, leave out the run's directory and the overrides")
+    for name in OF_MODELS:
+        if getattr(options, name) not in (None, False, []):
+            raise UserError(f"--predictions judges a file, leave out --{name.replace('_', '-')}")
     from distlora.evaluation.judge_file import judge_file
 
     right, total = judge_file(options.task, options.predictions, options.out)

@@ -96,7 +96,7 @@ def require_column(rows: Sequence[Row], column: str, where: str, origin: str) ->
 
 
 def cell_text(row: Row, column: str, position: int, origin: str) -> str:
-    """A cell as text. Raises UserError if it holds neither text nor a number.
+    """A cell as text. Raises UserError if it holds neither text nor a number, or half a character.
 
     position, origin: the row's number and the data set, for the error.
     """
@@ -106,7 +106,15 @@ def cell_text(row: Row, column: str, position: int, origin: str) -> str:
         raise UserError(
             f"data: row {position} of {origin} has {found} in column {column!r}, make it text or a number"
         )
-    return str(value)
+    text = str(value)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON can name half of a surrogate pair, and no text can hold it
+        raise UserError(
+            f"data: row {position} of {origin} has half a character ({text[error.start]!a}) in column "
+            f"{column!r}, correct it"
+        ) from None
+    return text
 
 
 def _path(section: DataSection) -> str:
@@ -119,6 +127,18 @@ def _path(section: DataSection) -> str:
         if (Path(path).expanduser() / folder).is_dir():  # those of several tasks lie in one
             return str(Path(path) / folder)
     return path
+
+
+def is_same_data(first: DataSection, second: DataSection) -> bool:
+    """Whether two sections read the same data set, however a local path is written."""
+
+    def place(section: DataSection) -> str:
+        if not (section.path or get_task(section.task).path):
+            return f"task {section.task}"
+        path = _path(section)
+        return str(Path(path).expanduser().resolve()) if sources.is_local(path) else path
+
+    return place(first) == place(second)
 
 
 class Examples:

@@ -45,24 +45,27 @@ class Questions:
     digest: str
 
 
-def load_questions(section: DataSection, split: str, tokenizer, whole_text: bool = True) -> Questions:
+def load_questions(
+    section: DataSection, split: str, tokenizer, whole_text: bool = True, limit: int | None = None
+) -> Questions:
     """Reads a split expression (`test`, `test[:100]`) of a task with responses as questions.
 
     The prompt ends before the token with which a response begins, as it does in training. A question that
     ends in "Let's think step by step." and one of the LoRA-SB paper are tokenised alone. A prompt longer than
     `data.max_length` tokens is left out and counted: cut anywhere it would be another question. whole_text:
-    as in `load_split`. Raises UserError for everything that is wrong with the section, its files or its rows,
-    and if no question is left.
+    as in `load_split`. limit: the first so many questions; the rows after them are not looked at. Raises
+    UserError for everything that is wrong with the section, its files or its rows, and if no question is
+    left.
     """
     task, examples = get_task(section.task), Examples(section, split, scoring=True)
     tokens = tokens_of(section, tokenizer, whole_text)
-    items, has_answers = [], False
+    items, has_answers, seen = [], False, 0
     for position, example in enumerate(examples):
-        if example.response is not None and task.numeric and not re.search(r"\d", example.answer or ""):
-            raise UserError(
-                f"data: row {position} of {examples.origin} has no number as its answer, "
-                f"which the task {section.task} wants, correct it or choose another task"
-            )
+        if len(items) == limit:
+            break
+        seen = position + 1
+        if task.numeric and example.response is not None:
+            _check_number(example, f"row {position} of {examples.origin}", section.task)
         if example.answer is None:
             continue
         has_answers = True
@@ -76,7 +79,21 @@ def load_questions(section: DataSection, split: str, tokenizer, whole_text: bool
             f"data.max_length: none of the {len(examples)} prompts of {examples.origin} has at most "
             f"{section.max_length} tokens, raise it"
         )
-    return Questions(items, examples.stops, examples.origin, len(examples) - len(items), _digest(items))
+    return Questions(items, examples.stops, examples.origin, seen - len(items), _digest(items))
+
+
+def _check_number(example: Example, where: str, task: str) -> None:
+    """Raises UserError if the answer of a row is no number."""
+    if example.answer is None:
+        raise UserError(
+            f"data: the task {task} finds no final answer, such as `#### 72`, in the response of {where}, "
+            "correct it or choose another task"
+        )
+    if not re.search(r"\d", example.answer):
+        raise UserError(
+            f"data: {where} has no number as its answer, which the task {task} wants, correct it or choose "
+            "another task"
+        )
 
 
 def _question(example: Example, tokens: Tokens, examples: Examples, position: int) -> Question:

@@ -96,11 +96,12 @@ def load_rows(
 
 def is_local(path: str) -> bool:
     """Whether a path means files on this machine: they exist, or no data set of the hub can have that
-    name.
+    name, or they would lie in a folder that exists.
     """
     file = Path(path).expanduser()
     looks_local = path.startswith((".", "~", "/")) or path.count("/") > 1 or file.suffix.lower() in READERS
-    return looks_local or file.exists()
+    in_a_folder = "/" in path and ":" not in path and file.parent.is_dir()
+    return looks_local or path.endswith("/") or in_a_folder or file.exists()
 
 
 def fetch(path: str, split: str) -> None:
@@ -302,11 +303,11 @@ def _hub_split(path: str, split: str):
     except ConnectionError as error:
         if datasets.config.HF_HUB_OFFLINE:
             raise UserError(
-                f"data.path: {name} is not in the local cache and HF_HUB_OFFLINE is set, "
+                f"data.path: {name} is no local path and not in the local cache, and HF_HUB_OFFLINE is set, "
                 "unset it to download, or name local files"
             ) from error
         raise UserError(
-            f"data.path: the hub cannot be reached for {name}, check the network or name local files"
+            f"data.path: {name} is no local path, and the hub cannot be reached; correct it, or the network"
         ) from error
     except Exception as error:  # a download may raise anything, also from HTTP clients
         raise UserError(_hub_problem(path, split, error)) from error

@@ -19,6 +19,8 @@ class Way(ABC):
     """task: the name. questions: of a split."""
 
     name: ClassVar[str]
+    #: What a record says true or false of.
+    verdicts: ClassVar[tuple[str, ...]]
 
     def __init__(self, engine: Engine, tokenizer, task: str, questions: Questions):
         self.engine, self.tokenizer, self.task, self.questions = engine, tokenizer, task, questions
@@ -28,9 +30,14 @@ class Way(ABC):
         """Tokens that a question takes up in a batch, with its answer."""
 
     @abstractmethod
-    def answer(self, indices: Sequence[int], agree: Agree | None) -> list[Record]:
-        """What this rank predicts for these questions, JSON. indices: none on a rank that only goes along.
-        agree: see `distlora.models.generation.generate`."""
+    def answer(self, indices: Sequence[int], agree: Agree | None) -> list[Any]:
+        """What the model says to these questions, one for each; `record` judges it. Collective, if `agree` is
+        given. indices: none on a rank that only goes along. agree: see `distlora.models.generation.generate`.
+        """
+
+    @abstractmethod
+    def record(self, index: int, said: Any) -> Record:
+        """The prediction for a question, judged; JSON. said: of `answer`."""
 
     @abstractmethod
     def scores(self, records: Sequence[Record]) -> dict[str, float]:
@@ -40,7 +47,7 @@ class Way(ABC):
 class Generation(Way):
     """A greedy answer is right if the task finds the expected one in it."""
 
-    name = "generation"
+    name, verdicts = "generation", ("right",)
 
     def __init__(self, engine: Engine, tokenizer, task: str, questions: Questions, max_new_tokens: int):
         super().__init__(engine, tokenizer, task, questions)
@@ -51,19 +58,19 @@ class Generation(Way):
     def length(self, question: Question) -> int:
         return len(question.prompt_ids) + self._limit
 
-    def answer(self, indices: Sequence[int], agree: Agree | None) -> list[Record]:
+    def answer(self, indices: Sequence[int], agree: Agree | None) -> list[list[int]]:
+        """The tokens of each answer."""
         pad = self.tokenizer.pad_token_id
         prompts = [self.questions.items[index].prompt_ids or [pad] for index in indices]
         stopped = self._stopped if self.questions.stops else None
-        found = generate(self.engine.module, prompts, self._limit, self._ends, pad, stopped, agree)
-        return [self._record(index, tokens) for index, tokens in zip(indices, found)]
+        return generate(self.engine.module, prompts, self._limit, self._ends, pad, stopped, agree)
 
     def _stopped(self, tokens: list[int]) -> bool:
         text = self.tokenizer.decode(tokens[-self._tail :])
         return any(stop in text for stop in self.questions.stops)
 
-    def _record(self, index: int, tokens: list[int]) -> Record:
-        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+    def record(self, index: int, said: list[int]) -> Record:
+        text = self.tokenizer.decode(said, skip_special_tokens=True)
         for stop in self.questions.stops:
             text = text.partition(stop)[0]
         return {
@@ -79,7 +86,7 @@ class Likelihood(Way):
     """The option of the largest probability is chosen: of all its tokens together ("accuracy"), and by the
     mean of their logarithms ("accuracy_norm")."""
 
-    name = "likelihood"
+    name, verdicts = "likelihood", ("right", "right_norm")
 
     def __init__(self, engine: Engine, tokenizer, task: str, questions: Questions):
         super().__init__(engine, tokenizer, task, questions)
@@ -89,23 +96,24 @@ class Likelihood(Way):
         longest = max(map(len, question.options))
         return (len(question.prompt_ids) + longest) * len(question.options)
 
-    def answer(self, indices: Sequence[int], agree: Agree | None) -> list[Record]:
+    def answer(self, indices: Sequence[int], agree: Agree | None) -> list[list[float]]:
+        """The logarithm of each option's probability."""
         questions = [self.questions.items[index] for index in indices]
         pad = self.tokenizer.pad_token_id
         rows = [(q.prompt_ids or [pad], option) for q in questions for option in q.options]
         if not rows and agree is None:
             return []
         found = iter(option_likelihoods(self.engine.module, rows, pad))
-        return [self._record(i, q, [next(found) for _ in q.options]) for i, q in zip(indices, questions)]
+        return [[next(found) for _ in question.options] for question in questions]
 
-    def _record(self, index: int, question: Question, sums: list[float]) -> Record:
-        """sums: the logarithm of each option's probability."""
-        means = [total / max(len(option), 1) for total, option in zip(sums, question.options)]
-        chosen, by_token = sums.index(max(sums)), means.index(max(means))
+    def record(self, index: int, said: list[float]) -> Record:
+        question = self.questions.items[index]
+        means = [total / max(len(option), 1) for total, option in zip(said, question.options)]
+        chosen, by_token = said.index(max(said)), means.index(max(means))
         text = self.tokenizer.decode(question.options[chosen], skip_special_tokens=True).strip()
         return {
             "index": index, "output": text, "right": chosen == question.correct,
-            "right_norm": by_token == question.correct, "log_likelihoods": [round(x, 4) for x in sums],
+            "right_norm": by_token == question.correct, "log_likelihoods": [round(x, 4) for x in said],
         }  # fmt: skip
 
     def scores(self, records: Sequence[Record]) -> dict[str, float]:

@@ -15,12 +15,24 @@ from distlora.errors import UserError
 from distlora.evaluation.answering import Record
 from distlora.files.atomic import write_text
 
+_REMEDY = "--fresh removes them and begins anew, --out writes elsewhere"
+
 
 class Predictions:
     """Of one task and step, in a directory. For rank 0 alone."""
 
-    def __init__(self, directory: Path, task: str, step: int, settings: dict[str, Any]):
-        """settings: all that decides the predictions; JSON."""
+    def __init__(
+        self,
+        directory: Path,
+        task: str,
+        step: int,
+        settings: dict[str, Any],
+        count: int,
+        verdicts: Sequence[str],
+    ):
+        """settings: all that decides the predictions; JSON. count: of the questions. verdicts: what a
+        prediction says true or false of."""
+        self._count, self._verdicts = count, verdicts
         self.lines, self.summary, self._begun = (
             directory / f"{task}-{step}.{ending}" for ending in ("jsonl", "json", "begun")
         )
@@ -30,7 +42,7 @@ class Predictions:
         """What an earlier evaluation with the same settings has left, by the number of the question.
 
         A last line that was only half written does not count. Raises UserError for predictions of another
-        evaluation. Changes nothing.
+        evaluation, and for lines that are none. Changes nothing.
         """
         if not (self.lines.exists() or self.summary.exists()):
             return {}
@@ -64,35 +76,33 @@ class Predictions:
         self._begun.unlink(missing_ok=True)
 
     def finished(self) -> dict[str, Any] | None:
-        """The summary of an evaluation that is done; None without one."""
+        """The summary of an evaluation that is done; None without one. Raises UserError for what is none."""
         if not self.summary.exists():
             return None
-        return json.loads(self.summary.read_text(encoding="utf-8"))
+        found = _object(self.summary)
+        scores = found.get("scores") if found else None
+        if not isinstance(scores, dict) or not all(map(_is_number, scores.values())):
+            raise UserError(f"{self.summary} is no summary with scores; {_REMEDY}")
+        return found
 
     def _refuse_others(self) -> None:
         what = self.lines if self.lines.exists() else self.summary
-        remedy = "--fresh removes them and begins anew, --out writes elsewhere"
         there = self._settings_there()
         if there is None:
-            raise UserError(f"{what}: predictions lie there, and nothing says of what; {remedy}")
+            raise UserError(f"{what}: predictions lie there, and nothing says of what; {_REMEDY}")
         for name in self._settings | there:
             old, new = there.get(name), self._settings.get(name)
             if old != new:
                 raise UserError(
                     f"{what}: predictions of another evaluation lie there ({name} is {_short(old)} there and "
-                    f"{_short(new)} here); {remedy}"
+                    f"{_short(new)} here); {_REMEDY}"
                 )
 
     def _settings_there(self) -> dict[str, Any] | None:
-        for path in (self._begun, self.summary):
-            try:
-                found = json.loads(path.read_text(encoding="utf-8"))
-                return found if path == self._begun else found["settings"]
-            except FileNotFoundError:
-                continue
-            except (ValueError, KeyError, TypeError):
-                return None
-        return None
+        if self._begun.exists():
+            return _object(self._begun)
+        found = (_object(self.summary) if self.summary.exists() else None) or {}
+        return found["settings"] if isinstance(found.get("settings"), dict) else None
 
     def _read(self) -> tuple[dict[int, Record], int]:
         """The predictions, and the bytes of the lines that are whole."""
@@ -101,20 +111,41 @@ class Predictions:
         found: dict[int, Record] = {}
         data, position = self.lines.read_bytes(), 0
         for number, line in enumerate(data.splitlines(keepends=True), 1):
-            try:
-                record = json.loads(line)
-                index, whole = record["index"], line.endswith(b"\n")
-            except (ValueError, KeyError, TypeError):
-                whole = False
-            if not whole:
+            record = self._prediction(line)
+            if record is None or not line.endswith(b"\n"):
                 if position + len(line) < len(data):
                     raise UserError(
                         f"{self.lines}: line {number} is no prediction; correct it, or --fresh begins anew"
                     )
                 break
-            found.setdefault(index, record)
+            found.setdefault(record["index"], record)
             position += len(line)
         return found, position
+
+    def _prediction(self, line: bytes) -> Record | None:
+        record = _parsed(line)
+        if record is None or type(record.get("index")) is not int:
+            return None
+        known = 0 <= record["index"] < self._count and isinstance(record.get("output"), str)
+        judged = all(isinstance(record.get(name), bool) for name in self._verdicts)
+        return record if known and judged else None
+
+
+def _object(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a file; None for anything else."""
+    return _parsed(path.read_bytes())
+
+
+def _parsed(text: bytes) -> dict[str, Any] | None:
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _short(value: Any) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -53,9 +54,21 @@ def answer_questions(
     comm, items = way.engine.comm, way.questions.items
     lengths = {index: way.length(items[index]) for index in todo}
     for shares in rounds(lengths, comm.world_size, batch_limit(comm, way.engine.module, batch_size)):
-        records = way.answer(shares[comm.rank], agree)
+        indices = shares[comm.rank]
+        records = _judged(way, indices, way.answer(indices, agree))
         take([record for own in comm.gather(records) for record in own])
         comm.sum_or_stop()
+
+
+def _judged(way: Way, indices: Sequence[int], answers: Sequence[Any]) -> list[Record]:
+    """The records of this rank's answers. Collective: what a judge raises on one rank ends all."""
+    records, failure = list[Record](), None
+    try:
+        records = [way.record(index, said) for index, said in zip(indices, answers, strict=True)]
+    except Exception as error:
+        failure = error
+    way.engine.comm.agree(failure)
+    return records
 
 
 def exact_match(

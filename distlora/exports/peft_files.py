@@ -18,6 +18,8 @@ from distlora.files.atomic import sha256_of
 from distlora.files.tensors import TensorFiles
 from distlora.maths.low_rank import LowRank
 
+#: Beyond that, infinite and not a number.
+LARGEST_ALPHA = 1e30
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 
 
@@ -56,7 +58,7 @@ class PeftFiles:
         return self.files.read(PREFIX + name)
 
     def _scaling(self, layer: str, rank: int) -> float:
-        alpha = float(_by_pattern(self.config.get("alpha_pattern"), layer, self.config.get("lora_alpha", 8)))
+        alpha = float(_alpha(self.config, layer))
         return alpha / (rank**0.5 if self.config.get("use_rslora") else rank)
 
     def refuse_other_model(self, model: nn.Module, path: str) -> None:
@@ -89,8 +91,8 @@ def read_peft(directory: Path) -> PeftFiles:
     try:
         files = TensorFiles(directory, ADAPTER_WEIGHTS.removesuffix(".safetensors"))
         shapes = {name: files.shape(name) for name in files.names}
-        about = json.loads(files.metadata(ADAPTER_WEIGHTS).get("distlora", "{}"))
-    except (SafetensorError, OSError, ValueError) as error:
+        step = _step(files.metadata(ADAPTER_WEIGHTS).get("distlora"))
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise UserError(f"{directory / ADAPTER_WEIGHTS} is broken ({error}); export it again") from error
     layers, magnitudes, heads = {}, {}, {}
     for name, shape in shapes.items():
@@ -108,7 +110,18 @@ def read_peft(directory: Path) -> PeftFiles:
         raise UserError(f"{directory} adapts no layer; export it again")
     if magnitudes and magnitudes.keys() != layers.keys():
         raise UserError(f"{directory}: some layers have magnitudes and others none; it is half written")
-    return PeftFiles(directory, config, files, layers, magnitudes, heads, int(about.get("step", 0)))
+    for layer in layers:
+        _check_alpha(directory / ADAPTER_CONFIG, config, layer)
+    return PeftFiles(directory, config, files, layers, magnitudes, heads, step)
+
+
+def _step(about: str | None) -> int:
+    """The step that an export has noted in the file; 0 where there is none. Raises ValueError."""
+    content = {} if about is None else json.loads(about)
+    step = content.get("step", 0) if isinstance(content, dict) else None
+    if type(step) is not int or step < 0:
+        raise ValueError(f"its metadata says distlora={about[:60]}")
+    return step
 
 
 def _config(directory: Path) -> dict[str, Any]:
@@ -117,7 +130,7 @@ def _config(directory: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{directory} is no adapter, or half written: it has no {ADAPTER_CONFIG}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is no JSON ({error}); export the adapter again") from None
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else None
@@ -129,7 +142,32 @@ def _config(directory: Path) -> dict[str, Any]:
     for key, is_set in unsupported.items():
         if is_set(config.get(key)):
             raise UserError(f"{path}: {key}={config[key]} is not supported; merge the adapter first")
+    for key in ("rank_pattern", "alpha_pattern"):
+        _check_patterns(path, key, config.get(key))
     return config
+
+
+def _check_patterns(path: Path, key: str, patterns: Any) -> None:
+    """Raises UserError unless these are numbers by patterns of names, or none."""
+    if not isinstance(patterns, dict | None):
+        raise UserError(f"{path}: {key} has no number for each pattern; export the adapter again")
+    for pattern in patterns or ():
+        try:
+            re.compile(_at_the_end(pattern))
+        except re.error as error:
+            raise UserError(
+                f"{path}: {key} has {pattern!r}, which is no pattern ({error}); export the adapter again"
+            ) from None
+
+
+def _check_alpha(path: Path, config: dict[str, Any], layer: str) -> None:
+    """Raises UserError unless a layer's alpha is a number."""
+    alpha = _alpha(config, layer)
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) < LARGEST_ALPHA:
+        raise UserError(
+            f"{path}: the alpha of layer {layer} is {json.dumps(alpha)[:40]} and no number "
+            "(lora_alpha, alpha_pattern); export the adapter again"
+        )
 
 
 def _shape(directory: Path, layer: str, shapes: dict[str, tuple[int, ...]]) -> tuple[int, int]:
@@ -138,15 +176,21 @@ def _shape(directory: Path, layer: str, shapes: dict[str, tuple[int, ...]]) -> t
         raise UserError(f"{directory}: layer {layer} has only one of A and B; it is half written")
     if len(a) != 2 or len(b) != 2 or a[0] != b[1]:
         raise UserError(f"{directory}: A {a} and B {b} of layer {layer} do not fit together; export it again")
+    if a[0] == 0:
+        raise UserError(f"{directory}: layer {layer} has the rank 0; export it again")
     return b[0], a[1]
 
 
-def _by_pattern(patterns: dict[str, Any] | None, layer: str, usual: Any) -> Any:
-    """PEFT's rule: the first pattern that matches the end of the name."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", layer):
+def _alpha(config: dict[str, Any], layer: str) -> Any:
+    """PEFT's rule: the first pattern that matches the end of the name, else the usual one."""
+    for pattern, value in (config.get("alpha_pattern") or {}).items():
+        if re.match(_at_the_end(pattern), layer):
             return value
-    return usual
+    return config.get("lora_alpha", 8)
+
+
+def _at_the_end(pattern: str) -> str:
+    return rf"(.*\.)?({pattern})$"
 
 
 def digest_of_weights(directory: Path) -> str:

@@ -12,7 +12,7 @@ Other folders use the names below.
 
 from distlora.tasks.base import ROLES, LabelTask, Layout, ResponseTask, ScoreTask, Task, TextTask
 from distlora.tasks.images import ImageTask
-from distlora.tasks.registry import SUITES, TASKS, get_task, is_correct, scored_tasks
+from distlora.tasks.registry import SUITES, TASKS, get_task, is_correct, scored_tasks, try_judge
 
 __all__ = [
     "ROLES",
@@ -28,4 +28,5 @@ __all__ = [
     "get_task",
     "is_correct",
     "scored_tasks",
+    "try_judge",
 ]

@@ -46,6 +46,11 @@ def number(text: str) -> str | None:
     return found[0] if found else None
 
 
+def bare_number(text: str) -> str | None:
+    """A text that is a number and nothing else, perhaps with a unit."""
+    return text.strip() if _value(text) is not None else None
+
+
 def exact_text(text: str) -> str | None:
     """The whole text."""
     return text.strip() or None

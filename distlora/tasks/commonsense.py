@@ -6,6 +6,7 @@ which the hub's own rows give the same texts.
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from distlora.sentences import counted
 from distlora.tasks import alpaca, judging
 from distlora.tasks.base import Layout, ResponseTask, Row
 from distlora.tasks.instruct import INSTRUCT
@@ -30,9 +31,20 @@ def _row(instruction: str, names: Sequence[str], right: str, between: str = "\n\
 
 
 def _choice(kind: str, texts: Sequence[str], separator: str = " ") -> tuple[str, list[str]]:
-    """`Answer1: … Answer2: …`, and the names `answer1`, `answer2`, …; kind: what an option is called."""
+    """`Answer1: … Answer2: …`, and the names `answer1`, `answer2`, …; kind: what an option is called. Raises
+    ValueError for options that are no texts."""
+    for number, text in enumerate(_list("options", texts), 1):
+        if isinstance(text, bool) or not isinstance(text, str | int | float):
+            raise ValueError(f"{text!r:.40} as its option {number}, which is no text")
     shown = separator.join(f"{kind}{number}: {text}" for number, text in enumerate(texts, 1))
     return shown, [f"{kind.lower()}{number}" for number in range(1, len(texts) + 1)]
+
+
+def _list(what: str, values: object) -> Sequence:
+    """The values, if they are several: a cell of a table of texts (CSV) is one text."""
+    if isinstance(values, str) or not isinstance(values, Sequence) or not values:
+        raise ValueError(f"{what} that are no list of texts: {values!r:.40}")
+    return values
 
 
 def _number(value: object, first: int, names: Sequence[str]) -> str:
@@ -83,10 +95,13 @@ def _multiple_choice(column: str) -> Callable[[Row], Row]:
     """For ARC and OpenBookQA, whose options have letters or numbers. column: of the question."""
 
     def read(row: Row) -> Row:
-        marks, key = [str(mark) for mark in row["choices"]["label"]], str(row["answerKey"]).strip()
+        marks = [str(mark) for mark in _list("labels of options", row["choices"]["label"])]
+        key = str(row["answerKey"]).strip()
         if key not in marks:
             raise ValueError(f"the answer {key!r}, which is none of {', '.join(marks)}")
         shown, names = _choice("Answer", row["choices"]["text"])
+        if len(names) != len(marks):
+            raise ValueError(f"{counted(len(names), 'option')} and {len(marks)} labels of options")
         question = f"Please choose the correct answer to the question: {row[column]}"
         return _row(f"{question}\n\n{shown}", names, names[marks.index(key)])
 

@@ -10,7 +10,7 @@ from typing import Any
 from distlora import tasks
 from distlora.errors import UserError
 from distlora.sentences import nearest
-from distlora.tasks.base import Task
+from distlora.tasks.base import ResponseTask, Task
 
 #: Files that define no tasks. `metrics` loads torch, which the judging of answers does not need.
 _NO_FAMILIES = ("metrics", "registry")
@@ -50,6 +50,13 @@ def get_task(name: str) -> Task:
         hint = nearest(name, TASKS) or f", choose one of {', '.join(TASKS)}"
         raise UserError(f"data.task: unknown task {name!r}{hint}")
     return TASKS[name]
+
+
+def try_judge(name: str) -> None:
+    """Raises UserError if the task's judge lacks a package that it needs; nothing for tasks with labels."""
+    task = get_task(name)
+    if isinstance(task, ResponseTask):
+        task.judge("The answer is: p + p", "2p")  # equal as mathematics only, so no shortcut decides it
 
 
 def is_correct(task: str, output: str, answer: str | None) -> bool:

@@ -1,5 +1,6 @@
 """A run of a recipe, from its check to the exported adapter, on the public calls of `distlora.api`.
 
 `train` has the ways in: `check`, `train` and `evaluate`. `run` is the run stage by stage, `build` its
-model, `loop` its steps. Others use these, `objective`, `run_directory` and `export_run`.
+model, `loop` its steps. `evaluated` says what an evaluation reads, `evaluation_jobs` what it has to do, and
+`evaluation_scores` does it. Others use these, `objective`, `run_directory` and `export_run`.
 """

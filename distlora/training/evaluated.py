@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from distlora.data.examples import is_same_data
+from distlora.data.sources import parse_split
 from distlora.data.templates import CHAT, parse_template
 from distlora.errors import UserError
 from distlora.exports.peft_files import PeftFiles, read_peft
@@ -38,18 +40,23 @@ ROWS = 8
 class Asked:
     """tasks: names of tasks and suites; none for the recipe's own evaluation split. data: paths by task or
     suite. limit: the first so many questions of a task. batch_size: rows at most. by: "generation" or
-    "likelihood". fold: adapters into the weights. fresh: whether earlier predictions are removed. out: where
-    files go; None for the directory of the run, and for no files where there is no run.
+    "likelihood"; None where nobody says it, which means the first. fold: adapters into the weights. fresh:
+    whether earlier predictions are removed. out: where files go; None for the directory of the run, and for
+    no files where there is no run.
     """
 
     tasks: tuple[str, ...] = ()
     data: tuple[tuple[str, str], ...] = ()
     limit: int | None = None
     batch_size: int | None = None
-    by: str = "generation"
+    by: str | None = None
     fold: bool = False
     fresh: bool = False
     out: Path | None = None
+
+    @property
+    def way(self) -> str:
+        return self.by or "generation"
 
 
 @dataclass(frozen=True)
@@ -135,19 +142,53 @@ def fitted_to_ranks(recipe: Recipe, world_size: int) -> Recipe:
 
 
 def sections_of(subject: Subject, asked: Asked) -> dict[str, DataSection]:
-    """By task, the data section to read, its split in `eval_split`. Raises UserError for unknown tasks, and
-    for --data of a task that was not asked for."""
+    """By task, the data section to read, its split in `eval_split`.
+
+    Raises UserError for unknown tasks, for --data of a task that was not asked for, for tasks that cannot be
+    asked together or in this way, and for a split that the run was trained on.
+    """
     names = scored_tasks(asked.tasks)
-    paths: dict[str, str] = {}
-    for name, path in asked.data:
-        members = scored_tasks([name]) if name in SUITES else [name]
-        strange = [member for member in members if member not in names]
-        if strange:
-            raise UserError(f"--data {name}={path}: {name} is not among --tasks; add it, or leave it out")
-        paths |= dict.fromkeys(members, path)
+    _check_together(asked, names)
+    paths = _paths(asked, names)
     if "path" in subject.given:
         raise UserError("override data.path: with --tasks a path is given as --data TASK=PATH")
-    return {name: _section(subject, name, paths.get(name)) for name in names}
+    sections = {name: _section(subject, name, paths.get(name)) for name in names}
+    for section in sections.values():
+        _refuse_training_rows(subject, section)
+    return sections
+
+
+def _check_together(asked: Asked, names: Sequence[str]) -> None:
+    """Raises UserError for a suite whose tasks no single model predicts, and for options of answers where
+    labels are predicted."""
+    for suite in SUITES.keys() & set(asked.tasks):
+        labels = {getattr(get_task(name), "labels", ()) for name in SUITES[suite]}
+        if len(labels) > 1:
+            raise UserError(
+                f"--tasks {suite}: its tasks have different labels, so each is a run of its own; name one of "
+                f"{', '.join(SUITES[suite])}"
+            )
+    for name in names:
+        if not isinstance(get_task(name), ResponseTask):
+            for option, is_set in (("--by", asked.by), ("--merge", asked.fold)):
+                if is_set:
+                    raise UserError(f"{option} is for tasks with answers, and {name} has labels; omit it")
+
+
+def _paths(asked: Asked, names: Sequence[str]) -> dict[str, str]:
+    """The paths of tasks. A task's own is taken before its suite's."""
+    own: dict[str, str] = {}
+    of_suites: dict[str, str] = {}
+    given: set[str] = set()
+    for name, path in asked.data:
+        members = scored_tasks([name])
+        if not set(members) <= set(names):
+            raise UserError(f"--data {name}={path}: {name} is not among --tasks; add it, or leave it out")
+        if name in given:
+            raise UserError(f"--data {name}={path}: another path of {name} was given before; leave one out")
+        given.add(name)
+        (of_suites if name in SUITES else own).update(dict.fromkeys(members, path))
+    return of_suites | own
 
 
 def _section(subject: Subject, name: str, path: str | None) -> DataSection:
@@ -167,8 +208,28 @@ def _section(subject: Subject, name: str, path: str | None) -> DataSection:
         begun = DataSection(task=name, path=path, max_length=here.max_length, labels=labels)
     is_file = begun.path is not None and Path(begun.path).expanduser().is_file()
     split = "train" if is_file else task.eval_split  # a file has no other split
+    if own is not None and own.task == name and path is None:
+        split = own.eval_split or split
     changes = {key: getattr(here, key) for key in subject.given - {"task", "path", "split"}}
     return begun.model_copy(update={"eval_split": split, **changes})
+
+
+def _refuse_training_rows(subject: Subject, section: DataSection) -> None:
+    """Raises UserError where nobody has asked to score a run on rows that it was trained on.
+
+    The run's own evaluation split may be another slice of its training split; one that nobody has named may
+    not be of the same split.
+    """
+    own, split = subject.own, section.eval_split
+    if own is None or "eval_split" in subject.given or not is_same_data(own, section):
+        return
+    trained, scored = ({part.name for part in parse_split(text)} for text in (own.split, split))
+    is_named = own.task == section.task and split == own.eval_split
+    if split == own.split or (trained & scored and not is_named):
+        raise UserError(
+            f"{subject.name} was trained on data.split={own.split}, and {section.task} would be scored on "
+            f"{split} of the same data; name a split, as in data.eval_split={next(iter(scored))}[-10%:]"
+        )
 
 
 def _portable(template: str | None) -> str | None:

@@ -101,9 +101,23 @@ WRONG = [
     ("piqa", {"sol1": None}, "row 1 of .* has no value in column 'sol1'"),
     ("siqa", {"label": "0"}, "row 1 of .* has the answer '0', which is none of 1, 2, 3"),
     ("hellaswag", {"label": "4"}, "row 1 of .* has the answer '4', which is none of 0, 1, 2, 3"),
-    ("hellaswag", {"endings": 7}, "row 1 of .* has another form than rows of the task hellaswag"),
+    ("hellaswag", {"endings": 7}, "row 1 of .* has options that are no list of texts: 7, correct it"),
+    ("hellaswag", {"endings": "['a' 'b']"}, "row 1 of .* has options that are no list of texts: "),
+    ("hellaswag", {"endings": ["a", None]}, "row 1 of .* has None as its option 2, which is no text"),
+    ("piqa", {"sol2": ["a"]}, r"row 1 of .* has \['a'\] as its option 2, which is no text"),
     ("winogrande", {"answer": "3"}, "row 1 of .* has the answer '3', which is none of 1, 2"),
     ("arc_easy", {"answerKey": "F"}, "row 1 of .* has the answer 'F', which is none of A, B, C, D"),
+    (
+        "arc_easy",
+        {"choices": {"label": ["A", "E"], "text": ["x", None]}},
+        "has None as its option 2",
+    ),
+    (
+        "arc_easy",
+        {"choices": {"label": "ABE", "text": list("xyz")}},
+        "has labels of options that are no list",
+    ),
+    ("arc_easy", {"choices": {"label": ["A", "E"], "text": ["x"]}}, "has 1 option and 2 labels of options"),
     ("openbookqa", {"choices": ["a"]}, "row 1 of .* has another form than rows of the task openbookqa"),
 ]
 

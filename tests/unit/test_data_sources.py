@@ -170,7 +170,10 @@ def test_offline_hub_is_named(tmp_path):
     run = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
     )
-    assert "meta-math/MetaMathQA is not in the local cache and HF_HUB_OFFLINE is set" in run.stdout
+    assert (
+        "meta-math/MetaMathQA is no local path and not in the local cache, and HF_HUB_OFFLINE is set"
+        in run.stdout
+    )
 
 
 @pytest.fixture

@@ -75,7 +75,8 @@ def share_of(lookup, questions, max_new_tokens=4, batch_size=None):
 
 def outputs_of(lookup, questions, max_new_tokens):
     way = Generation(*lookup, "arithmetic", questions, max_new_tokens)
-    return [record["output"] for record in way.answer(range(len(questions.items)), None)]
+    indices = range(len(questions.items))
+    return [way.record(index, said)["output"] for index, said in zip(indices, way.answer(indices, None))]
 
 
 # ---------------------------------------------------------------------- the score
@@ -116,6 +117,10 @@ class RankOf:
     def gather(self, value):
         return [value]
 
+    def agree(self, error):
+        if error is not None:
+            raise error
+
     def sum_or_stop(self):
         self.rounds += 1
 
@@ -134,6 +139,30 @@ def test_every_question_is_answered_once_and_every_rank_makes_equally_many_round
     assert sorted(record["index"] for record in found) == list(range(count))
     assert len(rounds) == 1
     assert way.scores(found) == {"exact_match": (count - count // 3) / count}
+
+
+def test_what_a_judge_raises_is_told_to_all_ranks_before_they_gather(lookup, monkeypatch):
+    engine, tokenizer = lookup
+    told = []
+
+    class Told(RankOf):
+        def agree(self, error):
+            told.append(error)
+            super().agree(error)
+
+        def gather(self, value):
+            assert not isinstance(value, list), "the others wait here for this rank"
+            return [value]
+
+    def broken(self, index, said):
+        raise ArithmeticError("no such judge")
+
+    way = Generation(engine, tokenizer, "arithmetic", mixed(tokenizer, 2, 1), 4)
+    monkeypatch.setattr(engine, "comm", Told(0, 2))
+    monkeypatch.setattr(Generation, "record", broken)
+    with pytest.raises(ArithmeticError):
+        answer_questions(way, range(3), None, told.extend)
+    assert [type(error) for error in told] == [ArithmeticError]
 
 
 # ---------------------------------------------------------------------- generated answers
@@ -226,7 +255,7 @@ def test_options_are_compared_by_their_sums_and_by_token(lookup):
     ]
     way = Likelihood(engine, tokenizer, "text", Questions(items, (), "here", 0, ""))
     with ready_to_answer(engine) as agree:
-        records = way.answer([2, 0, 1], agree)
+        records = [way.record(index, said) for index, said in zip([2, 0, 1], way.answer([2, 0, 1], agree))]
     assert [record["index"] for record in records] == [2, 0, 1]
     assert [record["output"] for record in records][1:] == ["1", "2"]
     for record in records:

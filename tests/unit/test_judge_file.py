@@ -99,6 +99,21 @@ def test_what_is_wrong_with_the_predictions_is_one_sentence(task, text, said, pr
         (["--task", "gsm8k", "--out", "new"], "--task goes with --predictions"),
         ([], "name a run's output directory, --model, or --predictions"),
         (["run", "--task", "gsm8k", "--predictions", "in", "--out", "new"], "leave out the run's directory"),
+        *(
+            (["--task", "gsm8k", "--predictions", "in", "--out", "new", *words], f"leave out {words[0]}")
+            for words in (
+                ["--model", "m"],
+                ["--adapter", "a"],
+                ["--tasks", "math"],
+                ["--tasks", ""],
+                ["--data", "a=b"],
+                ["--limit", "0"],
+                ["--batch-size", "1"],
+                ["--by", "likelihood"],
+                ["--merge"],
+                ["--fresh"],
+            )  # fmt: skip
+        ),
         (["--task", "gsm8k", "--predictions", "absent", "--out", "new"], "absent: no such file"),
         (["--task", "gsm8k", "--predictions", ".", "--out", "new"], "cannot be read: Is a directory"),
         (["--task", "gsm8k", "--predictions", "bytes", "--out", "new"], "bytes is no text in UTF-8"),

@@ -13,7 +13,7 @@ ROWS = [{"index": 3, "output": "vier\n", "right": True}, {"index": 0, "output": 
 
 
 def begun(folder, settings=SETTINGS) -> Predictions:
-    there = Predictions(folder / "eval", "gsm8k", 6, settings)
+    there = Predictions(folder / "eval", "gsm8k", 6, settings, 9, ("right",))
     assert there.found() == {}
     there.begin()
     there.add(ROWS)
@@ -21,7 +21,7 @@ def begun(folder, settings=SETTINGS) -> Predictions:
 
 
 def again(folder, **changes) -> Predictions:
-    return Predictions(folder / "eval", "gsm8k", 6, SETTINGS | changes)
+    return Predictions(folder / "eval", "gsm8k", 6, SETTINGS | changes, 9, ("right",))
 
 
 def test_what_was_answered_is_found_again(tmp_path):
@@ -39,13 +39,22 @@ def test_a_line_that_was_half_written_is_cut_off(tail, tmp_path):
     assert there.found().keys() == {3, 0} and there.lines.read_bytes() == whole + tail.encode()
     there.begin()
     assert there.lines.read_bytes() == whole
-    there.add([{"index": 7, "output": ""}])
+    there.add([{"index": 7, "output": "", "right": False}])
     assert again(tmp_path).found().keys() == {3, 0, 7}
 
 
-def test_a_broken_line_in_the_middle_is_told(tmp_path):
+NO_PREDICTIONS = [
+    "nonsense", "3", "[" * 100_000, '{"index": "x", "output": "", "right": true}',
+    '{"index": [1], "output": "", "right": true}', '{"index": true, "output": "", "right": true}',
+    '{"index": 9, "output": "", "right": true}', '{"index": 0, "output": ""}', '{"index": 0, "right": true}',
+    '{"index": 0, "output": "", "right": 2}',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("line", NO_PREDICTIONS, ids=range(len(NO_PREDICTIONS)))
+def test_a_line_in_the_middle_that_is_no_prediction_is_told(line, tmp_path):
     there = begun(tmp_path)
-    there.lines.write_text("nonsense\n" + there.lines.read_text())
+    there.lines.write_text(line + "\n" + there.lines.read_text())
     with pytest.raises(UserError, match="gsm8k-6.jsonl: line 1 is no prediction"):
         again(tmp_path).found()
 
@@ -72,6 +81,30 @@ def test_predictions_of_nobody_knows_what_are_refused(tmp_path):
         again(tmp_path).found()
     there.forget()
     assert again(tmp_path).found() == {} and list((tmp_path / "eval").iterdir()) == []
+
+
+@pytest.mark.parametrize("note", ["[1]", "3", "{", '"data"', "[" * 100_000, ""], ids=range(6))
+def test_a_note_that_holds_no_settings_says_nothing(note, tmp_path):
+    begun(tmp_path)._begun.write_text(note)
+    with pytest.raises(UserError, match="nothing says of what; --fresh"):
+        again(tmp_path).found()
+
+
+@pytest.mark.parametrize("content", [[1], 3, {"settings": [1]}, {"settings": None}])
+def test_a_summary_that_holds_no_settings_says_nothing(content, tmp_path):
+    there = begun(tmp_path)
+    there.finish({"scores": {}})
+    there.summary.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="nothing says of what; --fresh"):
+        again(tmp_path).found()
+
+
+@pytest.mark.parametrize("more", [{}, {"scores": 3}, {"scores": {"exact_match": "x"}}])
+def test_a_summary_without_scores_is_told(more, tmp_path):
+    there = begun(tmp_path)
+    there.summary.write_text(json.dumps({"settings": SETTINGS} | more))
+    with pytest.raises(UserError, match="gsm8k-6.json is no summary with scores; --fresh"):
+        again(tmp_path).finished()
 
 
 def test_the_summary_holds_the_settings_and_takes_the_place_of_the_note(tmp_path):

@@ -122,11 +122,45 @@ def test_both_copies_of_gsm8k_are_read(tmp_path, tokenizer):
         assert "### Instruction:\nHow much?\n" in item.prompt and item.answer == answer
 
 
-@pytest.mark.parametrize("answer", ["It is two.", "It is 2.\n####", "It is 2.\n#### two"])
-def test_a_reference_without_a_number_is_named(tmp_path, tokenizer, answer):
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ("It is two.", "finds no final answer, such as `#### 72`, in the response of row 1 of"),
+        ("It is 2.", "finds no final answer, such as `#### 72`, in the response of row 1 of"),
+        ("It is 2.\n####", "finds no final answer, such as `#### 72`, in the response of row 1 of"),
+        ("It is 2.\n#### two", "row 1 of .* has no number as its answer"),
+    ],
+)
+def test_a_reference_without_a_number_is_named(tmp_path, tokenizer, answer, said):
     rows = [ROWS[0], {"question": "How much?", "answer": answer}]
-    with pytest.raises(UserError, match="row 1 of .* has no number as its answer"):
+    with pytest.raises(UserError, match=said):
         load_questions(section(rows_file(tmp_path, *rows)), "test", tokenizer)
+
+
+def test_a_bare_number_is_a_final_answer(tmp_path, tokenizer):
+    rows = [{"question": "How much?", "answer": answer} for answer in ("72", 1_000, "1,000 kids")]
+    found = load_questions(section(rows_file(tmp_path, *rows)), "test", tokenizer).items
+    assert [item.answer for item in found] == ["72", "1000", "1,000 kids"]
+
+
+@pytest.mark.parametrize("task", ["gsm8k", "math"])
+@pytest.mark.parametrize("column", ["prompt", "response"])
+def test_half_a_character_is_named_with_its_row(tmp_path, tokenizer, task, column):
+    columns = TASKS[task].columns
+    row = {columns["prompt"]: "How much?", columns["response"]: "\\boxed{2} #### 2"}
+    data = section(rows_file(tmp_path, row, row | {columns[column]: "a\ud83d" + row[columns[column]]}), task)
+    for load in (load_questions, load_split):
+        with pytest.raises(UserError, match=r"row 1 of .* has half a character \('.ud83d'\) in column"):
+            load(data, "test", tokenizer)
+
+
+def test_rows_beyond_the_limit_are_not_looked_at(tmp_path, tokenizer):
+    first = {"question": "How many?", "answer": "#### 5"}
+    path = rows_file(tmp_path, first, ROWS[1], ROWS[0], ROWS[1], {"question": "?", "answer": "none"})
+    found = load_questions(section(path), "test", tokenizer, limit=2)
+    assert [item.answer for item in found.items] == ["5", "2"] and found.dropped == 1
+    with pytest.raises(UserError, match="row 4"):
+        load_questions(section(path), "test", tokenizer, limit=3)
 
 
 SOLUTION = "We have $x = \\boxed{1}$, so the answer is \\boxed{\\frac{a}{b}}."

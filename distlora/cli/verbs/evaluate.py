@@ -111,17 +111,16 @@ def _read(options: argparse.Namespace):
         name, equals, path = word.partition("=")
         if not (name and equals and path):
             raise UserError(f"--data {word}: wanted TASK=PATH, as in gsm8k=data/gsm8k")
-        data.append((name, path))
-    tasks = tuple(filter(None, (options.tasks or "").split(",")))
+        data.append((name.strip(), path))
+    tasks = tuple(filter(None, (name.strip() for name in (options.tasks or "").split(","))))
     if options.tasks is not None and not tasks:
         raise UserError("--tasks is empty; name one, such as --tasks gsm8k")
     from distlora.tasks import scored_tasks
     from distlora.training.evaluated import Asked, subject_of_model, subject_of_run
 
     asked = Asked(
-        tasks, tuple(data), limit, batch_size, options.by or "generation", options.merge, options.fresh,
-        options.out,
-    )  # fmt: skip
+        tasks, tuple(data), limit, batch_size, options.by, options.merge, options.fresh, options.out
+    )
     if options.model:
         return asked, subject_of_model(
             options.model, options.adapter, scored_tasks(tasks)[0], options.overrides
