@@ -42,6 +42,8 @@ log = logging.getLogger(__name__)
 Scores = dict[str, float]
 #: What the split of an evaluation without tasks is called in the answer of `evaluate`.
 OWN_SPLIT = ""
+#: The sentence of an evaluation that was asked to stop and has stopped.
+STOPPED = "asked to stop; the same command goes on from the predictions so far"
 
 
 def check(subject: Subject, topology: Topology, asked: Asked) -> None:
@@ -60,8 +62,16 @@ def check(subject: Subject, topology: Topology, asked: Asked) -> None:
             if recipe.data.eval_split is None:
                 raise UserError("data.eval_split is null, so there is nothing to evaluate on; name a split")
             objective.check_split(recipe.data.eval_split)
-        for section in sections_of(subject, asked).values():
-            _objective(subject, recipe, section, objective).check_split(section.eval_split)
+        check_tasks(subject, recipe, asked, objective)
+
+
+def check_tasks(subject: Subject, recipe: Recipe, asked: Asked, objective: Objective) -> None:
+    """Raises UserError for tasks that the model cannot do, and for what is wrong with data that is at hand.
+
+    objective: what the model was trained for.
+    """
+    for section in sections_of(subject, asked).values():
+        _objective(subject, recipe, section, objective).check_split(section.eval_split)
 
 
 def evaluate(
@@ -94,7 +104,7 @@ def evaluate(
         try:
             return _Jobs(evaluated, asked, sections).scores() if asked.tasks else _own_split(evaluated)
         except Preempted:
-            raise Preempted("asked to stop; the same command goes on from the predictions so far") from None
+            raise Preempted(STOPPED) from None
 
 
 def _of_model(subject: Subject, recipe: Recipe, asked: Asked) -> Recipe:
@@ -243,6 +253,7 @@ class _Jobs:
     def _do(self, jobs: Sequence[_Job]) -> None:
         engine = self.evaluated.engine()
         if jobs[0].by == "labels":
+            self._forget(jobs)
             for job in jobs:
                 self._label(engine, job)
             return
@@ -253,6 +264,7 @@ class _Jobs:
                 log.info("--merge: the model does not fit whole, so its adapter stays beside the weights")
             elif self.asked.fold:
                 log.info("--merge: %d layers compute with one matrix", len(engine.layers))
+            self._forget(jobs)
             for job in jobs:
                 self._answer(engine, job, agree)
 
@@ -265,7 +277,7 @@ class _Jobs:
         way = on_every_rank(self.comm, lambda: self._way(engine, job))
         began, found = time.perf_counter(), list[Record]()
         if job.predictions is not None:
-            on_main(self.comm, job.predictions.lines, lambda: self._begin(job))
+            on_main(self.comm, job.predictions.lines, job.predictions.begin)
             found += on_main(self.comm, job.predictions.lines, self._earlier(job)) or []
         bar = progress_bar(job.name, "question", job.count, len(job.done), self.comm.is_main)
 
@@ -284,10 +296,12 @@ class _Jobs:
         scores = self.comm.share(way.scores(found) if self.comm.is_main else None)
         self._finish(job, scores, time.perf_counter() - began)
 
-    def _begin(self, job: _Job) -> None:
-        if self.asked.fresh:
-            job.predictions.forget()
-        job.predictions.begin()
+    def _forget(self, jobs: Sequence[_Job]) -> None:
+        """With --fresh, what was left of all tasks: where this evaluation is cut short, the next one goes on
+        with its predictions alone."""
+        for job in jobs:
+            if self.asked.fresh and job.predictions is not None:
+                on_main(self.comm, job.predictions.lines, job.predictions.forget)
 
     def _earlier(self, job: _Job) -> Callable[[], list[Record]]:
         return lambda: list(job.predictions.found().values())
