@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -33,7 +32,7 @@ def sweep(desk, *words, **changes) -> int:
 
 
 def wait_until(condition):
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -340,21 +339,16 @@ def test_what_is_missing_becomes_a_job_array(desk, sbatch, capsys):
     submitted = read_sweep_file(desk.file, [override])
     desk.write(grid={"train.seed": [7]})
     found = read_sweep_file(file, [override])
-    assert (found.points, found.recipe, found.output) == (
-        submitted.points,
-        submitted.recipe,
-        submitted.output,
-    )
+    assert found.points == submitted.points
+    assert (found.recipe, found.output) == (submitted.recipe, submitted.output)
     assert "job 12: 2 points" in capsys.readouterr().out and len(desk.starts()) == 1
 
 
 def test_a_launcher_does_not_go_with_slurm(desk, sbatch, capsys):
     for words, launcher in (["--launcher", "env"], None), ([], "env"):
         assert sweep(desk, "--slurm", *words, launcher=launcher) == 2
-        assert (
-            "not by the launcher env; leave --launcher, or the file's launcher, out"
-            in capsys.readouterr().err
-        )
+        said = capsys.readouterr().err
+        assert "not by the launcher env; leave --launcher, or the file's launcher, out" in said
     assert desk.starts() == []
 
 
