@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 #: The variable; its value is the token of the claim.
-MARK = "DISTLORA_SWEEP_POINT"
+MARK = "DISTLORA_POINT"
 
 
 def this_place() -> str:
