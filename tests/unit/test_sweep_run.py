@@ -1,6 +1,8 @@
 """Sweeps are run: what is missing, each point once, in good order whatever ends in the middle."""
 
+import contextlib
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -203,11 +205,24 @@ def test_a_claim_is_renewed_while_its_point_is_run(tmp_path, monkeypatch):
 # ---------------------------------------------------------------------- two sweeps
 
 
+@contextlib.contextmanager
+def another_sweep(desk):
+    """Of the same file, in a process of its own. It has imported everything already."""
+    other = multiprocessing.get_context("fork").Process(
+        target=lambda file: sys.exit(main(["sweep", file])), args=(str(desk.write()),)
+    )
+    other.start()
+    try:
+        yield other
+    finally:
+        other.kill()
+        other.join()
+
+
 def test_two_sweeps_at_once_run_no_point_twice(desk, capsys):
     """One is another process; each waits in a point of its own while the other runs the rest."""
     desk.play(train_1="wait")
-    command = [sys.executable, "-m", "distlora", "sweep", str(desk.write())]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as other:
+    with another_sweep(desk) as other:
         wait_until(lambda: (desk.folder / "out" / "train.seed=1" / "status.json").exists())
         assert sweep(desk) == 75, "that point is not done"
         said = capsys.readouterr().err
@@ -216,17 +231,15 @@ def test_two_sweeps_at_once_run_no_point_twice(desk, capsys):
         assert desk.names() == [f"train train.seed={seed}" for seed in (1, 2, 3)]
         assert desk.table() == {**ALL, "train.seed=1": "running"}
         (desk.folder / "over").touch()
-        other.communicate(timeout=60)
-    assert other.returncode == 0 and len(desk.starts()) == 3 and desk.table() == ALL
+        other.join(60)
+    assert other.exitcode == 0 and len(desk.starts()) == 3 and desk.table() == ALL
 
 
 def test_a_killed_sweeps_point_is_left_while_its_run_goes_on_and_then_taken_over(desk, capsys):
     desk.play(train_1="wait")
-    command = [sys.executable, "-m", "distlora", "sweep", str(desk.write())]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as other:
+    with another_sweep(desk) as other:
         wait_until(lambda: (desk.folder / "out" / "train.seed=1" / "status.json").exists())
-        other.kill()
-    assert sweep(desk) == 75
+    assert sweep(desk) == 75  # and the other one is killed
     assert (
         desk.table() == {**ALL, "train.seed=1": "running"}
         and f"process {other.pid}" in capsys.readouterr().out
