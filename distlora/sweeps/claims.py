@@ -7,6 +7,7 @@ start of this very job of SLURM.
 """
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -59,6 +60,8 @@ class Owner:
         return not (is_running(self.pid, self.started) or marked(self.token))
 
 
+#: What file systems say that have no hard links.
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 #: Of a file that is no claim.
 _UNKNOWN = Owner("", "an unknown host", "", 0, None)
 
@@ -109,15 +112,31 @@ def take(path: Path) -> Claim | Owner:
     mine = new_owner()
     draft = path.with_name(f".{path.name}.{mine.token}")
     with _lock_of_this_host(path.parent):
-        _remove_dead(path, mine.token)
         try:
+            _remove_dead(path, mine.token)
             _write(draft, mine)
-            os.link(draft, path)
+            _create(path, draft)
         except FileExistsError:
             return _owner_of(path) or _UNKNOWN
+        except OSError as error:
+            raise UserError(f"{path} cannot be written: {error.strerror}") from None
         finally:
             draft.unlink(missing_ok=True)
     return Claim(path, mine.token)
+
+
+def _create(path: Path, draft: Path) -> None:
+    """Gives the draft this name as well. Raises FileExistsError."""
+    try:
+        os.link(draft, path)
+    except FileExistsError:
+        raise
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        # A crash may leave it half-written; then it is taken over like that of a dead owner.
+        with open(path, "x", encoding="utf-8") as file:
+            file.write(draft.read_text(encoding="utf-8"))
 
 
 def _remove_dead(path: Path, token: str) -> None:
@@ -134,7 +153,7 @@ def _remove_dead(path: Path, token: str) -> None:
         return
     if _owner_of(aside) != dead:
         with contextlib.suppress(FileExistsError):
-            os.link(aside, path)
+            _create(path, aside)
     aside.unlink()
 
 

@@ -116,6 +116,7 @@ class _PointRun:
         return code, last_sentence(self._output, since)
 
     def _note(self, **changes) -> None:
+        self._claim.renew()  # what is no longer this sweep's is not written
         write_note(self._sweep, self._point, replace(read_note(self._sweep, self._point), **changes))
 
 

@@ -1,6 +1,7 @@
 """Sweeps are run: what is missing, each point once, in good order whatever ends in the middle."""
 
 import contextlib
+import errno
 import json
 import multiprocessing
 import os
@@ -284,6 +285,19 @@ def test_claims(tmp_path, monkeypatch):
         write_claim(path, age, **owner)
         assert isinstance(claims.take(path), claims.Claim) == dead, owner
     assert [file.name for file in tmp_path.iterdir() if not file.name.startswith(".lock")] == [path.name]
+
+
+def test_claims_on_a_file_system_without_hard_links(tmp_path, monkeypatch):
+    def refuse(*names):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    path = tmp_path / "x.claim"
+    first = claims.take(path)
+    assert isinstance(first, claims.Claim) and claims.take(path) == claims.holder_of(path)
+    first.renew()
+    first.release()
+    assert not path.exists()
 
 
 @pytest.mark.parametrize("text", ["", '{"host": "a', "[]", "{}"])
