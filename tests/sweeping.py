@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+from distlora.engine.comm.group import STOPPED as STOPPED_EARLY
 from distlora.recipe.strict import dump_yaml
 from distlora.sweeps.file import Sweep, read_sweep_file
 from distlora.training.evaluate import STOPPED
@@ -44,8 +45,9 @@ if verb == "eval":
             print("distlora: predictions of another evaluation lie there", file=sys.stderr)
             sys.exit(2)
         there.write_text(json.dumps(asked))
-    if play == "stopped":
-        print("distlora: {STOPPED}", file=sys.stderr)
+    if play.startswith("stopped"):
+        said = "{STOPPED}" if play == "stopped" else "{STOPPED_EARLY}"
+        print(f"distlora: {said}", file=sys.stderr)
     sys.exit(0 if play == "done" else 1)
 if play == "wait":
     signal.signal(signal.SIGTERM, stop)
@@ -62,7 +64,7 @@ if play == "failed":
     write("failed", False, "the loss is NaN")
     sys.exit(0)
 write("done")
-""".replace("{STOPPED}", STOPPED)
+""".replace("{STOPPED}", STOPPED).replace("{STOPPED_EARLY}", STOPPED_EARLY)
 
 RECIPE = {
     "model": {"path": "some/model"},

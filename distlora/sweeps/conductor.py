@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from distlora.cluster.status import START_AGAIN, Status
+from distlora.engine.comm.group import STOPPED as STOPPED_EARLY
 from distlora.errors import Preempted, TrainingError
 from distlora.sentences import counted
 from distlora.sweeps.child import Signals, last_sentence, run
@@ -98,7 +99,7 @@ class _PointRun:
             self._note(predictions=there | settings)
         options = [*self._sweep.evaluation.words, *(["--fresh"] if fresh else [])]
         code, said = self._start("eval", str(self._point.run_dir), *options)
-        again = code == START_AGAIN or said == STOPPED  # launchers swallow the exit code
+        again = code == START_AGAIN or said in (STOPPED, STOPPED_EARLY)  # launchers swallow the exit code
         if code == 0 or said == STOPPED:  # else it may have ended before it removed the others
             self._note(predictions=there | settings)
         if code == 0:

@@ -82,9 +82,10 @@ def test_predictions_of_other_settings_are_removed_and_those_of_the_same_are_kep
     assert not evaluate(0, 7, "metamath", "gsm8k")
 
 
-def test_an_evaluation_that_was_asked_to_stop_has_not_failed(desk, capsys):
+@pytest.mark.parametrize("end", ["stopped", "stopped early"])
+def test_an_evaluation_that_was_asked_to_stop_has_not_failed(desk, capsys, end):
     """Whatever exit code its launcher makes of it."""
-    desk.play(eval_2="stopped")
+    desk.play(eval_2=end)
     assert sweep(desk, evaluate=["gsm8k"]) == 75
     assert desk.table() == {**ALL, "train.seed=2": "waiting"}
     assert "its evaluation is missing" in capsys.readouterr().out
