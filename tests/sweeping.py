@@ -4,8 +4,10 @@ import json
 import sys
 from pathlib import Path
 
+from distlora.engine.comm.group import STOPPED as STOPPED_EARLY
 from distlora.recipe.strict import dump_yaml
 from distlora.sweeps.file import Sweep, read_sweep_file
+from distlora.training.evaluate import STOPPED
 
 #: Plays `train` and `eval`. What is in the file `play` says how it ends, by the run directory's name.
 PLAYER = """
@@ -35,6 +37,17 @@ if play == "mistake":
     print("noise\\ndistlora: train.lr: wanted a number", file=sys.stderr)
     sys.exit(2)
 if verb == "eval":
+    options = dict(zip(words[1::2], words[2::2]))
+    asked = {key: options.get(key) for key in ("--limit", "--data")}
+    for task in options["--tasks"].split(","):
+        there = run / f"{task}.json"
+        if there.exists() and json.loads(there.read_text()) != asked and words[-1] != "--fresh":
+            print("distlora: predictions of another evaluation lie there", file=sys.stderr)
+            sys.exit(2)
+        there.write_text(json.dumps(asked))
+    if play.startswith("stopped"):
+        said = "{STOPPED}" if play == "stopped" else "{STOPPED_EARLY}"
+        print(f"distlora: {said}", file=sys.stderr)
     sys.exit(0 if play == "done" else 1)
 if play == "wait":
     signal.signal(signal.SIGTERM, stop)
@@ -51,7 +64,7 @@ if play == "failed":
     write("failed", False, "the loss is NaN")
     sys.exit(0)
 write("done")
-"""
+""".replace("{STOPPED}", STOPPED).replace("{STOPPED_EARLY}", STOPPED_EARLY)
 
 RECIPE = {
     "model": {"path": "some/model"},

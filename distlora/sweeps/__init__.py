@@ -2,6 +2,7 @@
 
 lines        the text format: a line of overrides for each run, for job arrays and scripts
 file         the YAML format: a `SweepFile`, and the points that it describes
+quoting      words that are quoted as in a shell
 points       `Point`: a run's overrides, and the directory that is named after them
 check        every point is checked before any point is run
 claims       no point is run twice at once, whatever sweeps are started

@@ -10,7 +10,8 @@ from pathlib import Path
 from types import FrameType, TracebackType
 
 from distlora.errors import UserError
-from distlora.sweeps.processes import group_runs
+from distlora.sweeps.claims import BEAT
+from distlora.sweeps.processes import MARK, kill_marked, marked
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 #: Seconds that what a launcher leaves behind may go on.
@@ -27,6 +28,7 @@ class Signals:
     def __init__(self) -> None:
         self.asked: signal.Signals | None = None
         self._child: subprocess.Popen | None = None
+        self._token = ""
         self._before: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> "Signals":
@@ -41,9 +43,11 @@ class Signals:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def watch(self, child: subprocess.Popen | None) -> None:
-        """The process that signals are passed on to from now on, and one that has come already."""
-        self._child = child
+    def watch(self, child: subprocess.Popen | None, token: str = "") -> None:
+        """The process that signals are passed on to from now on, and one that has come already. token: that
+        it and all that it starts are marked with.
+        """
+        self._child, self._token = child, token
         if self.asked is not None:
             self._pass_on(self.asked)
 
@@ -55,52 +59,60 @@ class Signals:
     def _pass_on(self, number: signal.Signals) -> None:
         if self._child is None or self._child.returncode is not None:
             return
+        if number == signal.SIGKILL:
+            kill_marked(self._token)
+            return
         with contextlib.suppress(ProcessLookupError):
-            if number == signal.SIGKILL:
-                os.killpg(self._child.pid, number)
-            else:
-                os.kill(self._child.pid, number if number == signal.SIGUSR1 else signal.SIGTERM)
+            os.kill(self._child.pid, number if number == signal.SIGUSR1 else signal.SIGTERM)
 
 
-def run(words: Sequence[str], output: Path, signals: Signals, told: Callable[[int], None]) -> int:
+def run(words: Sequence[str], output: Path, signals: Signals, token: str, renew: Callable[[], None]) -> int:
     """Runs the words, without a shell, to the end. Returns the exit code; below 0 it is a signal's number.
 
-    output: a file to which is appended what it says. told: called with the number of its process group, which
-    is its own, and at the end with 0. Raises UserError if it cannot be started.
+    output: a file to which is appended what it says. token: that all its processes are marked with, wherever
+    a launcher puts them; none of them is left at the end. renew: called every BEAT seconds; if it raises, the
+    run is killed. Raises UserError if it cannot be started.
     """
     with output.open("ab") as file:
         try:
             child = subprocess.Popen(
-                words, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+                words,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env={**os.environ, MARK: token},
             )
         except OSError as error:
             raise UserError(f"{words[0]} cannot be started: {error.strerror}") from None
-    told(child.pid)
-    signals.watch(child)
+    signals.watch(child, token)
     try:
-        return child.wait()
+        return _wait(child, renew)
+    except BaseException:
+        kill_marked(token)
+        child.wait()
+        raise
     finally:
         signals.watch(None)
-        _end_group(child.pid)
-        told(0)
+        _end(token)
 
 
-def _end_group(group: int) -> None:
+def _wait(child: subprocess.Popen, renew: Callable[[], None]) -> int:
+    while True:
+        renew()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return child.wait(timeout=BEAT)
+
+
+def _end(token: str) -> None:
     """Kills what the run has left: it would hold the memory that the next one needs."""
-    if not _ends(group):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(group, signal.SIGKILL)
-        _ends(group)
-
-
-def _ends(group: int) -> bool:
-    """Whether nothing of the group runs any more, within GRACE seconds."""
     deadline = time.monotonic() + GRACE
-    while group_runs(group):
-        if time.monotonic() > deadline:
-            return False
+    while marked(token) and time.monotonic() < deadline:
         time.sleep(0.05)
-    return True
+    deadline = time.monotonic() + GRACE
+    while marked(token) and time.monotonic() < deadline:
+        kill_marked(token)  # again: it may start new ones meanwhile
+        time.sleep(0.05)
 
 
 def last_sentence(output: Path, since: int) -> str:

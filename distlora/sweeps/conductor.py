@@ -6,15 +6,18 @@ from dataclasses import replace
 from pathlib import Path
 
 from distlora.cluster.status import START_AGAIN, Status
+from distlora.engine.comm.group import STOPPED as STOPPED_EARLY
 from distlora.errors import Preempted, TrainingError
 from distlora.sentences import counted
 from distlora.sweeps.child import Signals, last_sentence, run
-from distlora.sweeps.claims import Claim, take
+from distlora.sweeps.claims import Claim, Lost, take
 from distlora.sweeps.file import Sweep
 from distlora.sweeps.points import Point
 from distlora.sweeps.states import (
     claim_path,
     folder_of,
+    held_by,
+    holder,
     is_evaluated,
     is_trained,
     keep_table,
@@ -23,6 +26,7 @@ from distlora.sweeps.states import (
     status_of,
     write_note,
 )
+from distlora.training.evaluate import STOPPED
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +38,7 @@ def conduct(sweep: Sweep, points: Sequence[Point]) -> None:
     """Trains and evaluates those of the points that are not done, one after the other.
 
     A point that fails does not stop the others. Raises TrainingError, which names the points, if some have
-    failed or are run by another sweep; Preempted if this process, or a run, was asked to stop.
+    failed; Preempted if this process, or a run, was asked to stop, or if another sweep runs some of them.
     """
     folder_of(sweep)
     with Signals() as signals:
@@ -49,12 +53,16 @@ def conduct(sweep: Sweep, points: Sequence[Point]) -> None:
 
 
 def _try_point(sweep: Sweep, point: Point, signals: Signals) -> None:
-    claim = take(claim_path(sweep, point))
+    path = claim_path(sweep, point)
+    claim = take(path)
     if not isinstance(claim, Claim):
-        log.info("%s is run by %s", point.title, claim.where)
+        log.info("%s is run by %s", point.title, held_by(claim, path))
         return
     try:
         _PointRun(sweep, point, signals, claim).finish()
+    except Lost:
+        log.warning("%s was ended: %s is no longer this sweep's", point.title, path)
+        return
     finally:
         claim.release()
     row = state_of(sweep, point)
@@ -72,7 +80,7 @@ class _PointRun:
         """Trains and evaluates, as far as the point lacks it, and notes what came out."""
         self._note(failed="")
         if not is_trained(self._point):
-            self._note(evaluated=())  # that was of a run that is gone
+            self._note(evaluated={})  # that was of a run that is gone
             self._note(failed=self._train())
         if is_trained(self._point) and not is_evaluated(self._sweep, self._point) and not self._signals.asked:
             self._evaluate()
@@ -84,11 +92,19 @@ class _PointRun:
         return _failure(code, said, before, status_of(self._point), bool(self._signals.asked))
 
     def _evaluate(self) -> None:
-        options = tuple(self._sweep.evaluation.words)
+        settings, there = self._sweep.evaluation.settings, read_note(self._sweep, self._point).predictions
+        # `eval` goes on with predictions of the same settings, and refuses others.
+        fresh = any(there.get(task, wanted) != wanted for task, wanted in settings.items())
+        if not fresh:
+            self._note(predictions=there | settings)
+        options = [*self._sweep.evaluation.words, *(["--fresh"] if fresh else [])]
         code, said = self._start("eval", str(self._point.run_dir), *options)
+        again = code == START_AGAIN or said in (STOPPED, STOPPED_EARLY)  # launchers swallow the exit code
+        if code == 0 or said == STOPPED:  # else it may have ended before it removed the others
+            self._note(predictions=there | settings)
         if code == 0:
-            self._note(evaluated=options)
-        elif code != START_AGAIN and not self._signals.asked:
+            self._note(evaluated=settings)
+        elif not (again or (self._signals.asked and code != 2)):
             self._note(failed=f"its evaluation: {said or _ended(code)}")
 
     def _start(self, verb: str, *arguments: str) -> tuple[int, str]:
@@ -97,10 +113,11 @@ class _PointRun:
         since = self._output.stat().st_size if self._output.exists() else 0
         keep_table(self._sweep)
         words = self._sweep.command(verb, *arguments)
-        code = run(words, self._output, self._signals, self._claim.name_child)
+        code = run(words, self._output, self._signals, self._claim.token, self._claim.renew)
         return code, last_sentence(self._output, since)
 
     def _note(self, **changes) -> None:
+        self._claim.renew()  # what is no longer this sweep's is not written
         write_note(self._sweep, self._point, replace(read_note(self._sweep, self._point), **changes))
 
 
@@ -137,8 +154,9 @@ def _conclude(sweep: Sweep, points: Sequence[Point], signals: Signals) -> None:
         where = Path(folder_of(sweep), "NAME.log")
         raise TrainingError(f"{_named(failed)} of {len(points)} failed; see {where}, and start again")
     if busy:
-        raise TrainingError(
-            f"{_named(busy)} of {len(points)} run by another sweep; start again when it has ended"
+        who = holder(sweep, busy[0]) or "a process that has just ended"
+        raise Preempted(
+            f"{_named(busy)} of {len(points)} run by another sweep ({who}); start again when it has ended"
         )
 
 

@@ -12,7 +12,6 @@ evaluate: [gsm8k]                       # after training: `distlora eval RUN --t
 import itertools
 import os
 import re
-import shlex
 import shutil
 import sys
 from collections.abc import Iterable, Sequence
@@ -25,6 +24,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from distlora.errors import UserError
 from distlora.recipe.strict import parse_yaml, show, validate
 from distlora.sweeps.points import Point, override_of, point_of
+from distlora.sweeps.quoting import words_of
+from distlora.tasks import SUITES, scored_tasks
 
 Text = Annotated[str, Field(min_length=1)]
 Words = list[Text]
@@ -49,6 +50,13 @@ class Evaluation(BaseModel):
         given = [word for name, number in numbers.items() if number for word in (name, str(number))]
         data = [word for task, path in self.data.items() for word in ("--data", f"{task}={path}")]
         return ["--tasks", ",".join(self.tasks), *given, *data]
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """What decides the predictions of each task, by task: `distlora eval` goes on with no others."""
+        paths = {task: path for name, path in self.data.items() for task in SUITES.get(name, [name])}
+        limit = "" if self.limit is None else self.limit
+        return {task: f"limit={limit} data={paths.get(task, '')}" for task in scored_tasks(self.tasks)}
 
 
 def _tasks_alone(given: Any) -> Any:
@@ -141,13 +149,10 @@ def _recipe(name: str, path: Path) -> Path:
 
 
 def _words(given: str | Sequence[str] | None, name: str) -> tuple[str, ...] | None:
-    """The launcher's words. A text is split as a shell splits it; no shell sees it."""
+    """The launcher's words."""
     if given is None:
         return None
-    try:
-        words = shlex.split(given) if isinstance(given, str) else given
-    except ValueError as error:
-        raise UserError(f"{name} is not quoted as in a shell: {str(error).lower()}") from None
+    words = words_of(given, name) if isinstance(given, str) else given
     if not words:
         raise UserError(f"{name} has no words; leave it out for this Python")
     if shutil.which(words[0]) is None:

@@ -1,6 +1,6 @@
 """A sweep as a job array of SLURM: each task runs one point, see launch/slurm.sbatch."""
 
-import shlex
+import hashlib
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -8,9 +8,12 @@ from pathlib import Path
 
 import distlora
 from distlora.errors import UserError
+from distlora.files.atomic import write_text
+from distlora.recipe.strict import dump_yaml, parse_yaml
 from distlora.sentences import first_line
 from distlora.sweeps.file import Sweep
 from distlora.sweeps.points import Point
+from distlora.sweeps.quoting import words_of
 from distlora.sweeps.states import folder_of, state_of
 
 SCRIPT = Path("launch", "slurm.sbatch")
@@ -31,20 +34,24 @@ def submit(
     """Submits these points as one job array, and returns its number.
 
     overrides: the command line's, of all points. sbatch: its own options, quoted as in a shell. at_once: at
-    most so many tasks run. Raises UserError if sbatch is missing or refuses.
+    most so many tasks run. Raises UserError if sbatch is missing or refuses, and for a sweep with a launcher:
+    the script has its own.
     """
+    if sweep.launcher is not None:
+        raise UserError(
+            f"--slurm: {SCRIPT} starts the runs by srun, and not by the launcher {sweep.launcher[0]}; leave "
+            "--launcher, or the file's launcher, out"
+        )
     if shutil.which("sbatch") is None:
         raise UserError("--slurm: there is no sbatch here; submit where jobs of SLURM are submitted")
-    try:
-        options = shlex.split(sbatch)
-    except ValueError as error:
-        raise UserError(f"--sbatch is not quoted as in a shell: {str(error).lower()}") from None
+    options = words_of(sbatch, "--sbatch")
     folder_of(sweep)
+    copy = _copy(sweep)
     limit = f"%{at_once}" if at_once else ""
     array = f"--array={','.join(str(point.number) for point in points)}{limit}"
     words = ["sbatch", "--parsable", f"--job-name={sweep.path.stem}", array, *options, str(_script())]
     done = subprocess.run(
-        [*words, "--verb", "sweep", str(sweep.path), *overrides],
+        [*words, "--verb", "sweep", str(copy), *overrides],
         capture_output=True,
         text=True,
         errors="replace",
@@ -52,6 +59,18 @@ def submit(
     if done.returncode:
         raise UserError(f"--slurm: sbatch refused: {first_line(done.stderr or done.stdout)}")
     return done.stdout.strip().partition(";")[0]
+
+
+def _copy(sweep: Sweep) -> Path:
+    """A copy of the sweep's file, in its directory, for tasks that begin later: points keep their numbers
+    only while the file stays as it is.
+    """
+    content = parse_yaml(sweep.path.read_text(encoding="utf-8"), str(sweep.path))
+    content |= {"recipe": str(sweep.recipe.absolute()), "output": str(sweep.output)}
+    text = dump_yaml(content)
+    path = sweep.output / f"submitted-{hashlib.sha256(text.encode()).hexdigest()[:10]}.yaml"
+    write_text(path, text)
+    return path
 
 
 def _script() -> Path:

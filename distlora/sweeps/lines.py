@@ -4,12 +4,12 @@ Launch scripts read them before a run, so that this file must import quickly.
 """
 
 import os
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 from distlora.errors import UserError
 from distlora.recipe.strict import parse_yaml
+from distlora.sweeps.quoting import words_of
 
 
 def read_sweep(path: str | os.PathLike) -> list[list[str]]:
@@ -30,10 +30,7 @@ def read_sweep(path: str | os.PathLike) -> list[list[str]]:
 
 
 def _words(line: str, name: str) -> list[str]:
-    try:
-        words = shlex.split(line)
-    except ValueError as error:
-        raise UserError(f"{name} is not quoted as in a shell: {str(error).lower()}") from None
+    words = words_of(line, name)
     stray = next((word for word in words if "=" not in word or word.startswith("-")), None)
     if stray is not None:
         raise UserError(

@@ -1,7 +1,30 @@
-"""Processes of this host, as Linux shows them. One that has ended but was not waited for does not run."""
+"""Processes of this host, as Linux shows them. One that has ended but was not waited for does not run.
 
+The processes of a run are known by a variable of their environment, which every process inherits: launchers
+put ranks into process groups and sessions of their own.
+"""
+
+import contextlib
+import os
+import signal
+import socket
 from collections.abc import Iterator
 from pathlib import Path
+
+#: The variable; its value is the token of the claim.
+MARK = "DISTLORA_POINT"
+
+
+def this_place() -> str:
+    """Where process numbers mean the same: this start of the kernel, and this namespace of processes.
+
+    Hosts and containers may share a name, and containers of one host number their processes anew.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return socket.gethostname()
 
 
 def started_at(pid: int) -> int | None:
@@ -15,15 +38,26 @@ def is_running(pid: int, started: int | None) -> bool:
     return started is not None and started_at(pid) == started
 
 
-def group_runs(group: int) -> bool:
-    """Whether a process of the group runs. Meanwhile no new process is given the group's number."""
-    return any(int(fields[2]) == group for fields in _running())
+def marked(token: str) -> list[int]:
+    """The processes of this user that run and have this mark."""
+    return list(_marked(f"\0{MARK}={token}\0".encode()))
 
 
-def _running() -> Iterator[list[str]]:
+def kill_marked(token: str) -> None:
+    """Kills them."""
+    for pid in marked(token):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def _marked(variable: bytes) -> Iterator[int]:
     for folder in Path("/proc").glob("[0-9]*"):
-        if fields := _fields(folder):
-            yield fields
+        try:
+            variables = (folder / "environ").read_bytes()
+        except OSError:  # another user's, or it has just ended
+            continue
+        if variable in b"\0" + variables and _fields(folder):
+            yield int(folder.name)
 
 
 def _fields(folder: Path) -> list[str]:

@@ -6,16 +6,18 @@ OUTPUT/points/NAME.json         what the sweep knows and the run does not: a `No
 """
 
 import json
+import os
+import socket
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from distlora.cluster.status import Status, read_status
 from distlora.errors import UserError
 from distlora.files.atomic import write_text
-from distlora.sweeps.claims import Owner, owner_of, this_process
+from distlora.sweeps.claims import Owner, holder_of
 from distlora.sweeps.file import Sweep
 from distlora.sweeps.points import Point
 
@@ -27,12 +29,13 @@ TABLE, POINTS = "sweep.json", "points"
 class Note:
     """What the sweep writes down about a point.
 
-    failed: why it failed, in a sentence; "" if it has not. evaluated: the options of the evaluation that it
-    has had.
+    failed: why it failed, in a sentence; "" if it has not. evaluated: the evaluation that it has had.
+    predictions: by task, the settings of those that may lie in its directory; see `Evaluation`.
     """
 
     failed: str = ""
-    evaluated: tuple[str, ...] = ()
+    evaluated: dict[str, str] = field(default_factory=dict)
+    predictions: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ def read_note(sweep: Sweep, point: Point) -> Note:
     """The note of a point; an empty one if there is none, or if it is damaged."""
     try:
         content = json.loads(_note_path(sweep, point).read_text(encoding="utf-8"))
-        return Note(content["failed"], tuple(content["evaluated"]))
+        return Note(content["failed"], dict(content["evaluated"]), dict(content["predictions"]))
     except (OSError, ValueError, KeyError, TypeError):
         return Note()
 
@@ -93,20 +96,31 @@ def is_trained(point: Point) -> bool:
 
 def is_evaluated(sweep: Sweep, point: Point) -> bool:
     """Whether the point has had this evaluation; True where the sweep asks for none."""
-    return sweep.evaluation is None or read_note(sweep, point).evaluated == tuple(sweep.evaluation.words)
+    return sweep.evaluation is None or read_note(sweep, point).evaluated == sweep.evaluation.settings
 
 
 def state_of(sweep: Sweep, point: Point) -> PointState:
     """A point's row."""
-    note, owner, status = read_note(sweep, point), owner_of(claim_path(sweep, point)), status_of(point)
-    state, message = _state(note, owner, status, is_evaluated(sweep, point))
+    note, status = read_note(sweep, point), status_of(point)
+    state, message = _state(note, holder(sweep, point), status, is_evaluated(sweep, point))
     step, steps = (status.step, status.steps) if status else (0, None)
     return PointState(point.name, str(point.run_dir), state, step, steps, message)
 
 
-def _state(note: Note, owner: Owner | None, status: Status | None, evaluated: bool) -> tuple[State, str]:
-    if owner is not None and not owner.is_dead():
-        return "running", owner.where
+def holder(sweep: Sweep, point: Point) -> str:
+    """Who runs the point, and the claim that says so; "" if nobody does."""
+    path = claim_path(sweep, point)
+    owner = holder_of(path)
+    return "" if owner is None else held_by(owner, path)
+
+
+def held_by(owner: Owner, claim: Path) -> str:
+    return f"{owner.where}, as {claim} says"
+
+
+def _state(note: Note, holder: str, status: Status | None, evaluated: bool) -> tuple[State, str]:
+    if holder:
+        return "running", holder
     if note.failed:
         return "failed", note.failed
     if status is None:
@@ -131,8 +145,8 @@ def keep_table(sweep: Sweep) -> list[PointState]:
         "evaluate": list(sweep.evaluation.tasks) if sweep.evaluation else [],
         "points": [asdict(row) for row in rows],
     }
-    me = this_process()
-    write_text(sweep.output / TABLE, json.dumps(content, indent=1) + "\n", writer=f"{me.host}-{me.pid}")
+    writer = f"{socket.gethostname()}-{os.getpid()}"
+    write_text(sweep.output / TABLE, json.dumps(content, indent=1) + "\n", writer=writer)
     return rows
 
 

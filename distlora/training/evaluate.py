@@ -24,6 +24,8 @@ from distlora.training.train import check_packages, check_settings, fitted
 
 #: What the split of an evaluation without tasks is called in the answer of `evaluate`.
 OWN_SPLIT = ""
+#: The sentence of an evaluation that was asked to stop and has stopped.
+STOPPED = "asked to stop; the same command goes on from the predictions so far"
 
 
 def check(subject: Subject, topology: Topology, asked: Asked) -> None:
@@ -44,10 +46,18 @@ def check(subject: Subject, topology: Topology, asked: Asked) -> None:
             objective.check_split(recipe.data.eval_split)
             if recipe.train.exact_match_samples:
                 try_judge(recipe.data.task)
-        for name, section in sections_of(subject, asked).items():
-            objective_for(subject, recipe, section, objective).check_split(section.eval_split)
-            if asked.way == "generation":
-                try_judge(name)
+        check_tasks(subject, recipe, asked, objective)
+
+
+def check_tasks(subject: Subject, recipe: Recipe, asked: Asked, objective: Objective) -> None:
+    """Raises UserError for tasks that the model cannot do, and for what is wrong with data that is at hand.
+
+    objective: what the model was trained for.
+    """
+    for name, section in sections_of(subject, asked).items():
+        objective_for(subject, recipe, section, objective).check_split(section.eval_split)
+        if asked.way == "generation":
+            try_judge(name)
 
 
 def evaluate(
@@ -80,7 +90,7 @@ def evaluate(
         try:
             return scores_of_tasks(evaluated, asked, sections) if asked.tasks else _own_split(evaluated)
         except Preempted:
-            raise Preempted("asked to stop; the same command goes on from the predictions so far") from None
+            raise Preempted(STOPPED) from None
 
 
 def _of_model(subject: Subject, recipe: Recipe, asked: Asked) -> Recipe:

@@ -55,6 +55,7 @@ class _Work:
         """Loads the model, and leaves every job with a summary. Collective."""
         engine = self.evaluated.engine()
         if jobs[0].by == LABELS:
+            self._forget(jobs)
             for job in jobs:
                 self._label(engine, job)
             return
@@ -65,6 +66,7 @@ class _Work:
                 log.info("--merge: the model does not fit whole, so its adapter stays beside the weights")
             elif self.asked.fold:
                 log.info("--merge: %d layers compute with one matrix", len(engine.layers))
+            self._forget(jobs)
             for job in jobs:
                 self._answer(engine, job, agree)
 
@@ -95,10 +97,16 @@ class _Work:
         scores = self.comm.share(on_main(self.comm, job.name, lambda: way.scores(found)))
         self._finish(job, scores, time.perf_counter() - began)
 
+    def _forget(self, jobs: Sequence[Job]) -> None:
+        """With --fresh, what was left of all tasks: where this evaluation is cut short, the next one goes on
+        with its predictions alone.
+        """
+        for job in jobs:
+            if self.asked.fresh and job.predictions is not None:
+                on_main(self.comm, job.predictions.lines, job.predictions.forget)
+
     def _begin(self, job: Job) -> list[Record]:
         """Makes the file ready to be written to, and returns what it holds."""
-        if self.asked.fresh:
-            job.predictions.forget()
         job.predictions.begin()
         return list(job.predictions.found().values())
 

@@ -39,14 +39,21 @@ def check(recipe: Recipe, topology: Topology, resume: bool | None) -> None:
     Errors: UserError.
     """
     with before_ranks_meet():
-        recipe = with_format_of_run(recipe, resume)
-        objective, config = check_settings(recipe, topology.world_size)
-        check_run_dir(recipe, resume)
-        recipe = fitted(recipe, objective)
-        check_combination(recipe, config)
-        check_packages(recipe)
-        for split in filter(None, (recipe.data.split, recipe.data.eval_split)):
-            objective.check_split(split)
+        check_run(recipe, topology.world_size, resume)
+
+
+def check_run(recipe: Recipe, world_size: int, resume: bool | None) -> tuple[Recipe, Objective]:
+    """The same without ranks. Returns the recipe as it is run, as far as the model is at hand, and what is
+    learned."""
+    recipe = with_format_of_run(recipe, resume)
+    objective, config = check_settings(recipe, world_size)
+    check_run_dir(recipe, resume)
+    recipe = fitted(recipe, objective)
+    check_combination(recipe, config)
+    check_packages(recipe)
+    for split in filter(None, (recipe.data.split, recipe.data.eval_split)):
+        objective.check_split(split)
+    return recipe, objective
 
 
 def check_settings(recipe: Recipe, world_size: int) -> tuple[Objective, dict[str, Any]]:

@@ -124,6 +124,16 @@ def test_predictions_in_the_way_are_left_alone_unless_asked(run_dir, data):
     assert summary(run_dir)["samples"] == 7
 
 
+def test_beginning_anew_and_asked_to_stop_leaves_no_other_predictions_in_the_way(run_dir, data, monkeypatch):
+    tasks = ["--tasks", "gsm8k,arithmetic", "--data", f"gsm8k={data}", "data.max_length=64"]
+    succeed("eval", run_dir, *tasks, "--limit", "2")
+    with monkeypatch.context() as patch:
+        patch.setattr(verb.StopSignals, "asked", lambda self: True)
+        assert call("eval", run_dir, *tasks, "--limit", "3", "--batch-size", "1", "--fresh").code == 75
+    succeed("eval", run_dir, *tasks, "--limit", "3")
+    assert [summary(run_dir, f"{task}-6")["samples"] for task in ("gsm8k", "arithmetic")] == [3, 3]
+
+
 def test_an_evaluation_reads_no_training_data(model, tmp_path):
     data = write_rows(tmp_path / "rows")
     recipe = write_recipe(tmp_path / "recipe.yaml", recipe_of(model, data, tmp_path / "run"))

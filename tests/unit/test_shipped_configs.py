@@ -133,6 +133,7 @@ def test_settings_of_the_arithmetic_experiment(name, model):
         "metamath",
         "meta-math/MetaMathQA",
     )
+    assert recipe.method.init.eta == "schedule", "this rate belongs to it"
 
 
 def test_settings_of_the_commonsense_experiment():
@@ -170,8 +171,13 @@ def test_the_tables_of_the_papers_have_every_method_at_every_rank():
         found = {(keys["method.name"], keys.get("method.rank")) for keys in own}
         ranks = ("8", "16", "24") if model == "roberta" else ("32", "64", "96")
         assert found >= {(name, rank) for name in ("lora_sb", "lora_xs") for rank in ranks}
-        assert found >= {(name, ranks[0]) for name in ("lora", "rslora", "pissa", "dora", "lora_pro")}
+        assert found >= {
+            (name, ranks[0]) for name in ("lora", "rslora", "pissa", "dora", "lora_ga", "lora_pro")
+        }
         assert ("full", None) in found
+        if model == "roberta":
+            scanned = [[rate for name, rate in rates if name == core] for core in ("lora_sb", "lora_xs")]
+            assert scanned[0] == scanned[1], "neither has more tries than the other"
         for core in ("lora_sb", "lora_xs"):
             assert max(lr for name, lr in rates if name == core) > max(
                 lr for name, lr in rates if name == "lora"

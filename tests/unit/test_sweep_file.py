@@ -111,6 +111,28 @@ def test_the_recipe_is_looked_up_beside_the_sweep_and_above(desk, monkeypatch):
         ({"evaluate": []}, "evaluate: found [], wanted a list of at least 1"),
         ({"evaluate": ["gsm9k"]}, "evaluate: unknown task 'gsm9k', did you mean gsm8k?"),
         ({"evaluate": {"tasks": ["gsm8k"], "limt": 2}}, "evaluate.limt: unknown key, did you mean limit?"),
+        (
+            {"evaluate": ["gsm8k", "boolq"], "common": {"model.path": "/no/model"}},
+            "point 0 (train.seed=1): model.path=/no/model: there is no such directory",
+        ),
+        (
+            {"grid": {"train.global_batch_size": [2, 3]}, "common": {"train.micro_batch_size": 2}},
+            "point 1 (train.global_batch_size=3): ",
+        ),
+        ({"common": {"data.labels": ["a", "b"]}}, "data.labels: the task gsm8k has responses and no labels"),
+        ({"common": {"method.name": "pissa", "train.weight_decay": 0.1}}, "train.weight_decay=0.1"),
+        (
+            {"common": {"deepspeed": {"zero_optimisation": {}}}},
+            "zero_optimisation: unknown key, did you mean",
+        ),
+        (
+            {"evaluate": ["gsm8k", "rte"]},
+            "point 0 (train.seed=1): evaluate: the task rte wants a classifier",
+        ),
+        (
+            {"evaluate": {"tasks": ["gsm8k"], "data": {"math": "x"}}},
+            "evaluate.data: math is not among the tasks; add it, or leave it out",
+        ),
         ({"launcher": "no-such-program -n 2"}, "launcher: there is no program no-such-program here"),
         ({"launcher": "a 'b"}, "launcher is not quoted as in a shell: no closing quotation"),
         ({"launcher": []}, "launcher"),

@@ -16,9 +16,10 @@ def add(verbs) -> None:
         "sweep",
         help="run every point of a sweep that is not done yet",
         description="A YAML file describes a sweep: a recipe, and a grid or a list of overrides. Its points "
-        "are trained and evaluated one after the other. Exit code: 0 all done; 75 to be started again; "
-        "1 points have failed; 2 a mistake, told before anything starts. Of a text file, with a line of "
-        "overrides for each run and the recipe behind it, the lines are checked and shown.",
+        "are trained and evaluated one after the other. Exit code: 0 all done; 75 to be started again, also "
+        "where another sweep runs some of the points; 1 points have failed; 2 a mistake, told before "
+        "anything starts. Of a text file, with a line of overrides for each run and the recipe behind it, "
+        "the lines are checked and shown.",
     )
     parser.add_argument(
         "file", help="YAML, see configs/sweeps; or lines of dotted.key=value …, quoted as in a shell"
@@ -31,7 +32,11 @@ def add(verbs) -> None:
     )
     parser.add_argument("--check", action="store_true", help="show the points; run nothing")
     parser.add_argument("--point", type=int, metavar="N", help="only point N, counted from 0")
-    parser.add_argument("--launcher", metavar="WORDS", help="start each run with these words, not the file's")
+    parser.add_argument(
+        "--launcher",
+        metavar="WORDS",
+        help="start each run with these words, not the file's; not with --slurm",
+    )
     parser.add_argument("--slurm", action="store_true", help="submit what is not done as a job array")
     parser.add_argument("--sbatch", metavar="OPTIONS", help="with --slurm: sbatch's own, --sbatch='-N 2 …'")
     parser.add_argument("--jobs", metavar="N", help="with --slurm: at most N points at once")
