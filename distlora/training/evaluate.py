@@ -17,7 +17,7 @@ from distlora.tasks import try_judge
 from distlora.training.evaluated import Asked, Subject, fitted_to_ranks, sections_of
 from distlora.training.evaluation_jobs import objective_for
 from distlora.training.evaluation_scores import Scores, scores_of_tasks
-from distlora.training.objective import objective_of
+from distlora.training.objective import Objective, objective_of
 from distlora.training.samples import fetch, read_samples
 from distlora.training.subject import Evaluated, refuse_other_base
 from distlora.training.train import check_packages, check_settings, fitted
