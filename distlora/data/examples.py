@@ -178,7 +178,8 @@ class Examples:
     def _find_layout(self) -> Layout | None:
         """How the rows are read if they do not have the columns of the task themselves.
 
-        Raises UserError if they have those of no copy of the data set.
+        Raises UserError if they have those of no copy of the data set. Where they have some of the task's own
+        columns, what is missing is told later, by name.
         """
         own = tuple(self._task.columns[role] for role in ROLES[:2] if role in self._task.columns)
         available = set(columns_of(self.rows))
@@ -187,6 +188,8 @@ class Examples:
         for layout in self._task.layouts:
             if available.issuperset(layout.columns):
                 return layout
+        if available.intersection(own):
+            return None
         known = " nor ".join(
             ", ".join(columns) for columns in (own, *(layout.columns for layout in self._task.layouts))
         )

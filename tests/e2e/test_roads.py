@@ -91,19 +91,20 @@ def interrupt(cluster, bench, name, command, victim, number=signal.SIGTERM):
 
 
 def the_script(cluster) -> int:
-    """The one of its processes that no other of them has started. (The lowest number is not always the
-    first one's: numbers begin again at the end.)
+    """The first one of its processes: the others are parts of it. (The lowest number is not always the first
+    one's: numbers begin again at the end.)
     """
     running = [
         pid for pid, command in cluster.processes("head").items() if command.startswith("bash launch/")
     ]
-    (first,) = (pid for pid in running if _parent(pid) not in running)
-    return first
+    return min(running, key=_start_time)
 
 
-def _parent(pid: int) -> int:
-    """The process that started this one. In /proc/PID/stat it follows the name, which may hold anything."""
-    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+def _start_time(pid: int) -> tuple[int, int]:
+    """Clock ticks from the machine's start to that of a process, and its number. In /proc/PID/stat they
+    follow the name, which may hold anything.
+    """
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]), pid
 
 
 # ---------------------------------------------------------------------- DeepSpeed's launcher

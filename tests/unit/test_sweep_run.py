@@ -143,7 +143,10 @@ def test_an_evaluation_that_fails_is_done_again_without_training(desk, capsys):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-def test_a_signal_is_passed_on_and_the_same_command_goes_on(desk, capsys, number):
+def test_a_signal_is_passed_on_and_the_same_command_goes_on(desk, capsys, number, request):
+    # Tests that run in the background of a shell may have been started with SIGINT ignored.
+    before = signal.signal(number, signal.SIG_DFL)
+    request.addfinalizer(lambda: signal.signal(number, before))
     desk.play(train_2="wait")
     status = desk.folder / "out" / "train.seed=2" / "status.json"
 
