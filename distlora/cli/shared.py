@@ -1,12 +1,16 @@
 """What several verbs need: the recipe, the topology, and the log on the terminal."""
 
 import logging
+import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from distlora.errors import before_ranks_meet
+from distlora.cli.ending import end
+from distlora.cluster.status import START_AGAIN
+from distlora.cluster.stopping import StopSignals
+from distlora.errors import Preempted, before_ranks_meet
 
 
 def read_recipe(path: str | Path, overrides: Sequence[str]):
@@ -38,3 +42,16 @@ def log_to_terminal(shown: bool) -> None:
     logger.handlers[:] = [handler]
     logger.setLevel(logging.INFO)
     logger.propagate = False
+
+
+def until_asked_to_stop(action: Callable[[StopSignals], int]) -> int:
+    """The exit code of what a signal may end early: its own, or that of a run to be started again."""
+    # At lower levels torch prints stack traces about connections that a dead rank has closed.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    # Signals are caught before the libraries are imported, which takes seconds in which one may come.
+    with StopSignals() as signals:
+        try:
+            return action(signals)
+        except Preempted as error:
+            # Still within the block: once one rank has ended, a launcher may send signals to the others.
+            return end(error, START_AGAIN, wait=False)

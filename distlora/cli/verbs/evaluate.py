@@ -1,16 +1,13 @@
 """`distlora eval`."""
 
 import argparse
-import os
 from pathlib import Path
 
 from distlora.cli import judge_predictions
 from distlora.cli.arguments import whole_number
-from distlora.cli.ending import end
-from distlora.cli.shared import this_topology
-from distlora.cluster.status import START_AGAIN
+from distlora.cli.shared import this_topology, until_asked_to_stop
 from distlora.cluster.stopping import StopSignals
-from distlora.errors import Preempted, UserError, before_ranks_meet
+from distlora.errors import UserError, before_ranks_meet
 
 
 def add(verbs) -> None:
@@ -51,14 +48,7 @@ def run(options: argparse.Namespace) -> int:
         return 0
     if options.task is not None:
         raise UserError("--task goes with --predictions, which judges a file of answers; here it is --tasks")
-    # At lower levels torch prints stack traces about connections that a dead rank has closed.
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    # Signals are caught before the libraries are imported, which takes seconds in which one may come.
-    with StopSignals() as signals:
-        try:
-            return _run(options, signals)
-        except Preempted as error:
-            return end(error, START_AGAIN, wait=False)
+    return until_asked_to_stop(lambda signals: _run(options, signals))
 
 
 def _run(options: argparse.Namespace, signals: StopSignals) -> int:

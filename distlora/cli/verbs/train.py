@@ -2,14 +2,10 @@
 
 import argparse
 import logging
-import os
 
-from distlora.cli.ending import end
-from distlora.cli.shared import read_recipe, this_topology
+from distlora.cli.shared import read_recipe, this_topology, until_asked_to_stop
 from distlora.cli.summary import summary_table
-from distlora.cluster.status import START_AGAIN
 from distlora.cluster.stopping import StopSignals
-from distlora.errors import Preempted
 
 
 def add(verbs) -> None:
@@ -31,15 +27,7 @@ def add(verbs) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Runs a recipe, and prints a table of its outcome."""
-    # At lower levels torch prints stack traces about connections that a dead rank has closed.
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    # Signals are caught before the libraries are imported, which takes seconds in which one may come.
-    with StopSignals() as signals:
-        try:
-            return _run(options, signals)
-        except Preempted as error:
-            # Still within the block: once one rank has ended, a launcher may send signals to the others.
-            return end(error, START_AGAIN, wait=False)
+    return until_asked_to_stop(lambda signals: _run(options, signals))
 
 
 def _run(options: argparse.Namespace, signals: StopSignals) -> int:
