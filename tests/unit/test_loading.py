@@ -85,6 +85,7 @@ def test_soft_caps_matter_in_the_test_above(models):
     model, _ = load_model(section(tiny_model_dir("gemma2", models)))
     rows = batch(9, 4)
     capped, _ = response_loss(model, rows)
+    model, _ = load_model(section(tiny_model_dir("gemma2", models)))
     model.config.final_logit_softcapping = None
     free, _ = response_loss(model, rows)
     assert abs(capped - free) > 0.01 * capped
