@@ -7,9 +7,11 @@ do to find the end of a text. What such a pass looks up in a table shows how man
 
 import copy
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import wraps
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +21,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import PreTrainedConfig, PreTrainedModel
 
 aten = torch.ops.aten
+Answer = TypeVar("Answer")
 
 #: Elements of the largest tensor whose values are kept; no row of positions has more.
 LARGEST = 2**22
@@ -192,12 +195,27 @@ def _with_parts(config: PreTrainedConfig) -> Iterator[tuple[str, object]]:
             yield key, value
 
 
+def asked_once(question: Callable[[PreTrainedModel], Answer]) -> Callable[[PreTrainedModel], Answer]:
+    """The same question, whose answer follows from a model's class and config, and is kept for equal ones."""
+    answers: dict[tuple[type, str], Answer] = {}
+
+    @wraps(question)
+    def ask(model: PreTrainedModel) -> Answer:
+        key = (type(model), model.config.to_json_string(use_diff=False))
+        if key not in answers:
+            answers[key] = question(model)
+        return answers[key]
+
+    return ask
+
+
 # ---------------------------------------------------------------------- positions
 
 #: Two lengths of texts: what rises with them by as much is a position.
 SHORT, LONG = 4, 7
 
 
+@asked_once
 def position_limit(model: PreTrainedModel) -> int | None:
     """The most tokens that a text may have for a model, by its tables of positions; None where it has none.
 
@@ -241,6 +259,7 @@ def _run(mode: KnownValues, model: PreTrainedModel, tokens: int, ends: bool = Tr
 # ---------------------------------------------------------------------- ends
 
 
+@asked_once
 def needs_end(model: PreTrainedModel) -> bool:
     """Whether a model fails for a text without an end token, as classifiers do that look for it."""
     with known_values() as mode:

@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from distlora.models.dry_run import KnownValues, bare_copy, known_values, ordinary_text, text_inputs
+from distlora.models.dry_run import (
+    KnownValues,
+    asked_once,
+    bare_copy,
+    known_values,
+    ordinary_text,
+    text_inputs,
+)
 
 #: Tokens of the text that is passed through.
 TOKENS = 4
@@ -35,7 +42,7 @@ class Output:
     softcap: float | None = None
 
 
-_known: "WeakKeyDictionary[PreTrainedModel, Output | None]" = WeakKeyDictionary()
+_known: WeakKeyDictionary[PreTrainedModel, Output | None] = WeakKeyDictionary()
 
 
 def output_of(model: PreTrainedModel) -> Output | None:
@@ -55,6 +62,7 @@ def output_of(model: PreTrainedModel) -> Output | None:
     return _known[model]
 
 
+@asked_once
 def _found(model: PreTrainedModel) -> Output | None:
     for dtype in (torch.float32, torch.bfloat16):  # exact; and known to all kernels
         with known_values() as mode:
@@ -69,12 +77,12 @@ def _seen(mode: KnownValues, model: PreTrainedModel) -> Output | None:
     passed = _pass(mode, model)
     if passed is None:
         return None
-    before, after = _scale(passed.hidden, passed.layer_input), _scale(passed.layer_output, passed.logits)
     cap = getattr(model.config.get_text_config(decoder=True), "final_logit_softcapping", None)
-    if after is None and cap is not None and _is_close(passed.logits, _capped(passed.layer_output, cap)):
+    before, made, logits = _scale(passed.hidden, passed.layer_input), passed.layer_output, passed.logits
+    if cap is not None and _is_close(logits, _capped(made, cap)) and not _is_close(logits, made):
         after = 1.0
     else:
-        cap = None
+        after, cap = _scale(made, logits), None
     if before is None or after is None or (before * after != 1 and passed.has_bias):
         return None
     return Output(passed.base, before * after, cap)
@@ -99,8 +107,9 @@ def _pass(mode: KnownValues, model: PreTrainedModel) -> _Passed | None:
     if the two are not called in the way in which this project calls them.
     """
     layer, given = model.get_output_embeddings(), text_inputs(model, ordinary_text(model.config, TOKENS))
-    names = {id(module): name for name, module in model.named_modules()}
-    bases = {names[id(base)]: base for base in (model.get_decoder(), model.base_model) if base is not model}
+    inner = (*model.children(), model.base_model, model.get_decoder())
+    kept = {id(module) for module in inner if isinstance(module, PreTrainedModel)} - {id(model)}
+    bases = {name: module for name, module in model.named_modules() if id(module) in kept}
     if layer is None:
         return None
     calls, inputs, made = {}, [], {}
