@@ -39,8 +39,7 @@ def section(directory) -> ModelSection:
 def objective(directory, folder, task="text", **data):
     """What a recipe of this task asks of the model."""
     rows = [
-        {"prompt": f"What is {n}?", "response": f"It is 4", "text": "It is", "label": n % 2}
-        for n in range(4)
+        {"prompt": f"What is {n}?", "response": "It is 4", "text": "It is", "label": n % 2} for n in range(4)
     ]
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     content = {
@@ -73,7 +72,10 @@ def test_vocabularies_are_fetched_under_all_their_names(name):
     ("config", "file", "tokenizer", "pieces", "shift", "ends"),
     [
         (T5Config, "spiece.model", "T5Tokenizer", ("<pad>", "</s>", "<unk>"), 0, ([], [1])),
-        (AlbertConfig, "spiece.model", "AlbertTokenizer", ("<pad>", "<unk>", "[CLS]", "[SEP]"), None, ([2], [3])),
+        (
+            AlbertConfig, "spiece.model", "AlbertTokenizer", ("<pad>", "<unk>", "[CLS]", "[SEP]"), None,
+            ([2], [3]),
+        ),
         (
             XLMRobertaConfig, "sentencepiece.bpe.model", "XLMRobertaTokenizer", ("<unk>", "<s>", "</s>"), 1,
             ([0], [2]),
@@ -90,7 +92,12 @@ def test_a_vocabulary_alone_is_a_tokenizer(tmp_path, config, file, tokenizer, pi
         roles |= {f"{names[piece]}_id": number, f"{names[piece]}_piece": piece}
     prefix = tmp_path / "trained"
     sentencepiece.SentencePieceTrainer.train(
-        input=str(tmp_path / "texts"), model_prefix=str(prefix), vocab_size=28, minloglevel=2, **roles
+        input=str(tmp_path / "texts"),
+        model_prefix=str(prefix),
+        vocab_size=28,
+        model_type="bpe" if config is LlamaConfig else "unigram",
+        minloglevel=2,
+        **roles,
     )
     prefix.with_suffix(".model").rename(tmp_path / file)
     config(vocab_size=64).save_pretrained(tmp_path)
