@@ -37,6 +37,7 @@ class Shapes:
     attention: the implementation that this machine would run.
     labels: number of labels of a classifier, else 0.
     length: tokens that the model makes of an image; None where the recipe says how long samples are.
+    whole_logits: whether the loss is taken of the logits of all tokens at once.
     sizes: elements of every parameter as it is stored; a shared one stands under its first name.
     linears: (out, in) of every linear layer.
     packings: how weights are packed, by the name of their layer.
@@ -56,6 +57,7 @@ class Shapes:
     linears: dict[str, tuple[int, int]] = field(default_factory=dict)
     packings: dict[str, Packing] = field(default_factory=dict)
     length: int | None = None
+    whole_logits: bool = False
 
     @property
     def elements(self) -> int:
@@ -132,6 +134,7 @@ def shapes_of(recipe: Recipe) -> Shapes:
         {name: (m.out_features, m.in_features) for name, m in named.items() if hasattr(m, "in_features")},
         packings,
         _tokens_of_an_image(model, objective.meta_sample(model)),
+        not objective.labels and output_of(model) is None,
     )
 
 

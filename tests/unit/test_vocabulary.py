@@ -179,6 +179,19 @@ def test_texts_beyond_a_table_of_positions_are_refused(tmp_path, name):
             check_run(made.recipe, 1, None)
 
 
+def test_a_sample_beyond_the_positions_is_refused_whatever_made_it(tmp_path):
+    """An evaluation may have another length than the run."""
+    directory = zoo_model_dir("bert", tmp_path)
+    fields = {"text": "text", "label": "label"}
+    made = objective(
+        directory, tmp_path, "classification", labels=["no", "yes"], fields=fields, max_length=80
+    )
+    tokenizer = load_tokenizer(section(directory))
+    made.check_samples([LabelledSample([9] * 64, None, 0)], tokenizer)
+    with pytest.raises(UserError, match="data.max_length=80 is beyond the 64 positions of"):
+        made.check_samples([LabelledSample([9] * 65, None, 0)], tokenizer)
+
+
 def test_answers_that_could_run_over_the_end_are_refused(tmp_path):
     made = objective(zoo_model_dir("gpt2", tmp_path), tmp_path)
     asked = Questions([Question("?", [5] * 100, "1"), Question("?", [5], "1")], (), "rows", 0, "")
