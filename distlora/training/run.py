@@ -74,8 +74,10 @@ class Run:
         self.objective = objective_of(recipe)
         fetch(comm, recipe)
         comm.sum_or_stop()
+        on_every_rank(comm, self.objective.check_length)
         fitted = on_every_rank(comm, lambda: check_targets(recipe, self.objective))
         self.data = RunSamples(comm, recipe, self.objective)
+        on_every_rank(comm, lambda: self.objective.prepare(self.data.preprocessor))
         settings = recipe.train
         self.steps = settings.steps or max(1, round(settings.epochs * self.data.order.steps_per_epoch))
         if status is not None:
