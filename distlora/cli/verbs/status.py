@@ -5,6 +5,7 @@ from pathlib import Path
 
 from distlora.cli.ending import TRAINING_ERROR
 from distlora.cli.shared import read_recipe
+from distlora.cluster.lease import living_owner
 from distlora.cluster.status import read_status
 
 
@@ -37,5 +38,6 @@ def run(options: argparse.Namespace) -> int:
     if found is None or (options.since is not None and found.seconds < options.since):
         print(f"{run_dir}: no status" + (" since then" if found else ""))
         return TRAINING_ERROR
-    print(f"{run_dir}: {found.line}")
+    owner = living_owner(run_dir)
+    print(f"{run_dir}: {found.line(owner and owner.where)}")
     return found.code
