@@ -26,6 +26,8 @@ from distlora.training.writing import Writing
 
 #: In a checkpoint's extra state: the evaluation after its step was cut short.
 EVALUATION_DUE = "evaluation_due"
+#: There too: ends of files for which there was no room.
+UNWRITTEN = "unwritten"
 
 
 @dataclass
@@ -143,6 +145,9 @@ class Loop:
             raise UserError(f"{error}; {kept}; {_goes_on(there or saved)}", agreed=error.agreed) from error
 
     def _try_to_save(self, state: State) -> Path | None:
+        """Metrics that could not be written go with it."""
+        unwritten = self.monitor.unwritten()
+        state.extra = state.extra | ({UNWRITTEN: unwritten} if unwritten else {})
         try:
             return self._save(state)
         except UserError:

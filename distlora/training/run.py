@@ -23,7 +23,7 @@ from distlora.recipe.load import run_identity
 from distlora.recipe.sections import Recipe
 from distlora.training.build import Built, build, check_targets
 from distlora.training.export_run import base_name
-from distlora.training.loop import Loop
+from distlora.training.loop import UNWRITTEN, Loop
 from distlora.training.monitor import Monitor
 from distlora.training.objective import objective_of
 from distlora.training.rate_search import RateSearch, find_rate, search_rate
@@ -103,6 +103,7 @@ class Run:
         first = self.checkpoint.step if self.checkpoint else 0
         monitor = Monitor(self.built.engine, self.run_dir, first, self.writing.errors)
         extra = self._initialise(monitor) if self.checkpoint is None else self._restore()
+        monitor.make_up(extra.pop(UNWRITTEN, {}))
         if self.schedule is None:
             self.schedule = self._schedule(extra[FOUND_RATE])
         self._tell_reserve()

@@ -1,4 +1,4 @@
-"""Whether this start can, and may, write into its run directory; all ranks ask it together after every step."""
+"""Whether this start can, and may, write into its run directory: all ranks ask after every step."""
 
 from dataclasses import dataclass, field
 
@@ -9,8 +9,8 @@ from distlora.files.problems import WriteErrors
 
 @dataclass
 class Writing:
-    """lease: on rank 0, else None; also None where nobody else can write there. errors: of this rank's metrics
-    and log.
+    """lease: on rank 0, else None; also None where nobody else can write there. errors: of this rank's
+    metrics and log.
     """
 
     comm: Comm
