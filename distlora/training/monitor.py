@@ -28,13 +28,13 @@ class Monitor:
     """
 
     def __init__(self, engine: Engine, run_dir: Path, resumed_at: int = 0, errors: WriteErrors | None = None):
-        self._engine, self._path, self._told = engine, run_dir / METRICS, set()
-        self._errors = errors or WriteErrors()
+        self._engine, self._path, self._errors = engine, run_dir / METRICS, errors or WriteErrors()
+        self._told, self._recomposed = set[tuple[int, str]](), set[tuple[int, str]]()
         self._unwritten: dict[str, str] = {}
         if engine.comm.is_main:
             with self._errors.kept(self._path):
                 self._told = _keep_until(self._path, resumed_at)
-                _keep_until(self._path.with_name(RECOMPOSITIONS), resumed_at)
+                self._recomposed = _keep_until(self._path.with_name(RECOMPOSITIONS), resumed_at)
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         scalars = {tag: value for tag, value in scalars.items() if (step, tag) not in self._told}
@@ -60,29 +60,25 @@ class Monitor:
             self._append(self._path.with_name(RECOMPOSITIONS), report.record())
 
     def _append(self, path: Path, line: dict[str, Any]) -> None:
-        self._append_text(path.name, json.dumps(line) + "\n")
-
-    def _append_text(self, name: str, text: str) -> None:
-        whole = self._unwritten[name] = self._unwritten.get(name, "") + text
-        with self._errors.kept(self._path.with_name(name)):
-            append_text(self._path.with_name(name), whole)
-            del self._unwritten[name]
+        """Writes the line, behind those for which there was no room before."""
+        lines = self._unwritten[path.name] = self._unwritten.get(path.name, "") + json.dumps(line) + "\n"
+        with self._errors.kept(path):
+            append_text(path, lines)
+            del self._unwritten[path.name]
 
     def unwritten(self) -> dict[str, str]:
         """The ends of files that could not be written, by the file's name; for a checkpoint to keep."""
         return dict(self._unwritten)
 
     def make_up(self, unwritten: dict[str, str]) -> None:
-        """Writes what an earlier start could not."""
-        if not self._engine.comm.is_main:
-            return
-        for name in unwritten.keys() & {METRICS, RECOMPOSITIONS}:
-            self._append_text(name, unwritten[name])
-        self._told |= {
-            (record["step"], tag)
-            for record in map(json.loads, unwritten.get(METRICS, "").splitlines())
-            for tag in record
-        }
+        """Writes what an earlier start could not. unwritten: as that one's `unwritten`."""
+        for line in unwritten.get(METRICS, "").splitlines():
+            record = json.loads(line)
+            self.write(record.pop("step"), {tag: float(value) for tag, value in record.items()})
+        for line in unwritten.get(RECOMPOSITIONS, "").splitlines():
+            record = json.loads(line)
+            if self._engine.comm.is_main and (record["step"], "step") not in self._recomposed:
+                self._append(self._path.with_name(RECOMPOSITIONS), record)
 
     def _events_kept(self) -> AbstractContextManager[None]:
         return self._errors.kept(f"{self._path.parent}: the monitors of the DeepSpeed config")
