@@ -93,21 +93,17 @@ def put_in_place(draft: Path, final: Path, aside: Path) -> None:
     """
     if not _is_there(final):
         os.rename(draft, final)
-        flush_directory(final.parent)
-        return
-    if _exchange(draft, final):
-        flush_directory(final.parent)
-        remove(draft)
-        return
-    remove(aside)
-    os.rename(final, aside)
-    try:
-        os.rename(draft, final)
-    except BaseException:
-        os.rename(aside, final)
-        raise
+    elif not _exchange(draft, final):
+        remove(aside)
+        os.rename(final, aside)
+        try:
+            os.rename(draft, final)
+        except BaseException:
+            os.rename(aside, final)
+            raise
     flush_directory(final.parent)
-    remove(aside)
+    for old in (draft, aside):
+        remove(old)
 
 
 def remove(path: Path) -> None:
