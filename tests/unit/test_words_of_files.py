@@ -1,4 +1,4 @@
-"""What is said of files that cannot be read: a link to nothing, no permission, and damage are three things."""
+"""What is said of files that cannot be read: a link to nothing, no permission and damage are three things."""
 
 import os
 import shutil

@@ -15,7 +15,7 @@ def add(verbs) -> None:
         help="what became of a run",
         description="One line about the newest start of a run. Exit code: 0 done; "
         "75 to be started again (it was asked to stop, or a rank went silent); "
-        "1 failed, still running or killed, or nothing to tell.",
+        "1 failed, still running (then it says where) or killed, or nothing to tell.",
     )
     parser.add_argument("recipe", help="a recipe, or a run's output directory")
     parser.add_argument(
