@@ -151,7 +151,9 @@ class Supervision:
     def _write_status(self, state: State, message: str, requeue: bool) -> None:
         try:
             self._status.write(state, message, requeue)
-        except (OSError, UserError) as error:  # a full disk must not hide why the run ends
+        except UserError:  # another start's, and this one ends because of that
+            return
+        except OSError as error:  # a full disk must not hide why the run ends
             log.error("the run's status cannot be written: %s", error)
 
     def _end(self, verdict: Verdict, alone: bool) -> None:

@@ -107,8 +107,8 @@ def put_in_place(draft: Path, final: Path, aside: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Removes a directory, or a link to one, as far as that can be done."""
-    if path.is_symlink():
+    """Removes a file, a link or a whole directory, as far as that can be done."""
+    if path.is_symlink() or path.is_file():
         with contextlib.suppress(OSError):
             path.unlink()
     shutil.rmtree(path, ignore_errors=True)

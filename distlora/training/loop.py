@@ -154,10 +154,13 @@ class Loop:
             return None
 
     def _save_or_tell(self, state: State, saved: Path | None) -> Path:
+        run_dir = Path(self.recipe.output_dir)
         try:
-            return self._save(state)
+            saved = self._save(state)
+            on_main(self.engine.comm, run_dir, lambda: self.status.write("running"))
         except UserError as error:
             raise UserError(f"{error}; {_goes_on(saved)}", agreed=error.agreed) from error
+        return saved
 
     def _save(self, state: State) -> Path:
         settings, run_dir = self.recipe.train, Path(self.recipe.output_dir)
@@ -166,7 +169,6 @@ class Loop:
             keep=settings.keep_checkpoints, claimed=True, check=self.writing.check,
         )  # fmt: skip
         self.status.saved = state.step
-        on_main(self.engine.comm, run_dir, lambda: self.status.write("running"))
         return saved
 
     def _leave(self, state: State, saved: Path | None) -> str:

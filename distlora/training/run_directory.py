@@ -11,7 +11,7 @@ from distlora.cluster.lease import make_run_dir
 from distlora.cluster.logs import LOGS
 from distlora.cluster.status import STATUS
 from distlora.errors import UserError
-from distlora.files.atomic import write_text
+from distlora.files.atomic import remove, write_text
 from distlora.files.problems import dangling_link
 from distlora.recipe.load import dump_recipe, load_run_recipe, run_identity
 from distlora.recipe.sections import Recipe
@@ -87,9 +87,17 @@ def claim_run_dir(recipe: Recipe, resume: bool | None) -> None:
     """
     run_dir, recipe = Path(recipe.output_dir), with_format_of_run(recipe, resume)
     make_run_dir(run_dir)
+    _clear_drafts(run_dir)
     if resume is False:
         _forget(run_dir)
     write_text(run_dir / RECIPE, dump_recipe(recipe))
+
+
+def _clear_drafts(run_dir: Path) -> None:
+    """Removes what a kill has left amid the writing of a file; of checkpoints the next save does."""
+    for name in (RECIPE, METRICS, RECOMPOSITIONS, RATE_SEARCH, SUMMARY, ENVIRONMENT, f"{STATUS}.*", ADAPTER):
+        for draft in run_dir.glob(f".{name}.partial"):
+            remove(draft)
 
 
 def _forget(run_dir: Path) -> None:

@@ -252,6 +252,32 @@ def test_full_under_any_other_file(recipe, full, monkeypatch, module, name, file
     assert train.train(made, Topology()).adapter is not None
 
 
+def test_full_under_the_status_after_a_save_that_save_is_named(recipe, monkeypatch):  # noqa: F811
+    made, write, states = recipe(), StatusFile.write, []
+
+    def refuse(self, state, *given, **more):
+        states.append(state)
+        if states == ["running", "running"]:
+            raise refusal()
+        write(self, state, *given, **more)
+
+    monkeypatch.setattr(StatusFile, "write", refuse)
+    run = Path(made.output_dir)
+    assert refused(made).endswith(f"make room there; the same command goes on from {run}/checkpoint-1")
+    assert read_status(run).saved == 1
+
+
+def test_what_a_kill_has_left_goes_with_the_next_start(recipe):  # noqa: F811
+    made = recipe()
+    run = Path(made.output_dir)
+    run.mkdir()
+    for name in (".status.json.node1-7.partial", ".summary.json.partial", ".metrics.jsonl.partial", ".mine"):
+        (run / name).touch()
+    (run / ".adapter.partial").mkdir()
+    train.train(made, Topology())
+    assert [path.name for path in run.glob(".*")] == [".mine"]
+
+
 def test_a_line_that_no_run_has_written_does_not_end_a_start(recipe):  # noqa: F811
     made = recipe()
     train.train(made, Topology())
