@@ -2,6 +2,7 @@
 
 import errno
 import io
+import logging
 import os
 import subprocess
 import sys
@@ -13,7 +14,8 @@ from distlora.cli import main as cli
 from distlora.cli.output import Output, lasting_output
 from distlora.errors import UserError
 from distlora.training.monitor import Progress
-from tests.e2e.program import REPOSITORY, call
+from tests.e2e.program import REPOSITORY, call, curve
+from tests.unit.test_train import model, short_recipe  # noqa: F401 (a fixture)
 
 CLOSED, FULL = (errno.EPIPE, "Broken pipe"), (errno.ENOSPC, "No space left on device")
 
@@ -152,3 +154,17 @@ def test_a_pipe_that_is_closed_amid_the_output(tmp_path):
     )
     os.close(writing)
     assert done.returncode == 9 and done.stderr == "text\nfrom C"
+
+
+@pytest.mark.parametrize("how", [CLOSED, FULL])
+def test_training_goes_on_without_its_terminal(streams, model, tmp_path, how):  # noqa: F811
+    short_recipe(model, tmp_path)
+    streams(out=how, err=how)
+    logger = logging.getLogger("distlora")
+    before = logger.handlers[:], logger.level, logger.propagate
+    try:
+        assert cli.main(["train", str(tmp_path / "recipe.yaml")]) == 0
+    finally:
+        logger.handlers[:], logger.level, logger.propagate = before
+    assert list(curve(tmp_path / "run")) == [1, 2, 3]
+    assert "initialised" in (tmp_path / "run" / "logs" / "rank-0.log").read_text()
