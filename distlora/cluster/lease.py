@@ -49,12 +49,6 @@ class Lease:
             self._look(now)
         return self._problem
 
-    def check(self) -> None:
-        """Before what must not be done twice. Raises UserError if the directory is another's."""
-        problem = self.problem(at_once=True)
-        if problem is not None:
-            raise problem
-
     def release(self) -> None:
         """Gives the directory free. A start that has left nothing there takes away what it made for it."""
         self._over.set()

@@ -14,9 +14,9 @@ from tqdm import tqdm
 
 from distlora.engine.protocol import Engine
 from distlora.files.atomic import append_text, write_text
-from distlora.files.problems import WriteErrors
 from distlora.recompose.report import RecompositionReport
 from distlora.training.run_directory import METRICS, RECOMPOSITIONS
+from distlora.training.writing import Writing
 
 
 class Monitor:
@@ -24,15 +24,17 @@ class Monitor:
 
     metrics.jsonl: one JSON object a line, `{"step": n, tag: value, …}`; n counts finished optimizer steps.
     Numbers that JSON does not know (NaN, infinities) are written as strings. What cannot be written raises
-    nothing, because it would be raised on rank 0 alone: see `WriteErrors`.
+    nothing, because it would be raised on rank 0 alone: see `Writing`.
     """
 
-    def __init__(self, engine: Engine, run_dir: Path, resumed_at: int = 0, errors: WriteErrors | None = None):
-        self._engine, self._path, self._errors = engine, run_dir / METRICS, errors or WriteErrors()
+    def __init__(self, engine: Engine, run_dir: Path, resumed_at: int = 0, writing: Writing | None = None):
+        self._engine, self._path = engine, run_dir / METRICS
+        self._writing = writing or Writing(engine.comm)
         self._told, self._recomposed = set[tuple[int, str]](), set[tuple[int, str]]()
         self._unwritten: dict[str, str] = {}
         if engine.comm.is_main:
-            with self._errors.kept(self._path):
+            with self._writing.errors.kept(self._path):
+                self._writing.check()
                 self._told = _keep_until(self._path, resumed_at)
                 self._recomposed = _keep_until(self._path.with_name(RECOMPOSITIONS), resumed_at)
 
@@ -62,7 +64,8 @@ class Monitor:
     def _append(self, path: Path, line: dict[str, Any]) -> None:
         """Writes the line, behind those for which there was no room before."""
         lines = self._unwritten[path.name] = self._unwritten.get(path.name, "") + json.dumps(line) + "\n"
-        with self._errors.kept(path):
+        with self._writing.errors.kept(path):
+            self._writing.check(at_once=False)
             append_text(path, lines)
             del self._unwritten[path.name]
 
@@ -81,7 +84,7 @@ class Monitor:
                 self._append(self._path.with_name(RECOMPOSITIONS), record)
 
     def _events_kept(self) -> AbstractContextManager[None]:
-        return self._errors.kept(f"{self._path.parent}: the monitors of the DeepSpeed config")
+        return self._writing.errors.kept(f"{self._path.parent}: the monitors of the DeepSpeed config")
 
     def tell_rates(self, scalars: dict[str, float], tried: list[tuple[float, float]]) -> None:
         """What a search for the learning rate has found, and to TensorBoard its curve, of which the steps are

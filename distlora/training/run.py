@@ -101,7 +101,7 @@ class Run:
     def finish(self) -> Summary:
         """Everything from the first step, or the checkpoint's, to the exported adapter."""
         first = self.checkpoint.step if self.checkpoint else 0
-        monitor = Monitor(self.built.engine, self.run_dir, first, self.writing.errors)
+        monitor = Monitor(self.built.engine, self.run_dir, first, self.writing)
         extra = self._initialise(monitor) if self.checkpoint is None else self._restore()
         monitor.make_up(extra.pop(UNWRITTEN, {}))
         if self.schedule is None:
@@ -122,6 +122,7 @@ class Run:
             monitor.write(self.steps, {f"eval/{key}": value for key, value in summary.after.items()})
         self.writing.agree()
         summary.adapter = self._export()
+        on_main(self.comm, self.run_dir, self.writing.check)
         record_summary(self.comm, asdict(summary), first, self.data.order.steps_per_epoch)
         return summary
 

@@ -23,11 +23,12 @@ class Writing:
         """
         self.comm.agree((self.lease and self.lease.problem()) or self.errors.first)
 
-    def check(self) -> None:
+    def check(self, at_once: bool = True) -> None:
         """Raises UserError if another start has taken the directory over. For rank 0, before what it must not
-        overwrite."""
-        if self.lease is not None:
-            self.lease.check()
+        overwrite. at_once: see `Lease.problem`."""
+        problem = self.lease and self.lease.problem(at_once)
+        if problem:
+            raise problem
 
     def is_ours(self) -> bool:
         """Whether the directory is still this start's. Collective."""

@@ -7,6 +7,7 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from distlora.engine.local import LocalEngine
 from distlora.errors import UserError
 from distlora.files.ownership import new_owner, owner_of
 from distlora.training import train
+from distlora.training.monitor import Monitor
 from distlora.training.writing import Writing
 from tests.e2e.program import call
 from tests.unit.test_train import model, recipe  # noqa: F401 (fixtures)
@@ -249,6 +251,22 @@ def test_a_run_that_is_taken_over_ends_at_its_step_and_saves_nothing(recipe, mon
         train.train(made, Topology())
     assert newest(run).step == 1 and read_status(run).state == "running"
     assert [name for name in names(run) if name.startswith(".")] == [".status.reserve"], "the newer start's"
+
+
+def test_a_start_that_wakes_up_writes_no_line_and_no_checkpoint(tmp_path):
+    now = [0.0]
+    held = take_lease(tmp_path, "me", clock=lambda: now[0])
+    comm = Comm(Topology(), torch.device("cpu"), distributed=False)
+    writing = Writing(comm, held)
+    told = Monitor(SimpleNamespace(comm=comm, write_events=lambda events: None), tmp_path, 0, writing)
+    told.write(1, {"train/loss": 1.0})
+    write_lease(tmp_path, **ELSEWHERE, token="another")
+    now[0] = STALE + 10
+    told.write(2, {"train/loss": 2.0})
+    assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 1
+    with pytest.raises(UserError, match="has taken it over"):
+        writing.agree()
+    held.release()
 
 
 def test_a_refused_start_leaves_nothing(recipe, tmp_path, monkeypatch):  # noqa: F811
