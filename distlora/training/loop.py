@@ -140,7 +140,9 @@ class Loop:
         try:
             self.writing.agree()
         except UserError as error:
-            there = self._try_to_save(state) if self.writing.is_ours() else None
+            if not self.writing.is_ours():
+                raise
+            there = self._try_to_save(state)
             kept = f"stopped after step {state.step}, which " + ("is saved" if there else "cannot be saved")
             raise UserError(f"{error}; {kept}; {_goes_on(there or saved)}", agreed=error.agreed) from error
 
@@ -159,6 +161,8 @@ class Loop:
             saved = self._save(state)
             on_main(self.engine.comm, run_dir, lambda: self.status.write("running"))
         except UserError as error:
+            if not self.writing.is_ours():
+                raise
             raise UserError(f"{error}; {_goes_on(saved)}", agreed=error.agreed) from error
         return saved
 
