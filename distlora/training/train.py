@@ -4,6 +4,7 @@ recipe -> model -> attach -> engine -> initialise (or resume) -> steps -> export
 """
 
 import logging
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 from distlora.adapter.packed import library
 from distlora.checkpoints.directory import share_checkpoint
 from distlora.cluster import environment
-from distlora.cluster.lease import take_lease
+from distlora.cluster.lease import Lease, take_lease
 from distlora.cluster.logs import RankLog
 from distlora.cluster.status import StatusFile, new_start
 from distlora.cluster.supervision import Supervision
@@ -20,7 +21,7 @@ from distlora.engine.coordination import on_every_rank, on_main
 from distlora.engine.device import device_of
 from distlora.engine.optimizers import OptimizerSpec
 from distlora.engine.random_state import own_random_state
-from distlora.errors import UserError, before_ranks_meet
+from distlora.errors import Preempted, UserError, before_ranks_meet
 from distlora.files.problems import WriteErrors
 from distlora.models.hub import on_the_hub
 from distlora.recipe.combination import check_combination
@@ -116,7 +117,9 @@ def train(
         where = environment.resolve_topology(comm, topology)
         log.info("%s", environment.topology_line(where))
         run_dir, start = Path(recipe.output_dir), comm.share(new_start())
-        lease = on_main(comm, run_dir, lambda: take_lease(run_dir, start, take_over))
+        lease = on_main(comm, run_dir, lambda: _lease(run_dir, start, take_over, asked_to_stop))
+        if comm.share(comm.is_main and lease is None):
+            comm.sum_or_stop()  # which raises Preempted on all ranks
         with supervision.owning(lease):
             checkpoint = share_checkpoint(
                 comm, on_main(comm, run_dir, lambda: find_checkpoint(recipe, resume))
@@ -130,6 +133,20 @@ def train(
                 resumed_at, deepspeed = checkpoint and checkpoint.step, run.deepspeed
                 on_main(comm, run_dir, lambda: environment.record(run_dir, where, deepspeed, resumed_at))
                 return run.finish()
+
+
+def _lease(run_dir: Path, start: str, take_over: bool, asked_to_stop: Callable[[], bool]) -> Lease | None:
+    """See `take_lease`; None if this process was asked to stop while it waited for it."""
+
+    def pause(seconds: float) -> None:
+        if asked_to_stop():
+            raise Preempted("asked to stop")
+        time.sleep(seconds)
+
+    try:
+        return take_lease(run_dir, start, take_over, pause=pause)
+    except Preempted:
+        return None
 
 
 def _claim(recipe: Recipe, resume: bool | None, status: StatusFile) -> None:

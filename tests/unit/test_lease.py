@@ -18,7 +18,7 @@ from distlora.cluster.lease import BEAT, LEASE, STALE, is_others, living_owner, 
 from distlora.cluster.status import StatusFile, new_start, read_status
 from distlora.engine.comm import Comm, Topology
 from distlora.engine.local import LocalEngine
-from distlora.errors import UserError
+from distlora.errors import Preempted, UserError
 from distlora.files.ownership import new_owner, owner_of
 from distlora.training import train
 from distlora.training.monitor import Monitor
@@ -234,6 +234,14 @@ def test_a_second_start_is_refused_and_changes_nothing(recipe):  # noqa: F811
     write_lease(run, **DEAD)
     train.train(made, Topology())
     assert LEASE not in names(run)
+
+
+def test_asked_to_stop_it_waits_no_longer_for_a_silence(recipe, queued_again):  # noqa: F811
+    made = recipe()
+    write_lease(Path(made.output_dir), **queued_again)
+    with pytest.raises(Preempted, match="^asked to stop"):
+        train.train(made, Topology(), None, lambda: True)
+    assert names(Path(made.output_dir)) == [LEASE]
 
 
 def test_a_run_that_is_taken_over_ends_at_its_step_and_saves_nothing(recipe, monkeypatch):  # noqa: F811
