@@ -20,6 +20,7 @@ def new_directory(out: Path, may_hold: Iterable[str] = ()) -> Iterator[Path]:
         raise UserError(f"{out} is not an empty directory; name another one or remove it")
     draft = out.with_name(f".{out.name}.partial")
     remove(draft)
+    made = [place for place in draft.parents if not place.exists()]
     draft.mkdir(parents=True)
     try:
         yield draft
@@ -27,6 +28,9 @@ def new_directory(out: Path, may_hold: Iterable[str] = ()) -> Iterator[Path]:
         put_in_place(draft, out, _earlier(out))
     finally:
         remove(draft)
+        with contextlib.suppress(OSError):  # the first that holds something ends it
+            for place in made:
+                place.rmdir()
 
 
 def bring_back_earlier(out: Path) -> None:

@@ -143,3 +143,14 @@ def test_what_is_no_export_is_not_replaced_by_what_a_crash_has_left(tmp_path):
         pass
     assert (tmp_path / "out" / "precious").exists()
     assert drafts._earlier(tmp_path / "out").name == ".out.earlier"
+
+
+def test_an_export_that_fails_takes_away_the_directories_that_it_made(tmp_path):
+    (tmp_path / "there").mkdir()
+    with pytest.raises(ValueError), new_directory(tmp_path / "there" / "a" / "b" / "out") as draft:
+        fill(draft, "new")
+        raise ValueError
+    assert list((tmp_path / "there").iterdir()) == []
+    with new_directory(tmp_path / "there" / "a" / "out") as draft:
+        fill(draft, "new")
+    assert whole(tmp_path / "there" / "a" / "out") == "new"

@@ -118,3 +118,20 @@ def test_tensors_that_cannot_be_opened_are_not_said_to_be_missing(model, tmp_pat
     (copy / "model.safetensors").mkdir()
     with pytest.raises(IsADirectoryError):
         files.read(name)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("train", "{}"),
+        ("status", "{}"),
+        ("eval", "{}"),
+        ("export", "{}", "--format", "peft", "--out", "out"),
+        ("report", "{}", "--out", "out"),
+    ],
+)
+def test_every_verb_names_a_link_to_nothing(tmp_path, words):
+    (tmp_path / "link").symlink_to("gone")
+    outcome = call(*(word.format(tmp_path / "link") for word in words))
+    assert outcome.code == 2
+    assert f"distlora: {tmp_path}/link is a link to gone, which is not there" in outcome.err
