@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -25,6 +26,7 @@ def save(
     extra: dict | None = None,
     keep: int = 2,
     claimed: bool = False,
+    check: Callable[[], None] = lambda: None,
 ) -> Path:
     """Writes `directory/checkpoint-<step>` and returns it; of those up to this step the newest `keep` stay.
 
@@ -33,7 +35,8 @@ def save(
     holds what that one lacks; a learning-rate schedule is the caller's. step: by default the steps taken.
     identity, extra: what the caller wants to find again in the state that `load` returns; JSON. claimed: all
     checkpoints in the directory are of this run, broken ones too. Otherwise what others have written there is
-    left alone. Errors: UserError where something else has that name, or a later checkpoint is of another run.
+    left alone. check: raises UserError, on rank 0, where the caller must not write any more. Errors:
+    UserError where something else has that name, or a later checkpoint is of another run.
     """
     engine, recomposer = adapted.engine, adapted.recomposer
     if adapted.amid_step:
@@ -42,7 +45,7 @@ def save(
     about = {"taken": adapted.steps, "engine_steps": engine.engine_steps()}
     return save_checkpoint(
         engine, adapted.attached, directory, step, identity or {}, extra, keep,
-        recomposer=recomposer, about=about, claimed=claimed,
+        recomposer=recomposer, about=about, claimed=claimed, check=check,
     )  # fmt: skip
 
 

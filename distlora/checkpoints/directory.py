@@ -14,7 +14,8 @@ from typing import Any
 from distlora.engine.comm import Comm
 from distlora.engine.coordination import on_main
 from distlora.errors import UserError
-from distlora.files.atomic import flush_directory, sha256_of
+from distlora.files.atomic import put_in_place, sha256_of
+from distlora.files.problems import dangling_link, first_unreadable
 
 FORMAT = 1
 MANIFEST, STATE = "manifest.json", "state.json"
@@ -65,6 +66,7 @@ def share_checkpoint(comm: Comm, found: Checkpoint | None) -> Checkpoint | None:
 def of_step(run_dir: str | os.PathLike, step: int) -> Checkpoint:
     """That very checkpoint. Raises UserError if it is missing or broken."""
     path = Path(run_dir) / f"checkpoint-{step}"
+    _refuse_unreadable(path)
     if not path.is_dir():
         there = ", ".join(str(number) for number, _ in _candidates(Path(run_dir))) or "none"
         raise UserError(f"{run_dir} has no checkpoint of step {step}; there are: {there}")
@@ -76,11 +78,25 @@ def of_step(run_dir: str | os.PathLike, step: int) -> Checkpoint:
 
 def _newest(run_dir: Path) -> Checkpoint | None:
     for _, path in _candidates(run_dir):
+        _refuse_unreadable(path)
         problem = problem_with(path)
         if problem is None:
             return _load(path)
         _log.warning("%s is broken and skipped: %s", path, problem)
     return None
+
+
+def _refuse_unreadable(path: Path) -> None:
+    """Raises UserError for a checkpoint that may be whole, though it cannot be looked at. To pass over it
+    would be to lose what it holds."""
+    problem = dangling_link(path)
+    if problem:
+        raise UserError(f"{problem}; bring that back, or remove the link")
+    if not path.is_dir():
+        return
+    problem = first_unreadable(path)
+    if problem:
+        raise UserError(f"{path} cannot be read: {problem}; make it readable, or move it away")
 
 
 def _candidates(run_dir: Path) -> list[tuple[int, Path]]:
@@ -130,17 +146,9 @@ def _load(path: Path) -> Checkpoint:
 # ---------------------------------------------------------------------- changing
 
 
-def put_in_place(partial: Path, final: Path) -> None:
-    """Renames. No single move replaces a directory, so an older one of this step waits aside, where `newest`
-    looks too.
-    """
-    replaced = final.with_name(f".{final.name}.replaced")
-    if final.exists():
-        if replaced.exists():
-            shutil.rmtree(replaced)
-        os.rename(final, replaced)
-    os.rename(partial, final)
-    flush_directory(final.parent)
+def put_checkpoint_in_place(partial: Path, final: Path) -> None:
+    """See `put_in_place`. An older one of this step may wait aside for a moment, where `newest` looks too."""
+    put_in_place(partial, final, final.with_name(f".{final.name}.replaced"))
 
 
 def prune(final: Path, keep: int, claimed: bool = True) -> None:

@@ -16,7 +16,7 @@ tensor at a time beside the file that is being filled.
 import base64
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
 
@@ -32,7 +32,14 @@ from distlora.checkpoints.contents import (
     adapter_shapes,
     describe_model,
 )
-from distlora.checkpoints.directory import FORMAT, MANIFEST, STATE, prune, put_in_place, refuse_others
+from distlora.checkpoints.directory import (
+    FORMAT,
+    MANIFEST,
+    STATE,
+    prune,
+    put_checkpoint_in_place,
+    refuse_others,
+)
 from distlora.engine.comm import Comm
 from distlora.engine.coordination import on_main, stream_to_main
 from distlora.engine.protocol import Engine
@@ -56,6 +63,7 @@ def save(
     recomposer: Stateful | None = None,
     about: dict | None = None,
     claimed: bool = True,
+    check: Callable[[], None] = lambda: None,
 ) -> Path:
     """Writes `run_dir/checkpoint-<step>` and returns it; then removes all but the newest `keep` of the steps
     up to this one.
@@ -64,7 +72,8 @@ def save(
     must have in common with this one to resume it; extra: anything else of the caller's; both JSON. One of
     the same step is replaced. about: more that `restore` is to find in the state. claimed: all checkpoints in
     the directory are of this run, broken ones too; else those of others are left alone, or refused where they
-    are in the way. Errors: UserError on all ranks where the disk refuses; nothing is left behind then.
+    are in the way. check: raises UserError, on rank 0, where the caller must not write any more; asked before
+    anything is changed. Errors: UserError on all ranks where the disk refuses; nothing is left behind then.
     """
     final = Path(run_dir) / f"checkpoint-{step}"
     if not claimed:
@@ -87,7 +96,9 @@ def save(
         "rng": _gather_random_states(engine.comm),
     } | (about or {})
     tensors = _tensors(engine, attached, recomposer)
-    stream_to_main(engine.comm, final, tensors, lambda tensors: _write(final, tensors, state, split_bytes))
+    stream_to_main(
+        engine.comm, final, tensors, lambda tensors: _write(final, tensors, state, split_bytes, check)
+    )
     on_main(engine.comm, final, lambda: prune(final, keep, claimed))
     return final
 
@@ -106,7 +117,14 @@ def _tensors(
             yield OPTIMIZER, f"{name}/{key}", tensor
 
 
-def _write(final: Path, tensors: Iterable[tuple[str, str, Tensor]], state: dict, split_bytes: int) -> None:
+def _write(
+    final: Path,
+    tensors: Iterable[tuple[str, str, Tensor]],
+    state: dict,
+    split_bytes: int,
+    check: Callable[[], None],
+) -> None:
+    check()
     final.parent.mkdir(parents=True, exist_ok=True)
     for leftover in final.parent.glob(".checkpoint-*.partial"):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -124,7 +142,8 @@ def _write(final: Path, tensors: Iterable[tuple[str, str, Tensor]], state: dict,
             {"format": FORMAT, "step": state["step"], "files": _verified(partial, digests)},
         )
         flush_directory(partial)
-        put_in_place(partial, final)
+        check()  # writing may have taken long
+        put_checkpoint_in_place(partial, final)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

@@ -9,6 +9,8 @@ from distlora.cluster.rendezvous import own_local_rank, own_rank
 from distlora.errors import Ending
 
 TRAINING_ERROR, USER_ERROR, INTERRUPTED = 1, 2, 130
+#: Of a program that SIGPIPE has ended, as a shell tells it.
+UNREAD = 141
 #: Seconds that the other ranks wait before they end. Launchers end all ranks as soon as one has ended, and
 #: rank 0 must have said by then what is wrong.
 PATIENCE = 5.0

@@ -2,15 +2,41 @@
 
 import logging
 import logging.handlers
+import sys
 import traceback
 from pathlib import Path
 from types import TracebackType
 
 from distlora.errors import Ending
+from distlora.files.problems import WriteErrors
 
 LOGS = "logs"
 
 _FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+
+class _File(logging.FileHandler):
+    """Keeps the first error of its file, and is silent afterwards."""
+
+    def __init__(self, path: Path, errors: WriteErrors):
+        self._errors = errors
+        super().__init__(path, encoding="utf-8", errors="backslashreplace")
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self._errors.first is None:
+            super().emit(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (a name of `logging`)
+        error = sys.exception()
+        if not isinstance(error, OSError):
+            super().handleError(record)
+            return
+        with self._errors.kept(self.baseFilename):
+            raise error
+
+    def close(self) -> None:
+        with self._errors.kept(self.baseFilename):  # what could not be written is still to be flushed
+            super().close()
 
 
 class RankLog:
@@ -20,8 +46,9 @@ class RankLog:
     file. The error that ends the run is the last entry of the file.
     """
 
-    def __init__(self, rank: int):
-        self._rank = rank
+    def __init__(self, rank: int, errors: WriteErrors | None = None):
+        """errors: takes those of the file; a log that cannot be written ends nothing by itself."""
+        self._rank, self._errors = rank, errors or WriteErrors()
         self._logger = logging.getLogger("distlora")
         self._memory = logging.handlers.MemoryHandler(
             capacity=10_000, flushLevel=logging.CRITICAL + 1, flushOnClose=False
@@ -36,7 +63,7 @@ class RankLog:
         """Writes to the file what was logged so far and everything later. Each start appends to the file."""
         folder = run_dir / LOGS
         folder.mkdir(parents=True, exist_ok=True)
-        self._file = logging.FileHandler(folder / f"rank-{self._rank}.log", encoding="utf-8")
+        self._file = _File(folder / f"rank-{self._rank}.log", self._errors)
         self._file.setFormatter(logging.Formatter(_FORMAT))
         self._memory.setTarget(self._file)
         self._memory.flush()

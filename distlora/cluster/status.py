@@ -3,6 +3,7 @@
 Launch scripts read it once a run has ended, see `distlora status`. This needs neither torch nor DeepSpeed.
 """
 
+import contextlib
 import datetime
 import json
 import os
@@ -12,10 +13,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from distlora.cluster.lease import is_others
 from distlora.errors import UserError
 from distlora.files.atomic import write_text
+from distlora.files.problems import FULL
 
 STATUS = "status.json"
+#: Room on the disk for the last words of a run that has filled it: the file and its replacement.
+RESERVE, RESERVED_BYTES = ".status.reserve", 8192
 
 #: Exit code of a run that should be started again: EX_TEMPFAIL of sysexits.h.
 START_AGAIN = 75
@@ -47,9 +52,11 @@ class Status:
         """The exit code for a launch script: 0 if done, 75 to start the run again, else 1."""
         return 0 if self.state == "done" else START_AGAIN if self.requeue else 1
 
-    @property
-    def line(self) -> str:
-        state = "running, or ended without a word" if self.state == "running" else self.state
+    def line(self, owner: str | None = None) -> str:
+        """owner: where the start runs that owns the run directory; None without one."""
+        state = self.state
+        if state == "running":
+            state = f"running ({owner})" if owner else "ended without a word"
         whole = f" of {self.steps}" if self.steps else ""
         return f"{state} at step {self.step}{whole}" + (f": {self.message}" if self.message else "")
 
@@ -76,19 +83,58 @@ class StatusFile:
         #: Whether the file exists. From then on it must be kept correct.
         self.begun = self._before is not None
 
+    def reserve(self) -> None:
+        """Keeps some room on the disk for how this start ends. Raises OSError where there is none."""
+        path = self._path.with_name(RESERVE)
+        try:
+            with path.open("wb") as file:
+                file.write(bytes(RESERVED_BYTES))
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError:
+            self.release()
+            raise
+
+    def release(self) -> None:
+        """Gives that room back, unless it is a newer start's."""
+        if is_others(self._path.parent, self._start):
+            return
+        with contextlib.suppress(OSError):
+            self._path.with_name(RESERVE).unlink(missing_ok=True)
+
     def write(self, state: State, message: str = "", requeue: bool = False) -> None:
-        """Replaces the file. Raises OSError. The arguments are as in `Status`."""
+        """Replaces the file; with what was reserved, if it is the end. The arguments are as in `Status`.
+
+        Raises OSError, and UserError where another start has begun, whose status this is.
+        """
+        self._refuse_if_superseded()
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
         if state == "failed" and requeue and self._failed_here_before():
             requeue = False
             message += "; not again, because the start before failed too, and nothing has been saved since"
         status = Status(state, self.step, self.steps, requeue, message, self._start, now, self.saved)
-        write_text(
-            self._path,
-            json.dumps(asdict(status), indent=1) + "\n",
-            writer=f"{socket.gethostname()}-{os.getpid()}",
-        )
+        try:
+            self._replace(status)
+        except OSError as error:
+            if state == "running" or error.errno not in FULL:
+                raise
+            self.release()
+            self._replace(status)
         self.begun = True
+        if state != "running":
+            self.release()
+
+    def _replace(self, status: Status) -> None:
+        text = json.dumps(asdict(status), indent=1) + "\n"
+        write_text(self._path, text, writer=f"{socket.gethostname()}-{os.getpid()}")
+
+    def _refuse_if_superseded(self) -> None:
+        found = self._found()
+        newer = found is not None and found != self._before and found.start != self._start
+        if newer or is_others(self._path.parent, self._start):
+            raise UserError(
+                f"{self._path.parent}: another start has begun there, and this one writes nothing more"
+            )
 
     def _failed_here_before(self) -> bool:
         """Whether the start before failed at the same checkpoint. Then a third start would fail there too."""

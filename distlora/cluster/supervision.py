@@ -14,6 +14,7 @@ from types import TracebackType
 import torch
 
 from distlora.cluster.heartbeat import Heartbeat, Verdict
+from distlora.cluster.lease import Lease
 from distlora.cluster.status import State, StatusFile
 from distlora.cluster.topology import publish
 from distlora.engine.comm import Comm, RollCall, Topology, is_broken_collective
@@ -45,6 +46,7 @@ class Supervision:
         self._hosts: list[str] = []
         self._heartbeat: Heartbeat | None = None
         self._status: StatusFile | None = None
+        self._lease: Lease | None = None
 
     def __enter__(self) -> "Supervision":
         return self
@@ -107,6 +109,16 @@ class Supervision:
             self._comm.close()
 
     @contextlib.contextmanager
+    def owning(self, lease: Lease | None) -> Iterator[None]:
+        """A context in which this start owns the run directory. lease: on rank 0, else None."""
+        self._lease = lease
+        try:
+            yield
+        finally:
+            if lease is not None:
+                lease.release()
+
+    @contextlib.contextmanager
     def telling(self, status: StatusFile) -> Iterator[None]:
         """A context in which rank 0 writes the course of the run into its status file.
 
@@ -126,6 +138,8 @@ class Supervision:
         except BaseException as error:
             if status.begun:
                 self._record("failed", _one_line(error), requeue=is_broken_collective(error))
+            elif self._topology.rank == 0:
+                status.release()
             raise
         self._record("done")
 
@@ -137,6 +151,8 @@ class Supervision:
     def _write_status(self, state: State, message: str, requeue: bool) -> None:
         try:
             self._status.write(state, message, requeue)
+        except UserError:  # another start's, and this one ends because of that
+            return
         except OSError as error:  # a full disk must not hide why the run ends
             log.error("the run's status cannot be written: %s", error)
 
@@ -160,6 +176,8 @@ class Supervision:
         log.log(logging.ERROR if speaks else logging.INFO, "%s: %s", who, verdict.sentence)
         if speaks and self._status is not None and (rank == 0 or self._status.is_open()):
             self._write_status("failed", verdict.sentence, verdict.silent)
+        if self._lease is not None:
+            self._lease.release()
         time.sleep(self._heartbeat.reading_time if rank == 0 else EXIT_DELAY)
 
 

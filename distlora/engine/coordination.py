@@ -1,27 +1,13 @@
 """Work that can fail on one rank alone, and what rank 0 does with files while the others wait."""
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any, TypeVar
-
-from safetensors import SafetensorError
 
 from distlora.engine.comm import Comm
 from distlora.errors import UserError
+from distlora.files.problems import file_errors_explained, sentence_on
 
 Result = TypeVar("Result")
-
-
-@contextmanager
-def file_errors_explained(what: object) -> Iterator[None]:
-    """Turns a failing disk or file into one sentence."""
-    try:
-        yield
-    except OSError as error:
-        place = f" ({error.filename})" if error.filename and str(error.filename) != str(what) else ""
-        raise UserError(f"{what}: {error.strerror or error}{place}") from error
-    except SafetensorError as error:
-        raise UserError(f"{what}: a safetensors file is damaged ({error})") from error
 
 
 def on_main(comm: Comm, what: object, action: Callable[[], Any]) -> Any:
@@ -65,6 +51,6 @@ def on_every_rank(comm: Comm, work: Callable[[], Result]) -> Result:
     except UserError as error:
         failure = error
     except OSError as error:
-        failure = UserError(f"{error.filename or 'a file'}: {error.strerror or error}")
+        failure = UserError(sentence_on(error))
     comm.agree(failure)
     return result

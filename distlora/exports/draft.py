@@ -1,12 +1,12 @@
 """Directories that are filled under a temporary name, and get their own name when they are complete."""
 
-import os
-import shutil
+import contextlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from distlora.errors import UserError
+from distlora.files.atomic import bring_back, flush_tree, put_in_place, remove
 
 
 @contextmanager
@@ -15,29 +15,29 @@ def new_directory(out: Path, may_hold: Iterable[str] = ()) -> Iterator[Path]:
 
     may_hold: names of files of an earlier export, which are replaced. Raises UserError if `out` holds others.
     """
+    bring_back_earlier(out)
     if out.exists() and not (out.is_dir() and {path.name for path in out.iterdir()} <= set(may_hold)):
         raise UserError(f"{out} is not an empty directory; name another one or remove it")
     draft = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(draft, ignore_errors=True)
+    remove(draft)
+    made = [place for place in draft.parents if not place.exists()]
     draft.mkdir(parents=True)
     try:
         yield draft
-        _swap(draft, out)
+        flush_tree(draft)
+        put_in_place(draft, out, _earlier(out))
     finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        remove(draft)
+        with contextlib.suppress(OSError):  # the first that holds something ends it
+            for place in made:
+                place.rmdir()
 
 
-def _swap(draft: Path, out: Path) -> None:
-    """Gives the draft its name. What had the name before is removed only when that is done."""
-    if not out.exists():
-        os.rename(draft, out)
-        return
-    earlier = out.with_name(f".{out.name}.earlier")
-    shutil.rmtree(earlier, ignore_errors=True)
-    os.rename(out, earlier)
-    try:
-        os.rename(draft, out)
-    except OSError:
-        os.rename(earlier, out)
-        raise
-    shutil.rmtree(earlier, ignore_errors=True)
+def bring_back_earlier(out: Path) -> None:
+    """Puts right what a crash may have left of a replacement, where this can be done. See `put_in_place`."""
+    with contextlib.suppress(OSError):  # a place that can only be read
+        bring_back(out, _earlier(out))
+
+
+def _earlier(out: Path) -> Path:
+    return out.with_name(f".{out.name}.earlier")

@@ -1,5 +1,7 @@
 """Files on disk that survive a crash.
 
-`atomic` writes texts and JSON as a whole, and computes checksums; it does without torch. `tensors` reads and
-writes safetensors files one tensor at a time. All public names of both are for other folders.
+`atomic` writes texts, JSON and directories as a whole, and computes checksums. `ownership` is a file that
+names the one process that owns something, and `processes` says whether it runs. `problems` puts errors of
+disks and files into sentences. These do without torch. `tensors` reads and writes safetensors files one
+tensor at a time. All their public names are for other folders.
 """

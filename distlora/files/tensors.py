@@ -183,7 +183,9 @@ class TensorFiles:
 
     def _handle(self, file: str):
         if file not in self._open:
-            self._open[file] = safe_open(self.directory / file, framework="pt")
+            path = self.directory / file
+            path.open("rb").close()  # safetensors says of all that it cannot open that it is not there
+            self._open[file] = safe_open(path, framework="pt")
         return self._open[file]
 
 

@@ -19,6 +19,7 @@ from huggingface_hub.errors import (
 )
 
 from distlora.errors import UserError
+from distlora.files.problems import dangling_link, why_unreadable
 from distlora.sentences import first_line
 
 #: Patterns of the files that hold a vocabulary and are neither JSON nor text: SentencePiece's under all its
@@ -54,8 +55,11 @@ def resolve_path(path: str, progress: Callable[[str], None] | None = None) -> Pa
     if path.startswith("pypi:"):
         return _from_package(path, progress)
     directory = Path(path).expanduser()
+    link = dangling_link(directory / "config.json")
+    if link:
+        raise UserError(f"model.path={path}: {link}")
     if (directory / "config.json").is_file():
-        return directory
+        return _readable(path, directory)
     if directory.is_dir():
         raise UserError(
             f"model.path={path}: the directory has no config.json; give that of a transformers model"
@@ -64,7 +68,17 @@ def resolve_path(path: str, progress: Callable[[str], None] | None = None) -> Pa
         raise UserError(f"model.path={path} is a file; give the directory of a transformers model")
     if path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise UserError(f"model.path={path}: there is no such directory")
-    return _download(path)
+    return _readable(path, _download(path))
+
+
+def _readable(path: str, directory: Path) -> Path:
+    """The directory. Raises UserError for a file in it that a run would read and that cannot be opened: the
+    libraries say of most such files that they do not exist."""
+    for file in sorted(directory.iterdir()):
+        problem = any(file.match(name) for name in WANTED_FILES) and why_unreadable(file)
+        if problem:
+            raise UserError(f"model.path={path}: {problem}")
+    return directory
 
 
 def without_weights(path: str) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from distlora.errors import UserError
+from distlora.files.problems import dangling_link
 from distlora.methods import registry
 from distlora.recipe.deepspeed_file import read_deepspeed
 from distlora.recipe.sections import FORMAT, INLINE, Recipe, method_class
@@ -90,7 +91,8 @@ class _Document:
         try:
             text = self.path.read_text(encoding="utf-8")
         except FileNotFoundError:
-            raise UserError(f"{self.name}: no such recipe; give the path of a YAML file") from None
+            missing = f"{self.name}: no such recipe; give the path of a YAML file"
+            raise UserError(dangling_link(self.path) or missing) from None
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{self.name} cannot be read as a recipe: {error}") from None
         return parse_yaml(text, self.name)

@@ -10,6 +10,7 @@ from typing import Any
 from distlora.cluster.environment import ENVIRONMENT
 from distlora.cluster.status import Status, read_status
 from distlora.errors import UserError
+from distlora.files.problems import dangling_link
 from distlora.recipe.load import load_run_recipe
 from distlora.recipe.sections import Recipe
 from distlora.report.inference_cost import InferenceCost, inference_cost
@@ -201,7 +202,7 @@ def find_runs(paths: Sequence[Path]) -> list[RunRecord]:
 
 def _directories(path: Path) -> list[Path]:
     if not path.is_dir():
-        raise UserError(f"{path} is no run directory: there is no such directory")
+        raise UserError(dangling_link(path) or f"{path} is no run directory: there is no such directory")
     if (path / RECIPE).is_file():
         return [path]
     below = _below(path)

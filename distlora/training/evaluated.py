@@ -12,6 +12,7 @@ from distlora.data.sources import parse_split
 from distlora.data.templates import CHAT, parse_template
 from distlora.errors import UserError
 from distlora.exports.peft_files import PeftFiles, read_peft
+from distlora.files.problems import dangling_link
 from distlora.recipe.deepspeed_config import given_deepspeed
 from distlora.recipe.load import load_recipe, load_run_recipe, recipe_of
 from distlora.recipe.sections import DataSection, Recipe
@@ -81,7 +82,7 @@ def subject_of_run(run_dir: Path, overrides: Sequence[str]) -> Subject:
     """Raises UserError for what is no run, and for overrides that would make another run of it."""
     path = run_dir / RECIPE
     if not path.exists():
-        raise UserError(f"{run_dir} holds no run: it has no {RECIPE}")
+        raise UserError(dangling_link(path) or f"{run_dir} holds no run: it has no {RECIPE}")
     own = load_run_recipe(path)
     name = str(run_dir).replace("'", "''")  # quoted, so that YAML reads it as a text
     recipe = load_recipe(path, [*overrides, f"output_dir='{name}'"]).in_format(own.format)

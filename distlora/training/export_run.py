@@ -8,12 +8,12 @@ from typing import Literal
 import torch
 
 from distlora.checkpoints.directory import newest, of_step
-from distlora.engine.coordination import file_errors_explained
 from distlora.errors import UserError
-from distlora.exports.draft import new_directory
+from distlora.exports.draft import bring_back_earlier, new_directory
 from distlora.exports.merged import write_merged
 from distlora.exports.peft import ADAPTER_WEIGHTS, refuse_full, write_peft_adapter
 from distlora.exports.sources import AdapterSource, CheckpointSource, Compressed, Source, check_compression
+from distlora.files.problems import dangling_link, file_errors_explained
 from distlora.methods import HasMagnitude, Method
 from distlora.models.hub import resolve_path
 from distlora.recipe.load import load_run_recipe
@@ -54,7 +54,8 @@ def export_run(
         raise UserError(f"format is {format}; wanted peft or merged")
     check_compression(format, compress_rank, max_error)
     if not (run_dir / "recipe.yaml").is_file():
-        raise UserError(f"{run_dir} is no run directory: it has no recipe.yaml")
+        link = dangling_link(run_dir / "recipe.yaml")
+        raise UserError(link or f"{run_dir} is no run directory: it has no recipe.yaml")
     recipe = load_run_recipe(run_dir / "recipe.yaml")
     if (compress_rank, max_error) != (None, None):
         _refuse_compression(recipe.method, "--max-error" if compress_rank is None else "--compress-rank")
@@ -91,6 +92,7 @@ def _refuse_compression(method: Method, option: str) -> None:
 def _last_state(run_dir: Path, method: Method) -> Source:
     """The newest checkpoint, or the adapter that training wrote at its end if that is of a later step."""
     found, finished = newest(run_dir), run_dir / "adapter"
+    bring_back_earlier(finished)
     sources: list[Source] = [] if found is None else [CheckpointSource(found, method)]
     if (finished / ADAPTER_WEIGHTS).is_file():
         sources.append(AdapterSource(finished))

@@ -15,16 +15,19 @@ from distlora.engine.coordination import on_main
 from distlora.engine.optimizers import Schedule
 from distlora.engine.protocol import Engine
 from distlora.engine.random_state import random_states, restore_random_states
-from distlora.errors import Preempted, TrainingError
+from distlora.errors import Preempted, TrainingError, UserError
 from distlora.models.targets import load_of
 from distlora.recipe.load import run_identity
 from distlora.recipe.sections import Recipe
 from distlora.training.monitor import Monitor, Progress
 from distlora.training.samples import RunSamples
 from distlora.training.step import LossSum, accumulate
+from distlora.training.writing import Writing
 
 #: In a checkpoint's extra state: the evaluation after its step was cut short.
 EVALUATION_DUE = "evaluation_due"
+#: There too: ends of files for which there was no room.
+UNWRITTEN = "unwritten"
 
 
 @dataclass
@@ -40,8 +43,8 @@ class State:
 
 @dataclass
 class Loop:
-    """steps: of the whole run. score: scores of the live model on the evaluation samples; None without
-    such samples.
+    """steps: of the whole run. score: scores of the live model on the evaluation samples; None without such
+    samples.
     """
 
     engine: Engine
@@ -53,18 +56,21 @@ class Loop:
     steps: int
     status: StatusFile
     monitor: Monitor
+    writing: Writing
     score: Callable[[], dict[str, float]] | None
 
     def run(self, extra: dict[str, Any], saved: Path | None) -> float | None:
         """From the adapter's step to the last one; returns the mean seconds of a step.
 
         extra: of the state that is gone on from. saved: its checkpoint. Errors: Preempted once what was
-        reached is saved; TrainingError with the last good checkpoint in its sentence.
+        reached is saved; TrainingError with the last good checkpoint in its sentence; UserError where metrics
+        and logs cannot be written any more, once what was reached is saved if it can be.
         """
         first, good = self.adapted.steps, saved
         progress = Progress(self.steps, first, self.engine.comm.is_main)
         self.engine.train_mode(True)
         seconds, state = 0.0, self._state(extra)
+        self.writing.agree()
         try:
             if extra.pop(EVALUATION_DUE, False):
                 self._look(state)
@@ -75,10 +81,11 @@ class Loop:
                 good = saved  # the loss of its weights, or of later ones, has just turned out finite
                 self.status.step = step + 1
                 state = self._state(extra)
+                self._stop_if_unwritable(state, saved)
                 if state.step < self.steps and self._is_due(self.recipe.train.eval_every, state.step):
                     self._look(state)
                 if state.step == self.steps or self._is_due(self.recipe.train.save_every, state.step):
-                    saved = self._save(state)
+                    saved = self._save_or_tell(state, saved)
         except Preempted:
             raise Preempted(self._leave(state, saved)) from None
         except TrainingError as error:
@@ -128,14 +135,44 @@ class Loop:
         self.monitor.write(state.step, {f"eval/{key}": value for key, value in self.score().items()})
         del state.extra[EVALUATION_DUE]
 
+    def _stop_if_unwritable(self, state: State, saved: Path | None) -> None:
+        """Ends the run, with its last step saved where that can be, if a rank cannot write. Collective."""
+        try:
+            self.writing.agree()
+        except UserError as error:
+            if not self.writing.is_ours():
+                raise
+            there = self._try_to_save(state)
+            kept = f"stopped after step {state.step}, which " + ("is saved" if there else "cannot be saved")
+            raise UserError(f"{error}; {kept}; {_goes_on(there or saved)}", agreed=error.agreed) from error
+
+    def _try_to_save(self, state: State) -> Path | None:
+        """Metrics that could not be written go with it."""
+        unwritten = self.monitor.unwritten()
+        state.extra = state.extra | ({UNWRITTEN: unwritten} if unwritten else {})
+        try:
+            return self._save(state)
+        except UserError:
+            return None
+
+    def _save_or_tell(self, state: State, saved: Path | None) -> Path:
+        run_dir = Path(self.recipe.output_dir)
+        try:
+            saved = self._save(state)
+            on_main(self.engine.comm, run_dir, lambda: self.status.write("running"))
+        except UserError as error:
+            if not self.writing.is_ours():
+                raise
+            raise UserError(f"{error}; {_goes_on(saved)}", agreed=error.agreed) from error
+        return saved
+
     def _save(self, state: State) -> Path:
         settings, run_dir = self.recipe.train, Path(self.recipe.output_dir)
         saved = api.save(
             self.adapted, run_dir, step=state.step, identity=run_identity(self.recipe), extra=state.extra,
-            keep=settings.keep_checkpoints, claimed=True,
+            keep=settings.keep_checkpoints, claimed=True, check=self.writing.check,
         )  # fmt: skip
         self.status.saved = state.step
-        on_main(self.engine.comm, run_dir, lambda: self.status.write("running"))
         return saved
 
     def _leave(self, state: State, saved: Path | None) -> str:
@@ -156,3 +193,7 @@ class Loop:
             f"asked to stop: stopped after step {state.step} of {self.steps}; "
             f"the same command goes on from {there}"
         )
+
+
+def _goes_on(saved: Path | None) -> str:
+    return f"the same command goes on from {saved}" if saved else "the same command begins anew"

@@ -3,60 +3,116 @@
 import json
 import math
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
 from distlora.engine.protocol import Engine
-from distlora.files.atomic import write_text
+from distlora.files.atomic import append_text, write_text
 from distlora.recompose.report import RecompositionReport
 from distlora.training.run_directory import METRICS, RECOMPOSITIONS
+from distlora.training.writing import Writing
 
 
 class Monitor:
     """Writes scalars under TensorBoard tags such as `train/loss`. Every rank may call it; rank 0 writes.
 
     metrics.jsonl: one JSON object a line, `{"step": n, tag: value, …}`; n counts finished optimizer steps.
-    Numbers that JSON does not know (NaN, infinities) are written as strings.
+    Numbers that JSON does not know (NaN, infinities) are written as strings. What cannot be written raises
+    nothing, because it would be raised on rank 0 alone: see `Writing`.
     """
 
-    def __init__(self, engine: Engine, run_dir: Path, resumed_at: int = 0):
+    def __init__(self, engine: Engine, run_dir: Path, resumed_at: int = 0, writing: Writing | None = None):
         self._engine, self._path = engine, run_dir / METRICS
-        self._told = _keep_until(self._path, resumed_at) if engine.comm.is_main else set()
+        self._writing = writing or Writing(engine.comm)
+        self._told, self._recomposed = set[tuple[int, str]](), set[tuple[int, str]]()
+        self._unwritten: dict[str, str] = {}
         if engine.comm.is_main:
-            _keep_until(self._path.with_name(RECOMPOSITIONS), resumed_at)
+            with self._writing.errors.kept(self._path):
+                self._writing.check()
+                self._told = _keep_until(self._path, resumed_at)
+                self._recomposed = _keep_until(self._path.with_name(RECOMPOSITIONS), resumed_at)
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         scalars = {tag: value for tag, value in scalars.items() if (step, tag) not in self._told}
         if not self._engine.comm.is_main or not scalars:
             return
         line = {"step": step, **{tag: jsonable(value) for tag, value in scalars.items()}}
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-        self._engine.write_events([(tag, value, step) for tag, value in scalars.items()])
+        self._append(self._path, line)
+        with self._events_kept():
+            self._engine.write_events([(tag, value, step) for tag, value in scalars.items()])
 
     def tell_recomposition(self, report: RecompositionReport) -> None:
         """A decision about recomposition: means, every layer's own numbers and the importances as a picture
         where they are easy to look at, and all of it in `recompositions.jsonl`."""
         self.write(report.step, report.means())
-        self._engine.write_details([(tag, value, report.step) for tag, value in report.by_layer().items()])
         picture = report.picture()
-        if picture is not None:
-            self._engine.write_image("recompose/importance", picture, report.step)
+        with self._events_kept():
+            self._engine.write_details(
+                [(tag, value, report.step) for tag, value in report.by_layer().items()]
+            )
+            if picture is not None:
+                self._engine.write_image("recompose/importance", picture, report.step)
         if self._engine.comm.is_main:
-            with self._path.with_name(RECOMPOSITIONS).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(report.record()) + "\n")
+            self._append(self._path.with_name(RECOMPOSITIONS), report.record())
+
+    def _append(self, path: Path, line: dict[str, Any]) -> None:
+        """Writes the line, behind those for which there was no room before."""
+        lines = self._unwritten[path.name] = self._unwritten.get(path.name, "") + json.dumps(line) + "\n"
+        with self._writing.errors.kept(path):
+            self._writing.check(at_once=False)
+            append_text(path, lines)
+            del self._unwritten[path.name]
+
+    def unwritten(self) -> dict[str, str]:
+        """The ends of files that could not be written, by the file's name; for a checkpoint to keep."""
+        return dict(self._unwritten)
+
+    def make_up(self, unwritten: dict[str, str]) -> None:
+        """Writes what an earlier start could not. unwritten: as that one's `unwritten`."""
+        for line in unwritten.get(METRICS, "").splitlines():
+            record = json.loads(line)
+            self.write(record.pop("step"), {tag: float(value) for tag, value in record.items()})
+        for line in unwritten.get(RECOMPOSITIONS, "").splitlines():
+            record = json.loads(line)
+            if self._engine.comm.is_main and (record["step"], "step") not in self._recomposed:
+                self._append(self._path.with_name(RECOMPOSITIONS), record)
+
+    def _events_kept(self) -> AbstractContextManager[None]:
+        return self._writing.errors.kept(f"{self._path.parent}: the monitors of the DeepSpeed config")
 
     def tell_rates(self, scalars: dict[str, float], tried: list[tuple[float, float]]) -> None:
         """What a search for the learning rate has found, and to TensorBoard its curve, of which the steps are
         the numbers of the rates. tried: (rate, loss) by rate."""
         self.write(0, scalars)
         for number, (rate, loss) in enumerate(tried):
-            self._engine.write_details(
-                [("lr_search/tried_rate", rate, number), ("lr_search/tried_loss", loss, number)]
-            )
+            with self._events_kept():
+                self._engine.write_details(
+                    [("lr_search/tried_rate", rate, number), ("lr_search/tried_loss", loss, number)]
+                )
+
+
+@contextmanager
+def writers_silenced() -> Iterator[None]:
+    """A context in which a file error that ends a thread of a monitor is not printed with its traceback: who
+    writes next through that monitor gets it as well."""
+    before = threading.excepthook
+
+    def hook(failed: threading.ExceptHookArgs) -> None:
+        ours = (type(failed.thread).__module__ or "").partition(".")[0] == "tensorboard"
+        if not (ours and isinstance(failed.exc_value, OSError)):
+            before(failed)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 def _keep_until(path: Path, step: int) -> set[tuple[int, str]]:
@@ -68,11 +124,13 @@ def _keep_until(path: Path, step: int) -> set[tuple[int, str]]:
     if not path.exists():
         return set()
     kept, told = [], set()
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             record = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             continue
+        if not isinstance(record, dict) or type(record.get("step")) is not int:
+            continue  # a line that no run has written
         if step and record["step"] <= step:
             kept.append(line + "\n")
             told |= {(record["step"], tag) for tag in record}

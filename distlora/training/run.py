@@ -14,7 +14,7 @@ from distlora.adapter.attach import lora_parameters
 from distlora.checkpoints.directory import Checkpoint
 from distlora.cluster.status import StatusFile
 from distlora.engine.comm import Comm
-from distlora.engine.coordination import on_every_rank
+from distlora.engine.coordination import on_every_rank, on_main
 from distlora.engine.optimizers import Schedule
 from distlora.initialisation.factors import InitReport
 from distlora.methods import NeedsProbe, ProbeSettings, Recomposes, TrainsWeight
@@ -23,12 +23,13 @@ from distlora.recipe.load import run_identity
 from distlora.recipe.sections import Recipe
 from distlora.training.build import Built, build, check_targets
 from distlora.training.export_run import base_name
-from distlora.training.loop import Loop
+from distlora.training.loop import UNWRITTEN, Loop
 from distlora.training.monitor import Monitor
 from distlora.training.objective import objective_of
 from distlora.training.rate_search import RateSearch, find_rate, search_rate
 from distlora.training.samples import RunSamples, fetch
 from distlora.training.summary import record_summary
+from distlora.training.writing import Writing
 
 #: In a checkpoint's extra state: the learning rate that was found for `train.lr: search`.
 FOUND_RATE = "found_rate"
@@ -65,12 +66,13 @@ class Run:
         recipe: Recipe,
         checkpoint: Checkpoint | None,
         status: StatusFile | None = None,
+        writing: Writing | None = None,
     ):
         """checkpoint: to continue from. Nothing is written to the run directory before `finish`. Raises
         Preempted between what takes long.
         """
         self.comm, self.recipe, self.checkpoint, self.status = comm, recipe, checkpoint, status
-        self.run_dir = Path(recipe.output_dir)
+        self.run_dir, self.writing = Path(recipe.output_dir), writing or Writing(comm)
         self.objective = objective_of(recipe)
         fetch(comm, recipe)
         comm.sum_or_stop()
@@ -101,8 +103,9 @@ class Run:
     def finish(self) -> Summary:
         """Everything from the first step, or the checkpoint's, to the exported adapter."""
         first = self.checkpoint.step if self.checkpoint else 0
-        monitor = Monitor(self.built.engine, self.run_dir, first)
+        monitor = Monitor(self.built.engine, self.run_dir, first, self.writing)
         extra = self._initialise(monitor) if self.checkpoint is None else self._restore()
+        monitor.make_up(extra.pop(UNWRITTEN, {}))
         if self.schedule is None:
             self.schedule = self._schedule(extra[FOUND_RATE])
         self._tell_reserve()
@@ -113,13 +116,15 @@ class Run:
             monitor.write(0, {f"eval/{key}": value for key, value in summary.before.items()})
         loop = Loop(
             self.built.engine, self.built.adapted, self.recipe, self.data, self.objective.loss, self.schedule,
-            self.steps, self.status, monitor, self._scores if self.data.held_out else None,
+            self.steps, self.status, monitor, self.writing, self._scores if self.data.held_out else None,
         )  # fmt: skip
         summary.step_seconds = loop.run(extra, self.checkpoint and self.checkpoint.path) or 0.0
         if self.data.held_out:
             summary.after = self._evaluate()
             monitor.write(self.steps, {f"eval/{key}": value for key, value in summary.after.items()})
+        self.writing.agree()
         summary.adapter = self._export()
+        on_main(self.comm, self.run_dir, self.writing.check)
         record_summary(self.comm, asdict(summary), first, self.data.order.steps_per_epoch)
         return summary
 
@@ -172,6 +177,7 @@ class Run:
         if isinstance(self.built.adapted.method, TrainsWeight):
             return None
         base = base_name(self.recipe.model.path)
+        on_main(self.comm, self.run_dir, self.writing.check)
         return api.export(self.built.adapted, self.run_dir / "adapter", base_model=base)
 
     # ------------------------------------------------------------------ what is told

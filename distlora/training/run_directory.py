@@ -1,17 +1,18 @@
 """A run directory: who it belongs to, what is in it, and how a run is continued or begun anew."""
 
 import logging
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 from distlora.checkpoints.directory import Checkpoint, newest
 from distlora.cluster.environment import ENVIRONMENT
+from distlora.cluster.lease import make_run_dir
 from distlora.cluster.logs import LOGS
 from distlora.cluster.status import STATUS
 from distlora.errors import UserError
-from distlora.files.atomic import write_text
+from distlora.files.atomic import remove, write_text
+from distlora.files.problems import dangling_link
 from distlora.recipe.load import dump_recipe, load_run_recipe, run_identity
 from distlora.recipe.sections import Recipe
 
@@ -27,6 +28,9 @@ def check_run_dir(recipe: Recipe, resume: bool | None) -> None:
     resume: True demands a checkpoint, None takes one if it is there, False begins anew. Reads only.
     """
     run_dir = Path(recipe.output_dir)
+    link = dangling_link(run_dir)
+    if link:
+        raise UserError(f"output_dir: {link}; name another directory, or make what the link leads to")
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"output_dir: {run_dir} is a file; name a directory")
     if not (run_dir / RECIPE).exists():
@@ -61,20 +65,12 @@ def with_format_of_run(recipe: Recipe, resume: bool | None = None) -> Recipe:
 
 
 def find_checkpoint(recipe: Recipe, resume: bool | None) -> Checkpoint | None:
-    """The checkpoint to continue from, and a directory that can be written. For rank 0; removes nothing.
+    """The checkpoint to continue from. For rank 0; changes nothing.
 
     Raises UserError where there is nothing whole to continue from, though the run was begun or a checkpoint
     is demanded.
     """
     run_dir = Path(recipe.output_dir)
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"output_dir: {run_dir} cannot be made ({error.strerror}); name another directory"
-        ) from None
-    if not os.access(run_dir, os.W_OK):
-        raise UserError(f"output_dir: {run_dir} cannot be written; name another directory")
     if resume is False:
         return None
     found = newest(run_dir)
@@ -90,9 +86,18 @@ def claim_run_dir(recipe: Recipe, resume: bool | None) -> None:
     not resumed.
     """
     run_dir, recipe = Path(recipe.output_dir), with_format_of_run(recipe, resume)
+    make_run_dir(run_dir)
+    _clear_drafts(run_dir)
     if resume is False:
         _forget(run_dir)
     write_text(run_dir / RECIPE, dump_recipe(recipe))
+
+
+def _clear_drafts(run_dir: Path) -> None:
+    """Removes what a kill has left amid the writing of a file; of checkpoints the next save does."""
+    for name in (RECIPE, METRICS, RECOMPOSITIONS, RATE_SEARCH, SUMMARY, ENVIRONMENT, f"{STATUS}.*", ADAPTER):
+        for draft in run_dir.glob(f".{name}.partial"):
+            remove(draft)
 
 
 def _forget(run_dir: Path) -> None:

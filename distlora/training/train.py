@@ -4,6 +4,7 @@ recipe -> model -> attach -> engine -> initialise (or resume) -> steps -> export
 """
 
 import logging
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from distlora.adapter.packed import library
 from distlora.checkpoints.directory import share_checkpoint
 from distlora.cluster import environment
+from distlora.cluster.lease import Lease, take_lease
 from distlora.cluster.logs import RankLog
 from distlora.cluster.status import StatusFile, new_start
 from distlora.cluster.supervision import Supervision
@@ -19,16 +21,19 @@ from distlora.engine.coordination import on_every_rank, on_main
 from distlora.engine.device import device_of
 from distlora.engine.optimizers import OptimizerSpec
 from distlora.engine.random_state import own_random_state
-from distlora.errors import UserError, before_ranks_meet
+from distlora.errors import Preempted, UserError, before_ranks_meet
+from distlora.files.problems import WriteErrors
 from distlora.models.hub import on_the_hub
 from distlora.recipe.combination import check_combination
 from distlora.recipe.deepspeed_check import checked_deepspeed
 from distlora.recipe.deepspeed_config import plan_batches
 from distlora.recipe.sections import Recipe
 from distlora.training.build import check_targets
+from distlora.training.monitor import writers_silenced
 from distlora.training.objective import Objective, objective_of
 from distlora.training.run import Run, Summary
 from distlora.training.run_directory import check_run_dir, claim_run_dir, find_checkpoint, with_format_of_run
+from distlora.training.writing import Writing
 
 log = logging.getLogger(__name__)
 
@@ -92,39 +97,66 @@ def train(
     topology: Topology,
     resume: bool | None = None,
     asked_to_stop: Callable[[], bool] = lambda: False,
+    take_over: bool = False,
 ) -> Summary:
     """Runs a recipe that `check` has passed; on every rank. Returns the same summary on all.
 
     resume: None continues from the newest complete checkpoint of the run directory if there is one, True
-    demands one, False begins anew. asked_to_stop: whether this rank should end early; one rank is enough.
+    demands one, False begins anew. take_over: the directory of a start on another host, without waiting for
+    its silence. asked_to_stop: whether this rank should end early; one rank is enough.
     Raises UserError for mistakes that only weights or data show, TrainingError if training breaks, Preempted
     once a run that was asked to stop has stopped. With several ranks the process is ended, with exit code 1,
     where another one goes silent for `train.hang_timeout`.
     """
-    device = device_of(topology.local_rank)
+    device, errors = device_of(topology.local_rank), WriteErrors()
     supervision = Supervision(topology, recipe.train.hang_timeout)
-    with own_random_state(recipe.train.seed, device), RankLog(topology.rank) as rank_log, supervision:
+    with (
+        own_random_state(recipe.train.seed, device),
+        RankLog(topology.rank, errors) as rank_log,
+        writers_silenced(),
+        supervision,
+    ):
         comm = supervision.gather(device, recipe.deepspeed is not None, asked_to_stop)
         where = environment.resolve_topology(comm, topology)
         log.info("%s", environment.topology_line(where))
-        checkpoint = share_checkpoint(
-            comm, on_main(comm, recipe.output_dir, lambda: find_checkpoint(recipe, resume))
-        )
-        recipe = _in_format_of_run(comm, recipe, resume)
-        status = StatusFile(
-            Path(recipe.output_dir), checkpoint.step if checkpoint else 0, comm.share(new_start())
-        )
-        with supervision.telling(status):
-            run = Run(comm, recipe, checkpoint, status)
-            on_main(comm, recipe.output_dir, lambda: claim_run_dir(recipe, resume))
-            on_main(comm, run.run_dir, lambda: status.write("running"))
-            on_every_rank(comm, lambda: rank_log.open(run.run_dir))
-            on_main(
-                comm,
-                run.run_dir,
-                lambda: environment.record(run.run_dir, where, run.deepspeed, checkpoint and checkpoint.step),
+        run_dir, start = Path(recipe.output_dir), comm.share(new_start())
+        lease = on_main(comm, run_dir, lambda: _lease(run_dir, start, take_over, asked_to_stop))
+        if comm.share(comm.is_main and lease is None):
+            comm.sum_or_stop()  # which raises Preempted on all ranks
+        with supervision.owning(lease):
+            checkpoint = share_checkpoint(
+                comm, on_main(comm, run_dir, lambda: find_checkpoint(recipe, resume))
             )
-            return run.finish()
+            recipe = _in_format_of_run(comm, recipe, resume)
+            status = StatusFile(run_dir, checkpoint.step if checkpoint else 0, start)
+            with supervision.telling(status):
+                run = Run(comm, recipe, checkpoint, status, Writing(comm, lease, errors))
+                on_main(comm, run_dir, lambda: _claim(recipe, resume, status))
+                on_every_rank(comm, lambda: rank_log.open(run_dir))
+                resumed_at, deepspeed = checkpoint and checkpoint.step, run.deepspeed
+                on_main(comm, run_dir, lambda: environment.record(run_dir, where, deepspeed, resumed_at))
+                return run.finish()
+
+
+def _lease(run_dir: Path, start: str, take_over: bool, asked_to_stop: Callable[[], bool]) -> Lease | None:
+    """See `take_lease`; None if this process was asked to stop while it waited for it."""
+
+    def pause(seconds: float) -> None:
+        if asked_to_stop():
+            raise Preempted("asked to stop")
+        time.sleep(seconds)
+
+    try:
+        return take_lease(run_dir, start, take_over, pause=pause)
+    except Preempted:
+        return None
+
+
+def _claim(recipe: Recipe, resume: bool | None, status: StatusFile) -> None:
+    """The directory is this run's from here on. Nothing is written to one on a disk that is full already."""
+    status.reserve()
+    claim_run_dir(recipe, resume)
+    status.write("running")
 
 
 def _in_format_of_run(comm: Comm, recipe: Recipe, resume: bool | None = None) -> Recipe:

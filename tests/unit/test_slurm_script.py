@@ -396,6 +396,12 @@ def test_the_job_is_queued_again_only_where_that_would_go_on(desk, code, status,
         assert abs(int(asked[6]) - time.time()) < 60
 
 
+def test_a_run_of_a_host_that_is_down_is_taken_over_on_request(desk):
+    assert desk.start("recipe.yaml", "--take-over", "a=b c").returncode == 0
+    words = desk.called("srun")
+    assert words[-4:] == ["train", str(desk.folder / "recipe.yaml"), "--take-over", "a=b c"]
+
+
 def test_so_often_and_no_more(desk):
     done = desk.start("recipe.yaml", "--max-restarts=3", SRUN_EXIT="75", SLURM_RESTART_COUNT="2")
     assert desk.called("scontrol") == ["requeue", "7"] and "job 7, start 3: 2 ranks" in done.stderr

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from distlora.cli.ending import TRAINING_ERROR
 from distlora.cli.shared import read_recipe
+from distlora.cluster.lease import living_owner
 from distlora.cluster.status import read_status
 
 
@@ -14,7 +15,7 @@ def add(verbs) -> None:
         help="what became of a run",
         description="One line about the newest start of a run. Exit code: 0 done; "
         "75 to be started again (it was asked to stop, or a rank went silent); "
-        "1 failed, still running or killed, or nothing to tell.",
+        "1 failed, still running (then it says where) or killed, or nothing to tell.",
     )
     parser.add_argument("recipe", help="a recipe, or a run's output directory")
     parser.add_argument(
@@ -37,5 +38,6 @@ def run(options: argparse.Namespace) -> int:
     if found is None or (options.since is not None and found.seconds < options.since):
         print(f"{run_dir}: no status" + (" since then" if found else ""))
         return TRAINING_ERROR
-    print(f"{run_dir}: {found.line}")
+    owner = living_owner(run_dir)
+    print(f"{run_dir}: {found.line(owner and owner.where)}")
     return found.code

@@ -22,6 +22,11 @@ def add(verbs) -> None:
         action=argparse.BooleanOptionalAction,
         help="demand a checkpoint to continue from, or begin anew; by default continue if there is one",
     )
+    parser.add_argument(
+        "--take-over",
+        action="store_true",
+        help="continue the run of another host, which is known to be down, without waiting for its silence",
+    )
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
 
 
@@ -38,7 +43,7 @@ def _run(options: argparse.Namespace, signals: StopSignals) -> int:
     for note in recipe.notes:
         logging.getLogger("distlora").info("%s", note)
     training.check(recipe, topology, options.resume)
-    summary = training.train(recipe, topology, options.resume, signals.asked)
+    summary = training.train(recipe, topology, options.resume, signals.asked, options.take_over)
     if topology.rank == 0:
         print(summary_table(summary))
     return 0
