@@ -9,12 +9,15 @@ import torch
 from torch import nn
 
 from distlora.data import (
+    ChatExamples,
+    Conventions,
     Encoded,
     Examples,
     LabelledRows,
     Questions,
     collate,
     collate_labelled,
+    examples_of,
     label_names,
     load_labelled,
     load_questions,
@@ -35,6 +38,11 @@ from distlora.training.objective_base import Objective
 from distlora.training.step import evaluation_loss
 
 
+def conventions_of(recipe: Recipe) -> Conventions:
+    """How a recipe's rows become tokens."""
+    return Conventions.of_format(recipe.format, recipe.data.special_tokens, recipe.data.chat_date)
+
+
 class Responses(Objective):
     """A language model learns the response to a prompt."""
 
@@ -48,11 +56,11 @@ class Responses(Objective):
             )
         self._questions: Questions | None = None
 
-    def _rows(self, split: str) -> Examples:
-        return Examples(self.recipe.data, split)
+    def _rows(self, split: str) -> Examples | ChatExamples:
+        return examples_of(self.recipe.data, split)
 
     def read(self, split: str, tokenizer) -> Encoded:
-        return load_split(self.recipe.data, split, tokenizer, self.recipe.whole_text)
+        return load_split(self.recipe.data, split, tokenizer, conventions_of(self.recipe))
 
     def batch(self, samples: Sequence, tokenizer, device: torch.device) -> Batch:
         return collate(samples, tokenizer.pad_token_id, device)
@@ -76,7 +84,7 @@ class Responses(Objective):
 
     def _read_questions(self, tokenizer) -> Questions:
         data, count = self.recipe.data, self.recipe.train.exact_match_samples
-        questions = load_questions(data, data.eval_split, tokenizer, self.recipe.whole_text)
+        questions = load_questions(data, data.eval_split, tokenizer, conventions_of(self.recipe))
         return replace(questions, items=questions.items[:count])
 
 
@@ -101,7 +109,7 @@ class Labels(Objective):
         return LabelledRows(self.recipe.data, split)
 
     def read(self, split: str, tokenizer) -> Encoded:
-        return load_labelled(self.recipe.data, split, tokenizer)
+        return load_labelled(self.recipe.data, split, tokenizer, conventions_of(self.recipe))
 
     def batch(self, samples: Sequence, tokenizer, device: torch.device) -> Batch:
         return collate_labelled(samples, tokenizer.pad_token_id, device)
