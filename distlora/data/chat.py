@@ -167,6 +167,9 @@ class Chat:
         start, end = places[-1]
         inside, behind = self._named(text[start:end]), self._named(text[end:])
         has_end = inside and not text[start + inside[-1][1] : end].strip()
+        if has_end:  # a token such as </tool_call> ends no turn
+            name = text[start + inside[-1][0] : start + inside[-1][1]]
+            has_end = self.tokenizer.convert_tokens_to_ids(name) in self._special
         if not has_end and behind and not text[end : end + behind[0][0]].strip():
             end += behind[0][1]
         return [*places[:-1], (start, end)]

@@ -82,13 +82,12 @@ class Turns:
         if shared == len(prompt):
             return shared
         before = self._attempt(self._messages[:index], False)
-        if before is not None and prompt.startswith(before) and shared >= len(before):
-            return shared  # the prompt opens what the template does not show, such as thoughts
-        behind = self._behind_message_before(index)
+        opened = before is not None and prompt.startswith(before) and shared >= len(before)
+        behind = None if opened else self._behind_message_before(index)
         if behind is None:
-            return at
+            return at  # the prompt may open what the template does not show, such as thoughts
         shown, asked = behind
-        return at - len(shown) + _shared(shown, asked)
+        return at - len(shown) + len(asked) if shown.startswith(asked) else at
 
     def _behind_message_before(self, index: int) -> tuple[str, str] | None:
         """What follows the content before the assistant's: in the conversation, and in the prompt."""
@@ -105,23 +104,29 @@ class Turns:
             return len(marked)
         at = marked.index(MARK) + 1
         until = self._until(index, messages)
-        if until is not None and until.count(MARK) == 1:
-            tail = until.partition(MARK)[2]
-            if tail and marked.startswith(tail, at):
-                return at + len(tail)
-        return at + self._end_token(marked[at:], prompt)
+        tail = until.partition(MARK)[2] if until is not None and until.count(MARK) == 1 else ""
+        if tail and marked.startswith(tail, at):
+            return at + len(tail)
+        return at + self._end_token(index, marked[at:], tail, prompt)
 
-    def _end_token(self, following: str, prompt: str | None) -> int:
-        """The end of the token that closes a turn otherwise than it closes the last one, as gpt-oss does."""
+    def _end_token(self, index: int, following: str, tail: str, prompt: str | None) -> int:
+        """The end of the token that closes a turn, where the template closes the last one otherwise: gpt-oss
+        with another token, Phi-3 with one more.
+
+        following, tail: what stands behind the content, in the conversation and where it ends with the turn.
+        """
         for start, end in self._names(following)[:1]:
-            opens_a_turn = prompt is not None and following[start:end] in prompt[-_HEADER:]
-            if not following[:start].strip() and not opens_a_turn:
+            if following[:start].strip():
+                break
+            if tail.startswith(following[:end]) or not self._opens_turns(index, following[start:end], prompt):
                 return end
         raise TemplateProblem(_UNCLEAR)
 
-
-#: Characters at the end of a prompt among which the token that opens a turn is looked for.
-_HEADER = 40
+    def _opens_turns(self, index: int, token: str, prompt: str | None) -> bool:
+        before = self._attempt(self._messages[:index], False)
+        if prompt is None or before is None:
+            return True
+        return token in prompt[_shared(prompt, before) :]
 
 
 def marked_places(

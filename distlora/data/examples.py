@@ -42,7 +42,7 @@ class Example:
     response: str | None
     answer: str | None
     options: dict[str, str] = field(default_factory=dict)
-    own: tuple[tuple[int, int], ...] = ()
+    own: tuple[tuple[int, int], ...] = field(default=(), compare=False)
     conversation: "Conversation | None" = None
 
     @property

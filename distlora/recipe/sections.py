@@ -40,6 +40,9 @@ OffOrNumber = Annotated[NotNegative | None, AfterValidator(lambda value: value o
 #: rendered the prompt alone; see `distlora.data.conventions`.
 FORMAT = 4
 
+#: The template, and the task, that asks for the tokenizer's chat template.
+CHAT = "chat"
+
 #: What messages call a DeepSpeed config that stands in the recipe itself.
 INLINE = "the recipe's deepspeed section"
 
@@ -253,6 +256,11 @@ class Recipe(Section):
     def format(self) -> int:
         """What the keys mean: see FORMAT. It is no key; users do not choose it."""
         return self._format
+
+    @property
+    def shows_chats(self) -> bool:
+        """Whether the tokenizer's chat template shows the rows."""
+        return self.data.task == CHAT or self.data.template == CHAT
 
     def in_format(self, number: int) -> "Recipe":
         """The same recipe in another format."""

@@ -4,6 +4,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from datetime import date as Date
 
 import torch
 from torch import nn
@@ -39,8 +40,9 @@ from distlora.training.step import evaluation_loss
 
 
 def conventions_of(recipe: Recipe) -> Conventions:
-    """How a recipe's rows become tokens."""
-    return Conventions.of_format(recipe.format, recipe.data.special_tokens, recipe.data.chat_date)
+    """How a recipe's rows become tokens. Where nobody has named a day for chat templates, it is today."""
+    day = recipe.data.chat_date or (Date.today().isoformat() if recipe.format >= 4 else None)
+    return Conventions.of_format(recipe.format, recipe.data.special_tokens, day)
 
 
 class Responses(Objective):
