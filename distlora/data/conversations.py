@@ -124,7 +124,6 @@ class ChatExamples:
             columns |= self._found("messages")
         if "messages" not in columns:
             columns = self._found("prompt", "response") | columns
-        columns = self._found("system", "tools") | columns
         if "messages" not in columns and not {"prompt", "response"} <= set(columns):
             raise UserError(
                 f"task chat: {self.origin} has neither messages nor conversations nor prompt and completion, "
@@ -180,14 +179,16 @@ class ChatExamples:
         return value
 
     def _cell(self, row: Row, role: str) -> Any:
-        return row.get(self._columns[role]) if role in self._columns else None
+        """Of a role that only some rows have."""
+        names = (self._columns[role],) if role in self._columns else _COLUMNS[role]
+        return next((row[name] for name in names if row.get(name) is not None), None)
 
     def _tools(self, row: Row) -> list[dict] | None:
         tools = _parsed(self._cell(row, "tools"))
         if not tools:
             return None
         if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-            raise Wrong(f"no list of tools in column {self._columns['tools']!r}")
+            raise Wrong(f"no list of tools in column {self._columns.get('tools', 'tools')!r}")
         return [_without_nulls(tool) for tool in tools]
 
 
