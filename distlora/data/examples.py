@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Protocol
 
 from distlora.data import sources
+from distlora.data.chat_template import Conversation
 from distlora.data.sources import Row
 from distlora.data.templates import BY_STEPS, CHAT, PAPER, Prompt, ask_by_steps, choose_templates, joined
 from distlora.errors import UserError
@@ -43,7 +44,7 @@ class Example:
     answer: str | None
     options: dict[str, str] = field(default_factory=dict)
     own: tuple[tuple[int, int], ...] = field(default=(), compare=False)
-    conversation: "Conversation | None" = None
+    conversation: Conversation | None = None
 
     @property
     def shown(self) -> Prompt:
