@@ -23,7 +23,7 @@ from distlora.data.chat_template import (
 from distlora.data.chat_turns import Turns, marked_places
 from distlora.data.conventions import NEWEST, Conventions
 from distlora.data.seams import end_of_text, require_chat_template
-from distlora.data.special_tokens import CLOSE, OPEN, Place, TextEncoder, Tokenised, Unreadable
+from distlora.data.special_tokens import CLOSE, OPEN, Place, TextEncoder, Tokenised, Unreadable, added_tokens
 
 #: What ends the thoughts of models that think in their answers. Templates may leave thoughts out.
 _THOUGHT = "</think>"
@@ -90,7 +90,7 @@ class Chat:
         self.tokenizer = tokenizer
         self.encoder = TextEncoder(tokenizer, conventions.plain)
         self.template = ChatTemplate(tokenizer, conventions.date)
-        added = tokenizer.added_tokens_decoder
+        added = added_tokens(tokenizer)
         self._added = {*added, self.eos}
         self._special = {number for number, token in added.items() if token.special} | {self.eos}
         names = sorted((token.content for token in added.values()), key=len, reverse=True)
