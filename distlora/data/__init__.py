@@ -1,7 +1,8 @@
 """Data: rows from files, from the hub or from a generator, made into samples and batches.
 
-    sources ─► examples ─► encode ─► batches        prompts and responses
+    sources ─► examples ─► encode ─► batches        prompts and responses (seams, special_tokens)
             │           └► questions                what is asked in an evaluation
+            ├► conversations                        several turns; encoded by chat, with chat_*
             ├► labelled                             texts and labels
             └► images (image_files)                 images and labels
 
@@ -9,7 +10,9 @@ Other folders use the names below. `distlora.tasks` says what is made of a row a
 """
 
 from distlora.data.batches import TrainOrder, collate, micro_batches, shard
-from distlora.data.encode import Encoded, Sample, load_split
+from distlora.data.conventions import Conventions
+from distlora.data.conversations import ChatExamples
+from distlora.data.encode import Encoded, Sample, examples_of, load_split
 from distlora.data.examples import Examples, download, is_at_hand
 from distlora.data.images import (
     ImageRows,
@@ -23,6 +26,8 @@ from distlora.data.labelled import LabelledRows, LabelledSample, collate_labelle
 from distlora.data.questions import Question, Questions, load_questions
 
 __all__ = [
+    "ChatExamples",
+    "Conventions",
     "Encoded",
     "Examples",
     "ImageRows",
@@ -38,6 +43,7 @@ __all__ = [
     "collate_images",
     "collate_labelled",
     "download",
+    "examples_of",
     "image_labels",
     "is_at_hand",
     "label_names",

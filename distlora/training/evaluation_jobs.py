@@ -15,7 +15,7 @@ from distlora.evaluation.predictions import Predictions
 from distlora.recipe.sections import DataSection, Recipe
 from distlora.tasks import ResponseTask, get_task
 from distlora.training.evaluated import Asked, Subject
-from distlora.training.objective import Objective, objective_of
+from distlora.training.objective import Objective, conventions_of, objective_of
 from distlora.training.run_directory import EVALUATIONS
 from distlora.training.samples import read_samples
 from distlora.training.subject import Evaluated
@@ -97,7 +97,8 @@ def _read(evaluated: Evaluated, asked: Asked, section: DataSection, preprocessor
     if not isinstance(get_task(name), ResponseTask):
         samples = read_samples(objective, section.eval_split, preprocessor)
         return Job(name, section, objective, LABELS, samples[: asked.limit])
-    questions = load_questions(section, section.eval_split, preprocessor, recipe.whole_text, asked.limit)
+    conventions = conventions_of(objective.recipe)
+    questions = load_questions(section, section.eval_split, preprocessor, conventions, asked.limit)
     log.info(
         "data: %d questions of %s, %d left out", len(questions.items), questions.origin, questions.dropped
     )

@@ -4,17 +4,21 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from datetime import date as Date
 
 import torch
 from torch import nn
 
 from distlora.data import (
+    ChatExamples,
+    Conventions,
     Encoded,
     Examples,
     LabelledRows,
     Questions,
     collate,
     collate_labelled,
+    examples_of,
     label_names,
     load_labelled,
     load_questions,
@@ -36,6 +40,12 @@ from distlora.training.step import evaluation_loss
 from distlora.training.text_objective import Texts
 
 
+def conventions_of(recipe: Recipe) -> Conventions:
+    """How a recipe's rows become tokens. Where nobody has named a day for chat templates, it is today."""
+    day = recipe.data.chat_date or (Date.today().isoformat() if recipe.format >= 4 else None)
+    return Conventions.of_format(recipe.format, recipe.data.special_tokens, day)
+
+
 class Responses(Texts):
     """A language model learns the response to a prompt."""
 
@@ -49,11 +59,11 @@ class Responses(Texts):
             )
         self._questions: Questions | None = None
 
-    def _rows(self, split: str) -> Examples:
-        return Examples(self.recipe.data, split)
+    def _rows(self, split: str) -> Examples | ChatExamples:
+        return examples_of(self.recipe.data, split)
 
     def read(self, split: str, tokenizer) -> Encoded:
-        return load_split(self.recipe.data, split, tokenizer, self.recipe.whole_text)
+        return load_split(self.recipe.data, split, tokenizer, conventions_of(self.recipe))
 
     def batch(self, samples: Sequence, tokenizer, device: torch.device) -> Batch:
         return collate(samples, tokenizer.pad_token_id, device)
@@ -78,7 +88,7 @@ class Responses(Texts):
     def prepare(self, tokenizer) -> None:
         data, count = self.recipe.data, self.recipe.train.exact_match_samples
         if count:
-            questions = load_questions(data, data.eval_split, tokenizer, self.recipe.whole_text)
+            questions = load_questions(data, data.eval_split, tokenizer, conventions_of(self.recipe))
             self._questions = replace(questions, items=questions.items[:count])
             self.check_questions(self._questions, tokenizer, data.max_new_tokens)
 
@@ -104,7 +114,7 @@ class Labels(Texts):
         return LabelledRows(self.recipe.data, split)
 
     def read(self, split: str, tokenizer) -> Encoded:
-        return load_labelled(self.recipe.data, split, tokenizer)
+        return load_labelled(self.recipe.data, split, tokenizer, conventions_of(self.recipe))
 
     def batch(self, samples: Sequence, tokenizer, device: torch.device) -> Batch:
         batch = collate_labelled(samples, tokenizer.pad_token_id, device)
