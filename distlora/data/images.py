@@ -73,7 +73,6 @@ class ImageRows(LabelledRows):
     def __init__(self, section: DataSection, split: str):
         super().__init__(section, split)
         self._column = self._columns["image"]
-        self.rows = _undecoded(self.rows, self._column)
 
     def read(self, section: DataSection, split: str) -> Sequence[Row]:
         path = section.path and Path(section.path).expanduser()
@@ -108,18 +107,6 @@ class ImageRows(LabelledRows):
             unknown = isinstance(error, UnidentifiedImageError)
             what = "it is none" if unknown else first_line(error) or type(error).__name__
             raise UserError(f"data: the image in {where} cannot be read ({what}), replace it") from None
-
-
-def _undecoded(rows: Sequence[Row], column: str) -> Sequence[Row]:
-    """Rows of the hub with images as the bytes of their files: `datasets` would decode each that is looked
-    at.
-    """
-    if not hasattr(rows, "cast_column"):
-        return rows
-    import datasets
-
-    is_image = isinstance(rows.features[column], datasets.Image)
-    return rows.cast_column(column, datasets.Image(decode=False)) if is_image else rows
 
 
 def _opened(value: Any) -> Image.Image:
