@@ -93,6 +93,10 @@ class OptimizerSection(Section):
         return self
 
 
+#: A name that is a whole number needs no quotes.
+Label = Annotated[Text, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
+
+
 class DataSection(Section):
     task: Text = Field(description="how rows become prompts and answers, or inputs and labels")
     path: Text | None = Field(
@@ -103,7 +107,7 @@ class DataSection(Section):
     fields: dict[str, Text] | None = Field(
         None, description="the task's field name -> the column of the data"
     )
-    labels: list[Text] | None = Field(
+    labels: list[Label] | None = Field(
         None, description="tasks classification and images: names in the order of their numbers, from 0 on"
     )
     template: Text | None = Field(

@@ -255,7 +255,7 @@ MISTAKES = {
     ),
     "label out of range": (
         lambda folder: _npz(folder, x=IMAGES, y=np.array([3, 10])), {"task": "cifar10"},
-        "row 1 of .* has the label '10', which is none of airplane",
+        "row 1 of .* has the label 10, which is none of airplane",
     ),
     "wrong column": (
         lambda folder: _table(folder, picture=[b"x"], label=[1]), {"task": "cifar10"},

@@ -112,7 +112,7 @@ def test_what_is_wrong_with_the_section(tmp_path, change, expected):
             {"label": "maybe"},
             "row 1 of .* has the label 'maybe', which is none of entailment, not_entailment or 0 to 1",
         ),
-        ({"label": 2}, "has the label '2'"),
+        ({"label": 2}, "has the label 2, which is none of"),
         ({"sentence2": None}, "row 1 of .* has no value in column 'sentence2'"),
     ],
 )
