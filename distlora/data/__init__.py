@@ -2,6 +2,7 @@
 
     sources ─► examples ─► encode ─► batches        prompts and responses
             │           └► questions                what is asked in an evaluation
+            ├► completion                           texts
             ├► labelled                             texts and labels
             └► images (image_files)                 images and labels
 
@@ -9,6 +10,7 @@ Other folders use the names below. `distlora.tasks` says what is made of a row a
 """
 
 from distlora.data.batches import TrainOrder, collate, micro_batches, shard
+from distlora.data.completion import CompletionRows, EncodedDocuments, load_completion
 from distlora.data.encode import Encoded, Sample, load_split
 from distlora.data.examples import Examples, download, is_at_hand
 from distlora.data.images import (
@@ -23,7 +25,9 @@ from distlora.data.labelled import LabelledRows, LabelledSample, collate_labelle
 from distlora.data.questions import Question, Questions, load_questions
 
 __all__ = [
+    "CompletionRows",
     "Encoded",
+    "EncodedDocuments",
     "Examples",
     "ImageRows",
     "ImageSample",
@@ -41,6 +45,7 @@ __all__ = [
     "image_labels",
     "is_at_hand",
     "label_names",
+    "load_completion",
     "load_images",
     "load_labelled",
     "load_questions",

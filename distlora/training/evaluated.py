@@ -172,7 +172,7 @@ def _check_together(asked: Asked, names: Sequence[str]) -> None:
         if not isinstance(get_task(name), ResponseTask):
             for option, is_set in (("--by", asked.by), ("--merge", asked.fold)):
                 if is_set:
-                    raise UserError(f"{option} is for tasks with answers, and {name} has labels; omit it")
+                    raise UserError(f"{option} is for tasks with answers, and {name} has none; omit it")
 
 
 def _paths(asked: Asked, names: Sequence[str]) -> dict[str, str]:

@@ -48,6 +48,12 @@ class Objective(ABC):
     def read(self, split: str, tokenizer) -> Encoded:
         """The samples of a split."""
 
+    def told_of(self, encoded: Encoded) -> str:
+        """How the samples of `read` were fitted to the maximal length, as a part of a line in the log."""
+        if encoded.truncated is None:
+            return ""
+        return f"{encoded.truncated} truncated to {self.recipe.data.max_length} tokens, "
+
     @abstractmethod
     def batch(self, samples: Sequence, tokenizer, device: torch.device) -> Batch:
         """Samples of `read` as a batch for `loss`; none as one of weight zero."""

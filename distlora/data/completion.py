@@ -1,0 +1,108 @@
+"""Continued pretraining: rows with a text, made into pieces of documents.
+
+    document   BOS, if the tokenizer adds one | tokens of the text | EOS
+    pieces     its first `max_length` tokens; then so many at a time, each piece after the token that comes
+               before it
+
+That token is what the piece's own first token is predicted from, and has no loss. So every token of a
+document, but for the very first, which nothing predicts, is learned exactly once.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from distlora.data import examples
+from distlora.data.columns import cell_text, require_column
+from distlora.data.encode import Encoded, Sample, chunks
+from distlora.data.seams import tokens_of
+from distlora.errors import UserError
+from distlora.models.targets import IGNORE
+from distlora.sentences import nearest
+from distlora.tasks import get_task
+
+
+class DataSection(examples.DataSection, Protocol):
+    """What this file reads of a recipe's `data:` section."""
+
+
+@dataclass
+class EncodedDocuments(Encoded):
+    """The pieces of a split, in its order. documents: how many they are of; cut: how many of these are
+    longer than the maximal length."""
+
+    documents: int = 0
+    cut: int = 0
+
+
+class CompletionRows:
+    """The texts of a split in order. To make one checks the section against the columns."""
+
+    def __init__(self, section: DataSection, split: str):
+        columns = get_task(section.task).columns
+        if section.template is not None:
+            raise UserError(
+                f"data.template: the task {section.task} learns texts as they are, remove the template"
+            )
+        for role in section.fields or {}:
+            if role not in columns:
+                hint = nearest(role, columns) or f", wanted {', '.join(columns)}"
+                raise UserError(f"data.fields: unknown name {role!r}{hint}")
+        self.rows = examples.load_rows(section, split)
+        self.origin = examples.origin(section, split)
+        self._column = {**columns, **(section.fields or {})}["text"]
+        where = "data.fields: text" if section.fields else f"text of the task {section.task}"
+        require_column(self.rows, self._column, where, self.origin)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[str]:
+        for position, row in enumerate(self.rows):
+            yield cell_text(row, self._column, position, self.origin)
+
+
+def load_completion(section: DataSection, split: str, tokenizer) -> EncodedDocuments:
+    """Reads and tokenises a split expression of a recipe's data section.
+
+    Texts without a character are left out and counted. Raises UserError for everything that is wrong with the
+    section, its files or its rows, and if there is no other text.
+    """
+    rows, tokens = CompletionRows(section, split), tokens_of(section, tokenizer)
+    encoded = EncodedDocuments([], truncated=None, dropped=0, why_dropped="they are empty")
+    shared: dict[int, int] = {}
+    for chunk in chunks(rows):
+        texts = [text for text in chunk if text.strip()]
+        encoded.dropped += len(chunk) - len(texts)
+        for ids in _ids(tokenizer, texts):
+            # The tokenizer makes a new int object for each token. Sharing equal ones halves the memory.
+            document = [shared.setdefault(token, token) for token in (*tokens.start, *ids, tokens.eos)]
+            pieces = pieces_of(document, section.max_length)
+            encoded.documents += 1
+            encoded.cut += len(pieces) > 1
+            encoded.samples += [Sample(piece, [IGNORE, *piece[1:]], []) for piece in pieces]
+    if not encoded.samples:
+        raise UserError(f"data: no row of {rows.origin} has a text, choose another split")
+    return encoded
+
+
+def pieces_of(document: Sequence[int], length: int) -> list[list[int]]:
+    """A document in pieces of at most `length` ≥ 2 tokens, each of which begins with the last token of the
+    one before. One of less than two tokens has none, because nothing in it is predicted.
+    """
+    starts = range(0, len(document) - 1, length - 1)
+    return [list(document[start : start + length]) for start in starts]
+
+
+def _ids(tokenizer, texts: list[str]) -> list[list[int]]:
+    """The tokens of texts, in which the names of special tokens are text."""
+    if not texts:
+        return []
+    # Without verbose=False, transformers would warn of texts beyond the model's length. They are cut later.
+    return tokenizer(
+        texts,
+        add_special_tokens=False,
+        split_special_tokens=True,
+        return_attention_mask=False,
+        verbose=False,
+    )["input_ids"]
