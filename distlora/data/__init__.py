@@ -6,13 +6,15 @@
             ├► labelled                             texts and labels
             └► images (image_files)                 images and labels
 
-Other folders use the names below. `distlora.tasks` says what is made of a row and how an answer is judged.
+`fingerprint` tells whether samples are those of before. Other folders use the names below. `distlora.tasks`
+says what is made of a row and how an answer is judged.
 """
 
 from distlora.data.batches import TrainOrder, collate, micro_batches, shard
 from distlora.data.completion import CompletionRows, EncodedDocuments, load_completion
 from distlora.data.encode import Encoded, Sample, load_split
 from distlora.data.examples import Examples, download, is_at_hand
+from distlora.data.fingerprint import Fingerprint, fingerprint_of
 from distlora.data.images import (
     ImageRows,
     ImageSample,
@@ -29,6 +31,7 @@ __all__ = [
     "Encoded",
     "EncodedDocuments",
     "Examples",
+    "Fingerprint",
     "ImageRows",
     "ImageSample",
     "LabelledRows",
@@ -42,6 +45,7 @@ __all__ = [
     "collate_images",
     "collate_labelled",
     "download",
+    "fingerprint_of",
     "image_labels",
     "is_at_hand",
     "label_names",

@@ -26,6 +26,15 @@ class DataSection(examples.DataSection, Protocol):
     """What this file reads of a recipe's `data:` section."""
 
 
+@dataclass(frozen=True)
+class Piece(Sample):
+    """A piece of a document; it has no prompt, and no answer."""
+
+    def identity(self) -> list:
+        """What tells it from others, for JSON."""
+        return self.input_ids
+
+
 @dataclass
 class EncodedDocuments(Encoded):
     """The pieces of a split, in its order. documents: how many they are of; cut: how many of these are
@@ -80,7 +89,7 @@ def load_completion(section: DataSection, split: str, tokenizer) -> EncodedDocum
             pieces = pieces_of(document, section.max_length)
             encoded.documents += 1
             encoded.cut += len(pieces) > 1
-            encoded.samples += [Sample(piece, [IGNORE, *piece[1:]], []) for piece in pieces]
+            encoded.samples += [Piece(piece, [IGNORE, *piece[1:]], []) for piece in pieces]
     if not encoded.samples:
         raise UserError(f"data: no row of {rows.origin} has a text, choose another split")
     return encoded

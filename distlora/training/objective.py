@@ -1,5 +1,5 @@
-"""What is learned: a language model's responses or whole texts, a classifier's labels or a regression's scores;
-of images in `image_objective`. The kind of the recipe's task is looked at only here.
+"""What is learned: a language model's responses or texts, a classifier's labels or a regression's scores; of
+images in `image_objective`. The kind of the recipe's task is looked at only here.
 """
 
 from collections.abc import Sequence

@@ -14,7 +14,7 @@ from distlora.adapter.attach import lora_parameters
 from distlora.checkpoints.directory import Checkpoint
 from distlora.cluster.status import StatusFile
 from distlora.engine.comm import Comm
-from distlora.engine.coordination import on_every_rank
+from distlora.engine.coordination import on_every_rank, on_main
 from distlora.engine.optimizers import Schedule
 from distlora.initialisation.factors import InitReport
 from distlora.methods import NeedsProbe, ProbeSettings, Recomposes, TrainsWeight
@@ -28,6 +28,7 @@ from distlora.training.monitor import Monitor
 from distlora.training.objective import objective_of
 from distlora.training.rate_search import RateSearch, find_rate, search_rate
 from distlora.training.samples import RunSamples, fetch
+from distlora.training.seen_data import seen_by
 from distlora.training.summary import record_summary
 
 #: In a checkpoint's extra state: the learning rate that was found for `train.lr: search`.
@@ -65,9 +66,10 @@ class Run:
         recipe: Recipe,
         checkpoint: Checkpoint | None,
         status: StatusFile | None = None,
+        allow_changed_data: bool = False,
     ):
-        """checkpoint: to continue from. Nothing is written to the run directory before `finish`. Raises
-        Preempted between what takes long.
+        """checkpoint: to continue from. allow_changed_data: with whatever samples there are. Nothing is
+        written to the run directory before `finish`. Raises Preempted between what takes long.
         """
         self.comm, self.recipe, self.checkpoint, self.status = comm, recipe, checkpoint, status
         self.run_dir = Path(recipe.output_dir)
@@ -76,6 +78,9 @@ class Run:
         comm.sum_or_stop()
         fitted = on_every_rank(comm, lambda: check_targets(recipe, self.objective))
         self.data = RunSamples(comm, recipe, self.objective)
+        self.seen = seen_by(comm, recipe, self.data)
+        if checkpoint is not None:
+            on_main(comm, self.run_dir, lambda: self.seen.compare(self.run_dir, allow_changed_data))
         settings = recipe.train
         self.steps = settings.steps or max(1, round(settings.epochs * self.data.order.steps_per_epoch))
         if status is not None:

@@ -89,11 +89,13 @@ def train(
     topology: Topology,
     resume: bool | None = None,
     asked_to_stop: Callable[[], bool] = lambda: False,
+    allow_changed_data: bool = False,
 ) -> Summary:
     """Runs a recipe that `check` has passed; on every rank. Returns the same summary on all.
 
     resume: None continues from the newest complete checkpoint of the run directory if there is one, True
     demands one, False begins anew. asked_to_stop: whether this rank should end early; one rank is enough.
+    allow_changed_data: continue also with other samples than the run was begun with.
     Raises UserError for mistakes that only weights or data show, TrainingError if training breaks, Preempted
     once a run that was asked to stop has stopped. With several ranks the process is ended, with exit code 1,
     where another one goes silent for `train.hang_timeout`.
@@ -112,8 +114,9 @@ def train(
             Path(recipe.output_dir), checkpoint.step if checkpoint else 0, comm.share(new_start())
         )
         with supervision.telling(status):
-            run = Run(comm, recipe, checkpoint, status)
+            run = Run(comm, recipe, checkpoint, status, allow_changed_data)
             on_main(comm, recipe.output_dir, lambda: claim_run_dir(recipe, resume))
+            on_main(comm, run.run_dir, lambda: run.seen.write(run.run_dir))
             on_main(comm, run.run_dir, lambda: status.write("running"))
             on_every_rank(comm, lambda: rank_log.open(run.run_dir))
             on_main(

@@ -22,6 +22,11 @@ def add(verbs) -> None:
         action=argparse.BooleanOptionalAction,
         help="demand a checkpoint to continue from, or begin anew; by default continue if there is one",
     )
+    parser.add_argument(
+        "--allow-changed-data",
+        action="store_true",
+        help="continue although the samples are not those that the run was begun with",
+    )
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
 
 
@@ -38,7 +43,7 @@ def _run(options: argparse.Namespace, signals: StopSignals) -> int:
     for note in recipe.notes:
         logging.getLogger("distlora").info("%s", note)
     training.check(recipe, topology, options.resume)
-    summary = training.train(recipe, topology, options.resume, signals.asked)
+    summary = training.train(recipe, topology, options.resume, signals.asked, options.allow_changed_data)
     if topology.rank == 0:
         print(summary_table(summary))
     return 0
