@@ -11,7 +11,7 @@ import pytest
 from distlora.data import LabelledSample, Sample, fingerprint_of
 from distlora.data.images import ImageSample
 from distlora.errors import UserError
-from distlora.training.seen_data import SeenData
+from distlora.training.seen_data import SeenData, seen_by
 
 RESPONSES = [Sample([1, 2, n], [-100, 2, n], [1], str(n)) for n in range(5)]
 LABELS = [LabelledSample([1, n], None, n) for n in range(5)]
@@ -108,3 +108,29 @@ def test_a_damaged_file_is_one_sentence(tmp_path: Path, content):
         seen().compare(tmp_path, allow_changes=False)
     seen().write(tmp_path)
     assert json.loads((tmp_path / "data.json").read_text())["training"]["count"] == 5
+
+
+class _Rank1:
+    """The second of two ranks, of which the first has these samples."""
+
+    rank = 1
+
+    def __init__(self, first):
+        self.first = first
+
+    def share(self, value):
+        return self.first
+
+    def agree(self, error):
+        if error is not None:
+            raise error
+
+
+def test_ranks_that_read_different_rows_are_refused():
+    recipe = SimpleNamespace(data=SimpleNamespace(split="train", eval_split="test"))
+    data = SimpleNamespace(training=RESPONSES, held_out=LABELS)
+    same = seen(RESPONSES, LABELS)
+    assert seen_by(_Rank1(same.parts), recipe, data) == same
+    for other, name in ((seen(RESPONSES[1:], LABELS), "training"), (seen(RESPONSES, SCORES), "evaluation")):
+        with pytest.raises(UserError, match=f"the {name} samples of rank 1 are others than those of rank 0"):
+            seen_by(_Rank1(other.parts), recipe, data)
