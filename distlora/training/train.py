@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from distlora.adapter.packed import library
 from distlora.checkpoints.directory import share_checkpoint
 from distlora.cluster import environment
 from distlora.cluster.logs import RankLog
@@ -17,13 +16,13 @@ from distlora.cluster.supervision import Supervision
 from distlora.engine.comm import Comm, Topology
 from distlora.engine.coordination import on_every_rank, on_main
 from distlora.engine.device import device_of
-from distlora.engine.optimizers import OptimizerSpec
 from distlora.engine.random_state import own_random_state
 from distlora.errors import UserError, before_ranks_meet
 from distlora.models.hub import on_the_hub
 from distlora.recipe.combination import check_combination
 from distlora.recipe.deepspeed_check import checked_deepspeed
 from distlora.recipe.deepspeed_config import plan_batches
+from distlora.recipe.packages import check_packages
 from distlora.recipe.sections import Recipe
 from distlora.training.build import check_targets
 from distlora.training.objective import Objective, objective_of
@@ -50,7 +49,7 @@ def check_run(recipe: Recipe, world_size: int, resume: bool | None) -> tuple[Rec
     check_run_dir(recipe, resume)
     recipe = fitted(recipe, objective)
     check_combination(recipe, config)
-    check_packages(recipe)
+    check_packages(recipe, config)
     for split in filter(None, (recipe.data.split, recipe.data.eval_split)):
         objective.check_split(split)
     return recipe, objective
@@ -73,15 +72,6 @@ def check_settings(recipe: Recipe, world_size: int) -> tuple[Objective, dict[str
 def fitted(recipe: Recipe, objective: Objective) -> Recipe:
     """See `check_targets`; the recipe as it is where the model has to be fetched first."""
     return recipe if on_the_hub(recipe.model.path) else check_targets(recipe, objective)
-
-
-def check_packages(recipe: Recipe) -> None:
-    """Raises UserError for a package that the recipe needs and that is not there."""
-    lacking = OptimizerSpec(recipe.train.optimizer.name).problem()
-    if lacking:
-        raise UserError(lacking)
-    if recipe.model.quantization is not None:
-        library()
 
 
 def train(
