@@ -1,8 +1,9 @@
 """Data: rows from files, from the hub or from a generator, made into samples and batches.
 
-    sources ─► examples ─► encode ─► batches        prompts and responses
+    sources ─► examples ─► encode ─► batches        prompts and responses (seams, special_tokens)
             │           └► questions                what is asked in an evaluation
             ├► completion                           texts
+            ├► conversations                        several turns; encoded by chat (chat_template, chat_turns)
             ├► labelled                             texts and labels
             └► images (image_files)                 images and labels
 
@@ -12,7 +13,9 @@ says what is made of a row and how an answer is judged.
 
 from distlora.data.batches import TrainOrder, collate, micro_batches, shard
 from distlora.data.completion import CompletionRows, EncodedDocuments, load_completion
-from distlora.data.encode import Encoded, Sample, load_split
+from distlora.data.conventions import Conventions
+from distlora.data.conversations import ChatExamples
+from distlora.data.encode import Encoded, Sample, examples_of, load_split
 from distlora.data.examples import Examples, download, is_at_hand
 from distlora.data.fingerprint import Fingerprint, fingerprint_of
 from distlora.data.images import (
@@ -28,6 +31,8 @@ from distlora.data.questions import Question, Questions, load_questions
 
 __all__ = [
     "CompletionRows",
+    "ChatExamples",
+    "Conventions",
     "Encoded",
     "EncodedDocuments",
     "Examples",
@@ -46,6 +51,7 @@ __all__ = [
     "collate_labelled",
     "download",
     "fingerprint_of",
+    "examples_of",
     "image_labels",
     "is_at_hand",
     "label_names",

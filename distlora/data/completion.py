@@ -14,7 +14,8 @@ from typing import Protocol
 
 from distlora.data import examples
 from distlora.data.columns import cell_text, require_column
-from distlora.data.encode import Encoded, Sample, chunks
+from distlora.data.conventions import NEWEST, Conventions
+from distlora.data.encode import Encoded, Sample, Shared, chunks, of_row
 from distlora.data.seams import tokens_of
 from distlora.errors import UserError
 from distlora.models.targets import IGNORE
@@ -71,22 +72,24 @@ class CompletionRows:
             yield cell_text(row, self._column, position, self.origin)
 
 
-def load_completion(section: DataSection, split: str, tokenizer) -> EncodedDocuments:
+def load_completion(
+    section: DataSection, split: str, tokenizer, conventions: Conventions = NEWEST
+) -> EncodedDocuments:
     """Reads and tokenises a split expression of a recipe's data section.
 
     Texts without a character are left out and counted. Raises UserError for everything that is wrong with the
     section, its files or its rows, and if there is no other text.
     """
-    rows, tokens = CompletionRows(section, split), tokens_of(section, tokenizer)
+    rows, tokens = CompletionRows(section, split), tokens_of(section, tokenizer, conventions)
     encoded = EncodedDocuments([], truncated=None, dropped=0, why_dropped="they are empty")
-    shared: dict[int, int] = {}
-    for chunk in chunks(rows):
-        texts = [text for text in chunk if text.strip()]
-        encoded.dropped += len(chunk) - len(texts)
-        for ids in _ids(tokenizer, texts):
-            # The tokenizer makes a new int object for each token. Sharing equal ones halves the memory.
-            document = [shared.setdefault(token, token) for token in (*tokens.start, *ids, tokens.eos)]
-            pieces = pieces_of(document, section.max_length)
+    shared = Shared()
+    for chunk in chunks(enumerate(rows)):
+        kept = [(number, text) for number, text in chunk if text.strip()]
+        encoded.dropped += len(chunk) - len(kept)
+        with of_row(rows.origin, [number for number, _ in kept]):
+            documents = tokens.ids([text for _, text in kept])
+        for ids in documents:
+            pieces = pieces_of(shared([*tokens.started(ids), tokens.eos]), section.max_length)
             encoded.documents += 1
             encoded.cut += len(pieces) > 1
             encoded.samples += [Piece(piece, [IGNORE, *piece[1:]], []) for piece in pieces]
@@ -101,17 +104,3 @@ def pieces_of(document: Sequence[int], length: int) -> list[list[int]]:
     """
     starts = range(0, len(document) - 1, length - 1)
     return [list(document[start : start + length]) for start in starts]
-
-
-def _ids(tokenizer, texts: list[str]) -> list[list[int]]:
-    """The tokens of texts, in which the names of special tokens are text."""
-    if not texts:
-        return []
-    # Without verbose=False, transformers would warn of texts beyond the model's length. They are cut later.
-    return tokenizer(
-        texts,
-        add_special_tokens=False,
-        split_special_tokens=True,
-        return_attention_mask=False,
-        verbose=False,
-    )["input_ids"]

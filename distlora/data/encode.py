@@ -3,17 +3,27 @@
     prompt tokens (BOS first, if the tokenizer adds one) | response tokens | EOS
 
 The loss is taken on the response and EOS only. What is trained are the tokens of the whole text as it is
-written; `distlora.data.seams` says which of them belong to the prompt.
+written; `distlora.data.seams` says which of them belong to the prompt, and `distlora.data.chat` which of a
+conversation's are the assistant's.
 """
 
-from collections.abc import Iterable, Iterator
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 
+from distlora.data.chat import Chat, ChatTokens
+from distlora.data.columns import row_name
+from distlora.data.conventions import NEWEST, Conventions
+from distlora.data.conversations import ChatExamples, Conversation
 from distlora.data.examples import DataSection, Example, Examples
 from distlora.data.seams import Tokens, tokens_of
+from distlora.data.special_tokens import Unreadable
+from distlora.data.templates import CHAT
 from distlora.errors import UserError
 from distlora.models.targets import IGNORE
+from distlora.tasks import ChatTask, get_task
 
 #: Texts that the tokenizer gets at once: enough for its threads, and few enough to take little memory.
 CHUNK = 1000
@@ -49,14 +59,32 @@ class Encoded:
     unanswered: int = 0
 
 
-def load_split(section: DataSection, split: str, tokenizer, whole_text: bool = True) -> Encoded:
+def examples_of(section: DataSection, split: str, scoring: bool = False) -> Examples | ChatExamples:
+    """The rows of a split in the form of the section's task. scoring: as for `Examples`."""
+    if isinstance(get_task(section.task), ChatTask):
+        return ChatExamples(section, split)
+    return Examples(section, split, scoring)
+
+
+def chat_of(section: DataSection, tokenizer, conventions: Conventions) -> Chat | None:
+    """The chat template of a section whose rows are shown as conversations."""
+    if isinstance(get_task(section.task), ChatTask) or (section.template == CHAT and conventions.whole_chat):
+        return Chat(tokenizer, conventions)
+    return None
+
+
+def load_split(section: DataSection, split: str, tokenizer, conventions: Conventions = NEWEST) -> Encoded:
     """Reads, formats and tokenises a split expression (`train`, `test[:100]`) of a recipe's data section.
 
-    whole_text: False for a run of the formats 1 and 2, see `distlora.data.seams`. Raises UserError for
-    everything that is wrong with the section, its files or its rows, and if no sample is left.
+    Raises UserError for everything that is wrong with the section, its files or its rows, and if no sample is
+    left.
     """
-    examples = Examples(section, split)
-    encoded = encode(examples, tokens_of(section, tokenizer, whole_text), section.max_length)
+    examples = examples_of(section, split)
+    chat = chat_of(section, tokenizer, conventions)
+    if chat is None:
+        encoded = encode(examples, tokens_of(section, tokenizer, conventions), section.max_length)
+    else:
+        encoded = encode_chats(examples, chat, section)
     if encoded.unanswered == len(examples):
         raise UserError(f"data: no row of {examples.origin} has an answer, choose another split")
     if not encoded.samples:
@@ -67,18 +95,15 @@ def load_split(section: DataSection, split: str, tokenizer, whole_text: bool = T
     return encoded
 
 
-def encode(examples: Iterable[Example], tokens: Tokens, max_length: int) -> Encoded:
+def encode(examples: Examples, tokens: Tokens, max_length: int) -> Encoded:
     """Tokenises examples, cuts them to max_length tokens, and drops those without a response token then."""
-    encoded = Encoded([], truncated=0, dropped=0)
-    shared: dict[int, int] = {}
-    for chunk in chunks(examples):
-        answered = [example for example in chunk if example.response is not None]
-        encoded.unanswered += len(chunk) - len(answered)
-        pairs = tokens.pairs([example.prompt for example in answered], [each.response for each in answered])
+    encoded, shared = Encoded([], truncated=0, dropped=0), Shared()
+    for numbers, answered in answered_chunks(examples, encoded):
+        prompts, responses = [each.shown for each in answered], [each.response for each in answered]
+        with of_row(examples.origin, numbers):
+            pairs = tokens.pairs(prompts, responses)
         for example, (prompt_ids, response_ids) in zip(answered, pairs):
-            # The tokenizer makes a new int object for each token. Sharing equal ones halves the memory of a
-            # large data set.
-            ids = [shared.setdefault(token, token) for token in (*prompt_ids, *response_ids, tokens.eos)]
+            ids = shared([*prompt_ids, *response_ids, tokens.eos])
             start = max(len(prompt_ids), 1)
             if start >= min(len(ids), max_length):
                 encoded.dropped += 1
@@ -87,10 +112,112 @@ def encode(examples: Iterable[Example], tokens: Tokens, max_length: int) -> Enco
             ids = ids[:max_length]
             labels = [IGNORE] * start + ids[start:]
             encoded.samples.append(Sample(ids, labels, ids[: len(prompt_ids)], example.answer))
+    return encoded
+
+
+def encode_chats(examples: Examples | ChatExamples, chat: Chat, section: DataSection) -> Encoded:
+    """Tokenises conversations. Of a conversation of the task `chat` that is longer than `data.max_length` the
+    longest part is kept that ends with a turn of the assistant; another text is cut as every text is.
+    """
+    whole_turns = isinstance(get_task(section.task), ChatTask)
+    last_only = whole_turns and section.train_on == "last"
+    encoded, shared = Encoded([], truncated=0, dropped=0), Shared()
+    encoded.why_dropped = "no turn that is trained was left" if whole_turns else encoded.why_dropped
+    for numbers, answered in answered_chunks(examples, encoded):
+        talks = [conversation_of(example) for example in answered]
+        talks = [talk.with_loss_on_last() for talk in talks] if last_only else talks
+        with of_row(examples.origin, numbers):
+            found = chat.encode(talks)
+            if whole_turns:
+                kept = [_whole_turns(chat, *each, section.max_length) for each in zip(talks, found)]
+            else:
+                kept = list(zip(talks, found))
+        for example, whole, (talk, turns) in zip(answered, found, kept):
+            sample = turns and _chat_sample(example, talk, turns, section.max_length, shared)
+            if sample is None:
+                encoded.dropped += 1
+                continue
+            encoded.truncated += turns is not whole or len(whole.ids) > section.max_length
+            encoded.samples.append(sample)
+    return encoded
+
+
+def conversation_of(example: Example) -> Conversation:
+    return example.conversation or Conversation.of_texts(example.prompt, example.response)
+
+
+def _whole_turns(
+    chat: Chat, talk: Conversation, found: ChatTokens, max_length: int
+) -> tuple[Conversation, ChatTokens | None]:
+    """The longest part of a conversation that fits and ends with a turn of the assistant, None if there is
+    none that is trained.
+    """
+    if found.turns[-1].stop <= max_length:
+        return talk, found
+    ends = [number for number, message in enumerate(talk.messages) if message["role"] == "assistant"][:-1]
+    parts: dict[int, ChatTokens] = {}
+
+    def fits(number: int) -> bool:
+        (parts[number],) = chat.encode([talk.up_to(number)])
+        return parts[number].turns[-1].stop <= max_length
+
+    count = bisect_left(ends, True, key=lambda number: not fits(number))
+    if not count or not talk.up_to(ends[count - 1]).learned():
+        return talk, None
+    return talk.up_to(ends[count - 1]), parts[ends[count - 1]]
+
+
+def _chat_sample(
+    example: Example, talk: Conversation, found: ChatTokens, max_length: int, shared: "Shared"
+) -> Sample | None:
+    """None if no token is left that there is a loss on."""
+    ids = shared(found.ids[:max_length])
+    labels = [IGNORE] * len(ids)
+    for turn in found.turns:
+        if talk.trained[turn.message]:
+            for first, stop in turn.ranges:
+                labels[max(first, 1) : stop] = ids[max(first, 1) : stop]
+    if all(label == IGNORE for label in labels):
+        return None
+    return Sample(ids, labels, ids[: found.turns[-1].start], example.answer)
+
+
+class Shared:
+    """Makes equal tokens one object: the tokenizer makes a new int for each. This halves the memory of a
+    large data set.
+    """
+
+    def __init__(self):
+        self._known: dict[int, int] = {}
+
+    def __call__(self, ids: list[int]) -> list[int]:
+        return [self._known.setdefault(token, token) for token in ids]
+
+
+def answered_chunks(
+    examples: Iterable[Example], encoded: Encoded
+) -> Iterator[tuple[list[int], list[Example]]]:
+    """The examples with a response, in lists with their numbers; the others are counted as dropped."""
+    number = 0
+    for chunk in chunks(examples):
+        answered = [(number + i, each) for i, each in enumerate(chunk) if each.response is not None]
+        number += len(chunk)
+        encoded.unanswered += len(chunk) - len(answered)
+        if answered:
+            yield [place for place, _ in answered], [example for _, example in answered]
     if encoded.unanswered:
         encoded.dropped += encoded.unanswered
-        encoded.why_dropped = "they have no answer, or no response was left"
-    return encoded
+        encoded.why_dropped = f"they have no answer, or {encoded.why_dropped}"
+
+
+@contextmanager
+def of_row(origin: str, numbers: Sequence[int]) -> Iterator[None]:
+    """Makes Unreadable a UserError that names the row. numbers: of the rows that are handed over."""
+    try:
+        yield
+    except Unreadable as unreadable:
+        row = row_name(numbers[unreadable.index], origin)
+        raise UserError(f"data: {row} {unreadable.reason}") from None
 
 
 def chunks(rows: Iterable) -> Iterator[list]:

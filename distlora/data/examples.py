@@ -15,7 +15,7 @@ from distlora.data.columns import (
     row_name,
 )
 from distlora.data.sources import Row
-from distlora.data.templates import BY_STEPS, CHAT, PAPER, ask_by_steps, choose_templates, joined
+from distlora.data.templates import BY_STEPS, CHAT, PAPER, Prompt, ask_by_steps, choose_templates, joined
 from distlora.errors import UserError
 from distlora.sentences import nearest
 from distlora.tasks import ROLES, Layout, get_task
@@ -41,13 +41,21 @@ class Example:
 
     With a chat template, `prompt` is the user's message. Without one, prompt and response make up the text
     that is trained: nothing is put between them. response: None if the row has no answer. options: the
-    possible answers, each with its response, of a question; none where the answer is free.
+    possible answers, each with its response, of a question; none where the answer is free. own: the places
+    (start, end) of the prompt that its template has written. conversation: of the task `chat`, in the place
+    of the prompt.
     """
 
     prompt: str
     response: str | None
     answer: str | None
     options: dict[str, str] = field(default_factory=dict)
+    own: tuple[tuple[int, int], ...] = field(default=(), compare=False)
+    conversation: "Conversation | None" = None
+
+    @property
+    def shown(self) -> Prompt:
+        return Prompt(self.prompt, self.own)
 
 
 def download(section: DataSection, split: str) -> None:
@@ -224,7 +232,7 @@ class Examples:
             name: self._text(row, self._columns.get(name, name), position, name == "input")
             for name in template.names
         }
-        prompt = template.fill(values)
+        prompt, own = template.fill(values)
         if self.by_steps:
             prompt += joined(prompt, BY_STEPS)
         response = self._text(row, self._columns["response"], position)
@@ -235,6 +243,7 @@ class Examples:
             self._following(prompt, response),
             answer or self._task.extract(response),
             {name: self._following(prompt, text) for name, text in options.items()},
+            own,
         )
 
     def _options(self, row: Row, position: int) -> dict[str, str]:

@@ -15,7 +15,9 @@ from torch import Tensor
 from distlora.data import examples
 from distlora.data.batches import pad_rows
 from distlora.data.columns import cell_text, columns_of, require_column, row_name
-from distlora.data.encode import Encoded, chunks
+from distlora.data.conventions import NEWEST, Conventions
+from distlora.data.encode import Encoded, chunks, of_row
+from distlora.data.labelled_texts import LabelledTexts
 from distlora.data.labels import LabelNames, is_unlabelled, number_in, shown
 from distlora.data.sources import Row
 from distlora.errors import UserError
@@ -170,44 +172,34 @@ class LabelledRows:
         )
 
 
-def load_labelled(section: DataSection, split: str, tokenizer) -> Encoded:
+def load_labelled(section: DataSection, split: str, tokenizer, conventions: Conventions = NEWEST) -> Encoded:
     """Reads and tokenises a split expression of a recipe's data section.
 
     Rows longer than the maximum are cut and counted; of a pair, the longer text is cut first. Rows without a
     label are dropped. Raises UserError for everything that is wrong with the section, its files or its rows.
     """
-    rows = LabelledRows(section, split)
+    rows, number = LabelledRows(section, split), 0
     encoded = Encoded([], truncated=0, dropped=0, why_dropped="they have no label")
+    texts = LabelledTexts(tokenizer, conventions.plain)
     for chunk in chunks(rows):
-        encoded.dropped += sum(label is None for *_, label in chunk)
-        chunk = [row for row in chunk if row[2] is not None]
-        if chunk:
-            _encode(encoded, chunk, section.max_length, tokenizer)
+        numbers = [number + place for place, row in enumerate(chunk) if row[2] is not None]
+        number += len(chunk)
+        encoded.dropped += len(chunk) - len(numbers)
+        if numbers:
+            with of_row(rows.origin, numbers):
+                _encode(encoded, [row for row in chunk if row[2] is not None], section.max_length, texts)
     if not encoded.samples:
         raise UserError(f"data: no row of {rows.origin} has a label, choose another split")
     return encoded
 
 
-def _encode(encoded: Encoded, chunk: list[LabelledRow], max_length: int, tokenizer) -> None:
+def _encode(encoded: Encoded, chunk: list[LabelledRow], max_length: int, texts: LabelledTexts) -> None:
     """Appends the samples of a chunk whose rows all have a label."""
-    texts, pairs, labels = zip(*chunk)
-    columns = [list(texts)] if pairs[0] is None else [list(texts), list(pairs)]
-    # Without verbose=False, transformers would warn of texts beyond the model's length. They are cut below.
-    whole = tokenizer(*columns, return_attention_mask=False, verbose=False)
-    long = [position for position, ids in enumerate(whole["input_ids"]) if len(ids) > max_length]
-    samples = _samples(whole, labels)
-    if long:
-        parts = [[column[position] for position in long] for column in columns]
-        cut = tokenizer(*parts, return_attention_mask=False, truncation=True, max_length=max_length)
-        for position, sample in zip(long, _samples(cut, [labels[position] for position in long])):
-            samples[position] = sample
-    encoded.truncated += len(long)
-    encoded.samples += samples
-
-
-def _samples(tokens, labels: Sequence[int | float]) -> list[LabelledSample]:
-    segments = tokens.get("token_type_ids") or [None] * len(labels)
-    return [LabelledSample(*row) for row in zip(tokens["input_ids"], segments, labels)]
+    first, second, labels = zip(*chunk)
+    columns = [list(first)] if second[0] is None else [list(first), list(second)]
+    rows, cut = texts.encode(columns, max_length)
+    encoded.truncated += cut
+    encoded.samples += [LabelledSample(*row, label) for row, label in zip(rows, labels)]
 
 
 def collate_labelled(

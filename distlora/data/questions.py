@@ -6,8 +6,12 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from distlora.data.chat import Chat
+from distlora.data.conventions import NEWEST, Conventions
+from distlora.data.conversations import ChatExamples, Conversation
+from distlora.data.encode import chat_of, conversation_of, examples_of, of_row
 from distlora.data.examples import DataSection, Example, Examples
-from distlora.data.seams import Tokens, tokens_of
+from distlora.data.seams import Tokens, common, tokens_of
 from distlora.errors import UserError
 from distlora.tasks import get_task
 
@@ -43,23 +47,31 @@ class Questions:
     origin: str
     dropped: int
     digest: str
+    ends: frozenset[int] = frozenset()
 
 
 def load_questions(
-    section: DataSection, split: str, tokenizer, whole_text: bool = True, limit: int | None = None
+    section: DataSection,
+    split: str,
+    tokenizer,
+    conventions: Conventions = NEWEST,
+    limit: int | None = None,
 ) -> Questions:
     """Reads a split expression (`test`, `test[:100]`) of a task with responses as questions.
 
     The prompt ends before the token with which a response begins, as it does in training. A question that
     ends in "Let's think step by step." and one of the LoRA-SB paper are tokenised alone. A prompt longer than
-    `data.max_length` tokens is left out and counted: cut anywhere it would be another question. whole_text:
-    as in `load_split`. limit: the first so many questions; the rows after them are not looked at. Raises
+    `data.max_length` tokens is left out and counted: cut anywhere it would be another question. Of a
+    conversation the last turn of the assistant is the answer, and what stands before it the prompt. limit:
+    the first so many questions; the rows after them are not looked at. Raises
     UserError for everything that is wrong with the section, its files or its rows, and if no question is
     left.
     """
-    task, examples = get_task(section.task), Examples(section, split, scoring=True)
-    tokens = tokens_of(section, tokenizer, whole_text)
-    items, has_answers, seen = [], False, 0
+    task, examples = get_task(section.task), examples_of(section, split, scoring=True)
+    chat = chat_of(section, tokenizer, conventions)
+    tokens = tokens_of(section, tokenizer, conventions) if chat is None else chat
+    ask = _question if chat is None else _chat_question
+    items, ends, has_answers, seen = [], set(), False, 0
     for position, example in enumerate(examples):
         if len(items) == limit:
             break
@@ -69,7 +81,9 @@ def load_questions(
         if example.answer is None:
             continue
         has_answers = True
-        item = _question(example, tokens, examples, position)
+        with of_row(examples.origin, [position] * max(len(example.options), 1)):
+            item, found = ask(example, tokens, examples, position)
+        ends |= found
         if len(item.prompt_ids) <= section.max_length:
             items.append(item)
     if not has_answers:
@@ -79,7 +93,8 @@ def load_questions(
             f"data.max_length: none of the {len(examples)} prompts of {examples.origin} has at most "
             f"{section.max_length} tokens, raise it"
         )
-    return Questions(items, examples.stops, examples.origin, seen - len(items), _digest(items))
+    dropped = seen - len(items)
+    return Questions(items, examples.stops, examples.origin, dropped, _digest(items), frozenset(ends))
 
 
 def _check_number(example: Example, where: str, task: str) -> None:
@@ -96,21 +111,44 @@ def _check_number(example: Example, where: str, task: str) -> None:
         )
 
 
-def _question(example: Example, tokens: Tokens, examples: Examples, position: int) -> Question:
-    """The question of a row that has an answer."""
-    text, names = tokens.render(example.prompt), list(example.options)
-    if not names:
+def _question(example: Example, tokens: Tokens, examples: Examples, position: int) -> tuple[Question, set]:
+    """The question of a row that has an answer, and the tokens that end an answer beside the model's."""
+    text = tokens.render(example.prompt)
+    if not example.options:
         response = None if examples.by_steps else example.response
-        return Question(text, tokens.before_answer(example.prompt, response), example.answer)
+        return Question(text, tokens.before_answer(example.shown, response), example.answer), set()
+    right = _right_option(example, examples, position)
+    ids, following = tokens.before_options(example.shown, list(example.options.values()))
+    return Question(text, ids, example.answer, tuple(map(tuple, following)), correct=right), set()
+
+
+def _chat_question(
+    example: Example, chat: Chat, examples: Examples | ChatExamples, position: int
+) -> tuple[Question, set]:
+    """The same of a row that a chat template shows."""
+    if example.options:
+        right = _right_option(example, examples, position)
+        talks = [Conversation.of_texts(example.prompt, text) for text in example.options.values()]
+        found = chat.encode(talks)
+        ends = {token for each in found for token in each.turns[-1].ends}
+        asked = common([each.ids[: each.turns[-1].start] for each in found])
+        following = tuple(tuple(each.ids[len(asked) : each.turns[-1].stop - 1]) for each in found)
+        return Question(found[0].asked, asked, example.answer, following, correct=right), ends
+    (found,) = chat.encode([conversation_of(example)], all_turns=False)
+    text, ids = found.asked, found.ids[: found.turns[-1].start]
+    if examples.by_steps:
+        text, ids = chat.before_answer(Conversation.of_texts(example.prompt, None))
+    return Question(text, ids, example.answer), set(found.turns[-1].ends)
+
+
+def _right_option(example: Example, examples: Examples, position: int) -> int:
+    names = list(example.options)
     if example.answer not in names:
         raise UserError(
             f"data: row {position} of {examples.origin} has the answer {example.answer!r}, "
             f"which is none of {', '.join(names)}, correct it"
         )
-    ids, following = tokens.before_options(example.prompt, list(example.options.values()))
-    return Question(
-        text, ids, example.answer, tuple(map(tuple, following)), correct=names.index(example.answer)
-    )
+    return names.index(example.answer)
 
 
 def _digest(items: Iterable[Question]) -> str:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from string import Formatter
+from typing import NamedTuple
 
 from distlora.errors import UserError
 from distlora.tasks import ResponseTask
@@ -15,6 +16,13 @@ PAPER = "paper"
 BY_STEPS = "Let's think step by step."
 
 
+class Prompt(NamedTuple):
+    """A prompt, and the places (start, end) in it that a template has written and not the data."""
+
+    text: str
+    own: tuple[tuple[int, int], ...] = ()
+
+
 @dataclass(frozen=True)
 class Template:
     """A parsed format string: pairs of literal text and the name that follows it, None if none follows."""
@@ -25,8 +33,14 @@ class Template:
     def names(self) -> list[str]:
         return [name for _, name in self.pieces if name is not None]
 
-    def fill(self, values: dict[str, str]) -> str:
-        return "".join(text + ("" if name is None else values[name]) for text, name in self.pieces)
+    def fill(self, values: dict[str, str]) -> Prompt:
+        parts, own, length = [], [], 0
+        for text, name in self.pieces:
+            value = "" if name is None else values[name]
+            parts += [text, value]
+            own.append((length, length + len(text)))
+            length += len(text) + len(value)
+        return Prompt("".join(parts), tuple(own))
 
 
 def parse_template(template: str) -> Template:

@@ -51,7 +51,7 @@ class Generation(Way):
 
     def __init__(self, engine: Engine, tokenizer, task: str, questions: Questions, max_new_tokens: int):
         super().__init__(engine, tokenizer, task, questions)
-        self._limit, self._ends = max_new_tokens, end_tokens(engine.module, tokenizer)
+        self._limit, self._ends = max_new_tokens, end_tokens(engine.module, tokenizer) | questions.ends
         # The tokens at the end of an answer that surely hold a stop text which has just been completed.
         self._tail = max((len(stop.encode()) for stop in questions.stops), default=0) + 4
 

@@ -192,15 +192,15 @@ def run_identity(recipe: Recipe) -> dict:
     numbers.
 
     Left out are where and how fast it runs (DeepSpeed, micro-batch, checkpointing, attention, output
-    directory), what changes no weight (evaluation and checkpoints), and the format, which a resumed run takes
-    over from its directory.
+    directory), what changes no weight (evaluation and checkpoints), and the format and the day of chat
+    templates, which a resumed run takes over from its directory.
     """
     content = recipe.model_dump(mode="json")
     for key in ("deepspeed", "output_dir"):
         del content[key]
     ignored = {
         "model": ("gradient_checkpointing", "attention"),
-        "data": ("max_new_tokens", "eval_split", "think_step_by_step"),
+        "data": ("max_new_tokens", "eval_split", "think_step_by_step", "chat_date"),
         "train": ("micro_batch_size", *LOOKING_ON),
     }  # fmt: skip
     if not recipe.train.searches_lr:

@@ -3,6 +3,7 @@
 The keys of `method:` are the fields of the method's class.
 """
 
+from datetime import date as Date
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -35,8 +36,12 @@ OffOrNumber = Annotated[NotNegative | None, AfterValidator(lambda value: value o
 #: The newest format of a recipe. It grows when the same keys come to mean other numbers, such as other tokens
 #: for the same rows. A run keeps the format that it was begun with. Format 1: a run from before the number
 #: was written down. Formats 1 and 2: the prompt was tokenised apart, and a space put before the response; see
-#: `distlora.data.seams`.
-FORMAT = 3
+#: `distlora.data.seams`. Formats 1 to 3: special tokens named in the data were special, and a chat template
+#: rendered the prompt alone; see `distlora.data.conventions`.
+FORMAT = 4
+
+#: The template, and the task, that asks for the tokenizer's chat template.
+CHAT = "chat"
 
 #: What messages call a DeepSpeed config that stands in the recipe itself.
 INLINE = "the recipe's deepspeed section"
@@ -97,6 +102,18 @@ class OptimizerSection(Section):
 Label = Annotated[Text, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
 
 
+def _day(value: str) -> str:
+    try:
+        return Date.fromisoformat(value).isoformat()
+    except ValueError:
+        raise ValueError(f"found {value!r}, wanted a day, as in 2026-01-31") from None
+
+
+def _text_of_day(value: Any) -> Any:
+    """YAML makes a date of 2026-01-31."""
+    return value.isoformat() if type(value) is Date else value
+
+
 class DataSection(Section):
     task: Text = Field(description="how rows become prompts and answers, or inputs and labels")
     path: Text | None = Field(
@@ -112,6 +129,15 @@ class DataSection(Section):
     )
     template: Text | None = Field(
         None, description="prompt with {field} placeholders, chat, or paper; null: the task's own"
+    )
+    train_on: Literal["all", "last"] = Field(
+        "all", description="task chat: the turns of the assistant that are learned"
+    )
+    special_tokens: bool = Field(
+        False, description="whether names of special tokens in the data, such as </s>, mean these and no text"
+    )
+    chat_date: Annotated[Annotated[str, AfterValidator(_day)] | None, BeforeValidator(_text_of_day)] = Field(
+        None, description="what a chat template sees as today; null: the day on which the run begins"
     )
     think_step_by_step: bool | None = Field(
         None, description='questions end in "Let\'s think step by step."; null: as the template does it'
@@ -236,9 +262,9 @@ class Recipe(Section):
         return self._format
 
     @property
-    def whole_text(self) -> bool:
-        """Whether prompt and response are tokenised as one text, as they are from format 3 on."""
-        return self._format >= 3
+    def shows_chats(self) -> bool:
+        """Whether the tokenizer's chat template shows the rows."""
+        return self.data.task == CHAT or self.data.template == CHAT
 
     def in_format(self, number: int) -> "Recipe":
         """The same recipe in another format."""

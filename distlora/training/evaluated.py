@@ -201,6 +201,8 @@ def _section(subject: Subject, name: str, path: str | None) -> DataSection:
             max_new_tokens=max(here.max_new_tokens, ANSWER_TOKENS),
             template=None if own is None else _portable(own.template),
             think_step_by_step=None if own is None else own.think_step_by_step,
+            special_tokens=own is not None and own.special_tokens,
+            chat_date=None if own is None else own.chat_date,
         )  # fmt: skip
     else:
         named = own is None or bool(getattr(task, "labels", ()))

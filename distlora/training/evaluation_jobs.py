@@ -16,7 +16,7 @@ from distlora.models.loading import position_limit
 from distlora.recipe.sections import DataSection, Recipe
 from distlora.tasks import ResponseTask, get_task
 from distlora.training.evaluated import Asked, Subject
-from distlora.training.objective import Objective, Responses, objective_of
+from distlora.training.objective import Objective, Responses, conventions_of, objective_of
 from distlora.training.run_directory import EVALUATIONS
 from distlora.training.samples import read_samples
 from distlora.training.subject import Evaluated
@@ -104,7 +104,8 @@ def _read(evaluated: Evaluated, asked: Asked, section: DataSection, preprocessor
     if not isinstance(get_task(name), ResponseTask):
         samples = read_samples(objective, section.eval_split, preprocessor)
         return Job(name, section, objective, LABELS, samples[: asked.limit])
-    questions = load_questions(section, section.eval_split, preprocessor, recipe.whole_text, asked.limit)
+    conventions = conventions_of(objective.recipe)
+    questions = load_questions(section, section.eval_split, preprocessor, conventions, asked.limit)
     log.info(
         "data: %d questions of %s, %d left out", len(questions.items), questions.origin, questions.dropped
     )

@@ -4,12 +4,15 @@ images in `image_objective`. The kind of the recipe's task is looked at only her
 
 from collections.abc import Sequence
 from dataclasses import replace
+from datetime import date as Date
 
 import torch
 from torch import nn
 
 from distlora.data import (
+    ChatExamples,
     CompletionRows,
+    Conventions,
     Encoded,
     EncodedDocuments,
     Examples,
@@ -17,6 +20,7 @@ from distlora.data import (
     Questions,
     collate,
     collate_labelled,
+    examples_of,
     label_names,
     load_completion,
     load_labelled,
@@ -38,6 +42,12 @@ from distlora.training.objective_base import Objective
 from distlora.training.step import evaluation_loss
 
 
+def conventions_of(recipe: Recipe) -> Conventions:
+    """How a recipe's rows become tokens. Where nobody has named a day for chat templates, it is today."""
+    day = recipe.data.chat_date or (Date.today().isoformat() if recipe.format >= 4 else None)
+    return Conventions.of_format(recipe.format, recipe.data.special_tokens, day)
+
+
 class Responses(Objective):
     """A language model learns the response to a prompt."""
 
@@ -51,11 +61,11 @@ class Responses(Objective):
             )
         self._questions: Questions | None = None
 
-    def _rows(self, split: str) -> Examples:
-        return Examples(self.recipe.data, split)
+    def _rows(self, split: str) -> Examples | ChatExamples:
+        return examples_of(self.recipe.data, split)
 
     def read(self, split: str, tokenizer) -> Encoded:
-        return load_split(self.recipe.data, split, tokenizer, self.recipe.whole_text)
+        return load_split(self.recipe.data, split, tokenizer, conventions_of(self.recipe))
 
     def batch(self, samples: Sequence, tokenizer, device: torch.device) -> Batch:
         return collate(samples, tokenizer.pad_token_id, device)
@@ -79,7 +89,7 @@ class Responses(Objective):
 
     def _read_questions(self, tokenizer) -> Questions:
         data, count = self.recipe.data, self.recipe.train.exact_match_samples
-        questions = load_questions(data, data.eval_split, tokenizer, self.recipe.whole_text)
+        questions = load_questions(data, data.eval_split, tokenizer, conventions_of(self.recipe))
         return replace(questions, items=questions.items[:count])
 
 
@@ -94,7 +104,7 @@ class Completions(Responses):
         return CompletionRows(self.recipe.data, split)
 
     def read(self, split: str, tokenizer) -> EncodedDocuments:
-        return load_completion(self.recipe.data, split, tokenizer)
+        return load_completion(self.recipe.data, split, tokenizer, conventions_of(self.recipe))
 
     def told_of(self, encoded: EncodedDocuments) -> str:
         longest = self.recipe.data.max_length
@@ -129,7 +139,7 @@ class Labels(Objective):
         return LabelledRows(self.recipe.data, split)
 
     def read(self, split: str, tokenizer) -> Encoded:
-        return load_labelled(self.recipe.data, split, tokenizer)
+        return load_labelled(self.recipe.data, split, tokenizer, conventions_of(self.recipe))
 
     def batch(self, samples: Sequence, tokenizer, device: torch.device) -> Batch:
         return collate_labelled(samples, tokenizer.pad_token_id, device)

@@ -3,6 +3,7 @@
 import logging
 import os
 import shutil
+from datetime import date as Date
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +54,28 @@ def _was_begun(run_dir: Path) -> bool:
 
 
 def with_format_of_run(recipe: Recipe, resume: bool | None = None) -> Recipe:
-    """The recipe in the format that its run was begun with. A run that begins keeps the recipe's own."""
-    run_dir = Path(recipe.output_dir)
+    """The recipe in the format that its run was begun with, and with the day that its chat template sees. A
+    run that begins keeps the recipe's own format, and sees the day on which it begins.
+
+    Raises UserError if the recipe names another day than that of the run.
+    """
+    run_dir, day = Path(recipe.output_dir), recipe.data.chat_date
     if resume is False or not _was_begun(run_dir):
+        return _on_day(recipe, day or Date.today().isoformat()) if recipe.format >= 4 else recipe
+    begun = load_run_recipe(run_dir / RECIPE)
+    if day is not None and day != begun.data.chat_date:
+        raise UserError(
+            f"data.chat_date={day}: the run in {run_dir} was begun with {begun.data.chat_date}; leave it out, "
+            "or name another output_dir"
+        )
+    return _on_day(recipe.in_format(begun.format), begun.data.chat_date)
+
+
+def _on_day(recipe: Recipe, day: str | None) -> Recipe:
+    """The recipe as it is on a day, where a chat template could look at the calendar."""
+    if recipe.data.chat_date == day or not recipe.shows_chats:
         return recipe
-    return recipe.in_format(load_run_recipe(run_dir / RECIPE).format)
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"chat_date": day})})
 
 
 def find_checkpoint(recipe: Recipe, resume: bool | None) -> Checkpoint | None:

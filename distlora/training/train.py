@@ -119,5 +119,7 @@ def train(
 
 def _in_format_of_run(comm: Comm, recipe: Recipe, resume: bool | None = None) -> Recipe:
     """See `with_format_of_run`; rank 0 looks."""
-    found = on_main(comm, recipe.output_dir, lambda: with_format_of_run(recipe, resume).format)
-    return recipe.in_format(comm.share(found))
+    found = on_main(comm, recipe.output_dir, lambda: with_format_of_run(recipe, resume))
+    number, day = comm.share(found and [found.format, found.data.chat_date])
+    data = recipe.data.model_copy(update={"chat_date": day})
+    return recipe.model_copy(update={"data": data}).in_format(number)

@@ -9,7 +9,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from distlora.data import load_split
+from distlora.data import Conventions, load_split
 from distlora.errors import UserError
 from distlora.models.targets import IGNORE
 
@@ -195,7 +195,9 @@ APART = [
 def test_runs_of_the_formats_1_and_2_keep_their_tokens(
     tmp_path, tokenizer, template, prompt, response, trained
 ):
-    (sample,) = load(tmp_path, tokenizer, [(prompt, response)], template, whole_text=False).samples
+    (sample,) = load(
+        tmp_path, tokenizer, [(prompt, response)], template, conventions=Conventions.of_format(2)
+    ).samples
     alone = tokenizer(prompt)["input_ids"]
     assert sample.prompt_ids == alone
     assert sample.input_ids[len(alone) :] == [*tokenizer(trained)["input_ids"], tokenizer.eos_token_id]
@@ -242,17 +244,18 @@ def test_chunks_do_not_show(tmp_path, tokenizer, monkeypatch):
 
 CHAT_TEMPLATE = (
     "<bos>{% for m in messages %}<{{m.role}}> {{m.content}} {% endfor %}"
-    "{% if add_generation_prompt %}<bot> {% endif %}"
+    "{% if add_generation_prompt %}<assistant> {% endif %}"
 )
 
 
 def test_chat_template_of_the_tokenizer(tmp_path):
     tokenizer = make_tokenizer(bos=True, chat_template=CHAT_TEMPLATE)
     (sample,) = load(tmp_path, tokenizer, [("hello", "hi there")], template="chat").samples
-    assert tokenizer.decode(sample.input_ids) == "<bos><user> hello <bot> hi there<eos>", (
-        "one BOS, the template's own"
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi there"}], tokenize=False
     )
-    assert trained_text(sample, tokenizer) == "hi there<eos>"
+    assert tokenizer.decode(sample.input_ids) == f"{text}<eos>", "one BOS, the template's own"
+    assert trained_text(sample, tokenizer) == " hi there <eos>"
 
 
 def test_missing_chat_template_and_missing_eos_are_errors(tmp_path, tokenizer):

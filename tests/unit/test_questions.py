@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from distlora.data import load_questions, load_split
+from distlora.data import Conventions, load_questions, load_split
 from distlora.errors import UserError
 from distlora.tasks import SUITES, TASKS, scored_tasks
 from distlora.tasks.math import last_boxed
@@ -80,13 +80,14 @@ def test_questions_may_ask_for_a_derivation(tmp_path, tokenizer, template, setti
 
 
 @pytest.mark.parametrize("template", ["Q: {question}\nAnswer: ", "{question}\n", None])
-@pytest.mark.parametrize("whole_text", [True, False])
-def test_a_question_ends_where_the_response_began_in_training(tmp_path, tokenizer, template, whole_text):
+@pytest.mark.parametrize("number", [2, 3, 4])
+def test_a_question_ends_where_the_response_began_in_training(tmp_path, tokenizer, template, number):
     row = {"question": "How much?", "answer": "2"}
     fields = {"prompt": "question", "response": "answer"}
     data = section(rows_file(tmp_path, row), "text", template=template, fields=fields)
-    (item,) = load_questions(data, "test", tokenizer, whole_text).items
-    (sample,) = load_split(data, "test", tokenizer, whole_text).samples
+    conventions = Conventions.of_format(number)
+    (item,) = load_questions(data, "test", tokenizer, conventions).items
+    (sample,) = load_split(data, "test", tokenizer, conventions).samples
     assert item.prompt_ids == sample.prompt_ids and item.answer == "2"
 
 

@@ -1,0 +1,164 @@
+"""Which part of a rendered conversation is the assistant's.
+
+A chat template says so itself with `{% generation %}`. Where it does not, prefixes of the conversation are
+rendered. The assistant's part begins where the prompt for it ends, and ends where the rendering ends of the
+conversation up to it. Templates may show a turn differently once others follow (Qwen3 drops its thoughts,
+Mistral moves the system's text). There, the assistant's content is replaced by a mark, and what stands before
+and behind the mark is compared.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from distlora.data.chat_template import Message, TemplateProblem, parts_of
+
+#: (messages, whether the prompt for the assistant follows) to the text. Raises TemplateProblem.
+Render = Callable[[list[Message], bool], str]
+
+Place = tuple[int, int]
+
+#: In the place of a content. The first is the assistant's, the second that of the message before.
+MARK, MARK_BEFORE = "\ufdd5", "\ufdd6"
+
+_UNCLEAR = "does not let tell which tokens are the assistant's; mark them in it with {% generation %}"
+
+
+class Turns:
+    """The assistant's turns of one conversation.
+
+    text: the whole conversation as the template shows it. names: finds the names of added tokens, as
+    `TextEncoder.names_in` does.
+    """
+
+    def __init__(
+        self, render: Render, text: str, messages: list[Message], names: Callable[[str], list[Place]]
+    ):
+        self._render, self._text, self._messages, self._names = render, text, messages, names
+
+    def place(self, index: int) -> Place:
+        """Where the turn of one message stands in the text, with its end of turn. Raises TemplateProblem if
+        that cannot be told.
+        """
+        prompt = self._attempt(self._messages[:index], True) if index else None
+        until = self._until(index, self._messages)
+        if prompt and until and self._text.startswith(prompt) and self._text.startswith(until):
+            if len(prompt) < len(until):
+                return len(prompt), len(until)
+        return self._by_marks(index, prompt)
+
+    def _until(self, index: int, messages: list[Message]) -> str | None:
+        """The conversation up to one message."""
+        return self._attempt(messages[: index + 1], False)
+
+    def _attempt(self, messages: list[Message], prompting: bool) -> str | None:
+        try:
+            return self._render(messages, prompting)
+        except TemplateProblem:
+            return None
+
+    # ------------------------------------------------------------------ by marks
+
+    def _by_marks(self, index: int, prompt: str | None) -> Place:
+        messages = _with_content(self._messages, index, MARK)
+        marked = self._attempt(messages, False)
+        if marked is None or marked.count(MARK) != 1:
+            raise TemplateProblem(_UNCLEAR)
+        at = marked.index(MARK)
+        start = self._start(index, marked, prompt)
+        end = self._end(index, messages, marked, prompt)
+        after = len(marked) - end
+        found = start, len(self._text) - after
+        same = self._text.startswith(marked[:start]) and self._text.endswith(marked[end:])
+        if not (same and start <= at < end and found[0] < found[1]):
+            raise TemplateProblem(_UNCLEAR)
+        return found
+
+    def _start(self, index: int, marked: str, prompt: str | None) -> int:
+        """Where the assistant's part begins in the marked text."""
+        at = marked.index(MARK)
+        if prompt is None:
+            return at
+        shared = _shared(marked, prompt)
+        if shared == len(prompt):
+            return shared
+        before = self._attempt(self._messages[:index], False)
+        opened = before is not None and prompt.startswith(before) and shared >= len(before)
+        behind = None if opened else self._behind_message_before(index)
+        if behind is None:
+            return at  # the prompt may open what the template does not show, such as thoughts
+        shown, asked = behind
+        return at - len(shown) + len(asked) if shown.startswith(asked) else at
+
+    def _behind_message_before(self, index: int) -> tuple[str, str] | None:
+        """What follows the content before the assistant's: in the conversation, and in the prompt."""
+        messages = _with_content(self._messages, index - 1, MARK_BEFORE)
+        whole = self._attempt(_with_content(messages, index, MARK), False)
+        prompt = self._attempt(messages[:index], True)
+        if whole is None or prompt is None or whole.count(MARK_BEFORE) != 1 or prompt.count(MARK_BEFORE) != 1:
+            return None
+        return whole.partition(MARK_BEFORE)[2].partition(MARK)[0], prompt.partition(MARK_BEFORE)[2]
+
+    def _end(self, index: int, messages: list[Message], marked: str, prompt: str | None) -> int:
+        """Where the assistant's part ends in the marked text."""
+        if index == len(messages) - 1:
+            return len(marked)
+        at = marked.index(MARK) + 1
+        until = self._until(index, messages)
+        tail = until.partition(MARK)[2] if until is not None and until.count(MARK) == 1 else ""
+        if tail and marked.startswith(tail, at):
+            return at + len(tail)
+        return at + self._end_token(index, marked[at:], tail, prompt)
+
+    def _end_token(self, index: int, following: str, tail: str, prompt: str | None) -> int:
+        """The end of the token that closes a turn, where the template closes the last one otherwise: gpt-oss
+        with another token, Phi-3 with one more.
+
+        following, tail: what stands behind the content, in the conversation and where it ends with the turn.
+        """
+        for start, end in self._names(following)[:1]:
+            if following[:start].strip():
+                break
+            if tail.startswith(following[:end]) or not self._opens_turns(index, following[start:end], prompt):
+                return end
+        raise TemplateProblem(_UNCLEAR)
+
+    def _opens_turns(self, index: int, token: str, prompt: str | None) -> bool:
+        before = self._attempt(self._messages[:index], False)
+        if prompt is None or before is None:
+            return True
+        return token in prompt[_shared(prompt, before) :]
+
+
+def marked_places(
+    places: list[Place], render_marked: Callable[[list[Message]], Any], messages: list[Message]
+) -> dict[int, list[Place]]:
+    """Which of the places that a template marks as generated belong to which of the assistant's messages.
+
+    render_marked: see `ChatTemplate.render_marked`. {} where the marks cannot be told apart.
+    """
+    assistant = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    if len(places) == len(assistant):
+        return {index: [place] for index, place in zip(assistant, places)}
+    found, seen = {}, 0
+    for index in assistant:
+        try:
+            count = len(render_marked(messages[: index + 1])[1])
+        except TemplateProblem:
+            return {}
+        found[index] = places[seen:count]
+        seen = count
+    return found if seen == len(places) and all(found.values()) else {}
+
+
+def _with_content(messages: list[Message], index: int, text: str) -> list[Message]:
+    """The messages with another content in one of them, in the form that it had."""
+    content = messages[index].get("content")
+    changed = {**messages[index], "content": parts_of(text) if isinstance(content, list) else text}
+    return [*messages[:index], changed, *messages[index + 1 :]]
+
+
+def _shared(first: str, second: str) -> int:
+    """The length of the text with which both begin."""
+    if first.startswith(second):
+        return len(second)
+    return next((i for i, (a, b) in enumerate(zip(first, second)) if a != b), min(len(first), len(second)))

@@ -1,0 +1,323 @@
+"""Conversations: what the rows of the task `chat` are made into.
+
+A row has `messages` (each with a role and a content), `conversations` as ShareGPT's (each with from and
+value), or a prompt and its completion, which are texts or lists of messages; beside them perhaps `tools`, and
+`system` as a text.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from distlora.data import examples
+from distlora.data.chat_template import Message
+from distlora.data.examples import Example
+from distlora.data.sources import Row
+from distlora.data.templates import CHAT
+from distlora.errors import UserError
+from distlora.sentences import nearest
+from distlora.tasks import get_task
+
+#: What a column can be used for.
+ROLES = ("messages", "prompt", "response", "system", "tools")
+
+#: The columns of each role in the data sets of the field.
+_COLUMNS = {
+    "messages": ("messages", "conversations", "conversation"),
+    "prompt": ("prompt",),
+    "response": ("completion", "response"),
+    "system": ("system",),
+    "tools": ("tools",),
+}
+
+#: The roles by the names that they have in the data sets of the field.
+_SPEAKERS = {
+    "user": ("user", "human"),
+    "assistant": ("assistant", "gpt", "chatgpt", "bing", "bard", "model", "bot", "ai"),
+    "system": ("system", "developer"),
+    "tool": ("tool", "observation", "function", "function_response", "tool_response", "ipython"),
+}
+_ROLE_OF = {name: role for role, names in _SPEAKERS.items() for name in names}
+#: Of an assistant that calls a function: the content is the call.
+_CALLS = ("function_call", "tool_call")
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """messages: as a chat template takes them; the last is the assistant's. trained: of each message whether
+    there is a loss on it. tools: descriptions of functions, None without any.
+    """
+
+    messages: tuple[Message, ...]
+    trained: tuple[bool, ...]
+    tools: list[dict] | None = None
+
+    def learned(self) -> list[int]:
+        """The numbers of the messages that there is a loss on."""
+        return [number for number, trained in enumerate(self.trained) if trained]
+
+    def with_loss_on_last(self) -> "Conversation":
+        """With a loss on the last message only, if it has one."""
+        *others, last = self.trained
+        return Conversation(self.messages, (*(False for _ in others), last), self.tools)
+
+    def up_to(self, number: int) -> "Conversation":
+        """The messages up to one of them."""
+        return Conversation(self.messages[: number + 1], self.trained[: number + 1], self.tools)
+
+    @classmethod
+    def of_texts(cls, prompt: str, response: str | None) -> "Conversation":
+        """A question and its answer; None: the question alone."""
+        user = {"role": "user", "content": prompt}
+        if response is None:
+            return cls((user,), (False,))
+        return cls((user, {"role": "assistant", "content": response}), (False, True))
+
+
+class Wrong(Exception):
+    """The message is the rest of a sentence that begins "row 3 of x.jsonl has"."""
+
+
+class ChatExamples:
+    """The rows of a split as conversations, in order. To make one checks the section against the columns.
+
+    Has what `Examples` has.
+    """
+
+    stops: tuple[str, ...] = ()
+    by_steps = False
+
+    def __init__(self, section: examples.DataSection, split: str):
+        if section.template not in (None, CHAT):
+            raise UserError(
+                "data.template: the task chat has the tokenizer's chat template, "
+                "remove the template or choose the task text"
+            )
+        if section.think_step_by_step:
+            raise UserError(
+                "data.think_step_by_step: the task chat shows messages as they are; set it to null"
+            )
+        self.rows = examples.load_rows(section, split)
+        self.origin = examples.origin(section, split)
+        self._extract = get_task(section.task).extract
+        self._columns = self._assign_columns(section.fields or {})
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[Example]:
+        for position, row in enumerate(self.rows):
+            try:
+                yield self._example(row)
+            except Wrong as wrong:
+                raise UserError(f"data: row {position} of {self.origin} has {wrong}, correct it") from None
+
+    def _assign_columns(self, fields: dict[str, str]) -> dict[str, str]:
+        for role, column in fields.items():
+            if role not in ROLES:
+                hint = nearest(role, ROLES) or f", choose from {', '.join(ROLES)}"
+                raise UserError(f"data.fields: unknown name {role!r}{hint}")
+            examples.require_column(self.rows, column, f"data.fields: {role}", self.origin)
+        columns = dict(fields)
+        if not {"messages", "prompt", "response"} & set(fields):
+            columns |= self._found("messages")
+        if "messages" not in columns:
+            columns = self._found("prompt", "response") | columns
+        if "messages" not in columns and not {"prompt", "response"} <= set(columns):
+            raise UserError(
+                f"task chat: {self.origin} has neither messages nor conversations nor prompt and completion, "
+                "name the column in data.fields, as in {messages: chat} "
+                f"(it has {', '.join(map(str, examples.columns_of(self.rows)))})"
+            )
+        return columns
+
+    def _found(self, *roles: str) -> dict[str, str]:
+        """The columns of these roles that the data set has."""
+        available = examples.columns_of(self.rows)
+        named = {role: [name for name in _COLUMNS[role] if name in available] for role in roles}
+        return {role: names[0] for role, names in named.items() if names}
+
+    # ------------------------------------------------------------------ rows
+
+    def _example(self, row: Row) -> Example:
+        messages, trained = self._messages(row)
+        system = self._cell(row, "system")
+        if isinstance(system, str) and system.strip() and (not messages or messages[0]["role"] != "system"):
+            messages, trained = [{"role": "system", "content": system}, *messages], [False, *trained]
+        last = max(
+            (index for index, message in enumerate(messages) if message["role"] == "assistant"), default=None
+        )
+        if last is None:
+            return Example("", None, None)
+        messages, trained = messages[: last + 1], trained[: last + 1]  # nothing behind it is learned
+        answer = text_of(messages[-1])
+        talk = Conversation(tuple(messages), tuple(trained), self._tools(row))
+        return Example("", answer, self._extract(answer) or None, conversation=talk)
+
+    def _messages(self, row: Row) -> tuple[list[Message], list[bool]]:
+        if "messages" in self._columns:
+            column = self._columns["messages"]
+            listed = self._listed(row, column)
+            return _read(listed, column)
+        prompt, response = self._columns["prompt"], self._columns["response"]
+        asked, _ = self._side(row, prompt, "user")
+        answered, trained = self._side(row, response, "assistant")
+        return [*asked, *answered], [False] * len(asked) + trained
+
+    def _side(self, row: Row, column: str, role: str) -> tuple[list[Message], list[bool]]:
+        value = row.get(column)
+        if isinstance(value, str) and not _is_json_list(value):
+            return _read([{"role": role, "content": value}], column)
+        return _read(self._listed(row, column), column)
+
+    def _listed(self, row: Row, column: str) -> list:
+        value = _parsed(row.get(column))
+        if not isinstance(value, list) or not value:
+            found = "no messages" if value is None or value == [] else f"a {type(value).__name__}"
+            raise Wrong(f"{found} in column {column!r} where a list of messages is wanted")
+        return value
+
+    def _cell(self, row: Row, role: str) -> Any:
+        """Of a role that only some rows have."""
+        names = (self._columns[role],) if role in self._columns else _COLUMNS[role]
+        return next((row[name] for name in names if row.get(name) is not None), None)
+
+    def _tools(self, row: Row) -> list[dict] | None:
+        tools = _parsed(self._cell(row, "tools"))
+        if not tools:
+            return None
+        if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+            raise Wrong(f"no list of tools in column {self._columns.get('tools', 'tools')!r}")
+        return [_without_nulls(tool) for tool in tools]
+
+
+def text_of(message: Message) -> str:
+    """The text of a message's content."""
+    content = message.get("content") or ""
+    return content if isinstance(content, str) else "\n".join(part["text"] for part in content)
+
+
+def _read(listed: list, column: str) -> tuple[list[Message], list[bool]]:
+    found = [_message(entry, f"message {number} of column {column!r}") for number, entry in enumerate(listed)]
+    return [message for message, _ in found], [trained for _, trained in found]
+
+
+def _message(entry: Any, where: str) -> tuple[Message, bool]:
+    """A message, and whether there is a loss on it."""
+    if not isinstance(entry, dict):
+        raise Wrong(f"a {type(entry).__name__} as {where}, where an object with role and content is wanted")
+    keys = ("role", "content") if entry.get("role") is not None else ("from", "value")
+    speaker, content = entry.get(keys[0]), entry.get(keys[1])
+    if not isinstance(speaker, str):
+        raise Wrong(f"no role in {where}")
+    kept = {key: value for key, value in entry.items() if value is not None and key not in _OWN_KEYS}
+    name = speaker.strip().lower()
+    if name in _CALLS:
+        message = {**kept, "role": "assistant", **_call(content, where)}
+    elif name in _ROLE_OF:
+        message = {**kept, "role": _ROLE_OF[name], **_content(content, where)}
+    else:
+        raise Wrong(f"the role {speaker!r} in {where}{nearest(name, _ROLE_OF) or ''}")
+    if "tool_calls" in message:
+        message["tool_calls"] = _with_objects(message["tool_calls"], where)
+    if "content" not in message and "tool_calls" not in message:
+        raise Wrong(f"no content in {where}")
+    return message, _is_trained(entry, message["role"], where)
+
+
+#: What this file reads of a message; all else is handed to the template.
+_OWN_KEYS = ("role", "content", "from", "value", "weight", "train")
+
+
+def _is_trained(entry: dict, role: str, where: str) -> bool:
+    weight = entry.get("weight")
+    if weight is not None and weight not in (0, 1):
+        raise Wrong(f"the weight {weight!r} in {where}, where 0 or 1 is wanted")
+    train = entry.get("train")
+    if train is not None and train not in (0, 1):
+        raise Wrong(f"train {train!r} in {where}, where true or false is wanted")
+    wanted = [bool(value) for value in (weight, train) if value is not None]
+    if len(set(wanted)) > 1:
+        raise Wrong(f"a weight and a train that contradict each other in {where}")
+    if role != "assistant":
+        if wanted and wanted[0]:
+            raise Wrong(f"a loss on {where}, which is not the assistant's")
+        return False
+    return wanted[0] if wanted else True
+
+
+def _content(value: Any, where: str) -> Message:
+    """A content as a text, or as a list of parts with texts."""
+    if value is None:
+        return {}
+    if isinstance(value, str):
+        return {"content": _whole(value, where)}
+    if not isinstance(value, list):
+        raise Wrong(f"a {type(value).__name__} as the content of {where}, where a text is wanted")
+    parts = []
+    for part in value:
+        text = part.get("text") if isinstance(part, dict) else part
+        if not isinstance(text, str) or isinstance(part, dict) and part.get("type", "text") != "text":
+            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+            raise Wrong(f"a part of the kind {kind!r} in {where}, where only texts are read")
+        parts.append({"type": "text", "text": _whole(text, where)})
+    return {"content": parts}
+
+
+def _whole(text: str, where: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON can name half of a surrogate pair, and no text can hold it
+        raise Wrong(f"half a character ({text[error.start]!a}) in {where}") from None
+    if any("\ufdd0" <= letter <= "\ufdef" for letter in text):
+        raise Wrong(f"a noncharacter (U+FDD0 to U+FDEF) in {where}")
+    return text
+
+
+def _call(value: Any, where: str) -> Message:
+    """The content of ShareGPT's function_call."""
+    calls = _parsed(value)
+    calls = calls if isinstance(calls, list) else [calls]
+    if not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
+        raise Wrong(f"no call with a name and arguments in {where}")
+    return {"tool_calls": [{"type": "function", "function": call} for call in calls]}
+
+
+def _with_objects(calls: Any, where: str) -> list[dict]:
+    """Calls of functions whose arguments are objects, as chat templates want them; OpenAI writes them as
+    JSON in a text.
+    """
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        raise Wrong(f"no list of calls as tool_calls of {where}")
+    found = []
+    for call in calls:
+        call = {key: value for key, value in call.items() if value is not None}
+        inner = call["function"] if isinstance(call.get("function"), dict) else call
+        if not isinstance(inner.get("name"), str):
+            raise Wrong(f"a call without a name in {where}")
+        inner = {**inner, "arguments": _parsed(inner.get("arguments", {}))}
+        found.append({**call, "function": inner} if "function" in call else inner)
+    return found
+
+
+def _parsed(value: Any) -> Any:
+    """What a text holds as JSON; other values, and texts that are none, as they are."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        try:
+            return json.loads(value)
+        except json.JSONDecodeError:
+            return value
+    return value
+
+
+def _is_json_list(text: str) -> bool:
+    found = _parsed(text)
+    return isinstance(found, list) and bool(found) and all(isinstance(entry, dict) for entry in found)
+
+
+def _without_nulls(value: Any) -> Any:
+    """Without what parquet puts where an object lacks a key that another one has."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
