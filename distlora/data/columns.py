@@ -5,7 +5,7 @@ from itertools import chain
 
 from distlora.data.readers import Row, is_finite_number, kind_of, plain
 from distlora.errors import UserError
-from distlora.sentences import nearest
+from distlora.sentences import listed, nearest
 
 
 def row_name(position: int, origin: str) -> str:
@@ -29,9 +29,8 @@ def require_column(rows: Sequence[Row], column: str, where: str, origin: str) ->
     """Raises UserError if there is no such column. where: what asks for it."""
     if not has_column(rows, column):
         available = columns_of(rows)
-        hint = nearest(column, available) or ", name another in data.fields"
-        columns = ", ".join(map(str, available))
-        raise UserError(f"{where}: {origin} has no column {column!r}{hint} (it has {columns})")
+        hint = nearest(column, map(str, available)) or ", name another in data.fields"
+        raise UserError(f"{where}: {origin} has no column {column!r}{hint} (it has {listed(available)})")
 
 
 def cell_text(row: Row, column: str, position: int, origin: str) -> str:

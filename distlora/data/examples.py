@@ -17,7 +17,7 @@ from distlora.data.columns import (
 from distlora.data.sources import Row
 from distlora.data.templates import BY_STEPS, CHAT, PAPER, Prompt, ask_by_steps, choose_templates, joined
 from distlora.errors import UserError
-from distlora.sentences import nearest
+from distlora.sentences import listed, nearest
 from distlora.tasks import ROLES, Layout, get_task
 
 #: What the column of the answer holds in a row without one, as in the hub's test splits.
@@ -174,7 +174,7 @@ class Examples:
         )
         raise UserError(
             f"task {self._section.task}: {self.origin} has neither the columns {known}, name others in "
-            f"data.fields (it has {', '.join(map(str, columns_of(self.rows)))})"
+            f"data.fields (it has {listed(columns_of(self.rows))})"
         )
 
     def _assign_columns(self, fields: dict[str, str]) -> dict[str, str]:

@@ -8,7 +8,7 @@ from typing import Any
 from distlora.data.readers.text import lines_of, opened_text, refuse_nul
 from distlora.data.readers.values import Row, kind_of
 from distlora.errors import UserError
-from distlora.sentences import nearest
+from distlora.sentences import listed, nearest
 
 _SPACE = re.compile(r"[ \t\r\n]*")
 
@@ -53,22 +53,23 @@ def read_json_lines(file: Path) -> list[Row]:
     return rows
 
 
+#: The end of a sentence about a file that holds one value over all its lines.
+_SPREAD = ": a list, or an object over several lines, belongs in a file called .json"
+
+
 def _row_of_line(line: str, number: int, file: Path, first: bool) -> Row:
-    spread = (
-        ": a list, or an object over several lines, belongs in a file called .json"
-        if first and line.strip()[0] in "[{"
-        else ", correct it"
-    )
     try:
         row = _DECODER.decode(line)
     except _REFUSED as error:
+        is_begun = first and line.strip()[0] in "[{" and getattr(error, "pos", 0) >= len(line.rstrip())
+        advice = _SPREAD if is_begun else ", correct it"
         raise UserError(
-            f"data.path: line {number} of {file} is not valid JSON ({_problem(error)}){spread}"
+            f"data.path: line {number} of {file} is not valid JSON ({_problem(error)}){advice}"
         ) from None
     if not isinstance(row, dict):
         raise UserError(
             f"data.path: line {number} of {file} is {kind_of(row)} and not an object, "
-            f"write one object a line{spread if isinstance(row, list) else ''}"
+            f"write one object a line{_SPREAD if first and isinstance(row, list) else ''}"
         )
     return row
 
@@ -132,7 +133,7 @@ def _under(values: list[Any], key: str, file: Path) -> list[Any]:
                 "correct what follows the colon"
             )
         if part not in found:
-            hint = nearest(part, found) or f" (it has {', '.join(found)})"
+            hint = nearest(part, found) or f" (it has {listed(found)})"
             raise UserError(f"data.path: {file} has no key {part!r}{hint}")
         found = found[part]
     if not isinstance(found, list):
@@ -150,7 +151,7 @@ def _check_is_row(content: dict[str, Any], file: Path) -> None:
     nested = [name for name, value in content.items() if isinstance(value, dict | list)]
     if hint or (nested and len(nested) == len(content)):
         raise UserError(
-            f"data.path: {file} is one object, with the keys {', '.join(content)}; wanted a list of objects, "
+            f"data.path: {file} is one object, with the keys {listed(content)}; wanted a list of objects, "
             f"or one object a line{hint}"
         )
 
