@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from distlora.data.chat_template import ChatTemplate, Message, TemplateProblem, parts_of
+from distlora.data.chat_template import ChatTemplate, Conversation, Message, TemplateProblem, parts_of
 from distlora.data.chat_turns import Turns, marked_places
 from distlora.data.conventions import NEWEST, Conventions
-from distlora.data.conversations import Conversation, text_of
+from distlora.data.conversations import text_of
 from distlora.data.seams import end_of_text, require_chat_template
 from distlora.data.special_tokens import CLOSE, OPEN, Place, TextEncoder, Tokenised, Unreadable
 
@@ -198,7 +198,7 @@ class Chat:
     def _own(
         self, text: str, messages: list[Message], tools: list | None, prompting: bool = False
     ) -> list[Place]:
-        """The places of the text that the template has written: all but special tokens that the data names."""
+        """The places of the text that are not special tokens which the data names."""
         marked = self._mark([messages, tools])
         if marked == [messages, tools]:
             return [(0, len(text))]

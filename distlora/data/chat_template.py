@@ -4,6 +4,7 @@ A template is a program of somebody else. Whatever it raises becomes `TemplatePr
 """
 
 import re
+from dataclasses import dataclass
 from datetime import date as Date
 from functools import cached_property
 from typing import Any
@@ -22,6 +23,38 @@ _DIRECTIVES = [f"%{flag}{letter}" for flag in ("-", "") for letter in "aAwdbBmyY
 
 #: Texts that stand in no template, for a trial.
 _USER, _ASSISTANT = "Kwyjibo asks", "Quuxly answers"
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """messages: as a chat template takes them; the last is the assistant's. trained: of each message whether
+    there is a loss on it. tools: descriptions of functions, None without any.
+    """
+
+    messages: tuple[Message, ...]
+    trained: tuple[bool, ...]
+    tools: list[dict] | None = None
+
+    def learned(self) -> list[int]:
+        """The numbers of the messages that there is a loss on."""
+        return [number for number, trained in enumerate(self.trained) if trained]
+
+    def with_loss_on_last(self) -> "Conversation":
+        """With a loss on the last message only, if it has one."""
+        *others, last = self.trained
+        return Conversation(self.messages, (*(False for _ in others), last), self.tools)
+
+    def up_to(self, number: int) -> "Conversation":
+        """The messages up to one of them."""
+        return Conversation(self.messages[: number + 1], self.trained[: number + 1], self.tools)
+
+    @classmethod
+    def of_texts(cls, prompt: str, response: str | None) -> "Conversation":
+        """A question and its answer; None: the question alone."""
+        user = {"role": "user", "content": prompt}
+        if response is None:
+            return cls((user,), (False,))
+        return cls((user, {"role": "assistant", "content": response}), (False, True))
 
 
 class TemplateProblem(Exception):
@@ -57,7 +90,7 @@ class ChatTemplate:
 
     @cached_property
     def wants_parts(self) -> bool:
-        """Whether contents have to be lists of parts, because the template shows no content that is a text."""
+        """Whether contents have to be lists of parts: the template shows no content that is a text."""
         return not self._shows(lambda text: text) and self.takes_parts
 
     @cached_property

@@ -7,11 +7,10 @@ value), or a prompt and its completion, which are texts or lists of messages; be
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from distlora.data import examples
-from distlora.data.chat_template import Message
+from distlora.data.chat_template import Conversation, Message
 from distlora.data.examples import Example
 from distlora.data.sources import Row
 from distlora.data.templates import CHAT
@@ -41,38 +40,6 @@ _SPEAKERS = {
 _ROLE_OF = {name: role for role, names in _SPEAKERS.items() for name in names}
 #: Of an assistant that calls a function: the content is the call.
 _CALLS = ("function_call", "tool_call")
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """messages: as a chat template takes them; the last is the assistant's. trained: of each message whether
-    there is a loss on it. tools: descriptions of functions, None without any.
-    """
-
-    messages: tuple[Message, ...]
-    trained: tuple[bool, ...]
-    tools: list[dict] | None = None
-
-    def learned(self) -> list[int]:
-        """The numbers of the messages that there is a loss on."""
-        return [number for number, trained in enumerate(self.trained) if trained]
-
-    def with_loss_on_last(self) -> "Conversation":
-        """With a loss on the last message only, if it has one."""
-        *others, last = self.trained
-        return Conversation(self.messages, (*(False for _ in others), last), self.tools)
-
-    def up_to(self, number: int) -> "Conversation":
-        """The messages up to one of them."""
-        return Conversation(self.messages[: number + 1], self.trained[: number + 1], self.tools)
-
-    @classmethod
-    def of_texts(cls, prompt: str, response: str | None) -> "Conversation":
-        """A question and its answer; None: the question alone."""
-        user = {"role": "user", "content": prompt}
-        if response is None:
-            return cls((user,), (False,))
-        return cls((user, {"role": "assistant", "content": response}), (False, True))
 
 
 class Wrong(Exception):

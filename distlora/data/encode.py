@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from itertools import islice
 
 from distlora.data.chat import Chat, ChatTokens
+from distlora.data.chat_template import Conversation
 from distlora.data.columns import row_name
 from distlora.data.conventions import NEWEST, Conventions
-from distlora.data.conversations import ChatExamples, Conversation
+from distlora.data.conversations import ChatExamples
 from distlora.data.examples import DataSection, Example, Examples
 from distlora.data.seams import Tokens, tokens_of
 from distlora.data.special_tokens import Unreadable

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Protocol
 
 from distlora.data import sources
+from distlora.data.chat_template import Conversation
 from distlora.data.columns import (
     cell_text,
     columns_of,
@@ -51,7 +52,7 @@ class Example:
     answer: str | None
     options: dict[str, str] = field(default_factory=dict)
     own: tuple[tuple[int, int], ...] = field(default=(), compare=False)
-    conversation: "Conversation | None" = None
+    conversation: Conversation | None = None
 
     @property
     def shown(self) -> Prompt:

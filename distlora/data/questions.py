@@ -7,8 +7,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from distlora.data.chat import Chat
+from distlora.data.chat_template import Conversation
 from distlora.data.conventions import NEWEST, Conventions
-from distlora.data.conversations import ChatExamples, Conversation
+from distlora.data.conversations import ChatExamples
 from distlora.data.encode import chat_of, conversation_of, examples_of, of_row
 from distlora.data.examples import DataSection, Example, Examples
 from distlora.data.seams import Tokens, common, tokens_of

@@ -65,8 +65,8 @@ def with_format_of_run(recipe: Recipe, resume: bool | None = None) -> Recipe:
     begun = load_run_recipe(run_dir / RECIPE)
     if day is not None and day != begun.data.chat_date:
         raise UserError(
-            f"data.chat_date={day}: the run in {run_dir} was begun with {begun.data.chat_date}; leave it out, "
-            "or name another output_dir"
+            f"data.chat_date={day}: the run in {run_dir} was begun with {begun.data.chat_date}; "
+            "leave it out, or name another output_dir"
         )
     return _on_day(recipe.in_format(begun.format), begun.data.chat_date)
 

@@ -1,5 +1,5 @@
-"""Chat templates: the whole conversation is what the template says, and the assistant's turns are learned with
-the token that ends them.
+"""Chat templates: the whole conversation is what the template says, and the assistant's turns are learned
+with the token that ends them.
 """
 
 import json
@@ -15,17 +15,21 @@ from distlora.models.targets import IGNORE
 from tests.unit.test_data_encode import make_tokenizer
 
 CHATML = (
-    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' "
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + "
+    "'<|im_end|>' "
     "+ '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 ALTERNATE = (
-    "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('Conversation roles must "
+    "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('Conversation "
+    "roles must "
     "alternate user/assistant') }}{% endif %}"
 )
 GEMMA = (
-    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not "
+    "supported') }}"
     "{% endif %}{% for message in messages %}" + ALTERNATE + "{% if (message['role'] == 'assistant') %}"
-    "{% set role = 'model' %}{% else %}{% set role = message['role'] %}{% endif %}{{ '<start_of_turn>' + role + "
+    "{% set role = 'model' %}{% else %}{% set role = message['role'] %}{% endif %}{{ "
+    "'<start_of_turn>' + role + "
     "'\n' + message['content'] | trim + '<end_of_turn>\n' }}{% endfor %}{% if add_generation_prompt %}"
     "{{'<start_of_turn>model\n'}}{% endif %}"
 )
@@ -35,11 +39,14 @@ LLAMA_2 = (
     "message['content'].strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
 )
 LLAMA_3 = (
-    "{{ bos_token }}{%- if not date_string is defined %}{%- if strftime_now is defined %}{%- set date_string = "
+    "{{ bos_token }}{%- if not date_string is defined %}{%- if strftime_now is defined %}{%- set "
+    "date_string = "
     "strftime_now('%d %b %Y') %}{%- else %}{%- set date_string = '26 Jul 2024' %}{%- endif %}{%- endif %}"
     "{{- '<|start_header_id|>system<|end_header_id|>\n\nToday Date: ' + date_string + '\n\n' }}"
-    "{%- if messages[0]['role'] == 'system' %}{{- messages[0]['content'] | trim }}{% set messages = messages[1:] "
-    "%}{%- endif %}{{- '<|eot_id|>' }}{%- for message in messages %}{{- '<|start_header_id|>' + message['role'] + "
+    "{%- if messages[0]['role'] == 'system' %}{{- messages[0]['content'] | trim }}{% set messages = "
+    "messages[1:] "
+    "%}{%- endif %}{{- '<|eot_id|>' }}{%- for message in messages %}{{- '<|start_header_id|>' + "
+    "message['role'] + "
     "'<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' }}{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{%- endif %}"
 )
@@ -47,9 +54,12 @@ LLAMA_3 = (
 QWEN_3 = (
     "{%- set ns = namespace(last=0) %}{%- for message in messages %}{%- if message.role == 'user' %}"
     "{%- set ns.last = loop.index0 %}{%- endif %}{%- endfor %}"
-    "{%- for message in messages %}{%- if message.role != 'assistant' %}{{- '<|im_start|>' + message.role + '\n' + "
-    "message.content + '<|im_end|>\n' }}{%- else %}{%- set content = message.content %}{%- set thought = '' %}"
-    "{%- if '</think>' in content %}{%- set thought = content.split('</think>')[0].rstrip('\n').split('<think>')"
+    "{%- for message in messages %}{%- if message.role != 'assistant' %}{{- '<|im_start|>' + "
+    "message.role + '\n' + "
+    "message.content + '<|im_end|>\n' }}{%- else %}{%- set content = message.content %}{%- set "
+    "thought = '' %}"
+    "{%- if '</think>' in content %}{%- set thought = "
+    "content.split('</think>')[0].rstrip('\n').split('<think>')"
     "[-1].lstrip('\n') %}{%- set content = content.split('</think>')[-1].lstrip('\n') %}{%- endif %}"
     "{%- if loop.index0 > ns.last and (loop.last or thought) %}{{- '<|im_start|>assistant\n<think>\n' + "
     "thought.strip('\n') + '\n</think>\n\n' + content.lstrip('\n') }}{%- else %}"
@@ -58,8 +68,10 @@ QWEN_3 = (
 )
 #: The system's text stands in the last question, and moves with every turn.
 MISTRAL = (
-    "{%- if messages[0]['role'] == 'system' %}{%- set system_message = messages[0]['content'] %}{%- set messages = "
-    "messages[1:] %}{%- endif %}{{- bos_token }}{%- set ns = namespace(last=0) %}{%- for message in messages %}"
+    "{%- if messages[0]['role'] == 'system' %}{%- set system_message = messages[0]['content'] %}{%- "
+    "set messages = "
+    "messages[1:] %}{%- endif %}{{- bos_token }}{%- set ns = namespace(last=0) %}{%- for message in "
+    "messages %}"
     "{%- if message['role'] == 'user' %}{%- set ns.last = loop.index0 %}{%- endif %}{%- endfor %}"
     "{%- for message in messages %}{%- if message['role'] == 'user' %}{%- if loop.index0 == ns.last and "
     "system_message is defined %}{{- '[INST] ' + system_message + '\n\n' + message['content'] + '[/INST]' }}"
@@ -84,12 +96,15 @@ DEEPSEEK_R1 = (
 #: The last turn ends otherwise than those before it.
 GPT_OSS = (
     "{{ '<|start|>system<|message|>You help.<|end|>' }}{% for message in messages %}{% if message['role'] == "
-    "'user' %}{{ '<|start|>user<|message|>' + message['content'] + '<|end|>' }}{% else %}{{ '<|start|>assistant"
-    "<|channel|>final<|message|>' + message['content'] + ('<|return|>' if loop.last else '<|end|>') }}{% endif %}"
+    "'user' %}{{ '<|start|>user<|message|>' + message['content'] + '<|end|>' }}{% else %}{{ "
+    "'<|start|>assistant"
+    "<|channel|>final<|message|>' + message['content'] + ('<|return|>' if loop.last else '<|end|>') "
+    "}}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}"
 )
 VICUNA = (
-    "{% for message in messages %}{{ message['role'].upper() + ': ' + message['content'] + '\n' }}{% endfor %}"
+    "{% for message in messages %}{{ message['role'].upper() + ': ' + message['content'] + '\n' "
+    "}}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
 GENERATION = (
@@ -99,9 +114,9 @@ GENERATION = (
     "{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 TOKENS = [
-    "<|im_start|>", "<|im_end|>", "<start_of_turn>", "<end_of_turn>", "[INST]", "[/INST]", "<|start_header_id|>",
-    "<|end_header_id|>", "<|eot_id|>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>", "<|User|>",
-    "<|Assistant|>", "<|start|>", "<|message|>", "<|channel|>", "<|return|>",
+    "<|im_start|>", "<|im_end|>", "<start_of_turn>", "<end_of_turn>", "[INST]", "[/INST]",
+    "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>",
+    "<|User|>", "<|Assistant|>", "<|start|>", "<|message|>", "<|channel|>", "<|return|>",
 ]  # fmt: skip
 
 ON_A_DAY = Conventions(date="2026-02-03")

@@ -24,7 +24,8 @@ TOOLS = (
     "{{ '<|im_end|>\n' }}{% endif %}{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' }}"
     "{% if message.content %}{{ message.content }}{% endif %}{% for call in message.tool_calls or [] %}"
     "{{ '<tool_call>' + call.function.name + ' ' + call.function.arguments | tojson + '</tool_call>' }}"
-    "{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ "
+    "'<|im_start|>assistant\n' }}"
     "{% endif %}"
 )
 TOOL = {"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": {}}}

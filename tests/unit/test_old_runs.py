@@ -2,7 +2,8 @@
 
 tests/data/runs_of_format_N holds run directories as a version wrote them: six steps, and the checkpoint after
 the third. Their paths are relative to the folder that they are copied into. The template of the run of
-format 2 ends without white space, so that format 3 makes other tokens of its rows.
+format 2 ends without white space, so that format 3 makes other tokens of its rows. That of format 3 is the
+tokenizer's chat template, of which format 4 takes no space before the response.
 """
 
 import json
@@ -67,6 +68,7 @@ def recompositions(run_dir: Path) -> dict[int, dict]:
 
 def test_there_are_runs_of_earlier_formats():
     runs = {"runs_of_format_1/srlora", "runs_of_format_1/lora_sb", "runs_of_format_2/lora_sb"}
+    runs |= {"runs_of_format_3/lora_sb_chat"}
     assert {str(run) for run in RUNS} >= runs
 
 

@@ -4,10 +4,10 @@ import json
 from types import SimpleNamespace
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, models, processors
 from transformers import BertTokenizerLegacy, PreTrainedTokenizerFast
 
-from distlora.data import Conventions, load_labelled, load_questions, load_split
+from distlora.data import Conventions, load_labelled, load_questions
 from distlora.data.special_tokens import TextEncoder, Unreadable
 from distlora.errors import UserError
 from tests.tiny_models import tiny_encoder_tokenizer
