@@ -18,7 +18,7 @@ from distlora.data.columns import cell_text, columns_of, require_column, row_nam
 from distlora.data.conventions import NEWEST, Conventions
 from distlora.data.encode import Encoded, chunks, of_row
 from distlora.data.labelled_texts import LabelledTexts
-from distlora.data.labels import LabelNames, is_unlabelled, number_in, shown
+from distlora.data.labels import LabelNames, is_unlabelled, number_in, shown, whole_number
 from distlora.data.sources import Row
 from distlora.errors import UserError
 from distlora.models.targets import IGNORE
@@ -79,7 +79,7 @@ def label_names(section: DataSection) -> tuple[str, ...]:
         raise UserError(
             f"data.labels: the task {section.task} needs them, list the names, as in [negative, positive]"
         )
-    if given and (len(given) < 2 or len(set(given)) < len(given)):
+    if given and (len(given) < 2 or len({whole_number(name) or name for name in given}) < len(given)):
         raise UserError(
             f"data.labels: {', '.join(given)} are not at least two different names, correct the list"
         )

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from distlora.data.completion import CompletionRows, load_completion, pieces_of
+from distlora.data.conventions import Conventions
 from distlora.errors import UserError
 from distlora.models.targets import IGNORE
 from tests.tiny_models import tiny_tokenizer
@@ -58,6 +59,13 @@ def test_names_of_special_tokens_are_text(tmp_path):
     ids = encoded.samples[0].input_ids
     assert ids.count(tokenizer.eos_token_id) == 1 and ids[-1] == tokenizer.eos_token_id
     assert tokenizer.decode(ids[:-1]).endswith(f"a {end} b")
+
+
+def test_special_tokens_mean_themselves_where_the_recipe_says_so(tmp_path):
+    tokenizer = tiny_tokenizer("llama")
+    own, conventions = texts(tmp_path, f"a {tokenizer.eos_token} b"), Conventions(plain=False)
+    ids = load_completion(own, "train", tokenizer, conventions).samples[0].input_ids
+    assert ids.count(tokenizer.eos_token_id) == 2
 
 
 def test_empty_texts_are_left_out_and_counted(tmp_path):

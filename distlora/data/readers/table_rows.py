@@ -43,25 +43,37 @@ def _read(file: Path, header: Sequence[str] | None, layout: dict, name: str) -> 
     with opened_text(file, newline="") as stream, _cells_of_any_length():
         table = csv.reader(lines_of(stream, file), **layout)
         try:
-            return _rows(table, file, header)
+            return _rows(table, file, header, name)
         except csv.Error as error:
             raise UserError(
                 f"data.path: {file} is not valid {name} (line {table.line_num}: {error}), correct it"
             ) from None
 
 
-def _rows(table, file: Path, header: Sequence[str] | None) -> list[Row]:
+def _rows(table, file: Path, header: Sequence[str] | None, name: str) -> list[Row]:
     first = next((cells for cells in table if cells), None)
     if first is None:
         return []
     names_columns = header is None or bool(set(header) & set(first))
     columns = first if names_columns else list(header)
+    _refuse_other_marks(columns, file, name)
     _refuse_twice(columns, file)
     rows = [] if names_columns else [_row(columns, first, 0, table.line_num, file)]
     for cells in table:
         if cells:
             rows.append(_row(columns, cells, len(rows), table.line_num, file))
     return rows
+
+
+def _refuse_other_marks(columns: Sequence[str], file: Path, name: str) -> None:
+    """Raises UserError for a file whose cells something else divides, such as the semicolons of spreadsheets
+    in countries with a decimal comma."""
+    own, others = ("tabs", ",;|") if name == "TSV" else ("commas", ";\t|")
+    if len(columns) == 1 and any(mark in columns[0] for mark in others):
+        raise UserError(
+            f"data.path: {file} has only one column, called {columns[0]!r}; {own} divide the cells of a "
+            f"{name} file, write it with these"
+        )
 
 
 def _refuse_twice(columns: Sequence[str], file: Path) -> None:
