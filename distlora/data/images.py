@@ -75,7 +75,7 @@ class ImageRows(LabelledRows):
 
     def __init__(self, section: DataSection, split: str):
         super().__init__(section, split)
-        self.column = self.columns["image"]
+        self.column = self._columns["image"]
 
     def read(self, section: DataSection, split: str) -> Sequence[Row]:
         path = section.path and Path(section.path).expanduser()
