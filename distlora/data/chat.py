@@ -12,15 +12,22 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from distlora.data.chat_template import ChatTemplate, Conversation, Message, TemplateProblem, parts_of
+from distlora.data.chat_template import (
+    ChatTemplate,
+    Conversation,
+    Message,
+    TemplateProblem,
+    parts_of,
+    text_of,
+)
 from distlora.data.chat_turns import Turns, marked_places
 from distlora.data.conventions import NEWEST, Conventions
-from distlora.data.conversations import text_of
 from distlora.data.seams import end_of_text, require_chat_template
 from distlora.data.special_tokens import CLOSE, OPEN, Place, TextEncoder, Tokenised, Unreadable
 
 #: What ends the thoughts of models that think in their answers. Templates may leave thoughts out.
 _THOUGHT = "</think>"
+_TAG = re.compile("^.*<think>", re.DOTALL)
 
 
 class Turn(NamedTuple):
@@ -44,13 +51,14 @@ class Turn(NamedTuple):
 @dataclass(frozen=True)
 class ChatTokens:
     """text: as the template renders it. asked: the text before the last turn. turns: the last one, and all
-    others that were wanted.
+    others that were wanted. keeps_thoughts: whether the last turn has the thoughts that the data has in it.
     """
 
     ids: list[int]
     text: str
     asked: str
     turns: list[Turn]
+    keeps_thoughts: bool = True
 
     @property
     def answer(self) -> list[int]:
@@ -238,7 +246,9 @@ class Chat:
             *before, (first, _) = turns[-1].ranges
             ids = [*ids, self.eos]
             turns[-1] = Turn(last, [*before, (first, len(ids))], frozenset())
-        return ChatTokens(ids, shown.text, shown.text[: shown.turns[last][0][0]], turns)
+        asked = shown.text[: shown.turns[last][0][0]]
+        thoughts = _squeezed(_TAG.sub("", text_of(shown.messages[last]).rpartition(_THOUGHT)[0]))
+        return ChatTokens(ids, shown.text, asked, turns, not thoughts or thoughts in _squeezed(shown.text))
 
     def _range(self, shown: _Shown, tokens: Tokenised, place: Place) -> tuple[int, int]:
         """The tokens of a place. One that begins before it and ends in it belongs to it."""

@@ -144,6 +144,12 @@ def parts_of(text: str) -> list[dict[str, str]]:
     return [{"type": "text", "text": text}]
 
 
+def text_of(message: Message) -> str:
+    """The text of a message's content."""
+    content = message.get("content") or ""
+    return content if isinstance(content, str) else "\n".join(part["text"] for part in content)
+
+
 def _take_marks(marked: str) -> tuple[str, list[tuple[int, int]]]:
     places, parts, length, start = [], [], 0, None
     for piece in re.split(f"([{BEGIN}{END}])", marked):

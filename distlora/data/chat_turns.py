@@ -7,10 +7,11 @@ Mistral moves the system's text). There, the assistant's content is replaced by 
 and behind the mark is compared.
 """
 
+import re
 from collections.abc import Callable
 from typing import Any
 
-from distlora.data.chat_template import Message, TemplateProblem, parts_of
+from distlora.data.chat_template import Message, TemplateProblem, parts_of, text_of
 
 #: (messages, whether the prompt for the assistant follows) to the text. Raises TemplateProblem.
 Render = Callable[[list[Message], bool], str]
@@ -19,6 +20,9 @@ Place = tuple[int, int]
 
 #: In the place of a content. The first is the assistant's, the second that of the message before.
 MARK, MARK_BEFORE = "\ufdd5", "\ufdd6"
+
+#: What the head of an assistant's turn has in it.
+_NAMES = re.compile("assistant|model|gpt|bot", re.IGNORECASE)
 
 _UNCLEAR = "does not let tell which tokens are the assistant's; mark them in it with {% generation %}"
 
@@ -39,12 +43,24 @@ class Turns:
         """Where the turn of one message stands in the text, with its end of turn. Raises TemplateProblem if
         that cannot be told.
         """
-        prompt = self._attempt(self._messages[:index], True) if index else None
+        prompt = self._prompt(index)
         until = self._until(index, self._messages)
         if prompt and until and self._text.startswith(prompt) and self._text.startswith(until):
             if len(prompt) < len(until):
                 return len(prompt), len(until)
         return self._by_marks(index, prompt)
+
+    def _prompt(self, index: int) -> str | None:
+        """The text that asks for the turn; None if the template has none."""
+        if not index:
+            return None
+        prompt = self._attempt(self._messages[:index], True)
+        if prompt and self._text.startswith(prompt):
+            content = text_of(self._messages[index]).strip()
+            lead = self._text[len(prompt) : max(self._text.find(content, len(prompt)), len(prompt))]
+            if _NAMES.search(lead) and prompt == self._attempt(self._messages[:index], False):
+                return None  # the template knows no prompt, and the head of the turn is nothing to learn
+        return prompt
 
     def _until(self, index: int, messages: list[Message]) -> str | None:
         """The conversation up to one message."""

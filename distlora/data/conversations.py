@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from distlora.data import examples
-from distlora.data.chat_template import Conversation, Message
+from distlora.data.chat_template import Conversation, Message, text_of
 from distlora.data.examples import Example
 from distlora.data.sources import Row
 from distlora.data.templates import CHAT
@@ -157,12 +157,6 @@ class ChatExamples:
         if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
             raise Wrong(f"no list of tools in column {self._columns.get('tools', 'tools')!r}")
         return [_without_nulls(tool) for tool in tools]
-
-
-def text_of(message: Message) -> str:
-    """The text of a message's content."""
-    content = message.get("content") or ""
-    return content if isinstance(content, str) else "\n".join(part["text"] for part in content)
 
 
 def _read(listed: list, column: str) -> tuple[list[Message], list[bool]]:

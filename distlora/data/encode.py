@@ -7,6 +7,7 @@ written; `distlora.data.seams` says which of them belong to the prompt, and `dis
 conversation's are the assistant's.
 """
 
+import logging
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +26,8 @@ from distlora.data.templates import CHAT
 from distlora.errors import UserError
 from distlora.models.targets import IGNORE
 from distlora.tasks import ChatTask, get_task
+
+log = logging.getLogger(__name__)
 
 #: Texts that the tokenizer gets at once: enough for its threads, and few enough to take little memory.
 CHUNK = 1000
@@ -123,6 +126,7 @@ def encode_chats(examples: Examples | ChatExamples, chat: Chat, section: DataSec
     whole_turns = isinstance(get_task(section.task), ChatTask)
     last_only = whole_turns and section.train_on == "last"
     encoded, shared = Encoded([], truncated=0, dropped=0), Shared()
+    thoughtless = 0
     encoded.why_dropped = "no turn that is trained was left" if whole_turns else encoded.why_dropped
     for numbers, answered in answered_chunks(examples, encoded):
         talks = [conversation_of(example) for example in answered]
@@ -138,8 +142,15 @@ def encode_chats(examples: Examples | ChatExamples, chat: Chat, section: DataSec
             if sample is None:
                 encoded.dropped += 1
                 continue
+            thoughtless += not turns.keeps_thoughts
             encoded.truncated += turns is not whole or len(whole.ids) > section.max_length
             encoded.samples.append(sample)
+    if thoughtless:
+        log.warning(
+            "data: the chat template leaves out the thoughts (up to </think>) of the last answer of "
+            "%d samples of %s; they are not learned",
+            thoughtless, examples.origin,
+        )  # fmt: skip
     return encoded
 
 

@@ -16,7 +16,7 @@ from distlora.exports.peft_files import PeftFiles, read_peft
 from distlora.recipe.deepspeed_config import given_deepspeed
 from distlora.recipe.load import load_recipe, load_run_recipe, recipe_of
 from distlora.recipe.sections import DataSection, Recipe
-from distlora.tasks import SUITES, ResponseTask, get_task, scored_tasks
+from distlora.tasks import SUITES, ChatTask, ResponseTask, get_task, scored_tasks
 from distlora.training.run_directory import RECIPE, first_difference
 
 #: What an evaluation may change of a run: where the questions come from, and how fast they are answered.
@@ -201,7 +201,7 @@ def _section(subject: Subject, name: str, path: str | None) -> DataSection:
         begun = DataSection(
             task=name, path=path, max_length=here.max_length,
             max_new_tokens=max(here.max_new_tokens, ANSWER_TOKENS),
-            template=None if own is None else _portable(own.template),
+            template=None if own is None or isinstance(task, ChatTask) else _portable(own),
             think_step_by_step=None if own is None else own.think_step_by_step,
             special_tokens=own is not None and own.special_tokens,
             chat_date=None if own is None else own.chat_date,
@@ -236,8 +236,9 @@ def _refuse_training_rows(subject: Subject, section: DataSection) -> None:
         )
 
 
-def _portable(template: str | None) -> str | None:
+def _portable(own: DataSection) -> str | None:
     """The template with which a model was trained, if it means the same for rows of another task."""
+    template = CHAT if isinstance(get_task(own.task), ChatTask) else own.template
     if template is None or template == CHAT or set(parse_template(template).names) <= {"prompt", "input"}:
         return template
     return None

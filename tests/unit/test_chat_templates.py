@@ -12,7 +12,7 @@ from tokenizers import AddedToken
 from distlora.data import Conventions, load_questions, load_split
 from distlora.errors import UserError
 from distlora.models.targets import IGNORE
-from tests.unit.test_data_encode import make_tokenizer
+from tests.unit.test_data_encode import WithoutOffsets, make_tokenizer, of_kind
 
 CHATML = (
     "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + "
@@ -115,8 +115,8 @@ GENERATION = (
 )
 TOKENS = [
     "<|im_start|>", "<|im_end|>", "<start_of_turn>", "<end_of_turn>", "[INST]", "[/INST]",
-    "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>",
-    "<|User|>", "<|Assistant|>", "<|start|>", "<|message|>", "<|channel|>", "<|return|>",
+    "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|user|>", "<|assistant|>", "<|system|>",
+    "<|end|>", "<|User|>", "<|Assistant|>", "<|start|>", "<|message|>", "<|channel|>", "<|return|>",
 ]  # fmt: skip
 
 ON_A_DAY = Conventions(date="2026-02-03")
@@ -240,6 +240,64 @@ def test_thoughts_stay_where_the_template_shows_them(tmp_path):
     assert learned(sample, tokenizer) == ["It is 2.<|im_end|>", f"{said[1]}<|im_end|>"]
     thought = tokenizer.convert_tokens_to_ids("<think>")
     assert sample.input_ids.count(thought) == sample.labels.count(thought) == 1
+
+
+def test_thoughts_that_the_template_leaves_out_are_told(tmp_path, caplog):
+    messages = messages_of([("How much?", "<think>\none and one\n</think>\n\nIt is 2."), TURNS[1]])
+    for template, turns, told in (
+        (DEEPSEEK_R1, messages[:2], True),
+        (DEEPSEEK_R1, messages, False),  # those of an earlier turn
+        (QWEN_3, messages[:2], False),
+    ):
+        caplog.clear()
+        tokenizer = tokenizer_of(template)
+        (sample,) = load(tmp_path, tokenizer, turns).samples
+        assert sample.input_ids == whole(tokenizer, turns)
+        assert (
+            "leaves out the thoughts (up to </think>) of the last answer of 1 sample" in caplog.text
+        ) == told
+
+
+def test_the_head_of_a_turn_is_not_learned_where_the_template_has_no_prompt(tmp_path):
+    tokenizer = tokenizer_of(CHATML[: CHATML.index("{% if add_generation_prompt")])
+    (sample,) = load(tmp_path, tokenizer, messages_of()).samples
+    assert learned(sample, tokenizer) == [f"{said}<|im_end|>" for _, said in TURNS]
+    assert tokenizer.decode(sample.prompt_ids).endswith("<|im_start|>assistant\n")
+
+
+def test_a_tokenizer_may_have_several_templates(tmp_path):
+    tokenizer = tokenizer_of(CHATML + " ")  # one of its own
+    try:
+        tokenizer.chat_template = {"default": CHATML, "tool_use": "{{ tools[0].name }}" + CHATML}
+        (sample,) = load(tmp_path, tokenizer, {"messages": messages_of(), "tools": [{"name": "add"}]}).samples
+        assert tokenizer.decode(sample.input_ids).startswith("add<|im_start|>")
+        tokenizer.chat_template = {"rag": CHATML}
+        with pytest.raises(UserError, match="row 0 of .* chat template, which cannot be chosen"):
+            load(tmp_path, tokenizer, messages_of())
+    finally:
+        tokenizer.chat_template = CHATML
+
+
+@pytest.mark.parametrize("kind", ["trimmed", "metaspace", "normalised"])
+@pytest.mark.parametrize("template", [CHATML, LLAMA_2], ids=["chatml", "llama-2"])
+def test_turns_are_found_whatever_a_tokenizer_calls_the_places_of_its_tokens(tmp_path, kind, template):
+    tokenizer = of_kind(kind)
+    tokenizer.add_special_tokens({"additional_special_tokens": TOKENS, "bos_token": "<bos>"})
+    turns = [("hello", "the answer"), ("hi", "not long")]  # in letters that it has
+    tokenizer.chat_template, messages = template, messages_of(turns)
+    (sample,) = load(tmp_path, tokenizer, messages).samples
+    end = "<|im_end|>" if template == CHATML else "<eos>"
+    assert sample.input_ids == whole(tokenizer, messages)
+    found = [text.replace(" ", "") for text in learned(sample, tokenizer)]
+    assert found == [f"{said}{end}".replace(" ", "") for _, said in turns]
+
+
+@pytest.mark.parametrize("template", [CHATML, GEMMA, QWEN_3])
+def test_a_tokenizer_without_places_learns_the_same(tmp_path, template):
+    tokenizer = tokenizer_of(template)
+    (sample,) = load(tmp_path, WithoutOffsets(tokenizer), messages_of()).samples
+    (fast,) = load(tmp_path, tokenizer, messages_of()).samples
+    assert (sample.input_ids, sample.labels) == (fast.input_ids, fast.labels)
 
 
 def test_a_systems_text_may_move_from_question_to_question(tmp_path):

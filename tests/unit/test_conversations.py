@@ -2,9 +2,11 @@
 
 import json
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
-from distlora.data import load_questions
+from distlora.data import load_questions, load_split
 from distlora.errors import UserError
 from distlora.models.targets import IGNORE
 from distlora.tasks import is_correct
@@ -63,6 +65,25 @@ def test_every_form_of_a_conversation_is_the_same(tmp_path, tokenizer, system):
         (sample,) = load(tmp_path, tokenizer, row).samples
         assert sample.input_ids == whole(tokenizer, messages)
         assert learned(sample, tokenizer) == said(TURNS[-1:]), "the prompt is not learned"
+
+
+def test_parquet_with_its_nulls_is_read(tmp_path):
+    table = [
+        {
+            "messages": [{"role": "user", "content": "1+1?"}, {"role": "assistant", "tool_calls": [CALL]}],
+            "tools": [TOOL],
+        },
+        {"messages": messages_of()},
+    ]
+    table[0]["tools"] = [{"type": "function", "function": {"name": "add", "description": None}}]
+    parquet.write_table(pyarrow.Table.from_pylist(table), tmp_path / "rows.parquet")
+    data = section(tmp_path, *table, path=str(tmp_path / "rows.parquet"))
+    tokenizer = tokenizer_of(TOOLS)
+    first, second = load_split(data, "train", tokenizer).samples
+    assert tokenizer.decode(first.input_ids).startswith(
+        '<|im_start|>system\n{"type": "function", "function": {"name": "add"}}'
+    )
+    assert second.input_ids == whole(tokenizer, messages_of())
 
 
 def test_texts_are_a_question_and_its_answer(tmp_path, tokenizer):

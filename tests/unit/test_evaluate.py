@@ -1,5 +1,7 @@
 """Answers and their scores, with a model whose answers are known: it looks the next token up in a table."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -190,6 +192,12 @@ def test_all_end_tokens_end_an_answer(lookup, monkeypatch):
     monkeypatch.setattr(engine.module.generation_config, "eos_token_id", [eight, tokenizer.eos_token_id])
     assert end_tokens(engine.module, tokenizer) == {eight, tokenizer.eos_token_id}
     assert outputs_of(lookup, problems(tokenizer, [("f", "6")]), 50) == ["67"]
+
+
+def test_the_end_of_turn_of_a_chat_template_ends_an_answer(lookup):
+    questions = problems(lookup[1], [("f", "6")])
+    nine = frozenset(lookup[1].encode("9"))
+    assert outputs_of(lookup, replace(questions, ends=nine), 50) == ["678"]
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "qwen2"])

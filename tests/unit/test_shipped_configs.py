@@ -7,6 +7,7 @@ import pytest
 import yaml
 from transformers import LlamaConfig
 
+from distlora.data import ChatExamples
 from distlora.engine.comm import Topology
 from distlora.errors import UserError
 from distlora.methods import registry
@@ -35,7 +36,7 @@ def test_the_shipped_files():
     assert {path.stem for path in RECIPES} >= {
         "quickstart", "smollm2-gsm8k", "mistral-7b-metamath", "gemma2-9b-metamath",
         "llama3.2-3b-commonsense170k", "minilm-rte", "roberta-large-glue", "deberta-v3-base-glue",
-        "vit-base-cifar100", "vit-base-stl10", "vit-base-mnist",
+        "vit-base-cifar100", "vit-base-stl10", "vit-base-mnist", "smollm2-chat",
     }  # fmt: skip
     assert {path.stem for path in ZEROS} >= {
         "zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload", "zero3_hpz",
@@ -105,6 +106,22 @@ def test_quickstart_runs_every_method(method, smollm2_shapes, tmp_path):
     fitted = check_targets(recipe, objective_of(recipe))
     assert fitted.method.rank == recipe.method.rank
     check_length(fitted, recipe.train.steps)
+
+
+def test_the_example_of_chats_reads_every_form_of_a_row(monkeypatch):
+    """A system's text, several turns, one that is not learned, and the name of a special token."""
+    monkeypatch.chdir(ROOT)
+    data = load_recipe(ROOT / "configs" / "recipes" / "smollm2-chat.yaml").data
+    talks = [
+        example.conversation
+        for split in (data.split, data.eval_split)
+        for example in ChatExamples(data, split)
+    ]
+    roles = {message["role"] for talk in talks for message in talk.messages}
+    assert len(talks) == 10 and roles == {"system", "user", "assistant"}
+    assert any(len(talk.learned()) > 1 for talk in talks)
+    assert any(not talk.trained[-3] for talk in talks if len(talk.messages) > 2)
+    assert "</s>" in str(talks)
 
 
 def paper(name):
