@@ -79,13 +79,15 @@ def seen(training=RESPONSES, evaluation=None, eval_split="test"):
         (seen(LABELS, LABELS), "training samples (split train) have changed (5 before, 5 here)"),
     ],
 )
-def test_changed_data_is_refused_unless_it_is_allowed_and_then_remembered(tmp_path, caplog, now, said):
+def test_changed_data_is_refused_unless_it_is_allowed_and_then_remembered(
+    tmp_path, caplog, monkeypatch, now, said
+):
     seen(RESPONSES, LABELS).write(tmp_path)
     with pytest.raises(UserError) as caught:
         now.compare(tmp_path, allow_changes=False)
     assert said in str(caught.value) and "--allow-changed-data" in str(caught.value)
+    monkeypatch.setattr(logging.getLogger("distlora"), "propagate", True)
     with caplog.at_level(logging.WARNING, "distlora"):
-        logging.getLogger("distlora").propagate = True
         now.compare(tmp_path, allow_changes=True)
     assert said in caplog.text
     now.write(tmp_path)
