@@ -3,7 +3,7 @@
     sources ─► examples ─► encode ─► batches        prompts and responses (seams, special_tokens)
             │           └► questions                what is asked in an evaluation
             ├► completion                           texts
-            ├► conversations                        several turns; encoded by chat (chat_template, chat_turns)
+            ├► conversations                        several turns; encoded by chat, with chat_*
             ├► labelled                             texts and labels
             └► images (image_files)                 images and labels
 

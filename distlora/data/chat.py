@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from distlora.data.chat_check import has_thoughts, require_texts, without_thoughts
 from distlora.data.chat_template import (
     ChatTemplate,
     Conversation,
@@ -23,11 +24,7 @@ from distlora.data.chat_template import (
 from distlora.data.chat_turns import Turns, marked_places
 from distlora.data.conventions import NEWEST, Conventions
 from distlora.data.seams import end_of_text, require_chat_template
-from distlora.data.special_tokens import CLOSE, OPEN, Place, TextEncoder, Tokenised, Unreadable
-
-#: What ends the thoughts of models that think in their answers. Templates may leave thoughts out.
-_THOUGHT = "</think>"
-_TAG = re.compile("^.*<think>", re.DOTALL)
+from distlora.data.special_tokens import CLOSE, OPEN, Place, TextEncoder, Tokenised, Unreadable, added_tokens
 
 
 class Turn(NamedTuple):
@@ -90,7 +87,7 @@ class Chat:
         self.tokenizer = tokenizer
         self.encoder = TextEncoder(tokenizer, conventions.plain)
         self.template = ChatTemplate(tokenizer, conventions.date)
-        added = tokenizer.added_tokens_decoder
+        added = added_tokens(tokenizer)
         self._added = {*added, self.eos}
         self._special = {number for number, token in added.items() if token.special} | {self.eos}
         names = sorted((token.content for token in added.values()), key=len, reverse=True)
@@ -109,7 +106,7 @@ class Chat:
         def show():
             messages = next(self._forms(talk.messages))
             text = self.template.render(messages, talk.tools, prompting=True)
-            self._require_texts(text, messages, talk.tools)
+            require_texts(text, messages, talk.tools)
             return text, self._own(text, messages, talk.tools, prompting=True)
 
         text, own = self._guarded(0, show)
@@ -128,7 +125,7 @@ class Chat:
         for messages in self._forms(talk.messages):
             try:
                 text, marked = self.template.render_marked(messages, talk.tools)
-                self._require_texts(text, messages, talk.tools)
+                require_texts(text, messages, talk.tools)
                 own = self._own(text, messages, talk.tools)
             except TemplateProblem as problem:
                 first = first or problem
@@ -153,6 +150,8 @@ class Chat:
             yield empty
             yield [_with_written_arguments(message) for message in messages]
             yield [_with_written_arguments(message) for message in empty]
+        elif not self.template.wants_parts:  # it may want them of such a conversation only
+            yield [_with(each, content=_as_parts(each.get("content"))) for each in messages]
 
     def _places(
         self, text: str, marked: list[Place], messages: list[Message], tools: list | None, wanted: list[int]
@@ -181,27 +180,6 @@ class Chat:
         if not has_end and behind and not text[end : end + behind[0][0]].strip():
             end += behind[0][1]
         return [*places[:-1], (start, end)]
-
-    def _require_texts(self, text: str, messages: list[Message], tools: list | None) -> None:
-        """Raises TemplateProblem if the template leaves out what the data says."""
-        squeezed = _squeezed(text)
-        for number, message in enumerate(messages):
-            content, role = text_of(message), message["role"]
-            if role == "assistant":
-                content = content.rpartition(_THOUGHT)[2]
-            whole = _squeezed(content)
-            quoted = _squeezed(json.dumps(content, ensure_ascii=False)[1:-1])
-            is_there = whole in squeezed or quoted in squeezed
-            if not is_there and role == "tool":  # a result that the template reads as JSON
-                is_there = all(word in text for word in re.findall(r"\w+", content))
-            if not is_there:
-                raise TemplateProblem(f"leaves out the text of message {number} ({role})")
-            for call in message.get("tool_calls", ()):
-                if call.get("function", call)["name"] not in text:
-                    raise TemplateProblem(f"leaves out the tool call of message {number}")
-        for tool in tools or ():
-            if str(tool.get("function", tool).get("name", "")) not in text:
-                raise TemplateProblem("leaves out the tools")
 
     def _own(
         self, text: str, messages: list[Message], tools: list | None, prompting: bool = False
@@ -247,8 +225,7 @@ class Chat:
             ids = [*ids, self.eos]
             turns[-1] = Turn(last, [*before, (first, len(ids))], frozenset())
         asked = shown.text[: shown.turns[last][0][0]]
-        thoughts = _squeezed(_TAG.sub("", text_of(shown.messages[last]).rpartition(_THOUGHT)[0]))
-        return ChatTokens(ids, shown.text, asked, turns, not thoughts or thoughts in _squeezed(shown.text))
+        return ChatTokens(ids, shown.text, asked, turns, has_thoughts(shown.text, shown.messages[last]))
 
     def _range(self, shown: _Shown, tokens: Tokenised, place: Place) -> tuple[int, int]:
         """The tokens of a place. One that begins before it and ends in it belongs to it."""
@@ -281,7 +258,7 @@ class Chat:
         self, message: Message, place: Place, shown: _Shown, tokens: Tokenised, first: int, end: int
     ) -> int:
         """The first token that stands behind the content of a turn, which goes from first to end."""
-        content = text_of(message).rpartition(_THOUGHT)[2].strip()
+        content = without_thoughts(text_of(message)).strip()
         if tokens.places is None:
             token = self.tokenizer.convert_ids_to_tokens(tokens.ids[end - 1])
             return end if content.endswith(token) else end - 1
@@ -317,11 +294,6 @@ def _with_written_arguments(message: Message) -> Message:
             inner = {**inner, "arguments": json.dumps(arguments, ensure_ascii=False)}
         calls.append({**call, "function": inner} if "function" in call else inner)
     return _with(message, tool_calls=calls or None)
-
-
-def _squeezed(text: str) -> str:
-    """Without white space: templates trim and join."""
-    return "".join(text.split())
 
 
 def _outside_marks(marked: str) -> tuple[str, list[Place]]:

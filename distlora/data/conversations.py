@@ -134,6 +134,7 @@ class ChatExamples:
 
     def _side(self, row: Row, column: str, role: str) -> tuple[list[Message], list[bool]]:
         value = row.get(column)
+        value = str(value) if isinstance(value, int | float) else value
         if isinstance(value, str) and not _is_json_list(value):
             return _read([{"role": role, "content": value}], column)
         return _read(self._listed(row, column), column)
@@ -273,8 +274,10 @@ def _parsed(value: Any) -> Any:
 
 
 def _is_json_list(text: str) -> bool:
+    """Whether a text is a list of messages in JSON."""
     found = _parsed(text)
-    return isinstance(found, list) and bool(found) and all(isinstance(entry, dict) for entry in found)
+    is_list = isinstance(found, list) and bool(found) and all(isinstance(entry, dict) for entry in found)
+    return is_list and all("role" in entry or "from" in entry for entry in found)
 
 
 def _without_nulls(value: Any) -> Any:

@@ -57,7 +57,7 @@ def end_of_text(tokenizer) -> int:
 
 def require_chat_template(tokenizer) -> None:
     """Raises UserError if the tokenizer has no chat template."""
-    if not tokenizer.chat_template:
+    if not getattr(tokenizer, "chat_template", None):
         raise UserError(
             "data.template: the tokenizer has no chat template, write a template or leave data.template out"
         )

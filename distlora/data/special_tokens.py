@@ -204,12 +204,18 @@ def _attempt(tokenizer, columns, options) -> tuple[Any, BaseException | None]:
 
 def special_names(tokenizer) -> dict[str, int]:
     """The special tokens by name. A single character is none: it would be every text's own."""
-    names = {
-        token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special
-    }
-    for token in tokenizer.all_special_tokens:
-        names.setdefault(str(token), tokenizer.convert_tokens_to_ids(str(token)))
+    names = {token.content: number for number, token in added_tokens(tokenizer).items() if token.special}
+    for token in map(str, tokenizer.all_special_tokens if names else ()):
+        names.setdefault(token, tokenizer.convert_tokens_to_ids(token))
     return {name: number for name, number in names.items() if len(name) > 1 and number is not None}
+
+
+def added_tokens(tokenizer) -> dict:
+    """The tokens that are found in a text before it is split, by number."""
+    try:
+        return tokenizer.added_tokens_decoder
+    except NotImplementedError:  # mistral-common's, which finds none in a text
+        return {}
 
 
 def _within(place: Place, others: Sequence[Place]) -> bool:

@@ -362,6 +362,18 @@ def test_contents_are_lists_of_parts_where_the_template_wants_them(tmp_path):
         assert sample.input_ids == as_text.input_ids
 
 
+def test_a_template_may_want_parts_and_a_conversation_that_begins_in_its_own_way(tmp_path):
+    wants_a_system = "{{ '' if messages[0].role == 'system' else raise_exception('No system') }}"
+    parts = CHATML.replace("+ message['content'] +", "+ message['content'][0]['text'] +")
+    tokenizer, messages = tokenizer_of(wants_a_system + parts), messages_of(system="Be brief.")
+    (sample,) = load(tmp_path, tokenizer, messages).samples
+    assert learned(sample, tokenizer) == [f"{said}<|im_end|>" for _, said in TURNS]
+    shows_all = CHATML.replace("message['content'] +", "message['content'] | string +")
+    listed = [{**each, "content": [{"type": "text", "text": each["content"]}]} for each in messages]
+    (sample,) = load(tmp_path, tokenizer_of(shows_all), listed).samples
+    assert "'type'" not in tokenizer.decode(sample.input_ids)
+
+
 @pytest.mark.parametrize(
     "template", [LLAMA_3, "{{ bos_token }}{{ strftime_now('%Y-%m-%d %H:%M') }}" + CHATML]
 )

@@ -93,11 +93,18 @@ def test_texts_are_a_question_and_its_answer(tmp_path, tokenizer):
         ({"prompt": asked, "response": answer}, None),
         ({"q": asked, "a": answer}, {"prompt": "q", "response": "a"}),
         ({"talk": messages, "messages": "none"}, {"messages": "talk"}),
+        ({"q": json.dumps(messages[:1]), "a": answer}, {"prompt": "q", "response": "a"}),
     ):
         (sample,) = load(tmp_path, tokenizer, row, fields=fields).samples
         assert sample.input_ids == whole(tokenizer, messages) and learned(sample, tokenizer) == said(
             TURNS[:1]
         )
+
+
+def test_a_prompt_may_be_a_number_or_json_of_its_own(tmp_path, tokenizer):
+    for asked, answer in ((3, 4), ('[{"a": 1}]', '{"b": 2}')):
+        (sample,) = load(tmp_path, tokenizer, {"prompt": asked, "completion": answer}).samples
+        assert sample.input_ids == whole(tokenizer, messages_of([(str(asked), str(answer))]))
 
 
 def test_the_loss_is_on_all_turns_or_the_last_and_not_where_a_message_says_so(tmp_path, tokenizer):
