@@ -17,7 +17,8 @@ class Ending(Exception):
 
     def __init__(self, sentence: str, agreed: bool | None = None):
         """agreed: replaces the value of the class."""
-        super().__init__(sentence)
+        # Half a character, as JSON can name it, could be written to no terminal and no file.
+        super().__init__(sentence.encode("utf-8", "backslashreplace").decode())
         if agreed is not None:
             self.agreed = agreed
 

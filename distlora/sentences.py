@@ -18,6 +18,13 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
+def listed(names: Iterable[object], most: int = 20) -> str:
+    """Names with commas between them; of many the first, and how many there are."""
+    names = list(map(str, names))
+    more = f", … ({len(names)} in all)" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
 def ranks_on_hosts(ranks: Sequence[int], hosts: Sequence[str] | Mapping[int, str], separator: str) -> str:
     """Such as "rank 1 on node1; ranks 2, 3 on node2", with the separator "; ". hosts: of every rank."""
     by_host: dict[str, list[str]] = {}

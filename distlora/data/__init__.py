@@ -2,18 +2,22 @@
 
     sources ─► examples ─► encode ─► batches        prompts and responses (seams, special_tokens)
             │           └► questions                what is asked in an evaluation
+            ├► completion                           texts
             ├► conversations                        several turns; encoded by chat, with chat_*
             ├► labelled                             texts and labels
             └► images (image_files)                 images and labels
 
-Other folders use the names below. `distlora.tasks` says what is made of a row and how an answer is judged.
+`fingerprint` tells whether samples are those of before. Other folders use the names below. `distlora.tasks`
+says what is made of a row and how an answer is judged.
 """
 
 from distlora.data.batches import TrainOrder, collate, micro_batches, shard
+from distlora.data.completion import CompletionRows, EncodedDocuments, load_completion
 from distlora.data.conventions import Conventions
 from distlora.data.conversations import ChatExamples
 from distlora.data.encode import Encoded, Sample, examples_of, load_split
 from distlora.data.examples import Examples, download, is_at_hand
+from distlora.data.fingerprint import Fingerprint, fingerprint_of
 from distlora.data.images import (
     ImageRows,
     ImageSample,
@@ -26,10 +30,13 @@ from distlora.data.labelled import LabelledRows, LabelledSample, collate_labelle
 from distlora.data.questions import Question, Questions, load_questions
 
 __all__ = [
+    "CompletionRows",
     "ChatExamples",
     "Conventions",
     "Encoded",
+    "EncodedDocuments",
     "Examples",
+    "Fingerprint",
     "ImageRows",
     "ImageSample",
     "LabelledRows",
@@ -43,10 +50,12 @@ __all__ = [
     "collate_images",
     "collate_labelled",
     "download",
+    "fingerprint_of",
     "examples_of",
     "image_labels",
     "is_at_hand",
     "label_names",
+    "load_completion",
     "load_images",
     "load_labelled",
     "load_questions",

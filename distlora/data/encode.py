@@ -16,6 +16,7 @@ from itertools import islice
 
 from distlora.data.chat import Chat, ChatTokens
 from distlora.data.chat_template import Conversation
+from distlora.data.columns import row_name
 from distlora.data.conventions import NEWEST, Conventions
 from distlora.data.conversations import ChatExamples
 from distlora.data.examples import DataSection, Example, Examples
@@ -100,7 +101,7 @@ def load_split(section: DataSection, split: str, tokenizer, conventions: Convent
 
 def encode(examples: Examples, tokens: Tokens, max_length: int) -> Encoded:
     """Tokenises examples, cuts them to max_length tokens, and drops those without a response token then."""
-    encoded, shared = Encoded([], truncated=0, dropped=0), _Shared()
+    encoded, shared = Encoded([], truncated=0, dropped=0), Shared()
     for numbers, answered in answered_chunks(examples, encoded):
         prompts, responses = [each.shown for each in answered], [each.response for each in answered]
         with of_row(examples.origin, numbers):
@@ -124,7 +125,7 @@ def encode_chats(examples: Examples | ChatExamples, chat: Chat, section: DataSec
     """
     whole_turns = isinstance(get_task(section.task), ChatTask)
     last_only = whole_turns and section.train_on == "last"
-    encoded, shared = Encoded([], truncated=0, dropped=0), _Shared()
+    encoded, shared = Encoded([], truncated=0, dropped=0), Shared()
     thoughtless = 0
     encoded.why_dropped = "no turn that is trained was left" if whole_turns else encoded.why_dropped
     for numbers, answered in answered_chunks(examples, encoded):
@@ -179,7 +180,7 @@ def _whole_turns(
 
 
 def _chat_sample(
-    example: Example, talk: Conversation, found: ChatTokens, max_length: int, shared: "_Shared"
+    example: Example, talk: Conversation, found: ChatTokens, max_length: int, shared: "Shared"
 ) -> Sample | None:
     """None if no token is left that there is a loss on."""
     ids = shared(found.ids[:max_length])
@@ -193,7 +194,7 @@ def _chat_sample(
     return Sample(ids, labels, ids[: found.turns[-1].start], example.answer)
 
 
-class _Shared:
+class Shared:
     """Makes equal tokens one object: the tokenizer makes a new int for each. This halves the memory of a
     large data set.
     """
@@ -227,8 +228,8 @@ def of_row(origin: str, numbers: Sequence[int]) -> Iterator[None]:
     try:
         yield
     except Unreadable as unreadable:
-        row = numbers[unreadable.index]
-        raise UserError(f"data: row {row} of {origin} {unreadable.reason}") from None
+        row = row_name(numbers[unreadable.index], origin)
+        raise UserError(f"data: {row} {unreadable.reason}") from None
 
 
 def chunks(rows: Iterable) -> Iterator[list]:

@@ -7,10 +7,18 @@ from typing import Protocol
 
 from distlora.data import sources
 from distlora.data.chat_template import Conversation
+from distlora.data.columns import (
+    cell_text,
+    columns_of,
+    found_in,
+    is_not_finite,
+    require_column,
+    row_name,
+)
 from distlora.data.sources import Row
 from distlora.data.templates import BY_STEPS, CHAT, PAPER, Prompt, ask_by_steps, choose_templates, joined
 from distlora.errors import UserError
-from distlora.sentences import nearest
+from distlora.sentences import listed, nearest
 from distlora.tasks import ROLES, Layout, get_task
 
 #: What the column of the answer holds in a row without one, as in the hub's test splits.
@@ -87,43 +95,6 @@ def origin(section: DataSection, split: str) -> str:
     """The data set, as error messages name it."""
     has_path = section.path or get_task(section.task).path
     return f"{_path(section) if has_path else section.task}, split {split}"
-
-
-def columns_of(rows: Sequence[Row]) -> list[str]:
-    """The columns of a data set. Where rows may differ (JSON), those of the first row."""
-    columns = getattr(rows, "column_names", None)
-    return list(rows[0]) if columns is None else columns
-
-
-def require_column(rows: Sequence[Row], column: str, where: str, origin: str) -> None:
-    """Raises UserError if there is no such column. where: what asks for it."""
-    available = columns_of(rows)
-    if column not in available:
-        hint = nearest(column, available) or ", name another in data.fields"
-        columns = ", ".join(map(str, available))
-        raise UserError(f"{where}: {origin} has no column {column!r}{hint} (it has {columns})")
-
-
-def cell_text(row: Row, column: str, position: int, origin: str) -> str:
-    """A cell as text. Raises UserError if it holds neither text nor a number, or half a character.
-
-    position, origin: the row's number and the data set, for the error.
-    """
-    value = row.get(column)
-    if not isinstance(value, str | int | float):
-        found = "no value" if value is None else f"a {type(value).__name__}"
-        raise UserError(
-            f"data: row {position} of {origin} has {found} in column {column!r}, make it text or a number"
-        )
-    text = str(value)
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:  # JSON can name half of a surrogate pair, and no text can hold it
-        raise UserError(
-            f"data: row {position} of {origin} has half a character ({text[error.start]!a}) in column "
-            f"{column!r}, correct it"
-        ) from None
-    return text
 
 
 def _path(section: DataSection) -> str:
@@ -204,7 +175,7 @@ class Examples:
         )
         raise UserError(
             f"task {self._section.task}: {self.origin} has neither the columns {known}, name others in "
-            f"data.fields (it has {', '.join(map(str, columns_of(self.rows)))})"
+            f"data.fields (it has {listed(columns_of(self.rows))})"
         )
 
     def _assign_columns(self, fields: dict[str, str]) -> dict[str, str]:
@@ -290,10 +261,11 @@ class Examples:
         value = row.get(layout.answer)
         if value is None or str(value).strip() in _UNANSWERED:
             return None
-        where = f"data: row {position} of {self.origin}"
+        where = f"data: {row_name(position, self.origin)}"
         for column in layout.columns:
-            if row.get(column) is None:
-                raise UserError(f"{where} has no value in column {column!r}, correct it")
+            if row.get(column) is None or is_not_finite(row[column]):
+                found = found_in(row.get(column))
+                raise UserError(f"{where} has {found} in column {column!r}, correct it")
         try:
             return {**row, **layout.read(row)}
         except ValueError as error:

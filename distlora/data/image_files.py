@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from distlora.data.sources import READERS, Row
+from distlora.data.readers import Row, is_read
 from distlora.errors import UserError
 from distlora.sentences import first_line, nearest
 
@@ -260,7 +260,7 @@ def _rows(images: np.ndarray, labels: dict[str, np.ndarray], origin: str) -> lis
 def _folder_splits(path: Path) -> Splits | None:
     """path/class/image, which is the split train, or path/split/class/image. Tables go before folders."""
     folders = _folders(path)
-    if not folders or any(file.suffix.lower() in READERS for file in path.iterdir()):
+    if not folders or any(map(is_read, path.iterdir())):
         return None
     if any(folder.name in SPLIT_NAMES and _folders(folder) for folder in folders):
         return {folder.name: partial(_read_classes, folder) for folder in folders if _folders(folder)}

@@ -30,6 +30,9 @@ from distlora.tasks import get_task
 #: What Pillow raises for bytes that are no image, or only a part of one.
 _BROKEN = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
 
+#: Bytes at either end of an image's file that a fingerprint looks at.
+_ENDS = 512
+
 
 class DataSection(labelled.DataSection, Protocol):
     """What this file reads of a recipe's `data:` section, beside what all tasks with labels have."""
@@ -72,8 +75,7 @@ class ImageRows(LabelledRows):
 
     def __init__(self, section: DataSection, split: str):
         super().__init__(section, split)
-        self._column = self._columns["image"]
-        self.rows = _undecoded(self.rows, self._column)
+        self.column = self._columns["image"]
 
     def read(self, section: DataSection, split: str) -> Sequence[Row]:
         path = section.path and Path(section.path).expanduser()
@@ -88,19 +90,19 @@ class ImageRows(LabelledRows):
     def __iter__(self) -> Iterator[int | None]:
         """Looks into every image as far as its header, so that a file that is none shows before training."""
         for position, row in enumerate(self.rows):
-            with self._explained(row, position), _opened(row[self._column]) as image:
+            with self._explained(row, position), _opened(row[self.column]) as image:
                 _check_depth(image)
             yield self._label(row, position)
 
     def image(self, position: int) -> Image.Image:
         """The image of a row, upright and in RGB. Raises UserError if it is damaged."""
         row = self.rows[position]
-        with self._explained(row, position), _opened(row[self._column]) as image:
+        with self._explained(row, position), _opened(row[self.column]) as image:
             return ImageOps.exif_transpose(image).convert("RGB")
 
     @contextmanager
     def _explained(self, row: Row, position: int) -> Iterator[None]:
-        value = row.get(self._column)
+        value = row.get(self.column)
         where = str(value) if isinstance(value, Path) else f"row {position} of {self.origin}"
         try:
             yield
@@ -108,18 +110,6 @@ class ImageRows(LabelledRows):
             unknown = isinstance(error, UnidentifiedImageError)
             what = "it is none" if unknown else first_line(error) or type(error).__name__
             raise UserError(f"data: the image in {where} cannot be read ({what}), replace it") from None
-
-
-def _undecoded(rows: Sequence[Row], column: str) -> Sequence[Row]:
-    """Rows of the hub with images as the bytes of their files: `datasets` would decode each that is looked
-    at.
-    """
-    if not hasattr(rows, "cast_column"):
-        return rows
-    import datasets
-
-    is_image = isinstance(rows.features[column], datasets.Image)
-    return rows.cast_column(column, datasets.Image(decode=False)) if is_image else rows
 
 
 def _opened(value: Any) -> Image.Image:
@@ -134,6 +124,17 @@ def _opened(value: Any) -> Image.Image:
         return Image.open(value)
     found = "no value" if value is None else f"a {type(value).__name__}"
     raise ValueError(f"{found} and no image")
+
+
+def _seen(value: Any) -> list:
+    """The pixels of an array; of a file its name and size, and of the bytes of one these and both ends."""
+    if isinstance(value, np.ndarray):
+        return [value.tobytes()]
+    if isinstance(value, dict):
+        value = value.get("bytes") or Path(value.get("path") or "")
+    if isinstance(value, bytes):
+        return [len(value), value[:_ENDS], value[-_ENDS:]]
+    return [value.name, value.stat().st_size]
 
 
 def _check_depth(image: Image.Image) -> None:
@@ -154,6 +155,10 @@ class ImageSample:
         reading.
         """
         return [self.rows.origin, self.position, self.label]
+
+    def content(self) -> list:
+        """What a fingerprint is made of: the label, and as much of the image as needs no decoding."""
+        return [self.label, *_seen(self.rows.rows[self.position][self.rows.column])]
 
 
 def load_images(section: DataSection, split: str) -> Encoded:

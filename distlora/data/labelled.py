@@ -7,16 +7,18 @@ The tokenizer makes the tokens of a row by its own rules, as the encoder has see
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from distlora.data import examples
 from distlora.data.batches import pad_rows
+from distlora.data.columns import cell_text, columns_of, require_column, row_name
 from distlora.data.conventions import NEWEST, Conventions
 from distlora.data.encode import Encoded, chunks, of_row
 from distlora.data.labelled_texts import LabelledTexts
+from distlora.data.labels import LabelNames, is_unlabelled, number_in, shown, whole_number
 from distlora.data.sources import Row
 from distlora.errors import UserError
 from distlora.models.targets import IGNORE
@@ -28,9 +30,6 @@ ROLES = ("text", "pair", "label")
 
 #: The output of a regression.
 SCORE = ("score",)
-
-#: What the column of the label holds in a row without one, as in the hub's test splits.
-_UNLABELLED = ("", "-", "-1", "-1.0")
 
 
 class DataSection(examples.DataSection, Protocol):
@@ -80,7 +79,7 @@ def label_names(section: DataSection) -> tuple[str, ...]:
         raise UserError(
             f"data.labels: the task {section.task} needs them, list the names, as in [negative, positive]"
         )
-    if given and (len(given) < 2 or len(set(given)) < len(given)):
+    if given and (len(given) < 2 or len({whole_number(name) or name for name in given}) < len(given)):
         raise UserError(
             f"data.labels: {', '.join(given)} are not at least two different names, correct the list"
         )
@@ -108,10 +107,7 @@ class LabelledRows:
         self.origin = examples.origin(section, split)
         self._task = get_task(section.task)
         self._columns = self._assign_columns(self._task, section.task, section.fields or {})
-        self._numbers = {name: number for number, name in enumerate(self.labels)}
-        self._numbers |= {
-            str(number): number for number in range(len(self.labels)) if str(number) not in self._numbers
-        }
+        self._names = LabelNames(self.labels)
 
     def read(self, section: DataSection, split: str) -> Sequence[Row]:
         return examples.load_rows(section, split)
@@ -122,8 +118,8 @@ class LabelledRows:
     def __iter__(self) -> Iterator[LabelledRow]:
         pair = self._columns.get("pair")
         for position, row in enumerate(self.rows):
-            text = examples.cell_text(row, self._columns["text"], position, self.origin)
-            second = pair and examples.cell_text(row, pair, position, self.origin)
+            text = cell_text(row, self._columns["text"], position, self.origin)
+            second = pair and cell_text(row, pair, position, self.origin)
             yield text, second, self._label(row, position)
 
     def _assign_columns(self, task: TextTask, name: str, fields: dict[str, str]) -> dict[str, str]:
@@ -132,12 +128,12 @@ class LabelledRows:
             if role not in self.roles:
                 hint = nearest(role, self.roles) or f", choose from {', '.join(self.roles)}"
                 raise UserError(f"data.fields: unknown name {role!r}{hint}")
-            examples.require_column(self.rows, column, f"data.fields: {role}", self.origin)
-        available, columns = examples.columns_of(self.rows), dict(fields)
+            require_column(self.rows, column, f"data.fields: {role}", self.origin)
+        available, columns = columns_of(self.rows), dict(fields)
         for role, names in task.columns.items():
             if role not in fields:
                 columns[role] = next((column for column in names if column in available), names[0])
-                examples.require_column(self.rows, columns[role], f"{role} of the task {name}", self.origin)
+                require_column(self.rows, columns[role], f"{role} of the task {name}", self.origin)
         for role in (self.roles[0], "label"):
             if role not in columns:
                 raise UserError(
@@ -151,33 +147,29 @@ class LabelledRows:
         None for a row without one.
         """
         value = row.get(self._columns["label"])
-        text = "" if value is None else str(value).strip()
-        if text in _UNLABELLED:
-            return None
-        return (
-            self._score(text, position) if isinstance(self._task, ScoreTask) else self._number(text, position)
-        )
-
-    def _number(self, text: str, position: int) -> int:
-        if text not in self._numbers:
-            known = f"{', '.join(self.labels)} or 0 to {len(self.labels) - 1}"
+        if isinstance(self._task, ScoreTask):
+            return self._score(value, position)
+        number = self._names.number(value)
+        if number is None and not is_unlabelled(value):
             raise UserError(
-                f"data: row {position} of {self.origin} has the label {text!r}, which is none of {known}"
+                f"data: {row_name(position, self.origin)} has the label {shown(value)}, which is none of "
+                f"{self._names.known()}{self._names.advice(value)}"
             )
-        return self._numbers[text]
+        return number
 
-    def _score(self, text: str, position: int) -> float:
+    def _score(self, value: Any, position: int) -> float | None:
         lowest, highest = self._task.lowest, self._task.highest
-        try:
-            score = float(text)
-        except ValueError:
-            score = float("nan")
-        if not lowest <= score <= highest:
-            raise UserError(
-                f"data: row {position} of {self.origin} has the score {text!r}, "
-                f"which is no number from {lowest:g} to {highest:g}, correct it"
-            )
-        return score
+        score = number_in(value)
+        if score is not None and lowest <= score <= highest:
+            return score
+        if is_unlabelled(value):
+            return None
+        comma = isinstance(value, str) and number_in(value.replace(",", ".", 1)) is not None and score is None
+        advice = f"write it as {value.strip().replace(',', '.', 1)}" if comma else "correct it"
+        raise UserError(
+            f"data: {row_name(position, self.origin)} has the score {shown(value)}, "
+            f"which is no number from {lowest:g} to {highest:g}, {advice}"
+        )
 
 
 def load_labelled(section: DataSection, split: str, tokenizer, conventions: Conventions = NEWEST) -> Encoded:

@@ -71,13 +71,16 @@ def subject_of(recipe: Path | None, run_dir: Path | None, build: bool) -> Subjec
     operators = ["ShareMemCommBuilder"]
     if recipe is None:
         return Subject(str((run_dir or Path.cwd()).absolute()), operators=tuple(operators) if build else ())
+    from distlora.data.local_files import place_of
     from distlora.recipe.deepspeed_config import look_up
     from distlora.recipe.load import load_recipe
     from distlora.tasks import get_task
 
     loaded = load_recipe(recipe)
     paths, model = {"recipe": str(recipe)}, None
-    for label, path in (("model", loaded.model.path), ("data", loaded.data.path)):
+    rows = loaded.data.path
+    file, key = place_of(rows or "")
+    for label, path in (("model", loaded.model.path), ("data", rows if key is None else str(file))):
         if path and (Path(path).expanduser().exists() or path[0] in "./~"):
             paths[label] = path
     if "model" not in paths and not loaded.model.path.startswith("pypi:"):

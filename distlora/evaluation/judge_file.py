@@ -41,7 +41,7 @@ def _judge(name: str) -> Judge:
     if name in answered:
         return answered[name].judge
     if name in TASKS:
-        raise UserError(f"the task {name} predicts labels and generates no answers that could be judged")
+        raise UserError(f"the task {name} generates no answers that could be judged")
     hint = nearest(name, answered) or f", choose one of {', '.join(answered)}"
     raise UserError(f"unknown task {name!r}{hint}")
 

@@ -1,5 +1,6 @@
 """Scores on held-out samples: of answers, and of a classifier's labels."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -120,3 +121,11 @@ def label_scores(
     engine.train_mode(True)
     predicted = comm.all_reduce(predicted).cpu()
     return {"loss": loss / len(samples)} | {name: METRICS[name](predicted, expected) for name in metrics}
+
+
+def perplexity(loss: float) -> float:
+    """e to the power of a mean cross-entropy; infinite where that is beyond a float."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf

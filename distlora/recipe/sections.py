@@ -98,6 +98,10 @@ class OptimizerSection(Section):
         return self
 
 
+#: A name that is a whole number needs no quotes.
+Label = Annotated[Text, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
+
+
 def _day(value: str) -> str:
     try:
         return Date.fromisoformat(value).isoformat()
@@ -120,7 +124,7 @@ class DataSection(Section):
     fields: dict[str, Text] | None = Field(
         None, description="the task's field name -> the column of the data"
     )
-    labels: list[Text] | None = Field(
+    labels: list[Label] | None = Field(
         None, description="tasks classification and images: names in the order of their numbers, from 0 on"
     )
     template: Text | None = Field(

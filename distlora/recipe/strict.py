@@ -180,9 +180,21 @@ def _wanted(mistake: dict) -> str:
     text = _WANTED.get(mistake["type"])
     if text is None:
         return mistake["msg"]
-    if mistake["type"] == "string_type" and isinstance(mistake["input"], int | float):
-        text += " (put it in quotes)"
+    if mistake["type"] == "string_type":
+        text += _quotes(mistake)
     return text.format(**mistake.get("ctx", {})).replace("'", "")
+
+
+#: Words that YAML reads as something else, by what it makes of them.
+_READ_AS = {False: "no, off and false", True: "yes, on and true", None: "null and ~"}
+
+
+def _quotes(mistake: dict) -> str:
+    """The advice to write a text in quotes, where YAML has made something else of it."""
+    value = mistake["input"]
+    if isinstance(value, bool) or (value is None and isinstance(mistake["loc"][-1], int)):
+        return f" (YAML reads {_READ_AS[value]} as {show(value)}: put the word in quotes)"
+    return " (put it in quotes)" if isinstance(value, int | float) else ""
 
 
 def _path(mistake: dict, data: Any) -> tuple:

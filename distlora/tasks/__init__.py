@@ -12,6 +12,7 @@ Other folders use the names below.
 
 from distlora.tasks.base import ROLES, LabelTask, Layout, ResponseTask, ScoreTask, Task, TextTask
 from distlora.tasks.chat import ChatTask
+from distlora.tasks.completion import CompletionTask
 from distlora.tasks.images import ImageTask
 from distlora.tasks.registry import SUITES, TASKS, get_task, is_correct, scored_tasks, try_judge
 
@@ -19,6 +20,7 @@ __all__ = [
     "ROLES",
     "SUITES",
     "TASKS",
+    "CompletionTask",
     "ChatTask",
     "ImageTask",
     "LabelTask",

@@ -12,6 +12,7 @@ from distlora.engine.device import device_of
 from distlora.engine.random_state import own_random_state
 from distlora.errors import Preempted, UserError, before_ranks_meet
 from distlora.recipe.combination import check_combination
+from distlora.recipe.packages import check_packages
 from distlora.recipe.sections import Recipe
 from distlora.tasks import try_judge
 from distlora.training.evaluated import Asked, Subject, fitted_to_ranks, sections_of
@@ -20,7 +21,7 @@ from distlora.training.evaluation_scores import Scores, scores_of_tasks
 from distlora.training.objective import Objective, objective_of
 from distlora.training.samples import fetch, read_samples
 from distlora.training.subject import Evaluated, refuse_other_base
-from distlora.training.train import check_packages, check_settings, fitted
+from distlora.training.train import check_settings, fitted
 
 #: What the split of an evaluation without tasks is called in the answer of `evaluate`.
 OWN_SPLIT = ""
@@ -39,7 +40,7 @@ def check(subject: Subject, topology: Topology, asked: Asked) -> None:
         refuse_other_base(subject, objective)
         recipe = fitted(recipe, objective)
         check_combination(recipe, config)
-        check_packages(recipe)
+        check_packages(recipe, config)
         if not asked.tasks:
             if recipe.data.eval_split is None:
                 raise UserError("data.eval_split is null, so there is nothing to evaluate on; name a split")

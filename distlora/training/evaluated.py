@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from distlora.data.examples import is_same_data
+from distlora.data.local_files import place_of
 from distlora.data.sources import parse_split
 from distlora.data.templates import CHAT, parse_template
 from distlora.errors import UserError
@@ -173,7 +174,8 @@ def _check_together(asked: Asked, names: Sequence[str]) -> None:
         if not isinstance(get_task(name), ResponseTask):
             for option, is_set in (("--by", asked.by), ("--merge", asked.fold)):
                 if is_set:
-                    raise UserError(f"{option} is for tasks with answers, and {name} has labels; omit it")
+                    what = "labels" if hasattr(get_task(name), "metrics") else "only texts"
+                    raise UserError(f"{option} is for tasks with answers, and {name} has {what}; omit it")
 
 
 def _paths(asked: Asked, names: Sequence[str]) -> dict[str, str]:
@@ -209,7 +211,7 @@ def _section(subject: Subject, name: str, path: str | None) -> DataSection:
         named = own is None or bool(getattr(task, "labels", ()))
         labels = None if named else own.labels
         begun = DataSection(task=name, path=path, max_length=here.max_length, labels=labels)
-    is_file = begun.path is not None and Path(begun.path).expanduser().is_file()
+    is_file = begun.path is not None and place_of(begun.path)[0].is_file()
     split = "train" if is_file else task.eval_split  # a file has no other split
     if own is not None and own.task == name and path is None:
         split = own.eval_split or split

@@ -15,14 +15,14 @@ from distlora.evaluation.predictions import Predictions
 from distlora.recipe.sections import DataSection, Recipe
 from distlora.tasks import ResponseTask, get_task
 from distlora.training.evaluated import Asked, Subject
-from distlora.training.objective import Objective, conventions_of, objective_of
+from distlora.training.objective import Objective, Responses, conventions_of, objective_of
 from distlora.training.run_directory import EVALUATIONS
 from distlora.training.samples import read_samples
 from distlora.training.subject import Evaluated
 
 log = logging.getLogger(__name__)
 
-#: In place of a way to answer, of a task with labels.
+#: In place of a way to answer, of a task with labels; and of one whose texts are only read.
 LABELS = "labels"
 
 
@@ -50,11 +50,17 @@ def objective_for(subject: Subject, recipe: Recipe, section: DataSection, model:
     """What a task asks of the model. Raises UserError if that is another kind of model, or tells other labels
     apart. model: what it was trained for."""
     found = objective_of(recipe.model_copy(update={"data": section}))
-    if type(found) is type(model) and found.labels == model.labels:
+    language = isinstance(found, Responses)
+    if (type(found) is type(model) or (language and isinstance(model, Responses))) and (
+        found.labels == model.labels
+    ):
         return found
-    if isinstance(get_task(section.task), ResponseTask):
+    if language:
+        wanted = (
+            "generated answers" if isinstance(get_task(section.task), ResponseTask) else "a language model"
+        )
         raise UserError(
-            f"the task {section.task} wants generated answers, and {subject.name} predicts labels; "
+            f"the task {section.task} wants {wanted}, and {subject.name} predicts labels; "
             "choose a task with labels"
         )
     if not model.labels:

@@ -54,11 +54,15 @@ class _Work:
     def do(self, jobs: Sequence[Job]) -> None:
         """Loads the model, and leaves every job with a summary. Collective."""
         engine = self.evaluated.engine()
-        if jobs[0].by == LABELS:
-            self._forget(jobs)
-            for job in jobs:
-                self._label(engine, job)
-            return
+        without_answers = [job for job in jobs if job.by == LABELS]
+        self._forget(without_answers)
+        for job in without_answers:
+            self._label(engine, job)
+        jobs = [job for job in jobs if job.by != LABELS]
+        if jobs:
+            self._answer_all(engine, jobs)
+
+    def _answer_all(self, engine: Engine, jobs: Sequence[Job]) -> None:
         if self.asked.fold:
             refuse_packed(engine.layers)
         with ready_to_answer(engine, self.asked.fold) as agree:

@@ -1,5 +1,5 @@
-"""What is learned: a language model's responses, a classifier's labels or a regression's scores; of images in
-`image_objective`. The kind of the recipe's task is looked at only here.
+"""What is learned: a language model's responses or texts, a classifier's labels or a regression's scores; of
+images in `image_objective`. The kind of the recipe's task is looked at only here.
 """
 
 from collections.abc import Sequence
@@ -11,8 +11,10 @@ from torch import nn
 
 from distlora.data import (
     ChatExamples,
+    CompletionRows,
     Conventions,
     Encoded,
+    EncodedDocuments,
     Examples,
     LabelledRows,
     Questions,
@@ -20,6 +22,7 @@ from distlora.data import (
     collate_labelled,
     examples_of,
     label_names,
+    load_completion,
     load_labelled,
     load_questions,
     load_split,
@@ -28,12 +31,12 @@ from distlora.data import (
 from distlora.engine.coordination import on_every_rank
 from distlora.engine.protocol import Engine
 from distlora.errors import UserError
-from distlora.evaluation.scoring import exact_match, label_scores
+from distlora.evaluation.scoring import exact_match, label_scores, perplexity
 from distlora.models.loading import head_parameters
 from distlora.models.losses import label_loss, response_loss, score_loss
 from distlora.models.targets import Batch
 from distlora.recipe.sections import Recipe
-from distlora.tasks import ImageTask, LabelTask, ResponseTask, ScoreTask, Task, get_task
+from distlora.tasks import CompletionTask, ImageTask, LabelTask, ResponseTask, ScoreTask, Task, get_task
 from distlora.training.image_objective import ImageLabels
 from distlora.training.objective_base import Objective
 from distlora.training.step import evaluation_loss
@@ -93,6 +96,38 @@ class Responses(Texts):
             self.check_questions(self._questions, tokenizer, data.max_new_tokens)
 
 
+class Completions(Responses):
+    """A language model learns every token of a text."""
+
+    def __init__(self, recipe: Recipe):
+        super().__init__(recipe)
+        _refuse_questions(recipe)
+
+    def _rows(self, split: str) -> CompletionRows:
+        return CompletionRows(self.recipe.data, split)
+
+    def read(self, split: str, tokenizer) -> EncodedDocuments:
+        return load_completion(self.recipe.data, split, tokenizer, conventions_of(self.recipe))
+
+    def told_of(self, encoded: EncodedDocuments) -> str:
+        longest = self.recipe.data.max_length
+        return f"pieces of {encoded.documents} texts ({encoded.cut} longer than {longest} tokens), "
+
+    def evaluate(self, engine: Engine, tokenizer, samples: Sequence) -> dict[str, float]:
+        scores = super().evaluate(engine, tokenizer, samples)
+        return scores | {"perplexity": perplexity(scores["loss"])}
+
+
+def _refuse_questions(recipe: Recipe) -> None:
+    """Raises UserError for settings of tasks that ask something."""
+    if recipe.data.think_step_by_step is not None:
+        raise UserError(f"data.think_step_by_step: the task {recipe.data.task} asks nothing; set it to null")
+    if recipe.train.exact_match_samples:
+        raise UserError(
+            f"train.exact_match_samples: the task {recipe.data.task} generates no answers; set it to 0"
+        )
+
+
 class Labels(Texts):
     """A classifier learns the label of a text or of a pair of texts."""
 
@@ -101,14 +136,7 @@ class Labels(Texts):
     def __init__(self, recipe: Recipe):
         super().__init__(recipe)
         self.labels = label_names(recipe.data)
-        if recipe.data.think_step_by_step is not None:
-            raise UserError(
-                f"data.think_step_by_step: the task {recipe.data.task} asks nothing; set it to null"
-            )
-        if recipe.train.exact_match_samples:
-            raise UserError(
-                f"train.exact_match_samples: the task {recipe.data.task} generates no answers; set it to 0"
-            )
+        _refuse_questions(recipe)
 
     def _rows(self, split: str) -> LabelledRows:
         return LabelledRows(self.recipe.data, split)
@@ -142,6 +170,7 @@ class Scores(Labels):
 #: By the kind of task.
 _OBJECTIVES: dict[type[Task], type[Objective]] = {
     ResponseTask: Responses,
+    CompletionTask: Completions,
     LabelTask: Labels,
     ScoreTask: Scores,
     ImageTask: ImageLabels,

@@ -53,6 +53,12 @@ class Objective(ABC):
         """Raises UserError for samples of `read` that the model cannot take."""
         return
 
+    def told_of(self, encoded: Encoded) -> str:
+        """How the samples of `read` were fitted to the maximal length, as a part of a line in the log."""
+        if encoded.truncated is None:
+            return ""
+        return f"{encoded.truncated} truncated to {self.recipe.data.max_length} tokens, "
+
     @abstractmethod
     def batch(self, samples: Sequence, tokenizer, device: torch.device) -> Batch:
         """Samples of `read` as a batch for `loss`; none as one of weight zero."""

@@ -28,6 +28,7 @@ from distlora.training.monitor import Monitor
 from distlora.training.objective import objective_of
 from distlora.training.rate_search import RateSearch, find_rate, search_rate
 from distlora.training.samples import RunSamples, fetch
+from distlora.training.seen_data import seen_by
 from distlora.training.summary import record_summary
 from distlora.training.writing import Writing
 
@@ -67,9 +68,10 @@ class Run:
         checkpoint: Checkpoint | None,
         status: StatusFile | None = None,
         writing: Writing | None = None,
+        allow_changed_data: bool = False,
     ):
-        """checkpoint: to continue from. Nothing is written to the run directory before `finish`. Raises
-        Preempted between what takes long.
+        """checkpoint: to continue from. allow_changed_data: with whatever samples there are. Nothing is
+        written to the run directory before `finish`. Raises Preempted between what takes long.
         """
         self.comm, self.recipe, self.checkpoint, self.status = comm, recipe, checkpoint, status
         self.run_dir, self.writing = Path(recipe.output_dir), writing or Writing(comm)
@@ -79,6 +81,9 @@ class Run:
         on_every_rank(comm, self.objective.check_length)
         fitted = on_every_rank(comm, lambda: check_targets(recipe, self.objective))
         self.data = RunSamples(comm, recipe, self.objective)
+        self.seen = seen_by(comm, recipe, self.data)
+        if checkpoint is not None:
+            on_main(comm, self.run_dir, lambda: self.seen.compare(self.run_dir, allow_changed_data))
         on_every_rank(comm, lambda: self.objective.prepare(self.data.preprocessor))
         settings = recipe.train
         self.steps = settings.steps or max(1, round(settings.epochs * self.data.order.steps_per_epoch))

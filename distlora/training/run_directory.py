@@ -20,7 +20,7 @@ from distlora.recipe.sections import Recipe
 log = logging.getLogger(__name__)
 
 RECIPE, METRICS, RECOMPOSITIONS, ADAPTER = "recipe.yaml", "metrics.jsonl", "recompositions.jsonl", "adapter"
-RATE_SEARCH, SUMMARY, EVALUATIONS = "lr_search.json", "summary.json", "eval"
+RATE_SEARCH, SUMMARY, EVALUATIONS, DATA = "lr_search.json", "summary.json", "eval", "data.json"
 
 
 def check_run_dir(recipe: Recipe, resume: bool | None) -> None:
@@ -127,7 +127,7 @@ def _forget(run_dir: Path) -> None:
     # Predictions and scores are of the checkpoints that are removed.
     for name in (ADAPTER, LOGS, EVALUATIONS):
         shutil.rmtree(run_dir / name, ignore_errors=True)
-    for name in (METRICS, RECOMPOSITIONS, RATE_SEARCH, SUMMARY, ENVIRONMENT, STATUS):
+    for name in (METRICS, RECOMPOSITIONS, RATE_SEARCH, SUMMARY, ENVIRONMENT, STATUS, DATA):
         (run_dir / name).unlink(missing_ok=True)
 
 

@@ -62,11 +62,9 @@ def read_samples(objective: Objective, split: str, preprocessor) -> list:
     """The samples of a split, and a line on them in the log. Raises UserError."""
     encoded: Encoded = objective.read(split, preprocessor)
     objective.check_samples(encoded.samples, preprocessor)
-    cut = f"{encoded.truncated} truncated to {objective.recipe.data.max_length} tokens, "
     log.info(
         "data: %d samples of split %s, %s%d dropped because %s",
-        len(encoded.samples), split, "" if encoded.truncated is None else cut, encoded.dropped,
-        encoded.why_dropped,
+        len(encoded.samples), split, objective.told_of(encoded), encoded.dropped, encoded.why_dropped,
     )  # fmt: skip
     return encoded.samples
 

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from distlora.adapter.packed import library
 from distlora.checkpoints.directory import share_checkpoint
 from distlora.cluster import environment
 from distlora.cluster.lease import Lease, take_lease
@@ -19,7 +18,6 @@ from distlora.cluster.supervision import Supervision
 from distlora.engine.comm import Comm, Topology
 from distlora.engine.coordination import on_every_rank, on_main
 from distlora.engine.device import device_of
-from distlora.engine.optimizers import OptimizerSpec
 from distlora.engine.random_state import own_random_state
 from distlora.errors import Preempted, UserError, before_ranks_meet
 from distlora.files.problems import WriteErrors
@@ -27,6 +25,7 @@ from distlora.models.hub import on_the_hub
 from distlora.recipe.combination import check_combination
 from distlora.recipe.deepspeed_check import checked_deepspeed
 from distlora.recipe.deepspeed_config import plan_batches
+from distlora.recipe.packages import check_packages
 from distlora.recipe.sections import Recipe
 from distlora.training.build import check_targets
 from distlora.training.monitor import writers_silenced
@@ -55,7 +54,7 @@ def check_run(recipe: Recipe, world_size: int, resume: bool | None) -> tuple[Rec
     check_run_dir(recipe, resume)
     recipe = fitted(recipe, objective)
     check_combination(recipe, config)
-    check_packages(recipe)
+    check_packages(recipe, config)
     for split in filter(None, (recipe.data.split, recipe.data.eval_split)):
         objective.check_split(split)
     return recipe, objective
@@ -83,27 +82,20 @@ def fitted(recipe: Recipe, objective: Objective) -> Recipe:
     return check_targets(recipe, objective)
 
 
-def check_packages(recipe: Recipe) -> None:
-    """Raises UserError for a package that the recipe needs and that is not there."""
-    lacking = OptimizerSpec(recipe.train.optimizer.name).problem()
-    if lacking:
-        raise UserError(lacking)
-    if recipe.model.quantization is not None:
-        library()
-
-
 def train(
     recipe: Recipe,
     topology: Topology,
     resume: bool | None = None,
     asked_to_stop: Callable[[], bool] = lambda: False,
     take_over: bool = False,
+    allow_changed_data: bool = False,
 ) -> Summary:
     """Runs a recipe that `check` has passed; on every rank. Returns the same summary on all.
 
     resume: None continues from the newest complete checkpoint of the run directory if there is one, True
     demands one, False begins anew. take_over: the directory of a start on another host, without waiting for
-    its silence. asked_to_stop: whether this rank should end early; one rank is enough.
+    its silence. allow_changed_data: continue also with other samples than the run was begun with.
+    asked_to_stop: whether this rank should end early; one rank is enough.
     Raises UserError for mistakes that only weights or data show, TrainingError if training breaks, Preempted
     once a run that was asked to stop has stopped. With several ranks the process is ended, with exit code 1,
     where another one goes silent for `train.hang_timeout`.
@@ -130,8 +122,10 @@ def train(
             recipe = _in_format_of_run(comm, recipe, resume)
             status = StatusFile(run_dir, checkpoint.step if checkpoint else 0, start)
             with supervision.telling(status):
-                run = Run(comm, recipe, checkpoint, status, Writing(comm, lease, errors))
+                writing = Writing(comm, lease, errors)
+                run = Run(comm, recipe, checkpoint, status, writing, allow_changed_data)
                 on_main(comm, run_dir, lambda: _claim(recipe, resume, status))
+                on_main(comm, run_dir, lambda: run.seen.write(run_dir))
                 on_every_rank(comm, lambda: rank_log.open(run_dir))
                 resumed_at, deepspeed = checkpoint and checkpoint.step, run.deepspeed
                 on_main(comm, run_dir, lambda: environment.record(run_dir, where, deepspeed, resumed_at))

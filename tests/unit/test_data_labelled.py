@@ -91,6 +91,7 @@ def test_own_data_with_labels_by_name_or_number(tmp_path):
         ({"labels": ["a", "b"]}, "data.labels: the task rte has its own labels"),
         ({"task": "classification"}, "data.labels: the task classification needs them"),
         ({"task": "classification", "labels": ["a", "a"]}, "not at least two different names"),
+        ({"task": "classification", "labels": ["1", "1.0"]}, "not at least two different names"),
         ({"task": "classification", "labels": ["a"]}, "not at least two different names"),
         ({"task": "classification", "labels": ["a", "b"]}, "data.fields: no column for text"),
         ({"template": "{text}"}, "data.template: the task rte shows texts as they are"),
@@ -112,7 +113,7 @@ def test_what_is_wrong_with_the_section(tmp_path, change, expected):
             {"label": "maybe"},
             "row 1 of .* has the label 'maybe', which is none of entailment, not_entailment or 0 to 1",
         ),
-        ({"label": 2}, "has the label '2'"),
+        ({"label": 2}, "has the label 2, which is none of"),
         ({"sentence2": None}, "row 1 of .* has no value in column 'sentence2'"),
     ],
 )

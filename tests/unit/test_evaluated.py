@@ -62,6 +62,8 @@ def test_a_run_is_not_scored_on_its_training_rows_unless_that_is_asked_for(data,
 def test_other_data_and_other_splits_are_no_training_rows(tmp_path):
     (tmp_path / "other.jsonl").write_text("")
     assert split_of(run_of(tmp_path), "gsm8k", ("gsm8k", str(tmp_path / "other.jsonl"))) == "train"
+    (tmp_path / "other.json").write_text("{}")
+    assert split_of(run_of(tmp_path), "gsm8k", ("gsm8k", f"{tmp_path}/other.json:rows")) == "train"
     assert split_of(run_of(tmp_path, path=str(tmp_path), split="train", eval_split=None), "gsm8k") == "test"
     assert split_of(run_of(tmp_path), "math") == "test"
 

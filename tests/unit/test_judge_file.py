@@ -71,7 +71,7 @@ GOOD = '{"output": "#### 7", "answer": "7"}\n'
     "task, text, said",
     [
         ("gsm8", GOOD, "unknown task 'gsm8', did you mean gsm8k?"),
-        ("rte", GOOD, "the task rte predicts labels"),
+        ("rte", GOOD, "the task rte generates no answers"),
         ("gsm8k", "", "has no predictions: it is empty"),
         ("gsm8k", "\n \n", "has no predictions: it is empty"),
         ("gsm8k", GOOD + "{}\n", "line 2 of {source} has no 'output'"),

@@ -100,6 +100,10 @@ def test_overrides_are_yaml_and_apply_in_order():
     assert recipe.model.path == "a=b"
 
 
+def test_labels_that_are_whole_numbers_need_no_quotes():
+    assert load("data.task=classification", "data.labels=[-1, 0, x]").data.labels == ["-1", "0", "x"]
+
+
 @pytest.mark.parametrize("off", ["0", "null"])
 def test_zero_and_null_turn_off(off):
     keys = ("eval_every", "save_every", "clip", "steps", "exact_match_samples")
@@ -232,6 +236,17 @@ def test_a_whole_method_can_be_given():
         ("output_dir=''", 'override output_dir: found "", wanted a text that is not empty'),
         ("targets=q_proj", 'override targets: found "q_proj", wanted all-linear or a list'),
         ("targets=[]", "override targets: found [], wanted all-linear or a list of at least 1"),
+        (
+            "data.labels=[no, yes]",
+            "override data.labels.0: found false, wanted a text "
+            "(YAML reads no, off and false as false: put the word in quotes)",
+        ),
+        (
+            "data.labels=[a, null]",
+            "override data.labels.1: found null, wanted a text "
+            "(YAML reads null and ~ as null: put the word in quotes)",
+        ),
+        ("data.labels=[1.0, a]", "override data.labels.0: found 1.0, wanted a text (put it in quotes)"),
         ("targets=[q_proj, 1]", "override targets.1: found 1, wanted a text (put it in quotes)"),
         ("method.rank=0", "override method.rank: found 0, wanted a number of at least 1"),
         ("method.init.eta=serch",

@@ -73,11 +73,14 @@ def test_the_real_files_are_read_to_the_last_row(split, count):
     assert len(labels) == count and min(labels) == 0 and max(labels) == 5
 
 
-@pytest.mark.parametrize("score", ["5.1", -0.5, "good", "nan", True])
-def test_what_is_no_score_is_named(tmp_path, score):
+@pytest.mark.parametrize(
+    ("score", "shown"),
+    [("5.1", "'5.1'"), (-0.5, "-0.5"), ("good", "'good'"), ("nan", "'nan'"), (True, "true")],
+)
+def test_what_is_no_score_is_named(tmp_path, score, shown):
     good = {"sentence1": "a", "sentence2": "b", "label": 2.5}
     file = rows_file(tmp_path, good, good | {"label": score})
-    said = f"row 1 of .* has the score '{score}', which is no number from 0 to 5, correct it"
+    said = f"row 1 of .* has the score {shown}, which is no number from 0 to 5, correct it"
     with pytest.raises(UserError, match=said):
         list(LabelledRows(section(file), "train"))
 

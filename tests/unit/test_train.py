@@ -173,7 +173,9 @@ def test_a_good_recipe_passes_and_hub_names_are_left_for_later(recipe, monkeypat
     monkeypatch.setattr(
         "distlora.models.hub.snapshot_download", lambda *_, **__: pytest.fail("asked the hub")
     )
-    monkeypatch.setattr("distlora.data.sources._hub_split", lambda *_: pytest.fail("asked the hub"))
+    for module in ("hub", "sources"):
+        name = f"distlora.data.{module}.hub_split"
+        monkeypatch.setattr(name, lambda *_: pytest.fail("asked the hub"))
     train.check(recipe("model.path=someone/model", "data.path=someone/rows"), Topology(), None)
 
 

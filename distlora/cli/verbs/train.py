@@ -27,6 +27,11 @@ def add(verbs) -> None:
         action="store_true",
         help="continue the run of another host, which is known to be down, without waiting for its silence",
     )
+    parser.add_argument(
+        "--allow-changed-data",
+        action="store_true",
+        help="continue although the samples are not those that the run was begun with",
+    )
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
 
 
@@ -43,7 +48,9 @@ def _run(options: argparse.Namespace, signals: StopSignals) -> int:
     for note in recipe.notes:
         logging.getLogger("distlora").info("%s", note)
     training.check(recipe, topology, options.resume)
-    summary = training.train(recipe, topology, options.resume, signals.asked, options.take_over)
+    summary = training.train(
+        recipe, topology, options.resume, signals.asked, options.take_over, options.allow_changed_data
+    )
     if topology.rank == 0:
         print(summary_table(summary))
     return 0

@@ -23,6 +23,7 @@ from distlora.engine.protocol import StepInfo, adapter_layers, left_factors, tra
 from distlora.engine.rehearsal import Kept
 from distlora.engine.zero.gradients import ZeroGradients
 from distlora.engine.zero.layout import base_optimizer, refuse_parameters_outside, refuse_unknown_layout
+from distlora.engine.zero.monitors import Monitors, start_explained
 
 #: What an engine of DeepSpeed, its optimizer wrapper and its clock count.
 COUNTERS = (
@@ -116,11 +117,13 @@ class ZeroEngine(ZeroGradients):
         # DeepSpeed would clip by the norm of the transformed gradients: who transforms them has clipped.
         config = {**self._config, "gradient_clipping": 0.0} if transforming(layers) else self._config
         built = self._build(optimizer, optimizer.groups(trained, left_factors(layers)))
-        engine, *_ = deepspeed.initialize(
-            model=_Runner(model), optimizer=built, config=config, dist_init_required=False
-        )
+        with start_explained():
+            engine, *_ = deepspeed.initialize(
+                model=_Runner(model), optimizer=built, config=config, dist_init_required=False
+            )
         self._call = _through_runner
         _forget_first_step(engine)
+        self._monitors = Monitors(engine)
         self._take_over(engine, model, optimizer)
 
     def _build(self, spec: OptimizerSpec, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
@@ -225,19 +228,13 @@ class ZeroEngine(ZeroGradients):
 
     def write_events(self, events: list[tuple[str, float, int]]) -> None:
         """(tag, value, step) to whatever monitors the DeepSpeed config turns on."""
-        if self._engine.monitor.enabled:
-            self._engine.monitor.write_events(events)
+        self._monitors.write(events)
 
     def write_details(self, events: list[tuple[str, float, int]]) -> None:
-        board = self._engine.monitor.tb_monitor  # None where it is off, and on other ranks
-        if board is not None:
-            board.write_events(events)
+        self._monitors.write_to_board(events)
 
     def write_image(self, tag: str, image: Tensor, step: int) -> None:
-        board = self._engine.monitor.tb_monitor
-        if board is not None:
-            board.summary_writer.add_image(tag, image.numpy(), step, dataformats="HWC")
-            board.flush()
+        self._monitors.draw(tag, image, step)
 
 
 def _through_runner(module: nn.Module, function: Callable, *arguments):

@@ -1,0 +1,108 @@
+"""What a cell says as a label or as a score: numbers and truth values as the various formats write them."""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from distlora.data.readers import is_finite_number, kind_of, plain
+
+#: What the column of the label holds in a row without one, as in the hub's test splits and in MNLI's files.
+_UNLABELLED = ("", "-", "-1")
+
+_WHOLE = re.compile(r"(?P<sign>[+-]?)(?P<digits>0|[1-9]\d*)(?:\.0*)?", re.ASCII)
+_DECIMAL = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+_TRUTH = ("false", "true")
+
+
+def shown(value: Any) -> str:
+    """A cell as messages show it: texts in quotation marks, and others as data files write them."""
+    value = plain(value)
+    if isinstance(value, str):
+        return repr(value.strip())
+    return str(value) if is_finite_number(value) else kind_of(value)
+
+
+def is_unlabelled(value: Any) -> bool:
+    """Whether a cell that holds no name of a label stands for a row without one."""
+    value = plain(value)
+    return value is None or whole_number(value) == "-1" or (_text(value) in _UNLABELLED)
+
+
+def whole_number(value: Any) -> str | None:
+    """A whole number, whether it is written 1, 1.0 or +1, in its shortest form; None for anything else."""
+    if is_finite_number(value):
+        return str(int(value)) if value == int(value) else None
+    match = _WHOLE.fullmatch(value.strip()) if isinstance(value, str) else None
+    if match is None:
+        return None
+    return "-" * (match["sign"] == "-" and match["digits"] != "0") + match["digits"]
+
+
+def number_in(value: Any) -> float | None:
+    """The number that a cell holds; None if it holds none. A decimal comma is no number."""
+    value = plain(value)
+    if is_finite_number(value):
+        return float(value)
+    text = _text(value)
+    return float(text) if text is not None and _DECIMAL.fullmatch(text) else None
+
+
+def truth_in(value: Any) -> str | None:
+    """ "false" or "true" if the cell says one of these, as a truth value or as a word."""
+    text = str(value) if isinstance(value, bool) else _text(value)
+    return text.lower() if text is not None and text.lower() in _TRUTH else None
+
+
+def _text(value: Any) -> str | None:
+    return value.strip() if isinstance(value, str) else None
+
+
+class LabelNames:
+    """Labels by what a cell may hold: the name; a true or false for a name of that word; a whole number,
+    however it is written, for a name that is this number. Where no name is a number, cells may hold the
+    number of the label itself, from 0 on.
+    """
+
+    def __init__(self, names: Sequence[str]):
+        self.names = tuple(names)
+        self._by_name = {name: number for number, name in enumerate(names)}
+        self._by_whole = _first_of_each(whole_number(name) for name in names)
+        self._by_truth = _first_of_each(truth_in(name) for name in names)
+        self.are_numbers = bool(self._by_whole)
+        if not self.are_numbers:
+            self._by_whole = {str(number): number for number in range(len(names))}
+
+    def number(self, value: Any) -> int | None:
+        """The number of the label that a cell names; None if it names none."""
+        value = plain(value)
+        text = _text(value)
+        if text in self._by_name:
+            return self._by_name[text]
+        truth = truth_in(value)
+        if truth is not None:
+            return self._by_truth.get(truth)
+        return self._by_whole.get(whole_number(value))
+
+    def known(self) -> str:
+        """What a cell may hold, as a part of a sentence."""
+        names = ", ".join(self.names)
+        return names if self.are_numbers else f"{names} or 0 to {len(self.names) - 1}"
+
+    def advice(self, value: Any) -> str:
+        """The end of a sentence about a cell that names no label."""
+        if truth_in(value):
+            return (
+                '; name the labels "false" and "true" in data.labels, in quotes, or write names into the data'
+            )
+        if kind_of(value) in ("NaN", "infinity", "-infinity"):
+            return "; leave it empty, or null, where a row has no label"
+        return ""
+
+
+def _first_of_each(keys) -> dict[str, int]:
+    """From a key to the first number that has it; without None."""
+    found: dict[str, int] = {}
+    for number, key in enumerate(keys):
+        if key is not None:
+            found.setdefault(key, number)
+    return found

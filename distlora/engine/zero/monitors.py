@@ -1,0 +1,85 @@
+"""DeepSpeed's monitors (TensorBoard, W&B, Comet, CSV files): others' code, that must not end a run."""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+
+from deepspeed import DeepSpeedEngine
+from torch import Tensor
+
+from distlora.errors import UserError
+from distlora.sentences import first_line
+
+_MODULE = "deepspeed.monitor."
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def start_explained() -> Iterator[None]:
+    """Around DeepSpeed's start: a monitor that cannot be started, such as one that nobody has logged in to,
+    is a UserError. Other errors pass.
+    """
+    try:
+        yield
+    except Exception as error:
+        name = _monitor_in(error.__traceback__)
+        if name is None:
+            raise
+        raise UserError(
+            f"the DeepSpeed config turns {name} on, which cannot be started ({first_line(error)}); "
+            "correct its settings, or set its enabled to false"
+        ) from error
+
+
+def _monitor_in(traceback: TracebackType | None) -> str | None:
+    """The monitor in whose code an error came up."""
+    name = None
+    while traceback is not None:
+        module = traceback.tb_frame.f_globals.get("__name__", "")
+        if module.startswith(_MODULE):
+            name = module.removeprefix(_MODULE)
+        traceback = traceback.tb_next
+    return name
+
+
+class Monitors:
+    """Those of an engine, on rank 0. After an error they are off: the run has its own file of metrics."""
+
+    def __init__(self, engine: DeepSpeedEngine):
+        self._engine, self._failed = engine, False
+
+    def write(self, events: list[tuple[str, float, int]]) -> None:
+        """(tag, value, step) to all that are on."""
+        if self._engine.monitor.enabled:
+            self._guard(lambda: self._engine.monitor.write_events(events))
+
+    def write_to_board(self, events: list[tuple[str, float, int]]) -> None:
+        """The same to TensorBoard alone."""
+        board = self._engine.monitor.tb_monitor  # None where it is off, and on other ranks
+        if board is not None:
+            self._guard(lambda: board.write_events(events))
+
+    def draw(self, tag: str, image: Tensor, step: int) -> None:
+        """image: (height, width, 3) uint8, to TensorBoard."""
+        board = self._engine.monitor.tb_monitor
+        if board is not None:
+            self._guard(lambda: self._draw(board, tag, image, step))
+
+    @staticmethod
+    def _draw(board, tag: str, image: Tensor, step: int) -> None:
+        board.summary_writer.add_image(tag, image.numpy(), step, dataformats="HWC")
+        board.flush()
+
+    def _guard(self, action: Callable[[], object]) -> None:
+        if self._failed:
+            return
+        try:
+            action()
+        except Exception as error:  # of any kind: a full disk, a server that is gone
+            self._failed = True
+            log.warning(
+                "the monitors of the DeepSpeed config are off from here on (%s); metrics.jsonl goes on",
+                first_line(error),
+            )
