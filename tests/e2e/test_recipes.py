@@ -37,6 +37,7 @@ ROWS = {
         "output": "the correct answer is true",
         "answer": "true",
     },
+    "chat": {"prompt": "What is 2 + {n}?", "completion": "It is {n}."},
     "cola": {"sentence": "Tom has {n} apples.", "label": "acceptable"},
     "rte": {"sentence1": "Tom has {n} apples.", "sentence2": "Tom has apples.", "label": "entailment"},
 }
