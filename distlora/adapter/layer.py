@@ -43,9 +43,10 @@ class AdapterLinear(nn.Module):
     weight: (out, in), frozen; (in, out) where `transposed`, flat and packed where `packing` is not None.
     bias: (out,) or None, frozen. Each factor is a parameter under its own name, zero until it is written.
     name: the layer's name in the bare model, such as `model.layers.0.self_attn.q_proj`. fan_in_fan_out:
-    whether the model's files hold the weight as (in, out), as those of GPT-2 do.
+    whether the model's files hold the weight as (in, out), as those of GPT-2 do. called: whether a pass has
+    reached the layer yet.
 
-    called: whether a pass has reached the layer yet. What a method prepares from W and the factors is kept until `changed` is called. Whoever writes into one
+    What a method prepares from W and the factors is kept until `changed` is called. Whoever writes into one
     of them must call it.
     """
 

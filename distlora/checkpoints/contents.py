@@ -32,8 +32,8 @@ class Stateful(Protocol):
 
 
 def describe_model(engine: Engine) -> dict[str, Any]:
-    """What an export has to know: the model's class, which labels its head tells apart, and the adapted layers
-    whose weight its files hold as (in, out).
+    """What an export has to know: the model's class, which labels its head tells apart, and the adapted
+    layers whose weight its files hold as (in, out).
     """
     config, name = getattr(engine.module, "config", None), type(engine.module).__name__
     about = {"class": name, "num_labels": getattr(config, "num_labels", None)}

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.e2e.program import call, curve, metrics, succeed
+from tests.e2e.program import call, curve, succeed
 
 
 def broken(*arguments) -> str:
