@@ -128,8 +128,8 @@ class ZeroTensors:
     @torch.no_grad()
     def add_low_rank(self, layer: AdapterLinear, update: LowRank, rounding: Rounding, key: int) -> float:
         weight, device = layer.weight, self.comm.device
-        layer.changed()
         update = layer.as_stored(update)
+        layer.changed()
         if self.stage < 3:
             error = add_low_rank(weight.data.view(-1), 0, update, rounding, key, device)
             return error if self.comm.is_main else 0.0
