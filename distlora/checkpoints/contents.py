@@ -32,12 +32,15 @@ class Stateful(Protocol):
 
 
 def describe_model(engine: Engine) -> dict[str, Any]:
-    """The model's class, and which labels its head tells apart: what an export has to say about a head."""
+    """What an export has to know: the model's class, which labels its head tells apart, and the adapted
+    layers whose weight its files hold as (in, out).
+    """
     config, name = getattr(engine.module, "config", None), type(engine.module).__name__
     about = {"class": name, "num_labels": getattr(config, "num_labels", None)}
     if name.endswith("Classification") and getattr(config, "id2label", None):
         about["labels"] = [config.id2label[number] for number in sorted(config.id2label)]
-    return about
+    transposed = [layer.name for layer in engine.layers.values() if layer.fan_in_fan_out]
+    return about | {"transposed": transposed} if transposed else about
 
 
 def adapter_shapes(engine: Engine, attached: Attached) -> dict[str, tuple[int, ...]]:

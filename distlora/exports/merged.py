@@ -67,6 +67,7 @@ def write_merged(draft: Path, base: Path, source: Source, dtype: torch.dtype | N
     new_heads = _check_names(base, files, source, renaming)
     updated = {stored_name(files, f"{layer}.weight", renaming): layer for layer in source.layers}
     heads = {stored_name(files, name, renaming): name for name in source.heads}
+    transposed = set(source.model.get("transposed", ()))
 
     def value(name: str) -> Tensor:
         if name in heads:
@@ -74,8 +75,13 @@ def write_merged(draft: Path, base: Path, source: Source, dtype: torch.dtype | N
         if name in updated:
             layer = updated[name]
             pair = source.low_rank(layer)
-            weight = torch.addmm(files.read(name).float(), pair.left.float(), pair.right.float())
-            return with_row_norms(weight, source.magnitude(layer)) if layer in source.magnitudes else weight
+            stored = files.read(name).float()
+            weight = torch.addmm(
+                stored.T if layer in transposed else stored, pair.left.float(), pair.right.float()
+            )
+            if layer in source.magnitudes:
+                weight = with_row_norms(weight, source.magnitude(layer))
+            return weight.T if layer in transposed else weight
         return files.read(name)
 
     def dtype_of(name: str) -> torch.dtype:
@@ -103,7 +109,9 @@ def _check_names(base: Path, files: TensorFiles, source: Source, renaming: dict[
     """The heads that the pretrained files lack. Raises UserError for a target that is not there, or has
     another shape. renaming: see `stored_name`.
     """
+    transposed = set(source.model.get("transposed", ()))
     for layer, (_, *shape) in source.layers.items():
+        shape = shape[::-1] if layer in transposed else shape
         name = stored_name(files, f"{layer}.weight", renaming)
         if name in files and files.shape(name) != tuple(shape):
             raise UserError(f"{base}: {name} has shape {files.shape(name)}, the adapter {tuple(shape)}")

@@ -2,7 +2,7 @@
 modules run.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from distlora.adapter.attach import Attached, attach, linears_to_pack
+from distlora.adapter.linears import linears_of, shape_of
 from distlora.adapter.packed import Packing, packing_maker
 from distlora.errors import UserError
 from distlora.models.dry_run import known_values
@@ -21,6 +22,7 @@ from distlora.plan.gathering import Event, Module, Piece
 from distlora.recipe.sections import Recipe
 from distlora.training.objective import objective_of
 from distlora.training.objective_base import Objective
+from distlora.training.targets import chosen_in
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +40,7 @@ class Shapes:
     labels: number of labels of a classifier, else 0.
     length: tokens that the model makes of an image; None where the recipe says how long samples are.
     whole_logits: whether the loss is taken of the logits of all tokens at once.
+    remarks: lines about the share of the weights that is adapted, and about layers that are not.
     sizes: elements of every parameter as it is stored; a shared one stands under its first name.
     linears: (out, in) of every linear layer.
     packings: how weights are packed, by the name of their layer.
@@ -58,6 +61,7 @@ class Shapes:
     packings: dict[str, Packing] = field(default_factory=dict)
     length: int | None = None
     whole_logits: bool = False
+    remarks: list[str] = field(default_factory=list)
 
     @property
     def elements(self) -> int:
@@ -106,9 +110,11 @@ def shapes_of(recipe: Recipe) -> Shapes:
             f"model.path={recipe.model.path}: {type(model).__name__} has no attention, or blocks of several "
             "widths, whose memory and traffic this plan does not know"
         )
-    packings = _packings(recipe, model, objective.head(model))
+    chosen = chosen_in(model, recipe, objective)
+    packings = _packings(recipe, model, objective.head(model), chosen.whole)
+    linears = {name: shape_of(layer) for name, layer in linears_of(model).items()}
     stored = {f"{name}.weight": packing.elements for name, packing in packings.items()}
-    attached = attach(model, recipe.method, recipe.targets, objective.head(model))
+    attached = attach(model, recipe.method, chosen.layers, objective.head(model))
     named = dict(model.named_modules())
     number_of = {id(module): number for number, module in enumerate(named.values())}
     first_names: dict[int, str] = {}
@@ -131,21 +137,23 @@ def shapes_of(recipe: Recipe) -> Shapes:
         objective.attention(),
         len(objective.labels),
         {piece.name: piece.elements for module in modules for piece in module},
-        {name: (m.out_features, m.in_features) for name, m in named.items() if hasattr(m, "in_features")},
+        linears,
         packings,
         _tokens_of_an_image(model, objective.meta_sample(model)),
         not objective.labels and output_of(model) is None,
+        chosen.lines,
     )
 
 
-def _packings(recipe: Recipe, model: nn.Module, heads: set[str]) -> dict[str, Packing]:
+def _packings(
+    recipe: Recipe, model: nn.Module, heads: set[str], whole: Collection[str]
+) -> dict[str, Packing]:
     asked, storage = recipe.model.quantization, getattr(torch, recipe.model.dtype)
     if asked is None:
         return {}
     compute = asked.compute_dtype and getattr(torch, asked.compute_dtype)
     make = packing_maker(asked.kind, storage, compute, asked.double)
-    linears = {name: model.get_submodule(name) for name in linears_to_pack(model, heads)}
-    return {name: make((linear.out_features, linear.in_features)) for name, linear in linears.items()}
+    return {name: make(shape_of(model.get_submodule(name))) for name in linears_to_pack(model, heads, whole)}
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:

@@ -21,7 +21,7 @@ from distlora.methods import NeedsProbe, ProbeSettings, Recomposes, TrainsWeight
 from distlora.recipe.combination import check_length
 from distlora.recipe.load import run_identity
 from distlora.recipe.sections import Recipe
-from distlora.training.build import Built, build, check_targets
+from distlora.training.build import Built, build
 from distlora.training.export_run import base_name
 from distlora.training.loop import UNWRITTEN, Loop
 from distlora.training.monitor import Monitor
@@ -30,6 +30,7 @@ from distlora.training.rate_search import RateSearch, find_rate, search_rate
 from distlora.training.samples import RunSamples, fetch
 from distlora.training.seen_data import seen_by
 from distlora.training.summary import record_summary
+from distlora.training.targets import choose_targets
 from distlora.training.writing import Writing
 
 #: In a checkpoint's extra state: the learning rate that was found for `train.lr: search`.
@@ -79,7 +80,10 @@ class Run:
         fetch(comm, recipe)
         comm.sum_or_stop()
         on_every_rank(comm, self.objective.check_length)
-        fitted = on_every_rank(comm, lambda: check_targets(recipe, self.objective))
+        chosen = on_every_rank(comm, lambda: choose_targets(recipe, self.objective))
+        for line in chosen.lines:
+            log.info("%s", line)
+        fitted = recipe.model_copy(update={"method": chosen.method})
         self.data = RunSamples(comm, recipe, self.objective)
         self.seen = seen_by(comm, recipe, self.data)
         if checkpoint is not None:
@@ -91,7 +95,7 @@ class Run:
             status.steps = self.steps
         self.schedule = None if settings.searches_lr else self._schedule(settings.lr)
         on_every_rank(comm, lambda: check_length(fitted, self.steps))
-        self.built = build(comm, recipe, self.objective)
+        self.built = build(comm, recipe, self.objective, chosen)
         comm.sum_or_stop()
 
     @property
