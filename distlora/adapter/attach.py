@@ -1,17 +1,26 @@
 """Putting a method on a model: match the targets, replace the layers, freeze the rest, report."""
 
-import fnmatch
 import logging
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from math import prod
 
 import torch
 from torch import nn
 
+from distlora.adapter.experts import (
+    EXPERTS,
+    ExpertWeight,
+    asks_for,
+    expert_weights,
+    matches,
+    put_on_experts,
+    target_experts,
+)
 from distlora.adapter.layer import AdapterLinear, PackedLinear
 from distlora.adapter.packed import Packing
 from distlora.errors import UserError
-from distlora.methods import Method, TrainsWeight, writes_weight
+from distlora.methods import Method, TrainsWeight, problem_with_experts, writes_weight
 from distlora.sentences import nearest
 
 ALL_LINEAR = "all-linear"
@@ -76,8 +85,11 @@ def attach(
     if any(isinstance(module, AdapterLinear) for module in model.modules()):
         raise UserError("the model has adapter layers already; attach to a newly loaded one")
     _refuse_unknown(model, new_parameters)
+    experts = target_experts(model, [targets] if isinstance(targets, str) else targets)
     linears = target_linears(model, targets, new_parameters)
-    method = method.fitted([(linear.out_features, linear.in_features) for linear in linears.values()])
+    shapes = [(linear.out_features, linear.in_features) for linear in linears.values()]
+    method = method.fitted(shapes + [weight.shape for weight in experts])
+    _refuse_experts(method, experts)
     chosen = list(linears)
     for name in chosen:
         problem = method.problem_with(linears[name].out_features, linears[name].in_features)
@@ -91,13 +103,20 @@ def attach(
 
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    attached = Attached(method, targets=chosen)
+    attached = Attached(method, targets=chosen + [weight.name for weight in experts])
     for name in chosen:
         if isinstance(method, TrainsWeight):
             for parameter in linears[name].parameters():
                 parameter.requires_grad_(True)
         else:
             attached.layers[name] = _replace(model, name, AdapterLinear(linears[name], method, name))
+    if isinstance(method, TrainsWeight):
+        for weight in experts:
+            for name, parameter in model.get_submodule(weight.module).named_parameters(recurse=False):
+                if name.removesuffix("_bias") == weight.attribute:
+                    parameter.requires_grad_(True)
+    else:
+        attached.layers |= put_on_experts(model, method, experts)
     for name, parameter in model.named_parameters():
         if name in new_parameters:
             parameter.requires_grad_(True)
@@ -117,7 +136,7 @@ def target_linears(
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and f"{name}.weight" not in new_parameters
     }
-    if not linears:
+    if not linears and not expert_weights(model):
         raise UserError(f"{type(model).__name__} has no linear layer to adapt")
     if "" in linears:
         raise UserError("the model is a linear layer itself, which cannot be replaced; put it into a module")
@@ -132,7 +151,7 @@ def target_linears(
             f"targets: {unusual[0]} ({kind}) does not compute x Wᵀ + b by itself, so that an adapter in its "
             "place would change the model; leave it out"
         )
-    if not chosen:
+    if not chosen and not target_experts(model, [targets] if isinstance(targets, str) else targets):
         raise UserError(f"targets: {targets} leaves no layer of {type(model).__name__} to adapt; name some")
     return {name: linears[name] for name in chosen}
 
@@ -171,6 +190,16 @@ def _refuse_unknown(model: nn.Module, names: Collection[str]) -> None:
             raise UserError(f"{type(model).__name__} has no parameter {name} to be trained whole{hint}")
 
 
+def _refuse_experts(method: Method, experts: list[ExpertWeight]) -> None:
+    for weight in experts:
+        problem = problem_with_experts(method)
+        if problem:
+            raise UserError(f"targets: {weight.name} holds experts, and method {method.name} {problem}")
+        problem = method.problem_with(*weight.shape)
+        if problem:
+            raise UserError(f"method {method.name}: {weight.name}: {problem} or name other targets")
+
+
 def _uses(model: nn.Module, weight: nn.Parameter) -> int:
     """How many modules have this very parameter."""
     return sum(
@@ -183,9 +212,15 @@ def _match(model: nn.Module, linears: dict[str, nn.Linear], targets: str | list[
     if targets == ALL_LINEAR:
         return _all_linear(model, linears)
     matched: set[str] = set()
+    experts = list(expert_weights(model))
     for target in [targets] if isinstance(targets, str) else targets:
+        if target == ALL_LINEAR:
+            matched |= set(_all_linear(model, linears))
+            continue
         hits = {name for name in linears if _matches(name, target)}
-        if not hits:
+        if not hits and target == EXPERTS and not experts:
+            raise UserError(f"targets: {type(model).__name__} has no experts; leave {target} out")
+        if not hits and not any(asks_for(target, name) for name in experts):
             last_parts = sorted({name.rsplit(".", 1)[-1] for name in linears})
             hint = nearest(target, last_parts + list(linears)) or f"; it has {', '.join(last_parts)}"
             raise UserError(f"targets: {target} matches no linear layer of {type(model).__name__}{hint}")
@@ -194,7 +229,8 @@ def _match(model: nn.Module, linears: dict[str, nn.Linear], targets: str | list[
 
 
 def _matches(name: str, target: str) -> bool:
-    return name == target or name.endswith("." + target) or fnmatch.fnmatchcase(name, target)
+    """The word for experts means the linear layers of each expert where experts are modules."""
+    return matches(name, target) or (target == EXPERTS and EXPERTS in name.split(".")[:-1])
 
 
 def _all_linear(model: nn.Module, linears: dict[str, nn.Linear]) -> list[str]:
@@ -213,6 +249,8 @@ def _replace(model: nn.Module, name: str, layer: nn.Module) -> nn.Module:
     return layer
 
 
-def lora_parameters(attached_to: dict[str, tuple[int, int]], rank: int) -> int:
-    """Trained parameters of an ordinary LoRA of this rank on layers of these shapes (out, in)."""
-    return sum(rank * (out_features + in_features) for out_features, in_features in attached_to.values())
+def lora_parameters(attached_to: dict[str, tuple[int, ...]], rank: int) -> int:
+    """Trained parameters of an ordinary LoRA of this rank on layers of these shapes, (out, in), or
+    (E, out, in) of a stack.
+    """
+    return sum(prod(stack) * rank * (out + inner) for *stack, out, inner in attached_to.values())

@@ -13,10 +13,11 @@ from distlora.engine.comm import Comm
 from distlora.engine.ledger import pretrained_at_owner
 from distlora.engine.owners import assign_owners, broadcast_pair, open_ledger, turns
 from distlora.engine.protocol import Engine
+from distlora.initialisation.experts import UNREACHED, gradient_maps, initialise_stack, pair_norm
 from distlora.initialisation.probe import Probe, mean_gradients
 from distlora.initialisation.search import scale_factor, search_eta
 from distlora.maths.generators import layer_generator
-from distlora.maths.linalg import low_rank_norm, squared_norm
+from distlora.maths.linalg import squared_norm
 from distlora.maths.low_rank import LowRank
 from distlora.methods import (
     CorrectsGradients,
@@ -133,7 +134,7 @@ def factorise_all(
     is used. reserves: is given the reserves of the layers that this rank owns. stoppable: whether Preempted
     may be raised between layers.
     """
-    layers = attached.layers
+    method, layers = attached.method, attached.layers
     scalars: dict[str, dict[str, float]] = {}
     losses = _Losses()
     for turn in turns(layers, owners):
@@ -145,7 +146,10 @@ def factorise_all(
         scalars |= {name: init.report for name, init in found.items()}
         if reserves is not None:
             reserves |= {name: init.reserve for name, init in found.items() if init.reserve is not None}
-    return _means(engine.comm, scalars, list(layers)) | losses.report(engine.comm)
+    reported = losses.report(engine.comm)
+    if method.source_matrix() == "gradient" and any(layer.stack for layer in layers.values()):
+        (reported[UNREACHED],) = engine.comm.sum(sum(own.pop(UNREACHED, 0.0) for own in scalars.values()))
+    return _means(engine.comm, scalars, list(layers)) | reported
 
 
 @dataclass
@@ -184,7 +188,7 @@ def install_gradient_maps(engine: Engine, attached: Attached) -> None:
         return
     for layer in attached.layers.values():
         factors = {name: factor.to(engine.dtype) for name, factor in engine.read(layer).items()}
-        layer.map_gradients(attached.method.gradient_map(factors))
+        layer.map_gradients(gradient_maps(layer, factors))
 
 
 def _factorise(
@@ -207,10 +211,13 @@ def _factorise(
     found, failure = {}, None
     try:
         for name, source in sources.items():
-            generator = layer_generator(seed, name)
-            found[name] = method.initialise(
-                LayerInit(turn[name].shape, source, generator, engine.dtype, eta, engine.comm.device)
-            )
+            layer, device = turn[name], engine.comm.device
+            if layer.stack:
+                found[name] = initialise_stack(layer, source, seed, engine.dtype, eta, device)
+            else:
+                generator = layer_generator(seed, name)
+                given = LayerInit(layer.shape, source, generator, engine.dtype, eta, device)
+                found[name] = method.initialise(given)
     except Exception as error:  # the others wait in a broadcast: tell them before this rank leaves
         failure = error
     engine.comm.agree(failure)
@@ -237,13 +244,13 @@ def _install(
     engine.write(layer, factors)
     if isinstance(layer.method, CorrectsGradients):
         used = {name: factor.to(engine.dtype) for name, factor in factors.items()}
-        layer.map_gradients(layer.method.gradient_map(used))
-    update = broadcast_pair(engine.comm, layer.shape, owner, init and init.base_update)
+        layer.map_gradients(gradient_maps(layer, used))
+    update = broadcast_pair(engine.comm, layer.whole_shape, owner, init and init.base_update)
     if update is None:
         return
     if layer.packing is None:
         losses.rounded_away += engine.ledger.apply(engine, layer, 0, "nearest", update)
-        losses.added += low_rank_norm(update.left, update.right) ** 2
+        losses.added += pair_norm(update) ** 2
         return
     _measure_packing(engine, attached, layer, owner, losses)
     losses.packing_the_rest += engine.ledger.apply(engine, layer, 0, "nearest", update)
@@ -267,7 +274,7 @@ def _broadcast(comm: Comm, layer: AdapterLinear, owner: int, init: Init | None) 
     dtype.
     """
     factors = {}
-    for name, shape in layer.method.shapes(*layer.shape).items():
+    for name, shape in layer.factor_shapes().items():
         value = torch.zeros(shape, device=comm.device)
         if init is not None:
             value.copy_(init.factors[name])

@@ -71,7 +71,7 @@ class Shapes:
     def factors(self) -> int:
         """Elements of the adapters, trained or frozen."""
         layers = self.attached.layers.values()
-        return sum(prod(shape) for layer in layers for shape in layer.method.shapes(*layer.shape).values())
+        return sum(prod(shape) for layer in layers for shape in layer.factor_shapes().values())
 
     def silent(self) -> set[int]:
         """Modules that end before the first trained parameter is used: no gradient passes through them."""
