@@ -8,6 +8,7 @@ import torch
 
 from distlora.engine.host_memory import free_host_memory
 from distlora.errors import UserError
+from distlora.exports.experts import add_update
 from distlora.exports.merged import Merged
 from distlora.exports.sources import Source
 from distlora.files.tensors import TensorFiles
@@ -44,7 +45,7 @@ def check_merged(draft: Path, merged: Merged, pad_token_id: int | None = None) -
     again = " (with --no-check it is written all the same; or export with --format peft)"
     try:
         model, missing = reloaded(draft, source.model["class"], dtype)
-        lacking = sorted(missing & {*source.heads, *(f"{layer}.weight" for layer in source.layers)})
+        lacking = sorted(missing & {*source.heads, *map(merged.weight_of, source.layers)})
         if lacking:
             raise UserError(f"its files lack {lacking[0]}")
         found = logits_of_fixed_inputs(model)
@@ -79,7 +80,13 @@ def _dtype_that_fits(draft: Path, base: Path) -> torch.dtype | None:
 def _logits_of_run(merged: Merged, dtype: torch.dtype, pad_token_id: int | None):
     """Of the pretrained model with the updates in the places where the run has them, by the names of the
     modules; weights are rounded as they were for the merged files."""
-    from distlora.models.reload import changed_weight, logits_of_fixed_inputs, reloaded, separate
+    from distlora.models.reload import (
+        changed_experts,
+        changed_weight,
+        logits_of_fixed_inputs,
+        reloaded,
+        separate,
+    )
 
     source: Source = merged.source
     model, _ = reloaded(merged.base, source.model["class"], dtype, _settings(source))
@@ -87,16 +94,19 @@ def _logits_of_run(merged: Merged, dtype: torch.dtype, pad_token_id: int | None)
     for head in source.heads:
         parameters[head].data.copy_(source.read(head).to(merged.dtype(head)))
     for layer in source.layers:
-        module, pair = model.get_submodule(layer), source.low_rank(layer)
-        separate(model, module)
+        pair, name = source.low_rank(layer), merged.weight_of(layer)
 
-        def change(weight, layer=layer, pair=pair):
-            total = torch.addmm(weight.float(), pair.left.float(), pair.right.float())
+        def change(weight, layer=layer, pair=pair, name=name):
+            total = add_update(weight, pair)
             if layer in source.magnitudes:
                 total = with_row_norms(total, source.magnitude(layer))
-            return total.to(merged.dtype(f"{layer}.weight"))
+            return total.to(merged.dtype(name))
 
-        changed_weight(module, change)
+        if name == layer:
+            changed_experts(model, layer, change)
+        else:
+            separate(model, model.get_submodule(layer))
+            changed_weight(model.get_submodule(layer), change)
     _round(model, merged)
     if pad_token_id is None:
         pad_token_id = source.model.get("pad_token_id")
