@@ -24,8 +24,8 @@ def peft_module(layer: str, layers: Collection[str]) -> str:
 
 
 def to_peft(pair: LowRank) -> LowRank:
-    """right: lora_A (E·r, in), one expert after the other. left: lora_B (out, r·E), in which the expert is the
-    index that changes first.
+    """right: lora_A (E·r, in), one expert after the other. left: lora_B (out, r·E), in which the expert
+    is the index that changes first.
     """
     experts, out, rank = pair.left.shape
     return LowRank(
@@ -36,9 +36,10 @@ def to_peft(pair: LowRank) -> LowRank:
 
 def from_peft(pair: LowRank, experts: int) -> LowRank:
     """The way back from `to_peft`."""
-    out, inner = pair.left.shape[0], pair.right.shape[1]
+    left, right = pair.left, pair.right
     return LowRank(
-        pair.left.reshape(out, -1, experts).permute(2, 0, 1), pair.right.reshape(experts, -1, inner)
+        left.reshape(left.shape[0], -1, experts).permute(2, 0, 1),
+        right.reshape(experts, -1, right.shape[1]),
     )
 
 

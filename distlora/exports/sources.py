@@ -38,10 +38,10 @@ class Source(Protocol):
     """What an export asks for.
 
     step: of the run, when this was its state. layers: (rank, out, in) of the exported pair of every adapted
-    layer, (rank, E, out, in) of a stack of experts. stacked: the layers whose pair is made of updates side by side, which nearly cancel each other.
-    magnitudes: the layers whose rows have trained norms. heads: shapes of the parameters that were trained
-    whole. targets: names of the layers that the method was put on. model: the model's "class",
-    "num_labels" and, of a classifier, the names of its "labels".
+    layer, (rank, E, out, in) of a stack of experts. stacked: the layers whose pair is made of updates side by
+    side, which nearly cancel each other. magnitudes: the layers whose rows have trained norms. heads: shapes
+    of the parameters that were trained whole. targets: names of the layers that the method was put on. model:
+    the model's "class", "num_labels" and, of a classifier, the names of its "labels".
     """
 
     step: int
