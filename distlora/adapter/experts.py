@@ -1,316 +1,46 @@
-"""Mixtures of experts whose weights are one 3-D parameter for all experts of a block.
+"""Experts of a mixture that are no modules of their own: one 3-D parameter holds a matrix for each of them.
 
-transformers' classes state how they are computed, see `use_experts_implementation` there: attributes say
-whether there is a gate and a bias, and whether the weights are stored transposed. `Experts` stands in the
-place of such a module and computes the same, with two layers of its own:
-
-    up projection   (E, 2·I, H), or (E, H, 2·I) where transposed     `gate_up_proj`, or `up_proj` without gate
-    down projection (E, H, I), or (E, I, H)                          `down_proj`
-
-Both are called in every pass, whatever the tokens' routes are, so that under ZeRO-3 all ranks gather the same
-parameters in the same order.
+No linear layer stands for such an expert, so that `all-linear` does not reach it; those of a known form are
+adapted when they are asked for, see `expert_layers`.
 """
 
 import fnmatch
-from collections.abc import Sequence
-from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from distlora.adapter.layer import AdapterLinear
-from distlora.adapter.passes import Tap
 from distlora.errors import UserError
-from distlora.maths.grouped import grouped_linear, tapped_grouped_linear
-from distlora.maths.low_rank import LowRank, add_low_rank
-from distlora.maths.rounding import Rounding
-from distlora.methods import Factors, Method
 
-#: The target that means all experts of the model.
+#: What a target calls them all.
 EXPERTS = "experts"
 
-#: Keys of stochastic rounding are below this.
-_KEYS = 1 << 63
 
-#: What classes of transformers say of their experts.
-_FACTS = ("num_experts", "has_gate", "has_bias", "is_transposed", "_apply_gate")
-
-
-@dataclass(frozen=True)
-class ExpertWeight:
-    """A 3-D parameter of experts. module: the name of the experts' module. attribute: the parameter's name in
-    it. experts: E. shape: (out, in) of one expert. transposed: stored as (E, in, out).
-    """
-
-    module: str
-    attribute: str
-    experts: int
-    shape: tuple[int, int]
-    transposed: bool
-
-    @property
-    def name(self) -> str:
-        return f"{self.module}.{self.attribute}" if self.module else self.attribute
-
-
-def expert_weights(model: nn.Module) -> dict[str, ExpertWeight]:
-    """All weights of experts that can be adapted, by the parameter's name, in the model's order."""
+def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """By name, the 3-D parameters that hold one matrix an expert. Those of convolutions are none."""
     found = {}
     for name, module in model.named_modules():
-        if not _states_its_form(module):
+        if isinstance(module, nn.modules.conv._ConvNd):
             continue
-        for attribute in _projections(module):
-            parameter = getattr(module, attribute)
-            count, first, second = _shape(parameter)
-            shape = (second, first) if module.is_transposed else (first, second)
-            weight = ExpertWeight(name, attribute, count, shape, module.is_transposed)
-            found[weight.name] = weight
+        for key, parameter in module.named_parameters(prefix=name, recurse=False):
+            if _dimensions(parameter) == 3 and EXPERTS in key.rpartition(".")[0].split("."):
+                found[key] = parameter
     return found
 
 
-def other_expert_parameters(model: nn.Module) -> dict[str, str]:
-    """Parameters of experts that are computed in a way that is not known here, and their module's class."""
-    return {
-        f"{name}.{attribute}": type(module).__name__
-        for name, module in model.named_modules()
-        if not _states_its_form(module) and "expert" in f"{name} {type(module).__name__}".lower()
-        for attribute, parameter in module.named_parameters(recurse=False)
-        if len(_shape(parameter)) == 3
-    }
+def _dimensions(parameter: nn.Parameter) -> int:
+    """Also of a parameter that ZeRO-3 has cut up."""
+    return len(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def target_experts(model: nn.Module, targets: Sequence[str]) -> list[ExpertWeight]:
-    """The weights of experts that targets ask for: by the word "experts", or by the parameter's name,
-    its last part or a pattern. Raises UserError where experts are asked for that cannot be adapted.
-    """
-    weights = expert_weights(model)
-    chosen = [weight for name, weight in weights.items() if any(asks_for(target, name) for target in targets)]
-    others = other_expert_parameters(model)
-    for name, kind in others.items():
-        if any(asks_for(target, name) for target in targets):
-            raise UserError(
-                f"targets: {name} ({kind}) computes its experts in a way that is not known here; "
-                "leave experts out of targets"
-            )
-    refuse_unknown_form(model, chosen)
-    return chosen
-
-
-def asks_for(target: str, name: str) -> bool:
-    """Whether a target means this parameter of experts."""
-    return target == EXPERTS or matches(name, target)
-
-
-def matches(name: str, target: str) -> bool:
-    """Whether a target is this name, the last part of it, or a pattern that it fits."""
-    return name == target or name.endswith("." + target) or fnmatch.fnmatchcase(name, target)
-
-
-def refuse_unknown_form(model: nn.Module, weights: Sequence[ExpertWeight]) -> None:
-    """UserError for experts that are split between ranks, or not stored as plain numbers."""
-    for weight in weights:
-        module = model.get_submodule(weight.module)
-        parameter = getattr(module, weight.attribute)
-        if getattr(module, "_is_expert_parallel", False):
-            raise UserError(
-                f"targets: {weight.module} is split between ranks by experts, which is not supported; load "
-                "the model without expert parallelism"
-            )
-        if not parameter.dtype.is_floating_point or type(parameter) is not nn.Parameter:
-            raise UserError(
-                f"targets: {weight.name} is stored in packed form, over which experts are not adapted; load "
-                "the model in bfloat16 or float32, or leave experts out"
-            )
-
-
-def put_on_experts(
-    model: nn.Module, method: Method, weights: Sequence[ExpertWeight]
-) -> dict[str, AdapterLinear]:
-    """Puts the method on these weights, in place; returns the layers by name."""
-    chosen = {weight.name: weight for weight in weights}
-    layers = {}
-    for module in dict.fromkeys(weight.module for weight in weights):
-        own = model.get_submodule(module)
-        experts = Experts(own, f"{module}.", method, set(chosen))
-        parent, _, child = module.rpartition(".")
-        setattr(model.get_submodule(parent), child, experts)
-        layers |= {layer.name: layer for layer in experts.children() if isinstance(layer, AdapterExperts)}
-    return layers
-
-
-class Experts(nn.Module):
-    """Experts in the place of the class's own, which its parameters are taken from.
-
-    own: what transformers made. prefix: its name and a dot. adapted: full names of the weights that the
-    method is put on.
-    """
-
-    def __init__(self, own: nn.Module, prefix: str, method: Method, adapted: set[str]):
-        super().__init__()
-        self.num_experts, self.has_gate = own.num_experts, own.has_gate
-        projections = _projections(own)
-        for attribute in projections:
-            frozen = ExpertLinear(own, attribute)
-            name = prefix + attribute
-            layer = AdapterExperts(frozen, method, name) if name in adapted else frozen
-            delattr(own, attribute)
-            setattr(self, attribute, layer)
-        for name, child in list(own.named_children()):
-            setattr(self, name, child)
-        for name, parameter in list(own.named_parameters(recurse=False)):
-            if name.removesuffix("_bias") not in projections:
-                setattr(self, name, parameter)
-        self._up, self._down = projections
-        self._gate = own._apply_gate if own.has_gate else own.act_fn
-        self._normed = bool(getattr(own, "has_post_expert_norm", False))
-
-    def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """hidden: (tokens, H). top_k_index, top_k_weights: (tokens, k), the experts of each token and their
-        weights. Returns (tokens, H).
-        """
-        tokens, k = top_k_index.shape
-        experts, order = torch.sort(top_k_index.reshape(-1), stable=True)
-        counts = _counts(experts, self.num_experts)
-        inner = self._gate(getattr(self, self._up)(hidden[order // k], counts))
-        outer = getattr(self, self._down)(inner, counts)
-        if self._normed:
-            outer = self.post_expert_norm(outer)
-        weighted = outer * top_k_weights.reshape(-1)[order].unsqueeze(-1)
-        # A gather and a sum in one order: an index_add would add in another order on every run.
-        back = torch.empty_like(order)
-        back[order] = torch.arange(order.numel(), device=order.device)
-        return weighted[back].view(tokens, k, -1).sum(1).to(hidden.dtype)
-
-
-class ExpertLinear(nn.Module):
-    """One frozen projection of all experts: `y_e = x_e W_eᵀ + b_e`.
-
-    weight: as it is stored, (E, out, in), or (E, in, out) where `transposed`. bias: (E, out) or None. stack:
-    (E,).
-    """
-
-    def __init__(self, own: nn.Module, attribute: str):
-        super().__init__()
-        self.weight = getattr(own, attribute)
-        bias = f"{attribute}_bias"
-        self.register_parameter("bias", getattr(own, bias) if own.has_bias else None)
-        self.transposed = own.is_transposed
-        count, first, second = _shape(self.weight)
-        self.stack = (count,)
-        self.out_features, self.in_features = (second, first) if self.transposed else (first, second)
-
-    def forward(self, x: Tensor, counts: Sequence[int]) -> Tensor:
-        """x: (S, in), sorted by expert. counts: the rows of each expert. Returns (S, out)."""
-        return grouped_linear(x, self.weight, self.bias, counts, self.transposed)
-
-
-class AdapterExperts(AdapterLinear):
-    """A projection of all experts with a method's factors beside every W_e: each factor is one 3-D tensor, A
-    (E, r, in), R (E, r, r), B (E, out, r). The frozen weight stays as it is stored.
-    """
-
-    def __init__(self, projection: ExpertLinear, method: Method, name: str):
-        super().__init__(projection, method, name)
-        self.transposed = projection.transposed
-
-    def forward(self, x: Tensor, counts: Sequence[int]) -> Tensor:
-        """x: (S, in), sorted by expert. counts: the rows of each expert. Returns (S, out)."""
-        return self.present_pass(_Routed(self, counts), x)
-
-    def whole_weight(self, stored: Tensor | None = None) -> Tensor:
-        """All W_e, (E, out, in) in float32; must not be changed. stored: as for `AdapterLinear`."""
-        stored = self.weight.detach() if stored is None else stored
-        out, inner = self.shape
-        return self._turned(
-            stored.float().view(*self.stack, *((inner, out) if self.transposed else (out, inner)))
+def refuse_experts(model: nn.Module, target: str, key: str) -> None:
+    """Raises UserError where a target that matches nothing else means such experts, of a form that is not
+    known."""
+    hits = [
+        name
+        for name in expert_parameters(model)
+        if f".{target}." in f".{name}." or fnmatch.fnmatchcase(name, target)
+    ]
+    if hits:
+        raise UserError(
+            f"{key}: {target} of {type(model).__name__} means experts that are 3-D parameters ({hits[0]}) "
+            "computed in a way that is not known here; name other layers"
         )
-
-    def overwrite(self, weight: Tensor) -> None:
-        super().overwrite(self._turned(weight))
-
-    def add_to_part(
-        self, part: Tensor, start: int, update: LowRank, rounding: Rounding, key: int, device: torch.device
-    ) -> float:
-        """update: left (E, out, k), right (E, k, in). Every expert is rounded with draws of its own."""
-        size, end, error = self.out_features * self.in_features, start + part.numel(), 0.0
-        for expert in range(start // size, -(-end // size)):
-            first, last = max(start, expert * size), min(end, (expert + 1) * size)
-            left, right = update.left[expert], update.right[expert]
-            own = LowRank(right.T, left.T) if self.transposed else LowRank(left, right)
-            here = part[first - start : last - start]
-            error += add_low_rank(here, first - expert * size, own, rounding, (key + expert) % _KEYS, device)
-        return error
-
-    def transform_gradients(self, gradients: Factors, factors: Factors) -> Factors:
-        new = [
-            self.method.transform_gradients(of_expert(gradients, expert), of_expert(factors, expert))
-            for expert in range(*self.stack)
-        ]
-        return stacked(new)
-
-    def _turned(self, weight: Tensor) -> Tensor:
-        """From the stored order to (E, out, in), and back."""
-        return weight.transpose(-2, -1) if self.transposed else weight
-
-
-class _Routed:
-    """An expert layer in one call: what a pass asks of a layer, for rows that are sorted by expert."""
-
-    beside = None
-
-    def __init__(self, layer: AdapterExperts, counts: Sequence[int]):
-        self._layer, self._counts = layer, counts
-        self.weight, self.bias, self.method, self.training = (
-            layer.weight,
-            layer.bias,
-            layer.method,
-            layer.training,
-        )
-
-    def factors(self) -> Factors:
-        return self._layer.factors()
-
-    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return grouped_linear(x, weight, bias, self._counts, self._layer.transposed)
-
-    def tapped_product(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, anchor: Tensor, tap: Tap
-    ) -> Tensor:
-        return tapped_grouped_linear(x, weight, bias, self._counts, self._layer.transposed, anchor, tap)
-
-    def along(self, u: Tensor, factor: Tensor, bias: Tensor | None) -> Tensor:
-        return grouped_linear(u, factor, bias, self._counts)
-
-
-def of_expert(tensors: Factors, expert: int) -> Factors:
-    """One expert's part of stacked tensors."""
-    return {name: tensor[expert] for name, tensor in tensors.items()}
-
-
-def stacked(tensors: Sequence[Factors]) -> Factors:
-    """The parts of all experts as 3-D tensors."""
-    return {name: torch.stack([own[name] for own in tensors]) for name in tensors[0]}
-
-
-def _states_its_form(module: nn.Module) -> bool:
-    return all(hasattr(module, fact) for fact in _FACTS) and all(
-        len(_shape(getattr(module, name, None))) == 3 for name in _projections(module)
-    )
-
-
-def _projections(module: nn.Module) -> tuple[str, str]:
-    return ("gate_up_proj" if module.has_gate else "up_proj"), "down_proj"
-
-
-def _shape(parameter: Tensor | None) -> tuple[int, ...]:
-    """The whole shape, also of a parameter that ZeRO-3 has cut up."""
-    return () if not isinstance(parameter, Tensor) else tuple(getattr(parameter, "ds_shape", parameter.shape))
-
-
-def _counts(experts: Tensor, number: int) -> tuple[int, ...]:
-    """How often each expert is named in a sorted list. On the meta device, where there are no values, all are
-    counted as the first one's: the sizes are the same.
-    """
-    if experts.is_meta:
-        return (experts.numel(), *[0] * (number - 1))
-    return tuple(torch.bincount(experts, minlength=number).tolist())

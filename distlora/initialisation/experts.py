@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from distlora.adapter.experts import of_expert, stacked
+from distlora.adapter.expert_layers import of_expert, stacked
 from distlora.adapter.layer import AdapterLinear
 from distlora.maths.generators import layer_generator
 from distlora.maths.linalg import low_rank_norm
