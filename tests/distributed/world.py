@@ -7,7 +7,16 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import BertConfig, BertModel, Qwen2Config, Qwen2ForCausalLM, ViTConfig, ViTModel
+from transformers import (
+    BertConfig,
+    BertModel,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    ViTConfig,
+    ViTModel,
+)
 
 from distlora.adapter.attach import Attached, attach, pack_linears
 from distlora.adapter.packed import packer
@@ -45,6 +54,7 @@ def save_model(directory: Path) -> None:
     model.save_pretrained(directory)
     save_encoder(directory / "encoder")
     save_vision(directory / "vision")
+    save_experts(directory / "experts")
 
 
 def save_encoder(directory: Path) -> None:
@@ -59,6 +69,18 @@ def save_encoder(directory: Path) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(1)
         BertModel(config, add_pooling_layer=False).save_pretrained(directory)
+
+
+def save_experts(directory: Path) -> None:
+    """A Mixtral whose rows choose one of seven experts, so that ranks choose different ones."""
+    config = MixtralConfig(
+        vocab_size=VOCABULARY, hidden_size=60, intermediate_size=44, num_hidden_layers=2,
+        num_attention_heads=6, num_key_value_heads=2, max_position_embeddings=64, num_local_experts=7,
+        num_experts_per_tok=1, initializer_range=0.2,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        MixtralForCausalLM(config).save_pretrained(directory)
 
 
 def save_vision(directory: Path) -> None:
@@ -128,13 +150,17 @@ def build(
     labels: int = 0,
     images: bool = False,
     quantization: str | None = None,
+    experts: bool = False,
     **settings,
 ) -> Attached:
     """Loads, attaches and starts, as the training program does. when_loaded: shown the model before anything
     is attached. targets: as in a recipe, or "few". labels: how many the encoder tells apart; 0 for the
-    language model. images: of images and not of texts. quantization: kind of packed weights."""
+    language model. images: of images and not of texts. quantization: kind of packed weights. experts: of the
+    mixture of experts, with all of these adapted."""
     if labels:
         directory = directory / ("vision" if images else "encoder")
+    if experts:
+        directory, targets = directory / "experts", ["q_proj", "experts"]
     section = ModelSection(
         path=str(directory),
         dtype=str(engine.dtype).removeprefix("torch."),
@@ -169,7 +195,7 @@ def random_factors(attached: Attached, seed: int = 5) -> dict[str, dict[str, tor
     return {
         name: {
             factor: torch.randn(shape, generator=generator) * 0.1 + (factor == magnitude_of(attached.method))
-            for factor, shape in attached.method.shapes(*layer.shape).items()
+            for factor, shape in layer.factor_shapes().items()
         }
         for name, layer in attached.layers.items()
     }
