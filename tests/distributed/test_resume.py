@@ -57,7 +57,7 @@ WRITTEN = [
     Run(2, 2, setting=DROPOUT),
     # Two groups, and 8-bit moments of which several tensors share blocks.
     *(Run(2, stage, setting=EIGHT_BIT) for stage in (2, 3)),
-    # 3-D factors, and a ledger of 3-D pairs.
+    # 3-D factors of experts.
     Run(2, 3, setting={"method": "pissa", "experts": True}),
 ]
 CONTINUED = [Run(run.world, run.stage, run.dtype, run.setting, source=run) for run in WRITTEN]
