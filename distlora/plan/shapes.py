@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from distlora.adapter.attach import Attached, attach, linears_to_pack
+from distlora.adapter.expert_layers import expert_weights
 from distlora.adapter.linears import linears_of, shape_of
 from distlora.adapter.packed import Packing, packing_maker
 from distlora.errors import UserError
@@ -42,6 +43,7 @@ class Shapes:
     remarks: lines about the share of the weights that is adapted, and about layers that are not.
     sizes: elements of every parameter as it is stored; a shared one stands under its first name.
     linears: (out, in) of every linear layer.
+    experts: (out, in) of one expert of every weight that holds experts.
     packings: how weights are packed, by the name of their layer.
     """
 
@@ -57,6 +59,7 @@ class Shapes:
     labels: int = 0
     sizes: dict[str, int] = field(default_factory=dict)
     linears: dict[str, tuple[int, int]] = field(default_factory=dict)
+    experts: dict[str, tuple[int, int]] = field(default_factory=dict)
     packings: dict[str, Packing] = field(default_factory=dict)
     length: int | None = None
     remarks: list[str] = field(default_factory=list)
@@ -110,6 +113,7 @@ def shapes_of(recipe: Recipe) -> Shapes:
         )
     packings = _packings(recipe, model, objective.head(model))
     linears = {name: shape_of(layer) for name, layer in linears_of(model).items()}
+    experts = {name: weight.shape for name, weight in expert_weights(model).items()}
     stored = {f"{name}.weight": packing.elements for name, packing in packings.items()}
     chosen = chosen_in(model, recipe, objective)
     attached = attach(model, recipe.method, chosen.layers, objective.head(model))
@@ -136,6 +140,7 @@ def shapes_of(recipe: Recipe) -> Shapes:
         len(objective.labels),
         {piece.name: piece.elements for module in modules for piece in module},
         linears,
+        experts,
         packings,
         _tokens_of_an_image(model, objective.meta_sample(model)),
         chosen.lines,
