@@ -6,6 +6,8 @@ parameter's module. Where both projections of the module are adapted, the second
 
 import math
 from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +23,29 @@ def peft_module(layer: str, layers: Collection[str]) -> str:
     module, _, attribute = layer.rpartition(".")
     later = PROJECTIONS[PROJECTIONS.index(attribute) + 1 :]
     return module + ".base_layer" * sum(f"{module}.{other}" in layers for other in later)
+
+
+@dataclass(frozen=True)
+class ExpertEntry:
+    """module: the name under which PEFT's files hold the pair of a stack. count: of the experts."""
+
+    module: str
+    count: int
+
+
+def expert_layer(config: dict[str, Any], module: str) -> str | None:
+    """The layer of experts whose pair PEFT's files hold under this name; None where it is none. config: of
+    the adapter; its `target_parameters` are names, or the ends of names.
+    """
+    inner, depth = module, 0
+    while inner.endswith(".base_layer"):
+        inner, depth = inner.removesuffix(".base_layer"), depth + 1
+    asked = config.get("target_parameters") or []
+    if not isinstance(asked, list):
+        return None
+    names = [f"{inner}.{attribute}" for attribute in reversed(PROJECTIONS)]
+    adapted = [name for name in names if any(f".{name}".endswith(f".{target}") for target in asked)]
+    return adapted[depth] if depth < len(adapted) else None
 
 
 def to_peft(pair: LowRank) -> LowRank:
