@@ -100,9 +100,6 @@ def _logits_of_run(merged: Merged, dtype: torch.dtype, pad_token_id: int | None)
     _round(model, merged)
     if pad_token_id is None:
         pad_token_id = source.model.get("pad_token_id")
-    text = model.config.get_text_config(decoder=True)
-    if text.pad_token_id is None:
-        text.pad_token_id = pad_token_id
     return logits_of_fixed_inputs(model, pad_token_id)
 
 
