@@ -69,7 +69,7 @@ def logits_of_fixed_inputs(model: PreTrainedModel, pad_token_id: int | None = No
 
 
 def _pixels(model: PreTrainedModel) -> dict[str, Tensor]:
-    config = model.config
+    config = getattr(model.config, "vision_config", model.config)
     size = config.image_size
     height, width = (size, size) if isinstance(size, int) else size
     shape = (2, config.num_channels, height, width)
