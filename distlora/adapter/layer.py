@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from distlora.adapter.linears import keeps_transpose, matrix_of, shape_of
 from distlora.adapter.packed import Packing
 from distlora.adapter.passes import Adapted, Bare, Pass, Tap, Tapped, TappedAdapted, Tried
 from distlora.maths.functional import linear
@@ -21,18 +22,15 @@ from distlora.methods import Factors, Method
 class PackedLinear(nn.Linear):
     """A frozen linear layer with a packed weight: `weight` is flat, and `packing` makes (out, in) of it.
 
-    device: where packing is computed; the packed weight stays where the weight was.
+    device: where packing is computed; the packed weight stays where the weight was. fan_in_fan_out: whether
+    the model's files hold it as (in, out).
     """
 
-    def __init__(self, linear: nn.Linear, packing: Packing, device: torch.device):
+    def __init__(self, linear: nn.Module, packing: Packing, device: torch.device):
         nn.Module.__init__(self)  # nn.Linear's own would allocate a whole weight
-        self.in_features, self.out_features, self.bias, self.packing = (
-            linear.in_features,
-            linear.out_features,
-            linear.bias,
-            packing,
-        )
-        weight = linear.weight.detach()
+        self.out_features, self.in_features = shape_of(linear)
+        self.bias, self.packing, self.fan_in_fan_out = linear.bias, packing, keeps_transpose(linear)
+        weight = matrix_of(linear)
         self.weight = nn.Parameter(packing.pack(weight.to(device)).to(weight.device), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -42,18 +40,21 @@ class PackedLinear(nn.Linear):
 class AdapterLinear(nn.Module):
     """A linear layer `y = x Wᵀ + b` with a method's factors beside W.
 
-    weight: (out, in), frozen; flat and packed where `packing` is not None. bias: (out,) or None, frozen. Each
-    factor is a parameter under its own name, zero until it is written. name: the layer's name in the bare
-    model, such as `model.layers.0.self_attn.q_proj`.
+    weight: (out, in), frozen; (in, out) where `transposed`, flat and packed where `packing` is not None.
+    bias: (out,) or None, frozen. Each factor is a parameter under its own name, zero until it is written.
+    name: the layer's name in the bare model, such as `model.layers.0.self_attn.q_proj`. fan_in_fan_out:
+    whether the model's files hold the weight as (in, out), as those of GPT-2 do. called: whether a pass has
+    reached the layer yet.
 
     What a method prepares from W and the factors is kept until `changed` is called. Whoever writes into one
     of them must call it.
     """
 
-    def __init__(self, linear: nn.Linear, method: Method, name: str):
+    def __init__(self, linear: nn.Module, method: Method, name: str):
         super().__init__()
         self.name, self.method = name, method
-        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.out_features, self.in_features = shape_of(linear)
+        self.fan_in_fan_out = keeps_transpose(linear)
         self.weight, self.bias = linear.weight, linear.bias
         self.packing: Packing | None = getattr(linear, "packing", None)
         shapes = method.shapes(self.out_features, self.in_features)
@@ -62,11 +63,13 @@ class AdapterLinear(nn.Module):
             empty = torch.zeros(shape, dtype=self.weight.dtype, device=self.weight.device)
             self.register_parameter(factor, nn.Parameter(empty, requires_grad=factor in method.trains))
         self.present_pass: Pass = Adapted()
+        self.called = False
         self._beside: LowRank | None = None
         self._gradient_hooks: list = []
         self._prepared: Factors | None = None
 
     def forward(self, x: Tensor) -> Tensor:
+        self.called = self.called or x.numel() > 0
         return self.present_pass(self, x)
 
     @property
@@ -74,16 +77,26 @@ class AdapterLinear(nn.Module):
         """(out, in). `weight.shape` does not say so: under ZeRO-3 it is empty between passes."""
         return self.out_features, self.in_features
 
+    @property
+    def transposed(self) -> bool:
+        """Whether `weight` holds the transpose of W. Packing turns it: what is packed is W."""
+        return self.fan_in_fan_out and self.packing is None
+
+    def as_stored(self, update: LowRank) -> LowRank:
+        """What is to be added to `weight`, as it is stored, so that `update` (out, in) is added to W."""
+        return LowRank(update.right.T, update.left.T) if self.transposed else update
+
     def whole_weight(self, stored: Tensor | None = None) -> Tensor:
         """W (out, in) in float32, with all that was put beside it; must not be changed. stored: the whole
         `weight`, where the layer's own is partitioned (ZeRO-3, outside the module's own passes).
         """
         stored = self.weight.detach() if stored is None else stored
-        weight = (
-            stored.float().view(self.shape)
-            if self.packing is None
-            else self.packing.unpack(stored, torch.float32)
-        )
+        if self.packing is not None:
+            weight = self.packing.unpack(stored, torch.float32)
+        elif self.transposed:
+            weight = stored.float().view(self.in_features, self.out_features).T
+        else:
+            weight = stored.float().view(self.shape)
         beside = self._beside
         return weight if beside is None else torch.addmm(weight, beside.left.float(), beside.right.float())
 
@@ -126,12 +139,16 @@ class AdapterLinear(nn.Module):
         """W (out, in), in float32 where it has to be unpacked or summed. Under ZeRO-3 it is whole only inside
         the module's own passes.
         """
-        return self.weight if self.packing is None and self._beside is None else self.whole_weight()
+        if self.packing is not None or self._beside is not None:
+            return self.whole_weight()
+        return self.weight.T if self.transposed else self.weight
 
     @property
     def unpack(self) -> Callable[[Tensor], Tensor] | None:
         """Makes W of what is stored, in the dtype of products with it; None where W itself is stored."""
-        return None if self.packing is None else self.packing.unpack
+        if self.packing is not None:
+            return self.packing.unpack
+        return torch.t if self.transposed else None
 
     # ------------------------------------------------------------------ what changes only now and then
 

@@ -8,9 +8,10 @@ from torch import nn
 
 from distlora.adapter.attach import Attached
 from distlora.adapter.layer import AdapterLinear
+from distlora.api.watch import GradientWatch
 from distlora.engine import boundary
 from distlora.engine.protocol import Engine
-from distlora.errors import TrainingError, UserError
+from distlora.errors import UserError
 from distlora.methods import Method
 from distlora.recompose.recomposer import Recomposer
 from distlora.recompose.report import RecompositionReport
@@ -29,8 +30,8 @@ class Adapted:
         self.norm_before_transform: float | None = None
         self._engine: Engine | None = None
         self._recomposer: Recomposer | None = None
-        #: Whether the first steps look for tensors that do not train, and whether none was made here yet.
-        self._checks, self._just_started = True, True
+        #: Looks for tensors that do not train in the first steps here; None where nobody asks.
+        self._watch: GradientWatch | None = None
         #: A start that broke off may have changed weights.
         self._broken = False
         #: Between `before_step` and `after_step`: whether the step is one of the optimizer.
@@ -68,9 +69,15 @@ class Adapted:
             raise UserError("the adapter was loaded for evaluation; load it with training=True to train it")
         return self._recomposer
 
-    def begin(self, engine: Engine, recomposer: Recomposer | None, check_gradients: bool) -> None:
-        """The layers have their factors now. For `initialise` and `load`."""
-        self._engine, self._recomposer, self._checks = engine, recomposer, check_gradients
+    def begin(
+        self, engine: Engine, recomposer: Recomposer | None, check_gradients: bool, steps: int | None
+    ) -> None:
+        """The layers have their factors now. For `initialise` and `load`. steps: of the whole run, if that is
+        known.
+        """
+        self._engine, self._recomposer = engine, recomposer
+        if check_gradients:
+            self._watch = GradientWatch(self.method, self.layers, steps)
 
     @contextmanager
     def starting(self) -> Iterator[None]:
@@ -97,18 +104,18 @@ class Adapted:
     def before_step(self) -> None:
         """After the backward pass, before the optimizer's step; does nothing where gradients still add up.
 
-        Scores see the averaged gradients, and a method that transforms gradients does so. In the first two
-        steps every trained tensor must have a gradient. Clip plain PyTorch's gradients before this call; a
-        DeepSpeed engine clips by itself, after it. Errors: TrainingError that names a tensor which does not
-        train.
+        Scores see the averaged gradients, and a method that transforms gradients does so. The first steps
+        look for tensors that do not train, see `distlora.api.watch`. Clip plain PyTorch's gradients before
+        this call; a DeepSpeed engine clips by itself, after it. Errors: TrainingError that names a tensor
+        which does not train.
         """
         recomposer, engine = self.recomposer, self.engine
         if self._at_boundary is not None:
             raise UserError("before_step was called twice: call after_step once the engine has made its step")
         due = engine.at_boundary()
         if due:
-            if self._checks and (self._just_started or self.steps == 1):
-                self._check_gradients()
+            if self._watch is not None and not self._watch.done:
+                self._watch.look(engine, self.steps + 1)
             recomposer.on_gradient()
             self.norm_before_transform = boundary.before_step(engine)
         self._at_boundary = due
@@ -132,7 +139,6 @@ class Adapted:
         if not due:
             return None
         self.steps += 1
-        self._just_started = False
         boundary.after_step(self.engine)
         return recomposer.after_step(self.steps, self._mean_loss())
 
@@ -143,20 +149,3 @@ class Adapted:
             return 0.0
         comm = self.engine.comm
         return comm.sum(sum(losses) / len(losses))[0] / comm.world_size
-
-    def _check_gradients(self) -> None:
-        """Every trained tensor must have a finite gradient that is not zero, or it does not train."""
-        for name, verdict in self.engine.silent_tensors().items():
-            if verdict != "zero" or not self._is_excused(name):
-                when = f"at step {self.steps + 1}"
-                raise TrainingError(f"the gradient of {name} is {verdict} {when}, so it would not be trained")
-
-    def _is_excused(self, name: str) -> bool:
-        """Whether a gradient is zero because another factor of the layer still is: at the first step, and
-        after a step with the learning rate 0, as the first of many warm-ups is. Collective.
-        """
-        layer, _, factor = name.rpartition(".")
-        if factor not in self.method.zero_gradient_at_start or layer not in self.layers:
-            return False
-        others = self.engine.read(self.layers[layer])
-        return any(not others[other].any() for other in self.method.trains if other != factor)

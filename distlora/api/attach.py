@@ -1,37 +1,44 @@
 """Putting a method on a model, by its name and settings."""
 
-from collections.abc import Collection
+import logging
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from pydantic import ValidationError
 from torch import nn
 
-from distlora.adapter.attach import ALL_LINEAR
 from distlora.adapter.attach import attach as attach_method
+from distlora.adapter.targets import ALL_LINEAR, Targets
 from distlora.api.adapted import Adapted
 from distlora.errors import UserError
 from distlora.methods import Method, registry
 from distlora.sentences import nearest
+
+log = logging.getLogger(__name__)
 
 
 def attach(
     model: nn.Module,
     method: str | Method,
     *,
-    targets: str | list[str] = ALL_LINEAR,
+    targets: str | Iterable[str] | Mapping[str, Any] | Targets = ALL_LINEAR,
     also_train: Collection[str] = (),
     **settings: Any,
 ) -> Adapted:
     """Puts a method on the linear layers of `model`, in place. Afterwards exactly its factors are trained.
 
     method: a name that the command `distlora methods` lists, with its settings as keywords (`rank`, `alpha`,
-    `init={…}`), or an instance. targets: "all-linear" (every `nn.Linear` but output embeddings), or layers'
-    names, last parts of names (`q_proj`) and patterns, one or a list. also_train: names of parameters that
+    `init={…}`), or an instance. targets: as in a recipe: "all-linear" (every linear layer that is wide
+    enough, but output embeddings), names, last parts of names (`q_proj`) and patterns, one or a list, or a
+    mapping `{"include": …, "exclude": […], "layers": "10-20"}`. also_train: names of parameters that
     are trained whole, such as a new head's; their layers are no targets. The model may be partitioned by
     `deepspeed.zero.Init` already. Call it before `deepspeed.initialize` and before an optimizer is made.
     """
     chosen = _method(method, settings)
-    return Adapted(model, attach_method(model, chosen, targets, also_train))
+    attached = attach_method(model, chosen, targets, also_train)
+    for line in attached.remarks:
+        log.info("%s", line)
+    return Adapted(model, attached)
 
 
 def _method(method: str | Method, settings: dict[str, Any]) -> Method:

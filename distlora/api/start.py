@@ -63,7 +63,7 @@ def initialise(
     with adapted.starting(), modes_kept(adapted.model):
         open_ledger(ours, adapted.attached, seed, pretrained, watched=ours is not engine)
         report = initialise_factors(ours, adapted.attached, seed, plan.rate(0), first)
-        adapted.begin(ours, plan.recomposer(report), check_gradients)
+        adapted.begin(ours, plan.recomposer(report), check_gradients, steps)
     return report
 
 
@@ -109,7 +109,7 @@ def load(
         state = restore(ours, adapted.attached, found, recomposer, random_states)
         install_gradient_maps(ours, adapted.attached)
         adapted.steps = state.get("taken", found.step)
-        adapted.begin(ours, recomposer, check_gradients)
+        adapted.begin(ours, recomposer, check_gradients, steps)
     return state
 
 

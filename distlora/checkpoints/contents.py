@@ -33,7 +33,7 @@ class Stateful(Protocol):
 
 def describe_model(engine: Engine) -> dict[str, Any]:
     """What an export has to say about a model: its class, the labels that its head tells apart, by which
-    loss, and the id of the padding token.
+    loss, the id of the padding token, and the adapted layers whose weight its files hold as (in, out).
     """
     config, name = getattr(engine.module, "config", None), type(engine.module).__name__
     about = {"class": name, "num_labels": getattr(config, "num_labels", None)}
@@ -43,7 +43,8 @@ def describe_model(engine: Engine) -> dict[str, Any]:
     text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
     if isinstance(getattr(text, "pad_token_id", None), int):
         about["pad_token_id"] = text.pad_token_id
-    return about
+    transposed = [layer.name for layer in engine.layers.values() if layer.fan_in_fan_out]
+    return about | {"transposed": transposed} if transposed else about
 
 
 def adapter_shapes(engine: Engine, attached: Attached) -> dict[str, tuple[int, ...]]:

@@ -222,7 +222,9 @@ class LocalEngine:
 
     def add_low_rank(self, layer: AdapterLinear, update: LowRank, rounding: Rounding, key: int) -> float:
         layer.changed()
-        return add_low_rank(layer.weight.detach().view(-1), 0, update, rounding, key, self.comm.device)
+        return add_low_rank(
+            layer.weight.detach().view(-1), 0, layer.as_stored(update), rounding, key, self.comm.device
+        )
 
     def weight_at_owner(self, layer: AdapterLinear, owner: int) -> Tensor | None:
         return layer.whole_weight()

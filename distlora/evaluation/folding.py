@@ -49,4 +49,4 @@ def _fold(layer: AdapterLinear) -> None:
         whole = whole * scale[:, None]
     if layer.beside is not None:  # it stays beside the weight
         whole = torch.addmm(whole, layer.beside.left.float(), layer.beside.right.float(), alpha=-1)
-    layer.weight.data.copy_(whole)
+    layer.weight.data.copy_(whole.T if layer.transposed else whole)

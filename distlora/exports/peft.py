@@ -141,7 +141,8 @@ def _peft_config(source: Source, base: str, dropout: float) -> dict[str, Any]:
         "target_modules": list(ranks),
         "modules_to_save": sorted({_saved_module(name) for name in source.heads}) or None,
         "bias": "none",
-        "fan_in_fan_out": False,
+        # Of a model with layers of both kinds PEFT tells each layer's by its class.
+        "fan_in_fan_out": set(source.layers) <= set(source.model.get("transposed", ())),
         "init_lora_weights": True,
         "inference_mode": True,
     }

@@ -11,6 +11,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from distlora.adapter.linears import is_linear, shape_of
 from distlora.errors import UserError
 from distlora.exports.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from distlora.exports.sources import MAGNITUDE, PREFIX
@@ -69,10 +70,10 @@ class PeftFiles:
         other = f"{self.directory} is an adapter of another model{hint} than {path}"
         for layer, shape in self.layers.items():
             module = modules.get(layer)
-            if not isinstance(module, nn.Linear):
+            if module is None or not is_linear(module):
                 raise UserError(f"{other}: this one has no linear layer {layer}")
-            if (module.out_features, module.in_features) != shape:
-                here = (module.out_features, module.in_features)
+            here = shape_of(module)
+            if here != shape:
                 raise UserError(f"{other}: its layer {layer} has the shape {shape}, and this one's {here}")
         for name, shape in self.heads.items():
             found = tuple(parameters[name].shape) if name in parameters else None
@@ -136,7 +137,7 @@ def _config(directory: Path) -> dict[str, Any]:
         kind = config.get("peft_type") if isinstance(config, dict) else None
         raise UserError(f"{path}: peft_type is {kind}; only LORA (and DoRA) is loaded")
     unsupported: dict[str, Callable[[Any], bool]] = {
-        "fan_in_fan_out": bool, "lora_bias": bool, "bias": lambda value: value not in (None, "none"),
+        "lora_bias": bool, "bias": lambda value: value not in (None, "none"),
         "layer_replication": bool, "alora_invocation_tokens": bool,
     }  # fmt: skip
     for key, is_set in unsupported.items():

@@ -13,6 +13,7 @@ from distlora.engine.comm import Comm
 from distlora.engine.ledger import pretrained_at_owner
 from distlora.engine.owners import assign_owners, broadcast_pair, open_ledger, turns
 from distlora.engine.protocol import Engine
+from distlora.initialisation.dead_starts import DeadStarts
 from distlora.initialisation.probe import Probe, mean_gradients
 from distlora.initialisation.search import scale_factor, search_eta
 from distlora.maths.generators import layer_generator
@@ -135,9 +136,9 @@ def factorise_all(
     """
     layers = attached.layers
     scalars: dict[str, dict[str, float]] = {}
-    losses = _Losses()
+    losses, dead_starts = _Losses(), DeadStarts(attached.method)
     for turn in turns(layers, owners):
-        found = _factorise(engine, attached, turn, owners, gradients, seed, eta)
+        found = _factorise(engine, attached, turn, owners, gradients, seed, eta, dead_starts)
         if stoppable:
             engine.comm.sum_or_stop()
         for name, layer in turn.items():
@@ -145,6 +146,7 @@ def factorise_all(
         scalars |= {name: init.report for name, init in found.items()}
         if reserves is not None:
             reserves |= {name: init.reserve for name, init in found.items() if init.reserve is not None}
+    dead_starts.tell(engine.comm)
     return _means(engine.comm, scalars, list(layers)) | losses.report(engine.comm)
 
 
@@ -195,6 +197,7 @@ def _factorise(
     gradients: dict[str, Tensor],
     seed: int | str,
     eta: float,
+    dead_starts: DeadStarts,
 ) -> dict[str, Init]:
     """The factors of the layers that this rank owns in this turn."""
     method, sources = attached.method, {}
@@ -208,9 +211,9 @@ def _factorise(
     try:
         for name, source in sources.items():
             generator = layer_generator(seed, name)
-            found[name] = method.initialise(
-                LayerInit(turn[name].shape, source, generator, engine.dtype, eta, engine.comm.device)
-            )
+            layer = LayerInit(turn[name].shape, source, generator, engine.dtype, eta, engine.comm.device)
+            found[name] = method.initialise(layer)
+            dead_starts.look(name, layer, found[name])
     except Exception as error:  # the others wait in a broadcast: tell them before this rank leaves
         failure = error
     engine.comm.agree(failure)

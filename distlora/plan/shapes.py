@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from distlora.adapter.attach import Attached, attach, linears_to_pack
+from distlora.adapter.linears import linears_of, shape_of
 from distlora.adapter.packed import Packing, packing_maker
 from distlora.errors import UserError
 from distlora.models.hub import without_weights
@@ -19,6 +20,7 @@ from distlora.plan.gathering import Event, Module, Piece
 from distlora.recipe.sections import Recipe
 from distlora.training.objective import objective_of
 from distlora.training.objective_base import Objective
+from distlora.training.targets import chosen_in
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +37,7 @@ class Shapes:
     attention: the implementation that this machine would run.
     labels: number of labels of a classifier, else 0.
     length: tokens that the model makes of an image; None where the recipe says how long samples are.
+    remarks: lines about the share of the weights that is adapted, and about layers that are not.
     sizes: elements of every parameter as it is stored; a shared one stands under its first name.
     linears: (out, in) of every linear layer.
     packings: how weights are packed, by the name of their layer.
@@ -54,6 +57,7 @@ class Shapes:
     linears: dict[str, tuple[int, int]] = field(default_factory=dict)
     packings: dict[str, Packing] = field(default_factory=dict)
     length: int | None = None
+    remarks: list[str] = field(default_factory=list)
 
     @property
     def elements(self) -> int:
@@ -102,8 +106,10 @@ def shapes_of(recipe: Recipe) -> Shapes:
             "widths, whose memory and traffic this plan does not know"
         )
     packings = _packings(recipe, model, objective.head(model))
+    linears = {name: shape_of(layer) for name, layer in linears_of(model).items()}
     stored = {f"{name}.weight": packing.elements for name, packing in packings.items()}
-    attached = attach(model, recipe.method, recipe.targets, objective.head(model))
+    chosen = chosen_in(model, recipe, objective)
+    attached = attach(model, recipe.method, chosen.layers, objective.head(model))
     named = dict(model.named_modules())
     number_of = {id(module): number for number, module in enumerate(named.values())}
     first_names: dict[int, str] = {}
@@ -126,9 +132,10 @@ def shapes_of(recipe: Recipe) -> Shapes:
         objective.attention(),
         len(objective.labels),
         {piece.name: piece.elements for module in modules for piece in module},
-        {name: (m.out_features, m.in_features) for name, m in named.items() if hasattr(m, "in_features")},
+        linears,
         packings,
         _tokens_of_an_image(model, objective.meta_sample(model)),
+        chosen.lines,
     )
 
 
@@ -138,8 +145,7 @@ def _packings(recipe: Recipe, model: nn.Module, heads: set[str]) -> dict[str, Pa
         return {}
     compute = asked.compute_dtype and getattr(torch, asked.compute_dtype)
     make = packing_maker(asked.kind, storage, compute, asked.double)
-    linears = {name: model.get_submodule(name) for name in linears_to_pack(model, heads)}
-    return {name: make((linear.out_features, linear.in_features)) for name, linear in linears.items()}
+    return {name: make(shape_of(model.get_submodule(name))) for name in linears_to_pack(model, heads)}
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:

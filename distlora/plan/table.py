@@ -148,4 +148,4 @@ def _remarks(columns: Columns, gpu_memory: float) -> list[str]:
             "The size of the training set is not known here: a probe of a share of it counts 25 samples; "
             "--samples N says it."
         )
-    return lines
+    return lines + [f"{line[0].upper()}{line[1:]}." for line in setup.shapes.remarks]

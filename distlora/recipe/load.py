@@ -136,6 +136,8 @@ class _Document:
             if node.get(part) is None:
                 node[part] = {}
                 self.given.append(path)
+            if path == "targets" and isinstance(node[part], str | list):  # the short form of a mapping
+                node[part] = {"include": node[part]}
             node = node[part]
             if not isinstance(node, dict):
                 raise UserError(f"override {key}: {path} is {show(node)}, which has no keys")

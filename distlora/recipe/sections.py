@@ -16,6 +16,7 @@ from pydantic import (
     model_validator,
 )
 
+from distlora.adapter.targets import Targets
 from distlora.engine.optimizers import OptimizerName
 from distlora.errors import UserError
 from distlora.methods import Method, last_trained_factor, registry
@@ -206,7 +207,7 @@ class Recipe(Section):
 
     model: ModelSection
     method: Annotated[SerializeAsAny[Method], BeforeValidator(_method)]
-    targets: Literal["all-linear"] | Annotated[list[Text], Field(min_length=1)] = "all-linear"
+    targets: Literal["all-linear"] | Annotated[list[Text], Field(min_length=1)] | Targets = "all-linear"
     data: DataSection
     train: TrainSection = TrainSection()
     deepspeed: Text | dict[str, Any] | None = None

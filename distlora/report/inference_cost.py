@@ -17,6 +17,7 @@ from distlora.models.targets import Batch
 from distlora.recipe.sections import Recipe
 from distlora.sentences import first_line
 from distlora.training.objective import objective_of
+from distlora.training.targets import chosen_in
 
 #: Tokens of the one text that is counted, fewer where the model has fewer positions.
 TOKENS = 256
@@ -62,7 +63,8 @@ def inference_cost(recipe: Recipe) -> InferenceCost:
     limit = position_limit(model)
     inputs = objective.meta_sample(model, TOKENS if limit is None else min(TOKENS, limit))
     merged = pass_cost(model, inputs)
-    attach(model, recipe.method, recipe.targets, objective.head(model))
+    targets = chosen_in(model, recipe, objective).layers
+    attach(model, recipe.method, targets, objective.head(model))
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     trains_weight = isinstance(recipe.method, TrainsWeight)
     adapted = None if trains_weight else pass_cost(model, inputs)

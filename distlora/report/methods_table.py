@@ -10,11 +10,16 @@ import inspect
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
-from distlora.adapter.attach import ALL_LINEAR, target_linears
+from torch import nn
+
+from distlora.adapter.linears import shape_of
+from distlora.adapter.reach import Reach
+from distlora.adapter.targets import ALL_LINEAR, NARROW, Choice, choose
 from distlora.engine.optimizers import OptimizerSpec
 from distlora.errors import UserError
 from distlora.initialisation.trial import Trial, trial
@@ -27,23 +32,47 @@ from distlora.recipe.load import load_recipe
 from distlora.recipe.sections import ModelSection, Recipe
 from distlora.recipe.strict import validate
 from distlora.training.objective import objective_of
+from distlora.training.targets import reach_in, told
 
 #: Up to these relative changes of a weight, the adapted network is the pretrained one before its first step,
 #: or nearly so. The first one allows for rounding in float32.
 EXACT, NEAR = 1e-6, 1e-2
 SOURCES = {"weight": "W", "gradient": "gradients"}
+#: A method that fits on every layer.
+ANY = registry()["lora"](rank=1)
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What the methods are put on. shapes: (out, in) of every target layer. biases: numbers that full
-    fine-tuning trains beside the weights. heads: numbers that every method trains beside its own.
+    """What the methods are put on. model: without weights. new: names of its parameters that every method
+    trains beside its own. reach: what an input reaches; None where no recipe says what the task is.
+    method: whose layers the title counts.
     """
 
-    title: str
-    shapes: list[tuple[int, int]] = field(default_factory=list)
-    biases: int = 0
-    heads: int = 0
+    path: str
+    model: nn.Module
+    targets: Any
+    new: set[str]
+    reach: Reach | None
+    method: Method
+
+    def choose(self, method: Method) -> Choice:
+        """Raises UserError where the method cannot be put on the layers that the recipe names."""
+        return choose(self.model, method, self.targets, self.new, self.reach)
+
+    def title(self) -> list[str]:
+        """The model with its layers, and what has no adapter."""
+        layers = self.choose(ANY).layers
+        lines = [f"{self.path}: {len(layers)} layers of {type(self.model).__name__}"]
+        try:
+            return lines + told(self.model, self.choose(self.method), self.new)
+        except UserError:  # said in the method's line
+            return lines
+
+    @property
+    def heads(self) -> int:
+        """Numbers of the new parameters."""
+        return sum(value.numel() for name, value in self.model.named_parameters() if name in self.new)
 
 
 def methods_table(
@@ -97,24 +126,19 @@ def _recipe(path: str | None, overrides: Sequence[str]) -> Recipe | None:
 
 
 def _subject(recipe: Recipe | None, path: str | None) -> Subject | None:
+    """Raises UserError where the targets are wrong for every method."""
     path = path or (recipe.model.path if recipe else None)
     if path is None:
         return None
     place = without_weights(path)
     if recipe is None:
-        model, targets, heads = bare_model(ModelSection(path=place)), ALL_LINEAR, set()
-    else:
-        section = recipe.model.model_copy(update={"path": place})
-        objective = objective_of(recipe.model_copy(update={"model": section}))
-        model, targets = objective.bare_model(), recipe.targets
-        heads = objective.head(model)
-    linears = target_linears(model, targets, heads)
-    return Subject(
-        f"{path}: {len(linears)} layers of {type(model).__name__}",
-        [(linear.out_features, linear.in_features) for linear in linears.values()],
-        sum(linear.bias.numel() for linear in linears.values() if linear.bias is not None),
-        sum(parameter.numel() for name, parameter in model.named_parameters() if name in heads),
-    )
+        return Subject(path, bare_model(ModelSection(path=place)), ALL_LINEAR, set(), None, ANY)
+    section = recipe.model.model_copy(update={"path": place})
+    objective = objective_of(recipe.model_copy(update={"model": section}))
+    model = objective.bare_model()
+    reach, heads = reach_in(model, objective), objective.head(model)
+    choose(model, ANY, recipe.targets, heads, reach)
+    return Subject(path, model, recipe.targets, heads, reach, recipe.method)
 
 
 def _method(name: str, recipe: Recipe | None, rank: int | None) -> Method:
@@ -137,12 +161,15 @@ def _row(method: Method, subject: Subject | None, spec: OptimizerSpec, recipe: R
     if subject is None:
         numbers = [_formula(method)]
     else:
-        method = method.fitted(subject.shapes)
+        choice = subject.choose(method)
+        method = choice.method
         if recipe is not None:
             partitioned = look_up(recipe.deepspeed or {}, "zero_optimization.stage") == 3
             check_base(recipe.model_copy(update={"method": method}), partitioned)
-        trained = _trained(method, subject)
-        numbers = [f"{trained:,}", _bytes(trained * spec.bytes_per_element())]
+        trained = _trained(choice) + subject.heads
+        share = len(choice.layers), len(choice.layers) + len(choice.left_out.get(NARROW, ()))
+        wide = "" if share[0] == share[1] else f" ({share[0]} of {share[1]} layers are wide enough)"
+        numbers = [f"{trained:,}{wide}", _bytes(trained * spec.bytes_per_element())]
     return [method.name, _trains(type(method)), *numbers, *_facts(method)]
 
 
@@ -178,15 +205,12 @@ def _export(method: Method, found: Trial) -> str:
 # ---------------------------------------------------------------------- numbers
 
 
-def _trained(method: Method, subject: Subject) -> int:
-    problems = (method.problem_with(*shape) for shape in subject.shapes)
-    problem = next(filter(None, problems), None)
-    if problem:
-        raise UserError(problem)
+def _trained(choice: Choice) -> int:
+    method, layers = choice.method, choice.layers.values()
     if isinstance(method, TrainsWeight):
-        return sum(map(math.prod, subject.shapes)) + subject.biases + subject.heads
-    of_layers = (method.shapes(*shape) for shape in subject.shapes)
-    return sum(math.prod(shapes[factor]) for shapes in of_layers for factor in method.trains) + subject.heads
+        return sum(parameter.numel() for layer in layers for parameter in layer.parameters())
+    of_layers = (method.shapes(*shape_of(layer)) for layer in layers)
+    return sum(math.prod(shapes[factor]) for shapes in of_layers for factor in method.trains)
 
 
 def _formula(method: Method) -> str:
@@ -245,4 +269,5 @@ def _legend(subject: Subject | None, spec: OptimizerSpec, rank: int | None) -> l
             *lines,
         ]
     heads = f", and a new head of {subject.heads:,} numbers, which is counted" if subject.heads else ""
-    return [f"{subject.title}{heads}", *lines]
+    title, *about = subject.title()
+    return [f"{title}{heads}", *about, *lines]

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from distlora import api
-from distlora.adapter.attach import attach, pack_linears
+from distlora.adapter.attach import pack_linears
 from distlora.adapter.packed import packer, scale_bytes
 from distlora.engine.comm import Comm
 from distlora.engine.coordination import on_every_rank
@@ -26,7 +27,8 @@ from distlora.models.hub import resolve_path
 from distlora.models.stored_names import renamed
 from distlora.recipe.deepspeed_config import resolve_deepspeed
 from distlora.recipe.sections import Recipe
-from distlora.training.objective import Objective
+from distlora.training.objective_base import Objective
+from distlora.training.targets import choose_targets
 
 log = logging.getLogger(__name__)
 
@@ -47,16 +49,14 @@ class Built:
 
 
 def check_targets(recipe: Recipe, objective: Objective) -> Recipe:
-    """Attaches the method to the model without weights: what is wrong with targets or rank shows before
+    """Chooses the layers in the model without weights: what is wrong with targets or rank shows before
     anything is loaded. Returns the recipe with the method fitted to the model.
     """
-    model = objective.bare_model()
-    method = attach(model, recipe.method, recipe.targets, objective.head(model)).method
-    return recipe.model_copy(update={"method": method})
+    return recipe.model_copy(update={"method": choose_targets(recipe, objective).method})
 
 
-def build(comm: Comm, recipe: Recipe, objective: Objective) -> Built:
-    """Collective. Errors: UserError on all ranks."""
+def build(comm: Comm, recipe: Recipe, objective: Objective, targets: Sequence[str]) -> Built:
+    """Collective. targets: names of the layers to adapt. Errors: UserError on all ranks."""
     config = on_every_rank(comm, objective.load_config)
     engine, tensorboard, resolved = on_every_rank(comm, lambda: _make_engine(comm, recipe, config))
     settings, quantized = recipe.train, recipe.model.quantization is not None
@@ -65,8 +65,9 @@ def build(comm: Comm, recipe: Recipe, objective: Objective) -> Built:
     heads = new | objective.head(model)
     if quantized:
         _pack(model, heads, recipe, comm.device)
+    layers = [name for name in targets if f"{name}.weight" not in heads]
     with engine.attaching():
-        adapted = api.attach(model, recipe.method, targets=recipe.targets, also_train=heads)
+        adapted = api.attach(model, recipe.method, targets=layers, also_train=heads)
     pretrained = None
     if quantized and isinstance(recipe.method, TakesFromWeight):
         pretrained = on_every_rank(comm, lambda: _pretrained(adapted, recipe, type(model).__name__))
@@ -113,5 +114,6 @@ def _pretrained(adapted: api.Adapted, recipe: Recipe, model_class: str) -> Pretr
     directory = resolve_path(recipe.model.path)
     shapes = {name: layer.shape for name, layer in adapted.layers.items() if layer.packing is not None}
     return PretrainedFiles(
-        directory, shapes, getattr(torch, recipe.model.dtype), partial(renamed, directory, model_class)
-    )
+        directory, shapes, getattr(torch, recipe.model.dtype), partial(renamed, directory, model_class),
+        [name for name in shapes if adapted.layers[name].fan_in_fan_out],
+    )  # fmt: skip

@@ -21,7 +21,7 @@ from distlora.methods import NeedsProbe, ProbeSettings, Recomposes, TrainsWeight
 from distlora.recipe.combination import check_length
 from distlora.recipe.load import run_identity
 from distlora.recipe.sections import Recipe
-from distlora.training.build import Built, build, check_targets
+from distlora.training.build import Built, build
 from distlora.training.export_run import base_name
 from distlora.training.loop import Loop
 from distlora.training.monitor import Monitor
@@ -29,6 +29,7 @@ from distlora.training.objective import objective_of
 from distlora.training.rate_search import RateSearch, find_rate, search_rate
 from distlora.training.samples import RunSamples, fetch
 from distlora.training.summary import record_summary
+from distlora.training.targets import choose_targets
 
 #: In a checkpoint's extra state: the learning rate that was found for `train.lr: search`.
 FOUND_RATE = "found_rate"
@@ -74,7 +75,10 @@ class Run:
         self.objective = objective_of(recipe)
         fetch(comm, recipe)
         comm.sum_or_stop()
-        fitted = on_every_rank(comm, lambda: check_targets(recipe, self.objective))
+        chosen = on_every_rank(comm, lambda: choose_targets(recipe, self.objective))
+        for line in chosen.lines:
+            log.info("%s", line)
+        fitted = recipe.model_copy(update={"method": chosen.method})
         self.data = RunSamples(comm, recipe, self.objective)
         settings = recipe.train
         self.steps = settings.steps or max(1, round(settings.epochs * self.data.order.steps_per_epoch))
@@ -82,7 +86,7 @@ class Run:
             status.steps = self.steps
         self.schedule = None if settings.searches_lr else self._schedule(settings.lr)
         on_every_rank(comm, lambda: check_length(fitted, self.steps))
-        self.built = build(comm, recipe, self.objective)
+        self.built = build(comm, recipe, self.objective, chosen.layers)
         comm.sum_or_stop()
 
     @property

@@ -19,9 +19,10 @@ from distlora.maths.low_rank import LowRank
 from distlora.methods import HasMagnitude, magnitude_of
 from distlora.models.hub import on_the_hub, resolve_path
 from distlora.recipe.sections import Recipe
-from distlora.training.build import Built, build, check_targets
+from distlora.training.build import Built, build
 from distlora.training.evaluated import Subject
 from distlora.training.objective import Objective
+from distlora.training.targets import choose_targets
 
 log = logging.getLogger(__name__)
 
@@ -65,8 +66,8 @@ class Evaluated:
 
     def engine(self) -> Engine:
         """The model, loaded, in an engine. Collective; once."""
-        on_every_rank(self.comm, lambda: check_targets(self.recipe, self.objective))
-        built = build(self.comm, self.recipe, self.objective)
+        chosen = on_every_rank(self.comm, lambda: choose_targets(self.recipe, self.objective))
+        built = build(self.comm, self.recipe, self.objective, chosen.layers)
         if self.checkpoint is not None:
             api.load(
                 built.adapted, built.engine, self.checkpoint, training=False, seed=self.recipe.train.seed,

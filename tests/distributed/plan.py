@@ -73,7 +73,7 @@ def entries() -> list[Entry]:
         *_every_stage(), *_every_method(), *_bfloat16(), *_methods_and_settings(), *_norms(), *_transforms(),
         *_optimizers(),
         *_zero_options(), *_swaps(), *_classifiers(), *_packed(), *_traffic(),
-        *_searches(),
+        *_searches(), *_transposed(),
     ]  # fmt: skip
 
 
@@ -290,6 +290,19 @@ def _classifiers() -> list[Entry]:
     images = {**setting, "images": True}
     plan += [Entry(2, "classifying_images", stage, setting=images) for stage in (2, 3)]
     return [*plan, Entry(3, "classifying", 3, setting=setting), Entry(1, "classifying", 3, setting=setting)]
+
+
+def _transposed() -> list[Entry]:
+    """GPT-2, whose weights are stored as (in, out): probed, read, written at a swap, and merged."""
+    gpt2 = {"family": "gpt2", "clip": 0.5}
+    srlora = {**gpt2, "method": "srlora", "target_rank": 16, "gamma": 0.5, "interval": 2}
+    return [
+        Entry(2, "curve", 3, setting={**gpt2, "method": "dora"}, arguments={"steps": 3}),
+        Entry(2, "probing", 3, setting={"family": "gpt2"}),
+        Entry(2, "swapping", 3, setting=srlora, arguments={"steps": 5}, tensors=3e-2),
+        Entry(2, "merging", 3, setting={**gpt2, "method": "pissa"}),
+        Entry(2, "merging", 2, setting={**gpt2, "method": "lora", "quantization": "nf4"}),
+    ]
 
 
 def _packed() -> list[Entry]:

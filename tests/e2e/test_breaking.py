@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.e2e.program import call, curve, metrics, succeed
+from tests.e2e.program import call, curve, succeed
 
 
 def broken(*arguments) -> str:
@@ -63,10 +63,10 @@ def test_a_tensor_that_would_not_train_is_named(recipe, model, tmp_path):
     save_file(weights, dead / "model.safetensors", {"format": "pt"})
     sentence = broken("train", recipe, f"model.path={dead}", "targets=[v_proj]", "method.name=lora_xs")
     assert sentence == (
-        "distlora: the gradient of model.layers.1.self_attn.v_proj.R is zero at step 1, "
-        "so it would not be trained; the last good checkpoint: none"
+        "distlora: the gradient of model.layers.1.self_attn.v_proj.R was zero in 5 steps up to step 5, "
+        "so it would not be trained; leave model.layers.1.self_attn.v_proj out of targets; "
+        f"the last good checkpoint: {tmp_path / 'run' / 'checkpoint-3'}"
     )
-    assert not any("train/loss" in line for line in metrics(tmp_path / "run")), "no step was taken"
 
 
 def test_a_factor_that_starts_at_zero_is_excused_until_step_2(recipe, tmp_path):

@@ -234,12 +234,15 @@ def test_a_target_without_near_name_lists_what_there_is(target):
 
 
 def test_a_rank_above_a_layers_smaller_side_names_the_layer():
-    """The key projection is 20 × 60: two heads of ten."""
+    """The key projection is 20 × 60: two heads of ten. all-linear leaves it out."""
     with pytest.raises(UserError) as error:
-        attach(_llama(), LoRASB(rank=21), "all-linear")
+        attach(_llama(), LoRASB(rank=21), ["q_proj", "k_proj"])
     sentence = str(error.value)
     assert all(part in sentence for part in ("model.layers.0.self_attn.k_proj", "21", "20", "method.rank"))
     assert len(attach(_llama(), LoRASB(rank=20), "all-linear").layers) == 21
+    wide = attach(_llama(), LoRASB(rank=21), "all-linear")
+    assert len(wide.layers) == 15 and not any("k_proj" in name or "v_proj" in name for name in wide.layers)
+    assert "model.layers.*.self_attn.k_proj (3 layers)" in wide.remarks[0]
 
 
 @pytest.mark.parametrize(("rank", "targets"), [(4, ["q_proj", "q_porj"]), (99, "all-linear")])

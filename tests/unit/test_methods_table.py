@@ -3,12 +3,11 @@ sentence.
 """
 
 import json
-import math
 
 import pytest
-import torch
 
 from distlora.adapter.attach import attach
+from distlora.adapter.targets import choose
 from distlora.errors import UserError
 from distlora.methods import registry
 from distlora.models.hub import SHAPE_FILES
@@ -170,20 +169,21 @@ def test_columns_stand_below_each_other(model):
 
 def test_what_one_method_cannot_do_is_said_in_its_line(model):
     """And the others have their numbers."""
-    smallest = min(
+    widest = max(
         min(p.shape)
         for n, p in bare_model(ModelSection(path=model)).named_parameters()
         if n.endswith("proj.weight")
     )
-    table = methods_table(model=model, rank=smallest)
-    assert f"above min(out, in) = {smallest}; lower method.rank" in rows(table)["lora_ga"]
-    assert cells(table, "lora")[2].replace(",", "").isdigit()
-    table = methods_table(model=model, rank=smallest + 1)
-    assert f"rank {smallest + 1} is above min(out, in) = {smallest}" in rows(table)["lora"]
+    table = methods_table(model=model, rank=widest)
+    assert f"above min(out, in) = {widest}; lower method.rank" in rows(table)["lora_ga"]
+    assert cells(table, "lora")[2].split()[0].replace(",", "").isdigit()
+    assert "(15 of 21 layers are wide enough)" in cells(table, "lora")[2]
+    table = methods_table(model=model, rank=widest + 1)
+    assert f"rank {widest + 1} is above min(out, in) = {widest}" in rows(table)["lora"]
     assert cells(table, "full")[2].replace(",", "").isdigit()
-    said = rows(methods_table(model=model, rank=smallest))["srlora"]
-    assert f"leaves 0 of min(out, in) = {smallest} singular directions unused" in said
-    half = rows(methods_table(model=model, rank=smallest // 2))["srlora"]
+    said = rows(methods_table(model=model, rank=widest))["srlora"]
+    assert f"leaves 0 of min(out, in) = {widest} singular directions unused" in said
+    half = rows(methods_table(model=model, rank=widest // 2))["srlora"]
     assert "lower" not in half and "lower" not in rows(methods_table(rank=32))["srlora"], (
         "target_rank follows rank and layers"
     )
@@ -225,10 +225,11 @@ def test_of_a_model_on_the_hub_only_the_config_is_fetched(model, monkeypatch):
 def test_no_memory_is_taken_for_the_model(recipe, monkeypatch):
     """The shapes come from the meta device."""
     seen = []
-    monkeypatch.setattr(
-        "distlora.report.methods_table.target_linears",
-        lambda model, *_: seen.append(model) or {"x": torch.nn.Linear(8, 9)},
-    )
-    table = methods_table(recipe())
-    assert all(parameter.is_meta for parameter in seen[0].parameters())
-    assert cells(table, "lora")[2] == str(math.prod((RANK, 8 + 9)))
+
+    def watched(model, *arguments):
+        seen.append(model)
+        return choose(model, *arguments)
+
+    monkeypatch.setattr("distlora.report.methods_table.choose", watched)
+    methods_table(recipe())
+    assert seen and all(parameter.is_meta for model in seen for parameter in model.parameters())

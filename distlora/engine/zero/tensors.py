@@ -128,6 +128,7 @@ class ZeroTensors:
     @torch.no_grad()
     def add_low_rank(self, layer: AdapterLinear, update: LowRank, rounding: Rounding, key: int) -> float:
         weight, device = layer.weight, self.comm.device
+        update = layer.as_stored(update)
         layer.changed()
         if self.stage < 3:
             error = add_low_rank(weight.data.view(-1), 0, update, rounding, key, device)

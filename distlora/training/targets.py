@@ -1,0 +1,82 @@
+"""The layers that a recipe's `targets` choose in its model, found without weights."""
+
+import logging
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from distlora.adapter.coverage import coverage
+from distlora.adapter.reach import Reach, reach_of
+from distlora.adapter.targets import Choice, choose
+from distlora.methods import Method, TrainsWeight
+from distlora.models.targets import Batch
+from distlora.recipe.sections import Recipe
+from distlora.training.objective_base import Objective
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """method: fitted to the layers. layers: their names, in the model's order. lines: what a user should be
+    told: the share of the weights, and what was left out.
+    """
+
+    method: Method
+    layers: list[str]
+    lines: list[str]
+
+
+def choose_targets(recipe: Recipe, objective: Objective) -> Chosen:
+    """Raises UserError for what is wrong with targets or rank, before anything is loaded."""
+    return chosen_in(objective.bare_model(), recipe, objective)
+
+
+def chosen_in(model: nn.Module, recipe: Recipe, objective: Objective) -> Chosen:
+    """The same in the bare model that is at hand."""
+    heads = objective.head(model)
+    choice = choose(model, recipe.method, recipe.targets, heads, reach_in(model, objective))
+    return Chosen(choice.method, list(choice.layers), told(model, choice, heads))
+
+
+def told(model: nn.Module, choice: Choice, new_parameters: Collection[str]) -> list[str]:
+    """What a user should be told of a choice: the share of the weights, and what was left out."""
+    verb = "trained" if isinstance(choice.method, TrainsWeight) else "adapted"
+    return [coverage(model, choice.layers, new_parameters, verb), *choice.lines()]
+
+
+def reach_in(model: nn.Module, objective: Objective) -> Reach | None:
+    """Which layers of a bare model an input of the task reaches. None where the model cannot be run without
+    its weights; a line says so.
+    """
+    sample, training = objective.meta_sample(model), model.training
+    model.eval()
+    try:
+        for given in _forms(sample, bool(objective.labels)):
+            found = reach_of(model, lambda given=given: _total(model(**given)))
+            if found is not None:
+                return found
+    finally:
+        model.train(training)
+    log.info(
+        "%s cannot be run without its weights, so that all of its layers are taken to be called",
+        type(model).__name__,
+    )
+    return None
+
+
+def _forms(sample: Batch, labelled: bool) -> list[dict]:
+    """Ways to call a model with a sample: not all have a cache, or a mask of the form that most take."""
+    bare = {name: value for name, value in sample.items() if name != "attention_mask"}
+    forms = [sample, bare]
+    return forms if labelled else [*({**form, "use_cache": False} for form in forms), bare]
+
+
+def _total(output) -> Tensor:
+    """A number that depends on all that the model answers with: its logits, or the first tensor."""
+    logits = getattr(output, "logits", None)
+    if logits is None:
+        logits = next(value for value in output.values() if isinstance(value, torch.Tensor))
+    return logits.float().sum()
