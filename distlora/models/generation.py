@@ -7,6 +7,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+#: Under which names models take what they keep of the tokens so far: keys and values, or a state.
+CACHES = ("past_key_values", "cache_params")
+
 #: Whether any rank goes on, from whether this one does; a collective.
 Agree = Callable[[bool], bool]
 
@@ -48,7 +51,7 @@ def generate(
 
 
 class _Greedy:
-    """The rows that are not done yet, with their cache of keys and values."""
+    """The rows that are not done yet, with their cache. A model that takes no cache sees all tokens again."""
 
     def __init__(self, model, prompts, max_new_tokens, ends, pad_id, stopped):
         self.model, self.pad_id, self.ends = model, pad_id, ends
@@ -57,6 +60,7 @@ class _Greedy:
         self.rows = list(range(len(prompts)))
         self.device = model.get_input_embeddings().weight.device
         self.takes = set(inspect.signature(model.forward).parameters)
+        self.cache_name = next((name for name in CACHES if name in self.takes), None)
         if prompts:
             self._begin(prompts)
 
@@ -85,7 +89,13 @@ class _Greedy:
         """(rows,) int64."""
         inputs = {"attention_mask": self.mask, "position_ids": self.positions, "logits_to_keep": 1}
         taken = {name: value for name, value in inputs.items() if name in self.takes}
-        outputs = self.model(input_ids=self.tokens, past_key_values=self.cache, use_cache=True, **taken)
+        if self.cache_name is None:
+            outputs = self.model(input_ids=self.tokens, use_cache=False, **taken)
+        else:
+            taken[self.cache_name] = self.cache
+            if self.cache_name == "cache_params" and self.tokens.shape[1] < self.mask.shape[1]:
+                del taken["attention_mask"]  # a state has no padding
+            outputs = self.model(input_ids=self.tokens, use_cache=True, **taken)
         return outputs.logits[:, -1].argmax(-1)
 
     def _advance(self, following: Tensor) -> None:
@@ -100,9 +110,14 @@ class _Greedy:
                 return
             kept = torch.tensor(left, device=self.device)
             following, self.mask, self.positions = following[kept], self.mask[kept], self.positions[kept]
-            self.cache.batch_select_indices(kept)
-        self.tokens, self.positions = following[:, None], self.positions[:, -1:] + 1
+            self.tokens = self.tokens[kept]
+            self.cache.reorder_cache(kept)  # which all kinds of caches can
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.rows), 1)], 1)
+        if self.cache_name is None:
+            self.tokens = torch.cat([self.tokens, following[:, None]], 1)
+            self.positions = torch.cat([self.positions, self.positions[:, -1:] + 1], 1)
+        else:
+            self.tokens, self.positions = following[:, None], self.positions[:, -1:] + 1
 
     def _continues(self, answer: list[int], token: int) -> bool:
         """Notes a row's new token, and says whether there will be more."""

@@ -21,8 +21,13 @@ from huggingface_hub.errors import (
 from distlora.errors import UserError
 from distlora.sentences import first_line
 
+#: Patterns of the files that hold a vocabulary and are neither JSON nor text: SentencePiece's under all its
+#: names (spm.model, spiece.model, sentencepiece.bpe.model, tokenizer.model.v3, source.spm), tiktoken's, and
+#: the merges of byte-pair encodings.
+VOCABULARY_FILES = ("*.model", "*.model.v*", "*.spm", "*.tiktoken", "*.bpe", "bpe.codes")
+
 #: The files that a run reads. Repositories also hold the weights in other formats, each of them as large.
-WANTED_FILES = ["*.json", "*.jinja", "*.txt", "tokenizer.model", "spm.model", "model*.safetensors"]
+WANTED_FILES = ["*.json", "*.jinja", "*.txt", *VOCABULARY_FILES, "model*.safetensors"]
 
 #: Those that say what the shapes of a model and of its inputs are.
 SHAPE_FILES = ("config.json", "preprocessor_config.json")

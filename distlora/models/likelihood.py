@@ -6,6 +6,8 @@ import torch
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from distlora.models.losses import hidden_states
+
 
 @torch.no_grad()
 def option_likelihoods(
@@ -31,7 +33,6 @@ def _likelihoods(model: PreTrainedModel, rows, pad_id: int) -> list[float]:
     longest = max(map(len, texts))
     ids = torch.tensor([text + [pad_id] * (longest - len(text)) for text in texts], device=device)
     mask = torch.tensor([[1] * len(text) + [0] * (longest - len(text)) for text in texts], device=device)
-    hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
     # (row, position of an option's token); the position before predicts it.
     places = [
         (row, len(prompt) + offset)
@@ -39,8 +40,8 @@ def _likelihoods(model: PreTrainedModel, rows, pad_id: int) -> list[float]:
         for offset in range(len(option))
     ] or [(0, 1)]
     row, column = torch.tensor(places, device=device).T
-    logits = model.get_output_embeddings()(hidden[row, column - 1]).float()
-    softcap = getattr(model.config.get_text_config(decoder=True), "final_logit_softcapping", None)
+    hidden, head, softcap = hidden_states(model, {"input_ids": ids, "attention_mask": mask}, row, column - 1)
+    logits = head(hidden).float()
     if softcap is not None:
         logits = (logits / softcap).tanh() * softcap
     if not rows:

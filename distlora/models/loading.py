@@ -11,6 +11,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
+    AutoModelForMultimodalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedConfig,
@@ -33,9 +34,6 @@ from distlora.sentences import first_line
 
 #: Tokens that some vocabularies hold for padding without saying so, best first.
 PAD_NAMES = ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>")
-
-#: Config keys of models that scale their logits. Their loss would be wrong here, and nobody would notice.
-UNKNOWN_LOGIT_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier")
 
 _NO_TOKENIZER = "no usable tokenizer files; tokenizer.json is missing"
 _MISFIT = "the sizes of the weights are not those of config.json; fetch it again"
@@ -72,9 +70,8 @@ def load_config(section: ModelChoice, labels: Sequence[str] = (), images: bool =
     directory = resolve_path(section.path)
     with explained(section.path):
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    text = config.get_text_config(decoder=True)
     if labels:
-        if type(config) not in _classes(labels, images):
+        if type(config) not in _classes(config, labels, images):
             wanted = "classifier of images" if images else "classifier"
             raise UserError(
                 f"model.path={section.path}: the type {config.model_type} has no {wanted}, "
@@ -84,36 +81,48 @@ def load_config(section: ModelChoice, labels: Sequence[str] = (), images: bool =
         config.label2id = {name: number for number, name in enumerate(labels)}
         config.problem_type = "regression" if len(labels) == 1 else None
         config.use_cache = False  # a classifier generates nothing
-    elif _is_encoder(config) or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise UserError(
-            f"model.path={section.path}: the type {config.model_type} is no causal language model"
-            f"{_hint(config)}"
-        )
+    else:
+        _refuse_other_models(section, config)
     if getattr(config, "quantization_config", None):
         raise UserError(
             f"model.path={section.path}: the weights are already quantised; give the original model"
         )
-    for key in UNKNOWN_LOGIT_SCALES:
-        if getattr(text, key, None) not in (None, 1.0):
-            raise UserError(
-                f"model.path={section.path}: models that scale their logits ({key}) are not supported"
-            )
     _attention(section, config, labels, images)
     return config
 
 
-def _classes(labels: Sequence[str], images: bool):
-    """transformers' mapping from a config's class to that of the model."""
+def _refuse_other_models(section: ModelChoice, config: PreTrainedConfig) -> None:
+    """Raises UserError for what is no causal language model."""
+    name = f"model.path={section.path}: the type {config.model_type}"
+    if config.is_encoder_decoder:
+        raise UserError(
+            f"{name} reads the prompt in an encoder of its own, and responses are trained in causal language "
+            f"models only{_hint(config)}"
+        )
+    if _is_encoder(config) or type(config) not in _classes(config):
+        raise UserError(f"{name} is no causal language model{_hint(config)}")
+
+
+def _auto_class(config: PreTrainedConfig, labels: Sequence[str] = (), images: bool = False) -> type:
     if images:
-        return MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
-    return MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING if labels else MODEL_FOR_CAUSAL_LM_MAPPING
+        return AutoModelForImageClassification
+    if labels:
+        return AutoModelForSequenceClassification
+    # Models of images and texts are language models, too, if they are given texts alone.
+    return AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForMultimodalLM
+
+
+def _classes(config: PreTrainedConfig, labels: Sequence[str] = (), images: bool = False):
+    """transformers' mapping from a config's class to that of the model."""
+    return _auto_class(config, labels, images)._model_mapping
 
 
 def _hint(config: PreTrainedConfig) -> str:
     """Which tasks a model could be trained on that is of the wrong kind for this one."""
     if type(config) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
         return "; a data.task of images, such as cifar10, trains it"
-    if _is_encoder(config):
+    classifies = type(config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+    if classifies and (_is_encoder(config) or config.is_encoder_decoder):
         return "; a data.task with labels, such as rte, trains it as a classifier"
     return ""
 
@@ -133,7 +142,7 @@ def _attention(
 
     "auto" stands for the fastest one that the model's class, the dtype and the machine allow.
     """
-    model_class = _classes(labels, images)[type(config)]
+    model_class = _classes(config, labels, images)[type(config)]
     if isinstance(model_class, tuple):  # DeiT's, with and without a teacher, differ in their heads alone
         model_class = model_class[0]
     supported = {
@@ -165,17 +174,11 @@ def attention_of(section: ModelChoice, labels: Sequence[str] = (), images: bool 
 # ---------------------------------------------------------------------- model
 
 
-def _auto_class(labels: Sequence[str], images: bool) -> type:
-    if images:
-        return AutoModelForImageClassification
-    return AutoModelForSequenceClassification if labels else AutoModelForCausalLM
-
-
 def bare_model(section: ModelChoice, labels: Sequence[str] = (), images: bool = False) -> PreTrainedModel:
     """The model without weights: its modules have their shapes, and take no memory (on the meta device)."""
     config = load_config(section, labels, images)
     with torch.device("meta"), explained(section.path):
-        model = _auto_class(labels, images).from_config(config, trust_remote_code=False)
+        model = _auto_class(config, labels, images).from_config(config, trust_remote_code=False)
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
         raise UserError(
             f"model.path={section.path}: {type(model).__name__} has batch norms, whose statistics change in "
@@ -188,15 +191,6 @@ def head_parameters(model: PreTrainedModel) -> set[str]:
     """Names of the parameters behind the base model: of a classifier, those of its head."""
     base = {id(parameter) for parameter in model.base_model.parameters()}
     return {name for name, parameter in model.named_parameters() if id(parameter) not in base}
-
-
-def position_limit(model: PreTrainedModel) -> int | None:
-    """The most tokens that the model's table of positions has rows for; None for a model without one."""
-    for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
-            # RoBERTa's first position is the row after that of padding.
-            return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
-    return None
 
 
 def load_model(
@@ -217,11 +211,11 @@ def load_model(
         raise UserError(
             f"model.path={section.path}: no *.safetensors in {directory}; only this format is loaded"
         )
-    if labels and not images and config.get_text_config(decoder=True).pad_token_id is None:
-        # A decoder classifies by the last token that is not padding, and must know which token that is.
+    if labels and not images and type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and not _is_encoder(config):
+        # A decoder classifies by the last token that is not padding, and must know how texts are padded here.
         config.get_text_config(decoder=True).pad_token_id = load_tokenizer(section).pad_token_id
     with explained(section.path), quiet():
-        model, info = _auto_class(labels, images).from_pretrained(
+        model, info = _auto_class(config, labels, images).from_pretrained(
             directory,
             config=config,
             dtype=getattr(torch, section.dtype),

@@ -3,10 +3,12 @@ scores of a regression.
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from distlora.models.cross_entropy import cross_entropy, label_cross_entropy
+from distlora.models.dry_run import text_inputs
+from distlora.models.output import output_of
 from distlora.models.targets import IGNORE, Batch
 
 
@@ -20,19 +22,33 @@ def response_loss(model: PreTrainedModel, batch: Batch, weights: Tensor | None =
     Returns a float32 scalar and an int. The scalar is connected to every layer even if no token has a loss:
     the gradients are zero then.
     """
-    outputs = model.base_model(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-    )
     following = batch["labels"][:, 1:]
     rows, columns = (following != IGNORE).nonzero(as_tuple=True)
-    hidden = outputs.last_hidden_state[rows, columns]
+    targets = following[rows, columns]
+    hidden, head, softcap = hidden_states(model, batch, rows, columns)
     if weights is None:
         factors = torch.ones(len(rows), device=hidden.device)
     else:
         factors = weights.to(hidden.device).float()[rows]
-    softcap = getattr(model.config.get_text_config(decoder=True), "final_logit_softcapping", None)
-    loss = cross_entropy(model.get_output_embeddings(), hidden, following[rows, columns], factors, softcap)
-    return loss, len(rows)
+    return cross_entropy(head, hidden, targets, factors, softcap), len(rows)
+
+
+def hidden_states(
+    model: PreTrainedModel, batch: Batch, rows: Tensor, columns: Tensor
+) -> tuple[Tensor, nn.Module, float | None]:
+    """Of n positions of a batch: hidden states (n, h), the layer that makes logits of them, and the cap of
+    these logits. One pass through the model, but for that layer.
+
+    Where only the class itself knows how its logits come about, the "hidden states" are these logits, and the
+    layer leaves them as they are. batch: `input_ids` and `attention_mask`. rows, columns: (n,) int64.
+    """
+    inputs, output = text_inputs(model, batch), output_of(model)
+    if output is None:
+        return model(**inputs, use_cache=False).logits[rows, columns], nn.Identity(), None
+    states = model.get_submodule(output.base)(**inputs, use_cache=False).last_hidden_state[rows, columns]
+    if output.scale != 1:
+        states = states * output.scale
+    return states, model.get_output_embeddings(), output.softcap
 
 
 def label_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
@@ -40,7 +56,7 @@ def label_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
 
     batch: `input_ids`, `attention_mask` and, for some models, `token_type_ids`. Its `labels` are left out.
     """
-    return model(**{name: value for name, value in batch.items() if name != "labels"}).logits
+    return model(**text_inputs(model, batch)).logits
 
 
 def label_loss(model: PreTrainedModel, batch: Batch, weights: Tensor | None = None) -> tuple[Tensor, int]:

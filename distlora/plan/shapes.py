@@ -14,7 +14,9 @@ from distlora.adapter.attach import Attached, attach, linears_to_pack
 from distlora.adapter.linears import linears_of, shape_of
 from distlora.adapter.packed import Packing, packing_maker
 from distlora.errors import UserError
+from distlora.models.dry_run import known_values
 from distlora.models.hub import without_weights
+from distlora.models.output import output_of
 from distlora.models.targets import Batch
 from distlora.plan.gathering import Event, Module, Piece
 from distlora.recipe.sections import Recipe
@@ -98,6 +100,7 @@ def shapes_of(recipe: Recipe) -> Shapes:
     config_only = recipe.model.model_copy(update={"path": without_weights(recipe.model.path)})
     recipe = recipe.model_copy(update={"model": config_only})
     objective = objective_of(recipe)
+    objective.check_length()
     model = objective.bare_model()
     config = model.config.get_text_config(decoder=True)
     if not isinstance(getattr(config, "num_attention_heads", None), int):
@@ -149,13 +152,16 @@ def _packings(recipe: Recipe, model: nn.Module, heads: set[str]) -> dict[str, Pa
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
-    """The members of the longest list of modules of one class: what activation checkpointing covers."""
+    """The members of the longest list of modules of one class: what activation checkpointing covers. An
+    encoder-decoder has two such lists.
+    """
     lists = [
         module
         for module in model.modules()
         if isinstance(module, nn.ModuleList) and len({type(m) for m in module}) == 1
     ]
-    return list(max(lists, key=len, default=[]))
+    longest = sorted(lists, key=len, reverse=True)[: 2 if model.config.is_encoder_decoder else 1]
+    return [block for blocks in longest for block in blocks]
 
 
 def _tokens_of_an_image(model: nn.Module, sample: Batch) -> int | None:
@@ -176,9 +182,9 @@ def _tokens_of_an_image(model: nn.Module, sample: Batch) -> int | None:
 def _order(model: nn.Module, objective: Objective) -> list[tuple[str, nn.Module]]:
     """The modules as a forward pass enters and leaves them, observed on the meta device."""
     seen: list[tuple[str, nn.Module]] = []
-    given = objective.meta_sample(model)
-    with _watched(model, seen), torch.no_grad():
-        if objective.labels:
+    with _watched(model, seen), known_values():
+        given = objective.meta_sample(model)
+        if objective.labels or output_of(model) is None:
             model(**given)
         else:
             hidden = model.base_model(**given, use_cache=False).last_hidden_state

@@ -11,8 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from distlora.adapter.attach import attach
 from distlora.errors import UserError
 from distlora.methods import TrainsWeight
+from distlora.models.dry_run import known_values, position_limit
 from distlora.models.hub import without_weights
-from distlora.models.loading import position_limit
 from distlora.models.targets import Batch
 from distlora.recipe.sections import Recipe
 from distlora.sentences import first_line
@@ -61,13 +61,14 @@ def inference_cost(recipe: Recipe) -> InferenceCost:
     objective = objective_of(recipe)
     model = objective.bare_model().eval()
     limit = position_limit(model)
-    inputs = objective.meta_sample(model, TOKENS if limit is None else min(TOKENS, limit))
-    merged = pass_cost(model, inputs)
-    targets = chosen_in(model, recipe, objective).layers
-    attach(model, recipe.method, targets, objective.head(model))
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    trains_weight = isinstance(recipe.method, TrainsWeight)
-    adapted = None if trains_weight else pass_cost(model, inputs)
+    with known_values():
+        inputs = objective.meta_sample(model, TOKENS if limit is None else min(TOKENS, limit))
+        merged = pass_cost(model, inputs)
+        targets = chosen_in(model, recipe, objective).layers
+        attach(model, recipe.method, targets, objective.head(model))
+        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        trains_weight = isinstance(recipe.method, TrainsWeight)
+        adapted = None if trains_weight else pass_cost(model, inputs)
     return InferenceCost(_in_words(inputs), merged, adapted, trained)
 
 

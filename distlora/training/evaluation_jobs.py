@@ -12,7 +12,6 @@ from distlora.engine.coordination import on_every_rank, on_main
 from distlora.errors import UserError
 from distlora.evaluation.answering import WAYS, refuse_without_options
 from distlora.evaluation.predictions import Predictions
-from distlora.models.loading import position_limit
 from distlora.recipe.sections import DataSection, Recipe
 from distlora.tasks import ResponseTask, get_task
 from distlora.training.evaluated import Asked, Subject
@@ -102,22 +101,10 @@ def _read(evaluated: Evaluated, asked: Asked, section: DataSection, preprocessor
     log.info(
         "data: %d questions of %s, %d left out", len(questions.items), questions.origin, questions.dropped
     )
-    _refuse_long(evaluated, section, questions)
+    objective.check_questions(questions, preprocessor, section.max_new_tokens)
     if asked.way == "likelihood":
         refuse_without_options(name, questions)
     return Job(name, section, objective, asked.way, questions)
-
-
-def _refuse_long(evaluated: Evaluated, section: DataSection, questions: Questions) -> None:
-    """Raises UserError where an answer could run over the end of the model's table of positions."""
-    positions = position_limit(evaluated.objective.bare_model())
-    prompt = max(len(question.prompt_ids) for question in questions.items)
-    if positions is not None and prompt + section.max_new_tokens > positions:
-        raise UserError(
-            f"data.max_new_tokens={section.max_new_tokens}: with a prompt of {prompt} tokens that is "
-            f"beyond the {positions} positions of {evaluated.recipe.model.path}; lower it, or "
-            "data.max_length"
-        )
 
 
 def _settings(job: Job, asked: Asked) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from distlora.engine.coordination import on_every_rank
 from distlora.engine.protocol import Engine
 from distlora.errors import UserError
 from distlora.evaluation.scoring import exact_match, label_scores
-from distlora.models.loading import head_parameters, position_limit
+from distlora.models.loading import head_parameters
 from distlora.models.losses import label_loss, response_loss, score_loss
 from distlora.models.targets import Batch
 from distlora.recipe.sections import Recipe
@@ -33,9 +33,10 @@ from distlora.tasks import ImageTask, LabelTask, ResponseTask, ScoreTask, Task, 
 from distlora.training.image_objective import ImageLabels
 from distlora.training.objective_base import Objective
 from distlora.training.step import evaluation_loss
+from distlora.training.text_objective import Texts
 
 
-class Responses(Objective):
+class Responses(Texts):
     """A language model learns the response to a prompt."""
 
     loss = staticmethod(response_loss)
@@ -69,18 +70,20 @@ class Responses(Objective):
         if not self.recipe.train.exact_match_samples:
             return {}
         if self._questions is None:
-            self._questions = on_every_rank(engine.comm, lambda: self._read_questions(tokenizer))
+            on_every_rank(engine.comm, lambda: self.prepare(tokenizer))
         return {
             "exact_match": exact_match(engine, tokenizer, data.task, self._questions, data.max_new_tokens)
         }
 
-    def _read_questions(self, tokenizer) -> Questions:
+    def prepare(self, tokenizer) -> None:
         data, count = self.recipe.data, self.recipe.train.exact_match_samples
-        questions = load_questions(data, data.eval_split, tokenizer, self.recipe.whole_text)
-        return replace(questions, items=questions.items[:count])
+        if count:
+            questions = load_questions(data, data.eval_split, tokenizer, self.recipe.whole_text)
+            self._questions = replace(questions, items=questions.items[:count])
+            self.check_questions(self._questions, tokenizer, data.max_new_tokens)
 
 
-class Labels(Objective):
+class Labels(Texts):
     """A classifier learns the label of a text or of a pair of texts."""
 
     loss = staticmethod(label_loss)
@@ -104,15 +107,10 @@ class Labels(Objective):
         return load_labelled(self.recipe.data, split, tokenizer)
 
     def batch(self, samples: Sequence, tokenizer, device: torch.device) -> Batch:
-        return collate_labelled(samples, tokenizer.pad_token_id, device)
-
-    def bare_model(self) -> nn.Module:
-        model, wanted = super().bare_model(), self.recipe.data.max_length
-        limit = position_limit(model)
-        if limit is not None and wanted > limit:
-            path = self.recipe.model.path
-            raise UserError(f"data.max_length={wanted} is beyond the {limit} positions of {path}; lower it")
-        return model
+        batch = collate_labelled(samples, tokenizer.pad_token_id, device)
+        if not samples and self._end is not None:
+            batch["input_ids"][:, -1] = self._end
+        return batch
 
     def head(self, model: nn.Module) -> set[str]:
         return head_parameters(model)

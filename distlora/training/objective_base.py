@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from distlora.data import Encoded, is_at_hand
 from distlora.engine.protocol import Engine
+from distlora.models.dry_run import ordinary_text
 from distlora.models.loading import attention_of, bare_model, load_config, load_model, load_tokenizer
 from distlora.models.targets import Batch
 from distlora.recipe.sections import Recipe
@@ -48,6 +49,10 @@ class Objective(ABC):
     def read(self, split: str, tokenizer) -> Encoded:
         """The samples of a split."""
 
+    def check_samples(self, samples: Sequence, preprocessor) -> None:
+        """Raises UserError for samples of `read` that the model cannot take."""
+        return
+
     @abstractmethod
     def batch(self, samples: Sequence, tokenizer, device: torch.device) -> Batch:
         """Samples of `read` as a batch for `loss`; none as one of weight zero."""
@@ -61,6 +66,14 @@ class Objective(ABC):
         """The model without weights. Raises UserError if it cannot learn what the recipe's task asks for."""
         return bare_model(self.recipe.model, self.labels)
 
+    def check_length(self) -> None:
+        """Raises UserError if samples may be longer than the model can take. Reads no weights."""
+        return
+
+    def prepare(self, preprocessor) -> None:
+        """Reads and checks what `generate` needs, before the model is loaded. Errors: UserError."""
+        return
+
     def load_model(self) -> tuple[nn.Module, set[str]]:
         """The model, and the names of the parameters that its weights lack."""
         return load_model(self.recipe.model, self.labels)
@@ -70,8 +83,10 @@ class Objective(ABC):
         return attention_of(self.recipe.model, self.labels)
 
     def meta_sample(self, model: nn.Module, tokens: int = 2) -> Batch:
-        """One sample, without a label, for a model on the meta device. tokens: the length of a text."""
-        ids = torch.ones(1, tokens, dtype=torch.int64, device="meta")
+        """One sample, without a label, for a model on the meta device. tokens: the length of a text. Made
+        inside `distlora.models.dry_run.known_values`, its token ids have values.
+        """
+        ids = ordinary_text(model.config, tokens)["input_ids"]
         # A mask as attention uses it: transformers would make one from values, and meta tensors have none.
         mask = torch.zeros(1, 1, tokens, tokens, dtype=model.dtype, device="meta")
         return {"input_ids": ids, "attention_mask": mask}

@@ -75,11 +75,13 @@ class Run:
         self.objective = objective_of(recipe)
         fetch(comm, recipe)
         comm.sum_or_stop()
+        on_every_rank(comm, self.objective.check_length)
         chosen = on_every_rank(comm, lambda: choose_targets(recipe, self.objective))
         for line in chosen.lines:
             log.info("%s", line)
         fitted = recipe.model_copy(update={"method": chosen.method})
         self.data = RunSamples(comm, recipe, self.objective)
+        on_every_rank(comm, lambda: self.objective.prepare(self.data.preprocessor))
         settings = recipe.train
         self.steps = settings.steps or max(1, round(settings.epochs * self.data.order.steps_per_epoch))
         if status is not None:

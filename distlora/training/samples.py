@@ -61,6 +61,7 @@ def fetch(comm: Comm, recipe: Recipe, wanted: Sequence[tuple[DataSection, str]] 
 def read_samples(objective: Objective, split: str, preprocessor) -> list:
     """The samples of a split, and a line on them in the log. Raises UserError."""
     encoded: Encoded = objective.read(split, preprocessor)
+    objective.check_samples(encoded.samples, preprocessor)
     cut = f"{encoded.truncated} truncated to {objective.recipe.data.max_length} tokens, "
     log.info(
         "data: %d samples of split %s, %s%d dropped because %s",

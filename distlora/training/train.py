@@ -71,8 +71,11 @@ def check_settings(recipe: Recipe, world_size: int) -> tuple[Objective, dict[str
 
 
 def fitted(recipe: Recipe, objective: Objective) -> Recipe:
-    """See `check_targets`; the recipe as it is where the model has to be fetched first."""
-    return recipe if on_the_hub(recipe.model.path) else check_targets(recipe, objective)
+    """See `check_targets`; the recipe as it is where the model has to be fetched first. Errors: UserError."""
+    if on_the_hub(recipe.model.path):
+        return recipe
+    objective.check_length()
+    return check_targets(recipe, objective)
 
 
 def check_packages(recipe: Recipe) -> None:

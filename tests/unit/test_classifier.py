@@ -19,13 +19,13 @@ from distlora.evaluation.scoring import label_scores
 from distlora.initialisation.heads import draw_heads
 from distlora.initialisation.probe import mean_gradients
 from distlora.methods import registry
+from distlora.models.dry_run import position_limit
 from distlora.models.loading import (
     bare_model,
     head_parameters,
     load_config,
     load_model,
     load_tokenizer,
-    position_limit,
 )
 from distlora.models.losses import label_loss
 from distlora.models.targets import loss_of_samples, sample_weights, targets_per_row

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from fnmatch import fnmatch
 
 import pytest
 import sentencepiece
@@ -85,6 +86,7 @@ def test_soft_caps_matter_in_the_test_above(models):
     model, _ = load_model(section(tiny_model_dir("gemma2", models)))
     rows = batch(9, 4)
     capped, _ = response_loss(model, rows)
+    model, _ = load_model(section(tiny_model_dir("gemma2", models)))
     model.config.final_logit_softcapping = None
     free, _ = response_loss(model, rows)
     assert abs(capped - free) > 0.01 * capped
@@ -271,7 +273,7 @@ def test_a_sentencepiece_model_is_a_tokenizer(published_deberta):
     reference = sentencepiece.SentencePieceProcessor(model_file=str(published_deberta / "spm.model"))
     text = "Tom buys apples. How many?"
     assert tokenizer(text)["input_ids"] == [1, *reference.encode(text), 2]
-    assert tokenizer.pad_token_id == 0 and "spm.model" in WANTED_FILES
+    assert tokenizer.pad_token_id == 0 and any(fnmatch("spm.model", wanted) for wanted in WANTED_FILES)
 
 
 def test_a_tokenizer_that_knows_no_word_is_refused(published_deberta):

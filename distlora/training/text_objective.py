@@ -1,0 +1,74 @@
+"""What objectives of texts have in common: the model must have a row for each token and each position."""
+
+from collections.abc import Sequence
+from functools import cached_property
+
+from torch import nn
+
+from distlora.data import Questions
+from distlora.errors import UserError
+from distlora.models.dry_run import end_of_text, needs_end, position_limit
+from distlora.models.vocabulary import embedding_rows, refuse_unknown_ids
+from distlora.training.objective_base import Objective
+
+
+class Texts(Objective):
+    """An objective whose samples have `input_ids`, and what it asks of its model without weights."""
+
+    def check_length(self) -> None:
+        """Raises UserError if the recipe's texts may be longer than the model's table of positions."""
+        wanted, limit = self.recipe.data.max_length, self._positions
+        if limit is not None and wanted > limit:
+            path = self.recipe.model.path
+            raise UserError(f"data.max_length={wanted} is beyond the {limit} positions of {path}; lower it")
+
+    def check_samples(self, samples: Sequence, tokenizer) -> None:
+        self._refuse_unknown_ids([sample.input_ids for sample in samples], tokenizer)
+        if self._end is not None:
+            self._refuse_uneven_ends(samples, tokenizer)
+
+    def check_questions(self, questions: Questions, tokenizer, max_new_tokens: int) -> None:
+        """Raises UserError for prompts with tokens that the model does not know, and for answers that could
+        run over the end of its table of positions.
+        """
+        prompts = [question.prompt_ids for question in questions.items]
+        options = [option for question in questions.items for option in question.options]
+        self._refuse_unknown_ids([*prompts, *options], tokenizer)
+        longest, limit = max(map(len, prompts)), self._positions
+        if limit is not None and longest + max_new_tokens > limit:
+            raise UserError(
+                f"data.max_new_tokens={max_new_tokens}: with a prompt of {longest} tokens that is beyond the "
+                f"{limit} positions of {self.recipe.model.path}; lower it, or data.max_length"
+            )
+
+    def _refuse_unknown_ids(self, texts: Sequence[Sequence[int]], tokenizer) -> None:
+        refuse_unknown_ids(texts, tokenizer, embedding_rows(self._model), self.recipe.model.path)
+
+    def _refuse_uneven_ends(self, samples: Sequence, tokenizer) -> None:
+        """Of a model that looks for the end tokens of all texts of a batch at once."""
+        counts = [sample.input_ids.count(self._end) for sample in samples]
+        usual = max(set(counts), key=counts.count)
+        odd = next((number for number, count in enumerate(counts) if count != usual or not count), None)
+        if odd is not None:
+            end = tokenizer.convert_ids_to_tokens(self._end)
+            text = tokenizer.decode(samples[odd].input_ids)
+            raise UserError(
+                f"data: the text {text[:60]!r} has {counts[odd]} end tokens ({end}), and "
+                f"{type(self._model).__name__} wants the same number in every text, at least one (most have "
+                f"{usual}); remove {end} from the text, or use a tokenizer that ends texts with it"
+            )
+
+    # ------------------------------------------------------------------ the model, without weights
+
+    @cached_property
+    def _model(self) -> nn.Module:
+        return self.bare_model()
+
+    @cached_property
+    def _positions(self) -> int | None:
+        return position_limit(self._model)
+
+    @cached_property
+    def _end(self) -> int | None:
+        """The token that every text needs; None for a model that needs none."""
+        return end_of_text(self._model.config) if needs_end(self._model) else None
