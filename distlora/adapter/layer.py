@@ -45,11 +45,12 @@ class AdapterLinear(nn.Module):
     weight: (out, in), frozen; (in, out) where `transposed`, flat and packed where `packing` is not None.
     bias: (out,) or None, frozen. Each factor is a parameter under its own name, zero until it is written.
     name: the layer's name in the bare model, such as `model.layers.0.self_attn.q_proj`. fan_in_fan_out:
-    whether the model's files hold the weight as (in, out), as those of GPT-2 do. stack: (), or (E,) where the
-    layer is a stack of experts, see `expert_layers`: it stands before the shape of every tensor.
+    whether the model's files hold the weight as (in, out), as those of GPT-2 do. called: whether a pass has
+    reached the layer yet. stack: (), or (E,) where the layer is a stack of experts, see `expert_layers`: it
+    stands before the shape of every tensor.
 
-    called: whether a pass has reached the layer yet. What a method prepares from W and the factors is kept
-    until `changed` is called. Whoever writes into one of them must call it.
+    What a method prepares from W and the factors is kept until `changed` is called. Whoever writes into one
+    of them must call it.
     """
 
     def __init__(self, linear: nn.Module, method: Method, name: str):

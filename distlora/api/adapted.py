@@ -72,7 +72,9 @@ class Adapted:
     def begin(
         self, engine: Engine, recomposer: Recomposer | None, check_gradients: bool, steps: int | None
     ) -> None:
-        """The layers have their factors now. For `initialise` and `load`. steps: of the whole run, if known."""
+        """The layers have their factors now. For `initialise` and `load`. steps: of the whole run, if that is
+        known.
+        """
         self._engine, self._recomposer = engine, recomposer
         if check_gradients:
             self._watch = GradientWatch(self.method, self.layers, steps)

@@ -17,8 +17,8 @@ from distlora.engine.protocol import Engine
 from distlora.errors import TrainingError
 from distlora.methods import Method
 
-#: Steps within which a first gradient must come. A block that begins as no change has all of them in the third
-#: one, and a step with a learning rate of 0, as the first of a warm-up, comes on top.
+#: Steps within which a first gradient must come. A block that begins as no change has all of them in the
+#: third one, and a step with a learning rate of 0, as the first of a warm-up, comes on top.
 PATIENCE = 5
 #: Steps that are looked at in any case: a gradient that is not finite may come with the second one.
 LEAST = 2

@@ -13,6 +13,7 @@ from distlora.exports.merged import Merged
 from distlora.exports.sources import Source
 from distlora.files.tensors import TensorFiles
 from distlora.maths.linalg import with_row_norms
+from distlora.sentences import first_line
 
 #: The largest difference of logits, relative to the largest logit. The weights that are compared are rounded
 #: alike, so that only the order of sums is left.
@@ -26,38 +27,41 @@ def check_merged(draft: Path, merged: Merged, pad_token_id: int | None = None) -
     with the updates: of all logits the largest, relative to the largest logit.
 
     None, with a line in the log, where it cannot be told: the model does not fit into this machine's memory,
-    is of a class of the user's, or this process trains under ZeRO-3. Raises UserError where the difference is
-    beyond rounding, or the merged model cannot be loaded.
+    is of a class of the user's, or takes other inputs, or this process trains under ZeRO-3. Raises UserError
+    where the difference is beyond rounding, or the merged model cannot be loaded.
     """
     from distlora.models.reload import can_reload, logits_of_fixed_inputs, reloaded
 
     source = merged.source
     if not can_reload(source.model["class"]):
-        log.info(
-            "the merged model was not compared with the run: that needs a class of transformers and no ZeRO-3"
-        )
-        return None
+        return _left_out("that needs a class of transformers and no ZeRO-3 in this process")
     dtype = _dtype_that_fits(draft, merged.base)
     if dtype is None:
-        log.info("the merged model was not compared with the run: this machine has too little memory")
-        return None
-    expected = _logits_of_run(merged, dtype, pad_token_id)
-    again = " (with --no-check it is written all the same; or export with --format peft)"
+        return _left_out("this machine has too little memory")
+    try:
+        expected = _logits_of_run(merged, dtype, pad_token_id)
+    except Exception as error:  # whatever a class may want of its inputs
+        return _left_out(f"{source.model['class']} takes other inputs ({first_line(error)})")
+    again = "; with --no-check it is written all the same, or export with --format peft"
     try:
         model, missing = reloaded(draft, source.model["class"], dtype)
         lacking = sorted(missing & {*source.heads, *map(merged.weight_of, source.layers)})
         if lacking:
             raise UserError(f"its files lack {lacking[0]}")
         found = logits_of_fixed_inputs(model)
-    except (UserError, ValueError, RuntimeError, IndexError, KeyError, TypeError) as error:
-        raise UserError(f"the merged model cannot be used as it is: {error}{again}") from error
+    except Exception as error:  # the same inputs were good for the pretrained model
+        raise UserError(f"the merged model cannot be used ({first_line(error)}){again}") from error
     difference = float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
-    if found.shape != expected.shape or not difference <= TOLERANCE[dtype]:
+    if not difference <= TOLERANCE[dtype]:
         raise UserError(
             f"the merged model does not compute what the run does: its logits are off by {difference:.1e} of "
             f"the largest one, and rounding explains {TOLERANCE[dtype]:g}{again}"
         )
     return difference
+
+
+def _left_out(why: str) -> None:
+    log.info("the merged model was not compared with the run: %s", why)
 
 
 def _dtype_that_fits(draft: Path, base: Path) -> torch.dtype | None:
@@ -110,9 +114,6 @@ def _logits_of_run(merged: Merged, dtype: torch.dtype, pad_token_id: int | None)
     _round(model, merged)
     if pad_token_id is None:
         pad_token_id = source.model.get("pad_token_id")
-    text = model.config.get_text_config(decoder=True)
-    if text.pad_token_id is None:
-        text.pad_token_id = pad_token_id
     return logits_of_fixed_inputs(model, pad_token_id)
 
 

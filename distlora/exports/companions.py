@@ -27,19 +27,29 @@ _FOLDERS = ("additional_chat_templates",)
 _DRAWING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 
 
+@dataclass(frozen=True)
+class RunTokens:
+    """Of a run's tokenizer. pad, pad_id: with what texts are padded. ends: the tokens in which a trained
+    answer ends; none for a classifier.
+    """
+
+    pad: str
+    pad_id: int
+    ends: frozenset[int] = frozenset()
+
+
 @dataclass
 class Decided:
     """What a run decided about a model, beyond its weights.
 
     config: keys of config.json. tied: False where tensors that were one no longer are; None leaves that as it
-    is. dtype: of all weights. pad_token, pad_token_id: of the tokenizer; None where there is none.
+    is. dtype: of all weights. tokens: None where there is no tokenizer.
     """
 
     config: dict[str, Any] = field(default_factory=dict)
     tied: bool | None = None
     dtype: str | None = None
-    pad_token: str | None = None
-    pad_token_id: int | None = None
+    tokens: RunTokens | None = None
 
 
 def copy_companions(draft: Path, base: Path, decided: Decided) -> None:
@@ -49,10 +59,13 @@ def copy_companions(draft: Path, base: Path, decided: Decided) -> None:
         target.parent.mkdir(exist_ok=True)
         shutil.copyfile(path, target)
     _change(draft / "config.json", lambda content: _model_config(content, decided))
-    _change(draft / "generation_config.json", lambda content: _generation_config(content, decided))
-    if decided.pad_token is not None:
+    tokens = decided.tokens
+    if tokens is not None and tokens.ends:
+        _make_generation_config(draft, tokens)
+    _change(draft / "generation_config.json", lambda content: _generation_config(content, tokens))
+    if tokens is not None:
         for name in ("tokenizer_config.json", "special_tokens_map.json"):
-            _change(draft / name, lambda content: _tokenizer_config(content, decided.pad_token))
+            _change(draft / name, lambda content: _tokenizer_config(content, tokens.pad))
 
 
 def _companions(base: Path) -> Iterator[Path]:
@@ -82,10 +95,10 @@ def _model_config(content: dict[str, Any], decided: Decided) -> dict[str, Any]:
         changed["tie_word_embeddings"] = shared["tie_word_embeddings"] = decided.tied
     if isinstance(changed.get("text_config"), dict):  # classes for text alone read this part only
         changed["text_config"] = changed["text_config"] | shared
-    if decided.pad_token_id is not None:
+    if decided.tokens is not None:
         for part in (changed, changed.get("text_config")):
             if isinstance(part, dict) and part.get("pad_token_id") is None:
-                part["pad_token_id"] = decided.pad_token_id
+                part["pad_token_id"] = decided.tokens.pad_id
     return changed
 
 
@@ -100,15 +113,31 @@ def _with_dtype(content: dict[str, Any], dtype: str) -> dict[str, Any]:
     return changed
 
 
-def _generation_config(content: dict[str, Any], decided: Decided) -> dict[str, Any]:
+def _make_generation_config(draft: Path, tokens: RunTokens) -> None:
+    """Writes one for a model that has none, and whose config does not say how a trained answer ends."""
+    path, config = draft / "generation_config.json", json.loads((draft / "config.json").read_bytes())
+    own = config.get("eos_token_id", (config.get("text_config") or {}).get("eos_token_id"))
+    if not path.exists() and not tokens.ends <= set(_ids(own)):
+        write_json(path, {"eos_token_id": own})
+
+
+def _ids(value: Any) -> list[int]:
+    return list(value) if isinstance(value, list) else [] if value is None else [value]
+
+
+def _generation_config(content: dict[str, Any], tokens: RunTokens | None) -> dict[str, Any]:
     """transformers refuses to save a model with settings of drawing beside `do_sample: false`; they have no
     effect there.
     """
     changed = dict(content)
     if not changed.get("do_sample"):
         changed = {key: value for key, value in changed.items() if key not in _DRAWING}
-    if changed.get("pad_token_id") is None and decided.pad_token_id is not None:
-        changed["pad_token_id"] = decided.pad_token_id
+    if tokens is not None:
+        if changed.get("pad_token_id") is None:
+            changed["pad_token_id"] = tokens.pad_id
+        own = _ids(changed.get("eos_token_id"))
+        if not tokens.ends <= set(own):
+            changed["eos_token_id"] = [*own, *sorted(tokens.ends - set(own))]
     return changed
 
 

@@ -11,7 +11,7 @@ import torch
 from distlora.adapter.attach import Attached
 from distlora.engine.coordination import stream_to_main
 from distlora.engine.protocol import Engine
-from distlora.exports.companions import Decided, copy_companions
+from distlora.exports.companions import Decided, RunTokens, copy_companions
 from distlora.exports.draft import new_directory
 from distlora.exports.placing import Placing
 from distlora.exports.sources import Collected, EngineSource, Source
@@ -68,12 +68,12 @@ def write_merged(
     base: Path,
     source: Source,
     dtype: torch.dtype | None,
-    pad: tuple[str, int] | None = None,
+    tokens: RunTokens | None = None,
 ) -> Merged:
     """Writes the pretrained files again, under the same names, with the trained weights in their places.
 
     draft: the directory to fill. base: the pretrained model's. dtype: of all floating-point weights; None:
-    each keeps its own. pad: the padding token of the run's tokenizer, and its id, for files that name none.
+    each keeps its own. tokens: of the run's tokenizer, for files that do not name them.
     Raises UserError if the files do not fit what was trained.
     """
     placing = Placing(base, source)
@@ -87,12 +87,12 @@ def write_merged(
                 writer.write(name, placing.value(name).to(plan[name][0]))
         total_bytes += sum(kind.itemsize * math.prod(shape) for kind, shape in plan.values())
     _write_index(draft, base, shards, total_bytes)
-    copy_companions(draft, base, _decided(source, placing, dtype, pad))
+    copy_companions(draft, base, _decided(source, placing, dtype, tokens))
     return Merged(base, source, placing, dtype)
 
 
 def _decided(
-    source: Source, placing: Placing, dtype: torch.dtype | None, pad: tuple[str, int] | None
+    source: Source, placing: Placing, dtype: torch.dtype | None, tokens: RunTokens | None
 ) -> Decided:
     config: dict[str, Any] = {}
     if placing.changed_heads and source.model["class"]:
@@ -104,14 +104,8 @@ def _decided(
         config["problem_type"] = source.model.get("problem_type", "regression" if len(labels) == 1 else None)
     if source.model.get("pad_token_id") is not None:
         config["pad_token_id"] = source.model["pad_token_id"]
-    token, token_id = pad or (None, None)
-    return Decided(
-        config,
-        False if placing.untied else None,
-        dtype and str(dtype).removeprefix("torch."),
-        token,
-        token_id,
-    )
+    named = dtype and str(dtype).removeprefix("torch.")
+    return Decided(config, False if placing.untied else None, named, tokens)
 
 
 def _write_index(draft: Path, base: Path, shards: dict[str, list[str]], total_bytes: int) -> None:

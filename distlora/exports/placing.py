@@ -76,11 +76,11 @@ class Placing:
         if len(family) > 1:
             self.untied = True
             others = [other for other in family if other != name]
-            for missing in ([] if name in stored else [name]) + (
-                [] if set(stored) & set(others) else others[:1]
-            ):
-                self.new.append(missing)
-                self._copy_of[missing] = stored[0]
+            separate = [name] if set(stored) & set(others) else [name, others[0]]
+            for missing in separate:
+                if missing not in stored:
+                    self.new.append(missing)
+                    self._copy_of[missing] = stored[0]
 
     def _family(self, name: str) -> list[str]:
         """The names of one tensor of the run: those that the config ties, unless the files hold different

@@ -1,7 +1,7 @@
 """The start of a stack of experts: the method initialises every expert as a layer of its own."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -11,30 +11,29 @@ from distlora.adapter.layer import AdapterLinear
 from distlora.maths.generators import layer_generator
 from distlora.maths.linalg import low_rank_norm
 from distlora.maths.low_rank import LowRank
-from distlora.methods import CorrectsGradients, Factors, Init, LayerInit
+from distlora.methods import Factors, Init, LayerInit
 
-#: Under this name the report counts the experts of a layer whose gradient is zero: no token of the probe came
-#: to them. A decomposition of zero has no directions of its own: their factors begin along the first
-#: coordinates, and a first step of LoRA-SB is zero.
-UNREACHED = "experts_without_gradient"
+Look = Callable[[str, LayerInit, Init], None]
 
 
 def initialise_stack(
     layer: AdapterLinear, source: Tensor | None, seed: int | str, dtype: torch.dtype, eta: float,
-    device: torch.device,
+    device: torch.device, look: Look,
 ) -> Init:  # fmt: skip
     """The factors of all experts, stacked; reported numbers are means over the experts.
 
-    source: (E, out, in), what the method asks for, or None. Every expert has a generator of its own.
+    source: (E, out, in), what the method asks for, or None. Every expert has a generator of its own. look: is
+    shown every expert's name and factors. An expert that no token of a probe came to has the gradient zero,
+    whose decomposition has arbitrary directions: it starts along the first coordinates, LoRA-SB with R = 0.
     """
     method, found = layer.method, []
     for expert in range(*layer.stack):
         own = None if source is None else source[expert]
-        generator = layer_generator(seed, f"{layer.name}.{expert}")
-        found.append(method.initialise(LayerInit(layer.shape, own, generator, dtype, eta, device)))
+        name = f"{layer.name}.{expert}"
+        given = LayerInit(layer.shape, own, layer_generator(seed, name), dtype, eta, device)
+        found.append(method.initialise(given))
+        look(name, given, found[-1])
     report = {key: sum(init.report[key] for init in found) / len(found) for key in found[0].report}
-    if method.source_matrix() == "gradient":
-        report[UNREACHED] = float(sum(not own.any() for own in source))
     return Init(
         stacked([init.factors for init in found]), report, _pairs([init.base_update for init in found])
     )
@@ -51,7 +50,6 @@ def gradient_maps(layer: AdapterLinear, factors: Factors) -> dict[str, tuple[Ten
     expert that needs no correction has identities there.
     """
     method = layer.method
-    assert isinstance(method, CorrectsGradients)
     if not layer.stack:
         return method.gradient_map(factors)
     maps = [method.gradient_map(of_expert(factors, expert)) for expert in range(*layer.stack)]

@@ -13,7 +13,8 @@ from distlora.engine.comm import Comm
 from distlora.engine.ledger import pretrained_at_owner
 from distlora.engine.owners import assign_owners, broadcast_pair, open_ledger, turns
 from distlora.engine.protocol import Engine
-from distlora.initialisation.experts import UNREACHED, gradient_maps, initialise_stack, pair_norm
+from distlora.initialisation.dead_starts import DeadStarts
+from distlora.initialisation.experts import gradient_maps, initialise_stack, pair_norm
 from distlora.initialisation.probe import Probe, mean_gradients
 from distlora.initialisation.search import scale_factor, search_eta
 from distlora.maths.generators import layer_generator
@@ -134,11 +135,11 @@ def factorise_all(
     is used. reserves: is given the reserves of the layers that this rank owns. stoppable: whether Preempted
     may be raised between layers.
     """
-    method, layers = attached.method, attached.layers
+    layers = attached.layers
     scalars: dict[str, dict[str, float]] = {}
-    losses = _Losses()
+    losses, dead_starts = _Losses(), DeadStarts(attached.method)
     for turn in turns(layers, owners):
-        found = _factorise(engine, attached, turn, owners, gradients, seed, eta)
+        found = _factorise(engine, attached, turn, owners, gradients, seed, eta, dead_starts)
         if stoppable:
             engine.comm.sum_or_stop()
         for name, layer in turn.items():
@@ -146,10 +147,8 @@ def factorise_all(
         scalars |= {name: init.report for name, init in found.items()}
         if reserves is not None:
             reserves |= {name: init.reserve for name, init in found.items() if init.reserve is not None}
-    reported = losses.report(engine.comm)
-    if method.source_matrix() == "gradient" and any(layer.stack for layer in layers.values()):
-        (reported[UNREACHED],) = engine.comm.sum(sum(own.pop(UNREACHED, 0.0) for own in scalars.values()))
-    return _means(engine.comm, scalars, list(layers)) | reported
+    dead_starts.tell(engine.comm)
+    return _means(engine.comm, scalars, list(layers)) | losses.report(engine.comm)
 
 
 @dataclass
@@ -199,6 +198,7 @@ def _factorise(
     gradients: dict[str, Tensor],
     seed: int | str,
     eta: float,
+    dead_starts: DeadStarts,
 ) -> dict[str, Init]:
     """The factors of the layers that this rank owns in this turn."""
     method, sources = attached.method, {}
@@ -213,11 +213,14 @@ def _factorise(
         for name, source in sources.items():
             layer, device = turn[name], engine.comm.device
             if layer.stack:
-                found[name] = initialise_stack(layer, source, seed, engine.dtype, eta, device)
-            else:
-                generator = layer_generator(seed, name)
-                given = LayerInit(layer.shape, source, generator, engine.dtype, eta, device)
-                found[name] = method.initialise(given)
+                found[name] = initialise_stack(
+                    layer, source, seed, engine.dtype, eta, device, dead_starts.look
+                )
+                continue
+            generator = layer_generator(seed, name)
+            given = LayerInit(layer.shape, source, generator, engine.dtype, eta, device)
+            found[name] = method.initialise(given)
+            dead_starts.look(name, given, found[name])
     except Exception as error:  # the others wait in a broadcast: tell them before this rank leaves
         failure = error
     engine.comm.agree(failure)

@@ -1,8 +1,10 @@
 """Models: found, loaded, and asked for a loss, for label logits or for answers. The home of `transformers`.
 
-    hub (smollm2) ─► loading ─► losses (cross_entropy, targets), generation, image_processor, stored_names
+    hub (smollm2) ─► loading ─► losses (cross_entropy, targets), generation, image_processor,
+                                    stored_names ─► reload
 
 Other folders use `hub` (from `model.path` to a directory), `loading` (config, model and tokenizer), `losses`,
 `label_cross_entropy` of `cross_entropy`, `generation`, `targets`, which says which positions have a loss,
-`image_processor` (from images to what the model takes), and `stored_names` (of parameters in their files).
+`image_processor` (from images to what the model takes), `stored_names` (how parameters lie in their files),
+and `reload` (a model as other software loads it).
 """

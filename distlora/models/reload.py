@@ -69,7 +69,7 @@ def logits_of_fixed_inputs(model: PreTrainedModel, pad_token_id: int | None = No
 
 
 def _pixels(model: PreTrainedModel) -> dict[str, Tensor]:
-    config = model.config
+    config = getattr(model.config, "vision_config", model.config)
     size = config.image_size
     height, width = (size, size) if isinstance(size, int) else size
     shape = (2, config.num_channels, height, width)
@@ -86,6 +86,8 @@ def _texts(model: PreTrainedModel, pad_token_id: int | None) -> dict[str, Tensor
     picked = torch.randint(len(ordinary), (2, max(_LENGTHS)), generator=torch.Generator().manual_seed(0))
     ids, mask = ordinary[picked], torch.zeros(2, max(_LENGTHS), dtype=torch.int64)
     pad = next((number for number in (text.pad_token_id, pad_token_id) if number is not None), 0)
+    if text.pad_token_id is None and pad_token_id is not None:  # a classifier looks it up in its config
+        text.pad_token_id = pad_token_id
     ends = text.eos_token_id
     end = ends[0] if isinstance(ends, list) and ends else ends
     for row, length in enumerate(_LENGTHS):

@@ -209,7 +209,7 @@ def transformers_class(name: str | None) -> type[PreTrainedModel] | None:
 
 
 def config_of_class(config: PreTrainedConfig, cls: type[PreTrainedModel]) -> PreTrainedConfig:
-    """The config that a class takes: of a language model that is a part of a larger model, that of the part."""
+    """The config that a class takes: of a language model within a larger model, its own."""
     part = config.sub_configs.get("text_config")
     is_part = part is not None and cls.config_class == part and not isinstance(config, part)
     return config.get_text_config() if is_part else config

@@ -11,6 +11,7 @@ from distlora.checkpoints.directory import newest, of_step
 from distlora.engine.coordination import file_errors_explained
 from distlora.errors import UserError
 from distlora.exports.check import check_merged
+from distlora.exports.companions import RunTokens
 from distlora.exports.draft import new_directory
 from distlora.exports.merged import write_merged
 from distlora.exports.peft import ADAPTER_WEIGHTS, refuse_full, write_peft_adapter
@@ -20,7 +21,7 @@ from distlora.models.hub import resolve_path
 from distlora.models.loading import load_tokenizer
 from distlora.recipe.load import load_run_recipe
 from distlora.recipe.sections import Recipe
-from distlora.tasks import ImageTask, get_task
+from distlora.tasks import ImageTask, ResponseTask, get_task
 
 
 @dataclass(frozen=True)
@@ -74,9 +75,10 @@ def export_run(
             else _of_step(run_dir, checkpoint, recipe.method)
         )
         if format == "merged":
-            pad = _pad_token(recipe)
-            merged = write_merged(draft, resolve_path(recipe.model.path), source, dtype, pad)
-            return Exported(out, difference=check_merged(draft, merged, pad and pad[1]) if check else None)
+            tokens = _tokens(recipe)
+            merged = write_merged(draft, resolve_path(recipe.model.path), source, dtype, tokens)
+            difference = check_merged(draft, merged, tokens and tokens.pad_id) if check else None
+            return Exported(out, difference=difference)
         refuse_full(recipe.method)
         compressed = Compressed(source, dtype or torch.float32, compress_rank, max_error)
         base = base_name(recipe.model.path)
@@ -90,15 +92,18 @@ def base_name(path: str) -> str:
     return str(resolve_path(path).absolute()) if local else path
 
 
-def _pad_token(recipe: Recipe) -> tuple[str, int] | None:
-    """The token with which the run pads texts, and its id; None where there is no usable tokenizer."""
-    if isinstance(get_task(recipe.data.task), ImageTask):
+def _tokens(recipe: Recipe) -> RunTokens | None:
+    """Those that the run uses; None where there is no usable tokenizer."""
+    task = get_task(recipe.data.task)
+    if isinstance(task, ImageTask):
         return None
     try:
         tokenizer = load_tokenizer(recipe.model)
     except UserError:  # training needed it, an export does not
         return None
-    return tokenizer.pad_token, tokenizer.pad_token_id
+    answers = isinstance(task, ResponseTask) and tokenizer.eos_token_id is not None
+    ends = frozenset({tokenizer.eos_token_id} if answers else ())
+    return RunTokens(tokenizer.pad_token, tokenizer.pad_token_id, ends)
 
 
 def _refuse_compression(method: Method, option: str) -> None:

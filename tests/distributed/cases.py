@@ -9,6 +9,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from distlora.checkpoints.directory import newest
@@ -23,6 +24,7 @@ from distlora.engine.owners import assign_owners
 from distlora.engine.protocol import Engine
 from distlora.evaluation.answering import Generation, Likelihood
 from distlora.evaluation.scoring import answer_questions, label_scores, ready_to_answer
+from distlora.exports.merged import export_merged_from_engine
 from distlora.initialisation.factors import initialise, install_gradient_maps
 from distlora.initialisation.probe import Probe, mean_gradients
 from distlora.maths.low_rank import LowRank
@@ -542,13 +544,23 @@ def storing(setting: Setting) -> Results:
     return {"kept": setting.kept()}
 
 
+def merging(setting: Setting, steps: int = 2) -> Results:
+    """The weights of the merged model, after a start of its own and some steps."""
+    engine, attached = setting.engine, setting.attached
+    initialise(engine, attached, 3, RATE)
+    losses, _ = setting.steps(0, steps)
+    base = setting.directory / setting.build_settings.get("family", "")
+    merged = export_merged_from_engine(engine, attached, setting.work / "merged", base, steps)
+    return {"losses": torch.tensor(losses), **load_file(merged / "model.safetensors")}
+
+
 CASES: dict[str, Callable[..., Results]] = {
     case.__name__: case
     for case in (
         curve, short_batch, writing, norming, replacing_gradients, initialising, probing, generating,
         answering, naming_silent_tensors, transform_traffic, correcting, storing, classifying,
         classifying_images, saving, resuming, swapping, swap_traffic, swap_saving, swap_resuming, whole_run,
-        sent_in_a_step, sent_at_the_start, searching,
+        sent_in_a_step, sent_at_the_start, searching, merging,
     )
 }  # fmt: skip
 

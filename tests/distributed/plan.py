@@ -73,7 +73,7 @@ def entries() -> list[Entry]:
         *_every_stage(), *_every_method(), *_bfloat16(), *_methods_and_settings(), *_norms(), *_transforms(),
         *_optimizers(),
         *_zero_options(), *_swaps(), *_classifiers(), *_packed(), *_traffic(),
-        *_searches(), *_experts(),
+        *_searches(), *_transposed(), *_experts(),
     ]  # fmt: skip
 
 
@@ -170,14 +170,14 @@ def _optimizers() -> list[Entry]:
 def _experts() -> list[Entry]:
     """A mixture of experts whose 3-D parameters are adapted."""
     never_persistent = {"stage3_param_persistence_threshold": 0}
-    lora, steps = {"method": "lora", "clip": 0.5, "experts": True}, {"steps": 4}
+    lora, steps = {"method": "lora", "clip": 0.5, "family": "experts"}, {"steps": 4}
     return [
         Entry(2, "curve", 2, setting=lora, arguments=steps),
         Entry(2, "curve", 3, setting=lora, zero=never_persistent, arguments=steps, note="persist0"),
         Entry(2, "storing", 3, setting=lora, zero=never_persistent, tensors=2e-2, note="persist0"),
-        Entry(2, "initialising", 3, setting={"method": "pissa", "experts": True}),
-        Entry(2, "initialising", 3, setting={"method": "lora_sb", "experts": True}, tensors=5e-2),
-        Entry(2, "replacing_gradients", 3, setting={"method": "lora_pro", "experts": True}),
+        Entry(2, "initialising", 3, setting={"method": "pissa", "family": "experts"}),
+        Entry(2, "initialising", 3, setting={"method": "lora_sb", "family": "experts"}, tensors=5e-2),
+        Entry(2, "replacing_gradients", 3, setting={"method": "lora_pro", "family": "experts"}),
     ]
 
 
@@ -304,6 +304,19 @@ def _classifiers() -> list[Entry]:
     images = {**setting, "images": True}
     plan += [Entry(2, "classifying_images", stage, setting=images) for stage in (2, 3)]
     return [*plan, Entry(3, "classifying", 3, setting=setting), Entry(1, "classifying", 3, setting=setting)]
+
+
+def _transposed() -> list[Entry]:
+    """GPT-2, whose weights are stored as (in, out): probed, read, written at a swap, and merged."""
+    gpt2 = {"family": "gpt2", "clip": 0.5}
+    srlora = {**gpt2, "method": "srlora", "target_rank": 16, "gamma": 0.5, "interval": 2}
+    return [
+        Entry(2, "curve", 3, setting={**gpt2, "method": "dora"}, arguments={"steps": 3}),
+        Entry(2, "probing", 3, setting={"family": "gpt2"}),
+        Entry(2, "swapping", 3, setting=srlora, arguments={"steps": 5}, tensors=3e-2),
+        Entry(2, "merging", 3, setting={**gpt2, "method": "pissa"}),
+        Entry(2, "merging", 2, setting={**gpt2, "method": "lora", "quantization": "nf4"}),
+    ]
 
 
 def _packed() -> list[Entry]:

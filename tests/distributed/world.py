@@ -10,6 +10,8 @@ from torch import nn
 from transformers import (
     BertConfig,
     BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
     MixtralConfig,
     MixtralForCausalLM,
     Qwen2Config,
@@ -54,7 +56,19 @@ def save_model(directory: Path) -> None:
     model.save_pretrained(directory)
     save_encoder(directory / "encoder")
     save_vision(directory / "vision")
+    save_gpt2(directory / "gpt2")
     save_experts(directory / "experts")
+
+
+def save_gpt2(directory: Path) -> None:
+    """Two blocks whose linear weights lie in the files as (in, out)."""
+    config = GPT2Config(
+        vocab_size=VOCABULARY, n_embd=60, n_layer=2, n_head=6, n_positions=64, resid_pdrop=0.0,
+        embd_pdrop=0.0, attn_pdrop=0.0, initializer_range=0.2, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        GPT2LMHeadModel(config).save_pretrained(directory)
 
 
 def save_encoder(directory: Path) -> None:
@@ -150,17 +164,18 @@ def build(
     labels: int = 0,
     images: bool = False,
     quantization: str | None = None,
-    experts: bool = False,
+    family: str = "",
     **settings,
 ) -> Attached:
     """Loads, attaches and starts, as the training program does. when_loaded: shown the model before anything
     is attached. targets: as in a recipe, or "few". labels: how many the encoder tells apart; 0 for the
-    language model. images: of images and not of texts. quantization: kind of packed weights. experts: of the
-    mixture of experts, with all of these adapted."""
+    language model. images: of images and not of texts. quantization: kind of packed weights. family: gpt2 or
+    experts in the place of Qwen2; of experts, all are adapted."""
+    directory = directory / family
     if labels:
         directory = directory / ("vision" if images else "encoder")
-    if experts:
-        directory, targets = directory / "experts", ["q_proj", "experts"]
+    if family == "experts":
+        targets = ["q_proj", "experts"]
     section = ModelSection(
         path=str(directory),
         dtype=str(engine.dtype).removeprefix("torch."),
@@ -183,7 +198,9 @@ def build(
     engine.start(model, spec or OptimizerSpec(lr=1e-2))
     if quantization:
         shapes = {name: layer.shape for name, layer in attached.layers.items() if layer.packing}
-        open_ledger(engine, attached, 3, PretrainedFiles(directory, shapes, engine.dtype))
+        transposed = [name for name in shapes if attached.layers[name].fan_in_fan_out]
+        files = PretrainedFiles(directory, shapes, engine.dtype, transposed=transposed)
+        open_ledger(engine, attached, 3, files)
     draw_heads(engine, new, seed=3)
     engine.train_mode(True)
     return attached

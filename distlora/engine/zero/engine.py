@@ -209,8 +209,8 @@ class ZeroEngine(ZeroGradients):
             if leaf is not None:
                 raise UserError(
                     f"the DeepSpeed engine treats {type(leaf).__name__}, which holds {name}, as a leaf of "
-                    'ZeRO-3, over which gradients cannot be probed; set leaf_module to {"classes": []} in the '
-                    "zero_optimization section of its config",
+                    'ZeRO-3, over which gradients cannot be probed; set leaf_module to {"classes": []} in '
+                    "the zero_optimization section of its config",
                     agreed=True,
                 )
 
