@@ -30,16 +30,16 @@ def wants_router_loss(model: PreTrainedModel) -> bool:
 
 def router_loss(model: PreTrainedModel, outputs: ModelOutput, mask: Tensor | None) -> Tensor | None:
     """The loss of one pass, a scalar, before it is multiplied by its coefficient; None where the class has
-    none. outputs: of the model or of its base model. mask: of the tokens, (batch, length).
+    none, and outside of training. outputs: of the model or of its base model. mask: of the tokens, (batch,
+    length).
     """
-    if not wants_router_loss(model):
+    if not (model.training and wants_router_loss(model)):
         return None
     if getattr(outputs, "aux_loss", None) is not None:
         return outputs.aux_loss
     logits = getattr(outputs, "router_logits", None)
     if logits is None:
         return None
-    config = model.config.get_text_config(decoder=True)
     function = sys.modules[type(model).__module__].load_balancing_loss_func
     return function(logits, _number(model, *EXPERTS), _number(model, "num_experts_per_tok"), mask)
 
@@ -48,7 +48,7 @@ def with_router_loss(model: PreTrainedModel, loss: Tensor, found: Tensor | None,
     """The sum of a pass's losses over so many targets, with what the router adds to it: its mean over the
     targets is the loss of the class's own forward pass. found: what `router_loss` gave.
     """
-    if found is None or not model.training:
+    if found is None:
         return loss
     total, count = _seen.get(model, (0.0, 0))
     _seen[model] = total + float(found.detach()) * targets, count + targets
