@@ -131,6 +131,16 @@ MUTATIONS = [
             ),
         )
     ),
+    Mutation(
+        "a transposed weight is written as any other",
+        TENSORS,
+        "        update = layer.as_stored(update)\n",
+        "",
+        parity(
+            "swapping-world2-stage3-float32-family=gpt2-clip=0_5-method=srlora-target_rank=16-gamma=0_5-"
+            "interval=2-steps=5"
+        ),
+    ),
     # ------------------------------------------------------------------ reading
     Mutation(
         "masters not summed over ranks when read",

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from distlora.adapter.attach import Attached
@@ -23,6 +24,8 @@ from distlora.engine.protocol import Engine
 from distlora.engine.random_state import restore_random_states
 from distlora.errors import UserError
 from distlora.files.tensors import TensorFiles
+from distlora.methods import Method
+from distlora.sentences import first_line
 
 _log = logging.getLogger(__name__)
 
@@ -143,7 +146,7 @@ def _open_fitting(
     path, state = checkpoint.path, checkpoint.state
     if state["method"] != attached.method.name:
         raise UserError(f"{path} is of method {state['method']}, and the run of {attached.method.name}")
-    _refuse_other_settings(path, state.get("settings"), attached.method.model_dump(mode="json"))
+    _refuse_other_settings(path, state.get("settings"), attached.method)
     if state.get("ledger") and ledger is None:
         raise UserError(
             f"{path} holds updates of frozen weights, and the run of {attached.method.name} keeps no ledger"
@@ -161,12 +164,23 @@ def _open_fitting(
     return _Files(path, adapter, optimizer, keys, ledger_file, recompose)
 
 
-def _refuse_other_settings(path: Path, there: dict | None, here: dict) -> None:
-    """there: None in checkpoints of before this was written down."""
-    for key, value in {} if there is None else here.items():
-        if there.get(key) != value:
+def _refuse_other_settings(path: Path, there: dict | None, method: Method) -> None:
+    """there: None in checkpoints of before this was written down. A key that a method got later has its
+    default there, which stands for what was done without it.
+    """
+    if there is None:
+        return
+    try:
+        there = type(method).model_validate(there).model_dump(mode="json")
+    except ValidationError as error:
+        raise UserError(
+            f"{path}: its settings of the method {method.name} are not those of this version "
+            f"({first_line(error.errors()[0]['msg'])})"
+        ) from None
+    for key, value in method.model_dump(mode="json").items():
+        if there[key] != value:
             raise UserError(
-                f"{path} is of a run with {key}={json.dumps(there.get(key))} of the method, "
+                f"{path} is of a run with {key}={json.dumps(there[key])} of the method, "
                 f"and this one has {json.dumps(value)}"
             )
 

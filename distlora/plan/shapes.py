@@ -2,7 +2,7 @@
 modules run.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
@@ -111,11 +111,11 @@ def shapes_of(recipe: Recipe) -> Shapes:
             f"model.path={recipe.model.path}: {type(model).__name__} has no attention, or blocks of several "
             "widths, whose memory and traffic this plan does not know"
         )
-    packings = _packings(recipe, model, objective.head(model))
+    chosen = chosen_in(model, recipe, objective)
+    packings = _packings(recipe, model, objective.head(model), chosen.whole)
     linears = {name: shape_of(layer) for name, layer in linears_of(model).items()}
     experts = {name: weight.shape for name, weight in expert_weights(model).items()}
     stored = {f"{name}.weight": packing.elements for name, packing in packings.items()}
-    chosen = chosen_in(model, recipe, objective)
     attached = attach(model, recipe.method, chosen.layers, objective.head(model))
     named = dict(model.named_modules())
     number_of = {id(module): number for number, module in enumerate(named.values())}
@@ -147,13 +147,15 @@ def shapes_of(recipe: Recipe) -> Shapes:
     )
 
 
-def _packings(recipe: Recipe, model: nn.Module, heads: set[str]) -> dict[str, Packing]:
+def _packings(
+    recipe: Recipe, model: nn.Module, heads: set[str], whole: Collection[str]
+) -> dict[str, Packing]:
     asked, storage = recipe.model.quantization, getattr(torch, recipe.model.dtype)
     if asked is None:
         return {}
     compute = asked.compute_dtype and getattr(torch, asked.compute_dtype)
     make = packing_maker(asked.kind, storage, compute, asked.double)
-    return {name: make(shape_of(model.get_submodule(name))) for name in linears_to_pack(model, heads)}
+    return {name: make(shape_of(model.get_submodule(name))) for name in linears_to_pack(model, heads, whole)}
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:

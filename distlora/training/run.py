@@ -88,7 +88,7 @@ class Run:
             status.steps = self.steps
         self.schedule = None if settings.searches_lr else self._schedule(settings.lr)
         on_every_rank(comm, lambda: check_length(fitted, self.steps))
-        self.built = build(comm, recipe, self.objective, chosen.layers)
+        self.built = build(comm, recipe, self.objective, chosen)
         comm.sum_or_stop()
 
     @property
