@@ -38,8 +38,10 @@ _ZERO_3 = {
 
 def write_inputs(folder: Path) -> None:
     """Models and data of all rows."""
-    for name in ROWS:
-        zoo_model_dir(name, folder / "models")
+    with torch.random.fork_rng(devices=[]):  # some classes draw what the zoo does not
+        torch.manual_seed(0)
+        for name in ROWS:
+            zoo_model_dir(name, folder / "models")
     asked = [{"prompt": f"What is {i} plus {i}?", "response": f"The answer is {2 * i}."} for i in range(8)]
     names = ("bad", "good")
     rated = [{"text": f"It is {names[i % 2]}. " * (i % 3 + 1), "label": names[i % 2]} for i in range(8)]
