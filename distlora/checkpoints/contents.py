@@ -33,7 +33,8 @@ class Stateful(Protocol):
 
 def describe_model(engine: Engine) -> dict[str, Any]:
     """What an export has to say about a model: its class, the labels that its head tells apart, by which
-    loss, the id of the padding token, and the adapted layers whose weight its files hold as (in, out).
+    loss, the id of the padding token, the other names of trained parameters that are shared, and the adapted
+    layers whose weight its files hold as (in, out).
     """
     config, name = getattr(engine.module, "config", None), type(engine.module).__name__
     about = {"class": name, "num_labels": getattr(config, "num_labels", None)}
@@ -43,8 +44,24 @@ def describe_model(engine: Engine) -> dict[str, Any]:
     text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
     if isinstance(getattr(text, "pad_token_id", None), int):
         about["pad_token_id"] = text.pad_token_id
+    shared = _other_names(engine)
+    if shared:
+        about["tied"] = shared
     transposed = [layer.name for layer in engine.layers.values() if layer.fan_in_fan_out]
     return about | {"transposed": transposed} if transposed else about
+
+
+def _other_names(engine: Engine) -> dict[str, list[str]]:
+    """Of each trained parameter that several modules share."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in engine.module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    families = {name: family for family in names.values() if len(family) > 1 for name in family}
+    return {
+        name: [other for other in families[name] if other != name]
+        for name in engine.trained_shapes()
+        if name in families
+    }
 
 
 def adapter_shapes(engine: Engine, attached: Attached) -> dict[str, tuple[int, ...]]:

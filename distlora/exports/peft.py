@@ -91,7 +91,9 @@ def _peft_tensors(source: Source) -> Iterator[tuple[str, Tensor | None]]:
         yield f"{PREFIX}{module}.lora_A.weight", pair and pair.right
         yield f"{PREFIX}{module}.lora_B.weight", pair and pair.left
     for name in source.heads:
-        yield PREFIX + name, source.read(name)
+        value = source.read(name)
+        for each in (name, *_shared_with(source, name)):
+            yield PREFIX + each, value
 
 
 def write_peft(
@@ -109,7 +111,8 @@ def write_peft(
         module, columns = _module(source, layer), rank * math.prod(stack)
         plan[f"{PREFIX}{module}.lora_A.weight"] = dtype, (columns, in_features)
         plan[f"{PREFIX}{module}.lora_B.weight"] = dtype, (out_features, columns)
-    plan |= {PREFIX + name: (dtype, shape) for name, shape in source.heads.items()}
+    for name, shape in source.heads.items():
+        plan |= {PREFIX + each: (dtype, shape) for each in (name, *_shared_with(source, name))}
     found = {"step": source.step, "model": source.model, "stacked": sorted(source.stacked)}
     experts = _experts(source)
     about = {"distlora": json.dumps(found | ({"experts": experts} if experts else {}))}
@@ -156,13 +159,31 @@ def _peft_config(source: Source, base: str, dropout: float) -> dict[str, Any]:
         "lora_dropout": 0.0 if experts else dropout,
         "target_modules": [layer for layer in ranks if layer not in experts],
         **({"target_parameters": list(experts)} if experts else {}),
-        "modules_to_save": sorted({_saved_module(name) for name in source.heads}) or None,
+        "modules_to_save": _saved_modules(source) or None,
         "bias": "none",
         # Of a model with layers of both kinds PEFT tells each layer's by its class.
         "fan_in_fan_out": set(source.layers) <= set(source.model.get("transposed", ())),
         "init_lora_weights": True,
         "inference_mode": True,
     }
+
+
+def _shared_with(source: Source, head: str) -> list[str]:
+    """The other names of a parameter that several modules share: PEFT gives each of these a copy, and all of
+    them must hold what was trained."""
+    return source.model.get("tied", {}).get(head, [])
+
+
+def _saved_modules(source: Source) -> list[str]:
+    """The modules that PEFT is to restore. Raises UserError for one that has a pair besides."""
+    names = [each for head in source.heads for each in (head, *_shared_with(source, head))]
+    for name in names:
+        if name.removesuffix(".weight") in source.layers:
+            raise UserError(
+                f"{name} is the same as a parameter that was trained whole, and has an adapter, too, which "
+                "PEFT's format cannot hold; export it merged"
+            )
+    return sorted({_saved_module(name) for name in names})
 
 
 def _saved_module(head: str) -> str:

@@ -106,7 +106,7 @@ def read_peft(directory: Path) -> PeftFiles:
     try:
         files = TensorFiles(directory, ADAPTER_WEIGHTS.removesuffix(".safetensors"))
         shapes = {name: files.shape(name) for name in files.names}
-        step = _step(files.metadata(ADAPTER_WEIGHTS).get("distlora"))
+        step, copies = _about(files.metadata(ADAPTER_WEIGHTS).get("distlora"))
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise UserError(f"{directory / ADAPTER_WEIGHTS} is broken ({error}); export it again") from error
     layers, magnitudes, heads, experts = {}, {}, {}, {}
@@ -122,7 +122,7 @@ def read_peft(directory: Path) -> PeftFiles:
             magnitudes[inner.partition(MAGNITUDE)[0]] = name
         elif "lora_" in inner:
             raise UserError(f"{directory}: {name} belongs to no linear layer, which is not supported")
-        else:
+        elif inner not in copies:
             heads[inner] = shape
     if not layers:
         raise UserError(f"{directory} adapts no layer; export it again")
@@ -145,13 +145,18 @@ def _experts(
     return ExpertEntry(module, rows // rank)
 
 
-def _step(about: str | None) -> int:
-    """The step that an export has noted in the file; 0 where there is none. Raises ValueError."""
+def _about(about: str | None) -> tuple[int, set[str]]:
+    """The step that an export has noted in the file, 0 where there is none, and the names of parameters that
+    repeat another one. Raises ValueError."""
     content = {} if about is None else json.loads(about)
     step = content.get("step", 0) if isinstance(content, dict) else None
     if type(step) is not int or step < 0:
         raise ValueError(f"its metadata says distlora={about[:60]}")
-    return step
+    model = content.get("model")
+    shared = model.get("tied", {}) if isinstance(model, dict) else {}
+    if not isinstance(shared, dict) or not all(isinstance(names, list) for names in shared.values()):
+        raise ValueError(f"its metadata says distlora={about[:60]}")
+    return step, {str(name) for names in shared.values() for name in names}
 
 
 def _config(directory: Path) -> dict[str, Any]:

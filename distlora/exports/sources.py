@@ -208,6 +208,9 @@ class AdapterSource:
                 self.layers[layer] = (rank // math.prod(stack), *stack, out_features, in_features)
             elif not layer.endswith(".lora_B.weight"):
                 self.heads[layer] = self._files.shape(name)
+        for others in self.model.get("tied", {}).values():  # the same tensors under their other names
+            for other in others:
+                self.heads.pop(other, None)
         self.targets = list(self.layers)
 
     def low_rank(self, layer: str) -> LowRank:

@@ -59,7 +59,8 @@ def refusal(error: Exception, folder: Path) -> str:
 
 
 def _sentence(error: Exception, folder: Path) -> str:
-    return " ".join(str(error).replace(f"{folder}/", "").split())[:160]
+    """Its first one: what follows may be in any order."""
+    return " ".join(str(error).replace(f"{folder}/", "").split()).partition(". ")[0]
 
 
 def compared(found: Tensor, expected: Tensor, tolerance: float = 1e-4) -> str:

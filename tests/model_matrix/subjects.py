@@ -11,9 +11,10 @@ from distlora import api
 from distlora.engine.comm import Comm
 from distlora.recipe.load import recipe_of
 from distlora.recipe.sections import Recipe
-from distlora.training.build import Built, build, check_targets
+from distlora.training.build import Built, build
 from distlora.training.objective import objective_of
 from distlora.training.step import accumulate
+from distlora.training.targets import choose_targets
 from tests.tiny_images import write_npz
 from tests.tiny_zoo import CLASSIFIERS, ZOO, zoo_model_dir
 
@@ -37,8 +38,10 @@ _ZERO_3 = {
 
 def write_inputs(folder: Path) -> None:
     """Models and data of all rows."""
-    for name in ROWS:
-        zoo_model_dir(name, folder / "models")
+    with torch.random.fork_rng(devices=[]):  # some classes draw what the zoo does not
+        torch.manual_seed(0)
+        for name in ROWS:
+            zoo_model_dir(name, folder / "models")
     asked = [{"prompt": f"What is {i} plus {i}?", "response": f"The answer is {2 * i}."} for i in range(8)]
     names = ("bad", "good")
     rated = [{"text": f"It is {names[i % 2]}. " * (i % 3 + 1), "label": names[i % 2]} for i in range(8)]
@@ -92,17 +95,23 @@ class Subject:
         return objective_of(self.recipe)
 
     @cached_property
+    def preprocessor(self):
+        return self.objective.load_preprocessor()
+
+    @cached_property
     def batches(self) -> list[dict[str, torch.Tensor]]:
         """Of this rank; of all ranks together on one process."""
-        preprocessor = self.objective.load_preprocessor()
-        samples = self.objective.read("train", preprocessor).samples
+        samples = self.objective.read("train", self.preprocessor).samples
         own = range(RANKS) if self.comm.world_size == 1 else [self.comm.rank]
         parts = [samples[rank * ROWS_OF_A_RANK :][:ROWS_OF_A_RANK] for rank in own]
-        return [self.objective.batch(part, preprocessor, self.comm.device) for part in parts]
+        return [self.objective.batch(part, self.preprocessor, self.comm.device) for part in parts]
 
     def start(self) -> Built:
-        check_targets(self.recipe, self.objective)
-        built = build(self.comm, self.recipe, self.objective)
+        """As `distlora.training.run` does."""
+        self.objective.check_length()
+        targets = choose_targets(self.recipe, self.objective).layers
+        self.objective.prepare(self.preprocessor)
+        built = build(self.comm, self.recipe, self.objective, targets)
         api.initialise(built.adapted, built.engine, steps=STEPS, seed=5)
         return built
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -20,6 +21,8 @@ from distlora.errors import UserError
 from distlora.exports import check
 from distlora.exports.companions import Decided, RunTokens, copy_companions
 from distlora.exports.merged import Merged
+from distlora.exports.peft_files import read_peft
+from distlora.exports.sources import AdapterSource
 from distlora.files.tensors import TensorFiles
 from distlora.models.reload import logits_of_fixed_inputs
 from tests.tiny_models import VOCAB_SIZE, _draw_parameters, tiny_model_dir
@@ -105,6 +108,26 @@ def test_an_embedding_that_is_trained_whole_stays_shared(tmp_path, bases):
         assert names_in(out) == names_in(base) and config_of(out)["tie_word_embeddings"] is True
         merged = AutoModelForCausalLM.from_pretrained(out).eval()
         assert_logits(logits_of_fixed_inputs(merged), logits_of_fixed_inputs(adapted.model.eval()))
+
+
+@pytest.mark.parametrize("held", ["embedding", "head", "both", "different"])
+def test_peft_has_an_embedding_that_is_trained_whole_in_every_place(tmp_path, bases, held):
+    base = tied_base(bases, held)
+    adapted = trained(AutoModelForCausalLM.from_pretrained(base), also_train=[EMBEDDING])
+    out = distlora.export(adapted, tmp_path / "peft", base_model=base)
+    live, plain = logits_of_fixed_inputs(adapted.model.eval()), AutoModelForCausalLM.from_pretrained(base)
+    assert_logits(logits_of_fixed_inputs(PeftModel.from_pretrained(plain, out).eval()), live)
+    assert set(read_peft(out).heads) == set(AdapterSource(out).heads) == {EMBEDDING}
+
+
+def test_peft_refuses_a_layer_that_is_trained_whole_and_adapted(tmp_path, bases):
+    base = tied_base(bases, "both")
+    adapted = trained(AutoModelForCausalLM.from_pretrained(base), "lora", ["lm_head"], also_train=[EMBEDDING])
+    with pytest.raises(UserError, match="lm_head.weight is the same as a parameter .* export it merged"):
+        distlora.export(adapted, tmp_path / "peft", base_model=base)
+    out = distlora.export(adapted, tmp_path / "merged", format="merged", base_model=base)
+    merged = AutoModelForCausalLM.from_pretrained(out).eval()
+    assert_logits(logits_of_fixed_inputs(merged), logits_of_fixed_inputs(adapted.model.eval()))
 
 
 # ---------------------------------------------------------------------- names of their own
