@@ -149,10 +149,11 @@ class _Dimensions:
         return max(3 * self.inner * self.width, attention) + 3 * self.hidden * FLOAT32
 
     def loss(self, rows: int, backward: bool) -> int:
-        """Bytes of the logits of one block of rows: in the model's type and in float32, their gradient
-        likewise, and what a soft cap needs.
+        """Bytes of the logits of one block of rows, or of all rows where the model makes them at once: in the
+        model's type and in float32, their gradient likewise, and what a soft cap needs.
         """
-        rows = min(rows, max(1, LOGIT_ELEMENTS // self.outputs))
+        if not self._setup.shapes.whole_logits:
+            rows = min(rows, max(1, LOGIT_ELEMENTS // self.outputs))
         low = self.width if self.width < FLOAT32 else 0
         each = low + FLOAT32
         if backward:

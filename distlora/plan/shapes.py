@@ -41,6 +41,7 @@ class Shapes:
     labels: number of labels of a classifier, else 0.
     length: tokens that the model makes of an image; None where the recipe says how long samples are.
     remarks: lines about the share of the weights that is adapted, and about layers that are not.
+    whole_logits: whether the loss is taken of the logits of all tokens at once.
     sizes: elements of every parameter as it is stored; a shared one stands under its first name.
     linears: (out, in) of every linear layer.
     experts: (out, in) of one expert of every weight that holds experts.
@@ -63,6 +64,7 @@ class Shapes:
     packings: dict[str, Packing] = field(default_factory=dict)
     length: int | None = None
     remarks: list[str] = field(default_factory=list)
+    whole_logits: bool = False
 
     @property
     def elements(self) -> int:
@@ -144,6 +146,7 @@ def shapes_of(recipe: Recipe) -> Shapes:
         packings,
         _tokens_of_an_image(model, objective.meta_sample(model)),
         chosen.lines,
+        not objective.labels and output_of(model) is None,
     )
 
 
