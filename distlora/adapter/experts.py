@@ -5,6 +5,7 @@ adapted when they are asked for, see `expert_layers`.
 """
 
 import fnmatch
+from collections.abc import Collection
 
 from torch import nn
 
@@ -31,13 +32,13 @@ def _dimensions(parameter: nn.Parameter) -> int:
     return len(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def refuse_experts(model: nn.Module, target: str, key: str) -> None:
-    """Raises UserError where a target that matches nothing else means such experts, of a form that is not
-    known."""
+def refuse_experts(model: nn.Module, target: str, key: str, known: Collection[str]) -> None:
+    """Raises UserError where a target means experts of a form that is not known. known: names of those that
+    can be adapted."""
     hits = [
         name
         for name in expert_parameters(model)
-        if f".{target}." in f".{name}." or fnmatch.fnmatchcase(name, target)
+        if name not in known and (f".{target}." in f".{name}." or fnmatch.fnmatchcase(name, target))
     ]
     if hits:
         raise UserError(

@@ -262,8 +262,9 @@ def _wanted(
 
 def _hits(model: nn.Module, layers: Collection[str], target: str, key: str = "targets") -> set[str]:
     hits = {name for name in layers if _matches(name, target)}
+    if not hits or (target == EXPERTS and key == "targets"):
+        refuse_experts(model, target, key, layers)
     if not hits:
-        refuse_experts(model, target, key)
         if target == EXPERTS:
             raise UserError(f"{key}: {type(model).__name__} has no experts; leave {target} out")
         last_parts = sorted({name.rsplit(".", 1)[-1] for name in layers})

@@ -201,6 +201,7 @@ def test_experts_of_an_unknown_form_are_refused():
             self.w1 = nn.Parameter(torch.zeros(4, 3, 3))
 
     model = nn.ModuleDict({"experts": Experts(), "other": nn.Linear(3, 3)})
+    model["experts"].router = nn.Linear(3, 4)  # what is called so beside them does not stand for them
     with pytest.raises(distlora.UserError, match="computed in a way that is not known here"):
         distlora.attach(model, "lora", rank=2, targets="experts")
 
