@@ -2,13 +2,15 @@
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import torch
 from torch import nn
 
+from distlora.adapter.expert_layers import parameters_of, put_on_experts
 from distlora.adapter.layer import AdapterLinear, PackedLinear
-from distlora.adapter.linears import linears_of, shape_of, uses, without_output
+from distlora.adapter.linears import computes_otherwise, linears_of, shape_of, uses, without_output
 from distlora.adapter.packed import Packing
 from distlora.adapter.reach import Reach
 from distlora.adapter.targets import ALL_LINEAR, Targets, choose
@@ -36,26 +38,36 @@ def pack_linears(
     make: Callable[[tuple[int, int]], Packing],
     device: torch.device,
     new_parameters: Collection[str] = (),
+    whole: Collection[str] = (),
 ) -> list[Packing]:
     """Packs the weights of all linear layers of `model`, one after the other, and returns how. `attach` goes
     on as without it.
 
-    make: from the shape (out, in). device: where the work is done.
+    make: from the shape (out, in). device: where the work is done. whole: names of layers that are left as
+    they are.
     """
     packings = []
-    for name in linears_to_pack(model, new_parameters):
+    for name in linears_to_pack(model, new_parameters, whole):
         linear = model.get_submodule(name)
         packings.append(make(shape_of(linear)))
         _replace(model, name, PackedLinear(linear, packings[-1], device))
     return packings
 
 
-def linears_to_pack(model: nn.Module, new_parameters: Collection[str] = ()) -> list[str]:
-    """Names of the layers that `pack_linears` packs: all but output embeddings, new heads, and shared
-    weights.
+def linears_to_pack(
+    model: nn.Module, new_parameters: Collection[str] = (), whole: Collection[str] = ()
+) -> list[str]:
+    """Names of the layers that `pack_linears` packs: all but output embeddings, new heads, shared weights,
+    those whose weight is read by others, and `whole`.
     """
     linears = linears_of(model, new_parameters)
-    return [name for name in without_output(model, linears) if uses(model, linears[name].weight) == 1]
+    return [
+        name
+        for name in without_output(model, linears)
+        if name not in whole
+        and uses(model, linears[name].weight) == 1
+        and not computes_otherwise(model, name)
+    ]
 
 
 def attach(
@@ -80,13 +92,18 @@ def attach(
     method = choice.method
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    attached = Attached(method, targets=list(choice.layers), remarks=choice.lines())
+    attached = Attached(method, targets=choice.names, remarks=choice.lines())
     for name, linear in choice.layers.items():
         if isinstance(method, TrainsWeight):
             for parameter in linear.parameters():
                 parameter.requires_grad_(True)
         else:
             attached.layers[name] = _replace(model, name, AdapterLinear(linear, method, name))
+    if isinstance(method, TrainsWeight):
+        for parameter in parameters_of(model, choice.experts):
+            parameter.requires_grad_(True)
+    else:
+        attached.layers |= put_on_experts(model, method, choice.experts)
     for name, parameter in model.named_parameters():
         if name in new_parameters:
             parameter.requires_grad_(True)
@@ -111,6 +128,8 @@ def _replace(model: nn.Module, name: str, layer: nn.Module) -> nn.Module:
     return layer
 
 
-def lora_parameters(attached_to: dict[str, tuple[int, int]], rank: int) -> int:
-    """Trained parameters of an ordinary LoRA of this rank on layers of these shapes (out, in)."""
-    return sum(rank * (out_features + in_features) for out_features, in_features in attached_to.values())
+def lora_parameters(attached_to: dict[str, tuple[int, ...]], rank: int) -> int:
+    """Trained parameters of an ordinary LoRA of this rank on layers of these shapes, (out, in), or
+    (E, out, in) of a stack.
+    """
+    return sum(prod(stack) * rank * (out + inner) for *stack, out, inner in attached_to.values())

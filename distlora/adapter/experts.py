@@ -1,6 +1,7 @@
 """Experts of a mixture that are no modules of their own: one 3-D parameter holds a matrix for each of them.
 
-No linear layer stands for such an expert, so that `all-linear` does not reach it.
+No linear layer stands for such an expert, so that `all-linear` does not reach it; those of a known form are
+adapted when they are asked for, see `expert_layers`.
 """
 
 import fnmatch
@@ -31,7 +32,8 @@ def _dimensions(parameter: nn.Parameter) -> int:
 
 
 def refuse_experts(model: nn.Module, target: str, key: str) -> None:
-    """Raises UserError where a target that matches no linear layer means such experts."""
+    """Raises UserError where a target that matches nothing else means such experts, of a form that is not
+    known."""
     hits = [
         name
         for name in expert_parameters(model)
@@ -40,5 +42,5 @@ def refuse_experts(model: nn.Module, target: str, key: str) -> None:
     if hits:
         raise UserError(
             f"{key}: {target} of {type(model).__name__} means experts that are 3-D parameters ({hits[0]}) "
-            "and no linear layers, which no method here adapts; name other layers"
+            "computed in a way that is not known here; name other layers"
         )

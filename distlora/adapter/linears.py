@@ -24,7 +24,7 @@ def keeps_transpose(layer: nn.Module) -> bool:
 
 def shape_of(layer: nn.Module) -> tuple[int, int]:
     """(out, in). The weight itself does not say so under ZeRO-3, where it is empty between passes."""
-    if isinstance(layer, nn.Linear):
+    if hasattr(layer, "out_features"):
         return layer.out_features, layer.in_features
     return layer.nf, layer.nx
 

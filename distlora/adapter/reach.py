@@ -28,6 +28,10 @@ class Reach:
     called: frozenset[str]
     used: frozenset[str] | None = None
 
+    def read_by_others(self, name: str) -> bool:
+        """Whether the model may multiply with the layer's weight without calling the layer."""
+        return name not in self.called and (self.used is None or name in self.used)
+
     def obstacle(self, name: str, trains_weight: bool = False) -> str | None:
         """Why this layer would not train, as the end of a sentence about it; None where it would.
 

@@ -69,6 +69,6 @@ def adapter_shapes(engine: Engine, attached: Attached) -> dict[str, tuple[int, .
     factors = {
         f"{name}.{factor}": tuple(shape)
         for name, layer in attached.layers.items()
-        for factor, shape in layer.method.shapes(*layer.shape).items()
+        for factor, shape in layer.factor_shapes().items()
     }
     return factors | {name: shape for name, shape in engine.trained_shapes().items() if name not in factors}

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from distlora.adapter.attach import Attached
@@ -23,6 +24,8 @@ from distlora.engine.protocol import Engine
 from distlora.engine.random_state import restore_random_states
 from distlora.errors import UserError
 from distlora.files.tensors import TensorFiles
+from distlora.methods import Method
+from distlora.sentences import first_line
 
 _log = logging.getLogger(__name__)
 
@@ -74,8 +77,9 @@ def restore(
     return checkpoint.state
 
 
-def ledger_files(checkpoint: Checkpoint, layers: dict[str, tuple[int, int]]) -> TensorFiles | None:
-    """The ledger's files; None without entries. layers: (out, in) of every adapted layer.
+def ledger_files(checkpoint: Checkpoint, layers: dict[str, tuple[int, ...]]) -> TensorFiles | None:
+    """The ledger's files; None without entries. layers: (out, in) of every adapted layer, (E, out, in)
+    of a stack.
 
     Raises UserError, naming the tensor, where the files do not hold what `state.json` says of them.
     """
@@ -86,9 +90,10 @@ def ledger_files(checkpoint: Checkpoint, layers: dict[str, tuple[int, int]]) -> 
             raise UserError(
                 f"{path}: the run has no layer {layer}; the ledger was written with another model or targets"
             )
-        out_features, in_features = layers[layer]
+        *stack, out_features, in_features = layers[layer]
         for index, entry in enumerate(entries):
-            sides = {"left": (out_features, entry["columns"]), "right": (entry["columns"], in_features)}
+            left, right = (*stack, out_features, entry["columns"]), (*stack, entry["columns"], in_features)
+            sides = {"left": left, "right": right}
             wanted |= {f"{layer}/{index}/{side}": shape for side, shape in sides.items()}
             dtypes |= dict.fromkeys(
                 (f"{layer}/{index}/{side}" for side in sides), getattr(torch, entry["dtype"])
@@ -141,7 +146,7 @@ def _open_fitting(
     path, state = checkpoint.path, checkpoint.state
     if state["method"] != attached.method.name:
         raise UserError(f"{path} is of method {state['method']}, and the run of {attached.method.name}")
-    _refuse_other_settings(path, state.get("settings"), attached.method.model_dump(mode="json"))
+    _refuse_other_settings(path, state.get("settings"), attached.method)
     if state.get("ledger") and ledger is None:
         raise UserError(
             f"{path} holds updates of frozen weights, and the run of {attached.method.name} keeps no ledger"
@@ -152,17 +157,30 @@ def _open_fitting(
     keys = sorted({"master"} | {name.rpartition("/")[2] for name in optimizer.names})
     _compare(path, adapter, shapes)
     _compare(path, optimizer, {f"{name}/{key}": shape for name, shape in trained.items() for key in keys})
-    ledger_file = ledger_files(checkpoint, {name: layer.shape for name, layer in attached.layers.items()})
+    ledger_file = ledger_files(
+        checkpoint, {name: layer.whole_shape for name, layer in attached.layers.items()}
+    )
     recompose = TensorFiles(path, RECOMPOSE) if any(path.glob(f"{RECOMPOSE}*.safetensors")) else None
     return _Files(path, adapter, optimizer, keys, ledger_file, recompose)
 
 
-def _refuse_other_settings(path: Path, there: dict | None, here: dict) -> None:
-    """there: None in checkpoints of before this was written down."""
-    for key, value in {} if there is None else here.items():
-        if there.get(key) != value:
+def _refuse_other_settings(path: Path, there: dict | None, method: Method) -> None:
+    """there: None in checkpoints of before this was written down. A key that a method got later has its
+    default there, which stands for what was done without it.
+    """
+    if there is None:
+        return
+    try:
+        there = type(method).model_validate(there).model_dump(mode="json")
+    except ValidationError as error:
+        raise UserError(
+            f"{path}: its settings of the method {method.name} are not those of this version "
+            f"({first_line(error.errors()[0]['msg'])})"
+        ) from None
+    for key, value in method.model_dump(mode="json").items():
+        if there[key] != value:
             raise UserError(
-                f"{path} is of a run with {key}={json.dumps(there.get(key))} of the method, "
+                f"{path} is of a run with {key}={json.dumps(there[key])} of the method, "
                 f"and this one has {json.dumps(value)}"
             )
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from distlora.engine.host_memory import free_host_memory
 from distlora.errors import UserError
+from distlora.exports.experts import add_update
 from distlora.exports.merged import Merged
 from distlora.exports.sources import Source
 from distlora.files.tensors import TensorFiles
@@ -45,7 +46,7 @@ def check_merged(draft: Path, merged: Merged, pad_token_id: int | None = None) -
     again = "; with --no-check it is written all the same, or export with --format peft"
     try:
         model, missing = reloaded(draft, source.model["class"], dtype)
-        lacking = sorted(missing & {*source.heads, *(f"{layer}.weight" for layer in source.layers)})
+        lacking = sorted(missing & {*source.heads, *map(merged.weight_of, source.layers)})
         if lacking:
             raise UserError(f"its files lack {lacking[0]}")
         found = logits_of(model, inputs)
@@ -86,7 +87,14 @@ def _logits_of_run(
 ) -> tuple[dict[str, Tensor], Tensor]:
     """The inputs, and the logits that the pretrained model has for them with the updates in the places where
     the run has them, by the names of the modules; weights are rounded as they were for the merged files."""
-    from distlora.models.reload import changed_weight, fixed_inputs, logits_of, reloaded, separate
+    from distlora.models.reload import (
+        changed_experts,
+        changed_weight,
+        fixed_inputs,
+        logits_of,
+        reloaded,
+        separate,
+    )
 
     source: Source = merged.source
     model, _ = reloaded(merged.base, source.model["class"], dtype, _settings(source))
@@ -94,16 +102,19 @@ def _logits_of_run(
     for head in source.heads:
         parameters[head].data.copy_(source.read(head).to(merged.dtype(head)))
     for layer in source.layers:
-        module, pair = model.get_submodule(layer), source.low_rank(layer)
-        separate(model, module)
+        pair, name = source.low_rank(layer), merged.weight_of(layer)
 
-        def change(weight, layer=layer, pair=pair):
-            total = torch.addmm(weight.float(), pair.left.float(), pair.right.float())
+        def change(weight, layer=layer, pair=pair, name=name):
+            total = add_update(weight, pair)
             if layer in source.magnitudes:
                 total = with_row_norms(total, source.magnitude(layer))
-            return total.to(merged.dtype(f"{layer}.weight"))
+            return total.to(merged.dtype(name))
 
-        changed_weight(module, change)
+        if name == layer:
+            changed_experts(model, layer, change)
+        else:
+            separate(model, model.get_submodule(layer))
+            changed_weight(model.get_submodule(layer), change)
     _round(model, merged)
     if pad_token_id is None:
         pad_token_id = source.model.get("pad_token_id")

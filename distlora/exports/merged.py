@@ -54,6 +54,10 @@ class Merged:
     def __init__(self, base: Path, source: Source, placing: Placing, dtype: torch.dtype | None):
         self.base, self.source, self.asked, self._placing = base, source, dtype, placing
 
+    def weight_of(self, layer: str) -> str:
+        """The name of an adapted layer's weight."""
+        return self._placing.weight_of(layer)
+
     def dtype(self, parameter: str) -> torch.dtype:
         """The one in which a trained parameter was written."""
         return self._placing.dtype(self._placing.stored(parameter)[0], self.asked)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from distlora.errors import UserError
+from distlora.exports.experts import add_update
 from distlora.exports.sources import Source
 from distlora.files.tensors import TensorFiles
 from distlora.maths.linalg import with_row_norms
@@ -62,13 +63,14 @@ class Placing:
 
     def _place_layer(self, layer: str) -> None:
         """A layer whose weight has an update: it is separated from others that share the weight."""
-        name, shape = f"{layer}.weight", tuple(self._source.layers[layer][1:])
+        name, shape = self.weight_of(layer), tuple(self._source.layers[layer][1:])
         family = self._family(name)
         stored = [other for other in family if self._is_stored(other)]
         if not stored:
             raise self._lacking(name)
         found = self._shape_in_files(name if name in stored else stored[0])
-        if found != (shape[::-1] if self._layout.is_transposed(layer) else shape):
+        turned = (*shape[:-2], shape[-1], shape[-2])
+        if found != (turned if self._layout.is_transposed(layer) else shape):
             raise UserError(f"{self.base}: {name} has shape {found}, the adapter {shape}")
         self._layer_of[self._key(name)] = layer
         if len(family) > 1:
@@ -108,6 +110,10 @@ class Placing:
         )
 
     # ------------------------------------------------------------------ the merged tensors
+
+    def weight_of(self, layer: str) -> str:
+        """The name of an adapted layer's weight."""
+        return self._layout.weight_of(layer)
 
     def stored(self, parameter: str) -> list[str]:
         """The names of the tensors in the merged files that hold a parameter."""
@@ -170,8 +176,7 @@ class Placing:
         if layer is None:
             return value
         pair, turned = self._source.low_rank(layer), self._layout.is_transposed(layer)
-        weight = value.float().T if turned else value.float()
-        weight = torch.addmm(weight, pair.left.float(), pair.right.float())
+        weight = add_update(value.mT if turned else value, pair)
         if layer in self._source.magnitudes:
             weight = with_row_norms(weight, self._source.magnitude(layer))
-        return weight.T if turned else weight
+        return weight.mT if turned else weight

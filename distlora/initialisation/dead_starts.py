@@ -54,8 +54,8 @@ class DeadStarts:
             of_weight = self._method.source_matrix() == "weight"
             why = "what it starts from, the weight, is zero there" if of_weight else "its factors start so"
             raise UserError(
-                f"method {name} would never train anything in {_listed(dead)}, since {why}: leave these "
-                "layers out (targets.exclude), or take a method that starts beside the weight, such as lora",
+                f"method {name} would never train anything in {_listed(dead)}, since {why}: leave their "
+                "blocks out (targets.exclude), or take a method that starts beside the weight, such as lora",
                 agreed=True,
             )
         if aimless:

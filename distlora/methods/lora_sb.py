@@ -37,9 +37,14 @@ class FirstStep(ProbeSettings):
     noise_std: float = Field(
         0.0, ge=0, description="standard deviation of noise added to ΔW before the SVD (ablation)"
     )
-    orthonormal: bool = Field(
-        True, description="false: B = UΣ, A = Vᵀ, R = I/s, without gradient correction (Eq. 11–12)"
+    orthonormal: bool = Field(True, description="false: B = UΣ, A = Vᵀ, R = I/s (Eq. 11–12, ablation)")
+    optimal_gradient: bool | None = Field(
+        None, description="whether R's gradient is made optimal (Theorem 3); null: as orthonormal is"
     )
+
+    @property
+    def corrects_gradient(self) -> bool:
+        return self.orthonormal if self.optimal_gradient is None else self.optimal_gradient
 
     @model_validator(mode="after")
     def _check_eta(self):
@@ -139,7 +144,7 @@ class LoRASB(NeedsProbe, CorrectsGradients, Recomposes):
         """Theorem 3: the optimal gradient is `g_R* = (1/s²)(BᵀB)⁻¹ g_R (AAᵀ)⁻¹`; nothing to do where that is
         g_R itself.
         """
-        if not self.init.orthonormal:
+        if not self.init.corrects_gradient:
             return {}
         left, right = _grams(factors["B"].float(), factors["A"].float())
         identity = torch.eye(self.rank, device=left.device)

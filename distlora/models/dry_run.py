@@ -221,8 +221,10 @@ def position_limit(model: PreTrainedModel) -> int | None:
 
     A table counts if the numbers that are looked up in it rise with the length of the text, until there are
     more than it has rows. (Those of relative positions stop rising before that.) Of the model only its class
-    and its config are looked at.
+    and its config are looked at. A model of something else than texts has no limit.
     """
+    if model.main_input_name != "input_ids":
+        return None
     with known_values() as mode:
         bare = bare_copy(mode, model)
         short, long = _run(mode, bare, SHORT), _run(mode, bare, LONG)

@@ -275,12 +275,12 @@ def _ensure_pad_token(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> No
     if _has_row(tokenizer.pad_token_id, vocab_size):
         return
     vocabulary = tokenizer.get_vocab()
-    for token in (*PAD_NAMES, tokenizer.unk_token, tokenizer.eos_token):
+    for token in (*PAD_NAMES, tokenizer.unk_token, tokenizer.eos_token, tokenizer.bos_token):
         if _has_row(vocabulary.get(token), vocab_size):
             tokenizer.pad_token = token
             return
     raise UserError(
-        f"{tokenizer.name_or_path}: the tokenizer has no pad, unknown or end token, and needs one"
+        f"{tokenizer.name_or_path}: the tokenizer has no pad, unknown, end or first token, and needs one"
     )
 
 

@@ -118,3 +118,12 @@ def changed_weight(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Non
     weight = module.weight.detach().T if turned else module.weight.detach()
     value = change(weight)
     module.weight.data.copy_(value.T if turned else value)
+
+
+def changed_experts(model: nn.Module, name: str, change: Callable[[Tensor], Tensor]) -> None:
+    """The same of a 3-D parameter of experts, (E, out, in) also where it is stored transposed."""
+    module, parameter = model.get_submodule(name.rpartition(".")[0]), model.get_parameter(name)
+    turned = bool(getattr(module, "is_transposed", False))
+    weight = parameter.detach().mT if turned else parameter.detach()
+    value = change(weight)
+    parameter.data.copy_(value.mT if turned else value)

@@ -80,8 +80,17 @@ class StoredLayout:
         return inner if is_inner else name
 
     def is_transposed(self, layer: str) -> bool:
-        """Whether a linear layer's weight is (in, out), as in GPT-2."""
-        return self._model is not None and isinstance(self._model.get_submodule(layer), Conv1D)
+        """Whether a layer's weight is (in, out), as in GPT-2, and of every expert in gpt-oss."""
+        if self._model is None:
+            return False
+        if self.weight_of(layer) == layer:
+            return bool(getattr(self._model.get_submodule(layer.rpartition(".")[0]), "is_transposed", False))
+        return isinstance(self._model.get_submodule(layer), Conv1D)
+
+    def weight_of(self, layer: str) -> str:
+        """The name of an adapted layer's weight: a layer of experts is the parameter itself."""
+        is_parameter = layer in self.shapes or (self._model is not None and layer in self._model.state_dict())
+        return layer if is_parameter else f"{layer}.weight"
 
     def parameters(self, group: Group, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
         """The parameters of a group by name. read: a tensor of the files."""

@@ -1,7 +1,7 @@
 """The table of scores: by method, rank and task, the mean over seeds and its standard deviation."""
 
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from distlora.report.compare import Group, Setting, unique
 from distlora.report.numbers import (
@@ -54,7 +54,25 @@ def score_rows(group: Group, columns: Sequence[Measured]) -> list[Row]:
         steps = {step for values in by_column for step in values}
         for step in sorted(steps, key=lambda step: (step != 0, step is not None, step)):
             rows.append(Row(setting, step, tuple(spread(values.get(step, [])) for values in by_column)))
-    return rows
+    return _once_before(rows)
+
+
+def _once_before(rows: list[Row]) -> list[Row]:
+    """With one row before training, of no setting, where several settings have begun from the same scores."""
+    before = [row for row in rows if row.step == 0]
+    scores = {tuple(item and (item.mean, item.deviation or 0.0) for item in row.found) for row in before}
+    if len(before) < 2 or len(scores) > 1:
+        return rows
+    setting = replace(before[0].setting, values=(ABSENT,) * len(before[0].setting.values), runs=())
+    found = [[row.found[place] for row in before] for place in range(len(before[0].found))]
+    shared = Row(setting, 0, tuple(_pooled(spreads) for spreads in found))
+    return [shared, *(row for row in rows if row.step != 0)]
+
+
+def _pooled(spreads: Sequence[Spread | None]) -> Spread | None:
+    """Equal means and deviations as one."""
+    known = [item for item in spreads if item]
+    return replace(known[0], count=sum(item.count for item in known)) if known else None
 
 
 def _scores(run: RunRecord, column: Measured) -> list[Score]:

@@ -2,7 +2,7 @@
 
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,7 @@ from distlora.models.stored_names import renamed
 from distlora.recipe.deepspeed_config import resolve_deepspeed
 from distlora.recipe.sections import Recipe
 from distlora.training.objective_base import Objective
-from distlora.training.targets import choose_targets
+from distlora.training.targets import Chosen, choose_targets
 
 log = logging.getLogger(__name__)
 
@@ -55,8 +55,8 @@ def check_targets(recipe: Recipe, objective: Objective) -> Recipe:
     return recipe.model_copy(update={"method": choose_targets(recipe, objective).method})
 
 
-def build(comm: Comm, recipe: Recipe, objective: Objective, targets: Sequence[str]) -> Built:
-    """Collective. targets: names of the layers to adapt. Errors: UserError on all ranks."""
+def build(comm: Comm, recipe: Recipe, objective: Objective, chosen: Chosen) -> Built:
+    """Collective. Errors: UserError on all ranks."""
     config = on_every_rank(comm, objective.load_config)
     engine, tensorboard, resolved = on_every_rank(comm, lambda: _make_engine(comm, recipe, config))
     settings, quantized = recipe.train, recipe.model.quantization is not None
@@ -64,8 +64,8 @@ def build(comm: Comm, recipe: Recipe, objective: Objective, targets: Sequence[st
         model, new = objective.load_model()
     heads = new | objective.head(model)
     if quantized:
-        _pack(model, heads, recipe, comm.device)
-    layers = [name for name in targets if f"{name}.weight" not in heads]
+        _pack(model, heads, chosen.whole, recipe, comm.device)
+    layers = [name for name in chosen.layers if f"{name}.weight" not in heads]
     with engine.attaching():
         adapted = api.attach(model, recipe.method, targets=layers, also_train=heads)
     pretrained = None
@@ -98,11 +98,13 @@ def _make_engine(comm: Comm, recipe: Recipe, config) -> tuple[Engine, str | None
     return ZeroEngine(comm, copy.deepcopy(resolved)), place and str(place), resolved
 
 
-def _pack(model: nn.Module, heads: set[str], recipe: Recipe, device: torch.device) -> None:
-    """Puts the linear weights into the form that the recipe asks for."""
+def _pack(
+    model: nn.Module, heads: set[str], whole: Collection[str], recipe: Recipe, device: torch.device
+) -> None:
+    """Puts the linear weights but those of `whole` into the form that the recipe asks for."""
     asked, storage = recipe.model.quantization, getattr(torch, recipe.model.dtype)
     compute = asked.compute_dtype and getattr(torch, asked.compute_dtype)
-    made = pack_linears(model, packer(asked.kind, storage, compute, asked.double), device, heads)
+    made = pack_linears(model, packer(asked.kind, storage, compute, asked.double), device, heads, whole)
     weights, scales = sum(packing.nbytes for packing in made), sum(map(scale_bytes, made))
     log.info(
         "%s: the weights of %d linear layers take %.1f MiB, and their scales %.1f MiB on every rank",

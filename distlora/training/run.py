@@ -88,7 +88,7 @@ class Run:
             status.steps = self.steps
         self.schedule = None if settings.searches_lr else self._schedule(settings.lr)
         on_every_rank(comm, lambda: check_length(fitted, self.steps))
-        self.built = build(comm, recipe, self.objective, chosen.layers)
+        self.built = build(comm, recipe, self.objective, chosen)
         comm.sum_or_stop()
 
     @property
@@ -222,7 +222,7 @@ class Run:
 
 def _summary(run_dir: Path, built: Built, rank: int, steps: int) -> Summary:
     shapes = built.engine.trained_shapes()
-    layers = {name: layer.shape for name, layer in built.adapted.layers.items()}
+    layers = {name: layer.whole_shape for name, layer in built.adapted.layers.items()}
     return Summary(
         run_dir,
         None,

@@ -67,7 +67,7 @@ class Evaluated:
     def engine(self) -> Engine:
         """The model, loaded, in an engine. Collective; once."""
         chosen = on_every_rank(self.comm, lambda: choose_targets(self.recipe, self.objective))
-        built = build(self.comm, self.recipe, self.objective, chosen.layers)
+        built = build(self.comm, self.recipe, self.objective, chosen)
         if self.checkpoint is not None:
             api.load(
                 built.adapted, built.engine, self.checkpoint, training=False, seed=self.recipe.train.seed,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from distlora.adapter.coverage import coverage
+from distlora.adapter.linears import linears_of
 from distlora.adapter.reach import Reach, reach_of
 from distlora.adapter.targets import Choice, choose
 from distlora.methods import Method, TrainsWeight
@@ -21,12 +22,14 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class Chosen:
     """method: fitted to the layers. layers: their names, in the model's order. lines: what a user should be
-    told: the share of the weights, and what was left out.
+    told: the share of the weights, and what was left out. whole: layers whose weight must not be packed,
+    because the model reads it by itself.
     """
 
     method: Method
     layers: list[str]
     lines: list[str]
+    whole: frozenset[str] = frozenset()
 
 
 def choose_targets(recipe: Recipe, objective: Objective) -> Chosen:
@@ -37,14 +40,16 @@ def choose_targets(recipe: Recipe, objective: Objective) -> Chosen:
 def chosen_in(model: nn.Module, recipe: Recipe, objective: Objective) -> Chosen:
     """The same in the bare model that is at hand."""
     heads = objective.head(model)
-    choice = choose(model, recipe.method, recipe.targets, heads, reach_in(model, objective))
-    return Chosen(choice.method, list(choice.layers), told(model, choice, heads))
+    reach = reach_in(model, objective)
+    choice = choose(model, recipe.method, recipe.targets, heads, reach)
+    whole = frozenset(name for name in linears_of(model) if reach is not None and reach.read_by_others(name))
+    return Chosen(choice.method, choice.names, told(model, choice, heads), whole)
 
 
 def told(model: nn.Module, choice: Choice, new_parameters: Collection[str]) -> list[str]:
     """What a user should be told of a choice: the share of the weights, and what was left out."""
     verb = "trained" if isinstance(choice.method, TrainsWeight) else "adapted"
-    return [coverage(model, choice.layers, new_parameters, verb), *choice.lines()]
+    return [coverage(model, choice.names, new_parameters, verb), *choice.lines()]
 
 
 def reach_in(model: nn.Module, objective: Objective) -> Reach | None:

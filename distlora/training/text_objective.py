@@ -17,13 +17,11 @@ class Texts(Objective):
 
     def check_length(self) -> None:
         """Raises UserError if the recipe's texts may be longer than the model's table of positions."""
-        wanted, limit = self.recipe.data.max_length, self._positions
-        if limit is not None and wanted > limit:
-            path = self.recipe.model.path
-            raise UserError(f"data.max_length={wanted} is beyond the {limit} positions of {path}; lower it")
+        self._refuse_long(self.recipe.data.max_length)
 
     def check_samples(self, samples: Sequence, tokenizer) -> None:
         self._refuse_unknown_ids([sample.input_ids for sample in samples], tokenizer)
+        self._refuse_long(max((len(sample.input_ids) for sample in samples), default=0))
         if self._end is not None:
             self._refuse_uneven_ends(samples, tokenizer)
 
@@ -39,6 +37,14 @@ class Texts(Objective):
             raise UserError(
                 f"data.max_new_tokens={max_new_tokens}: with a prompt of {longest} tokens that is beyond the "
                 f"{limit} positions of {self.recipe.model.path}; lower it, or data.max_length"
+            )
+
+    def _refuse_long(self, longest: int) -> None:
+        limit, data = self._positions, self.recipe.data
+        if limit is not None and longest > limit:
+            path = self.recipe.model.path
+            raise UserError(
+                f"data.max_length={data.max_length} is beyond the {limit} positions of {path}; lower it"
             )
 
     def _refuse_unknown_ids(self, texts: Sequence[Sequence[int]], tokenizer) -> None:

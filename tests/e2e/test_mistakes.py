@@ -40,7 +40,7 @@ def sentence_of(outcome) -> str:
             "targets=[q_porj]",
             "targets: q_porj matches no linear layer of LlamaForCausalLM, did you mean q_proj?",
         ),
-        ("method.rank=50", "rank 50"),
+        ("method.rank=200", "rank 200"),
         (
             "train.global_batch_size=5",
             "train.global_batch_size=5 is not divisible by train.micro_batch_size=2",

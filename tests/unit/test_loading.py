@@ -288,7 +288,7 @@ def test_a_tokenizer_without_any_special_token_is_refused(tmp_path):
     tokenizer = tiny_tokenizer("llama")
     tokenizer.bos_token = tokenizer.eos_token = None
     tokenizer.save_pretrained(directory)
-    with pytest.raises(UserError, match="no pad, unknown or end token"):
+    with pytest.raises(UserError, match="no pad, unknown, end or first token"):
         load_tokenizer(section(directory))
 
 

@@ -529,6 +529,21 @@ def test_without_orthonormal_factors_the_start_is_the_same_point_and_nothing_is_
     assert method.gradient_map(init.factors) == {}
 
 
+def test_the_optimal_gradient_is_an_ablation_of_its_own():
+    """Theorem 3 without orthonormal factors, and none of it with them."""
+    method, init = _initialise(_gradient(), alpha=24.0, orthonormal=False, optimal_gradient=True)
+    factors = {name: value.double() for name, value in init.factors.items()}
+    layer = _layer(method, factors, torch.float64)
+    plain, g = _core_gradient(layer)
+    p, q = (side.double() for side in method.gradient_map(layer.factors())["R"])
+    optimal = _optimal(factors, g, method.scaling)
+    torch.testing.assert_close(p @ plain @ q, optimal, rtol=1e-4, atol=1e-5 * float(optimal.abs().max()))
+    assert (plain - optimal).abs().max() > 0.1 * optimal.abs().max()  # the premise: they differ
+
+    without, init = _initialise(_gradient(), alpha=24.0, optimal_gradient=False)
+    assert without.gradient_map(init.factors) == {}
+
+
 def test_sgd_keeps_the_size_of_the_gradient_and_adamw_only_its_sign():
     g = _gradient()
     products = {}

@@ -6,6 +6,7 @@ import transformers
 from torch import nn
 
 from distlora import UserError
+from distlora.adapter.attach import linears_to_pack
 from distlora.adapter.linears import linears_of
 from distlora.adapter.reach import pattern_of, reach_of
 from distlora.adapter.targets import choose
@@ -183,3 +184,15 @@ def test_nothing_stays_behind():
     assert {name: p.requires_grad for name, p in model.named_parameters()} == before
     assert all(p.grad is None for p in model.parameters())
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_a_weight_that_the_model_reads_by_itself_is_not_packed():
+    model = bare(CONFIGS["mamba"][0])
+    reach = reach_in(model)
+    read = {name for name in linears_of(model) if reach.read_by_others(name)}
+    assert read == {f"backbone.layers.{block}.mixer.dt_proj" for block in range(2)}
+    packed = linears_to_pack(model, whole=read)
+    assert len(packed) == 6 and not read & set(packed)
+    with torch.device("meta"):
+        seeing = Seeing()
+    assert "attention.out_proj" not in linears_to_pack(seeing) and "tower.0.q" in linears_to_pack(seeing)

@@ -290,6 +290,16 @@ def test_scores_before_training_are_those_of_their_setting(tmp_path):
     assert column(table, "gsm8k: loss ↓") == ["3.000 ± 1.414", "1.000 ± 0.000", "9.000", "1.000"]
 
 
+def test_the_same_scores_before_training_are_told_once(tmp_path):
+    for name, method in (("a", LORA), ("b", PISSA)):
+        metrics = [{"step": 0, "eval/loss": 2.0}, {"step": 10, "eval/loss": 1.0}]
+        make_run(tmp_path, name, method, metrics=metrics)
+    table = scores_table(group_of(tmp_path))
+    assert column(table, "method") == ["-", "lora", "pissa"]
+    assert column(table, "after steps") == ["before training", "10", "10"]
+    assert column(table, "n") == ["2", "1", "1"] and column(table, "gsm8k: loss ↓")[0] == "2.000"
+
+
 def test_learning_rates_that_were_found_are_told(tmp_path):
     scores = {"boolq": {"accuracy": 0.5}}
     search = {"train.lr": "search"}

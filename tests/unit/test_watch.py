@@ -168,7 +168,7 @@ def test_a_zero_weight_is_named_where_factors_are_made_of_it(method):
         started(model, method)
     assert str(error.value) == (
         f"method {method} would never train anything in blocks.*.out (2 layers), since what it starts from, "
-        "the weight, is zero there: leave these layers out (targets.exclude), or take a method that starts "
+        "the weight, is zero there: leave their blocks out (targets.exclude), or take a method that starts "
         "beside the weight, such as lora"
     )
 
