@@ -133,9 +133,9 @@ MUTATIONS = [
     ),
     Mutation(
         "a transposed weight is written as any other",
-        TENSORS,
-        "        update = layer.as_stored(update)\n",
-        "",
+        "distlora/adapter/layer.py",
+        "        return add_low_rank(part, start, self.as_stored(update), rounding, key, device)\n",
+        "        return add_low_rank(part, start, update, rounding, key, device)\n",
         parity(
             "swapping-world2-stage3-float32-family=gpt2-clip=0_5-method=srlora-target_rank=16-gamma=0_5-"
             "interval=2-steps=5"
