@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from distlora.engine.host_memory import free_host_memory
 from distlora.errors import UserError
@@ -30,7 +31,7 @@ def check_merged(draft: Path, merged: Merged, pad_token_id: int | None = None) -
     is of a class of the user's, or takes other inputs, or this process trains under ZeRO-3. Raises UserError
     where the difference is beyond rounding, or the merged model cannot be loaded.
     """
-    from distlora.models.reload import can_reload, logits_of_fixed_inputs, reloaded
+    from distlora.models.reload import can_reload, logits_of, reloaded
 
     source = merged.source
     if not can_reload(source.model["class"]):
@@ -39,7 +40,7 @@ def check_merged(draft: Path, merged: Merged, pad_token_id: int | None = None) -
     if dtype is None:
         return _left_out("this machine has too little memory")
     try:
-        expected = _logits_of_run(merged, dtype, pad_token_id)
+        inputs, expected = _logits_of_run(merged, dtype, pad_token_id)
     except Exception as error:  # whatever a class may want of its inputs
         return _left_out(f"{source.model['class']} takes other inputs ({first_line(error)})")
     again = "; with --no-check it is written all the same, or export with --format peft"
@@ -48,7 +49,7 @@ def check_merged(draft: Path, merged: Merged, pad_token_id: int | None = None) -
         lacking = sorted(missing & {*source.heads, *map(merged.weight_of, source.layers)})
         if lacking:
             raise UserError(f"its files lack {lacking[0]}")
-        found = logits_of_fixed_inputs(model)
+        found = logits_of(model, inputs)
     except Exception as error:  # the same inputs were good for the pretrained model
         raise UserError(f"the merged model cannot be used ({first_line(error)}){again}") from error
     difference = float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
@@ -81,13 +82,16 @@ def _dtype_that_fits(draft: Path, base: Path) -> torch.dtype | None:
 
 
 @torch.no_grad()
-def _logits_of_run(merged: Merged, dtype: torch.dtype, pad_token_id: int | None):
-    """Of the pretrained model with the updates in the places where the run has them, by the names of the
-    modules; weights are rounded as they were for the merged files."""
+def _logits_of_run(
+    merged: Merged, dtype: torch.dtype, pad_token_id: int | None
+) -> tuple[dict[str, Tensor], Tensor]:
+    """The inputs, and the logits that the pretrained model has for them with the updates in the places where
+    the run has them, by the names of the modules; weights are rounded as they were for the merged files."""
     from distlora.models.reload import (
         changed_experts,
         changed_weight,
-        logits_of_fixed_inputs,
+        fixed_inputs,
+        logits_of,
         reloaded,
         separate,
     )
@@ -114,7 +118,8 @@ def _logits_of_run(merged: Merged, dtype: torch.dtype, pad_token_id: int | None)
     _round(model, merged)
     if pad_token_id is None:
         pad_token_id = source.model.get("pad_token_id")
-    return logits_of_fixed_inputs(model, pad_token_id)
+    inputs = fixed_inputs(model, pad_token_id)
+    return inputs, logits_of(model, inputs)
 
 
 def _settings(source: Source) -> dict:

@@ -33,6 +33,9 @@ _TASKS = {
 #: Names by which PEFT finds a classifier's head.
 _CLASSIFIERS = ("classifier", "score")
 
+#: Classes in which PEFT adapts no `out_proj`: their fast kernels read its weight without calling it.
+_STATE_SPACE = ("Mamba", "FalconMamba", "FalconH1", "NemotronH")
+
 _log = logging.getLogger(__name__)
 
 
@@ -146,6 +149,11 @@ def _peft_config(source: Source, base: str, dropout: float) -> dict[str, Any]:
     model_class, experts = source.model["class"] or "", _experts(source)
     if experts and dropout:
         _log.info("PEFT has no dropout for experts: lora_dropout is 0 in the exported config")
+    if model_class.startswith(_STATE_SPACE) and any(layer.endswith(".out_proj") for layer in source.layers):
+        _log.info(
+            "PEFT loads no adapter of layers out_proj of %s: leave them out of targets, or export it merged",
+            model_class,
+        )
     return {
         "peft_type": "LORA",
         "task_type": next((task for ending, task in _TASKS.items() if model_class.endswith(ending)), None),

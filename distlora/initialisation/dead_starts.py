@@ -15,6 +15,7 @@ from distlora.adapter.targets import in_short
 from distlora.engine.comm import Comm
 from distlora.errors import UserError
 from distlora.maths.functional import linear
+from distlora.maths.linalg import squared_norm
 from distlora.methods import HasMagnitude, Init, LayerInit, Method, recomposing
 
 log = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ class DeadStarts:
     def look(self, name: str, layer: LayerInit, init: Init) -> None:
         """At a layer's factors, before what they were made of is forgotten."""
         method = self._method
-        if method.source_matrix() == "gradient" and not layer.source.any():
+        if method.source_matrix() == "gradient" and squared_norm(layer.source) == 0:
             self._aimless.append(name)
         if _comes_from_gradients_later(method):
             return
@@ -87,7 +88,7 @@ def can_train(method: Method, layer: LayerInit, init: Init) -> bool:
         if not y.requires_grad:
             return False
         gradients = torch.autograd.grad((y * dy).sum(), trained, allow_unused=True)
-    return any(gradient is not None and bool(gradient.any()) for gradient in gradients)
+    return any(gradient is not None and float(gradient.abs().max()) != 0 for gradient in gradients)
 
 
 def _output(method: Method, layer: LayerInit, x: Tensor, factors: dict[str, Tensor]) -> Tensor:

@@ -53,11 +53,15 @@ def separate(model: nn.Module, module: nn.Module) -> None:
         module.weight = nn.Parameter(module.weight.detach().clone(), requires_grad=False)
 
 
+def fixed_inputs(model: PreTrainedModel, pad_token_id: int | None = None) -> dict[str, Tensor]:
+    """Two rows that are the same for all models with the same config: images, or texts of ids that have no
+    meaning of their own. pad_token_id: for a config that has none, which takes it over."""
+    return _pixels(model) if model.main_input_name == "pixel_values" else _texts(model, pad_token_id)
+
+
 @torch.no_grad()
-def logits_of_fixed_inputs(model: PreTrainedModel, pad_token_id: int | None = None) -> Tensor:
-    """What the model computes of two rows that are always the same, float32: its logits, without those of
-    padding. pad_token_id: for a config that has none."""
-    inputs = _pixels(model) if model.main_input_name == "pixel_values" else _texts(model, pad_token_id)
+def logits_of(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
+    """The model's logits, float32, without those of padding. Raises UserError where they are not finite."""
     with explained(str(model.config.name_or_path)):
         logits = model(**inputs).logits.float()
     mask = inputs.get("attention_mask")

@@ -24,7 +24,7 @@ from distlora.exports.merged import Merged
 from distlora.exports.peft_files import read_peft
 from distlora.exports.sources import AdapterSource
 from distlora.files.tensors import TensorFiles
-from distlora.models.reload import logits_of_fixed_inputs
+from distlora.models.reload import fixed_inputs, logits_of
 from tests.tiny_models import VOCAB_SIZE, _draw_parameters, tiny_model_dir
 from tests.tiny_zoo import ZOO, zoo_model_dir
 
@@ -47,6 +47,10 @@ def trained(model: nn.Module, method="lora", targets="all-linear", **more) -> di
         for parameter in adapted.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
     return adapted
+
+
+def logits_of_fixed_inputs(model: nn.Module) -> torch.Tensor:
+    return logits_of(model, fixed_inputs(model))
 
 
 def names_in(directory: Path) -> set[str]:
@@ -128,6 +132,15 @@ def test_peft_refuses_a_layer_that_is_trained_whole_and_adapted(tmp_path, bases)
     out = distlora.export(adapted, tmp_path / "merged", format="merged", base_model=base)
     merged = AutoModelForCausalLM.from_pretrained(out).eval()
     assert_logits(logits_of_fixed_inputs(merged), logits_of_fixed_inputs(adapted.model.eval()))
+
+
+def test_what_peft_does_not_load_is_told(tmp_path, bases, caplog):
+    base = zoo_model_dir("mamba", bases)
+    for targets, told in ((["in_proj"], False), (["in_proj", "out_proj"], True)):
+        adapted = trained(AutoModelForCausalLM.from_pretrained(base), targets=targets)
+        with caplog.at_level(logging.INFO, "distlora"):
+            distlora.export(adapted, tmp_path / "-".join(targets), base_model=base)
+        assert ("PEFT loads no adapter of layers out_proj of MambaForCausalLM" in caplog.text) is told
 
 
 # ---------------------------------------------------------------------- names of their own
