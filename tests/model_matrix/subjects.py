@@ -109,7 +109,7 @@ class Subject:
     def start(self) -> Built:
         """As `distlora.training.run` does."""
         self.objective.check_length()
-        targets = choose_targets(self.recipe, self.objective).layers
+        targets = choose_targets(self.recipe, self.objective)
         self.objective.prepare(self.preprocessor)
         built = build(self.comm, self.recipe, self.objective, targets)
         api.initialise(built.adapted, built.engine, steps=STEPS, seed=5)

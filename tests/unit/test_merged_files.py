@@ -187,6 +187,32 @@ def test_layers_that_are_parts_of_one_tensor_are_merged(tmp_path, name, sharded)
     assert_logits(logits_of_fixed_inputs(merged), logits_of_fixed_inputs(adapted.model.eval()))
 
 
+ROUTED = dict(_SIZES, intermediate_size=40, num_local_experts=4, num_experts_per_tok=2, num_key_value_heads=2)
+
+
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("Phimoe", {}),
+        ("Llama4", {"head_dim": 10, "num_experts_per_tok": 1, "intermediate_size_mlp": 64}),
+        ("GraniteMoe", {}),
+    ],
+)
+def test_a_router_is_not_taken_for_a_linear_layer(tmp_path, name, more):
+    """Some are of a class of `nn.Linear` that gives more than one tensor."""
+    cls = getattr(transformers, f"{name}ForCausalLM")
+    config = getattr(transformers, f"{name}TextConfig" if name == "Llama4" else f"{name}Config")(
+        **ROUTED | more
+    )
+    model = cls(config)
+    _draw_parameters(model, torch.Generator().manual_seed(1))
+    model.save_pretrained(tmp_path / "base")
+    adapted = trained(cls.from_pretrained(tmp_path / "base"))
+    out = distlora.export(adapted, tmp_path / "merged", format="merged", base_model=tmp_path / "base")
+    merged = cls.from_pretrained(out).eval()
+    assert_logits(logits_of_fixed_inputs(merged), logits_of_fixed_inputs(adapted.model.eval()))
+
+
 def test_what_the_files_lack_is_one_sentence(tmp_path, bases):
     base = tiny_model_dir("mistral", tmp_path)
     adapted = trained(AutoModelForCausalLM.from_pretrained(base), targets=["q_proj"])
