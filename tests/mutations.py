@@ -133,9 +133,9 @@ MUTATIONS = [
     ),
     Mutation(
         "a transposed weight is written as any other",
-        TENSORS,
-        "        update = layer.as_stored(update)\n",
-        "",
+        "distlora/adapter/layer.py",
+        "        return add_low_rank(part, start, self.as_stored(update), rounding, key, device)\n",
+        "        return add_low_rank(part, start, update, rounding, key, device)\n",
         parity(
             "swapping-world2-stage3-float32-family=gpt2-clip=0_5-method=srlora-target_rank=16-gamma=0_5-"
             "interval=2-steps=5"
@@ -174,14 +174,14 @@ MUTATIONS = [
     Mutation(
         "R's gradient not corrected after a restore",
         COMPOSE,
-        "        layer.map_gradients(attached.method.gradient_map(factors))\n",
+        "        layer.map_gradients(gradient_maps(layer, factors))\n",
         "        pass\n",
         parity("correcting-world2-stage3-float32"),
     ),
     Mutation(
         "R's gradient corrected on rank 0 only",
         COMPOSE,
-        "        layer.map_gradients(attached.method.gradient_map(factors))\n",
+        "        layer.map_gradients(gradient_maps(layer, factors))\n",
         "        layer.map_gradients(attached.method.gradient_map(factors) if engine.comm.is_main else {})\n",
         parity("curve-world2-stage2-float32-clip=0_5-micro_batch=2"),
     ),
@@ -418,8 +418,8 @@ MUTATIONS = [
     Mutation(
         "swap: every shard takes the first rows",
         TENSORS,
-        "            return add_low_rank(shard, start, update, rounding, key, device)\n",
-        "            return add_low_rank(shard, 0, update, rounding, key, device)\n",
+        "            return layer.add_to_part(shard, start, update, rounding, key, device)\n",
+        "            return layer.add_to_part(shard, 0, update, rounding, key, device)\n",
         parity(f"swapping-world3-stage3-{SWAPS}"),
     ),
     Mutation(

@@ -8,7 +8,7 @@ linears   what counts as a linear layer, its shape, and which way its weight is 
 targets   the grammar of `targets`, and the layers that it chooses in a model
 reach     layers that a forward pass does not call, found without weights
 coverage  which share of the weights is adapted, in one line
-experts   experts of a mixture that are 3-D parameters and no layers
+experts   experts of a mixture that are 3-D parameters and no layers; `expert_layers` adapts them
 
 Other folders use what is named here but `passes`.
 """

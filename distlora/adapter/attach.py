@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import torch
 from torch import nn
 
+from distlora.adapter.expert_layers import parameters_of, put_on_experts
 from distlora.adapter.layer import AdapterLinear, PackedLinear
 from distlora.adapter.linears import computes_otherwise, linears_of, shape_of, uses, without_output
 from distlora.adapter.packed import Packing
@@ -90,13 +92,18 @@ def attach(
     method = choice.method
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    attached = Attached(method, targets=list(choice.layers), remarks=choice.lines())
+    attached = Attached(method, targets=choice.names, remarks=choice.lines())
     for name, linear in choice.layers.items():
         if isinstance(method, TrainsWeight):
             for parameter in linear.parameters():
                 parameter.requires_grad_(True)
         else:
             attached.layers[name] = _replace(model, name, AdapterLinear(linear, method, name))
+    if isinstance(method, TrainsWeight):
+        for parameter in parameters_of(model, choice.experts):
+            parameter.requires_grad_(True)
+    else:
+        attached.layers |= put_on_experts(model, method, choice.experts)
     for name, parameter in model.named_parameters():
         if name in new_parameters:
             parameter.requires_grad_(True)
@@ -121,6 +128,8 @@ def _replace(model: nn.Module, name: str, layer: nn.Module) -> nn.Module:
     return layer
 
 
-def lora_parameters(attached_to: dict[str, tuple[int, int]], rank: int) -> int:
-    """Trained parameters of an ordinary LoRA of this rank on layers of these shapes (out, in)."""
-    return sum(rank * (out_features + in_features) for out_features, in_features in attached_to.values())
+def lora_parameters(attached_to: dict[str, tuple[int, ...]], rank: int) -> int:
+    """Trained parameters of an ordinary LoRA of this rank on layers of these shapes, (out, in), or
+    (E, out, in) of a stack.
+    """
+    return sum(prod(stack) * rank * (out + inner) for *stack, out, inner in attached_to.values())

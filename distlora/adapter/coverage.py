@@ -29,7 +29,7 @@ def coverage(
         size = prod(getattr(parameter, "ds_shape", parameter.shape))
         total += size
         module = name.rpartition(".")[0]
-        if module in chosen:
+        if module in chosen or name.removesuffix("_bias") in chosen:
             covered += size
         elif name in new_parameters:
             whole += size

@@ -1,9 +1,11 @@
 """Experts of a mixture that are no modules of their own: one 3-D parameter holds a matrix for each of them.
 
-No linear layer stands for such an expert, so that `all-linear` does not reach it.
+No linear layer stands for such an expert, so that `all-linear` does not reach it; those of a known form are
+adapted when they are asked for, see `expert_layers`.
 """
 
 import fnmatch
+from collections.abc import Collection
 
 from torch import nn
 
@@ -30,15 +32,16 @@ def _dimensions(parameter: nn.Parameter) -> int:
     return len(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def refuse_experts(model: nn.Module, target: str, key: str) -> None:
-    """Raises UserError where a target that matches no linear layer means such experts."""
+def refuse_experts(model: nn.Module, target: str, key: str, known: Collection[str]) -> None:
+    """Raises UserError where a target means experts of a form that is not known. known: names of those that
+    can be adapted."""
     hits = [
         name
         for name in expert_parameters(model)
-        if f".{target}." in f".{name}." or fnmatch.fnmatchcase(name, target)
+        if name not in known and (f".{target}." in f".{name}." or fnmatch.fnmatchcase(name, target))
     ]
     if hits:
         raise UserError(
             f"{key}: {target} of {type(model).__name__} means experts that are 3-D parameters ({hits[0]}) "
-            "and no linear layers, which no method here adapts; name other layers"
+            "computed in a way that is not known here; name other layers"
         )

@@ -6,6 +6,7 @@ releases it afterwards. What the forward pass computes depends on the pass that 
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +14,10 @@ from torch import Tensor, nn
 from distlora.adapter.linears import keeps_transpose, matrix_of, shape_of
 from distlora.adapter.packed import Packing
 from distlora.adapter.passes import Adapted, Bare, Pass, Tap, Tapped, TappedAdapted, Tried
-from distlora.maths.functional import linear
+from distlora.maths.functional import linear, tapped_linear
 from distlora.maths.linalg import low_rank_norm, squared_norm
-from distlora.maths.low_rank import LowRank
+from distlora.maths.low_rank import LowRank, add_low_rank
+from distlora.maths.rounding import Rounding
 from distlora.methods import Factors, Method
 
 
@@ -44,7 +46,8 @@ class AdapterLinear(nn.Module):
     bias: (out,) or None, frozen. Each factor is a parameter under its own name, zero until it is written.
     name: the layer's name in the bare model, such as `model.layers.0.self_attn.q_proj`. fan_in_fan_out:
     whether the model's files hold the weight as (in, out), as those of GPT-2 do. called: whether a pass has
-    reached the layer yet.
+    reached the layer yet. stack: (), or (E,) where the layer is a stack of experts, see `expert_layers`: it
+    stands before the shape of every tensor.
 
     What a method prepares from W and the factors is kept until `changed` is called. Whoever writes into one
     of them must call it.
@@ -57,7 +60,8 @@ class AdapterLinear(nn.Module):
         self.fan_in_fan_out = keeps_transpose(linear)
         self.weight, self.bias = linear.weight, linear.bias
         self.packing: Packing | None = getattr(linear, "packing", None)
-        shapes = method.shapes(self.out_features, self.in_features)
+        self.stack: tuple[int, ...] = getattr(linear, "stack", ())
+        shapes = self.factor_shapes()
         self._factor_names = tuple(shapes)
         for factor, shape in shapes.items():
             empty = torch.zeros(shape, dtype=self.weight.dtype, device=self.weight.device)
@@ -86,6 +90,42 @@ class AdapterLinear(nn.Module):
         """What is to be added to `weight`, as it is stored, so that `update` (out, in) is added to W."""
         return LowRank(update.right.T, update.left.T) if self.transposed else update
 
+    @property
+    def whole_shape(self) -> tuple[int, ...]:
+        """Of what `whole_weight` answers."""
+        return *self.stack, *self.shape
+
+    @property
+    def elements(self) -> int:
+        """Of the whole weight."""
+        return prod(self.whole_shape)
+
+    def factor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of every factor, trained or frozen."""
+        return {name: (*self.stack, *shape) for name, shape in self.method.shapes(*self.shape).items()}
+
+    def pair_shapes(self, columns: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of left and right of a low-rank update of W with so many columns."""
+        return (*self.stack, self.out_features, columns), (*self.stack, columns, self.in_features)
+
+    # ------------------------------------------------------------------ products
+
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """`x Wᵀ + b` of the stored weight."""
+        return linear(x, weight, bias, self.unpack)
+
+    def tapped_product(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, anchor: Tensor, tap: Tap
+    ) -> Tensor:
+        """The same, whose backward pass shows (dL/dy, x) to `tap`."""
+        return tapped_linear(x, weight, bias, anchor, tap, self.unpack)
+
+    def along(self, u: Tensor, factor: Tensor, bias: Tensor | None) -> Tensor:
+        """`u Fᵀ` of a factor."""
+        return linear(u, factor, bias)
+
+    # ------------------------------------------------------------------ the weight
+
     def whole_weight(self, stored: Tensor | None = None) -> Tensor:
         """W (out, in) in float32, with all that was put beside it; must not be changed. stored: the whole
         `weight`, where the layer's own is partitioned (ZeRO-3, outside the module's own passes).
@@ -99,6 +139,26 @@ class AdapterLinear(nn.Module):
             weight = stored.float().view(self.shape)
         beside = self._beside
         return weight if beside is None else torch.addmm(weight, beside.left.float(), beside.right.float())
+
+    @torch.no_grad()
+    def overwrite(self, weight: Tensor) -> None:
+        """Stores another W, in the shape that `whole_weight` answers; of a weight that is whole here and not
+        packed.
+        """
+        self.weight.data.copy_(weight.mT if self.transposed else weight)
+        self.changed()
+
+    def add_to_part(
+        self,
+        part: Tensor,
+        start: int,
+        update: LowRank,
+        rounding: Rounding,
+        key: int,
+        device: torch.device,
+    ) -> float:
+        """`W ← round(W + left @ right)` on a part of the stored weight: see `add_low_rank`."""
+        return add_low_rank(part, start, self.as_stored(update), rounding, key, device)
 
     def packed(self, weight: Tensor) -> tuple[Tensor, float]:
         """A weight (out, in), float32, as it is stored, and the squared error of that. The scales of the
@@ -202,6 +262,10 @@ class AdapterLinear(nn.Module):
         self._gradient_hooks = [
             getattr(self, name).register_hook(_sandwich(p, q)) for name, (p, q) in maps.items()
         ]
+
+    def transform_gradients(self, gradients: Factors, factors: Factors) -> Factors:
+        """Of a method that transforms gradients: see `TransformsGradients.transform_gradients`."""
+        return self.method.transform_gradients(gradients, factors)
 
     def extra_repr(self) -> str:
         return (

@@ -24,7 +24,7 @@ def keeps_transpose(layer: nn.Module) -> bool:
 
 def shape_of(layer: nn.Module) -> tuple[int, int]:
     """(out, in). The weight itself does not say so under ZeRO-3, where it is empty between passes."""
-    if isinstance(layer, nn.Linear):
+    if hasattr(layer, "out_features"):
         return layer.out_features, layer.in_features
     return layer.nf, layer.nx
 
@@ -78,8 +78,9 @@ def computes_otherwise(model: nn.Module, name: str) -> bool:
 
 
 def _computes_product(cls: type[nn.Module], plain: bool) -> bool:
-    """Whether a small layer of the class computes x Wᵀ + b; assumed where none can be made. plain: whether it
-    is made of (in, out), and not of (out, in).
+    """Whether a small layer of the class computes x Wᵀ + b; where none can be made, whether it has the
+    forward pass of `nn.Linear`, which routers of mixtures of experts do not. plain: whether it is made of
+    (in, out), and not of (out, in).
     """
     with torch.random.fork_rng(devices=[]):  # a layer's own initialisation draws
         try:
@@ -88,4 +89,4 @@ def _computes_product(cls: type[nn.Module], plain: bool) -> bool:
             wanted = nn.functional.linear(x, matrix_of(small), small.bias)
             return torch.allclose(small(x), wanted, atol=1e-5)
         except Exception:  # whatever a class of the user's may want of its arguments
-            return True
+            return not plain or cls.forward is nn.Linear.forward

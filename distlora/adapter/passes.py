@@ -8,16 +8,17 @@ from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
-from distlora.maths.functional import linear, tapped_linear
+from distlora.maths.functional import linear
 from distlora.methods import Factors, HasMagnitude
 
 if TYPE_CHECKING:
     from distlora.adapter.layer import AdapterLinear
 
-#: Is shown (dL/dy, x) of a layer, (tokens, out) and (tokens, in), in the backward pass.
-Tap = Callable[[Tensor, Tensor], None]
-#: `x Wᵀ + b` from x, the stored weight, the bias, and what makes W of a packed weight.
-Product = Callable[..., Tensor]
+#: Is shown (dL/dy, x) of a layer, (tokens, out) and (tokens, in), in the backward pass; of a stack of experts
+#: also how many tokens each expert has.
+Tap = Callable[..., None]
+#: `x Wᵀ + b` from x, the stored weight and the bias.
+Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 class Pass(Protocol):
@@ -31,7 +32,7 @@ class Adapted:
     """
 
     def __call__(self, layer: "AdapterLinear", x: Tensor) -> Tensor:
-        return _adapted(layer, x, layer.factors(), layer.training)
+        return _adapted(layer, x, layer.factors(), layer.training, layer.product)
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Bare:
     """The layer as it was before it was adapted, whatever its factors are."""
 
     def __call__(self, layer: "AdapterLinear", x: Tensor) -> Tensor:
-        return _frozen(layer, x, layer.weight, layer.bias)
+        return _frozen(layer, x, layer.weight, layer.bias, layer.product)
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Tried:
     def __call__(self, layer: "AdapterLinear", x: Tensor) -> Tensor:
         factors = layer.factors()
         factors[self.factor] = factors[self.factor] * self.scale
-        return _adapted(layer, x, factors, layer.training)
+        return _adapted(layer, x, factors, layer.training, layer.product)
 
 
 @dataclass(frozen=True)
@@ -66,10 +67,10 @@ class Tapped:
     tap: Tap
 
     def __call__(self, layer: "AdapterLinear", x: Tensor) -> Tensor:
-        return _frozen(layer, x, layer.weight, layer.bias, self._product)
+        return _frozen(layer, x, layer.weight, layer.bias, self._product_of(layer))
 
-    def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None, unpack) -> Tensor:
-        return tapped_linear(x, weight, bias, self.anchor, self.tap, unpack)
+    def _product_of(self, layer: "AdapterLinear") -> Product:
+        return lambda x, weight, bias: layer.tapped_product(x, weight, bias, self.anchor, self.tap)
 
 
 @dataclass(frozen=True)
@@ -78,24 +79,22 @@ class TappedAdapted(Tapped):
 
     def __call__(self, layer: "AdapterLinear", x: Tensor) -> Tensor:
         factors = {name: factor.detach() for name, factor in layer.factors().items()}
-        return _adapted(layer, x, factors, False, self._product)
+        return _adapted(layer, x, factors, False, self._product_of(layer))
 
 
-def _adapted(
-    layer: "AdapterLinear", x: Tensor, factors: Factors, training: bool, product: Product = linear
-) -> Tensor:
+def _adapted(layer: "AdapterLinear", x: Tensor, factors: Factors, training: bool, product: Product) -> Tensor:
     """What the method makes of the layer. product: computes `x Wᵀ + b` with the stored weight."""
 
     def base(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return _frozen(layer, x, weight, bias, product)
 
     prepared = {"prepared": layer.prepared(factors)} if isinstance(layer.method, HasMagnitude) else {}
-    return layer.method.forward(x, layer.weight, layer.bias, factors, training, base, **prepared)
+    return layer.method.forward(x, layer.weight, layer.bias, factors, training, base, layer.along, **prepared)
 
 
 def _frozen(
-    layer: "AdapterLinear", x: Tensor, weight: Tensor, bias: Tensor | None, product: Product = linear
+    layer: "AdapterLinear", x: Tensor, weight: Tensor, bias: Tensor | None, product: Product
 ) -> Tensor:
     """`x Wᵀ + b` of the frozen layer, with the pairs that were put beside W."""
-    y = product(x, weight, bias, layer.unpack)
+    y = product(x, weight, bias)
     return y if layer.beside is None else y + linear(linear(x, layer.beside.right), layer.beside.left)

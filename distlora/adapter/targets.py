@@ -2,6 +2,7 @@
 
     all-linear                                              see `choose`
     [q_proj, model.layers.3.mlp.up_proj, "*.mlp.*", mlp]    names, last parts, patterns, and what holds layers
+    [all-linear, experts]                                   experts of a mixture that are 3-D parameters, too
     {include: all-linear, exclude: [o_proj], layers: 10-20}
 
 What stands for itself is the list, with `include` around it. `layers` are the numbers of blocks, the first
@@ -17,11 +18,12 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from torch import nn
 
-from distlora.adapter.experts import refuse_experts
+from distlora.adapter.expert_layers import ExpertWeight, expert_weights, obstacle_of
+from distlora.adapter.experts import EXPERTS, refuse_experts
 from distlora.adapter.linears import computes_otherwise, linears_of, shape_of, uses, without_output
 from distlora.adapter.reach import Reach, pattern_of
 from distlora.errors import UserError
-from distlora.methods import Method, TrainsWeight, writes_weight
+from distlora.methods import Method, TrainsWeight, problem_with_experts, writes_weight
 from distlora.sentences import nearest
 
 ALL_LINEAR = "all-linear"
@@ -104,11 +106,18 @@ def numbers_of(value: Numbers | list[Numbers] | None) -> set[int] | None:
 class Choice:
     """layers: those to adapt, by name, in the model's order. method: fitted to them. left_out: by the reason,
     as the end of a sentence about a layer, the names of layers that are asked for and cannot be adapted.
+    experts: the weights of experts to adapt.
     """
 
     layers: dict[str, nn.Module]
     method: Method
     left_out: dict[str, list[str]] = field(default_factory=dict)
+    experts: list[ExpertWeight] = field(default_factory=list)
+
+    @property
+    def names(self) -> list[str]:
+        """Of all that is adapted."""
+        return [*self.layers, *(weight.name for weight in self.experts)]
 
     def lines(self) -> list[str]:
         """What a user should be told, one line for each reason."""
@@ -130,14 +139,15 @@ def choose(
     where nothing is left.
     """
     asked = Targets.of(targets)
-    linears = linears_of(model, new_parameters)
-    if not linears:
+    linears, experts = linears_of(model, new_parameters), expert_weights(model)
+    if not linears and not experts:
         raise UserError(f"{type(model).__name__} has no linear layer to adapt")
     if "" in linears:
         raise UserError("the model is a linear layer itself, which cannot be replaced; put it into a module")
-    wanted, meant = _wanted(model, linears, asked)
-    obstacles = {name: _obstacle(model, method, name, linears[name], reach) for name in wanted}
-    _refuse_by_name(meant, obstacles, lambda name: _refusal(method, name, linears[name], obstacles[name]))
+    layers: dict[str, nn.Module | ExpertWeight] = linears | experts
+    wanted, meant = _wanted(model, linears, layers, asked)
+    obstacles = {name: _obstacle(model, method, name, layers[name], reach) for name in wanted}
+    _refuse_by_name(meant, obstacles, lambda name: _refusal(method, name, layers[name], obstacles[name]))
     chosen, left_out = [], dict[str, list[str]]()
     for name, obstacle in obstacles.items():
         if obstacle is None:
@@ -145,23 +155,33 @@ def choose(
         else:
             left_out.setdefault(obstacle, []).append(name)
     if not chosen:
-        raise UserError(_nothing_left(model, method, linears, asked, left_out))
-    fitted = method.fitted([shape_of(linears[name]) for name in chosen])
+        raise UserError(_nothing_left(model, method, layers, asked, left_out))
+    fitted = method.fitted([_shape(layers[name]) for name in chosen])
     for name in chosen:  # with every open setting decided
-        problem = fitted.problem_with(*shape_of(linears[name]))
+        problem = fitted.problem_with(*_shape(layers[name]))
         if problem:
             raise UserError(_of_layer(fitted, name, problem))
-        if writes_weight(fitted) and uses(model, linears[name].weight) > 1:
+        problem = problem_with_experts(fitted) if name in experts else None
+        if problem:
+            raise UserError(f"targets: {name} holds experts, and method {fitted.name} {problem}")
+        if name in linears and writes_weight(fitted) and uses(model, linears[name].weight) > 1:
             raise UserError(
                 f"targets: {name} shares its weight with another layer, which would change too under "
                 f"{fitted.name}; leave it out"
             )
-    return Choice({name: linears[name] for name in chosen}, fitted, left_out)
+    modules = {name: linears[name] for name in chosen if name in linears}
+    return Choice(modules, fitted, left_out, [experts[name] for name in chosen if name in experts])
+
+
+def _shape(layer: nn.Module | ExpertWeight) -> tuple[int, int]:
+    return layer.shape if isinstance(layer, ExpertWeight) else shape_of(layer)
 
 
 def _obstacle(
-    model: nn.Module, method: Method, name: str, layer: nn.Module, reach: Reach | None
+    model: nn.Module, method: Method, name: str, layer: nn.Module | ExpertWeight, reach: Reach | None
 ) -> str | None:
+    if isinstance(layer, ExpertWeight):
+        return obstacle_of(model, layer) or (NARROW if too_narrow(method, layer.shape) else None)
     if computes_otherwise(model, name):
         return "does not compute x Wᵀ + b by itself, so that an adapter in its place would change the model"
     if reach is not None and reach.obstacle(name, isinstance(method, TrainsWeight)):
@@ -186,9 +206,11 @@ def _refuse_by_name(
             raise UserError(refusal(target if target in lost else lost[0]))
 
 
-def _refusal(method: Method, name: str, layer: nn.Module, obstacle: str | None) -> str:
+def _refusal(method: Method, name: str, layer: nn.Module | ExpertWeight, obstacle: str | None) -> str:
     if obstacle == NARROW:
-        return _of_layer(method, name, too_narrow(method, shape_of(layer)))
+        return _of_layer(method, name, too_narrow(method, _shape(layer)))
+    if isinstance(layer, ExpertWeight):
+        return f"targets: {name} {obstacle}; leave experts out of targets"
     return f"targets: {name} ({type(layer).__name__}) {obstacle}; leave it out"
 
 
@@ -199,12 +221,12 @@ def _of_layer(method: Method, name: str, problem: str) -> str:
 def _nothing_left(
     model: nn.Module,
     method: Method,
-    linears: dict[str, nn.Module],
+    layers: dict[str, nn.Module | ExpertWeight],
     asked: Targets,
     left_out: dict[str, list[str]],
 ) -> str:
     for name in left_out.get(NARROW, [])[:1]:
-        return _refusal(method, name, linears[name], NARROW)
+        return _refusal(method, name, layers[name], NARROW)
     why = "".join(f"; {in_short(names)} {reason}" for reason, names in left_out.items())
     return f"targets: {_shown(asked)} leaves no layer of {type(model).__name__} to adapt{why}; name some"
 
@@ -219,32 +241,34 @@ def _shown(asked: Targets) -> str:
 
 
 def _wanted(
-    model: nn.Module, linears: dict[str, nn.Module], asked: Targets
+    model: nn.Module, linears: dict[str, nn.Module], layers: Collection[str], asked: Targets
 ) -> tuple[list[str], list[tuple[str, list[str]]]]:
     """The layers that are asked for, in the model's order, and those that each single target brings, of which
-    all-linear is none.
+    all-linear is none. layers: the names of the linear ones, then those of experts.
     """
-    by_target: list[tuple[str, set[str]]] = []
-    if asked.include == ALL_LINEAR:
-        included = set(without_output(model, linears))
-    else:
-        by_target = [(target, _hits(model, linears, target)) for target in asked.include]
-        included = set[str]().union(*(hits for _, hits in by_target))
+    targets = [asked.include] if isinstance(asked.include, str) else asked.include
+    by_target = [(target, _hits(model, layers, target)) for target in targets if target != ALL_LINEAR]
+    included = set[str]().union(*(hits for _, hits in by_target))
+    if ALL_LINEAR in targets:
+        included |= set(without_output(model, linears))
     numbers = numbers_of(asked.layers)
     if numbers is not None:
-        included = _in_blocks(model, linears, included, numbers)
+        included = _in_blocks(model, layers, included, numbers)
     for target in asked.exclude:
-        included -= _hits(model, linears, target, "targets.exclude")
-    order = [name for name in linears if name in included]
+        included -= _hits(model, layers, target, "targets.exclude")
+    order = [name for name in layers if name in included]
     return order, [(target, [name for name in order if name in hits]) for target, hits in by_target]
 
 
-def _hits(model: nn.Module, linears: dict[str, nn.Module], target: str, key: str = "targets") -> set[str]:
-    hits = {name for name in linears if _matches(name, target)}
+def _hits(model: nn.Module, layers: Collection[str], target: str, key: str = "targets") -> set[str]:
+    hits = {name for name in layers if _matches(name, target)}
+    if not hits or (target == EXPERTS and key == "targets"):
+        refuse_experts(model, target, key, layers)
     if not hits:
-        refuse_experts(model, target, key)
-        last_parts = sorted({name.rsplit(".", 1)[-1] for name in linears})
-        hint = nearest(target, last_parts + list(linears)) or f"; it has {', '.join(last_parts)}"
+        if target == EXPERTS:
+            raise UserError(f"{key}: {type(model).__name__} has no experts; leave {target} out")
+        last_parts = sorted({name.rsplit(".", 1)[-1] for name in layers})
+        hint = nearest(target, last_parts + list(layers)) or f"; it has {', '.join(last_parts)}"
         raise UserError(f"{key}: {target} matches no linear layer of {type(model).__name__}{hint}")
     return hits
 
@@ -260,11 +284,9 @@ def _matches(name: str, target: str) -> bool:
     return _is_named(name, target) or f".{target}." in f".{name}" or fnmatch.fnmatchcase(name, target)
 
 
-def _in_blocks(
-    model: nn.Module, linears: dict[str, nn.Module], names: set[str], numbers: set[int]
-) -> set[str]:
+def _in_blocks(model: nn.Module, layers: Collection[str], names: set[str], numbers: set[int]) -> set[str]:
     """Those of the blocks with these numbers."""
-    there = {block_of(name) for name in linears} - {None}
+    there = {block_of(name) for name in layers} - {None}
     missing = sorted(numbers - there)
     if missing:
         known = f"it has {in_ranges(there)}" if there else "its layers have no numbers"

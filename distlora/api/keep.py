@@ -11,6 +11,7 @@ import torch
 from distlora.api.adapted import Adapted
 from distlora.checkpoints.save import save as save_checkpoint
 from distlora.errors import UserError
+from distlora.exports.check import check_merged
 from distlora.exports.merged import export_merged_from_engine
 from distlora.exports.peft import export_peft_from_engine
 
@@ -56,12 +57,16 @@ def export(
     format: Literal["peft", "merged"] = "peft",
     base_model: str | os.PathLike | None = None,
     dtype: torch.dtype | None = None,
+    check: bool = True,
 ) -> Path:
     """Writes what was trained to the directory `out`: an ordinary LoRA for PEFT, or the merged model.
 
     base_model: for "peft" what others find the pretrained model under (by default what the model's config
     says); for "merged" the directory of its safetensors files. dtype: by default float32 for "peft", that of
-    the pretrained files for "merged".
+    the pretrained files for "merged". check: whether the merged model is loaded, on rank 0, and compared with
+    the pretrained one and its updates on one batch. The comparison is left out, with a line in the log, under
+    ZeRO-3, for a class that transformers does not have, and where memory is short. Errors: UserError where
+    they differ.
     """
     if format == "peft":
         config = getattr(adapted.model, "config", None)
@@ -75,6 +80,7 @@ def export(
         raise UserError(f"format is {format}; wanted peft or merged")
     if base_model is None:
         raise UserError("merged weights are made of the pretrained files: give base_model=, their directory")
+    options = {"examine": check_merged} if check else {}
     return export_merged_from_engine(
-        adapted.engine, adapted.attached, out, Path(base_model), adapted.steps, dtype
+        adapted.engine, adapted.attached, out, Path(base_model), adapted.steps, dtype, **options
     )

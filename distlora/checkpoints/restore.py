@@ -77,8 +77,9 @@ def restore(
     return checkpoint.state
 
 
-def ledger_files(checkpoint: Checkpoint, layers: dict[str, tuple[int, int]]) -> TensorFiles | None:
-    """The ledger's files; None without entries. layers: (out, in) of every adapted layer.
+def ledger_files(checkpoint: Checkpoint, layers: dict[str, tuple[int, ...]]) -> TensorFiles | None:
+    """The ledger's files; None without entries. layers: (out, in) of every adapted layer, (E, out, in)
+    of a stack.
 
     Raises UserError, naming the tensor, where the files do not hold what `state.json` says of them.
     """
@@ -89,9 +90,10 @@ def ledger_files(checkpoint: Checkpoint, layers: dict[str, tuple[int, int]]) -> 
             raise UserError(
                 f"{path}: the run has no layer {layer}; the ledger was written with another model or targets"
             )
-        out_features, in_features = layers[layer]
+        *stack, out_features, in_features = layers[layer]
         for index, entry in enumerate(entries):
-            sides = {"left": (out_features, entry["columns"]), "right": (entry["columns"], in_features)}
+            left, right = (*stack, out_features, entry["columns"]), (*stack, entry["columns"], in_features)
+            sides = {"left": left, "right": right}
             wanted |= {f"{layer}/{index}/{side}": shape for side, shape in sides.items()}
             dtypes |= dict.fromkeys(
                 (f"{layer}/{index}/{side}" for side in sides), getattr(torch, entry["dtype"])
@@ -155,7 +157,9 @@ def _open_fitting(
     keys = sorted({"master"} | {name.rpartition("/")[2] for name in optimizer.names})
     _compare(path, adapter, shapes)
     _compare(path, optimizer, {f"{name}/{key}": shape for name, shape in trained.items() for key in keys})
-    ledger_file = ledger_files(checkpoint, {name: layer.shape for name, layer in attached.layers.items()})
+    ledger_file = ledger_files(
+        checkpoint, {name: layer.whole_shape for name, layer in attached.layers.items()}
+    )
     recompose = TensorFiles(path, RECOMPOSE) if any(path.glob(f"{RECOMPOSE}*.safetensors")) else None
     return _Files(path, adapter, optimizer, keys, ledger_file, recompose)
 

@@ -18,7 +18,7 @@ def before_step(engine: Engine) -> float | None:
     scale = clip_factor(norm, engine.clip)
 
     def change(layer: AdapterLinear, gradients: Factors, factors: Factors) -> Factors:
-        new = gradients | layer.method.transform_gradients(gradients, factors)
+        new = gradients | layer.transform_gradients(gradients, factors)
         return {factor: scale * gradient for factor, gradient in new.items()}
 
     engine.map_gradients(layers, change)

@@ -62,7 +62,7 @@ class Ledger:
         self._watched, self._pretrained_sums = watched, dict[str, int]()
         self._comm, self._owners, self.seed, self.pretrained = comm, owners, seed, pretrained
         self._pairs: dict[tuple[str, int], LowRank] = {}
-        self._shapes: dict[str, tuple[int, int]] = {}
+        self._shapes: dict[str, tuple[torch.Size, int]] = {}
 
     def columns(self, layer: str) -> int:
         """Of all updates of a layer, side by side."""
@@ -83,7 +83,7 @@ class Ledger:
         Returns this rank's share of the squared rounding error.
         """
         dtype = _lossless(update, engine.dtype)
-        entry = Entry(number, rounding, update.right.shape[0], str(dtype).removeprefix("torch."), beside)
+        entry = Entry(number, rounding, update.right.shape[-2], str(dtype).removeprefix("torch."), beside)
         self._write_down(layer.name, entry, update)
         return self._change(engine, layer, entry, update)
 
@@ -113,7 +113,7 @@ class Ledger:
 
     def _write_down(self, layer: str, entry: Entry, update: LowRank) -> None:
         entries = self.entries.setdefault(layer, [])
-        self._shapes[layer] = update.left.shape[0], update.right.shape[1]
+        self._shapes[layer] = update.left.shape[:-1], update.right.shape[-1]
         if self._owners[layer] == self._comm.rank:
             dtype = getattr(torch, entry.dtype)
             kept = (side.detach().to("cpu", dtype, copy=True) for side in (update.left, update.right))
@@ -188,10 +188,7 @@ class Ledger:
         for name, entries in described.items():
             for index, fields in enumerate(entries):
                 entry, layer = Entry(**fields), layers[name]
-                shapes = {
-                    "left": (layer.out_features, entry.columns),
-                    "right": (entry.columns, layer.in_features),
-                }
+                shapes = dict(zip(("left", "right"), layer.pair_shapes(entry.columns)))
                 sides = {
                     side: self._read(f"{name}/{index}/{side}", entry, shape, read)
                     for side, shape in shapes.items()
@@ -220,18 +217,18 @@ class Ledger:
             return None
         updates.insert(0, pair)
         return LowRank(
-            torch.cat([update.left.float().cpu() for update in updates], 1),
-            torch.cat([update.right.float().cpu() for update in updates], 0),
+            torch.cat([update.left.float().cpu() for update in updates], -1),
+            torch.cat([update.right.float().cpu() for update in updates], -2),
         )
 
     def _brought(self, layer: str, index: int) -> LowRank | None:
         """An entry's numbers from the layer's owner to rank 0."""
         owner, entry = self._owners[layer], self.entries[layer][index]
-        out_features, in_features = self._shapes[layer]
+        (*stack, out_features), in_features = self._shapes[layer]
         dtype, device = getattr(torch, entry.dtype), self._comm.device
         pair = self._pairs.get((layer, index))
         if pair is None:
-            left, right = (out_features, entry.columns), (entry.columns, in_features)
+            left, right = (*stack, out_features, entry.columns), (*stack, entry.columns, in_features)
             pair = LowRank(
                 torch.empty(left, dtype=dtype, device=device), torch.empty(right, dtype=dtype, device=device)
             )

@@ -24,7 +24,7 @@ from distlora.engine.protocol import (
 from distlora.engine.rehearsal import Kept
 from distlora.errors import UserError
 from distlora.maths.checksum import bit_sum
-from distlora.maths.low_rank import LowRank, add_low_rank
+from distlora.maths.low_rank import LowRank
 from distlora.maths.rounding import Rounding
 from distlora.methods import Factors
 
@@ -222,9 +222,7 @@ class LocalEngine:
 
     def add_low_rank(self, layer: AdapterLinear, update: LowRank, rounding: Rounding, key: int) -> float:
         layer.changed()
-        return add_low_rank(
-            layer.weight.detach().view(-1), 0, layer.as_stored(update), rounding, key, self.comm.device
-        )
+        return layer.add_to_part(layer.weight.detach().view(-1), 0, update, rounding, key, self.comm.device)
 
     def weight_at_owner(self, layer: AdapterLinear, owner: int) -> Tensor | None:
         return layer.whole_weight()

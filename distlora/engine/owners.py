@@ -21,7 +21,7 @@ def assign_owners(layers: dict[str, AdapterLinear], method: Method, world_size: 
     owners = {}
     for name, layer in layers.items():
         owner = work.index(min(work))
-        work[owner] += layer.out_features * layer.in_features * method.rank
+        work[owner] += layer.elements * method.rank
         owners[name] = owner
     return owners
 
@@ -49,15 +49,17 @@ def turns(layers: dict[str, AdapterLinear], owners: dict[str, int]) -> Iterator[
         yield {queue[turn]: layers[queue[turn]] for queue in queues.values() if turn < len(queue)}
 
 
-def broadcast_pair(comm: Comm, shape: tuple[int, int], owner: int, pair: LowRank | None) -> LowRank | None:
-    """The owner's pair for a weight of this shape (out, in), on every rank in float32 on the device; None if
-    it has none.
+def broadcast_pair(comm: Comm, shape: tuple[int, ...], owner: int, pair: LowRank | None) -> LowRank | None:
+    """The owner's pair for a weight of this shape (out, in), or for a stack of them (E, out, in), on every
+    rank in float32 on the device; None if it has none.
     """
-    columns = torch.tensor(0 if pair is None else pair.right.shape[0], device=comm.device)
+    columns = torch.tensor(0 if pair is None else pair.right.shape[-2], device=comm.device)
     count = int(comm.broadcast(columns, owner))
     if count == 0:
         return None
-    sides = torch.zeros(shape[0], count, device=comm.device), torch.zeros(count, shape[1], device=comm.device)
+    *stack, out, inner = shape
+    left, right = (*stack, out, count), (*stack, count, inner)
+    sides = torch.zeros(left, device=comm.device), torch.zeros(right, device=comm.device)
     if pair is not None:
         sides[0].copy_(pair.left)
         sides[1].copy_(pair.right)

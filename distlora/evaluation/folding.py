@@ -43,10 +43,10 @@ def _fold(layer: AdapterLinear) -> None:
     factors = {name: factor.float() for name, factor in layer.factors().items()}
     weight = layer.whole_weight()
     pair = layer.method.delta(factors)
-    whole = torch.addmm(weight, pair.left, pair.right)
+    whole = weight + pair.left @ pair.right if layer.stack else torch.addmm(weight, pair.left, pair.right)
     if isinstance(layer.method, HasMagnitude):
         scale = layer.method.row_scale(factors, layer.method.prepare(weight, factors))
         whole = whole * scale[:, None]
     if layer.beside is not None:  # it stays beside the weight
         whole = torch.addmm(whole, layer.beside.left.float(), layer.beside.right.float(), alpha=-1)
-    layer.weight.data.copy_(whole.T if layer.transposed else whole)
+    layer.overwrite(whole)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from distlora.engine.coordination import stream_to_main
 from distlora.engine.protocol import Engine
 from distlora.errors import UserError
 from distlora.exports.draft import new_directory
+from distlora.exports.experts import peft_module, to_peft
 from distlora.exports.sources import MAGNITUDE, PREFIX, Compressed, EngineSource, Source
 from distlora.files.atomic import write_json
 from distlora.files.tensors import TensorWriter
@@ -30,6 +32,9 @@ _TASKS = {
 
 #: Names by which PEFT finds a classifier's head.
 _CLASSIFIERS = ("classifier", "score")
+
+#: Classes in which PEFT adapts no `out_proj`: their fast kernels read its weight without calling it.
+_STATE_SPACE = ("Mamba", "FalconMamba", "FalconH1", "NemotronH")
 
 _log = logging.getLogger(__name__)
 
@@ -83,11 +88,15 @@ def _peft_tensors(source: Source) -> Iterator[tuple[str, Tensor | None]]:
         if layer in source.magnitudes:
             yield f"{PREFIX}{layer}{MAGNITUDE}", source.magnitude(layer)
     for layer in source.layers:
-        pair = source.low_rank(layer)
-        yield f"{PREFIX}{layer}.lora_A.weight", pair and pair.right
-        yield f"{PREFIX}{layer}.lora_B.weight", pair and pair.left
+        pair, module = source.low_rank(layer), _module(source, layer)
+        if pair is not None and pair.left.dim() == 3:
+            pair = to_peft(pair)
+        yield f"{PREFIX}{module}.lora_A.weight", pair and pair.right
+        yield f"{PREFIX}{module}.lora_B.weight", pair and pair.left
     for name in source.heads:
-        yield PREFIX + name, source.read(name)
+        value = source.read(name)
+        for each in (name, *_shared_with(source, name)):
+            yield PREFIX + each, value
 
 
 def write_peft(
@@ -101,19 +110,30 @@ def write_peft(
         for layer, shape in source.layers.items()
         if layer in source.magnitudes
     }
-    for layer, (rank, out_features, in_features) in source.layers.items():
-        plan[f"{PREFIX}{layer}.lora_A.weight"] = dtype, (rank, in_features)
-        plan[f"{PREFIX}{layer}.lora_B.weight"] = dtype, (out_features, rank)
-    plan |= {PREFIX + name: (dtype, shape) for name, shape in source.heads.items()}
-    about = {
-        "distlora": json.dumps(
-            {"step": source.step, "model": source.model, "stacked": sorted(source.stacked)}
-        )
-    }
+    for layer, (rank, *stack, out_features, in_features) in source.layers.items():
+        module, columns = _module(source, layer), rank * math.prod(stack)
+        plan[f"{PREFIX}{module}.lora_A.weight"] = dtype, (columns, in_features)
+        plan[f"{PREFIX}{module}.lora_B.weight"] = dtype, (out_features, columns)
+    for name, shape in source.heads.items():
+        plan |= {PREFIX + each: (dtype, shape) for each in (name, *_shared_with(source, name))}
+    found = {"step": source.step, "model": source.model, "stacked": sorted(source.stacked)}
+    experts = _experts(source)
+    about = {"distlora": json.dumps(found | ({"experts": experts} if experts else {}))}
     with TensorWriter(draft / ADAPTER_WEIGHTS, plan, about) as writer:
         for name, tensor in tensors:
             writer.write(name, tensor.to(plan[name][0]))
     write_json(draft / ADAPTER_CONFIG, config)
+
+
+def _experts(source: Source) -> dict[str, int]:
+    """The number of experts of each layer that is a stack of them."""
+    return {layer: shape[1] for layer, shape in source.layers.items() if len(shape) == 4}
+
+
+def _module(source: Source, layer: str) -> str:
+    """The name under which PEFT's files hold a layer's pair."""
+    experts = _experts(source)
+    return peft_module(layer, experts) if layer in experts else layer
 
 
 def _peft_config(source: Source, base: str, dropout: float) -> dict[str, Any]:
@@ -126,7 +146,14 @@ def _peft_config(source: Source, base: str, dropout: float) -> dict[str, Any]:
     usual = max(set(ranks.values()), key=list(ranks.values()).count)
     # PEFT reads the keys of these patterns as regular expressions.
     unusual = {layer.replace(".", r"\."): rank for layer, rank in ranks.items() if rank != usual}
-    model_class = source.model["class"] or ""
+    model_class, experts = source.model["class"] or "", _experts(source)
+    if experts and dropout:
+        _log.info("PEFT has no dropout for experts: lora_dropout is 0 in the exported config")
+    if model_class.startswith(_STATE_SPACE) and any(layer.endswith(".out_proj") for layer in source.layers):
+        _log.info(
+            "PEFT loads no adapter of layers out_proj of %s: leave them out of targets, or export it merged",
+            model_class,
+        )
     return {
         "peft_type": "LORA",
         "task_type": next((task for ending, task in _TASKS.items() if model_class.endswith(ending)), None),
@@ -137,15 +164,34 @@ def _peft_config(source: Source, base: str, dropout: float) -> dict[str, Any]:
         "alpha_pattern": unusual,
         "use_rslora": False,
         "use_dora": bool(source.magnitudes),
-        "lora_dropout": dropout,
-        "target_modules": list(ranks),
-        "modules_to_save": sorted({_saved_module(name) for name in source.heads}) or None,
+        "lora_dropout": 0.0 if experts else dropout,
+        "target_modules": [layer for layer in ranks if layer not in experts],
+        **({"target_parameters": list(experts)} if experts else {}),
+        "modules_to_save": _saved_modules(source) or None,
         "bias": "none",
         # Of a model with layers of both kinds PEFT tells each layer's by its class.
         "fan_in_fan_out": set(source.layers) <= set(source.model.get("transposed", ())),
         "init_lora_weights": True,
         "inference_mode": True,
     }
+
+
+def _shared_with(source: Source, head: str) -> list[str]:
+    """The other names of a parameter that several modules share: PEFT gives each of these a copy, and all of
+    them must hold what was trained."""
+    return source.model.get("tied", {}).get(head, [])
+
+
+def _saved_modules(source: Source) -> list[str]:
+    """The modules that PEFT is to restore. Raises UserError for one that has a pair besides."""
+    names = [each for head in source.heads for each in (head, *_shared_with(source, head))]
+    for name in names:
+        if name.removesuffix(".weight") in source.layers:
+            raise UserError(
+                f"{name} is the same as a parameter that was trained whole, and has an adapter, too, which "
+                "PEFT's format cannot hold; export it merged"
+            )
+    return sorted({_saved_module(name) for name in names})
 
 
 def _saved_module(head: str) -> str:

@@ -4,15 +4,17 @@ import hashlib
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from distlora.adapter.expert_layers import expert_weights
 from distlora.adapter.linears import is_linear, shape_of
 from distlora.errors import UserError
+from distlora.exports.experts import ExpertEntry, expert_layer, from_peft
 from distlora.exports.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from distlora.exports.sources import MAGNITUDE, PREFIX
 from distlora.files.atomic import sha256_of
@@ -28,7 +30,7 @@ _A, _B = ".lora_A.weight", ".lora_B.weight"
 class PeftFiles:
     """layers: (out, in) of every adapted layer, by its name in the bare model. magnitudes: the layers with
     trained row norms (DoRA). heads: shapes of the parameters that were trained whole. step: of the run that
-    has exported it; 0 where the files do not say.
+    has exported it; 0 where the files do not say. experts: of the layers that are stacks of experts.
     """
 
     directory: Path
@@ -38,6 +40,7 @@ class PeftFiles:
     magnitudes: dict[str, str]
     heads: dict[str, tuple[int, ...]]
     step: int
+    experts: dict[str, ExpertEntry] = field(default_factory=dict)
 
     @property
     def digest(self) -> str:
@@ -48,8 +51,11 @@ class PeftFiles:
 
     def pair(self, layer: str) -> LowRank:
         """`W_trained = W0 + left @ right` in float32 (then scaled to the magnitude where there is one)."""
-        a, b = (self.files.read(f"{PREFIX}{layer}{side}").float() for side in (_A, _B))
-        return LowRank(b * self._scaling(layer, a.shape[0]), a)
+        entry = self.experts.get(layer)
+        module, count = (layer, 1) if entry is None else (entry.module, entry.count)
+        a, b = (self.files.read(f"{PREFIX}{module}{side}").float() for side in (_A, _B))
+        pair = LowRank(b * self._scaling(layer, a.shape[0] // count), a)
+        return pair if entry is None else from_peft(pair, count)
 
     def magnitude(self, layer: str) -> Tensor:
         """(out,) float32."""
@@ -68,7 +74,15 @@ class PeftFiles:
         base = self.config.get("base_model_name_or_path")
         hint = f" (it says {base})" if base and str(base) != path else ""
         other = f"{self.directory} is an adapter of another model{hint} than {path}"
+        experts = expert_weights(model)
         for layer, shape in self.layers.items():
+            if layer in self.experts:
+                there = experts.get(layer)
+                if there is None or (there.experts, there.shape) != (self.experts[layer].count, shape):
+                    raise UserError(
+                        f"{other}: this one has no {self.experts[layer].count} experts {layer} of {shape}"
+                    )
+                continue
             module = modules.get(layer)
             if module is None or not is_linear(module):
                 raise UserError(f"{other}: this one has no linear layer {layer}")
@@ -92,20 +106,23 @@ def read_peft(directory: Path) -> PeftFiles:
     try:
         files = TensorFiles(directory, ADAPTER_WEIGHTS.removesuffix(".safetensors"))
         shapes = {name: files.shape(name) for name in files.names}
-        step = _step(files.metadata(ADAPTER_WEIGHTS).get("distlora"))
+        step, copies = _about(files.metadata(ADAPTER_WEIGHTS).get("distlora"))
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise UserError(f"{directory / ADAPTER_WEIGHTS} is broken ({error}); export it again") from error
-    layers, magnitudes, heads = {}, {}, {}
+    layers, magnitudes, heads, experts = {}, {}, {}, {}
     for name, shape in shapes.items():
         inner = name.removeprefix(PREFIX)
         if inner.endswith((_A, _B)):
-            layer = inner.removesuffix(_A).removesuffix(_B)
-            layers[layer] = _shape(directory, layer, shapes)
+            module = inner.removesuffix(_A).removesuffix(_B)
+            shape, layer = _shape(directory, module, shapes), expert_layer(config, module)
+            layers[layer or module] = shape
+            if layer:
+                experts[layer] = _experts(directory, config, layer, module, shapes)
         elif MAGNITUDE in inner:
             magnitudes[inner.partition(MAGNITUDE)[0]] = name
         elif "lora_" in inner:
             raise UserError(f"{directory}: {name} belongs to no linear layer, which is not supported")
-        else:
+        elif inner not in copies:
             heads[inner] = shape
     if not layers:
         raise UserError(f"{directory} adapts no layer; export it again")
@@ -113,16 +130,33 @@ def read_peft(directory: Path) -> PeftFiles:
         raise UserError(f"{directory}: some layers have magnitudes and others none; it is half written")
     for layer in layers:
         _check_alpha(directory / ADAPTER_CONFIG, config, layer)
-    return PeftFiles(directory, config, files, layers, magnitudes, heads, step)
+    return PeftFiles(directory, config, files, layers, magnitudes, heads, step, experts)
 
 
-def _step(about: str | None) -> int:
-    """The step that an export has noted in the file; 0 where there is none. Raises ValueError."""
+def _experts(
+    directory: Path, config: dict[str, Any], layer: str, module: str, shapes: dict[str, tuple[int, ...]]
+) -> ExpertEntry:
+    rows, rank = shapes[f"{PREFIX}{module}{_A}"][0], _of_pattern(config, "rank_pattern", layer, "r")
+    if type(rank) is not int or rank < 1 or rows % rank:
+        raise UserError(
+            f"{directory / ADAPTER_CONFIG}: the rank of {layer} is {json.dumps(rank)[:40]}, into which its "
+            f"{rows} rows cannot be divided (r, rank_pattern); export the adapter again"
+        )
+    return ExpertEntry(module, rows // rank)
+
+
+def _about(about: str | None) -> tuple[int, set[str]]:
+    """The step that an export has noted in the file, 0 where there is none, and the names of parameters that
+    repeat another one. Raises ValueError."""
     content = {} if about is None else json.loads(about)
     step = content.get("step", 0) if isinstance(content, dict) else None
     if type(step) is not int or step < 0:
         raise ValueError(f"its metadata says distlora={about[:60]}")
-    return step
+    model = content.get("model")
+    shared = model.get("tied", {}) if isinstance(model, dict) else {}
+    if not isinstance(shared, dict) or not all(isinstance(names, list) for names in shared.values()):
+        raise ValueError(f"its metadata says distlora={about[:60]}")
+    return step, {str(name) for names in shared.values() for name in names}
 
 
 def _config(directory: Path) -> dict[str, Any]:
@@ -183,11 +217,15 @@ def _shape(directory: Path, layer: str, shapes: dict[str, tuple[int, ...]]) -> t
 
 
 def _alpha(config: dict[str, Any], layer: str) -> Any:
+    return _of_pattern(config, "alpha_pattern", layer, "lora_alpha")
+
+
+def _of_pattern(config: dict[str, Any], patterns: str, layer: str, usual: str) -> Any:
     """PEFT's rule: the first pattern that matches the end of the name, else the usual one."""
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
+    for pattern, value in (config.get(patterns) or {}).items():
         if re.match(_at_the_end(pattern), layer):
             return value
-    return config.get("lora_alpha", 8)
+    return config.get(usual, 8)
 
 
 def _at_the_end(pattern: str) -> str:

@@ -5,6 +5,7 @@ The sources are the live model, a checkpoint, and an earlier export.
 
 import json
 import logging
+import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +19,7 @@ from distlora.checkpoints.directory import Checkpoint
 from distlora.checkpoints.restore import ledger_files
 from distlora.engine.protocol import Engine
 from distlora.errors import UserError
+from distlora.exports.experts import compress_stack, from_peft, peft_module, rank_within
 from distlora.files.tensors import TensorFiles
 from distlora.maths.low_rank import LowRank, compress, compress_within
 from distlora.methods import Method, TrainsWeight, magnitude_of
@@ -36,10 +38,10 @@ class Source(Protocol):
     """What an export asks for.
 
     step: of the run, when this was its state. layers: (rank, out, in) of the exported pair of every adapted
-    layer. stacked: the layers whose pair is made of updates side by side, which nearly cancel each other.
-    magnitudes: the layers whose rows have trained norms. heads: shapes of the parameters that were trained
-    whole. targets: names of the layers that the method was put on. model: the model's "class",
-    "num_labels" and, of a classifier, the names of its "labels".
+    layer, (rank, E, out, in) of a stack of experts. stacked: the layers whose pair is made of updates side by
+    side, which nearly cancel each other. magnitudes: the layers whose rows have trained norms. heads: shapes
+    of the parameters that were trained whole. targets: names of the layers that the method was put on. model:
+    the model's "class", "num_labels" and, of a classifier, the names of its "labels".
     """
 
     step: int
@@ -71,7 +73,7 @@ class EngineSource:
 
     def __init__(self, engine: Engine, attached: Attached, step: int):
         self._engine, self._attached, self.step = engine, attached, step
-        shapes = {name: layer.method.shapes(*layer.shape) for name, layer in attached.layers.items()}
+        shapes = {name: layer.factor_shapes() for name, layer in attached.layers.items()}
         entries = {name: engine.ledger.columns(name) if engine.ledger else 0 for name in attached.layers}
         self.layers = {
             name: _pair_shape(layer.method, shapes[name], entries[name])
@@ -171,8 +173,8 @@ class CheckpointSource:
             return pair
         entries = [f"{layer}/{index}" for index in range(len(self._entries[layer]))]
         return LowRank(
-            torch.cat([pair.left, *(self._ledger.read(f"{entry}/left").float() for entry in entries)], 1),
-            torch.cat([pair.right, *(self._ledger.read(f"{entry}/right").float() for entry in entries)], 0),
+            torch.cat([pair.left, *(self._ledger.read(f"{entry}/left").float() for entry in entries)], -1),
+            torch.cat([pair.right, *(self._ledger.read(f"{entry}/right").float() for entry in entries)], -2),
         )
 
     def magnitude(self, layer: str) -> Tensor:
@@ -190,25 +192,32 @@ class AdapterSource:
         about = json.loads(self._files.metadata("adapter_model.safetensors")["distlora"])
         self.step, self.model, self.stacked = about["step"], about["model"], set(about.get("stacked", ()))
         self.layers, self.heads, self.magnitudes = {}, {}, set()
+        self._experts: dict[str, int] = about.get("experts", {})
+        modules = {peft_module(layer, self._experts): layer for layer in self._experts}
+        self._module = {layer: module for module, layer in modules.items()}
         for name in self._files.names:
             layer, ending = name.removeprefix(PREFIX), ".lora_A.weight"
             if layer.endswith(MAGNITUDE):
                 self.magnitudes.add(layer.removesuffix(MAGNITUDE))
             elif layer.endswith(ending):
-                layer = layer.removesuffix(ending)
+                module = layer.removesuffix(ending)
                 rank, in_features = self._files.shape(name)
-                self.layers[layer] = (
-                    rank,
-                    self._files.shape(f"{PREFIX}{layer}.lora_B.weight")[0],
-                    in_features,
-                )
+                out_features = self._files.shape(f"{PREFIX}{module}.lora_B.weight")[0]
+                layer = modules.get(module, module)
+                stack = [self._experts[layer]] if layer in self._experts else []
+                self.layers[layer] = (rank // math.prod(stack), *stack, out_features, in_features)
             elif not layer.endswith(".lora_B.weight"):
                 self.heads[layer] = self._files.shape(name)
+        for others in self.model.get("tied", {}).values():  # the same tensors under their other names
+            for other in others:
+                self.heads.pop(other, None)
         self.targets = list(self.layers)
 
     def low_rank(self, layer: str) -> LowRank:
-        a, b = (self._files.read(f"{PREFIX}{layer}.lora_{side}.weight").float() for side in "AB")
-        return LowRank(b, a)
+        module = self._module.get(layer, layer)
+        a, b = (self._files.read(f"{PREFIX}{module}.lora_{side}.weight").float() for side in "AB")
+        pair = LowRank(b, a)
+        return from_peft(pair, self._experts[layer]) if layer in self._experts else pair
 
     def magnitude(self, layer: str) -> Tensor:
         return self._files.read(f"{PREFIX}{layer}{MAGNITUDE}").float()
@@ -255,7 +264,7 @@ class Compressed:
         self.heads, self.targets = source.heads, source.targets
         self.magnitudes, self.magnitude, self.read = source.magnitudes, source.magnitude, source.read
         self.errors: dict[str, float] = {}
-        exact = max(min(shape) for shape in source.layers.values())
+        exact = max(min(rank, *shape[-2:]) for rank, *shape in source.layers.values())
         if rank is not None and rank > exact:
             _log.info("--compress-rank %d: the exact rank is %d, and nothing is left out", rank, exact)
         self.layers = {layer: self._shape(layer, rank, max_error) for layer in source.layers}
@@ -272,21 +281,27 @@ class Compressed:
         """(rank, out, in) of the pair that is exported."""
         exact, *shape = self._source.layers[layer]
         if max_error is None:
-            return min(exact, *shape, rank or exact), *shape
-        pair, error = compress_within(self._source.low_rank(layer), max_error, self._dtype)
+            return min(exact, *shape[-2:], rank or exact), *shape
+        pair = self._source.low_rank(layer)
+        if pair.left.dim() == 3:
+            found, error = rank_within(pair, max_error, self._dtype)
+        else:
+            compressed, error = compress_within(pair, max_error, self._dtype)
+            found = compressed.right.shape[0]
         if error > max_error:
             raise UserError(
                 f"--max-error {max_error:g} cannot be met: writing the update of layer {layer} in "
                 f"{str(self._dtype).removeprefix('torch.')} costs {error:.2g} by itself; "
                 "allow more, or take a wider dtype"
             )
-        return pair.right.shape[0], *shape
+        return found, *shape
 
     def low_rank(self, layer: str) -> LowRank | None:
         pair = self._source.low_rank(layer)
         if layer not in self._changed or pair is None:
             return pair
-        pair, self.errors[layer] = compress(pair, self.layers[layer][0], self._dtype)
+        cut = compress if pair.left.dim() == 2 else compress_stack
+        pair, self.errors[layer] = cut(pair, self.layers[layer][0], self._dtype)
         return pair
 
     def compression(self) -> str | None:
@@ -309,4 +324,4 @@ def _pair_shape(method: Method, shapes: dict[str, Shape], ledger_columns: int) -
     shapes: of the layer's factors. ledger_columns: of the updates that were added to the layer's weight.
     """
     pair = method.export_low_rank({name: torch.empty(shape, device="meta") for name, shape in shapes.items()})
-    return pair.right.shape[0] + ledger_columns, pair.left.shape[0], pair.right.shape[1]
+    return pair.right.shape[-2] + ledger_columns, *pair.left.shape[:-1], pair.right.shape[-1]

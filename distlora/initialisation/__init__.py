@@ -4,6 +4,7 @@ factors       `initialise`, and `install_gradient_maps` after a checkpoint was r
 search        the size of a first step, by a line search
 probe         full gradients of the layers, from a few samples: `Probe`, `mean_gradients`
 trial         what a method does to a layer, found by initialising a small one
+experts       the start of a stack of experts
 dead_starts   factors that could never train as they start
 heads         new heads
 pretrained    pretrained weights, read from their files again

@@ -14,10 +14,11 @@ from distlora.engine.ledger import pretrained_at_owner
 from distlora.engine.owners import assign_owners, broadcast_pair, open_ledger, turns
 from distlora.engine.protocol import Engine
 from distlora.initialisation.dead_starts import DeadStarts
+from distlora.initialisation.experts import gradient_maps, initialise_stack, pair_norm
 from distlora.initialisation.probe import Probe, mean_gradients
 from distlora.initialisation.search import scale_factor, search_eta
 from distlora.maths.generators import layer_generator
-from distlora.maths.linalg import low_rank_norm, squared_norm
+from distlora.maths.linalg import squared_norm
 from distlora.maths.low_rank import LowRank
 from distlora.methods import (
     CorrectsGradients,
@@ -186,7 +187,7 @@ def install_gradient_maps(engine: Engine, attached: Attached) -> None:
         return
     for layer in attached.layers.values():
         factors = {name: factor.to(engine.dtype) for name, factor in engine.read(layer).items()}
-        layer.map_gradients(attached.method.gradient_map(factors))
+        layer.map_gradients(gradient_maps(layer, factors))
 
 
 def _factorise(
@@ -210,10 +211,16 @@ def _factorise(
     found, failure = {}, None
     try:
         for name, source in sources.items():
+            layer, device = turn[name], engine.comm.device
+            if layer.stack:
+                found[name] = initialise_stack(
+                    layer, source, seed, engine.dtype, eta, device, dead_starts.look
+                )
+                continue
             generator = layer_generator(seed, name)
-            layer = LayerInit(turn[name].shape, source, generator, engine.dtype, eta, engine.comm.device)
-            found[name] = method.initialise(layer)
-            dead_starts.look(name, layer, found[name])
+            given = LayerInit(layer.shape, source, generator, engine.dtype, eta, device)
+            found[name] = method.initialise(given)
+            dead_starts.look(name, given, found[name])
     except Exception as error:  # the others wait in a broadcast: tell them before this rank leaves
         failure = error
     engine.comm.agree(failure)
@@ -240,13 +247,13 @@ def _install(
     engine.write(layer, factors)
     if isinstance(layer.method, CorrectsGradients):
         used = {name: factor.to(engine.dtype) for name, factor in factors.items()}
-        layer.map_gradients(layer.method.gradient_map(used))
-    update = broadcast_pair(engine.comm, layer.shape, owner, init and init.base_update)
+        layer.map_gradients(gradient_maps(layer, used))
+    update = broadcast_pair(engine.comm, layer.whole_shape, owner, init and init.base_update)
     if update is None:
         return
     if layer.packing is None:
         losses.rounded_away += engine.ledger.apply(engine, layer, 0, "nearest", update)
-        losses.added += low_rank_norm(update.left, update.right) ** 2
+        losses.added += pair_norm(update) ** 2
         return
     _measure_packing(engine, attached, layer, owner, losses)
     losses.packing_the_rest += engine.ledger.apply(engine, layer, 0, "nearest", update)
@@ -270,7 +277,7 @@ def _broadcast(comm: Comm, layer: AdapterLinear, owner: int, init: Init | None) 
     dtype.
     """
     factors = {}
-    for name, shape in layer.method.shapes(*layer.shape).items():
+    for name, shape in layer.factor_shapes().items():
         value = torch.zeros(shape, device=comm.device)
         if init is not None:
             value.copy_(init.factors[name])

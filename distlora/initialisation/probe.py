@@ -6,9 +6,10 @@ there, g is formed block by block. Each block is reduced to the rank that owns t
 sum, and forgotten. Beside what the pass itself needs, no rank holds more than one block on its device.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 from typing import Any, Literal
 
 import torch
@@ -50,7 +51,7 @@ def mean_gradients(
     adapted: bool = False,
 ) -> dict[str, Tensor]:
     """`(1/n) Σ_i g_i` of every layer that this rank owns, (out, in) float32; g_i is the gradient of the loss
-    of sample i.
+    of sample i. Of a stack of experts (E, out, in); zero for an expert that no token of the samples reached.
 
     batches: this rank's, equally many on every rank; a batch without targets adds nothing. samples: n, over
     all ranks. adapted: whether the adapters are part of the passes. No parameter collects a gradient, and no
@@ -61,12 +62,9 @@ def mean_gradients(
     for name, layer in layers.items():
         mine = owners[name] == engine.comm.rank
         if mine:
-            store.open(name, layer.shape)
-        layer.tap(
-            anchor,
-            _tap(engine.comm, owners[name], store.add if mine else None, name, block_elements),
-            adapted,
-        )
+            store.open(name, (prod(layer.whole_shape[:-1]), layer.in_features))
+        tap = _tap(engine.comm, owners[name], store.add if mine else None, name, block_elements)
+        layer.tap(anchor, _tap_of_stack(tap, layer.out_features) if layer.stack else tap, adapted)
     try:
         with engine.probe_pass(), _checkpointed(engine.module):
             for batch in batches:
@@ -74,13 +72,13 @@ def mean_gradients(
     finally:
         for layer in layers.values():
             layer.tap(None, None)
-    return {name: total.div_(samples) for name, total in store.close().items()}
+    return {name: total.div_(samples).view(layers[name].whole_shape) for name, total in store.close().items()}
 
 
-def _tap(
-    comm: Comm, owner: int, add: Callable | None, name: str, block_elements: int
-) -> Callable[[Tensor, Tensor], None]:
-    def tap(dy: Tensor, x: Tensor) -> None:
+def _tap(comm: Comm, owner: int, add: Callable | None, name: str, block_elements: int) -> Callable[..., None]:
+    """first: the row of the layer's sum that dy's first column belongs to."""
+
+    def tap(dy: Tensor, x: Tensor, first: int = 0) -> None:
         # All ranks must use the same blocks, so these do not depend on the number of tokens.
         columns = min(x.shape[1], GRADIENT_COLUMNS)
         rows = max(1, block_elements // columns)
@@ -90,9 +88,19 @@ def _tap(
                 block = dy[:, top : top + rows].float().T @ part
                 comm.reduce_to(block, owner)
                 if add is not None:
-                    add(name, top, left, block)
+                    add(name, first + top, left, block)
 
     return tap
+
+
+def _tap_of_stack(tap: Callable, out_features: int) -> Callable[[Tensor, Tensor, Sequence[int]], None]:
+    """Every expert in turn, also one without tokens, because the other ranks may have tokens for it."""
+
+    def tap_all(dy: Tensor, x: Tensor, counts: Sequence[int]) -> None:
+        for expert, (own_dy, own_x) in enumerate(zip(dy.split(list(counts)), x.split(list(counts)))):
+            tap(own_dy, own_x, expert * out_features)
+
+    return tap_all
 
 
 class _DeviceSums:

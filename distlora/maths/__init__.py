@@ -3,6 +3,7 @@
 linalg                    decompositions, norms, small linear systems
 low_rank                  `LowRank` pairs (left, right): compression, addition to a part of a weight
 functional                the linear map of every layer
+grouped                   the linear maps of a stack of experts
 rounding                  how weights of low precision are rounded
 checksum                  a sum of bits that may be taken in parts
 moments                   Adam's moments of components that are younger than the run

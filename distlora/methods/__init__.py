@@ -24,6 +24,7 @@ from distlora.methods.capabilities import (
     last_trained_factor,
     magnitude_of,
     probe_of,
+    problem_with_experts,
     recomposing,
     writes_weight,
 )
@@ -65,6 +66,7 @@ __all__ = [
     "last_trained_factor",
     "magnitude_of",
     "probe_of",
+    "problem_with_experts",
     "recomposing",
     "registry",
     "writes_weight",

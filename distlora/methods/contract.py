@@ -142,28 +142,29 @@ class Method(BaseModel):
         factors: Factors,
         training: bool,
         base: Linear = linear,
+        along: Linear = linear,
     ) -> Tensor:
         """The adapted layer `x Wᵀ + s·(…(x Aᵀ)…)Bᵀ + b`. x: (…, in). Returns (…, out).
 
-        training: whether dropout acts. base: computes `x Wᵀ + b`.
+        training: whether dropout acts. base: computes `x Wᵀ + b`. along: computes `u Fᵀ` of a factor F.
         """
-        return base(x, weight, bias) + self._update(x, factors, training)
+        return base(x, weight, bias) + self._update(x, factors, training, along)
 
-    def _update(self, x: Tensor, factors: Factors, training: bool) -> Tensor:
+    def _update(self, x: Tensor, factors: Factors, training: bool, along: Linear = linear) -> Tensor:
         """What the path adds to the output of the pretrained layer: (…, in) to (…, out)."""
-        return self._along_path(self._dropped(x, training), factors)
+        return self._along_path(self._dropped(x, training), factors, along)
 
     def _dropped(self, x: Tensor, training: bool) -> Tensor:
         """The input of the path: x itself where dropout does not act."""
         return torch.nn.functional.dropout(x, self.dropout, training) if self.dropout else x
 
-    def _along_path(self, u: Tensor, factors: Factors) -> Tensor:
+    def _along_path(self, u: Tensor, factors: Factors, along: Linear = linear) -> Tensor:
         """`s·(…(u Aᵀ)…)Bᵀ`: (…, in) to (…, out)."""
         *inner, last = self.path
         for name in inner:
-            u = linear(u, factors[name])
+            u = along(u, factors[name], None)
         # The r-wide tensor is scaled, not the out-wide one.
-        return linear(u if self.scaling == 1.0 else u * self.scaling, factors[last])
+        return along(u if self.scaling == 1.0 else u * self.scaling, factors[last], None)
 
     def delta(self, factors: Factors) -> LowRank:
         """What the path adds to W: `left @ right = s·B·A` (or `s·B·R·A`), in the dtype of the factors."""

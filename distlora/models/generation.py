@@ -88,6 +88,7 @@ class _Greedy:
     def _next_tokens(self) -> Tensor:
         """(rows,) int64."""
         inputs = {"attention_mask": self.mask, "position_ids": self.positions, "logits_to_keep": 1}
+        inputs["output_router_logits"] = False  # whose loss wants a mask of the new tokens alone
         taken = {name: value for name, value in inputs.items() if name in self.takes}
         if self.cache_name is None:
             outputs = self.model(input_ids=self.tokens, use_cache=False, **taken)

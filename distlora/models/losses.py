@@ -2,6 +2,8 @@
 scores of a regression.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -9,6 +11,7 @@ from transformers import PreTrainedModel
 from distlora.models.cross_entropy import cross_entropy, label_cross_entropy
 from distlora.models.dry_run import text_inputs
 from distlora.models.output import output_of
+from distlora.models.router_loss import router_loss, with_router_loss
 from distlora.models.targets import IGNORE, Batch
 
 
@@ -17,7 +20,7 @@ def response_loss(model: PreTrainedModel, batch: Batch, weights: Tensor | None =
 
     batch: `input_ids`, `attention_mask` and `labels`, int64 (batch, length). Position t predicts the label at
     t + 1; where that is IGNORE, there is no loss. weights: (batch,), a factor for each row's loss; the count
-    ignores it.
+    ignores it. In training, without weights, the loss of a router is added: see `with_router_loss`.
 
     Returns a float32 scalar and an int. The scalar is connected to every layer even if no token has a loss:
     the gradients are zero then.
@@ -25,12 +28,15 @@ def response_loss(model: PreTrainedModel, batch: Batch, weights: Tensor | None =
     following = batch["labels"][:, 1:]
     rows, columns = (following != IGNORE).nonzero(as_tuple=True)
     targets = following[rows, columns]
-    hidden, head, softcap = hidden_states(model, batch, rows, columns)
+    passed = _pass(model, batch, rows, columns)
     if weights is None:
-        factors = torch.ones(len(rows), device=hidden.device)
+        factors = torch.ones(len(rows), device=passed.states.device)
     else:
-        factors = weights.to(hidden.device).float()[rows]
-    return cross_entropy(head, hidden, targets, factors, softcap), len(rows)
+        factors = weights.to(passed.states.device).float()[rows]
+    loss = cross_entropy(passed.head, passed.states, targets, factors, passed.softcap)
+    if weights is None:
+        loss = with_router_loss(model, loss, passed.router, len(rows))
+    return loss, len(rows)
 
 
 def hidden_states(
@@ -42,13 +48,35 @@ def hidden_states(
     Where only the class itself knows how its logits come about, the "hidden states" are these logits, and the
     layer leaves them as they are. batch: `input_ids` and `attention_mask`. rows, columns: (n,) int64.
     """
+    passed = _pass(model, batch, rows, columns)
+    return passed.states, passed.head, passed.softcap
+
+
+@dataclass(frozen=True)
+class _Passed:
+    """states, head, softcap: what `hidden_states` answers. router: see `router_loss`."""
+
+    states: Tensor
+    head: nn.Module
+    softcap: float | None
+    router: Tensor | None
+
+
+def _pass(model: PreTrainedModel, batch: Batch, rows: Tensor, columns: Tensor) -> _Passed:
     inputs, output = text_inputs(model, batch), output_of(model)
     if output is None:
-        return model(**inputs, use_cache=False).logits[rows, columns], nn.Identity(), None
-    states = model.get_submodule(output.base)(**inputs, use_cache=False).last_hidden_state[rows, columns]
-    if output.scale != 1:
-        states = states * output.scale
-    return states, model.get_output_embeddings(), output.softcap
+        outputs = model(**inputs, use_cache=False)
+        states, head, softcap = outputs.logits[rows, columns], nn.Identity(), None
+    else:
+        outputs = model.get_submodule(output.base)(**inputs, use_cache=False)
+        states, head, softcap = (
+            outputs.last_hidden_state[rows, columns],
+            model.get_output_embeddings(),
+            output.softcap,
+        )
+        if output.scale != 1:
+            states = states * output.scale
+    return _Passed(states, head, softcap, router_loss(model, outputs, batch.get("attention_mask")))
 
 
 def label_logits(model: PreTrainedModel, batch: Batch) -> Tensor:

@@ -81,7 +81,17 @@ class _Dimensions:
             if name.startswith(prefix) and pieces and max(piece.elements for piece in pieces) <= self.hidden
         )
         self.gated = sum(shape == (self.inner, self.hidden) for shape in self._own.values()) > 1
-        self._targets = {name for name in self._own if name in set(setup.shapes.attached.targets)}
+        targets = set(setup.shapes.attached.targets)
+        self._targets = {name for name in self._own if name in targets}
+        experts = {name: shape for name, shape in setup.shapes.experts.items() if name.startswith(prefix)}
+        #: Experts that compute a token, and (out, in) of their weights: of all, and of the adapted ones.
+        self._chosen = getattr(config, "num_experts_per_tok", None) or 1
+        self._experts = list(experts.values())
+        self._expert_targets = [shape for name, shape in experts.items() if name in targets]
+        if experts:
+            dense = max((shape[0] for shape in self._own.values() if shape[0] == self.inner), default=0)
+            self.inner = dense + self._chosen * min(into for _, into in self._experts)
+            self.gated = True
 
     def saved_by_block(self, every_input: bool) -> float:
         norms = self._norms * self.hidden * FLOAT32
@@ -91,7 +101,7 @@ class _Dimensions:
                 self.heads * self.length * (FLOAT32 + self.width + (self.width if self.softcap else 0))
             )
         mlp = (3 if self.gated else 2) * self.inner * self.width
-        return norms + attention + mlp + self._by_adapters(every_input)
+        return norms + attention + mlp + self._by_adapters(every_input) + self._by_experts(every_input)
 
     def _by_adapters(self, every_input: bool) -> float:
         """Bytes a token that the adapted layers of one block save.
@@ -112,6 +122,21 @@ class _Dimensions:
         if method.dropout:
             inputs += sum(self._own[name][1] * (self.width + 1) for name in self._targets)
         return (narrow * len(self._targets) + inputs if self._targets else 0) + beside
+
+    def _by_experts(self, every_input: bool) -> float:
+        """Bytes a token that a block's experts save: the routed copies of the token, their results before
+        they are weighted, and what their adapters save.
+        """
+        if not self._experts:
+            return 0
+        method = self._setup.method
+        kept = 2 * self._chosen * self.hidden
+        if self._expert_targets:
+            narrow = sum(factor in method.trains for factor in method.path[1:]) * method.rank
+            kept += self._chosen * narrow * len(self._expert_targets)
+            if every_input or (method.path and method.path[0] in method.trains) or method.dropout:
+                kept += self._chosen * sum(into for _, into in self._expert_targets)
+        return kept * self.width
 
     def working(self) -> float:
         """Bytes a token that the backward pass of a block needs for a moment.

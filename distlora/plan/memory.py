@@ -145,14 +145,18 @@ def _peaks_of_initialisation(setup: Setup, constant: int, deepspeed: bool) -> di
 
 def _decomposition(setup: Setup) -> int:
     """The most that any layer's owner needs to factorise it and to write its factors."""
-    return max(_factorising(setup, name, shape) for name, shape in setup.layers.items())
+    layers = setup.shapes.attached.layers
+    return max(_factorising(setup, name, layer.shape, prod(layer.stack)) for name, layer in layers.items())
 
 
-def _factorising(setup: Setup, name: str, shape: tuple[int, int]) -> int:
-    """Bytes for one layer: the matrix in float32, its factors, and what is sent of it."""
+def _factorising(setup: Setup, name: str, shape: tuple[int, int], experts: int) -> int:
+    """Bytes for one layer: the matrix in float32, its factors, and what is sent of it. experts: how many
+    matrices the layer has; all of them are read, and one is factorised at a time.
+    """
     method, (out, into), packing = setup.method, shape, setup.shapes.packings.get(name)
     taken, reserve = columns_of(method)
     factors = FLOAT32 * sum(map(prod, method.shapes(out, into).values())) + FLOAT32 * taken * (out + into)
+    factors *= experts
     anew = packed_anew(packing) if packing is not None and isinstance(method, TakesFromWeight) else 0
     if method.source_matrix() is None:
         return factors
@@ -164,8 +168,8 @@ def _factorising(setup: Setup, name: str, shape: tuple[int, int]) -> int:
     if method.source_matrix() == "weight" and not anew:
         gathered = setup.stage == 3 and setup.world_size > 1
         parts = 2 * setup.shapes.width * setup.shapes.sizes[f"{name}.weight"] if gathered else 0
-        reading = parts + (matrix if packing is None else packing.unpacking_nbytes(torch.float32))
-    return max(matrix + work, reading, anew) + factors
+        reading = parts + (experts * matrix if packing is None else packing.unpacking_nbytes(torch.float32))
+    return max(experts * matrix + work, reading, anew) + factors
 
 
 def _answers(setup: Setup) -> int:

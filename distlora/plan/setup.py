@@ -44,8 +44,12 @@ class Setup:
 
     @property
     def layers(self) -> dict[str, tuple[int, int]]:
-        """(out, in) of the adapted layers."""
-        return {name: layer.shape for name, layer in self.shapes.attached.layers.items()}
+        """(out, in) of the adapted layers. Every expert of a stack counts as a layer of its own."""
+        found = {}
+        for name, layer in self.shapes.attached.layers.items():
+            names = [f"{name}.{expert}" for expert in range(*layer.stack)] if layer.stack else [name]
+            found |= dict.fromkeys(names, layer.shape)
+        return found
 
     @property
     def length(self) -> int:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from distlora.adapter.attach import Attached, attach, linears_to_pack
+from distlora.adapter.expert_layers import expert_weights
 from distlora.adapter.linears import linears_of, shape_of
 from distlora.adapter.packed import Packing, packing_maker
 from distlora.errors import UserError
@@ -39,10 +40,11 @@ class Shapes:
     attention: the implementation that this machine would run.
     labels: number of labels of a classifier, else 0.
     length: tokens that the model makes of an image; None where the recipe says how long samples are.
-    whole_logits: whether the loss is taken of the logits of all tokens at once.
     remarks: lines about the share of the weights that is adapted, and about layers that are not.
+    whole_logits: whether the loss is taken of the logits of all tokens at once.
     sizes: elements of every parameter as it is stored; a shared one stands under its first name.
     linears: (out, in) of every linear layer.
+    experts: (out, in) of one expert of every weight that holds experts.
     packings: how weights are packed, by the name of their layer.
     """
 
@@ -58,10 +60,11 @@ class Shapes:
     labels: int = 0
     sizes: dict[str, int] = field(default_factory=dict)
     linears: dict[str, tuple[int, int]] = field(default_factory=dict)
+    experts: dict[str, tuple[int, int]] = field(default_factory=dict)
     packings: dict[str, Packing] = field(default_factory=dict)
     length: int | None = None
-    whole_logits: bool = False
     remarks: list[str] = field(default_factory=list)
+    whole_logits: bool = False
 
     @property
     def elements(self) -> int:
@@ -79,7 +82,7 @@ class Shapes:
     def factors(self) -> int:
         """Elements of the adapters, trained or frozen."""
         layers = self.attached.layers.values()
-        return sum(prod(shape) for layer in layers for shape in layer.method.shapes(*layer.shape).values())
+        return sum(prod(shape) for layer in layers for shape in layer.factor_shapes().values())
 
     def silent(self) -> set[int]:
         """Modules that end before the first trained parameter is used: no gradient passes through them."""
@@ -113,6 +116,7 @@ def shapes_of(recipe: Recipe) -> Shapes:
     chosen = chosen_in(model, recipe, objective)
     packings = _packings(recipe, model, objective.head(model), chosen.whole)
     linears = {name: shape_of(layer) for name, layer in linears_of(model).items()}
+    experts = {name: weight.shape for name, weight in expert_weights(model).items()}
     stored = {f"{name}.weight": packing.elements for name, packing in packings.items()}
     attached = attach(model, recipe.method, chosen.layers, objective.head(model))
     named = dict(model.named_modules())
@@ -138,10 +142,11 @@ def shapes_of(recipe: Recipe) -> Shapes:
         len(objective.labels),
         {piece.name: piece.elements for module in modules for piece in module},
         linears,
+        experts,
         packings,
         _tokens_of_an_image(model, objective.meta_sample(model)),
-        not objective.labels and output_of(model) is None,
         chosen.lines,
+        not objective.labels and output_of(model) is None,
     )
 
 

@@ -97,7 +97,7 @@ def init_traffic(setup: Setup) -> Traffic:
     if settings is not None:
         traffic += probe_traffic(setup, setup.probe_passes(settings))
     taken, _ = columns_of(method)
-    for name in setup.layers:
+    for name in setup.shapes.attached.layers:
         # The rest of a packed weight is packed anew and compared with what was stored before. The pretrained
         # weight is read from its file.
         rest = isinstance(method, TakesFromWeight) and name in setup.shapes.packings

@@ -237,7 +237,9 @@ class Recipe(Section):
 
     model: ModelSection
     method: Annotated[SerializeAsAny[Method], BeforeValidator(_method)]
-    targets: Literal["all-linear"] | Annotated[list[Text], Field(min_length=1)] | Targets = "all-linear"
+    targets: Literal["all-linear", "experts"] | Annotated[list[Text], Field(min_length=1)] | Targets = (
+        "all-linear"
+    )
     data: DataSection
     train: TrainSection = TrainSection()
     deepspeed: Text | dict[str, Any] | None = None

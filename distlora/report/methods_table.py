@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import nn
 
+from distlora.adapter.expert_layers import parameters_of
 from distlora.adapter.linears import shape_of
 from distlora.adapter.reach import Reach
 from distlora.adapter.targets import ALL_LINEAR, NARROW, Choice, choose
@@ -62,7 +63,7 @@ class Subject:
 
     def title(self) -> list[str]:
         """The model with its layers, and what has no adapter."""
-        layers = self.choose(ANY).layers
+        layers = self.choose(ANY).names
         lines = [f"{self.path}: {len(layers)} layers of {type(self.model).__name__}"]
         try:
             return lines + told(self.model, self.choose(self.method), self.new)
@@ -166,8 +167,8 @@ def _row(method: Method, subject: Subject | None, spec: OptimizerSpec, recipe: R
         if recipe is not None:
             partitioned = look_up(recipe.deepspeed or {}, "zero_optimization.stage") == 3
             check_base(recipe.model_copy(update={"method": method}), partitioned)
-        trained = _trained(choice) + subject.heads
-        share = len(choice.layers), len(choice.layers) + len(choice.left_out.get(NARROW, ()))
+        trained = _trained(choice, subject.model) + subject.heads
+        share = len(choice.names), len(choice.names) + len(choice.left_out.get(NARROW, ()))
         wide = "" if share[0] == share[1] else f" ({share[0]} of {share[1]} layers are wide enough)"
         numbers = [f"{trained:,}{wide}", _bytes(trained * spec.bytes_per_element())]
     return [method.name, _trains(type(method)), *numbers, *_facts(method)]
@@ -205,12 +206,15 @@ def _export(method: Method, found: Trial) -> str:
 # ---------------------------------------------------------------------- numbers
 
 
-def _trained(choice: Choice) -> int:
+def _trained(choice: Choice, model: nn.Module) -> int:
     method, layers = choice.method, choice.layers.values()
     if isinstance(method, TrainsWeight):
-        return sum(parameter.numel() for layer in layers for parameter in layer.parameters())
-    of_layers = (method.shapes(*shape_of(layer)) for layer in layers)
-    return sum(math.prod(shapes[factor]) for shapes in of_layers for factor in method.trains)
+        weights = [parameter for layer in layers for parameter in layer.parameters()]
+        return sum(parameter.numel() for parameter in weights + parameters_of(model, choice.experts))
+    shapes = [shape_of(layer) for layer in layers]
+    shapes += [weight.shape for weight in choice.experts for _ in range(weight.experts)]
+    of_layers = (method.shapes(*shape) for shape in shapes)
+    return sum(math.prod(factors[factor]) for factors in of_layers for factor in method.trains)
 
 
 def _formula(method: Method) -> str:

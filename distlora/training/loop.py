@@ -16,6 +16,7 @@ from distlora.engine.optimizers import Schedule
 from distlora.engine.protocol import Engine
 from distlora.engine.random_state import random_states, restore_random_states
 from distlora.errors import Preempted, TrainingError, UserError
+from distlora.models.router_loss import take_router_loss, wants_router_loss
 from distlora.models.targets import load_of
 from distlora.recipe.load import run_identity
 from distlora.recipe.sections import Recipe
@@ -106,6 +107,7 @@ class Loop:
         batches = self.data.of_step(step)
         rate = self.schedule.rate(step)
         self.engine.set_rate(rate)
+        take_router_loss(self.engine.module)  # of passes that were no steps
         try:
             loss = accumulate(self.engine, batches, self.loss)
         except TrainingError as error:
@@ -120,12 +122,20 @@ class Loop:
             loss, rate, sum(load_of(batch)[1] for batch in batches) * self.engine.comm.world_size, unit
         )
         scalars = {"loss": loss, "learning_rate": rate, "grad_norm": norm, f"{unit}_per_second": speed}
+        scalars |= self._router_loss()
         self.monitor.write(step + 1, {f"train/{key}": value for key, value in scalars.items()})
         if info.skipped or not math.isfinite(norm):
             raise TrainingError(f"the optimizer refused step {step + 1}: its gradient is not finite")
         decided = self.adapted.after_step(loss)
         if decided is not None:
             self.monitor.tell_recomposition(decided)
+
+    def _router_loss(self) -> dict[str, float]:
+        """The router's part of the loss, before its coefficient, where the model has one. Collective."""
+        if not wants_router_loss(self.engine.module):
+            return {}
+        total, targets = self.engine.comm.sum(*take_router_loss(self.engine.module))
+        return {"aux_loss": total / targets} if targets else {}
 
     def _look(self, state: State) -> None:
         """An evaluation on the way. One that is cut short is owed by whoever goes on from here."""

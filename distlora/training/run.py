@@ -233,7 +233,7 @@ class Run:
 
 def _summary(run_dir: Path, built: Built, rank: int, steps: int) -> Summary:
     shapes = built.engine.trained_shapes()
-    layers = {name: layer.shape for name, layer in built.adapted.layers.items()}
+    layers = {name: layer.whole_shape for name, layer in built.adapted.layers.items()}
     return Summary(
         run_dir,
         None,

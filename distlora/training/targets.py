@@ -43,13 +43,13 @@ def chosen_in(model: nn.Module, recipe: Recipe, objective: Objective) -> Chosen:
     reach = reach_in(model, objective)
     choice = choose(model, recipe.method, recipe.targets, heads, reach)
     whole = frozenset(name for name in linears_of(model) if reach is not None and reach.read_by_others(name))
-    return Chosen(choice.method, list(choice.layers), told(model, choice, heads), whole)
+    return Chosen(choice.method, choice.names, told(model, choice, heads), whole)
 
 
 def told(model: nn.Module, choice: Choice, new_parameters: Collection[str]) -> list[str]:
     """What a user should be told of a choice: the share of the weights, and what was left out."""
     verb = "trained" if isinstance(choice.method, TrainsWeight) else "adapted"
-    return [coverage(model, choice.layers, new_parameters, verb), *choice.lines()]
+    return [coverage(model, choice.names, new_parameters, verb), *choice.lines()]
 
 
 def reach_in(model: nn.Module, objective: Objective) -> Reach | None:

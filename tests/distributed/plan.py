@@ -73,7 +73,7 @@ def entries() -> list[Entry]:
         *_every_stage(), *_every_method(), *_bfloat16(), *_methods_and_settings(), *_norms(), *_transforms(),
         *_optimizers(),
         *_zero_options(), *_swaps(), *_classifiers(), *_packed(), *_traffic(),
-        *_searches(), *_transposed(),
+        *_searches(), *_transposed(), *_experts(),
     ]  # fmt: skip
 
 
@@ -165,6 +165,20 @@ def _optimizers() -> list[Entry]:
         setting = {"method": "lora", "spec": "adamw8bit"}
         plan.append(Entry(2, "curve", stage, setting=setting, loss=2e-2, tensors=0.1, **few))
     return plan
+
+
+def _experts() -> list[Entry]:
+    """A mixture of experts whose 3-D parameters are adapted."""
+    never_persistent = {"stage3_param_persistence_threshold": 0}
+    lora, steps = {"method": "lora", "clip": 0.5, "family": "experts"}, {"steps": 4}
+    return [
+        Entry(2, "curve", 2, setting=lora, arguments=steps),
+        Entry(2, "curve", 3, setting=lora, zero=never_persistent, arguments=steps, note="persist0"),
+        Entry(2, "storing", 3, setting=lora, zero=never_persistent, tensors=2e-2, note="persist0"),
+        Entry(2, "initialising", 3, setting={"method": "pissa", "family": "experts"}),
+        Entry(2, "initialising", 3, setting={"method": "lora_sb", "family": "experts"}, tensors=5e-2),
+        Entry(2, "replacing_gradients", 3, setting={"method": "lora_pro", "family": "experts"}),
+    ]
 
 
 def _norms() -> list[Entry]:

@@ -58,6 +58,8 @@ WRITTEN = [
     Run(2, 3, setting={"method": "pissa", "family": "gpt2"}),
     # Two groups, and 8-bit moments of which several tensors share blocks.
     *(Run(2, stage, setting=EIGHT_BIT) for stage in (2, 3)),
+    # 3-D factors of experts.
+    Run(2, 3, setting={"method": "pissa", "family": "experts"}),
 ]
 CONTINUED = [Run(run.world, run.stage, run.dtype, run.setting, source=run) for run in WRITTEN]
 MOVED = [

@@ -12,6 +12,8 @@ from transformers import (
     BertModel,
     GPT2Config,
     GPT2LMHeadModel,
+    MixtralConfig,
+    MixtralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     ViTConfig,
@@ -55,6 +57,7 @@ def save_model(directory: Path) -> None:
     save_encoder(directory / "encoder")
     save_vision(directory / "vision")
     save_gpt2(directory / "gpt2")
+    save_experts(directory / "experts")
 
 
 def save_gpt2(directory: Path) -> None:
@@ -80,6 +83,18 @@ def save_encoder(directory: Path) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(1)
         BertModel(config, add_pooling_layer=False).save_pretrained(directory)
+
+
+def save_experts(directory: Path) -> None:
+    """A Mixtral whose rows choose one of seven experts, so that ranks choose different ones."""
+    config = MixtralConfig(
+        vocab_size=VOCABULARY, hidden_size=60, intermediate_size=44, num_hidden_layers=2,
+        num_attention_heads=6, num_key_value_heads=2, max_position_embeddings=64, num_local_experts=7,
+        num_experts_per_tok=1, initializer_range=0.2,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        MixtralForCausalLM(config).save_pretrained(directory)
 
 
 def save_vision(directory: Path) -> None:
@@ -154,11 +169,13 @@ def build(
 ) -> Attached:
     """Loads, attaches and starts, as the training program does. when_loaded: shown the model before anything
     is attached. targets: as in a recipe, or "few". labels: how many the encoder tells apart; 0 for the
-    language model. images: of images and not of texts. quantization: kind of packed weights. family: gpt2 in
-    the place of Qwen2."""
+    language model. images: of images and not of texts. quantization: kind of packed weights. family: gpt2 or
+    experts in the place of Qwen2; of experts, all are adapted."""
     directory = directory / family
     if labels:
         directory = directory / ("vision" if images else "encoder")
+    if family == "experts":
+        targets = ["q_proj", "experts"]
     section = ModelSection(
         path=str(directory),
         dtype=str(engine.dtype).removeprefix("torch."),
@@ -195,7 +212,7 @@ def random_factors(attached: Attached, seed: int = 5) -> dict[str, dict[str, tor
     return {
         name: {
             factor: torch.randn(shape, generator=generator) * 0.1 + (factor == magnitude_of(attached.method))
-            for factor, shape in attached.method.shapes(*layer.shape).items()
+            for factor, shape in layer.factor_shapes().items()
         }
         for name, layer in attached.layers.items()
     }

@@ -30,6 +30,11 @@ def add(verbs) -> None:
         help="peft: the smallest rank of each layer whose update is off by at most E, relative, "
         "in the Frobenius norm",
     )
+    parser.add_argument(
+        "--no-check",
+        action="store_true",
+        help="merged: do not load the result to compare it with the run on one batch",
+    )
 
 
 def run(options: argparse.Namespace) -> None:
@@ -47,7 +52,10 @@ def run(options: argparse.Namespace) -> None:
         options.dtype and getattr(torch, options.dtype),
         options.compress_rank,
         options.max_error,
+        check=not options.no_check,
     )
     print(done.path)
     if done.compression:
         print(done.compression)
+    if done.difference is not None:
+        print(f"compared with the run: logits differ by {done.difference:.1e} of the largest")

@@ -24,6 +24,7 @@ from distlora.engine.rehearsal import Kept
 from distlora.engine.zero.gradients import ZeroGradients
 from distlora.engine.zero.layout import base_optimizer, refuse_parameters_outside, refuse_unknown_layout
 from distlora.engine.zero.monitors import Monitors, start_explained
+from distlora.errors import UserError
 
 #: What an engine of DeepSpeed, its optimizer wrapper and its clock count.
 COUNTERS = (
@@ -31,6 +32,10 @@ COUNTERS = (
     "overflow", "micro_step_count", "global_step_count", "total_elapsed_time", "step_elapsed_time",
     "start_time",
 )  # fmt: skip
+
+#: DeepSpeed gathers some mixtures of experts as a whole, because ranks might call different experts. Here all
+#: experts of a block are parameters of one module, which every rank calls.
+NO_LEAVES = {"classes": []}
 
 
 class _Runner(nn.Module):
@@ -116,6 +121,9 @@ class ZeroEngine(ZeroGradients):
         layers = adapter_layers(model)
         # DeepSpeed would clip by the norm of the transformed gradients: who transforms them has clipped.
         config = {**self._config, "gradient_clipping": 0.0} if transforming(layers) else self._config
+        if self.stage == 3:
+            zero = config["zero_optimization"]
+            config = config | {"zero_optimization": {"leaf_module": NO_LEAVES, **zero}}
         built = self._build(optimizer, optimizer.groups(trained, left_factors(layers)))
         with start_explained():
             engine, *_ = deepspeed.initialize(
@@ -191,10 +199,23 @@ class ZeroEngine(ZeroGradients):
 
     @contextmanager
     def probe_pass(self) -> Iterator[None]:
+        self._refuse_leaves()
         self._settle()
         yield
         # A frozen embedding stays marked active after a backward pass that did not go through the engine.
         self._settle()
+
+    def _refuse_leaves(self) -> None:
+        """A leaf module gives its unused parameters gradients of zero in any backward pass."""
+        for name, parameter in self._trained.items():
+            leaf = getattr(parameter, "ds_z3_leaf_module", None)
+            if leaf is not None:
+                raise UserError(
+                    f"the DeepSpeed engine treats {type(leaf).__name__}, which holds {name}, as a leaf of "
+                    'ZeRO-3, over which gradients cannot be probed; set leaf_module to {"classes": []} in '
+                    "the zero_optimization section of its config",
+                    agreed=True,
+                )
 
     def run_probe(self, function: Callable, *arguments):
         return self._call(self._engine.module, function, *arguments)

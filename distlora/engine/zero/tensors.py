@@ -16,7 +16,7 @@ from distlora.engine.protocol import adapter_layers, tell_changed
 from distlora.engine.rehearsal import on_host
 from distlora.engine.zero.layout import Slice, base_optimizer, locate, shard_of
 from distlora.maths.checksum import bit_sum
-from distlora.maths.low_rank import LowRank, add_low_rank
+from distlora.maths.low_rank import LowRank
 from distlora.maths.rounding import Rounding
 from distlora.methods import Factors
 
@@ -128,13 +128,12 @@ class ZeroTensors:
     @torch.no_grad()
     def add_low_rank(self, layer: AdapterLinear, update: LowRank, rounding: Rounding, key: int) -> float:
         weight, device = layer.weight, self.comm.device
-        update = layer.as_stored(update)
         layer.changed()
         if self.stage < 3:
-            error = add_low_rank(weight.data.view(-1), 0, update, rounding, key, device)
+            error = layer.add_to_part(weight.data.view(-1), 0, update, rounding, key, device)
             return error if self.comm.is_main else 0.0
         with self._shard_for_writing(weight) as (start, shard):
-            return add_low_rank(shard, start, update, rounding, key, device)
+            return layer.add_to_part(shard, start, update, rounding, key, device)
 
     def weight_at_owner(self, layer: AdapterLinear, owner: int) -> Tensor | None:
         weight = layer.weight

@@ -8,6 +8,7 @@ from distlora.methods.capabilities.facts import (
     last_trained_factor,
     magnitude_of,
     probe_of,
+    problem_with_experts,
     recomposing,
     writes_weight,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "last_trained_factor",
     "magnitude_of",
     "probe_of",
+    "problem_with_experts",
     "recomposing",
     "writes_weight",
 ]

@@ -54,6 +54,7 @@ class HasMagnitude(HoldsPretrained):
         factors: Factors,
         training: bool,
         base: Linear = linear,
+        along: Linear = linear,
         prepared: Factors | None = None,
     ) -> Tensor:
         """`(x Wᵀ + s·(…(x Aᵀ)…)Bᵀ) ⊙ c + b`. prepared: what `prepare` answered for this weight and these
@@ -69,7 +70,7 @@ class HasMagnitude(HoldsPretrained):
         scale = self.row_scale(factors, prepared)
         if training and self.dropout:
             u = self._dropped(x, training)
-            change = rows_rescaled(base(u, weight, None), self._along_path(u, factors), scale)
+            change = rows_rescaled(base(u, weight, None), self._along_path(u, factors, along), scale)
             return base(x, weight, bias) + change
-        y = base(x, weight, None) + self._update(x, factors, training)
+        y = base(x, weight, None) + self._update(x, factors, training, along)
         return y * scale if bias is None else torch.addcmul(bias, y, scale)

@@ -1,0 +1,41 @@
+"""docs/models.md says of every class of models what a tiny one of it does."""
+
+import pytest
+
+from tests.model_matrix.columns import COLUMNS, YES
+from tests.model_matrix.ranks import cell
+from tests.model_matrix.table import COMMAND, DOCUMENT, matrix, page
+
+
+def test_the_table_of_models_says_what_is_found(tmp_path):
+    found = page(matrix())
+    (tmp_path / "models.md").write_text(found)
+    if found != DOCUMENT.read_text():
+        pytest.fail(
+            f"docs/models.md is not what {tmp_path / 'models.md'} is; write it anew: {COMMAND}", pytrace=False
+        )
+
+
+def test_what_is_no_yes_is_explained_once_below_the_table():
+    refused = {"all-linear": "refused: too small"}
+    good = dict.fromkeys(COLUMNS, YES)
+    lines = page({"llama": good, "opt": refused, "gpt2": refused | {"loss": "no: off by 2"}}).splitlines()
+    rows = [line for line in lines if line.startswith("| ") and "model" in line][-3:]
+    assert [row.split(" | ")[2:4] for row in rows] == [
+        ["yes", "yes"],
+        ["refused (1)", "–"],
+        ["refused (1)", "no (2)"],
+    ]
+    assert lines[-2:] == ["1. too small", "2. off by 2"]
+
+
+@pytest.mark.parametrize(
+    ("losses", "said"),
+    [
+        ([2.0, 1.0], YES),
+        ([2.0, 1.1], "no: the losses differ by 1.0e-01"),
+        ("no: the ranks ended before", None),
+    ],
+)
+def test_losses_of_two_ranks_are_held_to_those_of_one_process(losses, said):
+    assert cell(losses, [2.0, 1.0]) == (said or losses)
