@@ -12,6 +12,7 @@ says what is made of a row and how an answer is judged.
 """
 
 from distlora.data.batches import TrainOrder, collate, micro_batches, shard
+from distlora.data.chat import ends_of_turn
 from distlora.data.completion import CompletionRows, EncodedDocuments, load_completion
 from distlora.data.conventions import Conventions
 from distlora.data.conversations import ChatExamples
@@ -30,8 +31,8 @@ from distlora.data.labelled import LabelledRows, LabelledSample, collate_labelle
 from distlora.data.questions import Question, Questions, load_questions
 
 __all__ = [
-    "CompletionRows",
     "ChatExamples",
+    "CompletionRows",
     "Conventions",
     "Encoded",
     "EncodedDocuments",
@@ -50,8 +51,9 @@ __all__ = [
     "collate_images",
     "collate_labelled",
     "download",
-    "fingerprint_of",
+    "ends_of_turn",
     "examples_of",
+    "fingerprint_of",
     "image_labels",
     "is_at_hand",
     "label_names",

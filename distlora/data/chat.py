@@ -310,3 +310,15 @@ def _outside_marks(marked: str) -> tuple[str, list[Place]]:
             own.append((length, length + len(piece)))
         length += len(piece)
     return "".join(parts), own
+
+
+def ends_of_turn(tokenizer, conventions: Conventions = NEWEST) -> frozenset[int]:
+    """The tokens with which the chat template ends a turn of the assistant, asked of a short conversation;
+    none if the template ends no turn, or refuses this one. Raises UserError as `Chat` does.
+    """
+    asked, answered = {"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}
+    try:
+        (found,) = Chat(tokenizer, conventions).encode([Conversation((asked, answered), (False, True))])
+    except Unreadable:
+        return frozenset()
+    return found.turns[-1].ends

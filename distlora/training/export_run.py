@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 
 from distlora.checkpoints.directory import newest, of_step
+from distlora.data import ends_of_turn
 from distlora.errors import UserError
 from distlora.exports.check import check_merged
 from distlora.exports.companions import RunTokens
@@ -22,6 +23,7 @@ from distlora.models.loading import load_tokenizer
 from distlora.recipe.load import load_run_recipe
 from distlora.recipe.sections import Recipe
 from distlora.tasks import ImageTask, ResponseTask, get_task
+from distlora.training.objective import conventions_of
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ def base_name(path: str) -> str:
 
 
 def _tokens(recipe: Recipe) -> RunTokens | None:
-    """Those that the run uses; None where there is no usable tokenizer."""
+    """Those that the run uses, and that end its answers; None where there is no usable tokenizer."""
     task = get_task(recipe.data.task)
     if isinstance(task, ImageTask):
         return None
@@ -104,6 +106,9 @@ def _tokens(recipe: Recipe) -> RunTokens | None:
         return None
     answers = isinstance(task, ResponseTask) and tokenizer.eos_token_id is not None
     ends = frozenset({tokenizer.eos_token_id} if answers else ())
+    conventions = conventions_of(recipe)
+    if recipe.shows_chats and conventions.whole_chat:
+        ends |= ends_of_turn(tokenizer, conventions)
     return RunTokens(tokenizer.pad_token, tokenizer.pad_token_id, ends)
 
 

@@ -12,6 +12,7 @@ from distlora.models.loading import load_tokenizer
 from distlora.recipe.load import load_recipe, load_run_recipe
 from distlora.training import evaluate, run_directory, train
 from distlora.training.evaluated import Asked, sections_of, subject_of_run
+from distlora.training.export_run import export_run
 from distlora.training.objective import conventions_of, objective_of
 from tests.tiny_models import tiny_model_dir
 from tests.unit.test_chat_templates import messages_of
@@ -85,3 +86,17 @@ def test_other_tasks_are_asked_as_the_run_was_trained(given):
     (section,) = sections_of(subject, Asked(tasks=("arithmetic",))).values()
     assert section.template == "chat" and section.chat_date == date.today().isoformat()
     assert conventions_of(subject.recipe).date == section.chat_date
+
+
+def test_a_merged_model_stops_where_the_template_ends_a_turn(given, tmp_path):
+    """Also where that is not the end of sequence."""
+    model = tmp_path / "llama"
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    config["chat_template"] = TEMPLATE.replace("eos_token", "'<|reserved|>'")
+    (model / "tokenizer_config.json").write_text(json.dumps(config))
+    run(given)
+    out = tmp_path / "merged"
+    export_run(tmp_path / "run", "merged", out)
+    tokenizer = load_tokenizer(load_recipe(given).model)
+    ends = json.loads((out / "generation_config.json").read_text())["eos_token_id"]
+    assert {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|reserved|>")} <= set(ends)

@@ -211,14 +211,15 @@ def test_nor_before_that_has_written_one(tmp_path):
 
 @pytest.mark.parametrize(
     ("owner", "said"),
-    [({}, f"running (process {os.getpid()} on "), (DEAD, "ended without a word at step 0"), (None, "ended")],
+    [({}, "running (process {} on "), (DEAD, "ended without a word at step 0"), (None, "ended")],
+    ids=["living", "dead", "none"],
 )
 def test_the_status_tells_a_run_that_goes_on_from_one_that_was_killed(tmp_path, owner, said):
     StatusFile(tmp_path, 0, new_start()).write("running")
     if owner is not None:
         write_lease(tmp_path, **owner)
     told = call("status", tmp_path)
-    assert told.code == 1 and told.out.startswith(f"{tmp_path}: {said}")
+    assert told.code == 1 and told.out.startswith(f"{tmp_path}: {said.format(os.getpid())}")
 
 
 # ---------------------------------------------------------------------- whole runs
