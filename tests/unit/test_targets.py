@@ -186,8 +186,6 @@ def test_experts_in_one_parameter_are_named_with_their_share(config):
     held = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n)
     share = 100 * held / sum(p.numel() for p in model.parameters())
     assert f"experts {share:.1f} %" in line
-    assert "experts" in sentence(model, ["q_proj", "experts"])
-    assert "3-D parameters" in sentence(model, ["gate_up_proj"])
 
 
 def test_parts_of_the_model_that_are_trained_whole_are_told():
