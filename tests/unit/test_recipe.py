@@ -234,7 +234,10 @@ def test_a_whole_method_can_be_given():
         ("data.task=", "override data.task: found null, wanted a text"),
         ("data.fields={a: [b]}", 'override data.fields.a: found ["b"], wanted a text'),
         ("output_dir=''", 'override output_dir: found "", wanted a text that is not empty'),
-        ("targets=q_proj", 'override targets: found "q_proj", wanted all-linear or experts or a list or a mapping'),
+        (
+            "targets=q_proj",
+            'override targets: found "q_proj", wanted all-linear or experts or a list or a mapping',
+        ),
         (
             "targets=[]",
             "override targets: found [], wanted all-linear or experts or a list of at least 1 or a mapping",
