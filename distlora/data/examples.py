@@ -15,14 +15,12 @@ from distlora.data.columns import (
     require_column,
     row_name,
 )
+from distlora.data.labels import whole_number
 from distlora.data.sources import Row
 from distlora.data.templates import BY_STEPS, CHAT, PAPER, Prompt, ask_by_steps, choose_templates, joined
 from distlora.errors import UserError
 from distlora.sentences import listed, nearest
 from distlora.tasks import ROLES, Layout, get_task
-
-#: What the column of the answer holds in a row without one, as in the hub's test splits.
-_UNANSWERED = ("", "-1")
 
 
 class DataSection(Protocol):
@@ -259,7 +257,7 @@ class Examples:
     def _read(self, layout: Layout, row: Row, position: int) -> Row | None:
         """A row with the columns of the task beside its own; None for a row without an answer."""
         value = row.get(layout.answer)
-        if value is None or str(value).strip() in _UNANSWERED:
+        if value is None or not str(value).strip() or (layout.marked and whole_number(value) == "-1"):
             return None
         where = f"data: {row_name(position, self.origin)}"
         for column in layout.columns:
