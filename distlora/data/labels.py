@@ -1,5 +1,6 @@
 """What a cell says as a label or as a score: numbers and truth values as the various formats write them."""
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -39,10 +40,13 @@ def whole_number(value: Any) -> str | None:
 
 
 def number_in(value: Any) -> float | None:
-    """The number that a cell holds; None if it holds none. A decimal comma is no number."""
+    """The number that a cell holds, perhaps an infinity; None if it holds none. A decimal comma is no number."""
     value = plain(value)
     if is_finite_number(value):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            return math.inf if value > 0 else -math.inf
     text = _text(value)
     return float(text) if text is not None and _DECIMAL.fullmatch(text) else None
 
