@@ -1,6 +1,6 @@
 """Columns and cells of rows, and the sentences for those that are missing or hold no text."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain
 
 from distlora.data.readers import Row, is_finite_number, kind_of, plain
@@ -23,6 +23,11 @@ def has_column(rows: Sequence[Row], column: str) -> bool:
     """Whether any row has such a column."""
     columns = getattr(rows, "column_names", None)
     return any(column in row for row in rows) if columns is None else column in columns
+
+
+def cells_of(rows: Sequence[Row], column: str) -> Iterable[object]:
+    """The cells of one column, None where a row has none; of rows of the hub without their other columns."""
+    return rows[column] if hasattr(rows, "column_names") else (row.get(column) for row in rows)
 
 
 def require_column(rows: Sequence[Row], column: str, where: str, origin: str) -> None:
