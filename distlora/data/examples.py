@@ -19,6 +19,7 @@ from distlora.data.labels import whole_number
 from distlora.data.sources import Row
 from distlora.data.templates import BY_STEPS, CHAT, PAPER, Prompt, ask_by_steps, choose_templates, joined
 from distlora.errors import UserError
+from distlora.files.user_paths import user_path
 from distlora.sentences import listed, nearest
 from distlora.tasks import ROLES, Layout, get_task
 
@@ -102,7 +103,7 @@ def _path(section: DataSection) -> str:
             f"data.path: the task {section.task} needs one, name a file, a directory or a data set of the hub"
         )
     for folder in filter(None, (get_task(section.task).folder, section.task)):
-        if (Path(path).expanduser() / folder).is_dir():  # those of several tasks lie in one
+        if (user_path(path, "data.path") / folder).is_dir():  # those of several tasks lie in one
             return str(Path(path) / folder)
     return path
 
@@ -114,7 +115,7 @@ def is_same_data(first: DataSection, second: DataSection) -> bool:
         if not (section.path or get_task(section.task).path):
             return f"task {section.task}"
         path = _path(section)
-        return str(Path(path).expanduser().resolve()) if sources.is_local(path) else path
+        return str(user_path(path, "data.path").resolve()) if sources.is_local(path) else path
 
     return place(first) == place(second)
 

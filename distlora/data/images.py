@@ -23,6 +23,7 @@ from distlora.data.image_files import class_names, read_split, splits_of
 from distlora.data.labelled import LabelledRows, label_names
 from distlora.data.sources import Row
 from distlora.errors import UserError
+from distlora.files.user_paths import user_path
 from distlora.models.targets import IGNORE
 from distlora.sentences import first_line
 from distlora.tasks import get_task
@@ -48,7 +49,7 @@ def image_labels(section: DataSection) -> tuple[str, ...]:
     """
     if get_task(section.task).labels or section.labels is not None:
         return label_names(section)
-    path = section.path and Path(section.path).expanduser()
+    path = section.path and user_path(section.path, "data.path")
     parts = sources.parse_split(section.split)
     names = class_names(path, (part.name for part in parts)) if path else None
     if names is None:
@@ -78,7 +79,7 @@ class ImageRows(LabelledRows):
         self.column = self._columns["image"]
 
     def read(self, section: DataSection, split: str) -> Sequence[Row]:
-        path = section.path and Path(section.path).expanduser()
+        path = section.path and user_path(section.path, "data.path")
         found = splits_of(path) if path else None
         if found is None:
             return examples.load_rows(section, split)

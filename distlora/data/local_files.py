@@ -7,6 +7,7 @@ from pathlib import Path
 
 from distlora.data.readers import FORMATS, Row, is_read, read_file, stem
 from distlora.errors import UserError
+from distlora.files.user_paths import user_path
 from distlora.sentences import listed, nearest
 
 #: Behind the number of shards the hub used to write a hash.
@@ -21,9 +22,10 @@ def place_of(path: str) -> tuple[Path, str | None]:
     `rows.json:data`.
     """
     named = _WITH_KEY.fullmatch(path)
-    if named is None or Path(path).expanduser().exists():
-        return Path(path).expanduser(), None
-    return Path(named["file"]).expanduser(), named["key"]
+    whole = user_path(path, "data.path")
+    if named is None or whole.exists():
+        return whole, None
+    return user_path(named["file"], "data.path"), named["key"]
 
 
 def of_split(
