@@ -30,7 +30,8 @@ def read_tsv(file: Path, header: Sequence[str] | None = None) -> list[Row]:
     rows = _read(file, header, _TSV, "TSV")
     if _are_quoted(rows):
         log.warning(
-            "data: %s has cells in quotation marks, with doubled ones inside, as pandas writes them; in a TSV file all these marks are text and are kept: write it as CSV, or without quoting",
+            "data: %s has cells in quotation marks, with doubled ones inside, as pandas writes them; "
+            "in a TSV file all these marks are text and are kept: write it as CSV, or without quoting",
             file,
         )
     return rows
