@@ -39,7 +39,8 @@ def require_column(rows: Sequence[Row], column: str, where: str, origin: str) ->
 
 
 def cell_text(row: Row, column: str, position: int, origin: str) -> str:
-    """A cell as text. Raises UserError if it holds neither text nor a finite number, or half a character.
+    """A cell as text. Raises UserError if it holds neither text nor a finite number, or an unpaired
+    surrogate.
 
     position, origin: the row's number and the data set, for the error.
     """
@@ -54,7 +55,7 @@ def cell_text(row: Row, column: str, position: int, origin: str) -> str:
         text.encode()
     except UnicodeEncodeError as error:  # JSON can name half of a surrogate pair, and no text can hold it
         raise UserError(
-            f"data: {row_name(position, origin)} has half a character ({text[error.start]!a}) in column "
+            f"data: {row_name(position, origin)} has an unpaired surrogate ({text[error.start]!a}) in column "
             f"{column!r}, correct it"
         ) from None
     return text
