@@ -137,9 +137,10 @@ def _doubt(numbers: set[int], count: int) -> str | None:
 
 
 def stored_names(rows: Sequence[Any], column: str) -> tuple[str, ...] | None:
-    """The names that a data set of the hub has for the numbers 0, 1, … in a column; None if it has none."""
+    """The names that a data set of the hub, or its copy, has for the numbers 0, 1, … in a column; None if it
+    has none."""
     feature = (getattr(rows, "features", None) or {}).get(column)
-    names = getattr(feature, "names", None)
+    names = getattr(feature, "names", None) or getattr(rows, "names", {}).get(column)
     return tuple(names) if names else None
 
 

@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
 
-from distlora.data.readers import FORMATS, Row, is_read, read_file, stem
+from distlora.data.readers import FORMATS, Row, Rows, is_read, read_file, shared_names, stem
 from distlora.errors import UserError
 from distlora.files.user_paths import user_path
 from distlora.sentences import listed, nearest
@@ -39,7 +39,8 @@ def of_split(
     `distlora.data.sources.load_rows`. Errors: UserError.
     """
     files = _files(path, split, local_names or {})
-    return list(chain.from_iterable(read_file(file, header, key) for file in files))
+    parts = {file.name: read_file(file, header, key) for file in files}
+    return Rows(chain.from_iterable(parts.values()), shared_names(parts))
 
 
 def _files(path: Path, split: str, local_names: Mapping[str, str]) -> list[Path]:

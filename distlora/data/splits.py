@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from distlora.data.readers import Row
+from distlora.data.readers import Row, Rows, shared_names
 from distlora.errors import UserError
 
 _PART = re.compile(r"(?P<name>[\w.\-]+)(?:\[(?P<slice>[^\]]*)\])?")
@@ -59,4 +59,5 @@ def parse_split(expression: str) -> list[SplitPart]:
 def select(parts: list[SplitPart], read_split: Callable[[str], list[Row]]) -> list[Row]:
     """The rows of all parts in order; each split is read once."""
     whole = {name: read_split(name) for name in dict.fromkeys(part.name for part in parts)}
-    return [whole[part.name][position] for part in parts for position in part.rows(len(whole[part.name]))]
+    rows = (whole[part.name][position] for part in parts for position in part.rows(len(whole[part.name])))
+    return Rows(rows, shared_names(whole))

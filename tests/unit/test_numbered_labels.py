@@ -118,3 +118,29 @@ def test_own_labels_of_a_task_follow_the_names_of_the_data_set(hub):
     assert of_hub(None, "sst2", fields=names) == [1, 0, None]
     hub(["no", "yes"])
     assert of_hub(None, "sst2", fields=names) == [0, 1, None]
+
+
+def test_local_copies_of_a_data_set_of_the_hub_keep_its_names(tmp_path):
+    import datasets
+
+    def save(name, names):
+        features = datasets.Features(
+            {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=names)}
+        )
+        rows = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [0, 1]}, features=features)
+        rows.to_parquet(tmp_path / name)
+
+    def read(labels, split="train"):
+        return [row[2] for row in LabelledRows(section(tmp_path, labels), split)]
+
+    save("train-00000-of-00002.parquet", ["positive", "negative"])
+    save("train-00001-of-00002.parquet", ["positive", "negative"])
+    save("test.parquet", ["negative", "positive"])
+    assert read(["negative", "positive"]) == [1, 0, 1, 0]
+    assert read(["negative", "positive"], "test[:1]") == [0]
+    with pytest.raises(UserError, match=r"\(positive, negative\); list these names"):
+        read(["bad", "good"])
+    with pytest.raises(
+        UserError, match="column 'label' has other names for its numbers in train than in test"
+    ):
+        read(["negative", "positive"], "train+test")

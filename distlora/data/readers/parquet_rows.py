@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from distlora.data.readers.values import Row
+from distlora.data.readers.rows import Rows, names_in
 from distlora.errors import UserError
 from distlora.sentences import first_line
 
 
-def read_parquet(file: Path) -> list[Row]:
+def read_parquet(file: Path) -> Rows:
     """Errors: UserError."""
     from pyarrow import parquet  # slow to import, and not needed for the other formats
 
@@ -26,7 +26,7 @@ def read_parquet(file: Path) -> list[Row]:
     if twice is not None:
         raise UserError(f"data.path: {file} has two columns called {twice!r}, rename one of them")
     try:
-        return table.to_pylist()
+        return Rows(table.to_pylist(), names_in(table.schema.metadata))
     except MemoryError:
         raise
     except Exception as error:  # a time in an unknown zone, a text that is not UTF-8
