@@ -1,7 +1,10 @@
 """The files of a split in a directory: every shard once, and where the rows lie if they are elsewhere."""
 
+from types import SimpleNamespace
+
 import pytest
 
+from distlora.data import load_images
 from distlora.data.sources import load_rows
 from distlora.errors import UserError
 
@@ -78,3 +81,20 @@ def test_numbered_files_of_a_split_are_all_named(tmp_path):
     folder_of(tmp_path, "train-1.json", "train-2.json", "test.json")
     assert "for the rows of all of train-1, train-2 write train-1+train-2 as the split" in refused(tmp_path)
     assert len(load_rows(str(tmp_path), "train-1+train-2")) == 2
+
+
+def test_folder_below_with_tables_of_images_is_named(tmp_path):
+    folder_of(tmp_path / "data", "train-00000-of-00001.json")
+    section = SimpleNamespace(
+        task="cifar10",
+        path=str(tmp_path),
+        split="train",
+        fields=None,
+        template=None,
+        labels=None,
+        max_length=9,
+    )
+    with pytest.raises(
+        UserError, match=r"data holds .*train-00000-of-00001.json, name that folder in data.p"
+    ):
+        load_images(section, "train")
