@@ -104,7 +104,10 @@ class LabelNames:
                 '; name the labels "false" and "true" in data.labels, in quotes, or write names into the data'
             )
         if whole_number(plain(value)) is not None and not (self.are_counted or self._by_whole):
-            return "; names that begin with a digit are not counted: write them into the data"
+            return (
+                "; names that begin with a digit are not counted: write them into the data, or list the "
+                "labels as numbers"
+            )
         if kind_of(value) in ("NaN", "infinity", "-infinity"):
             return "; leave it empty, or null, where a row has no label"
         return ""
