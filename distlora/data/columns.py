@@ -1,6 +1,6 @@
 """Columns and cells of rows, and the sentences for those that are missing or hold no text."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain
 
 from distlora.data.readers import Row, is_finite_number, kind_of, plain
@@ -25,6 +25,11 @@ def has_column(rows: Sequence[Row], column: str) -> bool:
     return any(column in row for row in rows) if columns is None else column in columns
 
 
+def cells_of(rows: Sequence[Row], column: str) -> Iterable[object]:
+    """The cells of one column, None where a row has none; of rows of the hub without their other columns."""
+    return rows[column] if hasattr(rows, "column_names") else (row.get(column) for row in rows)
+
+
 def require_column(rows: Sequence[Row], column: str, where: str, origin: str) -> None:
     """Raises UserError if there is no such column. where: what asks for it."""
     if not has_column(rows, column):
@@ -34,7 +39,8 @@ def require_column(rows: Sequence[Row], column: str, where: str, origin: str) ->
 
 
 def cell_text(row: Row, column: str, position: int, origin: str) -> str:
-    """A cell as text. Raises UserError if it holds neither text nor a finite number, or half a character.
+    """A cell as text. Raises UserError if it holds neither text nor a finite number, or an unpaired
+    surrogate.
 
     position, origin: the row's number and the data set, for the error.
     """
@@ -49,7 +55,7 @@ def cell_text(row: Row, column: str, position: int, origin: str) -> str:
         text.encode()
     except UnicodeEncodeError as error:  # JSON can name half of a surrogate pair, and no text can hold it
         raise UserError(
-            f"data: {row_name(position, origin)} has half a character ({text[error.start]!a}) in column "
+            f"data: {row_name(position, origin)} has an unpaired surrogate ({text[error.start]!a}) in column "
             f"{column!r}, correct it"
         ) from None
     return text

@@ -231,7 +231,7 @@ def _whole(text: str, where: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:  # JSON can name half of a surrogate pair, and no text can hold it
-        raise Wrong(f"half a character ({text[error.start]!a}) in {where}") from None
+        raise Wrong(f"an unpaired surrogate ({text[error.start]!a}) in {where}") from None
     if any("\ufdd0" <= letter <= "\ufdef" for letter in text):
         raise Wrong(f"a noncharacter (U+FDD0 to U+FDEF) in {where}")
     return text

@@ -15,14 +15,13 @@ from distlora.data.columns import (
     require_column,
     row_name,
 )
+from distlora.data.labels import whole_number
 from distlora.data.sources import Row
 from distlora.data.templates import BY_STEPS, CHAT, PAPER, Prompt, ask_by_steps, choose_templates, joined
 from distlora.errors import UserError
+from distlora.files.user_paths import user_path
 from distlora.sentences import listed, nearest
 from distlora.tasks import ROLES, Layout, get_task
-
-#: What the column of the answer holds in a row without one, as in the hub's test splits.
-_UNANSWERED = ("", "-1")
 
 
 class DataSection(Protocol):
@@ -104,7 +103,7 @@ def _path(section: DataSection) -> str:
             f"data.path: the task {section.task} needs one, name a file, a directory or a data set of the hub"
         )
     for folder in filter(None, (get_task(section.task).folder, section.task)):
-        if (Path(path).expanduser() / folder).is_dir():  # those of several tasks lie in one
+        if (user_path(path, "data.path") / folder).is_dir():  # those of several tasks lie in one
             return str(Path(path) / folder)
     return path
 
@@ -116,7 +115,7 @@ def is_same_data(first: DataSection, second: DataSection) -> bool:
         if not (section.path or get_task(section.task).path):
             return f"task {section.task}"
         path = _path(section)
-        return str(Path(path).expanduser().resolve()) if sources.is_local(path) else path
+        return str(user_path(path, "data.path").resolve()) if sources.is_local(path) else path
 
     return place(first) == place(second)
 
@@ -259,7 +258,7 @@ class Examples:
     def _read(self, layout: Layout, row: Row, position: int) -> Row | None:
         """A row with the columns of the task beside its own; None for a row without an answer."""
         value = row.get(layout.answer)
-        if value is None or str(value).strip() in _UNANSWERED:
+        if value is None or not str(value).strip() or (layout.marked and whole_number(value) == "-1"):
             return None
         where = f"data: {row_name(position, self.origin)}"
         for column in layout.columns:

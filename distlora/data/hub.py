@@ -7,6 +7,7 @@ from dataclasses import replace
 from distlora.data.readers import Row
 from distlora.data.splits import SplitPart
 from distlora.errors import UserError
+from distlora.files.problems import is_of_the_disk, sentence_on
 from distlora.sentences import first_line, nearest
 
 
@@ -44,7 +45,8 @@ def hub_split(path: str, split: str):
                 "then set HF_TOKEN or run `hf auth login`"
             ) from error
         raise UserError(
-            f"data.path: {name} is no local path and no data set of the hub open to you, correct it"
+            f"data.path: {name} is neither a local path nor a data set of the hub that you can read, "
+            "correct it"
         ) from error
     except ConnectionError as error:
         if datasets.config.HF_HUB_OFFLINE:
@@ -56,7 +58,21 @@ def hub_split(path: str, split: str):
             f"data.path: {name} is no local path, and the hub cannot be reached; correct it, or the network"
         ) from error
     except Exception as error:  # a download may raise anything, also from HTTP clients
+        full = _disk_error(error)
+        if full is not None:
+            raise UserError(
+                f"data.path: {path} cannot be brought from the hub: {sentence_on(full)}"
+            ) from error
         raise UserError(_hub_problem(path, split, error)) from error
+
+
+def _disk_error(error: BaseException | None) -> OSError | None:
+    """The error of the disk that lies behind what a library reports; None if there is none."""
+    while error is not None:
+        if isinstance(error, OSError) and is_of_the_disk(error):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _hub_problem(path: str, split: str, error: Exception) -> str:

@@ -275,6 +275,9 @@ def _read_classes(path: Path) -> list[Row]:
     rows, endings = [], set(Image.registered_extensions())
     for folder in _folders(path):
         files = [file for file in sorted(folder.iterdir()) if file.suffix.lower() in endings]
+        table = next(filter(is_read, sorted(folder.iterdir())), None)
+        if not files and table is not None:
+            raise UserError(f"data.path: {folder} holds {table.name}, name that folder in data.path")
         if not files:
             raise UserError(
                 f"data.path: {folder} holds no image; images lie in folders of their classes, "

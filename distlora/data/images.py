@@ -23,6 +23,7 @@ from distlora.data.image_files import class_names, read_split, splits_of
 from distlora.data.labelled import LabelledRows, label_names
 from distlora.data.sources import Row
 from distlora.errors import UserError
+from distlora.files.user_paths import user_path
 from distlora.models.targets import IGNORE
 from distlora.sentences import first_line
 from distlora.tasks import get_task
@@ -48,7 +49,7 @@ def image_labels(section: DataSection) -> tuple[str, ...]:
     """
     if get_task(section.task).labels or section.labels is not None:
         return label_names(section)
-    path = section.path and Path(section.path).expanduser()
+    path = section.path and user_path(section.path, "data.path")
     parts = sources.parse_split(section.split)
     names = class_names(path, (part.name for part in parts)) if path else None
     if names is None:
@@ -76,9 +77,10 @@ class ImageRows(LabelledRows):
     def __init__(self, section: DataSection, split: str):
         super().__init__(section, split)
         self.column = self._columns["image"]
+        self.cells = _Cells(self.rows, self.column)
 
     def read(self, section: DataSection, split: str) -> Sequence[Row]:
-        path = section.path and Path(section.path).expanduser()
+        path = section.path and user_path(section.path, "data.path")
         found = splits_of(path) if path else None
         if found is None:
             return examples.load_rows(section, split)
@@ -112,6 +114,26 @@ class ImageRows(LabelledRows):
             raise UserError(f"data: the image in {where} cannot be read ({what}), replace it") from None
 
 
+class _Cells:
+    """The cells of one column by their row; bytes of the hub as views of the file that holds them."""
+
+    def __init__(self, rows: Sequence[Row], column: str):
+        self._rows, self._column = rows, column
+        if hasattr(rows, "column_names"):
+            self._rows, self._column = rows.select_columns(column).with_format("arrow"), None
+
+    def __getitem__(self, position: int) -> Any:
+        row = self._rows[position]
+        if self._column is not None:
+            return row[self._column]
+        cell = row.column(0)[0]
+        if hasattr(cell, "as_buffer"):
+            return cell.as_buffer()
+        if not hasattr(cell, "keys") or not {"bytes", "path"} <= set(cell):
+            return cell.as_py()
+        return {"bytes": cell["bytes"].as_buffer(), "path": cell["path"].as_py()}
+
+
 def _opened(value: Any) -> Image.Image:
     """A row's image as far as its header: of an array, a file, or the bytes of a file."""
     if isinstance(value, np.ndarray):
@@ -127,13 +149,15 @@ def _opened(value: Any) -> Image.Image:
 
 
 def _seen(value: Any) -> list:
-    """The pixels of an array; of a file its name and size, and of the bytes of one these and both ends."""
+    """What a fingerprint compares: the pixels of an array; of a file its name and size; of the bytes of one
+    their number and both ends, so that of the hub's rows only these are read.
+    """
     if isinstance(value, np.ndarray):
         return [value.tobytes()]
     if isinstance(value, dict):
         value = value.get("bytes") or Path(value.get("path") or "")
-    if isinstance(value, bytes):
-        return [len(value), value[:_ENDS], value[-_ENDS:]]
+    if not isinstance(value, Path):
+        return [len(value), bytes(value[:_ENDS]), bytes(value[-_ENDS:])]
     return [value.name, value.stat().st_size]
 
 
@@ -158,7 +182,7 @@ class ImageSample:
 
     def content(self) -> list:
         """What a fingerprint is made of: the label, and as much of the image as needs no decoding."""
-        return [self.label, *_seen(self.rows.rows[self.position][self.rows.column])]
+        return [self.label, *_seen(self.rows.cells[self.position])]
 
 
 def load_images(section: DataSection, split: str) -> Encoded:

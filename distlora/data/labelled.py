@@ -14,15 +14,15 @@ from torch import Tensor
 
 from distlora.data import examples
 from distlora.data.batches import pad_rows
-from distlora.data.columns import cell_text, columns_of, require_column, row_name
+from distlora.data.columns import cell_text, cells_of, columns_of, require_column, row_name
 from distlora.data.conventions import NEWEST, Conventions
 from distlora.data.encode import Encoded, chunks, of_row
 from distlora.data.labelled_texts import LabelledTexts
-from distlora.data.labels import LabelNames, is_unlabelled, number_in, shown, whole_number
+from distlora.data.labels import LabelNames, is_unlabelled, number_in, shown, stored_names, whole_number
 from distlora.data.sources import Row
 from distlora.errors import UserError
 from distlora.models.targets import IGNORE
-from distlora.sentences import nearest
+from distlora.sentences import listed, nearest
 from distlora.tasks import ScoreTask, TextTask, get_task
 
 #: What a column can be used for. A data set may have no pairs.
@@ -107,7 +107,7 @@ class LabelledRows:
         self.origin = examples.origin(section, split)
         self._task = get_task(section.task)
         self._columns = self._assign_columns(self._task, section.task, section.fields or {})
-        self._names = LabelNames(self.labels)
+        self._names = self._find_names(section)
 
     def read(self, section: DataSection, split: str) -> Sequence[Row]:
         return examples.load_rows(section, split)
@@ -140,6 +140,27 @@ class LabelledRows:
                     f"data.fields: no column for {role}, set it, as in {{text: sentence, label: label}}"
                 )
         return columns
+
+    def _find_names(self, section: DataSection) -> LabelNames:
+        """What the cells of the label's column mean. Raises UserError where that cannot be told."""
+        column, names = self._columns["label"], LabelNames(self.labels)
+        stored = stored_names(self.rows, column)
+        if stored and set(stored) == set(self.labels):
+            return LabelNames(self.labels, stored)
+        if isinstance(self._task, ScoreTask) or section.labels is None or names.are_numbers:
+            return names
+        if stored:
+            raise UserError(
+                f"data.labels: {listed(self.labels)} are not the names that column {column!r} of "
+                f"{self.origin} has for its numbers ({listed(stored)}); list these names, in any order, or "
+                "the numbers"
+            )
+        doubt = names.doubt(cells_of(self.rows, column))
+        if doubt:
+            raise UserError(
+                f"data.labels: column {column!r} of {self.origin} holds {doubt}; list the labels as numbers"
+            )
+        return names
 
     def _label(self, row: Row, position: int) -> int | float | None:
         """The number of a row's label, which the row holds as a name or as a number; or its score.

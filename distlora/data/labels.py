@@ -1,10 +1,12 @@
 """What a cell says as a label or as a score: numbers and truth values as the various formats write them."""
 
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from distlora.data.readers import is_finite_number, kind_of, plain
+from distlora.sentences import listed
 
 #: What the column of the label holds in a row without one, as in the hub's test splits and in MNLI's files.
 _UNLABELLED = ("", "-", "-1")
@@ -39,10 +41,13 @@ def whole_number(value: Any) -> str | None:
 
 
 def number_in(value: Any) -> float | None:
-    """The number that a cell holds; None if it holds none. A decimal comma is no number."""
+    """The number that a cell holds, perhaps an infinity; None if it holds none. A comma is no part of one."""
     value = plain(value)
     if is_finite_number(value):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            return math.inf if value > 0 else -math.inf
     text = _text(value)
     return float(text) if text is not None and _DECIMAL.fullmatch(text) else None
 
@@ -59,18 +64,22 @@ def _text(value: Any) -> str | None:
 
 class LabelNames:
     """Labels by what a cell may hold: the name; a true or false for a name of that word; a whole number,
-    however it is written, for a name that is this number. Where no name is a number, cells may hold the
-    number of the label itself, from 0 on.
+    however it is written, for a name that is this number. Where no name begins with a digit, cells may hold
+    the number of the label itself, from 0 on.
+
+    stored: the same names in the order in which the data set numbers them, if it does.
     """
 
-    def __init__(self, names: Sequence[str]):
+    def __init__(self, names: Sequence[str], stored: Sequence[str] | None = None):
         self.names = tuple(names)
         self._by_name = {name: number for number, name in enumerate(names)}
         self._by_whole = _first_of_each(whole_number(name) for name in names)
+        self.are_numbers = len(self._by_whole) == len(self.names)
         self._by_truth = _first_of_each(truth_in(name) for name in names)
-        self.are_numbers = bool(self._by_whole)
-        if not self.are_numbers:
-            self._by_whole = {str(number): number for number in range(len(names))}
+        self.are_counted = stored is not None or not (self._by_whole or any(map(_begins_with_digit, names)))
+        if self.are_counted:
+            order = self.names if stored is None else stored
+            self._by_whole = {str(number): self._by_name[name] for number, name in enumerate(order)}
 
     def number(self, value: Any) -> int | None:
         """The number of the label that a cell names; None if it names none."""
@@ -86,7 +95,7 @@ class LabelNames:
     def known(self) -> str:
         """What a cell may hold, as a part of a sentence."""
         names = ", ".join(self.names)
-        return names if self.are_numbers else f"{names} or 0 to {len(self.names) - 1}"
+        return f"{names} or 0 to {len(self.names) - 1}" if self.are_counted else names
 
     def advice(self, value: Any) -> str:
         """The end of a sentence about a cell that names no label."""
@@ -94,9 +103,52 @@ class LabelNames:
             return (
                 '; name the labels "false" and "true" in data.labels, in quotes, or write names into the data'
             )
+        if whole_number(plain(value)) is not None and not (self.are_counted or self._by_whole):
+            return (
+                "; names that begin with a digit are not counted: write them into the data, or list the "
+                "labels as numbers"
+            )
         if kind_of(value) in ("NaN", "infinity", "-infinity"):
             return "; leave it empty, or null, where a row has no label"
         return ""
+
+    def doubt(self, cells: Iterable[Any]) -> str | None:
+        """What the cells of a column without names of its own hold, if it cannot be told which name each
+        number stands for: whether -1 is a label, or whether numbers begin with 1. None without a doubt.
+        """
+        if not self.are_counted:
+            return None
+        numbers = set()
+        for value in map(plain, cells):
+            number = whole_number(value)
+            if _text(value) in self._by_name or (number is None and not is_unlabelled(value)):
+                return None
+            numbers.add(number)
+        return _doubt({int(number) for number in numbers - {None}}, len(self.names))
+
+
+def _doubt(numbers: set[int], count: int) -> str | None:
+    """numbers: all that a column holds. count: of the names."""
+    labels = numbers - {-1}
+    if not labels or labels == set(range(count)) or max(labels) >= count or min(labels) < 0:
+        return None
+    if -1 in numbers and (count - 1 not in labels or len(numbers) == count):
+        return f"the numbers {listed(sorted(numbers))}, and -1 may be a label or stand for no label"
+    if -1 not in numbers and count > 2 and labels == set(range(1, count)):
+        return f"the numbers {listed(sorted(numbers))}, which may be counted from 0 or from 1"
+    return None
+
+
+def stored_names(rows: Sequence[Any], column: str) -> tuple[str, ...] | None:
+    """The names that a data set of the hub, or its copy, has for the numbers 0, 1, … in a column; None if it
+    has none."""
+    feature = (getattr(rows, "features", None) or {}).get(column)
+    names = getattr(feature, "names", None) or getattr(rows, "names", {}).get(column)
+    return tuple(names) if names else None
+
+
+def _begins_with_digit(name: str) -> bool:
+    return name.strip()[:1].isdigit()
 
 
 def _first_of_each(keys) -> dict[str, int]:

@@ -8,11 +8,12 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from distlora.data.readers import Row
+from distlora.data.readers import Row, Rows, shared_names
 from distlora.errors import UserError
 
 _PART = re.compile(r"(?P<name>[\w.\-]+)(?:\[(?P<slice>[^\]]*)\])?")
-_SLICE = re.compile(r"(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?")
+#: Bounds of up to 18 digits, more than any number of rows.
+_SLICE = re.compile(r"(?P<start>-?\d{1,18}%?)?:(?P<stop>-?\d{1,18}%?)?")
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,8 @@ def parse_split(expression: str) -> list[SplitPart]:
         bounds = _SLICE.fullmatch(re.sub(r"[\s_]", "", part["slice"])) if has_slice else None
         if part is None or (has_slice and bounds is None):
             raise UserError(
-                f"data: split {expression!r} cannot be read, write it like train[:50000] or train[10%:20%]"
+                f"data: split {expression[:100]!r} cannot be read, write it like train[:50000] or "
+                "train[10%:20%]"
             )
         parts.append(SplitPart(part["name"], *(bounds.group("start", "stop") if bounds else ())))
     return parts
@@ -57,4 +59,5 @@ def parse_split(expression: str) -> list[SplitPart]:
 def select(parts: list[SplitPart], read_split: Callable[[str], list[Row]]) -> list[Row]:
     """The rows of all parts in order; each split is read once."""
     whole = {name: read_split(name) for name in dict.fromkeys(part.name for part in parts)}
-    return [whole[part.name][position] for part in parts for position in part.rows(len(whole[part.name]))]
+    rows = (whole[part.name][position] for part in parts for position in part.rows(len(whole[part.name])))
+    return Rows(rows, shared_names(whole))

@@ -8,6 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from distlora.files.user_paths import expanded
+
 #: Seconds to wait for the hub.
 PATIENCE = 6.0
 #: The beginning of the names of marks: files by which nodes see whether they share a directory.
@@ -18,7 +20,7 @@ _SMALL = 1 << 20
 
 def existing(path: str | Path) -> Path:
     """The directory, or the nearest one above it that exists. A run creates the rest."""
-    place = Path(path).expanduser().absolute()
+    place = expanded(path).absolute()
     while not place.is_dir() and place != place.parent:
         place = place.parent
     return place
@@ -63,7 +65,7 @@ def path_facts(paths: dict[str, str]) -> dict[str, Any]:
     """Label -> path, whether it exists, and the checksum if it is a small file."""
     found = {}
     for label, name in paths.items():
-        path = Path(name).expanduser()
+        path = expanded(name)
         small = path.is_file() and path.stat().st_size <= _SMALL
         found[label] = {
             "path": name,

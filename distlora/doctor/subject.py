@@ -8,6 +8,7 @@ from typing import Any
 from distlora.doctor import cross_checks
 from distlora.doctor.findings import Finding, Node, merged
 from distlora.doctor.node_checks import NODE_CHECKS
+from distlora.files.user_paths import user_path
 
 #: Seconds to wait for the build of operators. A build that takes longer continues.
 BUILD_LIMIT = 300.0
@@ -81,7 +82,7 @@ def subject_of(recipe: Path | None, run_dir: Path | None, build: bool) -> Subjec
     rows = loaded.data.path
     file, key = place_of(rows or "")
     for label, path in (("model", loaded.model.path), ("data", rows if key is None else str(file))):
-        if path and (Path(path).expanduser().exists() or path[0] in "./~"):
+        if path and (user_path(path, label).exists() or path[0] in "./~"):
             paths[label] = path
     if "model" not in paths and not loaded.model.path.startswith("pypi:"):
         model = loaded.model.path

@@ -18,6 +18,7 @@ _REMEDIES = {
     errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
     errno.EROFS: "make it writable, or name another place",
     errno.EIO: "check the disk",
+    errno.ENAMETOOLONG: "give a shorter name",
 }
 #: There is no room for more, though what is there can still be replaced or removed.
 FULL = (errno.ENOSPC, errno.EDQUOT)

@@ -20,6 +20,7 @@ from huggingface_hub.errors import (
 
 from distlora.errors import UserError
 from distlora.files.problems import dangling_link, why_unreadable
+from distlora.files.user_paths import user_path
 from distlora.sentences import first_line
 
 #: Patterns of the files that hold a vocabulary and are neither JSON nor text: SentencePiece's under all its
@@ -54,7 +55,7 @@ def resolve_path(path: str, progress: Callable[[str], None] | None = None) -> Pa
     """
     if path.startswith("pypi:"):
         return _from_package(path, progress)
-    directory = Path(path).expanduser()
+    directory = user_path(path, "model.path")
     link = dangling_link(directory / "config.json")
     if link:
         raise UserError(f"model.path={path}: {link}")
@@ -98,9 +99,8 @@ def may_download(path: str) -> bool:
 
 def on_the_hub(path: str) -> bool:
     """Whether a `model.path` means a repository on the hub, and not something on this machine."""
-    return not (
-        path.startswith(("pypi:", ".", "/", "~")) or path.count("/") > 1 or Path(path).expanduser().exists()
-    )
+    looks_local = path.startswith(("pypi:", ".", "/", "~")) or path.count("/") > 1
+    return not (looks_local or user_path(path, "model.path").exists())
 
 
 def _from_package(path: str, progress: Callable[[str], None] | None) -> Path:

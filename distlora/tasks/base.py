@@ -38,13 +38,15 @@ class Layout:
     """How a copy of a data set with other columns is read.
 
     columns: what tells it from other copies. answer: the one of them that holds the answer; a row where it
-    is null, empty or -1 has none. read: from a row with an answer to one with the columns of the task; it
-    raises ValueError for a row that cannot be, with the rest of a sentence that begins "row 3 has".
+    is null or empty has none. read: from a row with an answer to one with the columns of the task; it raises
+    ValueError for a row that cannot be, with the rest of a sentence that begins "row 3 has". marked: whether
+    -1 in the answer stands for a row without one, too, as in the hub's test splits of questions with options.
     """
 
     columns: tuple[str, ...]
     answer: str
     read: Callable[[Row], Row]
+    marked: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -116,7 +116,7 @@ def _test(path: str, folder: str, layout: Layout, kind: str, eval_split: str = "
         COMMONSENSE,
         path=path,
         folder=folder,
-        layouts=(layout,),
+        layouts=(replace(layout, marked=True),),
         judge=judging.by_option(kind),
         eval_split=eval_split,
         local_splits={"validation": "test"},

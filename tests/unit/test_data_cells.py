@@ -43,7 +43,7 @@ def test_texts_and_finite_numbers_are_text(value, text):
         (math.nan, "NaN"), (np.float64("nan"), "NaN"), (np.float32("nan"), "NaN"), (math.inf, "infinity"),
         (-math.inf, "-infinity"), (Decimal("NaN"), "NaN"), (None, "no value"), ([1], "a list"),
         ({"a": 1}, "an object"), (b"x", "bytes"), (date(2020, 1, 1), "a date"), (np.array([1]), "a list"),
-        ("\ud83d", "half a character"), ("x\udc00", "half a character"),
+        ("\ud83d", "an unpaired surrogate"), ("x\udc00", "an unpaired surrogate"),
     ],
 )  # fmt: skip
 def test_what_is_no_text_is_named_with_row_and_column(value, found):

@@ -229,7 +229,7 @@ def test_what_the_hub_refuses_is_one_sentence(monkeypatch):
         (DatasetNotFoundError("Dataset 'org/name' is a gated dataset on the Hub. Log in."), "set HF_TOKEN"),
         (
             DatasetNotFoundError("Dataset 'org/name' doesn't exist on the Hub."),
-            "is no local path and no data set",
+            "is neither a local path nor a data set",
         ),
         (ConnectionError("Couldn't reach 'org/name' on the Hub (ConnectError)"), "the hub cannot be reached"),
         (

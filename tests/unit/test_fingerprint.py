@@ -19,7 +19,7 @@ SCORES = [LabelledSample([1, n], [0, 1], n / 2) for n in range(5)]
 
 
 def images(*contents):
-    rows = SimpleNamespace(rows=[{"image": content} for content in contents], column="image", origin="x")
+    rows = SimpleNamespace(cells=contents, origin="x")
     return [ImageSample(rows, position, 3) for position in range(len(contents))]
 
 

@@ -151,7 +151,7 @@ def test_half_a_character_is_named_with_its_row(tmp_path, tokenizer, task, colum
     row = {columns["prompt"]: "How much?", columns["response"]: "\\boxed{2} #### 2"}
     data = section(rows_file(tmp_path, row, row | {columns[column]: "a\ud83d" + row[columns[column]]}), task)
     for load in (load_questions, load_split):
-        with pytest.raises(UserError, match=r"row 1 of .* has half a character \('.ud83d'\) in column"):
+        with pytest.raises(UserError, match=r"row 1 of .* has an unpaired surrogate \('.ud83d'\) in column"):
             load(data, "test", tokenizer)
 
 

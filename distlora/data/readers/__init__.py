@@ -1,6 +1,7 @@
 """Local files as rows, by their suffix: a file of this folder for each family of formats.
 
 text        what the text formats share: encoding, packing, lines
+rows        rows with the names of the numbers in a column
 values      what cells hold, in words
 """
 
@@ -9,12 +10,24 @@ from pathlib import Path
 
 from distlora.data.readers.json_rows import read_json, read_json_lines
 from distlora.data.readers.parquet_rows import read_parquet
+from distlora.data.readers.rows import Rows, shared_names
 from distlora.data.readers.table_rows import read_csv, read_tsv
 from distlora.data.readers.text import is_packed
 from distlora.data.readers.values import Row, is_finite_number, kind_of, plain
 from distlora.errors import UserError
 
-__all__ = ["FORMATS", "Row", "is_finite_number", "is_read", "kind_of", "plain", "read_file", "stem"]
+__all__ = [
+    "FORMATS",
+    "Row",
+    "Rows",
+    "is_finite_number",
+    "is_read",
+    "kind_of",
+    "plain",
+    "read_file",
+    "shared_names",
+    "stem",
+]
 
 _READERS: dict[str, Callable[..., list[Row]]] = {
     ".jsonl": read_json_lines,

@@ -10,6 +10,8 @@ from distlora.data.readers.values import Row, kind_of
 from distlora.errors import UserError
 from distlora.sentences import listed, nearest
 
+#: The keys of messages, in either form.
+_MESSAGE = ({"role", "content"}, {"from", "value"})
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
@@ -126,7 +128,9 @@ def _after_space(text: str, place: int) -> int:
 def _under(values: list[Any], key: str, file: Path) -> list[Any]:
     """The list under a key of the only object."""
     found = values[0] if len(values) == 1 else values
-    for part in key.split("."):
+    left = key
+    while left:
+        part, left = _next_key(left, found)
         if not isinstance(found, dict):
             raise UserError(
                 f"data.path: {file} has {kind_of(found)} where an object with the key {part!r} is named, "
@@ -144,9 +148,22 @@ def _under(values: list[Any], key: str, file: Path) -> list[Any]:
     return found
 
 
+def _next_key(key: str, content: Any) -> tuple[str, str]:
+    """The longest part of a dotted key that is itself one of an object's keys, or the part before the first
+    dot; and the rest."""
+    parts = key.split(".")
+    for count in range(len(parts), 0, -1):
+        part = ".".join(parts[:count])
+        if count == 1 or (isinstance(content, dict) and part in content):
+            break
+    return part, ".".join(parts[count:])
+
+
 def _check_is_row(content: dict[str, Any], file: Path) -> None:
     """Raises UserError for a file that is one object and no single row: its rows lie under a key, or its
-    columns are lists."""
+    columns are lists. One conversation is a row."""
+    if any(map(_is_conversation, content.values())):
+        return
     hint = _lists_hint(content, file, "")
     nested = [name for name, value in content.items() if isinstance(value, dict | list)]
     if hint or (nested and len(nested) == len(content)):
@@ -154,6 +171,12 @@ def _check_is_row(content: dict[str, Any], file: Path) -> None:
             f"data.path: {file} is one object, with the keys {listed(content)}; wanted a list of objects, "
             f"or one object a line{hint}"
         )
+
+
+def _is_conversation(value: Any) -> bool:
+    """Whether it is a list that begins with a message."""
+    first = value[0] if isinstance(value, list) and value else None
+    return isinstance(first, dict) and any(keys <= first.keys() for keys in _MESSAGE)
 
 
 def _lists_hint(content: Any, file: Path, prefix: str) -> str:

@@ -1,9 +1,10 @@
 """Rows of CSV and TSV files. The first line names the columns."""
 
 import csv
+import logging
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from distlora.sentences import counted
 _TSV = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
 _LOCK = threading.Lock()
 
+log = logging.getLogger(__name__)
+
 
 def read_csv(file: Path) -> list[Row]:
     """Errors: UserError with the row, counted from 0, and the line, counted from 1."""
@@ -24,7 +27,25 @@ def read_csv(file: Path) -> list[Row]:
 
 def read_tsv(file: Path, header: Sequence[str] | None = None) -> list[Row]:
     """header: the columns, if the first line is already a row. Errors: as for `read_csv`."""
-    return _read(file, header, _TSV, "TSV")
+    rows = _read(file, header, _TSV, "TSV")
+    if _are_quoted(rows):
+        log.warning(
+            "data: %s has cells in quotation marks, with doubled ones inside, as pandas writes them; "
+            "in a TSV file all these marks are text and are kept: write it as CSV, or without quoting",
+            file,
+        )
+    return rows
+
+
+def _are_quoted(rows: Iterable[Row]) -> bool:
+    """Whether a program has put cells in quotation marks: all that begin with one end with one, and some hold
+    doubled ones."""
+    doubled = False
+    for cell in (cell for row in rows for cell in row.values() if cell[:1] == '"'):
+        if len(cell) < 2 or cell[-1] != '"' or '"' in cell[1:-1].replace('""', ""):
+            return False
+        doubled = doubled or '""' in cell[1:-1]
+    return doubled
 
 
 @contextmanager

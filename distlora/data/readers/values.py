@@ -34,4 +34,4 @@ def kind_of(value: Any) -> str:
 def is_finite_number(value: Any) -> bool:
     """Whether a plain value is a number that has a place on the line; true and false are none."""
     is_number = isinstance(value, int | float | Decimal) and not isinstance(value, bool)
-    return is_number and math.isfinite(value)
+    return is_number and (isinstance(value, int) or math.isfinite(value))  # an int may be beyond every float
