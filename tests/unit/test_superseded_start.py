@@ -1,0 +1,55 @@
+"""A start whose directory is taken over while it loads: it changes nothing there. And one that is refused."""
+
+from pathlib import Path
+
+import pytest
+
+from distlora.engine.comm import Topology
+from distlora.errors import UserError
+from distlora.training import train
+from tests.unit.test_lease import ELSEWHERE, write_lease
+from tests.unit.test_train import model, recipe  # noqa: F401 (fixtures)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def stalled(monkeypatch):
+    """Lets something happen at a moment of the next start; what is in the directory afterwards is kept."""
+
+    def at(owner: object, name: str, run_dir: Path) -> dict[str, bytes]:
+        action, seen = getattr(owner, name), {}
+
+        def late(*given, **more):
+            result = action(*given, **more)
+            write_lease(run_dir, **ELSEWHERE, token="another")
+            (run_dir / "recipe.yaml").write_text("# of the new owner")
+            seen.update(contents(run_dir))
+            return result
+
+        monkeypatch.setattr(owner, name, late)
+        return seen
+
+    return at
+
+
+@pytest.mark.parametrize("resume", [None, False])
+def test_a_start_that_is_superseded_while_it_loads_changes_nothing(recipe, stalled, resume):  # noqa: F811
+    made = recipe()
+    run = Path(made.output_dir)
+    train.train(made, Topology())
+    seen = stalled(train, "Run", run)
+    with pytest.raises(UserError, match="on node7 has taken it over.* writes nothing more there"):
+        train.train(made, Topology(), resume)
+    assert contents(run) == seen and any(name.startswith("checkpoint-3") for name in seen)
+
+
+def test_nor_does_one_that_is_superseded_right_after_its_claim(recipe, stalled):  # noqa: F811
+    made = recipe()
+    run = Path(made.output_dir)
+    seen = stalled(train, "_claim", run)
+    with pytest.raises(UserError, match="on node7 has taken it over"):
+        train.train(made, Topology())
+    assert contents(run) == seen
