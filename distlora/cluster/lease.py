@@ -67,7 +67,7 @@ class Lease:
 
     def _look(self, now: float) -> None:
         try:
-            owner = owner_of(self._path)
+            owner = ownership.settled_owner(self._path)
         except UserError:  # a file system that does not answer may do so in time
             return
         self._seen = now
