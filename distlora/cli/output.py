@@ -80,7 +80,7 @@ def lasting_output() -> Iterator[Output]:
 
 def _replace_unknown_characters(stream: TextIO) -> None:
     """Has what its encoding lacks, such as a letter of a path, written as an escape: ü as \\xfc."""
-    if hasattr(stream, "reconfigure"):  # a test may have put another kind there
+    if hasattr(stream, "reconfigure"):  # a stream that a caller has put there may have none
         with contextlib.suppress(OSError):  # it is flushed, which may fail
             stream.reconfigure(errors="backslashreplace")
 

@@ -124,18 +124,24 @@ def _keep_until(path: Path, step: int) -> set[tuple[int, str]]:
     if not path.exists():
         return set()
     kept, told = [], set()
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if not isinstance(record, dict) or type(record.get("step")) is not int:
-            continue  # a line that no run has written
+    for line, record in records(path):
         if step and record["step"] <= step:
             kept.append(line + "\n")
             told |= {(record["step"], tag) for tag in record}
     write_text(path, "".join(kept))
     return told
+
+
+def records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The lines of `metrics.jsonl` or of a file like it, and what they hold; without those that no run has
+    written. Raises OSError."""
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(record, dict) and type(record.get("step")) is int:
+            yield line, record
 
 
 def jsonable(value: float) -> float | str:
