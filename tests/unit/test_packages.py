@@ -9,6 +9,7 @@ import pytest
 
 from distlora.engine.zero.monitors import Monitors, start_explained
 from distlora.errors import UserError
+from distlora.files.packages import is_installed
 from distlora.recipe.load import recipe_of
 from distlora.recipe.packages import check_packages
 
@@ -20,7 +21,8 @@ def installed(monkeypatch):
     """Says which packages are there, by their versions."""
 
     def say(**versions):
-        monkeypatch.setattr(importlib.util, "find_spec", lambda name: versions.get(name))
+        found = {name: SimpleNamespace(origin=f"{name}/__init__.py") for name in versions}
+        monkeypatch.setattr(importlib.util, "find_spec", found.get)
         monkeypatch.setattr(importlib.metadata, "version", versions.__getitem__)
 
     return say
@@ -75,6 +77,18 @@ def test_packages_of_optimizer_and_monitors_are_one_sentence(installed):
     installed()
     with pytest.raises(UserError, match="bitsandbytes.*; and .*wandb needs the package wandb"):
         check_packages(recipe("train.optimizer.name=adamw8bit"), {"wandb": ON})
+
+
+@pytest.mark.parametrize("name", ["wandb", "comet"])
+def test_a_folder_of_the_name_is_not_the_package(tmp_path, monkeypatch, name):
+    """W&B writes its runs into ./wandb, which Python can import."""
+    package = {"wandb": "wandb", "comet": "comet_ml"}[name]
+    if is_installed(package):
+        pytest.skip(f"{package} is installed")
+    (tmp_path / package).mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match=f"{name} needs the package {package}"):
+        check_packages(recipe(), {name: ON})
 
 
 # ---------------------------------------------------------------------- monitors that fail
