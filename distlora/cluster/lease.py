@@ -128,8 +128,8 @@ def _refusal(run_dir: Path, owner: Owner, silent: float) -> str:
     if owner.is_here:
         return f"{known}; wait for its end, or name another directory"
     return (
-        f"{known}, last heard of {max(0.0, silent):.0f} s ago; wait for its end, which is believed after "
-        f"{STALE:.0f} s of silence, or give --take-over if it is known to have ended"
+        f"{known}, last heard of {max(0.0, silent):.0f} s ago; wait for its end (a start that is "
+        f"silent for {STALE:.0f} s counts as ended), or give --take-over if it is known to have ended"
     )
 
 
