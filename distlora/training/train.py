@@ -150,7 +150,7 @@ def _lease(run_dir: Path, start: str, take_over: bool, asked_to_stop: Callable[[
 
 def _claim(recipe: Recipe, resume: bool | None, status: StatusFile) -> None:
     """The directory is this run's from here on. Nothing is written to one on a disk that is full already."""
-    status.reserve()
+    status.claim()
     claim_run_dir(recipe, resume)
     status.write("running")
 

@@ -104,7 +104,7 @@ class limited_files:  # noqa: N801 (a context manager)
 def test_the_end_of_a_run_is_written_with_what_was_reserved(tmp_path, monkeypatch):
     """The disk has room for the status again once the reserve is given back."""
     status = StatusFile(tmp_path, 0, new_start())
-    status.reserve()
+    status.claim()
     assert (tmp_path / RESERVE).stat().st_blocks * 512 >= RESERVED_BYTES
     status.write("running")
     write, full = atomic.write_text, tmp_path / RESERVE
@@ -122,7 +122,7 @@ def test_the_end_of_a_run_is_written_with_what_was_reserved(tmp_path, monkeypatc
 def test_where_there_is_no_room_for_the_reserve_nothing_is_left(tmp_path, failing):
     failing()
     with pytest.raises(OSError):
-        StatusFile(tmp_path, 0, new_start()).reserve()
+        StatusFile(tmp_path, 0, new_start()).claim()
     assert list(tmp_path.iterdir()) == []
 
 

@@ -201,7 +201,7 @@ def test_an_old_start_that_wakes_up_does_not_overwrite_the_status_of_a_newer_one
 def test_nor_before_that_has_written_one(tmp_path):
     old = StatusFile(tmp_path, 0, new_start())
     old.write("running")
-    old.reserve()
+    old.claim()
     write_lease(tmp_path, **ELSEWHERE, token="another")
     with pytest.raises(UserError, match="another start has begun there"):
         old.write("failed", "too late")
@@ -211,7 +211,7 @@ def test_nor_before_that_has_written_one(tmp_path):
 
 @pytest.mark.parametrize(
     ("owner", "said"),
-    [({}, "running (process {} on "), (DEAD, "ended without a word at step 0"), (None, "ended")],
+    [({}, "running (process {} on "), (DEAD, "ended without saying why at step 0"), (None, "ended")],
     ids=["living", "dead", "none"],
 )
 def test_the_status_tells_a_run_that_goes_on_from_one_that_was_killed(tmp_path, owner, said):
