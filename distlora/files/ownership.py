@@ -1,7 +1,8 @@
 """Who owns what can have one owner only: a file that names it, on a file system that several hosts may share.
 
 The file is created whole, and only if it is not there. Its owner renews the time of its last change. Of a
-process of this host one sees whether it still runs; one of another host is judged by how long it was silent.
+process of this host one sees whether it still runs; one of another host, or that is hidden from this user, is
+judged by how long it was silent.
 """
 
 import contextlib
@@ -18,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from distlora.errors import UserError
-from distlora.files.processes import is_running, started_at, this_place
+from distlora.files.processes import is_hidden, is_running, started_at, this_place
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,8 @@ class Owner:
 
     @property
     def is_here(self) -> bool:
-        """Whether its process number means something here."""
-        return self.place == this_place()
+        """Whether one sees here whether its process runs."""
+        return self.place == this_place() and not is_hidden(self.pid)
 
     @property
     def runs_here(self) -> bool:
