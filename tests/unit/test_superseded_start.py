@@ -87,3 +87,16 @@ def test_an_error_after_the_claim_is_told(recipe, monkeypatch):  # noqa: F811
     with pytest.raises(UserError, match="no"):
         train.train(made, Topology())
     assert read_status(run).state == "failed"
+
+
+def test_what_others_have_put_beside_the_adapter_is_refused_before_the_first_step(recipe):  # noqa: F811
+    made = recipe()
+    run = Path(made.output_dir)
+    train.train(made, Topology())
+    train.check(made, Topology(), None)
+    for name in ("README.md", ".cache"):
+        (run / "adapter" / name).mkdir()
+        with pytest.raises(UserError, match=f"adapter is not an empty directory .holds {name}."):
+            train.check(made, Topology(), None)
+        train.check(made, Topology(), False)
+        (run / "adapter" / name).rmdir()
