@@ -6,7 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -44,20 +44,16 @@ class Monitor:
             return
         line = {"step": step, **{tag: jsonable(value) for tag, value in scalars.items()}}
         self._append(self._path, line)
-        with self._events_kept():
-            self._engine.write_events([(tag, value, step) for tag, value in scalars.items()])
+        self._engine.write_events([(tag, value, step) for tag, value in scalars.items()])
 
     def tell_recomposition(self, report: RecompositionReport) -> None:
         """A decision about recomposition: means, every layer's own numbers and the importances as a picture
         where they are easy to look at, and all of it in `recompositions.jsonl`."""
         self.write(report.step, report.means())
         picture = report.picture()
-        with self._events_kept():
-            self._engine.write_details(
-                [(tag, value, report.step) for tag, value in report.by_layer().items()]
-            )
-            if picture is not None:
-                self._engine.write_image("recompose/importance", picture, report.step)
+        self._engine.write_details([(tag, value, report.step) for tag, value in report.by_layer().items()])
+        if picture is not None:
+            self._engine.write_image("recompose/importance", picture, report.step)
         if self._engine.comm.is_main:
             self._append(self._path.with_name(RECOMPOSITIONS), report.record())
 
@@ -83,18 +79,14 @@ class Monitor:
             if self._engine.comm.is_main and (record["step"], "step") not in self._recomposed:
                 self._append(self._path.with_name(RECOMPOSITIONS), record)
 
-    def _events_kept(self) -> AbstractContextManager[None]:
-        return self._writing.errors.kept(f"{self._path.parent}: the monitors of the DeepSpeed config")
-
     def tell_rates(self, scalars: dict[str, float], tried: list[tuple[float, float]]) -> None:
         """What a search for the learning rate has found, and to TensorBoard its curve, of which the steps are
         the numbers of the rates. tried: (rate, loss) by rate."""
         self.write(0, scalars)
         for number, (rate, loss) in enumerate(tried):
-            with self._events_kept():
-                self._engine.write_details(
-                    [("lr_search/tried_rate", rate, number), ("lr_search/tried_loss", loss, number)]
-                )
+            self._engine.write_details(
+                [("lr_search/tried_rate", rate, number), ("lr_search/tried_loss", loss, number)]
+            )
 
 
 @contextmanager
