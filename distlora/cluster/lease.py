@@ -146,6 +146,15 @@ def make_run_dir(run_dir: Path) -> list[Path]:
     return missing[::-1]
 
 
+def clear_drafts(run_dir: Path) -> None:
+    """Removes what starts that were killed while they took the lease have left there. For the owner, as its
+    own lease tells the time; what is not old may be of a start that is being refused."""
+    for draft in run_dir.glob(f".{LEASE}.*"):
+        with contextlib.suppress(OSError):
+            if (run_dir / LEASE).stat().st_mtime - draft.stat().st_mtime > STALE:
+                draft.unlink()
+
+
 def _since(owner: Owner) -> str:
     return f", since {owner.since}" if owner.since else ""
 

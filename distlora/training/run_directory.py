@@ -8,7 +8,7 @@ from typing import Any
 
 from distlora.checkpoints.directory import Checkpoint, newest
 from distlora.cluster.environment import ENVIRONMENT
-from distlora.cluster.lease import make_run_dir
+from distlora.cluster.lease import clear_drafts, make_run_dir
 from distlora.cluster.logs import LOGS
 from distlora.cluster.status import STATUS
 from distlora.errors import UserError
@@ -122,6 +122,7 @@ def _clear_drafts(run_dir: Path) -> None:
     for name in (RECIPE, METRICS, RECOMPOSITIONS, RATE_SEARCH, SUMMARY, ENVIRONMENT, f"{STATUS}.*", ADAPTER):
         for draft in run_dir.glob(f".{name}.partial"):
             remove(draft)
+    clear_drafts(run_dir)
 
 
 def _forget(run_dir: Path) -> None:
