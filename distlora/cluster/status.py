@@ -80,7 +80,7 @@ class StatusFile:
         self._path, self._start = run_dir / STATUS, start
         self.step, self.saved, self.steps = step, step, None
         self._before = self._found()
-        #: Whether the directory is this start's: a start that is refused before that changes nothing.
+        #: Whether the directory is this start's.
         self.claimed = False
         #: Whether the file exists. From then on it must be kept correct.
         self.begun = self._before is not None
@@ -91,11 +91,18 @@ class StatusFile:
         self._reserve()
         self.claimed = True
 
+    @property
+    def outlasts_refusal(self) -> bool:
+        """Whether this start, if it is refused, is to leave what it has found: a run that is done stays done.
+
+        Not so "preempted", by which a script would start the refused run again for ever.
+        """
+        return not self.claimed and self._before is not None and self._before.state == "done"
+
     def put_back(self) -> None:
         """Writes what this start has found, as if it had not been. Raises as `write` does."""
         self._refuse_if_superseded()
-        if self._before is not None:
-            self._replace(self._before)
+        self._replace(self._before)
         self.release()
 
     def _reserve(self) -> None:

@@ -122,8 +122,8 @@ class Supervision:
     def telling(self, status: StatusFile) -> Iterator[None]:
         """A context in which rank 0 writes the course of the run into its status file.
 
-        A start that is refused before it has claimed the directory leaves the file as it was, or none. Any
-        other end replaces the outcome of the start before.
+        A start that is refused leaves no file in a new directory, and leaves that of a run that is done as it
+        was. Any other outcome of the start before is replaced.
         """
         self._status = status
         if status.begun:
@@ -136,7 +136,7 @@ class Supervision:
             self._comm.barrier()
             raise
         except BaseException as error:
-            if isinstance(error, UserError) and not status.claimed:
+            if isinstance(error, UserError) and status.outlasts_refusal:
                 self._write_on_main(status.put_back)
             elif status.begun:
                 self._record("failed", _one_line(error), requeue=is_broken_collective(error))
