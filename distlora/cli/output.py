@@ -1,4 +1,5 @@
-"""Standard output and error that may be closed, full, or a pipe which nobody reads any more.
+"""Standard output and error that may be closed, full, a pipe which nobody reads any more, or in an encoding
+that lacks a character.
 
 None of these ends the program: a run that has cost days goes on without its terminal. Whether the output
 itself was the work is for the command line to judge, see `Output.error`.
@@ -66,6 +67,8 @@ def lasting_output() -> Iterator[Output]:
     """A context in which output never fails; yields the standard output."""
     _open_closed()
     before = sys.stdout, sys.stderr
+    for stream in before:
+        _replace_unknown_characters(stream)
     sys.stdout, sys.stderr = out, err = Output(sys.stdout), Output(sys.stderr)
     try:
         yield out
@@ -73,6 +76,13 @@ def lasting_output() -> Iterator[Output]:
         for stream in (out, err):
             stream.finish()
         sys.stdout, sys.stderr = before
+
+
+def _replace_unknown_characters(stream: TextIO) -> None:
+    """Has what its encoding lacks, such as a letter of a path, written as an escape: ü as \\xfc."""
+    if hasattr(stream, "reconfigure"):  # a stream that a caller has put there may have none
+        with contextlib.suppress(OSError):  # it is flushed, which may fail
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _open_closed() -> None:

@@ -155,7 +155,8 @@ class Heartbeat:
         """The board is gone. At the end of a run that is normal, and `stop` is called within a moment."""
         if not self._closing.wait((BEATS_WHEN_BROKEN + 1) * self._interval):
             self._finish(
-                Verdict(f"rank 0 on {self._hosts[0]} has ended without a word; {_REMEDY}", True), alone=True
+                Verdict(f"rank 0 on {self._hosts[0]} has ended without saying why; {_REMEDY}", True),
+                alone=True,
             )
 
     def _finish(self, verdict: Verdict, alone: bool) -> None:

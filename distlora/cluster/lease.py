@@ -67,7 +67,7 @@ class Lease:
 
     def _look(self, now: float) -> None:
         try:
-            owner = owner_of(self._path)
+            owner = ownership.settled_owner(self._path)
         except UserError:  # a file system that does not answer may do so in time
             return
         self._seen = now
@@ -128,8 +128,8 @@ def _refusal(run_dir: Path, owner: Owner, silent: float) -> str:
     if owner.is_here:
         return f"{known}; wait for its end, or name another directory"
     return (
-        f"{known}, last heard of {max(0.0, silent):.0f} s ago; wait for its end, which is believed after "
-        f"{STALE:.0f} s of silence, or give --take-over if it is known to have ended"
+        f"{known}, last heard of {max(0.0, silent):.0f} s ago; wait for its end (a start that is "
+        f"silent for {STALE:.0f} s counts as ended), or give --take-over if it is known to have ended"
     )
 
 
@@ -144,6 +144,15 @@ def make_run_dir(run_dir: Path) -> list[Path]:
     if not os.access(run_dir, os.W_OK):
         raise UserError(f"output_dir: {run_dir} cannot be written; name another directory")
     return missing[::-1]
+
+
+def clear_drafts(run_dir: Path) -> None:
+    """Removes what starts that were killed while they took the lease have left there. For the owner, as its
+    own lease tells the time; what is not old may be of a start that is being refused."""
+    for draft in run_dir.glob(f".{LEASE}.*"):
+        with contextlib.suppress(OSError):
+            if (run_dir / LEASE).stat().st_mtime - draft.stat().st_mtime > STALE:
+                draft.unlink()
 
 
 def _since(owner: Owner) -> str:

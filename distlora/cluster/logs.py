@@ -16,14 +16,14 @@ _FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 class _File(logging.FileHandler):
-    """Keeps the first error of its file, and is silent afterwards."""
+    """Keeps the first error of its own file, and is silent afterwards."""
 
     def __init__(self, path: Path, errors: WriteErrors):
-        self._errors = errors
+        self._errors, self._failed = errors, False
         super().__init__(path, encoding="utf-8", errors="backslashreplace")
 
     def emit(self, record: logging.LogRecord) -> None:
-        if self._errors.first is None:
+        if not self._failed:
             super().emit(record)
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (a name of `logging`)
@@ -31,6 +31,7 @@ class _File(logging.FileHandler):
         if not isinstance(error, OSError):
             super().handleError(record)
             return
+        self._failed = True
         with self._errors.kept(self.baseFilename):
             raise error
 

@@ -56,7 +56,7 @@ class Status:
         """owner: where the start runs that owns the run directory; None without one."""
         state = self.state
         if state == "running":
-            state = f"running ({owner})" if owner else "ended without a word"
+            state = f"running ({owner})" if owner else "ended without saying why"
         whole = f" of {self.steps}" if self.steps else ""
         return f"{state} at step {self.step}{whole}" + (f": {self.message}" if self.message else "")
 
@@ -80,15 +80,36 @@ class StatusFile:
         self._path, self._start = run_dir / STATUS, start
         self.step, self.saved, self.steps = step, step, None
         self._before = self._found()
+        #: Whether the directory is this start's.
+        self.claimed = False
         #: Whether the file exists. From then on it must be kept correct.
         self.begun = self._before is not None
 
-    def reserve(self) -> None:
-        """Keeps some room on the disk for how this start ends. Raises OSError where there is none."""
+    def claim(self) -> None:
+        """The directory is this start's from here on. Keeps some room on the disk for how it ends; raises
+        OSError where there is none."""
+        self._reserve()
+        self.claimed = True
+
+    @property
+    def outlasts_refusal(self) -> bool:
+        """Whether this start, if it is refused, is to leave what it has found: a run that is done stays done.
+
+        Not so "preempted", by which a script would start the refused run again for ever.
+        """
+        return not self.claimed and self._before is not None and self._before.state == "done"
+
+    def put_back(self) -> None:
+        """Writes what this start has found, as if it had not been. Raises as `write` does."""
+        self._refuse_if_superseded()
+        self._replace(self._before)
+        self.release()
+
+    def _reserve(self) -> None:
         path = self._path.with_name(RESERVE)
         try:
             with path.open("wb") as file:
-                file.write(bytes(RESERVED_BYTES))
+                file.write(os.urandom(RESERVED_BYTES))  # zeros may take no room
                 file.flush()
                 os.fsync(file.fileno())
         except OSError:

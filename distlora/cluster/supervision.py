@@ -122,8 +122,8 @@ class Supervision:
     def telling(self, status: StatusFile) -> Iterator[None]:
         """A context in which rank 0 writes the course of the run into its status file.
 
-        A start that is refused leaves no file in a new directory. In an old one it replaces the outcome of
-        the start before.
+        A start that is refused leaves no file in a new directory, and leaves that of a run that is done as it
+        was. Any other outcome of the start before is replaced.
         """
         self._status = status
         if status.begun:
@@ -136,7 +136,9 @@ class Supervision:
             self._comm.barrier()
             raise
         except BaseException as error:
-            if status.begun:
+            if isinstance(error, UserError) and status.outlasts_refusal:
+                self._write_on_main(status.put_back)
+            elif status.begun:
                 self._record("failed", _one_line(error), requeue=is_broken_collective(error))
             elif self._topology.rank == 0:
                 status.release()
@@ -145,12 +147,16 @@ class Supervision:
 
     def _record(self, state: State, message: str = "", requeue: bool = False) -> None:
         """Writes the status on rank 0."""
-        if self._topology.rank == 0:
-            self._write_status(state, message, requeue)
+        self._write_on_main(lambda: self._status.write(state, message, requeue))
 
-    def _write_status(self, state: State, message: str, requeue: bool) -> None:
+    def _write_on_main(self, write: Callable[[], None]) -> None:
+        if self._topology.rank == 0:
+            self._write(write)
+
+    @staticmethod
+    def _write(write: Callable[[], None]) -> None:
         try:
-            self._status.write(state, message, requeue)
+            write()
         except UserError:  # another start's, and this one ends because of that
             return
         except OSError as error:  # a full disk must not hide why the run ends
@@ -175,7 +181,7 @@ class Supervision:
         who = "distlora" if rank == 0 else f"distlora (rank {rank} on {host})"
         log.log(logging.ERROR if speaks else logging.INFO, "%s: %s", who, verdict.sentence)
         if speaks and self._status is not None and (rank == 0 or self._status.is_open()):
-            self._write_status("failed", verdict.sentence, verdict.silent)
+            self._write(lambda: self._status.write("failed", verdict.sentence, verdict.silent))
         if self._lease is not None:
             self._lease.release()
         time.sleep(self._heartbeat.reading_time if rank == 0 else EXIT_DELAY)

@@ -170,7 +170,7 @@ def judge(outcomes: Sequence[Outcome], ranks: Mapping[int, str], master: str) ->
     nodes = sorted(set(ranks.values()))
     if cut_off:
         reason = next(
-            (by_rank[rank]["error"] for rank in cut_off if "error" in by_rank[rank]), "without a word"
+            (by_rank[rank]["error"] for rank in cut_off if "error" in by_rank[rank]), "without saying why"
         )
         found = f"{_ranks(cut_off, ranks)} reached the master, but not the other ranks ({reason})"
         remedy = (

@@ -1,6 +1,5 @@
 """The optimizer and the learning-rate schedule: ours, and handed to whatever engine runs the model."""
 
-import importlib.util
 import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from distlora.errors import UserError
+from distlora.files.packages import is_installed
 from distlora.maths.blockwise import BLOCK
 
 OptimizerName = Literal["adamw", "sgd", "adamw8bit", "paged_adamw", "paged_adamw8bit"]
@@ -120,7 +120,7 @@ class OptimizerSpec:
 
     def problem(self) -> str | None:
         """What this machine lacks for the optimizer, as a sentence about the recipe; None if nothing."""
-        if self.of_bitsandbytes and importlib.util.find_spec("bitsandbytes") is None:
+        if self.of_bitsandbytes and not is_installed("bitsandbytes"):
             return (
                 f"train.optimizer.name={self.name} needs the package bitsandbytes, which is not installed; "
                 'pip install "distlora[bnb]", or set it to adamw'

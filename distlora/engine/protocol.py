@@ -152,7 +152,7 @@ class Engine(Protocol):
         """
 
     def write_events(self, events: list[tuple[str, float, int]]) -> None:
-        """(tag, value, step) to the engine's monitors; rank 0's are kept."""
+        """(tag, value, step) to the engine's monitors; rank 0's are kept. What fails there raises nothing."""
 
     def write_details(self, events: list[tuple[str, float, int]]) -> None:
         """The same for a tag of every layer, to TensorBoard alone: other monitors keep a file or a chart for

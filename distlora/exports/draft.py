@@ -16,8 +16,7 @@ def new_directory(out: Path, may_hold: Iterable[str] = ()) -> Iterator[Path]:
     may_hold: names of files of an earlier export, which are replaced. Raises UserError if `out` holds others.
     """
     bring_back_earlier(out)
-    if out.exists() and not (out.is_dir() and {path.name for path in out.iterdir()} <= set(may_hold)):
-        raise UserError(f"{out} is not an empty directory; name another one or remove it")
+    refuse_others(out, may_hold)
     draft = out.with_name(f".{out.name}.partial")
     remove(draft)
     made = [place for place in draft.parents if not place.exists()]
@@ -31,6 +30,18 @@ def new_directory(out: Path, may_hold: Iterable[str] = ()) -> Iterator[Path]:
         with contextlib.suppress(OSError):  # the first that holds something ends it
             for place in made:
                 place.rmdir()
+
+
+def refuse_others(out: Path, may_hold: Iterable[str] = ()) -> None:
+    """UserError where `out` is there and holds something else than `may_hold`. Reads only."""
+    if not out.exists():
+        return
+    others = sorted({path.name for path in out.iterdir()} - set(may_hold)) if out.is_dir() else [out.name]
+    if others:
+        holds = f"holds {others[0]}" if out.is_dir() else "is a file"
+        raise UserError(
+            f"{out} is not an empty directory ({holds}); name another one, or move away what it holds"
+        )
 
 
 def bring_back_earlier(out: Path) -> None:

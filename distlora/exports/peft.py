@@ -23,6 +23,7 @@ from distlora.files.tensors import TensorWriter
 from distlora.methods import Method, TrainsWeight
 
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+ADAPTER_FILES = (ADAPTER_WEIGHTS, ADAPTER_CONFIG)
 
 _TASKS = {
     "ForCausalLM": "CAUSAL_LM",
@@ -58,7 +59,7 @@ def export_peft_from_engine(
 
     def write(tensors: Iterable[tuple[str, Tensor]]) -> None:
         config = _peft_config(source, base_model, attached.method.dropout)
-        with new_directory(out, may_hold={ADAPTER_WEIGHTS, ADAPTER_CONFIG}) as draft:
+        with new_directory(out, may_hold=ADAPTER_FILES) as draft:
             write_peft(draft, source, tensors, config, dtype)
         if source.compression():
             _log.info("%s: %s", out, source.compression())

@@ -1,7 +1,8 @@
 """Who owns what can have one owner only: a file that names it, on a file system that several hosts may share.
 
 The file is created whole, and only if it is not there. Its owner renews the time of its last change. Of a
-process of this host one sees whether it still runs; one of another host is judged by how long it was silent.
+process of this host one sees whether it still runs; one of another host, or that is hidden from this user, is
+judged by how long it was silent.
 """
 
 import contextlib
@@ -18,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from distlora.errors import UserError
-from distlora.files.processes import is_running, started_at, this_place
+from distlora.files.processes import is_hidden, is_running, started_at, this_place
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,8 @@ class Owner:
 
     @property
     def is_here(self) -> bool:
-        """Whether its process number means something here."""
-        return self.place == this_place()
+        """Whether one sees here whether its process runs."""
+        return self.place == this_place() and not is_hidden(self.pid)
 
     @property
     def runs_here(self) -> bool:
@@ -57,6 +58,8 @@ class Owner:
         return bool(self.job) and self.job == own_job() and self.restart != _own_restart()
 
 
+#: Seconds within which a host that has renamed a file of another owner by mistake has put it back.
+SETTLING = 0.5
 #: What file systems say that have no hard links.
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 #: Of a file that names nobody.
@@ -86,21 +89,23 @@ def take(path: Path, mine: Owner, is_dead: Callable[[Owner, float], bool], lock:
     """Makes `mine` the owner and returns None; or returns the owner that there is and that is not dead.
 
     is_dead(owner, age): whether it owns no more; age: seconds since it was renewed, by the clock of the file
-    system, which hosts share. lock: a file, which is made, or a directory, for processes of this host. Raises
-    OSError.
+    system, which hosts share. lock: a file, which is made, or a directory, for processes of this host. Where
+    another host may be taking it at the same time this lasts SETTLING seconds. Raises OSError.
     """
     draft = path.with_name(f".{path.name}.{mine.token}")
     with _lock_of_this_host(lock):
         try:
             _write(draft, mine)
-            _remove_dead(path, mine.token, lambda owner: is_dead(owner, age_of(path, draft.stat().st_mtime)))
+            removed = _remove_dead(
+                path, mine.token, lambda owner: is_dead(owner, age_of(path, draft.stat().st_mtime))
+            )
             _create(path, draft)
+            return _settled(path, mine, draft) if removed or _has_rivals(path, draft) else None
         except FileExistsError:
-            return owner_of(path) or UNKNOWN
+            return settled_owner(path) or UNKNOWN
         finally:
             with contextlib.suppress(OSError):
                 draft.unlink(missing_ok=True)
-    return None
 
 
 def owner_of(path: Path) -> Owner | None:
@@ -113,6 +118,15 @@ def owner_of(path: Path) -> Owner | None:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, TypeError):
         return UNKNOWN
+
+
+def settled_owner(path: Path) -> Owner | None:
+    """The same, but that the file is gone is believed only on a second look: see `SETTLING`."""
+    owner = owner_of(path)
+    if owner is None:
+        time.sleep(SETTLING)
+        owner = owner_of(path)
+    return owner
 
 
 def age_of(path: Path, now: float | None = None) -> float:
@@ -151,22 +165,41 @@ def _create(path: Path, draft: Path) -> None:
             file.write(draft.read_text(encoding="utf-8"))
 
 
-def _remove_dead(path: Path, token: str, is_dead: Callable[[Owner], bool]) -> None:
-    """Removes the file of a dead owner. Another host may be doing the same at this moment, and be the owner
-    already; then its file is put back.
+def _has_rivals(path: Path, draft: Path) -> bool:
+    """Whether others are in the middle of `take`, or were killed there."""
+    return any(other != draft for other in path.parent.glob(f".{path.name}.*"))
+
+
+def _settled(path: Path, mine: Owner, draft: Path) -> Owner | None:
+    """Who the owner is once others have seen that the dead one is gone; None if it is `mine`.
+
+    One that has read the dead owner's name before may rename this owner's file after it, and a third may
+    take the place before it is put back. Raises FileExistsError.
+    """
+    time.sleep(SETTLING)
+    owner = settled_owner(path)
+    if owner is None:
+        _create(path, draft)
+    return None if owner is None or owner.token == mine.token else owner
+
+
+def _remove_dead(path: Path, token: str, is_dead: Callable[[Owner], bool]) -> bool:
+    """Removes the file of a dead owner; returns whether it has tried. Another host may be doing the same at
+    this moment, and be the owner already; then its file is put back.
     """
     dead = owner_of(path)
     if dead is None or not is_dead(dead):
-        return
+        return False
     aside = path.with_name(f".{path.name}.{token}.dead")
     try:
         os.rename(path, aside)
     except FileNotFoundError:
-        return
+        return True
     if owner_of(aside) != dead:
         with contextlib.suppress(FileExistsError):
             _create(path, aside)
     aside.unlink()
+    return True
 
 
 @contextlib.contextmanager

@@ -28,6 +28,22 @@ def is_running(pid: int, started: int | None) -> bool:
     return started is not None and started_at(pid) == started
 
 
+def is_hidden(pid: int) -> bool:
+    """Whether there is such a process that this user must not see: /proc may be mounted so, with hidepid."""
+    try:
+        Path("/proc", str(pid), "stat").read_bytes()
+        return False
+    except OSError:  # not there, or not to be read
+        pass
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return True
+    except (OSError, OverflowError):
+        pass
+    return False
+
+
 def stat_fields(folder: Path) -> list[str]:
     """State, parent, group and so on, which follow a name that may hold anything; [] if it does not run."""
     try:

@@ -1,13 +1,13 @@
 """Packages that a recipe needs and that this machine lacks: all of them in one sentence."""
 
 import importlib.metadata
-import importlib.util
 import re
 from typing import Any
 
 from distlora.adapter.packed import library
 from distlora.engine.optimizers import OptimizerSpec
 from distlora.errors import UserError
+from distlora.files.packages import is_installed
 from distlora.recipe.sections import Recipe
 
 #: DeepSpeed's monitors that need a package: its name, and the oldest version that will do.
@@ -52,10 +52,16 @@ def _quoted(requirement: str) -> str:
 
 def _lacking(package: str, oldest: str | None) -> str | None:
     """What pip has to be asked for; None if the package is there."""
-    if importlib.util.find_spec(package) is not None:
-        if oldest is None or _numbers(importlib.metadata.version(package)) >= _numbers(oldest):
-            return None
+    if is_installed(package) and (oldest is None or _version(package) >= _numbers(oldest)):
+        return None
     return package if oldest is None else f"{package}>={oldest}"
+
+
+def _version(package: str) -> list[int]:
+    try:
+        return _numbers(importlib.metadata.version(package))
+    except importlib.metadata.PackageNotFoundError:  # a folder of this name
+        return []
 
 
 def _numbers(version: str) -> list[int]:

@@ -41,7 +41,7 @@ class Claim:
             self._path.unlink(missing_ok=True)
 
     def _is_held(self) -> bool:
-        owner = owner_of(self._path)
+        owner = ownership.settled_owner(self._path)
         return owner is not None and owner.token == self.token
 
 

@@ -139,7 +139,7 @@ def _failure(code: int, said: str, before: Status | None, after: Status | None, 
 
 
 def _ended(code: int) -> str:
-    return f"killed by signal {-code}" if code < 0 else f"ended with exit code {code} and without a word"
+    return f"killed by signal {-code}" if code < 0 else f"ended with exit code {code} without saying why"
 
 
 def _conclude(sweep: Sweep, points: Sequence[Point], signals: Signals) -> None:

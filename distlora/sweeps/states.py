@@ -129,7 +129,7 @@ def _state(note: Note, holder: str, status: Status | None, evaluated: bool) -> t
         return ("done", "") if evaluated else ("waiting", "trained; its evaluation is missing")
     if status.state == "failed" and not status.requeue:
         return "failed", status.message
-    return "preempted", status.message or "ended without a word"
+    return "preempted", status.message or "ended without saying why"
 
 
 def states_of(sweep: Sweep) -> list[PointState]:

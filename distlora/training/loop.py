@@ -157,9 +157,6 @@ class Loop:
             raise UserError(f"{error}; {kept}; {_goes_on(there or saved)}", agreed=error.agreed) from error
 
     def _try_to_save(self, state: State) -> Path | None:
-        """Metrics that could not be written go with it."""
-        unwritten = self.monitor.unwritten()
-        state.extra = state.extra | ({UNWRITTEN: unwritten} if unwritten else {})
         try:
             return self._save(state)
         except UserError:
@@ -177,9 +174,12 @@ class Loop:
         return saved
 
     def _save(self, state: State) -> Path:
+        """Metrics that could not be written go with it."""
         settings, run_dir = self.recipe.train, Path(self.recipe.output_dir)
+        unwritten = self.monitor.unwritten()
+        extra = state.extra | ({UNWRITTEN: unwritten} if unwritten else {})
         saved = api.save(
-            self.adapted, run_dir, step=state.step, identity=run_identity(self.recipe), extra=state.extra,
+            self.adapted, run_dir, step=state.step, identity=run_identity(self.recipe), extra=extra,
             keep=settings.keep_checkpoints, claimed=True, check=self.writing.check,
         )  # fmt: skip
         self.status.saved = state.step

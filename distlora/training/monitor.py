@@ -6,7 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -44,20 +44,16 @@ class Monitor:
             return
         line = {"step": step, **{tag: jsonable(value) for tag, value in scalars.items()}}
         self._append(self._path, line)
-        with self._events_kept():
-            self._engine.write_events([(tag, value, step) for tag, value in scalars.items()])
+        self._engine.write_events([(tag, value, step) for tag, value in scalars.items()])
 
     def tell_recomposition(self, report: RecompositionReport) -> None:
         """A decision about recomposition: means, every layer's own numbers and the importances as a picture
         where they are easy to look at, and all of it in `recompositions.jsonl`."""
         self.write(report.step, report.means())
         picture = report.picture()
-        with self._events_kept():
-            self._engine.write_details(
-                [(tag, value, report.step) for tag, value in report.by_layer().items()]
-            )
-            if picture is not None:
-                self._engine.write_image("recompose/importance", picture, report.step)
+        self._engine.write_details([(tag, value, report.step) for tag, value in report.by_layer().items()])
+        if picture is not None:
+            self._engine.write_image("recompose/importance", picture, report.step)
         if self._engine.comm.is_main:
             self._append(self._path.with_name(RECOMPOSITIONS), report.record())
 
@@ -83,18 +79,14 @@ class Monitor:
             if self._engine.comm.is_main and (record["step"], "step") not in self._recomposed:
                 self._append(self._path.with_name(RECOMPOSITIONS), record)
 
-    def _events_kept(self) -> AbstractContextManager[None]:
-        return self._writing.errors.kept(f"{self._path.parent}: the monitors of the DeepSpeed config")
-
     def tell_rates(self, scalars: dict[str, float], tried: list[tuple[float, float]]) -> None:
         """What a search for the learning rate has found, and to TensorBoard its curve, of which the steps are
         the numbers of the rates. tried: (rate, loss) by rate."""
         self.write(0, scalars)
         for number, (rate, loss) in enumerate(tried):
-            with self._events_kept():
-                self._engine.write_details(
-                    [("lr_search/tried_rate", rate, number), ("lr_search/tried_loss", loss, number)]
-                )
+            self._engine.write_details(
+                [("lr_search/tried_rate", rate, number), ("lr_search/tried_loss", loss, number)]
+            )
 
 
 @contextmanager
@@ -124,18 +116,24 @@ def _keep_until(path: Path, step: int) -> set[tuple[int, str]]:
     if not path.exists():
         return set()
     kept, told = [], set()
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if not isinstance(record, dict) or type(record.get("step")) is not int:
-            continue  # a line that no run has written
+    for line, record in records(path):
         if step and record["step"] <= step:
             kept.append(line + "\n")
             told |= {(record["step"], tag) for tag in record}
     write_text(path, "".join(kept))
     return told
+
+
+def records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The lines of `metrics.jsonl` or of a file like it, and what they hold; without those that no run has
+    written. Raises OSError."""
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(record, dict) and type(record.get("step")) is int:
+            yield line, record
 
 
 def jsonable(value: float) -> float | str:

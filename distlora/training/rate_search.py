@@ -23,6 +23,7 @@ from distlora.models.targets import Batch
 from distlora.recipe.sections import RateSearchSection
 from distlora.training.run_directory import RATE_SEARCH
 from distlora.training.step import LossSum, accumulate, evaluation_loss
+from distlora.training.writing import Writing
 
 #: Of the least loss's distance from the loss without a step: what a smaller rate may lack of it and still be
 #: chosen. Few steps make large rates look good, which a long run pays for.
@@ -163,12 +164,14 @@ def choose(tried: dict[float, float], before: float) -> float:
 # ---------------------------------------------------------------------- in the run directory
 
 
-def find_rate(engine: Engine, run_dir: Path, identity: dict, search: Callable[[], RateSearch]) -> RateSearch:
+def find_rate(
+    writing: Writing, run_dir: Path, identity: dict, search: Callable[[], RateSearch]
+) -> RateSearch:
     """What an earlier start of the same run has found, or what `search` finds, which is then written down.
-    identity: of the run. Collective.
+    identity: of the run. Collective. Raises UserError where another start has taken the directory over.
     """
     path = run_dir / RATE_SEARCH
-    known = engine.comm.share(on_main(engine.comm, path, lambda: _read(path, identity)))
+    known = writing.comm.share(on_main(writing.comm, path, lambda: _read(path, identity)))
     if known is not None:
         log.info("learning rate %.3g, from %s", known["rate"], path)
         tried = [(rate, math.inf if loss is None else loss) for rate, loss in known["tried"]]
@@ -179,7 +182,7 @@ def find_rate(engine: Engine, run_dir: Path, identity: dict, search: Callable[[]
         raise Preempted(
             "asked to stop during the search for the learning rate; the same command begins anew"
         ) from None
-    on_main(engine.comm, path, lambda: write_text(path, _as_text(found, identity)))
+    writing.on_main(path, lambda: write_text(path, _as_text(found, identity)))
     log.info("learning rate %.3g, found in %.1f s: see %s", found.rate, found.seconds, path)
     return found
 
@@ -193,6 +196,6 @@ def _read(path: Path, identity: dict) -> dict | None:
     """The file's content; None without one, and for one of another run."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
+    except (FileNotFoundError, ValueError, RecursionError):
         return None
-    return content if content.get("run") == identity else None
+    return content if isinstance(content, dict) and content.get("run") == identity else None

@@ -171,7 +171,7 @@ class Run:
             steps, held_back = self.data.trial(settings.steps, settings.samples)
             return search_rate(engine, settings, steps, held_back, self.objective.loss)
 
-        found = find_rate(engine, self.run_dir, run_identity(self.recipe), search)
+        found = find_rate(self.writing, self.run_dir, run_identity(self.recipe), search)
         monitor.tell_rates(found.scalars(), found.tried)
         return found.rate
 

@@ -8,12 +8,15 @@ from typing import Any
 
 from distlora.checkpoints.directory import Checkpoint, newest
 from distlora.cluster.environment import ENVIRONMENT
-from distlora.cluster.lease import make_run_dir
+from distlora.cluster.lease import clear_drafts, make_run_dir
 from distlora.cluster.logs import LOGS
 from distlora.cluster.status import STATUS
 from distlora.errors import UserError
+from distlora.exports.draft import refuse_others
+from distlora.exports.peft import ADAPTER_FILES
 from distlora.files.atomic import remove, write_text
 from distlora.files.problems import dangling_link
+from distlora.methods import TrainsWeight
 from distlora.recipe.load import dump_recipe, load_run_recipe, run_identity
 from distlora.recipe.sections import Recipe
 
@@ -24,7 +27,8 @@ RATE_SEARCH, SUMMARY, EVALUATIONS, DATA = "lr_search.json", "summary.json", "eva
 
 
 def check_run_dir(recipe: Recipe, resume: bool | None) -> None:
-    """Raises UserError if the directory holds another recipe's run, or no checkpoint where one is demanded.
+    """Raises UserError if the directory holds another recipe's run, no checkpoint where one is demanded, or
+    in the adapter's place what an export would not replace.
 
     resume: True demands a checkpoint, None takes one if it is there, False begins anew. Reads only.
     """
@@ -34,6 +38,8 @@ def check_run_dir(recipe: Recipe, resume: bool | None) -> None:
         raise UserError(f"output_dir: {link}; name another directory, or make what the link leads to")
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"output_dir: {run_dir} is a file; name a directory")
+    if resume is not False and not isinstance(recipe.method, TrainsWeight):
+        refuse_others(run_dir / ADAPTER, ADAPTER_FILES)  # and not only after the last step
     if not (run_dir / RECIPE).exists():
         if resume:
             raise UserError(f"--resume: {run_dir} holds no run; start it without --resume")
@@ -116,6 +122,7 @@ def _clear_drafts(run_dir: Path) -> None:
     for name in (RECIPE, METRICS, RECOMPOSITIONS, RATE_SEARCH, SUMMARY, ENVIRONMENT, f"{STATUS}.*", ADAPTER):
         for draft in run_dir.glob(f".{name}.partial"):
             remove(draft)
+    clear_drafts(run_dir)
 
 
 def _forget(run_dir: Path) -> None:

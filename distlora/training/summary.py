@@ -11,11 +11,12 @@ import torch
 from distlora.engine.comm import Comm
 from distlora.engine.coordination import on_main
 from distlora.files.atomic import write_text
-from distlora.training.monitor import jsonable
+from distlora.training.monitor import jsonable, records
 from distlora.training.run_directory import METRICS, SUMMARY
 
 #: What the speed of a run counts: tokens where it learns from texts, images where it learns from these.
 UNITS = ("tokens", "images")
+SPEEDS = tuple(f"{unit}_per_second" for unit in UNITS)
 #: Of a run's `Summary`, what is written as it is.
 FACTS = ("trained", "lora_trained", "rank", "steps", "init_seconds")
 
@@ -34,7 +35,7 @@ def record_summary(comm: Comm, outcome: Mapping[str, Any], first_step: int, step
         "steps_per_epoch": steps_per_epoch,
         "step_seconds": seconds,
         "epoch_seconds": seconds and seconds * steps_per_epoch,
-        **(_last_speeds(run_dir / METRICS) if comm.is_main else {}),
+        **dict.fromkeys(SPEEDS),
         "peak_memory_bytes": peak,
         "device": comm.device.type,
         "ranks": comm.world_size,
@@ -47,7 +48,8 @@ def record_summary(comm: Comm, outcome: Mapping[str, Any], first_step: int, step
     def write() -> None:
         path = run_dir / SUMMARY
         if seconds is not None or not path.exists():
-            write_text(path, json.dumps(content, indent=1) + "\n")
+            found = content | _last_speeds(run_dir / METRICS)
+            write_text(path, json.dumps(found, indent=1) + "\n")
 
     on_main(comm, run_dir, write)
 
@@ -76,9 +78,8 @@ def _last_speeds(metrics: Path) -> dict[str, float | None]:
     as the monitor has written it last: the mean over the newest start's steps, with the evaluations and
     checkpoints between them.
     """
-    found: dict[str, float | None] = {f"{unit}_per_second": None for unit in UNITS}
+    found: dict[str, float | None] = dict.fromkeys(SPEEDS)
     if metrics.exists():
-        for line in metrics.read_text(encoding="utf-8").splitlines():
-            record = json.loads(line)
+        for _, record in records(metrics):
             found = {key: record.get(f"train/{key}", value) for key, value in found.items()}
     return found

@@ -124,11 +124,13 @@ def train(
             with supervision.telling(status):
                 writing = Writing(comm, lease, errors)
                 run = Run(comm, recipe, checkpoint, status, writing, allow_changed_data)
-                on_main(comm, run_dir, lambda: _claim(recipe, resume, status))
-                on_main(comm, run_dir, lambda: run.seen.write(run_dir))
+                # Loading takes minutes, in which another start may have taken the directory over.
+                writing.on_main(run_dir, lambda: _claim(recipe, resume, status))
+                writing.on_main(run_dir, lambda: run.seen.write(run_dir))
+                on_main(comm, run_dir, writing.check)
                 on_every_rank(comm, lambda: rank_log.open(run_dir))
                 resumed_at, deepspeed = checkpoint and checkpoint.step, run.deepspeed
-                on_main(comm, run_dir, lambda: environment.record(run_dir, where, deepspeed, resumed_at))
+                writing.on_main(run_dir, lambda: environment.record(run_dir, where, deepspeed, resumed_at))
                 return run.finish()
 
 
@@ -148,7 +150,7 @@ def _lease(run_dir: Path, start: str, take_over: bool, asked_to_stop: Callable[[
 
 def _claim(recipe: Recipe, resume: bool | None, status: StatusFile) -> None:
     """The directory is this run's from here on. Nothing is written to one on a disk that is full already."""
-    status.reserve()
+    status.claim()
     claim_run_dir(recipe, resume)
     status.write("running")
 

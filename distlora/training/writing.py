@@ -1,9 +1,11 @@
 """Whether this start can, and may, write into its run directory: all ranks ask after every step."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from distlora.cluster.lease import Lease
 from distlora.engine.comm import Comm
+from distlora.engine.coordination import on_main
 from distlora.files.problems import WriteErrors
 
 
@@ -29,6 +31,15 @@ class Writing:
         problem = self.lease and self.lease.problem(at_once)
         if problem:
             raise problem
+
+    def on_main(self, what: object, action: Callable[[], object]) -> None:
+        """The action on rank 0, after `check`. Collective: what either raises is raised on every rank."""
+
+        def checked() -> None:
+            self.check()
+            action()
+
+        on_main(self.comm, what, checked)
 
     def is_ours(self) -> bool:
         """Whether the directory is still this start's. Collective."""

@@ -168,3 +168,22 @@ def test_training_goes_on_without_its_terminal(streams, model, tmp_path, how):  
         logger.handlers[:], logger.level, logger.propagate = before
     assert list(curve(tmp_path / "run")) == [1, 2, 3]
     assert "initialised" in (tmp_path / "run" / "logs" / "rank-0.log").read_text()
+
+
+def in_ascii(*arguments: object) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "distlora", *map(str, arguments)],
+        env=os.environ | {"PYTHONIOENCODING": "ascii"}, cwd=REPOSITORY, capture_output=True, text=True,
+    )  # fmt: skip
+
+
+def test_an_encoding_without_a_character_ends_nothing():
+    told = in_ascii("methods")
+    assert told.returncode == 0 and "\\xb7" in told.stdout and told.stderr == ""
+
+
+def test_a_run_whose_directory_the_terminal_cannot_show_is_done(model, tmp_path):  # noqa: F811
+    short_recipe(model, tmp_path)
+    told = in_ascii("train", tmp_path / "recipe.yaml", "train.steps=1", f"output_dir={tmp_path}/rün")
+    assert told.returncode == 0 and "Traceback" not in told.stderr, told.stderr
+    assert "r\\xfcn" in told.stdout and (tmp_path / "rün" / "summary.json").exists()

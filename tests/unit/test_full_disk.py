@@ -8,14 +8,16 @@ import logging
 import os
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
+from distlora.cluster.lease import STALE
 from distlora.cluster.logs import RankLog
 from distlora.cluster.status import RESERVE, RESERVED_BYTES, StatusFile, new_start, read_status
 from distlora.engine.comm import Topology
-from distlora.errors import UserError
+from distlora.errors import Preempted, UserError
 from distlora.files import atomic
 from distlora.files.problems import WriteErrors, file_errors_explained, is_of_the_disk, sentence_on
 from distlora.training import monitor, train
@@ -104,7 +106,7 @@ class limited_files:  # noqa: N801 (a context manager)
 def test_the_end_of_a_run_is_written_with_what_was_reserved(tmp_path, monkeypatch):
     """The disk has room for the status again once the reserve is given back."""
     status = StatusFile(tmp_path, 0, new_start())
-    status.reserve()
+    status.claim()
     assert (tmp_path / RESERVE).stat().st_blocks * 512 >= RESERVED_BYTES
     status.write("running")
     write, full = atomic.write_text, tmp_path / RESERVE
@@ -122,7 +124,7 @@ def test_the_end_of_a_run_is_written_with_what_was_reserved(tmp_path, monkeypatc
 def test_where_there_is_no_room_for_the_reserve_nothing_is_left(tmp_path, failing):
     failing()
     with pytest.raises(OSError):
-        StatusFile(tmp_path, 0, new_start()).reserve()
+        StatusFile(tmp_path, 0, new_start()).claim()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -205,6 +207,7 @@ def test_full_under_the_metrics_the_last_step_is_saved_and_no_line_is_lost(recip
         there.setattr(monitor, "append_text", refuse)
         said = refused(made)
     run = Path(made.output_dir)
+    assert (run / "logs" / "rank-0.log").read_text().splitlines()[-1].endswith(f"ended: {said}")
     assert said == (
         f"{run}/metrics.jsonl: No space left on device; make room there; "
         f"stopped after step 2, which is saved; the same command goes on from {run}/checkpoint-2"
@@ -214,6 +217,27 @@ def test_full_under_the_metrics_the_last_step_is_saved_and_no_line_is_lost(recip
     assert list(losses) == [1, 2, 3], "the line of step 2 was kept in the checkpoint"
     train.train(made, Topology())
     assert curve(run) == losses
+
+
+def test_full_under_the_metrics_every_checkpoint_keeps_the_line(recipe, monkeypatch):  # noqa: F811
+    """The run is asked to stop before it would have ended because of the disk."""
+    made = recipe("data.eval_split=train", "train.eval_every=1", "train.exact_match_samples=0")
+    asked = []
+    with monkeypatch.context() as there:
+        write = atomic.append_text
+
+        def refuse(path, text):
+            if '"eval/loss"' in text and '"step": 2' in text:
+                asked.append(True)
+                raise refusal(name=str(path))
+            write(path, text)
+
+        there.setattr(monitor, "append_text", refuse)
+        with pytest.raises(Preempted, match="stopped after step 2"):
+            train.train(made, Topology(), None, lambda: bool(asked))
+    train.train(made, Topology())
+    lines = map(json.loads, (Path(made.output_dir) / "metrics.jsonl").read_text().splitlines())
+    assert sorted(line["step"] for line in lines if "eval/loss" in line) == [0, 1, 2, 3]
 
 
 def test_full_under_metrics_and_checkpoints(recipe, full):  # noqa: F811
@@ -273,9 +297,13 @@ def test_what_a_kill_has_left_goes_with_the_next_start(recipe):  # noqa: F811
     run.mkdir()
     for name in (".status.json.node1-7.partial", ".summary.json.partial", ".metrics.jsonl.partial", ".mine"):
         (run / name).touch()
+    for name in (".lease.json.old", ".lease.json.old.dead", ".lease.json.now"):
+        (run / name).touch()
+        silent = 0 if name.endswith("now") else STALE + 10
+        os.utime(run / name, (time.time() - silent,) * 2)
     (run / ".adapter.partial").mkdir()
     train.train(made, Topology())
-    assert [path.name for path in run.glob(".*")] == [".mine"]
+    assert sorted(path.name for path in run.glob(".*")) == [".lease.json.now", ".mine"]
 
 
 def test_a_line_that_no_run_has_written_does_not_end_a_start(recipe):  # noqa: F811

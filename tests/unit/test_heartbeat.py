@@ -130,7 +130,7 @@ def test_rank_0_is_missed_though_its_launcher_keeps_the_board(ranks):
 def test_a_board_that_refuses_means_that_rank_0_has_ended(ranks):
     ranks.board.refused = True
     said = ranks.wait_for_verdicts(1, 2, 3)
-    assert set(said) == {1, 2, 3} and "rank 0 on node1 has ended without a word" in said[1]
+    assert set(said) == {1, 2, 3} and "rank 0 on node1 has ended without saying why" in said[1]
 
 
 def test_at_the_end_of_a_run_a_board_that_is_gone_means_nothing(ranks):

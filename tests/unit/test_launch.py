@@ -459,8 +459,8 @@ SSH = "pdsh@head: node2: ssh exited with exit code"
 def test_a_host_that_is_lost_is_a_hint_for_the_ranks_of_the_others(
     tmp_path, line, answer, said, told, signals, code
 ):
-    """They name the silent rank; KILL comes only for what does not answer. What ended without a word may be
-    started again.
+    """They name the silent rank; KILL comes only for what does not answer. What ended without saying why may
+    be started again.
     """
     words = ["bash", "-c", JOB, "job", line, answer, str(tmp_path), said, str(told), signals[0]]
     done = subprocess.run(words, capture_output=True, text=True, timeout=30, cwd=ROOT)

@@ -1,5 +1,6 @@
 """One start owns a run directory: who may take it over, who is refused, and who stops writing."""
 
+import errno
 import json
 import os
 import subprocess
@@ -90,6 +91,24 @@ def test_only_a_living_owner_is_refused(tmp_path, silent, owner, taken):
     assert "since 2026-01-02T03:04:05+00:00" in str(refused.value)
     assert ("--take-over" in str(refused.value)) == bool(host)
     assert names(tmp_path) == [LEASE]
+
+
+@pytest.mark.parametrize("silent", [STALE - 5, STALE + 5])
+def test_a_process_that_is_hidden_from_this_user_is_judged_by_its_silence(tmp_path, monkeypatch, silent):
+    """/proc mounted with hidepid does not show it, and it may get no signals."""
+
+    def refuse(pid, signal):
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    write_lease(tmp_path, silent, **DEAD)
+    monkeypatch.setattr(os, "kill", refuse)
+    if silent > STALE:
+        take_lease(tmp_path, "me").release()
+        return
+    assert living_owner(tmp_path) is not None
+    with pytest.raises(UserError, match=r"last heard of .* or give --take-over"):
+        take_lease(tmp_path, "me")
+    take_lease(tmp_path, "me", take_over=True).release()
 
 
 def test_take_over_does_not_wait_for_another_host_and_does_not_touch_what_runs_here(tmp_path):
@@ -201,7 +220,7 @@ def test_an_old_start_that_wakes_up_does_not_overwrite_the_status_of_a_newer_one
 def test_nor_before_that_has_written_one(tmp_path):
     old = StatusFile(tmp_path, 0, new_start())
     old.write("running")
-    old.reserve()
+    old.claim()
     write_lease(tmp_path, **ELSEWHERE, token="another")
     with pytest.raises(UserError, match="another start has begun there"):
         old.write("failed", "too late")
@@ -211,7 +230,7 @@ def test_nor_before_that_has_written_one(tmp_path):
 
 @pytest.mark.parametrize(
     ("owner", "said"),
-    [({}, "running (process {} on "), (DEAD, "ended without a word at step 0"), (None, "ended")],
+    [({}, "running (process {} on "), (DEAD, "ended without saying why at step 0"), (None, "ended")],
     ids=["living", "dead", "none"],
 )
 def test_the_status_tells_a_run_that_goes_on_from_one_that_was_killed(tmp_path, owner, said):

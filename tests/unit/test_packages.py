@@ -7,8 +7,10 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from distlora.engine.zero.monitors import Monitors, start_explained
+from distlora.engine.zero import monitors
+from distlora.engine.zero.monitors import Monitors, start_monitors, without_monitors
 from distlora.errors import UserError
+from distlora.files.packages import is_installed
 from distlora.recipe.load import recipe_of
 from distlora.recipe.packages import check_packages
 
@@ -20,7 +22,8 @@ def installed(monkeypatch):
     """Says which packages are there, by their versions."""
 
     def say(**versions):
-        monkeypatch.setattr(importlib.util, "find_spec", lambda name: versions.get(name))
+        found = {name: SimpleNamespace(origin=f"{name}/__init__.py") for name in versions}
+        monkeypatch.setattr(importlib.util, "find_spec", found.get)
         monkeypatch.setattr(importlib.metadata, "version", versions.__getitem__)
 
     return say
@@ -77,23 +80,66 @@ def test_packages_of_optimizer_and_monitors_are_one_sentence(installed):
         check_packages(recipe("train.optimizer.name=adamw8bit"), {"wandb": ON})
 
 
+@pytest.mark.parametrize("name", ["wandb", "comet"])
+def test_a_folder_of_the_name_is_not_the_package(tmp_path, monkeypatch, name):
+    """W&B writes its runs into ./wandb, which Python can import."""
+    package = {"wandb": "wandb", "comet": "comet_ml"}[name]
+    if is_installed(package):
+        pytest.skip(f"{package} is installed")
+    (tmp_path / package).mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match=f"{name} needs the package {package}"):
+        check_packages(recipe(), {name: ON})
+
+
 # ---------------------------------------------------------------------- monitors that fail
 
 
-def _code_of(module: str):
+def _refuse():
+    raise RuntimeError("no key\nlog in")
+
+
+def _code_of(module: str, action=_refuse):
     """A function that fails, in a module of this name."""
     made = ModuleType(module)
-    exec(compile("def fail():\n    raise RuntimeError('no key\\nlog in')", module, "exec"), made.__dict__)
+    made.action = action
+    exec(compile("def fail():\n    action()", module, "exec"), made.__dict__)
     return made.fail
 
 
-@pytest.mark.parametrize("name", ["wandb", "comet", "tensorboard"])
-def test_a_monitor_that_cannot_be_started_is_one_sentence(name):
-    with pytest.raises(UserError, match=rf"turns {name} on, which cannot be started \(no key\)"):
-        with start_explained():
-            _code_of(f"deepspeed.monitor.{name}")()
-    with pytest.raises(RuntimeError, match="no key"), start_explained():
-        _code_of("deepspeed.runtime.engine")()
+class _Group:
+    """Of two ranks, as one of them sees it."""
+
+    def __init__(self):
+        self.told = []
+
+    def agree(self, error):
+        self.told.append(error)
+        if error is not None:
+            raise error
+
+
+@pytest.mark.parametrize("modules", [("wandb",), ("comet",), ("tensorboard", "utils"), ("csv_monitor",)])
+def test_a_monitor_that_cannot_be_started_is_one_sentence_on_every_rank(monkeypatch, modules):
+    """Also where it fails in a helper of all monitors."""
+    fail = _code_of(f"deepspeed.monitor.{modules[-1]}")
+    for module in modules[-2::-1]:
+        fail = _code_of(f"deepspeed.monitor.{module}", fail)
+    monkeypatch.setattr(monitors, "MonitorMaster", lambda config: fail())
+    group = _Group()
+    with pytest.raises(UserError, match=rf"turns {modules[0]} on, which cannot be started \(no key\)"):
+        start_monitors(group, {modules[0]: ON})
+    assert len(group.told) == 1, "the others learn of it"
+
+
+def test_monitors_are_started_after_all_ranks_have_an_engine(tmp_path, monkeypatch):
+    """In DeepSpeed's start one that fails would leave the other ranks waiting."""
+    config = {"train_batch_size": 1, "csv_monitor": ON | {"output_path": str(tmp_path), "job_name": "me"}}
+    assert without_monitors(config) == {"train_batch_size": 1}
+    monkeypatch.setattr("deepspeed.comm.get_rank", lambda: 0)
+    group = _Group()
+    started = start_monitors(group, config)
+    assert started.enabled and started.csv_monitor is not None and group.told == [None]
 
 
 def test_monitors_that_fail_are_off_and_told_once(caplog, monkeypatch):
@@ -105,11 +151,11 @@ def test_monitors_that_fail_are_off_and_told_once(caplog, monkeypatch):
 
     board = SimpleNamespace(write_events=fail)
     master = SimpleNamespace(enabled=True, write_events=fail, tb_monitor=board)
-    monitors = Monitors(SimpleNamespace(monitor=master))
+    guarded = Monitors(SimpleNamespace(monitor=master))
     monkeypatch.setattr(logging.getLogger("distlora"), "propagate", True)
     with caplog.at_level(logging.WARNING, "distlora"):
-        monitors.write([("a", 1.0, 1)])
-        monitors.write([("a", 2.0, 2)])
-        monitors.write_to_board([("b", 1.0, 1)])
+        guarded.write([("a", 1.0, 1)])
+        guarded.write([("a", 2.0, 2)])
+        guarded.write_to_board([("b", 1.0, 1)])
     assert len(calls) == 1, "the others are not tried"
     assert len({record.created for record in caplog.records if "are off from" in record.message}) == 1

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
+from distlora.cluster.lease import take_lease
 from distlora.engine.comm import Comm, Topology
-from distlora.engine.local import LocalEngine
 from distlora.engine.optimizers import OptimizerSpec, has_state
 from distlora.engine.random_state import own_random_state, random_states
 from distlora.engine.rehearsal import Kept
@@ -19,8 +19,10 @@ from distlora.training import train
 from distlora.training.rate_search import RateSearch, choose, find_rate, finer, search_rate, spread
 from distlora.training.samples import trial_indices
 from distlora.training.step import accumulate
+from distlora.training.writing import Writing
 from tests.tiny_models import tiny_model_dir
 from tests.tiny_runs import BF16, FP32, Run, loss_sum, samples
+from tests.unit.test_lease import ELSEWHERE, write_lease
 from tests.unit.test_train import short_recipe
 
 CPU = torch.device("cpu")
@@ -295,19 +297,33 @@ def _never():
 
 
 def test_what_was_found_is_not_searched_again(tmp_path):
-    engine, identity = LocalEngine(ALONE), {"train": {"seed": 3}}
-    assert find_rate(engine, tmp_path, identity, lambda: FOUND) == FOUND
-    assert find_rate(engine, tmp_path, identity, _never) == FOUND
+    writing, identity = Writing(ALONE), {"train": {"seed": 3}}
+    assert find_rate(writing, tmp_path, identity, lambda: FOUND) == FOUND
+    assert find_rate(writing, tmp_path, identity, _never) == FOUND
     content = json.loads((tmp_path / "lr_search.json").read_text())
     assert content["rate"] == 1e-3 and content["tried"] == [[1e-4, 1.9], [1e-3, 1.5], [1e-2, None]]
 
 
 def test_another_runs_file_or_a_broken_one_is_not_believed(tmp_path):
-    engine, other = LocalEngine(ALONE), RateSearch(1e-2, 2.0, [(1e-2, 1.5)], 3.5)
-    find_rate(engine, tmp_path, {"seed": 3}, lambda: other)
-    assert find_rate(engine, tmp_path, {"seed": 4}, lambda: FOUND) == FOUND
-    (tmp_path / "lr_search.json").write_text('{"rate": 0.')
-    assert find_rate(engine, tmp_path, {"seed": 4}, lambda: FOUND) == FOUND
+    writing, other = Writing(ALONE), RateSearch(1e-2, 2.0, [(1e-2, 1.5)], 3.5)
+    find_rate(writing, tmp_path, {"seed": 3}, lambda: other)
+    assert find_rate(writing, tmp_path, {"seed": 4}, lambda: FOUND) == FOUND
+    for broken in (b'{"rate": 0.', b"\xff\xfe", b"[]"):
+        (tmp_path / "lr_search.json").write_bytes(broken)
+        assert find_rate(writing, tmp_path, {"seed": 4}, lambda: FOUND) == FOUND
+
+
+def test_what_was_found_is_not_written_into_a_directory_that_was_taken_over(tmp_path):
+    held = take_lease(tmp_path, "me")
+
+    def search():
+        write_lease(tmp_path, **ELSEWHERE, token="another")
+        return FOUND
+
+    with pytest.raises(UserError, match="has taken it over"):
+        find_rate(Writing(ALONE, held), tmp_path, {"seed": 4}, search)
+    assert not (tmp_path / "lr_search.json").exists()
+    held.release()
 
 
 @pytest.fixture(scope="module")

@@ -44,6 +44,14 @@ def test_a_summary_is_json_that_others_can_read(tmp_path):
     assert found["before"] == {"loss": 2.0} and found["after"] == {"loss": "nan"}
 
 
+def test_lines_that_no_run_has_written_do_not_end_the_last_step(tmp_path):
+    line = json.dumps({"step": 1, "train/tokens_per_second": 5.0}).encode()
+    foreign = [b"\xff\xfe", b"[]", b"text", b'{"train/tokens_per_second": 9.0}', b"[" * 100_000]
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join([*foreign[:2], line, *foreign[2:]]))
+    record_summary(ALONE, outcome(tmp_path), first_step=0, steps_per_epoch=8)
+    assert written(tmp_path)["tokens_per_second"] == 5.0
+
+
 @pytest.mark.parametrize("unit, other", [("tokens", "images"), ("images", "tokens")])
 def test_a_summary_has_the_speed_in_what_the_run_counts(tmp_path, unit, other):
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, f"train/{unit}_per_second": 5.0}) + "\n")

@@ -28,7 +28,7 @@ def status_file(folder, step=0) -> StatusFile:
         ("preempted", True, 75, "preempted at step 12 of 40: why"),
         ("failed", True, 75, "failed at step 12 of 40: why"),
         ("failed", False, 1, "failed at step 12 of 40: why"),
-        ("running", False, 1, "ended without a word at step 12 of 40"),
+        ("running", False, 1, "ended without saying why at step 12 of 40"),
     ],
 )
 def test_the_exit_code_says_whether_to_start_again(file, state, requeue, code, said, tmp_path):

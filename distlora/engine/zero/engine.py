@@ -23,7 +23,7 @@ from distlora.engine.protocol import StepInfo, adapter_layers, left_factors, tra
 from distlora.engine.rehearsal import Kept
 from distlora.engine.zero.gradients import ZeroGradients
 from distlora.engine.zero.layout import base_optimizer, refuse_parameters_outside, refuse_unknown_layout
-from distlora.engine.zero.monitors import Monitors, start_explained
+from distlora.engine.zero.monitors import Monitors, start_monitors, without_monitors
 from distlora.errors import UserError
 
 #: What an engine of DeepSpeed, its optimizer wrapper and its clock count.
@@ -125,10 +125,10 @@ class ZeroEngine(ZeroGradients):
             zero = config["zero_optimization"]
             config = config | {"zero_optimization": {"leaf_module": NO_LEAVES, **zero}}
         built = self._build(optimizer, optimizer.groups(trained, left_factors(layers)))
-        with start_explained():
-            engine, *_ = deepspeed.initialize(
-                model=_Runner(model), optimizer=built, config=config, dist_init_required=False
-            )
+        engine, *_ = deepspeed.initialize(
+            model=_Runner(model), optimizer=built, config=without_monitors(config), dist_init_required=False
+        )
+        engine.monitor = start_monitors(self.comm, config)
         self._call = _through_runner
         _forget_first_step(engine)
         self._monitors = Monitors(engine)

@@ -1,45 +1,55 @@
 """DeepSpeed's monitors (TensorBoard, W&B, Comet, CSV files): others' code, that must not end a run."""
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from types import TracebackType
+from typing import Any
 
 from deepspeed import DeepSpeedEngine
+from deepspeed.monitor.config import get_monitor_config
+from deepspeed.monitor.monitor import MonitorMaster
 from torch import Tensor
 
+from distlora.engine.comm import Comm
 from distlora.errors import UserError
 from distlora.sentences import first_line
 
 _MODULE = "deepspeed.monitor."
+#: Their sections of the config, and their modules.
+_MONITORS = ("tensorboard", "wandb", "csv_monitor", "comet")
 
 log = logging.getLogger(__name__)
 
 
-@contextmanager
-def start_explained() -> Iterator[None]:
-    """Around DeepSpeed's start: a monitor that cannot be started, such as one that nobody has logged in to,
-    is a UserError. Other errors pass.
+def without_monitors(config: dict[str, Any]) -> dict[str, Any]:
+    """The DeepSpeed config with all of them off, for a start in which nothing can fail on rank 0 alone."""
+    return {key: value for key, value in config.items() if key not in _MONITORS}
+
+
+def start_monitors(comm: Comm, config: dict[str, Any]) -> MonitorMaster:
+    """Those that the config turns on, which run on rank 0. Collective.
+
+    Raises UserError on every rank for one that cannot be started, such as one that nobody has logged in to.
     """
+    master, failure = None, None
     try:
-        yield
-    except Exception as error:
-        name = _monitor_in(error.__traceback__)
-        if name is None:
-            raise
-        raise UserError(
-            f"the DeepSpeed config turns {name} on, which cannot be started ({first_line(error)}); "
-            "correct its settings, or set its enabled to false"
-        ) from error
+        master = MonitorMaster(get_monitor_config(config))
+    except Exception as error:  # of any kind, as they are others' code
+        failure = UserError(
+            f"the DeepSpeed config turns {_monitor_in(error.__traceback__)} on, which cannot be started "
+            f"({first_line(error)}); correct its settings, or set its enabled to false"
+        )
+        failure.__cause__ = error
+    comm.agree(failure)
+    return master
 
 
-def _monitor_in(traceback: TracebackType | None) -> str | None:
+def _monitor_in(traceback: TracebackType | None) -> str:
     """The monitor in whose code an error came up."""
-    name = None
+    name = "a monitor"
     while traceback is not None:
-        module = traceback.tb_frame.f_globals.get("__name__", "")
-        if module.startswith(_MODULE):
-            name = module.removeprefix(_MODULE)
+        module = traceback.tb_frame.f_globals.get("__name__", "").removeprefix(_MODULE)
+        name = module if module in _MONITORS else name
         traceback = traceback.tb_next
     return name
 
