@@ -172,12 +172,17 @@ def ordinary_text(config: PreTrainedConfig, tokens: int, ends: bool = True) -> d
     """Ids and mask, int64 (1, tokens), on the meta device: one ordinary token again and again, and an end of
     text, if that is wanted.
     """
-    special = {value for key, value in _with_parts(config) if key.endswith(("_token_id", "_token_index"))}
+    special = special_tokens(config)
     ordinary = next(number for number in range(1, 2**16) if number not in special)
     ids, end = torch.full((1, tokens), ordinary, device="meta"), end_of_text(config)
     if ends and end is not None:
         ids[0, -1] = end
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def special_tokens(config: PreTrainedConfig) -> set[int]:
+    """The tokens that have a meaning of their own for a model, by its config."""
+    return {value for key, value in _with_parts(config) if key.endswith(("_token_id", "_token_index"))}
 
 
 def end_of_text(config: PreTrainedConfig) -> int | None:
