@@ -57,13 +57,14 @@ class KnownValues(TorchDispatchMode):
             return self._with_values(function, args, kwargs)
         self._note(function, args)
         result = function(*self._without_masks(function, args), **kwargs)
-        self.forget(_tensors(result))  # one that was changed in place has other values
+        self.forget(_changed(function, args, kwargs))
         return result
 
     def forget(self, tensors: Iterable[Tensor]) -> None:
-        """Takes their values away."""
-        for tensor in tensors:
-            self._values.pop(tensor, None)
+        """Takes their values away, and those of all tensors that share memory with them."""
+        changed = {_memory(tensor) for tensor in tensors}
+        for known in [tensor for tensor in self._values if _memory(tensor) in changed]:
+            del self._values[known]
 
     def value(self, tensor: Tensor) -> Tensor | None:
         """The values of a tensor, on the CPU; None for one without."""
@@ -83,6 +84,7 @@ class KnownValues(TorchDispatchMode):
         if not leaves_meta and not _decided_by_values(function):
             shapes = function(*args, **kwargs)
             if any(output.numel() > LARGEST for output in _tensors(shapes)):
+                self.forget(_changed(function, args, kwargs))
                 return shapes
         values = function(*tree_map(self._value, args), **tree_map(self._value, kwargs))
         if leaves_meta:
@@ -123,6 +125,18 @@ class KnownValues(TorchDispatchMode):
 
 def _tensors(tree) -> list[Tensor]:
     return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor)]
+
+
+def _memory(tensor: Tensor) -> int:
+    """A number that tensors have in common if they share memory."""
+    return tensor.untyped_storage()._cdata
+
+
+def _changed(function, args, kwargs) -> list[Tensor]:
+    """The arguments that a function writes into."""
+    named = {argument.name: value for argument, value in zip(function._schema.arguments, args)} | kwargs
+    infos = {argument.name: argument.alias_info for argument in function._schema.arguments}
+    return _tensors([value for name, value in named.items() if infos[name] and infos[name].is_write])
 
 
 def _is_on_meta(kwargs) -> bool:

@@ -61,6 +61,19 @@ def test_what_depends_on_weights_or_chance_has_none():
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_what_is_changed_in_place_has_no_values_under_any_name():
+    weight = torch.empty(9, 4, device="meta")
+    with known_values() as mode:
+        numbers, other = torch.zeros(3, device="meta"), torch.zeros(3, device="meta")
+        view = other.view(3)
+        numbers[0:1] = weight[0, :1]
+        other.add_(weight[0, :3])
+        assert mode.value(numbers) is None and mode.value(view) is None
+        kept = torch.zeros(3, device="meta")
+        torch.add(kept, weight[0, :3])
+        assert mode.value(kept).tolist() == [0, 0, 0]
+
+
 # ---------------------------------------------------------------------- positions
 
 

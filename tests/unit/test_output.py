@@ -155,6 +155,23 @@ def test_logits_in_another_way_are_told_once(caplog):
     assert [record.getMessage().split(" makes ")[0] for record in caplog.records] == [type(model).__name__]
 
 
+def test_a_class_that_changes_some_logits_in_place_is_called_itself():
+    model = zoo_model("llama")
+
+    class Biased(type(model)):
+        def __init__(self, config):
+            super().__init__(config)
+            self.extra = torch.nn.Parameter(torch.full((5,), 3.0))
+
+        def forward(self, *inputs, labels=None, **named):
+            outputs = super().forward(*inputs, **named)
+            outputs.logits[..., 10:15] += self.extra
+            return outputs
+
+    biased = Biased(model.config).eval()
+    assert output_of(biased) is None
+
+
 def test_a_class_that_gives_its_base_model_more_than_ids_and_mask_is_called_itself():
     model = zoo_model("llama")
 
