@@ -7,6 +7,7 @@ do to find the end of a text. What such a pass looks up in a table shows how man
 
 import copy
 import inspect
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import PreTrainedConfig, PreTrainedModel
 
 aten = torch.ops.aten
+log = logging.getLogger(__name__)
 Answer = TypeVar("Answer")
 
 #: Elements of the largest tensor whose values are kept; no row of positions has more.
@@ -201,7 +203,7 @@ def special_tokens(config: PreTrainedConfig) -> set[int]:
 
 def end_of_text(config: PreTrainedConfig) -> int | None:
     """The token with which a model's texts end, where it is a single one."""
-    end = config.get_text_config(decoder=True).eos_token_id
+    end = getattr(config.get_text_config(decoder=True), "eos_token_id", None)
     return end if isinstance(end, int) else None
 
 
@@ -245,14 +247,14 @@ def position_limit(model: PreTrainedModel) -> int | None:
     if model.main_input_name != "input_ids":
         return None
     with known_values() as mode:
-        bare = bare_copy(mode, model)
-        short, long = _run(mode, bare, SHORT), _run(mode, bare, LONG)
+        runs = _Runs(mode, model)
+        short, long = runs.of(SHORT), runs.of(LONG)
         limits = {
             late.rows - (late.last - (LONG - 1))
             for early, late in zip(short.looked_up, long.looked_up)
             if late.rows == early.rows and late.last - early.last == LONG - SHORT
         }
-        return min((limit for limit in limits if _fails(_run(mode, bare, limit + 1), long)), default=None)
+        return min((limit for limit in limits if _fails(runs.of(limit + 1), long)), default=None)
 
 
 @dataclass(frozen=True)
@@ -265,16 +267,41 @@ class _Run:
 
 def _fails(run: _Run, shorter: _Run) -> bool:
     """Whether a text is too long, when a shorter one is not."""
-    return any(found.last >= found.rows for found in run.looked_up) or (shorter.ended and not run.ended)
+    return (
+        any(found.last >= found.rows for found in run.looked_up)
+        or len(run.looked_up) < len(shorter.looked_up)
+        or (shorter.ended and not run.ended)
+    )
 
 
-def _run(mode: KnownValues, model: PreTrainedModel, tokens: int, ends: bool = True) -> _Run:
-    mode.looked_up = []
-    try:
-        model(**text_inputs(model, ordinary_text(model.config, tokens, ends)))
-    except (RuntimeError, IndexError, ValueError):
-        return _Run(mode.looked_up, False)  # positions are looked up first
-    return _Run(mode.looked_up, True)
+class _Runs:
+    """Texts of any length, run through a model without weights: in the first dtype in which one can be run to
+    its end. What a class cannot do without weights is no error.
+    """
+
+    def __init__(self, mode: KnownValues, model: PreTrainedModel):
+        self._mode, self._model, self._bare = mode, model, None
+        for dtype in (torch.bfloat16, torch.float32):  # most kernels; and those that lack bfloat16
+            with self._unless_it_fails():
+                self._bare = bare_copy(mode, model, dtype)
+            if self.of(SHORT).ended:
+                break
+
+    def of(self, tokens: int, ends: bool = True) -> _Run:
+        """ends: whether the text has an end token."""
+        self._mode.looked_up, ended = [], False
+        if self._bare is not None:
+            with self._unless_it_fails():
+                self._bare(**text_inputs(self._bare, ordinary_text(self._bare.config, tokens, ends)))
+                ended = True
+        return _Run(self._mode.looked_up, ended)  # positions are looked up first
+
+    @contextmanager
+    def _unless_it_fails(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # classes raise what they like where values are missing
+            log.debug("%s without weights: %r", type(self._model).__name__, error)
 
 
 # ---------------------------------------------------------------------- ends
@@ -284,5 +311,5 @@ def _run(mode: KnownValues, model: PreTrainedModel, tokens: int, ends: bool = Tr
 def needs_end(model: PreTrainedModel) -> bool:
     """Whether a model fails for a text without an end token, as classifiers do that look for it."""
     with known_values() as mode:
-        bare = bare_copy(mode, model)
-        return _run(mode, bare, SHORT).ended and not _run(mode, bare, SHORT, ends=False).ended
+        runs = _Runs(mode, model)
+        return runs.of(SHORT).ended and not runs.of(SHORT, ends=False).ended

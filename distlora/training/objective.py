@@ -78,8 +78,8 @@ class Responses(Texts):
         engine.train_mode(True)
         if seen == engine.comm.world_size:
             raise UserError(
-                f"model.path={self.recipe.model.path}: in {type(engine.module).__name__} with this config.json"
-                " tokens see those that follow them, so that it would read the response that it is to learn; "
+                f"model.path={self.recipe.model.path}: in {type(engine.module).__name__} as configured "
+                "tokens see those that follow them, so that it would read the response that it is to learn; "
                 "give a causal language model",
                 agreed=True,
             )

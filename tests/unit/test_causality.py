@@ -67,7 +67,7 @@ def test_a_run_of_a_model_whose_tokens_see_later_ones_is_refused(tmp_path):
     model.save_pretrained(tmp_path / "model")
     tiny_tokenizer("llama").save_pretrained(tmp_path / "model")
     with pytest.raises(
-        UserError, match="LlamaForCausalLM with this config.json tokens see"
+        UserError, match="LlamaForCausalLM as configured tokens see"
     ):
         train(short_recipe(tmp_path / "model", tmp_path)(), Topology())
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
