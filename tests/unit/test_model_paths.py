@@ -78,7 +78,6 @@ def test_broken_config(directory):
             "code of its own, which is never executed",
         ),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "already quantised"),
-        ({"model_type": "granite", "logits_scaling": 8.0}, "scale their logits"),
     ],
 )
 def test_models_that_cannot_be_trained(capsys, directory, changes, match):
