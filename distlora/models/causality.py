@@ -17,9 +17,9 @@ HALF_ROUNDING, ROUNDING = 0.03, 1e-4
 
 
 @torch.no_grad()
-def sees_later_tokens(model: PreTrainedModel) -> bool:
-    """Whether a token's state depends on the token after it. One pass, in evaluation mode, of two texts that
-    differ in their last token alone.
+def sees_later_tokens(model: PreTrainedModel) -> Tensor:
+    """Whether a token's state depends on the token after it; a bool scalar. One pass, for a model in
+    evaluation mode, of two texts that differ in their last token alone.
     """
     rows, columns = torch.tensor([(row, column) for row in (0, 1) for column in range(TOKENS - 1)]).T
     ids = _two_texts(model)
@@ -27,7 +27,7 @@ def sees_later_tokens(model: PreTrainedModel) -> bool:
     states, _, _ = hidden_states(model, batch, rows.to(ids.device), columns.to(ids.device))
     one, other = states.float().chunk(2)
     differences = (one - other).norm(dim=-1) / one.norm(dim=-1)
-    return bool(differences.max() > (HALF_ROUNDING if states.dtype.itemsize < 4 else ROUNDING))
+    return differences.max() > (HALF_ROUNDING if states.dtype.itemsize < 4 else ROUNDING)
 
 
 def _two_texts(model: PreTrainedModel) -> Tensor:
