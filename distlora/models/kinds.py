@@ -61,6 +61,8 @@ def refuse_beyond_texts(path: str, config: PreTrainedConfig, labels: Sequence[st
     ]
     if model_class.main_input_name != "input_ids":
         wanted.insert(0, model_class.main_input_name)
+    elif "input_ids" not in parameters:  # such as a class that joins several models
+        wanted.insert(0, "more than tokens")
     if wanted:
         raise UserError(
             f"model.path={path}: {model_class.__name__} always wants {wanted[0]}, and is given texts "

@@ -66,8 +66,6 @@ def test_a_run_of_a_model_whose_tokens_see_later_ones_is_refused(tmp_path):
     _draw_parameters(model, torch.Generator().manual_seed(5))
     model.save_pretrained(tmp_path / "model")
     tiny_tokenizer("llama").save_pretrained(tmp_path / "model")
-    with pytest.raises(
-        UserError, match="LlamaForCausalLM as configured tokens see"
-    ):
+    with pytest.raises(UserError, match="LlamaForCausalLM as configured tokens see"):
         train(short_recipe(tmp_path / "model", tmp_path)(), Topology())
     assert not (tmp_path / "run" / "metrics.jsonl").exists()

@@ -46,6 +46,11 @@ def test_models_that_always_want_an_image_are_refused(tmp_path, config):
         load_config(saved(config, tmp_path))
 
 
+def test_a_class_without_a_pass_for_tokens_is_refused(tmp_path):
+    with pytest.raises(UserError, match="OmniForConditionalGeneration always wants more than tokens"):
+        load_config(saved(transformers.Qwen2_5OmniConfig(), tmp_path))
+
+
 def test_checkpointing_that_a_class_does_not_have_is_refused(tmp_path):
     config = transformers.CTRLConfig(**_IDS, n_positions=64, n_embd=32, dff=48, n_layer=1, n_head=4)
     assert load_config(saved(config, tmp_path)).model_type == "ctrl"
