@@ -190,6 +190,7 @@ def _other_classes() -> list[Entry]:
     return [
         Entry(2, "curve", 3, setting=own, zero=never_persistent, arguments=steps, note="persist0"),
         Entry(2, "curve", 3, setting=wrapped, zero=never_persistent, arguments=steps, note="persist0"),
+        Entry(2, "later_tokens", 3, setting=wrapped, zero=never_persistent, note="persist0"),
     ]
 
 
