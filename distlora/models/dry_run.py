@@ -7,6 +7,7 @@ do to find the end of a text. What such a pass looks up in a table shows how man
 
 import copy
 import inspect
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import PreTrainedConfig, PreTrainedModel
 
 aten = torch.ops.aten
+log = logging.getLogger(__name__)
 Answer = TypeVar("Answer")
 
 #: Elements of the largest tensor whose values are kept; no row of positions has more.
@@ -57,13 +59,14 @@ class KnownValues(TorchDispatchMode):
             return self._with_values(function, args, kwargs)
         self._note(function, args)
         result = function(*self._without_masks(function, args), **kwargs)
-        self.forget(_tensors(result))  # one that was changed in place has other values
+        self.forget(_changed(function, args, kwargs))
         return result
 
     def forget(self, tensors: Iterable[Tensor]) -> None:
-        """Takes their values away."""
-        for tensor in tensors:
-            self._values.pop(tensor, None)
+        """Takes their values away, and those of all tensors that share memory with them."""
+        changed = {_memory(tensor) for tensor in tensors}
+        for known in [tensor for tensor in self._values if _memory(tensor) in changed]:
+            del self._values[known]
 
     def value(self, tensor: Tensor) -> Tensor | None:
         """The values of a tensor, on the CPU; None for one without."""
@@ -83,6 +86,7 @@ class KnownValues(TorchDispatchMode):
         if not leaves_meta and not _decided_by_values(function):
             shapes = function(*args, **kwargs)
             if any(output.numel() > LARGEST for output in _tensors(shapes)):
+                self.forget(_changed(function, args, kwargs))
                 return shapes
         values = function(*tree_map(self._value, args), **tree_map(self._value, kwargs))
         if leaves_meta:
@@ -123,6 +127,18 @@ class KnownValues(TorchDispatchMode):
 
 def _tensors(tree) -> list[Tensor]:
     return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor)]
+
+
+def _memory(tensor: Tensor) -> int:
+    """A number that tensors have in common if they share memory."""
+    return tensor.untyped_storage()._cdata
+
+
+def _changed(function, args, kwargs) -> list[Tensor]:
+    """The arguments that a function writes into."""
+    named = {argument.name: value for argument, value in zip(function._schema.arguments, args)} | kwargs
+    infos = {argument.name: argument.alias_info for argument in function._schema.arguments}
+    return _tensors([value for name, value in named.items() if infos[name] and infos[name].is_write])
 
 
 def _is_on_meta(kwargs) -> bool:
@@ -172,7 +188,7 @@ def ordinary_text(config: PreTrainedConfig, tokens: int, ends: bool = True) -> d
     """Ids and mask, int64 (1, tokens), on the meta device: one ordinary token again and again, and an end of
     text, if that is wanted.
     """
-    special = {value for key, value in _with_parts(config) if key.endswith(("_token_id", "_token_index"))}
+    special = special_tokens(config)
     ordinary = next(number for number in range(1, 2**16) if number not in special)
     ids, end = torch.full((1, tokens), ordinary, device="meta"), end_of_text(config)
     if ends and end is not None:
@@ -180,9 +196,14 @@ def ordinary_text(config: PreTrainedConfig, tokens: int, ends: bool = True) -> d
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
+def special_tokens(config: PreTrainedConfig) -> set[int]:
+    """The tokens that have a meaning of their own for a model, by its config."""
+    return {value for key, value in _with_parts(config) if key.endswith(("_token_id", "_token_index"))}
+
+
 def end_of_text(config: PreTrainedConfig) -> int | None:
     """The token with which a model's texts end, where it is a single one."""
-    end = config.get_text_config(decoder=True).eos_token_id
+    end = getattr(config.get_text_config(decoder=True), "eos_token_id", None)
     return end if isinstance(end, int) else None
 
 
@@ -226,14 +247,14 @@ def position_limit(model: PreTrainedModel) -> int | None:
     if model.main_input_name != "input_ids":
         return None
     with known_values() as mode:
-        bare = bare_copy(mode, model)
-        short, long = _run(mode, bare, SHORT), _run(mode, bare, LONG)
+        runs = _Runs(mode, model)
+        short, long = runs.of(SHORT), runs.of(LONG)
         limits = {
             late.rows - (late.last - (LONG - 1))
             for early, late in zip(short.looked_up, long.looked_up)
             if late.rows == early.rows and late.last - early.last == LONG - SHORT
         }
-        return min((limit for limit in limits if _fails(_run(mode, bare, limit + 1), long)), default=None)
+        return min((limit for limit in limits if _fails(runs.of(limit + 1), long)), default=None)
 
 
 @dataclass(frozen=True)
@@ -246,16 +267,41 @@ class _Run:
 
 def _fails(run: _Run, shorter: _Run) -> bool:
     """Whether a text is too long, when a shorter one is not."""
-    return any(found.last >= found.rows for found in run.looked_up) or (shorter.ended and not run.ended)
+    return (
+        any(found.last >= found.rows for found in run.looked_up)
+        or len(run.looked_up) < len(shorter.looked_up)
+        or (shorter.ended and not run.ended)
+    )
 
 
-def _run(mode: KnownValues, model: PreTrainedModel, tokens: int, ends: bool = True) -> _Run:
-    mode.looked_up = []
-    try:
-        model(**text_inputs(model, ordinary_text(model.config, tokens, ends)))
-    except (RuntimeError, IndexError, ValueError):
-        return _Run(mode.looked_up, False)  # positions are looked up first
-    return _Run(mode.looked_up, True)
+class _Runs:
+    """Texts of any length, run through a model without weights: in the first dtype in which one can be run to
+    its end. What a class cannot do without weights is no error.
+    """
+
+    def __init__(self, mode: KnownValues, model: PreTrainedModel):
+        self._mode, self._model, self._bare = mode, model, None
+        for dtype in (torch.bfloat16, torch.float32):  # most kernels; and those that lack bfloat16
+            with self._unless_it_fails():
+                self._bare = bare_copy(mode, model, dtype)
+            if self.of(SHORT).ended:
+                break
+
+    def of(self, tokens: int, ends: bool = True) -> _Run:
+        """ends: whether the text has an end token."""
+        self._mode.looked_up, ended = [], False
+        if self._bare is not None:
+            with self._unless_it_fails():
+                self._bare(**text_inputs(self._bare, ordinary_text(self._bare.config, tokens, ends)))
+                ended = True
+        return _Run(self._mode.looked_up, ended)  # positions are looked up first
+
+    @contextmanager
+    def _unless_it_fails(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # classes raise what they like where values are missing
+            log.debug("%s without weights: %r", type(self._model).__name__, error)
 
 
 # ---------------------------------------------------------------------- ends
@@ -265,5 +311,5 @@ def _run(mode: KnownValues, model: PreTrainedModel, tokens: int, ends: bool = Tr
 def needs_end(model: PreTrainedModel) -> bool:
     """Whether a model fails for a text without an end token, as classifiers do that look for it."""
     with known_values() as mode:
-        bare = bare_copy(mode, model)
-        return _run(mode, bare, SHORT).ended and not _run(mode, bare, SHORT, ends=False).ended
+        runs = _Runs(mode, model)
+        return runs.of(SHORT).ended and not runs.of(SHORT, ends=False).ended

@@ -50,21 +50,44 @@ def generate(
         model.train(training)
 
 
+def cache_name(model: PreTrainedModel) -> str | None:
+    """The parameter under which a model takes transformers' cache; None for one that has another or none."""
+    takes = inspect.signature(model.forward).parameters
+    if not model._supports_default_dynamic_cache():
+        return None
+    return next((name for name in CACHES if name in takes), None)
+
+
 class _Greedy:
-    """The rows that are not done yet, with their cache. A model that takes no cache sees all tokens again."""
+    """The rows that are not done yet, with their cache. A model that takes no cache sees all tokens again;
+    some of these have a state into which padding would enter, so that only prompts of equal length go
+    together.
+    """
 
     def __init__(self, model, prompts, max_new_tokens, ends, pad_id, stopped):
         self.model, self.pad_id, self.ends = model, pad_id, ends
         self.limit, self.stopped = max_new_tokens, stopped or (lambda tokens: False)
         self.answers: list[list[int]] = [[] for _ in prompts]
-        self.rows = list(range(len(prompts)))
         self.device = model.get_input_embeddings().weight.device
         self.takes = set(inspect.signature(model.forward).parameters)
-        self.cache_name = next((name for name in CACHES if name in self.takes), None)
-        if prompts:
-            self._begin(prompts)
+        self.cache_name = cache_name(model)
+        self.prompts, self.rows = prompts, list[int]()
+        self.waiting = self._groups()
+        self._begin()
 
-    def _begin(self, prompts: Sequence[Sequence[int]]) -> None:
+    def _groups(self) -> list[list[int]]:
+        """Numbers of the prompts that are answered together."""
+        groups: dict[int, list[int]] = {}
+        for row, prompt in enumerate(self.prompts):
+            groups.setdefault(len(prompt) if self.cache_name is None else 0, []).append(row)
+        return list(groups.values())
+
+    def _begin(self) -> None:
+        """Takes up the next group, if there is one."""
+        if not self.waiting:
+            return
+        self.rows = self.waiting.pop()
+        prompts = [self.prompts[row] for row in self.rows]
         longest = max(map(len, prompts))
         padding = [longest - len(prompt) for prompt in prompts]
         tokens = [[self.pad_id] * count + list(prompt) for count, prompt in zip(padding, prompts)]
@@ -108,6 +131,7 @@ class _Greedy:
         if len(left) < len(self.rows):
             self.rows = [self.rows[place] for place in left]
             if not left:
+                self._begin()
                 return
             kept = torch.tensor(left, device=self.device)
             following, self.mask, self.positions = following[kept], self.mask[kept], self.positions[kept]

@@ -1,28 +1,18 @@
 """Configs, models and tokenizers: what can be trained here, and how it is loaded."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Protocol
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageClassification,
-    AutoModelForMultimodalLM,
-    AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-)
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
-    MODEL_FOR_MASKED_LM_MAPPING,
-    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
 )
 from transformers.utils import is_flash_attn_2_available
 from transformers.utils import logging as transformers_logging
@@ -30,6 +20,17 @@ from transformers.utils import logging as transformers_logging
 from distlora.errors import UserError
 from distlora.models.cross_entropy import OutputHead
 from distlora.models.hub import resolve_path
+from distlora.models.kinds import (
+    auto_class,
+    classes,
+    hint,
+    model_class_of,
+    reads_the_last_token,
+    refuse_beyond_texts,
+    refuse_checkpointing,
+    refuse_other_models,
+    vocabulary_size,
+)
 from distlora.sentences import first_line
 
 #: Tokens that some vocabularies hold for padding without saying so, best first.
@@ -59,8 +60,7 @@ class ModelChoice(Protocol):
         """Whether blocks compute their activations again in the backward pass."""
 
 
-# In what follows, `labels` are the names that a classifier of texts or images tells apart; a single one is
-# that of the output of a regression. Without any, the model is a causal language model.
+# `labels`: see `distlora.models.kinds`.
 #
 # ---------------------------------------------------------------------- config
 
@@ -71,68 +71,28 @@ def load_config(section: ModelChoice, labels: Sequence[str] = (), images: bool =
     with explained(section.path):
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     if labels:
-        if type(config) not in _classes(config, labels, images):
+        if type(config) not in classes(config, labels, images):
             wanted = "classifier of images" if images else "classifier"
             raise UserError(
                 f"model.path={section.path}: the type {config.model_type} has no {wanted}, "
-                f"which data.task wants{_hint(config)}"
+                f"which data.task wants{hint(config)}"
             )
         config.id2label = dict(enumerate(labels))
         config.label2id = {name: number for number, name in enumerate(labels)}
         config.problem_type = "regression" if len(labels) == 1 else None
         config.use_cache = False  # a classifier generates nothing
     else:
-        _refuse_other_models(section, config)
+        refuse_other_models(section.path, config)
     if getattr(config, "quantization_config", None):
         raise UserError(
             f"model.path={section.path}: the weights are already quantised; give the original model"
         )
+    if not images:
+        refuse_beyond_texts(section.path, config, labels)
+    if section.gradient_checkpointing:
+        refuse_checkpointing(section.path, model_class_of(config, labels, images))
     _attention(section, config, labels, images)
     return config
-
-
-def _refuse_other_models(section: ModelChoice, config: PreTrainedConfig) -> None:
-    """Raises UserError for what is no causal language model."""
-    name = f"model.path={section.path}: the type {config.model_type}"
-    if config.is_encoder_decoder:
-        raise UserError(
-            f"{name} reads the prompt in an encoder of its own, and responses are trained in causal language "
-            f"models only{_hint(config)}"
-        )
-    if _is_encoder(config) or type(config) not in _classes(config):
-        raise UserError(f"{name} is no causal language model{_hint(config)}")
-
-
-def _auto_class(config: PreTrainedConfig, labels: Sequence[str] = (), images: bool = False) -> type:
-    if images:
-        return AutoModelForImageClassification
-    if labels:
-        return AutoModelForSequenceClassification
-    # Models of images and texts are language models, too, if they are given texts alone.
-    return AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForMultimodalLM
-
-
-def _classes(config: PreTrainedConfig, labels: Sequence[str] = (), images: bool = False):
-    """transformers' mapping from a config's class to that of the model."""
-    return _auto_class(config, labels, images)._model_mapping
-
-
-def _hint(config: PreTrainedConfig) -> str:
-    """Which tasks a model could be trained on that is of the wrong kind for this one."""
-    if type(config) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
-        return "; a data.task of images, such as cifar10, trains it"
-    classifies = type(config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
-    if classifies and (_is_encoder(config) or config.is_encoder_decoder):
-        return "; a data.task with labels, such as rte, trains it as a classifier"
-    return ""
-
-
-def _is_encoder(config: PreTrainedConfig) -> bool:
-    """Whether each token sees those that follow it.
-
-    transformers has causal classes for such types too, for use as a decoder.
-    """
-    return type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
 
 
 def _attention(
@@ -142,9 +102,7 @@ def _attention(
 
     "auto" stands for the fastest one that the model's class, the dtype and the machine allow.
     """
-    model_class = _classes(config, labels, images)[type(config)]
-    if isinstance(model_class, tuple):  # DeiT's, with and without a teacher, differ in their heads alone
-        model_class = model_class[0]
+    model_class = model_class_of(config, labels, images)
     supported = {
         "flash_attention_2": model_class._supports_flash_attn,
         "sdpa": model_class._supports_sdpa,
@@ -178,13 +136,26 @@ def bare_model(section: ModelChoice, labels: Sequence[str] = (), images: bool = 
     """The model without weights: its modules have their shapes, and take no memory (on the meta device)."""
     config = load_config(section, labels, images)
     with torch.device("meta"), explained(section.path):
-        model = _auto_class(config, labels, images).from_config(config, trust_remote_code=False)
+        model = auto_class(config, labels, images).from_config(config, trust_remote_code=False)
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
         raise UserError(
             f"model.path={section.path}: {type(model).__name__} has batch norms, whose statistics change in "
             "training and are in no adapter; give a model without them"
         )
+    if not images:
+        _refuse_other_embeddings(section, model)
     return model
+
+
+def _refuse_other_embeddings(section: ModelChoice, model: PreTrainedModel) -> None:
+    """Raises UserError where a model of texts has no table with a row for each token."""
+    with suppress(AttributeError, NotImplementedError):
+        if isinstance(model.get_input_embeddings().weight, Tensor):
+            return
+    raise UserError(
+        f"model.path={section.path}: {type(model).__name__} has no table of token embeddings, and texts are "
+        "given as tokens here; give a model with one"
+    )
 
 
 def head_parameters(model: PreTrainedModel) -> set[str]:
@@ -211,11 +182,11 @@ def load_model(
         raise UserError(
             f"model.path={section.path}: no *.safetensors in {directory}; only this format is loaded"
         )
-    if labels and not images and type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and not _is_encoder(config):
-        # A decoder classifies by the last token that is not padding, and must know how texts are padded here.
+    if labels and not images and reads_the_last_token(config, labels):
+        # It must know how texts are padded here.
         config.get_text_config(decoder=True).pad_token_id = load_tokenizer(section).pad_token_id
     with explained(section.path), quiet():
-        model, info = _auto_class(config, labels, images).from_pretrained(
+        model, info = auto_class(config, labels, images).from_pretrained(
             directory,
             config=config,
             dtype=getattr(torch, section.dtype),
@@ -252,11 +223,8 @@ def load_tokenizer(section: ModelChoice) -> PreTrainedTokenizerBase:
     """The tokenizer. It pads on the right, with a token that the model's embeddings have a row for."""
     directory = resolve_path(section.path)
     with explained(section.path):
-        vocab_size = (
-            AutoConfig.from_pretrained(directory, trust_remote_code=False)
-            .get_text_config(decoder=True)
-            .vocab_size
-        )
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        vocab_size = vocabulary_size(section.path, config)
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
         # Without its files, transformers makes a tokenizer for which every text is unknown.
@@ -300,6 +268,9 @@ def explained(path: str) -> Iterator[None]:
         raise UserError(
             f"model.path={path}: a weights file is broken ({first_line(error)}); fetch it again"
         ) from error
+    except ImportError as error:
+        what = first_line(str(error).strip())
+        raise UserError(f"model.path={path}: a package is missing: {what}") from error
     except (OSError, ValueError, KeyError) as error:
         what = first_line(error)
         if "backend tokenizer" in what:

@@ -24,8 +24,9 @@ from distlora.models.dry_run import (
 TOKENS = 4
 #: Numbers that stand for logits lie between plus and minus this, where caps show.
 LARGEST_LOGIT = 40.0
-#: Relative differences of what is rounded to bfloat16 on the way.
-ROUNDING = 0.01
+#: Relative differences of what is rounded on the way, by the dtype of a pass: exact; and one that all kernels
+#: know.
+ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 0.01}
 
 log = logging.getLogger(__name__)
 
@@ -51,38 +52,57 @@ def output_of(model: PreTrainedModel) -> Output | None:
     for each model, with a line in the log.
     """
     if model not in _known:
-        _known[model] = output = _found(model)
-        if output is None:
-            log.info(
-                "%s makes its logits in a way of its own: the loss is taken of the logits of all tokens, "
-                "which are in memory at once", type(model).__name__,
-            )  # fmt: skip
-        elif output.scale != 1:
-            log.info("%s multiplies its logits by %.6g; so does the loss", type(model).__name__, output.scale)
+        found = _found(model)
+        _known[model] = found.output
+        _tell(type(model).__name__, found)
     return _known[model]
 
 
+@dataclass(frozen=True)
+class _Found:
+    """seen: whether the class could be run without weights."""
+
+    output: Output | None
+    seen: bool
+
+
+def _tell(name: str, found: _Found) -> None:
+    if found.output is None:
+        if found.seen:
+            why = f"{name} makes its logits in a way of its own"
+        else:
+            why = f"how {name} makes its logits could not be seen without weights"
+        log.info("%s: the loss is taken of the logits of all tokens, which are in memory at once", why)
+    elif found.output.scale != 1:
+        log.info("%s multiplies its logits by %.6g; so does the loss", name, found.output.scale)
+
+
 @asked_once
-def _found(model: PreTrainedModel) -> Output | None:
-    for dtype in (torch.float32, torch.bfloat16):  # exact; and known to all kernels
+def _found(model: PreTrainedModel) -> _Found:
+    for dtype in ROUNDING:
         with known_values() as mode:
             try:
-                return _seen(mode, bare_copy(mode, model, dtype))
-            except Exception:  # whatever it is, the class's own logits are right
-                continue
-    return None
+                return _Found(_seen(mode, bare_copy(mode, model, dtype), ROUNDING[dtype]), True)
+            except Exception as error:  # whatever it is, the class's own logits are right
+                log.debug("%s without weights, in %s: %r", type(model).__name__, dtype, error)
+    return _Found(None, False)
 
 
-def _seen(mode: KnownValues, model: PreTrainedModel) -> Output | None:
+def _seen(mode: KnownValues, model: PreTrainedModel, rounding: float) -> Output | None:
     passed = _pass(mode, model)
     if passed is None:
         return None
     cap = getattr(model.config.get_text_config(decoder=True), "final_logit_softcapping", None)
-    before, made, logits = _scale(passed.hidden, passed.layer_input), passed.layer_output, passed.logits
-    if cap is not None and _is_close(logits, _capped(made, cap)) and not _is_close(logits, made):
+    before = _scale(passed.hidden, passed.layer_input, rounding)
+    made, logits = passed.layer_output, passed.logits
+    if (
+        cap is not None
+        and _is_close(logits, _capped(made, cap), rounding)
+        and not _is_close(logits, made, rounding)
+    ):
         after = 1.0
     else:
-        after, cap = _scale(made, logits), None
+        after, cap = _scale(made, logits, rounding), None
     if before is None or after is None or (before * after != 1 and passed.has_bias):
         return None
     return Output(passed.base, before * after, cap)
@@ -160,21 +180,21 @@ def _same(mode: KnownValues, call: dict, given: dict[str, Tensor]) -> bool:
     return all(left is not None and torch.equal(left, right) for left, right in pairs)
 
 
-def _scale(before: Tensor, after: Tensor | None) -> float | None:
+def _scale(before: Tensor, after: Tensor | None, rounding: float) -> float | None:
     """The number that all of `before` is multiplied by to give `after`; None if there is none."""
     if after is None or after.shape != before.shape:
         return None
     before, after = before.double(), after.double()
     scale = float((before * after).sum() / before.square().sum())
-    if not _is_close(after, scale * before):
+    if not _is_close(after, scale * before, rounding):
         return None
-    return 1.0 if abs(scale - 1) < ROUNDING / 10 else scale
+    return 1.0 if abs(scale - 1) < rounding / 10 else scale
 
 
-def _is_close(left: Tensor | None, right: Tensor) -> bool:
+def _is_close(left: Tensor | None, right: Tensor, rounding: float) -> bool:
     if left is None or left.shape != right.shape:
         return False
-    return bool((left.double() - right.double()).abs().max() <= ROUNDING * right.double().abs().max())
+    return bool((left.double() - right.double()).abs().max() <= rounding * right.double().abs().max())
 
 
 def _capped(logits: Tensor, cap: float) -> Tensor:

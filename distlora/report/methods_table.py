@@ -133,7 +133,14 @@ def _subject(recipe: Recipe | None, path: str | None) -> Subject | None:
         return None
     place = without_weights(path)
     if recipe is None:
-        return Subject(path, bare_model(ModelSection(path=place)), ALL_LINEAR, set(), None, ANY)
+        return Subject(
+            path,
+            bare_model(ModelSection(path=place, gradient_checkpointing=False)),
+            ALL_LINEAR,
+            set(),
+            None,
+            ANY,
+        )
     section = recipe.model.model_copy(update={"path": place})
     objective = objective_of(recipe.model_copy(update={"model": section}))
     model = objective.bare_model()

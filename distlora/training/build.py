@@ -77,6 +77,7 @@ def build(comm: Comm, recipe: Recipe, objective: Objective, chosen: Chosen) -> B
         model, OptimizerSpec(lr=rate, weight_decay=settings.weight_decay, **dict(settings.optimizer))
     )
     draw_heads(engine, new, settings.seed)
+    objective.check_loaded(engine)
     # From here on ranks may draw different numbers (dropout); new heads were drawn alike.
     reseed(settings.seed + comm.rank, comm.device)
     return Built(engine, adapted, pretrained, tensorboard, resolved, frozenset(new))

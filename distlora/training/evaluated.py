@@ -102,7 +102,7 @@ def subject_of_model(model: str, adapter: Path | None, task: str, overrides: Seq
     method = "dora" if files and files.magnitudes else "lora"
     content = {
         # A pair of rank 1 that stays zero: engines are made for models with something to train.
-        "model": {"path": model}, "method": {"name": method, "rank": 1},
+        "model": {"path": model, "gradient_checkpointing": False}, "method": {"name": method, "rank": 1},
         "data": {"task": task, "max_new_tokens": ANSWER_TOKENS},
         "train": {"micro_batch_size": ROWS}, "output_dir": "none",
     }  # fmt: skip

@@ -108,8 +108,9 @@ def _read(evaluated: Evaluated, asked: Asked, section: DataSection, preprocessor
     log.info(
         "data: %d questions of %s, %d left out", len(questions.items), questions.origin, questions.dropped
     )
-    objective.check_questions(questions, preprocessor, section.max_new_tokens)
-    if asked.way == "likelihood":
+    reads_options = asked.way == "likelihood"
+    objective.check_questions(questions, preprocessor, None if reads_options else section.max_new_tokens)
+    if reads_options:
         refuse_without_options(name, questions)
     return Job(name, section, objective, asked.way, questions)
 

@@ -32,6 +32,7 @@ from distlora.engine.coordination import on_every_rank
 from distlora.engine.protocol import Engine
 from distlora.errors import UserError
 from distlora.evaluation.scoring import exact_match, label_scores, perplexity
+from distlora.models.causality import sees_later_tokens
 from distlora.models.loading import head_parameters
 from distlora.models.losses import label_loss, response_loss, score_loss
 from distlora.models.targets import Batch
@@ -70,6 +71,18 @@ class Responses(Texts):
 
     def batch(self, samples: Sequence, tokenizer, device: torch.device) -> Batch:
         return collate(samples, tokenizer.pad_token_id, device)
+
+    def check_loaded(self, engine: Engine) -> None:
+        engine.train_mode(False)
+        (seen,) = engine.comm.sum(float(engine.run(sees_later_tokens)))
+        engine.train_mode(True)
+        if seen == engine.comm.world_size:
+            raise UserError(
+                f"model.path={self.recipe.model.path}: in {type(engine.module).__name__} as configured "
+                "tokens see those that follow them, so that it would read the response that it is to learn; "
+                "give a causal language model",
+                agreed=True,
+            )
 
     def evaluate(self, engine: Engine, tokenizer, samples: Sequence) -> dict[str, float]:
         parts = shard(

@@ -84,6 +84,10 @@ class Objective(ABC):
         """The model, and the names of the parameters that its weights lack."""
         return load_model(self.recipe.model, self.labels)
 
+    def check_loaded(self, engine: Engine) -> None:
+        """Raises UserError, on all ranks, for what only the model with its weights shows; collective."""
+        return
+
     def attention(self) -> str:
         """The attention implementation that this machine would run."""
         return attention_of(self.recipe.model, self.labels)

@@ -23,21 +23,34 @@ class Texts(Objective):
         self._refuse_unknown_ids([sample.input_ids for sample in samples], tokenizer)
         self._refuse_long(max((len(sample.input_ids) for sample in samples), default=0))
         if self._end is not None:
+            self._refuse_padding_with_ends(tokenizer)
             self._refuse_uneven_ends(samples, tokenizer)
 
-    def check_questions(self, questions: Questions, tokenizer, max_new_tokens: int) -> None:
-        """Raises UserError for prompts with tokens that the model does not know, and for answers that could
-        run over the end of its table of positions.
+    def check_questions(self, questions: Questions, tokenizer, max_new_tokens: int | None) -> None:
+        """Raises UserError for tokens that the model does not know, and for answers that could run over the
+        end of its table of positions. max_new_tokens: of an answer; None where the options are read.
         """
         prompts = [question.prompt_ids for question in questions.items]
         options = [option for question in questions.items for option in question.options]
         self._refuse_unknown_ids([*prompts, *options], tokenizer)
-        longest, limit = max(map(len, prompts)), self._positions
-        if limit is not None and longest + max_new_tokens > limit:
+        if self._positions is None:
+            return
+        if max_new_tokens is None:
+            self._refuse_long_options(questions, self._positions)
+        elif (longest := max(map(len, prompts))) + max_new_tokens > self._positions:
             raise UserError(
                 f"data.max_new_tokens={max_new_tokens}: with a prompt of {longest} tokens that is beyond the "
-                f"{limit} positions of {self.recipe.model.path}; lower it, or data.max_length"
+                f"{self._positions} positions of {self.recipe.model.path}; lower it, or data.max_length"
             )
+
+    def _refuse_long_options(self, questions: Questions, limit: int) -> None:
+        for question in questions.items:
+            prompt, option = len(question.prompt_ids), max(map(len, question.options), default=0)
+            if prompt + option > limit:
+                raise UserError(
+                    f"data: a prompt of {prompt} tokens and its option of {option} are beyond the {limit} "
+                    f"positions of {self.recipe.model.path}; lower data.max_length"
+                )
 
     def _refuse_long(self, longest: int) -> None:
         limit, data = self._positions, self.recipe.data
@@ -49,6 +62,15 @@ class Texts(Objective):
 
     def _refuse_unknown_ids(self, texts: Sequence[Sequence[int]], tokenizer) -> None:
         refuse_unknown_ids(texts, tokenizer, embedding_rows(self._model), self.recipe.model.path)
+
+    def _refuse_padding_with_ends(self, tokenizer) -> None:
+        """Of a model that would take padding for ends of texts."""
+        if tokenizer.pad_token_id == self._end:
+            raise UserError(
+                f"model.path={self.recipe.model.path}: the tokenizer pads with {tokenizer.pad_token}, and "
+                f"{type(self._model).__name__} looks for this token to find the end of a text; give the "
+                "tokenizer a pad token of its own"
+            )
 
     def _refuse_uneven_ends(self, samples: Sequence, tokenizer) -> None:
         """Of a model that looks for the end tokens of all texts of a batch at once."""

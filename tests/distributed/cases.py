@@ -29,6 +29,7 @@ from distlora.initialisation.factors import initialise, install_gradient_maps
 from distlora.initialisation.probe import Probe, mean_gradients
 from distlora.maths.low_rank import LowRank
 from distlora.methods.dora import DoRA
+from distlora.models.causality import sees_later_tokens
 from distlora.models.generation import generate
 from distlora.models.losses import label_loss, response_loss
 from distlora.models.targets import loss_of_samples
@@ -182,6 +183,12 @@ def curve(setting: Setting, steps: int = 20) -> Results:
         setting.start_from_random_factors()
     losses, norms = setting.steps(0, steps)
     return _curve(losses, norms, setting.evaluation()) | setting.state()
+
+
+def later_tokens(setting: Setting) -> Results:
+    """A causal model, asked whether its tokens see later ones."""
+    setting.engine.train_mode(False)
+    return {"seen": setting.engine.run(sees_later_tokens).cpu()}
 
 
 def short_batch(setting: Setting) -> Results:
@@ -560,7 +567,7 @@ CASES: dict[str, Callable[..., Results]] = {
         curve, short_batch, writing, norming, replacing_gradients, initialising, probing, generating,
         answering, naming_silent_tensors, transform_traffic, correcting, storing, classifying,
         classifying_images, saving, resuming, swapping, swap_traffic, swap_saving, swap_resuming, whole_run,
-        sent_in_a_step, sent_at_the_start, searching, merging,
+        sent_in_a_step, sent_at_the_start, searching, merging, later_tokens,
     )
 }  # fmt: skip
 

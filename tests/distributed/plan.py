@@ -73,7 +73,7 @@ def entries() -> list[Entry]:
         *_every_stage(), *_every_method(), *_bfloat16(), *_methods_and_settings(), *_norms(), *_transforms(),
         *_optimizers(),
         *_zero_options(), *_swaps(), *_classifiers(), *_packed(), *_traffic(),
-        *_searches(), *_transposed(), *_experts(),
+        *_searches(), *_transposed(), *_experts(), *_other_classes(),
     ]  # fmt: skip
 
 
@@ -178,6 +178,19 @@ def _experts() -> list[Entry]:
         Entry(2, "initialising", 3, setting={"method": "pissa", "family": "experts"}),
         Entry(2, "initialising", 3, setting={"method": "lora_sb", "family": "experts"}, tensors=5e-2),
         Entry(2, "replacing_gradients", 3, setting={"method": "lora_pro", "family": "experts"}),
+    ]
+
+
+def _other_classes() -> list[Entry]:
+    """A class whose logits only itself can make; and a language model in a wrapper."""
+    never_persistent = {"stage3_param_persistence_threshold": 0}
+    lora, steps = {"method": "lora", "clip": 0.5}, {"steps": 3}
+    wrapped = lora | {"family": "wrapper", "targets": ["*.language_model.*_proj"]}
+    own = lora | {"family": "own_logits", "targets": ["query", "decoder"]}
+    return [
+        Entry(2, "curve", 3, setting=own, zero=never_persistent, arguments=steps, note="persist0"),
+        Entry(2, "curve", 3, setting=wrapped, zero=never_persistent, arguments=steps, note="persist0"),
+        Entry(2, "later_tokens", 3, setting=wrapped, zero=never_persistent, note="persist0"),
     ]
 
 

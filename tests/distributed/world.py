@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import (
     BertConfig,
+    BertLMHeadModel,
     BertModel,
     GPT2Config,
     GPT2LMHeadModel,
@@ -32,6 +33,7 @@ from distlora.initialisation.pretrained import PretrainedFiles
 from distlora.methods import magnitude_of, registry
 from distlora.models.loading import head_parameters, load_model
 from distlora.recipe.sections import ModelSection
+from tests.tiny_zoo import zoo_model
 
 VOCABULARY = 97
 #: Layers to adapt where a test does not care which: one of each shape, none of which a world divides.
@@ -58,6 +60,8 @@ def save_model(directory: Path) -> None:
     save_vision(directory / "vision")
     save_gpt2(directory / "gpt2")
     save_experts(directory / "experts")
+    save_own_logits(directory / "own_logits")
+    zoo_model("llava").save_pretrained(directory / "wrapper")
 
 
 def save_gpt2(directory: Path) -> None:
@@ -69,6 +73,20 @@ def save_gpt2(directory: Path) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(3)
         GPT2LMHeadModel(config).save_pretrained(directory)
+
+
+def save_own_logits(directory: Path) -> None:
+    """A BERT as a decoder: layers of its own lie between hidden states and logits, so that the loss is taken
+    of all logits.
+    """
+    config = BertConfig(
+        vocab_size=VOCABULARY, hidden_size=60, intermediate_size=131, num_hidden_layers=2,
+        num_attention_heads=6, max_position_embeddings=64, hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0, initializer_range=0.1, is_decoder=True,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        BertLMHeadModel(config).save_pretrained(directory)
 
 
 def save_encoder(directory: Path) -> None:
@@ -169,8 +187,8 @@ def build(
 ) -> Attached:
     """Loads, attaches and starts, as the training program does. when_loaded: shown the model before anything
     is attached. targets: as in a recipe, or "few". labels: how many the encoder tells apart; 0 for the
-    language model. images: of images and not of texts. quantization: kind of packed weights. family: gpt2 or
-    experts in the place of Qwen2; of experts, all are adapted."""
+    language model. images: of images and not of texts. quantization: kind of packed weights. family: the
+    directory of another model than Qwen2; of experts, all are adapted."""
     directory = directory / family
     if labels:
         directory = directory / ("vision" if images else "encoder")

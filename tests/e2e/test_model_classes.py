@@ -110,7 +110,12 @@ def test_plan_counts_an_encoder_decoder(name, tmp_path):
     content["deepspeed"] = "configs/zero/zero2.json"
     recipe = write_recipe(tmp_path / "recipe.yaml", content)
     told = succeed("plan", recipe, "--nodes", "1", "--gpus-per-node", "1").out
-    assert "GiB" in told or "MiB" in told
+    directory = content["model"]["path"]
+    model = AutoModelForSequenceClassification.from_pretrained(directory, num_labels=len(LABELS))
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert f"{directory}: {count:,} parameters in float32" in told
+    (weights,) = (line.split()[-1] for line in told.splitlines() if line.startswith("  weights "))
+    assert float(weights) == pytest.approx(4 * count / 2**30, rel=0.01)
 
 
 @pytest.mark.parametrize("name", ["t5", "bart"])

@@ -61,6 +61,19 @@ def test_what_depends_on_weights_or_chance_has_none():
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_what_is_changed_in_place_has_no_values_under_any_name():
+    weight = torch.empty(9, 4, device="meta")
+    with known_values() as mode:
+        numbers, other = torch.zeros(3, device="meta"), torch.zeros(3, device="meta")
+        view = other.view(3)
+        numbers[0:1] = weight[0, :1]
+        other.add_(weight[0, :3])
+        assert mode.value(numbers) is None and mode.value(view) is None
+        kept = torch.zeros(3, device="meta")
+        torch.add(kept, weight[0, :3])
+        assert mode.value(kept).tolist() == [0, 0, 0]
+
+
 # ---------------------------------------------------------------------- positions
 
 
@@ -101,6 +114,51 @@ def test_a_model_that_cannot_be_run_without_weights_is_asked_as_far_as_it_goes()
     with torch.device("meta"):
         model = Deciding(model.config)
     assert position_limit(model) == 128
+
+
+def fnet():
+    """Its positions are a stored row, of which a longer text gets all; its Fourier transform has no kernel
+    for bfloat16.
+    """
+    sizes = dict(vocab_size=100, hidden_size=32, num_hidden_layers=1, intermediate_size=32)
+    return transformers.FNetForSequenceClassification(
+        transformers.FNetConfig(**sizes, max_position_embeddings=64)
+    )
+
+
+def test_a_table_whose_stored_positions_are_cut_has_a_limit():
+    assert position_limit(fnet()) == 64
+    with pytest.raises(RuntimeError):
+        fnet()(input_ids=torch.ones(1, 65, dtype=torch.long))
+
+
+def test_a_config_without_an_end_token_has_texts_without_one():
+    sizes = dict(vocab_size=100, hidden_size=32, embedding_size=32, num_hidden_layers=1)
+    more = dict(num_attention_heads=4, intermediate_size=48, true_hidden_size=32, max_position_embeddings=64)
+    config = transformers.MobileBertConfig(**sizes, **more, intra_bottleneck_size=32)
+    assert not hasattr(config, "eos_token_id") and end_of_text(config) is None
+    model = transformers.MobileBertForSequenceClassification(config)
+    assert (position_limit(model), needs_end(model)) == (64, False)
+
+
+@pytest.mark.parametrize("place", ["made", "run"])
+@pytest.mark.parametrize("error", [AttributeError, TypeError, ImportError])
+def test_what_a_class_cannot_do_without_weights_is_no_error(place, error):
+    def fail():
+        if torch.get_default_device().type == "meta" or place == "run":
+            raise error("not here")
+
+    class Failing(transformers.LlamaForCausalLM):
+        def __init__(self, config):
+            super().__init__(config)
+            if place == "made":
+                fail()
+
+        def forward(self, *inputs, **named):
+            fail()
+
+    model = Failing(ZOO["llama"].config())
+    assert position_limit(model) is None and not needs_end(model)
 
 
 # ---------------------------------------------------------------------- texts

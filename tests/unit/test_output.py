@@ -152,7 +152,44 @@ def test_logits_in_another_way_are_told_once(caplog):
     with caplog.at_level(logging.INFO, logger="distlora"):
         output_of(model)
         output_of(model)
-    assert [record.getMessage().split(" makes ")[0] for record in caplog.records] == [type(model).__name__]
+    (told,) = (record.getMessage() for record in caplog.records)
+    assert told.startswith(f"{type(model).__name__} makes its logits in a way of its own")
+
+
+def test_logits_that_cannot_be_seen_without_weights_are_told_as_such(caplog):
+    class Deciding(transformers.LlamaForCausalLM):
+        def forward(self, *inputs, **named):
+            outputs = super().forward(*inputs, **named)
+            return outputs if outputs.logits.sum() + self.model.norm.weight.sum() else None
+
+    with caplog.at_level(logging.INFO, logger="distlora"):
+        assert output_of(Deciding(zoo_model("llama").config)) is None
+    (told,) = (record.getMessage() for record in caplog.records)
+    assert told.startswith("how Deciding makes its logits could not be seen without weights")
+
+
+@pytest.mark.parametrize("cap", [30.0, 250.0, 2000.0])
+def test_a_high_cap_is_seen(cap):
+    config = zoo_model("gemma2").config
+    config.final_logit_softcapping = cap
+    assert output_of(transformers.Gemma2ForCausalLM(config)).softcap == cap
+
+
+def test_a_class_that_changes_some_logits_in_place_is_called_itself():
+    model = zoo_model("llama")
+
+    class Biased(type(model)):
+        def __init__(self, config):
+            super().__init__(config)
+            self.extra = torch.nn.Parameter(torch.full((5,), 3.0))
+
+        def forward(self, *inputs, labels=None, **named):
+            outputs = super().forward(*inputs, **named)
+            outputs.logits[..., 10:15] += self.extra
+            return outputs
+
+    biased = Biased(model.config).eval()
+    assert output_of(biased) is None
 
 
 def test_a_class_that_gives_its_base_model_more_than_ids_and_mask_is_called_itself():

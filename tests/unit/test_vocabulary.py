@@ -202,7 +202,29 @@ def test_answers_that_could_run_over_the_end_are_refused(tmp_path):
         made.check_questions(asked, None, 29)
 
 
+def test_options_that_run_over_the_end_are_refused_where_they_are_read(tmp_path):
+    made = objective(zoo_model_dir("gpt2", tmp_path), tmp_path)
+    options = Question("?", [5] * 100, "1", options=((6,), (7,) * 29), correct=0)
+    asked = Questions([Question("?", [5] * 110, "1", options=((6,),), correct=0), options], (), "rows", 0, "")
+    made.check_questions(asked, None, 4)
+    with pytest.raises(UserError, match="a prompt of 100 tokens and its option of 29 are beyond the 128"):
+        made.check_questions(asked, None, None)
+    shorter = Question("?", [5] * 99, "1", options=((7,) * 29,), correct=0)
+    made.check_questions(Questions([shorter], (), "rows", 0, ""), None, None)
+
+
 # ---------------------------------------------------------------------- padding
+
+
+def test_a_model_that_looks_for_ends_is_not_padded_with_them(tmp_path):
+    directory = zoo_model_dir("bart", tmp_path)
+    fields = {"text": "text", "label": "label"}
+    made = objective(directory, tmp_path, "classification", labels=["no", "yes"], fields=fields)
+    tokenizer, samples = load_tokenizer(section(directory)), [LabelledSample([5, 6, 2], None, 0)]
+    made.check_samples(samples, tokenizer)
+    tokenizer.pad_token = tokenizer.eos_token
+    with pytest.raises(UserError, match="the tokenizer pads with .*BartForSequenceClassification looks for"):
+        made.check_samples(samples, tokenizer)
 
 
 def gpt2_dir(directory, tokenizer, pad):
