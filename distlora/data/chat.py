@@ -7,12 +7,10 @@ that the template does not end, the end of sequence is added.
 
 import json
 import re
-from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
-from distlora.data.chat_check import has_thoughts, require_texts, without_thoughts
+from distlora.data.chat_check import require_texts
 from distlora.data.chat_template import (
     ChatTemplate,
     Conversation,
@@ -21,57 +19,11 @@ from distlora.data.chat_template import (
     parts_of,
     text_of,
 )
+from distlora.data.chat_tokens import ChatTokens, Shown, TurnFinder
 from distlora.data.chat_turns import Turns, marked_places
 from distlora.data.conventions import NEWEST, Conventions
 from distlora.data.seams import end_of_text, require_chat_template
-from distlora.data.special_tokens import CLOSE, OPEN, Place, TextEncoder, Tokenised, Unreadable, added_tokens
-
-
-class Turn(NamedTuple):
-    """One turn of the assistant. ranges: of its tokens, (first, behind the last). ends: the tokens that end
-    it; none if only the end of sequence that was added does.
-    """
-
-    message: int
-    ranges: list[tuple[int, int]]
-    ends: frozenset[int]
-
-    @property
-    def start(self) -> int:
-        return self.ranges[0][0]
-
-    @property
-    def stop(self) -> int:
-        return self.ranges[-1][1]
-
-
-@dataclass(frozen=True)
-class ChatTokens:
-    """text: as the template renders it. asked: the text before the last turn. turns: the last one, and all
-    others that were wanted. keeps_thoughts: whether the last turn has the thoughts that the data has in it.
-    """
-
-    ids: list[int]
-    text: str
-    asked: str
-    turns: list[Turn]
-    keeps_thoughts: bool = True
-
-    @property
-    def answer(self) -> list[int]:
-        """The tokens of the last turn without its end."""
-        last = self.turns[-1]
-        return self.ids[last.start : last.stop - 1]
-
-
-@dataclass(frozen=True)
-class _Shown:
-    """own: the places that the template has written. turns: by message the places of its turn."""
-
-    text: str
-    own: list[Place]
-    messages: list[Message]
-    turns: dict[int, list[Place]]
+from distlora.data.special_tokens import CLOSE, OPEN, Place, TextEncoder, Unreadable, added_tokens
 
 
 class Chat:
@@ -87,18 +39,15 @@ class Chat:
         self.tokenizer = tokenizer
         self.encoder = TextEncoder(tokenizer, conventions.plain)
         self.template = ChatTemplate(tokenizer, conventions.date)
-        added = added_tokens(tokenizer)
-        self._added = {*added, self.eos}
-        self._special = {number for number, token in added.items() if token.special} | {self.eos}
-        names = sorted((token.content for token in added.values()), key=len, reverse=True)
+        self._finder = TurnFinder(tokenizer, self.encoder, self.eos)
+        names = sorted((token.content for token in added_tokens(tokenizer).values()), key=len, reverse=True)
         self._names = re.compile("|".join(map(re.escape, filter(None, names))) or "(?!)")
-        self._blank: dict[int, bool] = {}
 
     def encode(self, talks: Sequence[Conversation], all_turns: bool = True) -> list[ChatTokens]:
         """all_turns: whether more than the last turn is wanted."""
         shown = [self._guarded(index, self._show, talk, all_turns) for index, talk in enumerate(talks)]
         texts, own = [each.text for each in shown], [each.own for each in shown]
-        return [self._found(*each) for each in zip(shown, self.encoder.encode(texts, own, places=True))]
+        return [self._finder.find(*each) for each in zip(shown, self.encoder.encode(texts, own, places=True))]
 
     def before_answer(self, talk: Conversation) -> tuple[str, list[int]]:
         """The text that asks for an answer to a conversation, and its tokens."""
@@ -120,7 +69,7 @@ class Chat:
 
     # ------------------------------------------------------------------ texts
 
-    def _show(self, talk: Conversation, all_turns: bool) -> _Shown:
+    def _show(self, talk: Conversation, all_turns: bool) -> Shown:
         first: TemplateProblem | None = None
         for messages in self._forms(talk.messages):
             try:
@@ -131,7 +80,7 @@ class Chat:
                 first = first or problem
                 continue
             wanted = {len(messages) - 1, *(talk.learned() if all_turns else ())}
-            return _Shown(
+            return Shown(
                 text, own, messages, self._places(text, marked, messages, talk.tools, sorted(wanted))
             )
         raise first
@@ -176,7 +125,7 @@ class Chat:
         has_end = inside and not text[start + inside[-1][1] : end].strip()
         if has_end:  # a token such as </tool_call> ends no turn
             name = text[start + inside[-1][0] : start + inside[-1][1]]
-            has_end = self.tokenizer.convert_tokens_to_ids(name) in self._special
+            has_end = self.tokenizer.convert_tokens_to_ids(name) in self._finder.special
         if not has_end and behind and not text[end : end + behind[0][0]].strip():
             end += behind[0][1]
         return [*places[:-1], (start, end)]
@@ -207,72 +156,6 @@ class Chat:
         for start, end in reversed(self.encoder.names_in(value)):
             value = f"{value[:start]}{OPEN}{value[start:end]}{CLOSE}{value[end:]}"
         return value
-
-    # ------------------------------------------------------------------ tokens
-
-    def _found(self, shown: _Shown, tokens: Tokenised) -> ChatTokens:
-        ids, last = tokens.ids, len(shown.messages) - 1
-        turns = []
-        for index, places in sorted(shown.turns.items()):
-            ranges = [self._range(shown, tokens, place) for place in places]
-            ranges = [(first, stop) for first, stop in ranges if first < stop]
-            if ranges:
-                turns.append(self._ended(shown.messages[index], index, ranges, shown, tokens))
-        if not turns or turns[-1].message != last:
-            turns.append(Turn(last, [(len(ids), len(ids))], frozenset()))
-        if not turns[-1].ends:
-            *before, (first, _) = turns[-1].ranges
-            ids = [*ids, self.eos]
-            turns[-1] = Turn(last, [*before, (first, len(ids))], frozenset())
-        asked = shown.text[: shown.turns[last][0][0]]
-        return ChatTokens(ids, shown.text, asked, turns, has_thoughts(shown.text, shown.messages[last]))
-
-    def _range(self, shown: _Shown, tokens: Tokenised, place: Place) -> tuple[int, int]:
-        """The tokens of a place. One that begins before it and ends in it belongs to it."""
-        if tokens.places is None:
-            return self._count(shown, tokens.ids, place[0]), self._count(shown, tokens.ids, place[1])
-        start = bisect_right(tokens.places, place[0], key=lambda each: each[1])
-        return start, max(start, bisect_left(tokens.places, place[1], key=lambda each: each[0]))
-
-    def _count(self, shown: _Shown, ids: list[int], position: int) -> int:
-        """How many tokens stand before a position, for a tokenizer that does not tell where they stand."""
-        before = self.encoder.encode([shown.text[:position]], [shown.own])[0].ids
-        return next((i for i, (a, b) in enumerate(zip(before, ids)) if a != b), min(len(before), len(ids)))
-
-    def _ended(
-        self, message: Message, index: int, ranges: list[tuple[int, int]], shown: _Shown, tokens: Tokenised
-    ) -> Turn:
-        """The turn up to the token that ends it, if there is one."""
-        first, end = ranges[-1]
-        while end > first and not self._is_end(tokens.ids[end - 1]) and self._is_blank(tokens.ids[end - 1]):
-            end -= 1
-        begins = self._first_behind_content(message, shown.turns[index][-1], shown, tokens, first, end)
-        if begins >= end or not self._is_end(tokens.ids[end - 1]):
-            return Turn(index, ranges, frozenset())
-        ends = {tokens.ids[end - 1]}
-        if "tool_calls" not in message:
-            ends |= self._special & set(tokens.ids[begins:end])
-        return Turn(index, [*ranges[:-1], (first, end)], frozenset(ends))
-
-    def _first_behind_content(
-        self, message: Message, place: Place, shown: _Shown, tokens: Tokenised, first: int, end: int
-    ) -> int:
-        """The first token that stands behind the content of a turn, which goes from first to end."""
-        content = without_thoughts(text_of(message)).strip()
-        if tokens.places is None:
-            token = self.tokenizer.convert_ids_to_tokens(tokens.ids[end - 1])
-            return end if content.endswith(token) else end - 1
-        at = shown.text.find(content, *place)
-        behind = place[0] if at < 0 else at + len(content)
-        return next((i for i in range(first, end) if tokens.places[i][0] >= behind), end)
-
-    def _is_end(self, token: int) -> bool:
-        return token in self._added
-
-    def _is_blank(self, token: int) -> bool:
-        if token not in self._blank:
-            self._blank[token] = not self.tokenizer.decode([token]).strip()
-        return self._blank[token]
 
 
 def _with(message: Message, **changes: Any) -> Message:

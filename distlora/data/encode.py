@@ -14,8 +14,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 
-from distlora.data.chat import Chat, ChatTokens
+from distlora.data.chat import Chat
 from distlora.data.chat_template import Conversation
+from distlora.data.chat_tokens import ChatTokens
 from distlora.data.columns import row_name
 from distlora.data.conventions import NEWEST, Conventions
 from distlora.data.conversations import ChatExamples
