@@ -106,13 +106,14 @@ class Chat:
         self, text: str, marked: list[Place], messages: list[Message], tools: list | None, wanted: list[int]
     ) -> dict[int, list[Place]]:
         """Of the wanted messages the places of their turns."""
-        if marked:
-            found = marked_places(marked, lambda some: self.template.render_marked(some, tools), messages)
-            if found:
-                return {index: self._with_end(text, found[index]) for index in wanted}
-        turns = Turns(
-            lambda some, prompting: self.template.render(some, tools, prompting), text, messages, self._named
-        )
+
+        def render(some: list[Message], prompting: bool) -> str:
+            return self.template.render(some, tools, prompting)
+
+        found = marked_places(text, marked, render, messages) if marked else {}
+        if found:
+            return {index: self._with_end(text, found[index]) for index in wanted}
+        turns = Turns(render, text, messages, self._named)
         return {index: [turns.place(index)] for index in wanted}
 
     def _named(self, text: str) -> list[Place]:

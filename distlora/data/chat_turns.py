@@ -9,8 +9,8 @@ and behind the mark is compared.
 
 import re
 from collections.abc import Callable
-from typing import Any
 
+from distlora.data.chat_check import without_space, without_thoughts
 from distlora.data.chat_template import Message, TemplateProblem, parts_of, text_of
 
 #: (messages, whether the prompt for the assistant follows) to the text. Raises TemplateProblem.
@@ -146,24 +146,31 @@ class Turns:
 
 
 def marked_places(
-    places: list[Place], render_marked: Callable[[list[Message]], Any], messages: list[Message]
+    text: str, places: list[Place], render: Render, messages: list[Message]
 ) -> dict[int, list[Place]]:
     """Which of the places that a template marks as generated belong to which of the assistant's messages.
 
-    render_marked: see `ChatTemplate.render_marked`. {} where the marks cannot be told apart.
+    A turn has the places behind the text that the template makes of the messages before it, so far as that
+    is the same in the conversation. Behind the last turn a template may mark one place more. {} where the
+    marks cannot be told apart.
     """
     assistant = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-    if len(places) == len(assistant):
-        return {index: [place] for index, place in zip(assistant, places)}
-    found, seen = {}, 0
-    for index in assistant:
-        try:
-            count = len(render_marked(messages[: index + 1])[1])
-        except TemplateProblem:
-            return {}
-        found[index] = places[seen:count]
-        seen = count
-    return found if seen == len(places) and all(found.values()) else {}
+    try:
+        starts = [_shared(text, render(messages[:index], False)) if index else 0 for index in assistant]
+    except TemplateProblem:
+        return {}
+    found = {}
+    for index, start, end in zip(assistant, starts, [*starts[1:], len(text)]):
+        found[index] = [place for place in places if start <= place[0] < end]
+    is_whole = all(_shows(messages[index], text, own) for index, own in found.items())
+    return found if is_whole and sum(map(len, found.values())) == len(places) else {}
+
+
+def _shows(message: Message, text: str, places: list[Place]) -> bool:
+    """Whether there are places, and the content of a message that calls no tool is in them."""
+    shown = without_space("".join(text[slice(*place)] for place in places))
+    content = without_space(without_thoughts(text_of(message)))
+    return bool(places) and (content in shown or "tool_calls" in message)
 
 
 def _with_content(messages: list[Message], index: int, text: str) -> list[Message]:

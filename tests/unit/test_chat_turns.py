@@ -1,0 +1,69 @@
+"""Which tokens of a conversation are the assistant's, in templates that make this hard to tell."""
+
+from dataclasses import replace
+
+import pytest
+
+from distlora.data import load_questions
+from distlora.data.chat import Chat
+from distlora.data.chat_template import Conversation
+from tests.unit.test_chat_templates import (
+    CHATML,
+    GENERATION,
+    GPT_OSS,
+    ON_A_DAY,
+    QWEN_3,
+    learned,
+    load,
+    messages_of,
+    section,
+    tokenizer_of,
+    whole,
+)
+
+#: Marks one place more behind the last turn.
+MARKED_END = GENERATION.replace(
+    "{% if add_generation_prompt %}",
+    "{% if not add_generation_prompt %}{% generation %}{{ eos_token }}{% endgeneration %}{% endif %}"
+    "{% if add_generation_prompt %}",
+)
+
+
+def ends_of(template: str, answer: str, conventions=ON_A_DAY) -> list[str]:
+    """The tokens that end a turn with this answer."""
+    tokenizer = tokenizer_of(template)
+    (found,) = Chat(tokenizer, conventions).encode([Conversation.of_texts("Why?", answer)])
+    return sorted(tokenizer.convert_ids_to_tokens(sorted(found.turns[-1].ends)))
+
+
+def test_a_place_that_is_marked_behind_the_last_turn_belongs_to_it(tmp_path):
+    tokenizer, messages = tokenizer_of(MARKED_END), messages_of()
+    first, last = "It is 2.<|im_end|>", "Now it is 3.<eos>"
+    (sample,) = load(tmp_path, tokenizer, messages).samples
+    assert sample.input_ids == whole(tokenizer, messages)
+    assert learned(sample, tokenizer) == [first, "Now it is 3.", "<eos>"]
+    (sample,) = load(tmp_path, tokenizer, messages, train_on="last").samples
+    assert "".join(learned(sample, tokenizer)) == last
+    messages[3]["weight"] = 0
+    (sample,) = load(tmp_path, tokenizer, messages).samples
+    assert learned(sample, tokenizer) == [first]
+    (item,) = load_questions(section(tmp_path, {"messages": messages}), "train", tokenizer).items
+    assert item.prompt.endswith("And now?<|im_end|>\n<|im_start|>assistant\n")
+
+
+@pytest.mark.parametrize("answer", ["a", "final", "<|end|>", "assistant", ""])
+def test_what_ends_a_turn_does_not_depend_on_the_answer(answer):
+    assert ends_of(GPT_OSS, answer) == ends_of(GPT_OSS, "It is 2.") == ["<|return|>"]
+
+
+@pytest.mark.parametrize("answer", ["", "<think>\none\n</think>\n\n", "It is 2."])
+def test_the_end_of_thoughts_ends_no_turn(answer):
+    assert ends_of(QWEN_3, answer) == ["<|im_end|>"]
+    thoughts = CHATML.replace(
+        "message['content'] + '<|im_end|>' + '\n'", "'<think></think>' + message['content']"
+    )
+    assert thoughts != CHATML and ends_of(thoughts, answer) == []
+
+
+def test_a_special_token_at_the_end_of_an_answer_is_no_end_of_turn():
+    assert ends_of(CHATML, "It is <eos>", replace(ON_A_DAY, plain=False)) == ["<|im_end|>"]
