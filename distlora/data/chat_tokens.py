@@ -5,13 +5,18 @@ learned, because generation has stopped there. To a last turn that the template 
 sequence is added.
 """
 
+import re
 from bisect import bisect_left, bisect_right
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import NamedTuple
 
-from distlora.data.chat_check import has_thoughts, without_thoughts
+from distlora.data.chat_check import THOUGHT_MARKERS, has_thoughts, without_thoughts
 from distlora.data.chat_template import Message, text_of
 from distlora.data.special_tokens import Place, TextEncoder, Tokenised, added_tokens
+
+_CLOSING_TAG = re.compile(r"</[\w-]+>")
 
 
 class Turn(NamedTuple):
@@ -69,7 +74,7 @@ class TurnFinder:
     def __init__(self, tokenizer, encoder: TextEncoder, eos: int):
         self.tokenizer, self.encoder, self.eos = tokenizer, encoder, eos
         added = added_tokens(tokenizer)
-        self._added = {*added, eos}
+        self._ending = {number for number, token in added.items() if _may_end(token)} | {eos}
         self.special = {number for number, token in added.items() if token.special} | {eos}
         self._blank: dict[int, bool] = {}
 
@@ -106,33 +111,45 @@ class TurnFinder:
         self, message: Message, index: int, ranges: list[tuple[int, int]], shown: Shown, tokens: Tokenised
     ) -> Turn:
         """The turn up to the token that ends it, if there is one."""
-        first, end = ranges[-1]
-        while end > first and not self._is_end(tokens.ids[end - 1]) and self._is_blank(tokens.ids[end - 1]):
+        *before, (first, end) = ranges
+        while end > first and tokens.ids[end - 1] not in self._ending and self._is_blank(tokens.ids[end - 1]):
             end -= 1
-        begins = self._first_behind_content(message, shown.turns[index][-1], shown, tokens, first, end)
-        if begins >= end or not self._is_end(tokens.ids[end - 1]):
+        content = without_thoughts(text_of(message)).strip()
+        start = shown.turns[index][0][0]
+        numbers = [number for part in (*before, (first, end)) for number in range(*part)]
+        behind = list(
+            takewhile(
+                lambda number: not self._ends_content(content, shown.text, start, tokens, number),
+                reversed(numbers),
+            )
+        )
+        if end == first or not behind or tokens.ids[end - 1] not in self._ending:
             return Turn(index, ranges, frozenset())
         ends = {tokens.ids[end - 1]}
-        if "tool_calls" not in message:
-            ends |= self.special & set(tokens.ids[begins:end])
-        return Turn(index, [*ranges[:-1], (first, end)], frozenset(ends))
+        if content and "tool_calls" not in message:
+            ends |= self._special_run(tokens.ids[number] for number in behind)
+        return Turn(index, [*before, (first, end)], frozenset(ends))
 
-    def _first_behind_content(
-        self, message: Message, place: Place, shown: Shown, tokens: Tokenised, first: int, end: int
-    ) -> int:
-        """The first token that stands behind the content of a turn, which goes from first to end."""
-        content = without_thoughts(text_of(message)).strip()
+    def _ends_content(self, content: str, text: str, start: int, tokens: Tokenised, number: int) -> bool:
+        """Whether the content of the turn that begins at start ends with a token."""
+        if not content:
+            return False
         if tokens.places is None:
-            token = self.tokenizer.convert_ids_to_tokens(tokens.ids[end - 1])
-            return end if content.endswith(token) else end - 1
-        at = shown.text.find(content, *place)
-        behind = place[0] if at < 0 else at + len(content)
-        return next((i for i in range(first, end) if tokens.places[i][0] >= behind), end)
+            return content.endswith(self.tokenizer.convert_ids_to_tokens(tokens.ids[number]))
+        return text.endswith(content, start, tokens.places[number][1])
 
-    def _is_end(self, token: int) -> bool:
-        return token in self._added
+    def _special_run(self, backwards: Iterable[int]) -> set[int]:
+        """The special tokens with which a turn ends; there may be white space between them."""
+        run = takewhile(lambda token: token in self.special or self._is_blank(token), backwards)
+        return {token for token in run if token in self.special & self._ending}
 
     def _is_blank(self, token: int) -> bool:
         if token not in self._blank:
             self._blank[token] = not self.tokenizer.decode([token]).strip()
         return self._blank[token]
+
+
+def _may_end(token) -> bool:
+    """Whether an added token may end a turn; one such as </think> or </tool_call> does not."""
+    is_tag = not token.special and _CLOSING_TAG.fullmatch(token.content)
+    return not is_tag and token.content not in THOUGHT_MARKERS
