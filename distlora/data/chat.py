@@ -53,7 +53,7 @@ class Chat:
         """The text that asks for an answer to a conversation, and its tokens."""
 
         def show():
-            messages = next(self._forms(talk.messages))
+            messages, _ = next(self._forms(talk))
             text = self.template.render(messages, talk.tools, prompting=True)
             require_texts(text, messages, talk.tools)
             return text, self._own(text, messages, talk.tools, prompting=True)
@@ -71,7 +71,7 @@ class Chat:
 
     def _show(self, talk: Conversation, all_turns: bool) -> Shown:
         first: TemplateProblem | None = None
-        for messages in self._forms(talk.messages):
+        for messages, removed in self._forms(talk):
             try:
                 text, marked = self.template.render_marked(messages, talk.tools)
                 require_texts(text, messages, talk.tools)
@@ -79,14 +79,33 @@ class Chat:
             except TemplateProblem as problem:
                 first = first or problem
                 continue
-            wanted = {len(messages) - 1, *(talk.learned() if all_turns else ())}
-            return Shown(
-                text, own, messages, self._places(text, marked, messages, talk.tools, sorted(wanted))
-            )
+            learned = [number - removed for number in talk.learned()] if all_turns else []
+            wanted = sorted({len(messages) - 1, *learned})
+            places = self._places(text, marked, messages, talk.tools, wanted)
+            return Shown(text, own, messages, places, removed)
         raise first
 
-    def _forms(self, given: Sequence[Message]) -> Iterator[list[Message]]:
-        """The messages in the forms that templates want, the likeliest first."""
+    def _forms(self, talk: Conversation) -> Iterator[tuple[list[Message], int]]:
+        """The messages in the forms that templates want, the likeliest first, and how many are removed at
+        the beginning.
+        """
+        yield from ((messages, 0) for messages in self._written(talk.messages))
+        merged = _with_system_in_question(talk.messages)
+        if merged is not None and self._asks_alike(talk.messages[:2], merged[:1], talk.tools):
+            yield from ((messages, 1) for messages in self._written(merged))
+
+    def _asks_alike(self, first: Sequence[Message], second: Sequence[Message], tools: list | None) -> bool:
+        try:
+            one, other = (
+                self.template.render(next(self._written(messages)), tools, prompting=True)
+                for messages in (first, second)
+            )
+        except TemplateProblem:
+            return False
+        return one == other
+
+    def _written(self, given: Sequence[Message]) -> Iterator[list[Message]]:
+        """The messages with contents and calls as templates want them, the likeliest first."""
         if self.template.wants_parts:
             messages = [_with(each, content=_as_parts(each.get("content"))) for each in given]
         elif any(isinstance(each.get("content"), list) for each in given) and not self.template.takes_parts:
@@ -166,6 +185,16 @@ def _with(message: Message, **changes: Any) -> Message:
 
 def _as_parts(content: Any) -> list | None:
     return parts_of(content) if isinstance(content, str) else content
+
+
+def _with_system_in_question(messages: Sequence[Message]) -> list[Message] | None:
+    """With the system's text in the first question, for templates such as Mistral's, which show it only in a
+    prompt. None if the conversation does not begin with the two.
+    """
+    if [message["role"] for message in messages[:2]] != ["system", "user"]:
+        return None
+    system, question, *others = messages
+    return [{**question, "content": f"{text_of(system)}\n\n{text_of(question)}"}, *others]
 
 
 def _with_written_arguments(message: Message) -> Message:

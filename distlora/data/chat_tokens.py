@@ -21,7 +21,7 @@ _CLOSING_TAG = re.compile(r"</[\w-]+>")
 
 class Turn(NamedTuple):
     """One turn of the assistant. ranges: of its tokens, (first, behind the last). ends: the tokens that end
-    it; none if only the end of sequence that was added does.
+    it; none if only the end of sequence that was added does. message: which one of the data it is.
     """
 
     message: int
@@ -60,12 +60,15 @@ class ChatTokens:
 class Shown:
     """A conversation as the template shows it.
 
-    own: the places that the template has written. turns: by message the places of its turn."""
+    own: the places that the template has written. turns: by message the places of its turn. removed: how many
+    messages of the data are not among these messages, at the beginning.
+    """
 
     text: str
     own: list[Place]
     messages: list[Message]
     turns: dict[int, list[Place]]
+    removed: int = 0
 
 
 class TurnFinder:
@@ -92,6 +95,7 @@ class TurnFinder:
             *before, (first, _) = turns[-1].ranges
             ids = [*ids, self.eos]
             turns[-1] = Turn(last, [*before, (first, len(ids))], frozenset())
+        turns = [turn._replace(message=turn.message + shown.removed) for turn in turns]
         asked = shown.text[: shown.turns[last][0][0]]
         return ChatTokens(ids, shown.text, asked, turns, has_thoughts(shown.text, shown.messages[last]))
 
