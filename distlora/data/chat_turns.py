@@ -43,12 +43,41 @@ class Turns:
         """Where the turn of one message stands in the text, with its end of turn. Raises TemplateProblem if
         that cannot be told.
         """
+        start, end = self._found(index)
+        return start, start + len(self._without_opening(index, self._text[start:end]))
+
+    def _found(self, index: int) -> Place:
         prompt = self._prompt(index)
         until = self._until(index, self._messages)
         if prompt and until and self._text.startswith(prompt) and self._text.startswith(until):
             if len(prompt) < len(until):
                 return len(prompt), len(until)
         return self._by_marks(index, prompt)
+
+    def _without_opening(self, index: int, turn: str) -> str:
+        """The text of a turn that ends a conversation, or its end, without the opening of the next turn,
+        which some templates write behind all that they show as they do in the prompt.
+        """
+        names = self._closing_names(turn)
+        asked = next((i for i in reversed(range(index)) if self._messages[i]["role"] != "assistant"), None)
+        if len(names) < 2 or asked is None:
+            return turn
+        prompt = self._attempt(self._messages[: asked + 1], True) or ""
+        opening = [prompt[slice(*name)] for name in self._closing_names(prompt)]
+        closing = [turn[slice(*name)] for name in names]
+        for number in range(len(closing) - 1):
+            if _opens(closing[number:], opening):
+                return turn[: names[number][1]]
+        return turn
+
+    def _closing_names(self, text: str) -> list[Place]:
+        """The added tokens at the end of a text; there may be white space between them."""
+        found, until = [], len(text)
+        for start, end in reversed(self._names(text)):
+            if text[end:until].strip():
+                break
+            found, until = [(start, end), *found], start
+        return found
 
     def _prompt(self, index: int) -> str | None:
         """The text that asks for the turn; None if the template has none."""
@@ -121,6 +150,7 @@ class Turns:
         at = marked.index(MARK) + 1
         until = self._until(index, messages)
         tail = until.partition(MARK)[2] if until is not None and until.count(MARK) == 1 else ""
+        tail = self._without_opening(index, tail)
         if tail and marked.startswith(tail, at):
             return at + len(tail)
         return at + self._end_token(index, marked[at:], tail, prompt)
@@ -171,6 +201,15 @@ def _shows(message: Message, text: str, places: list[Place]) -> bool:
     shown = without_space("".join(text[slice(*place)] for place in places))
     content = without_space(without_thoughts(text_of(message)))
     return bool(places) and (content in shown or "tool_calls" in message)
+
+
+def _opens(run: list[str], opening: list[str]) -> bool:
+    """Whether a run of tokens is the opening of a turn. Behind it a prompt may go on, as with the beginning
+    of a response; two tokens with others behind them may as well end any message.
+    """
+    size = len(run)
+    found = [at for at in range(len(opening) - size + 1) if opening[at : at + size] == run]
+    return bool(found) and (size > 2 or found[-1] + size == len(opening))
 
 
 def _with_content(messages: list[Message], index: int, text: str) -> list[Message]:

@@ -13,6 +13,7 @@ from tests.unit.test_chat_templates import (
     GPT_OSS,
     ON_A_DAY,
     QWEN_3,
+    TURNS,
     learned,
     load,
     messages_of,
@@ -26,6 +27,12 @@ MARKED_END = GENERATION.replace(
     "{% if add_generation_prompt %}",
     "{% if not add_generation_prompt %}{% generation %}{{ eos_token }}{% endgeneration %}{% endif %}"
     "{% if add_generation_prompt %}",
+)
+#: Opens the next turn behind every conversation, as Command A's. Ends an answer with two tokens.
+OPENS = (
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}{{ '<|start|><|User|>' + "
+    "message['content'] + '<|end|>' }}{% else %}{{ '<|start|><|Assistant|>' + message['content'] + "
+    "'<|return|><|end|>' }}{% endif %}{% endfor %}{{ '<|start|><|Assistant|>' }}"
 )
 
 
@@ -67,3 +74,19 @@ def test_the_end_of_thoughts_ends_no_turn(answer):
 
 def test_a_special_token_at_the_end_of_an_answer_is_no_end_of_turn():
     assert ends_of(CHATML, "It is <eos>", replace(ON_A_DAY, plain=False)) == ["<|im_end|>"]
+
+
+@pytest.mark.parametrize("prompt", ["", "<|channel|>"])
+def test_the_opening_of_a_next_turn_is_not_learned(tmp_path, prompt):
+    template = OPENS + f"{{% if add_generation_prompt %}}{prompt}{{% endif %}}"
+    template = template.replace("'<|start|><|Assistant|>' +", f"'<|start|><|Assistant|>{prompt}' +")
+    tokenizer, messages = tokenizer_of(template), messages_of()
+    (sample,) = load(tmp_path, tokenizer, messages).samples
+    assert sample.input_ids == whole(tokenizer, messages)
+    assert learned(sample, tokenizer) == [f"{said}<|return|><|end|>" for _, said in TURNS]
+    assert ends_of(template, "It is 2.") == ["<|end|>", "<|return|>"]
+    again = [*messages, {"role": "assistant", "content": "Or 4."}]
+    (sample,) = load(tmp_path, tokenizer, again).samples
+    assert learned(sample, tokenizer) == [
+        f"{said}<|return|><|end|>" for said in ("It is 2.", "Now it is 3.", "Or 4.")
+    ]
