@@ -93,6 +93,8 @@ class Turns:
 
     def _until(self, index: int, messages: list[Message]) -> str | None:
         """The conversation up to one message."""
+        if messages is self._messages and index == len(messages) - 1:
+            return self._text
         return self._attempt(messages[: index + 1], False)
 
     def _attempt(self, messages: list[Message], prompting: bool) -> str | None:

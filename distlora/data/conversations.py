@@ -6,6 +6,7 @@ value), or a prompt and its completion, which are texts or lists of messages; be
 """
 
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -40,6 +41,8 @@ _SPEAKERS = {
 _ROLE_OF = {name: role for role, names in _SPEAKERS.items() for name in names}
 #: Of an assistant that calls a function: the content is the call.
 _CALLS = ("function_call", "tool_call")
+#: What this package itself puts into texts.
+_NONCHARACTER = re.compile("[\ufdd0-\ufdef]")
 
 
 class Wrong(Exception):
@@ -232,7 +235,7 @@ def _whole(text: str, where: str) -> str:
         text.encode()
     except UnicodeEncodeError as error:  # JSON can name half of a surrogate pair, and no text can hold it
         raise Wrong(f"half a character ({text[error.start]!a}) in {where}") from None
-    if any("\ufdd0" <= letter <= "\ufdef" for letter in text):
+    if _NONCHARACTER.search(text):
         raise Wrong(f"a noncharacter (U+FDD0 to U+FDEF) in {where}")
     return text
 

@@ -6,7 +6,8 @@ import pytest
 
 from distlora.data import load_questions
 from distlora.data.chat import Chat
-from distlora.data.chat_template import Conversation
+from distlora.data.chat_template import Conversation, clock
+from distlora.data.chat_turns import Turns
 from tests.unit.test_chat_templates import (
     CHATML,
     GENERATION,
@@ -90,3 +91,33 @@ def test_the_opening_of_a_next_turn_is_not_learned(tmp_path, prompt):
     assert learned(sample, tokenizer) == [
         f"{said}<|return|><|end|>" for said in ("It is 2.", "Now it is 3.", "Or 4.")
     ]
+
+
+def test_the_clock_knows_the_directives_of_the_template_and_all_if_a_format_is_computed():
+    def shown(template):
+        tokenizer = tokenizer_of(template + CHATML)
+        return Chat(tokenizer, ON_A_DAY).encode([Conversation.of_texts("Why?", "So.")])[0].text.split("<")[0]
+
+    asked = "{% if strftime_now is defined %}"
+    written = asked + "{{ strftime_now('%d %b %Y') }}{% endif %}"
+    assert shown(written) == "03 Feb 2026" and clock("2026-02-03", written).count("replace") == 4
+    for computed in (
+        asked + "{{ strftime_now('%' + 'd %b ' + '%' + 'Y') }}{% endif %}",
+        "{% set now = strftime_now %}{{ now('%' ~ 'd %b ' ~ '%' ~ 'Y') }}",
+    ):
+        assert shown(computed) == "03 Feb 2026"
+
+
+def test_the_whole_conversation_is_not_rendered_again_for_its_last_turn():
+    messages, rendered = messages_of(), []
+
+    def render(some, prompting):
+        rendered.append((len(some), prompting))
+        lines = [f"{each['role']}: {each['content']}." for each in some]
+        return "\n".join([*lines, "assistant: "] if prompting else lines)
+
+    text = render(messages, False)
+    rendered.clear()
+    start, end = Turns(render, text, messages, lambda some: []).place(len(messages) - 1)
+    assert text[start:end] == "Now it is 3.."
+    assert (len(messages), False) not in rendered
