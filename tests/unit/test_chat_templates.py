@@ -163,8 +163,8 @@ def learned(sample, tokenizer) -> list[str]:
     return [tokenizer.decode(part) for part in found]
 
 
-def whole(tokenizer, messages) -> list[int]:
-    return tokenizer.apply_chat_template(messages, tokenize=True)["input_ids"]
+def whole(tokenizer, messages, **more) -> list[int]:
+    return tokenizer.apply_chat_template(messages, tokenize=True, **more)["input_ids"]
 
 
 @pytest.mark.parametrize(
