@@ -24,6 +24,8 @@ MARK, MARK_BEFORE = "\ufdd5", "\ufdd6"
 #: What the head of an assistant's turn has in it.
 _NAMES = re.compile("assistant|model|gpt|bot", re.IGNORECASE)
 
+_THOUGHT_MARKER = re.compile(r"[<\[](?P<closing>/?)(think|THINK)[>\]]")
+
 _UNCLEAR = "does not let tell which tokens are the assistant's; mark them in it with {% generation %}"
 
 
@@ -49,10 +51,24 @@ class Turns:
     def _found(self, index: int) -> Place:
         prompt = self._prompt(index)
         until = self._until(index, self._messages)
-        if prompt and until and self._text.startswith(prompt) and self._text.startswith(until):
-            if len(prompt) < len(until):
-                return len(prompt), len(until)
+        start = len(prompt) if prompt and self._text.startswith(prompt) else self._parting(prompt)
+        if start and until and self._text.startswith(until) and start < len(until):
+            return start, len(until)
         return self._by_marks(index, prompt)
+
+    def _parting(self, prompt: str | None) -> int | None:
+        """Where the turn begins if its thoughts stand where the prompt has an empty block of them, or the
+        beginning of one with other white space; None if they do not.
+        """
+        if not prompt or self._text.startswith(prompt):
+            return None
+        shared = _shared(self._text, prompt)
+        opened = [marker for marker in _THOUGHT_MARKER.finditer(prompt, 0, shared)][-1:]
+        if not opened or opened[0]["closing"] or _THOUGHT_MARKER.match(self._text[shared:].lstrip()):
+            return None
+        begins = opened[0].end()
+        empty = _THOUGHT_MARKER.sub("", prompt[begins:])
+        return begins if not empty.strip() else None
 
     def _without_opening(self, index: int, turn: str) -> str:
         """The text of a turn that ends a conversation, or its end, without the opening of the next turn,
@@ -113,9 +129,10 @@ class Turns:
         at = marked.index(MARK)
         start = self._start(index, marked, prompt)
         end = self._end(index, messages, marked, prompt)
-        after = len(marked) - end
-        found = start, len(self._text) - after
-        same = self._text.startswith(marked[:start]) and self._text.endswith(marked[end:])
+        parting = self._parting(prompt)
+        begins = self._text.startswith(marked[:start]) or parting is not None
+        found = start if parting is None else parting, len(self._text) - (len(marked) - end)
+        same = begins and self._text.endswith(marked[end:])
         if not (same and start <= at < end and found[0] < found[1]):
             raise TemplateProblem(_UNCLEAR)
         return found

@@ -318,7 +318,7 @@ def _holds_messages(text: str) -> bool:
 
 
 def _is_message(value: Any) -> bool:
-    """Whether a value of a JSON text is a message: answers in JSON may have keys such as role and from, too."""
+    """Whether what a JSON text holds is a message. Answers in JSON may have keys such as role and from."""
     if not isinstance(value, dict):
         return False
     return {"from", "value"} <= set(value) or (

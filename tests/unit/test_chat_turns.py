@@ -29,6 +29,10 @@ MARKED_END = GENERATION.replace(
     "{% if not add_generation_prompt %}{% generation %}{{ eos_token }}{% endgeneration %}{% endif %}"
     "{% if add_generation_prompt %}",
 )
+#: Asks for an answer without thoughts, as Qwen 3.5's without thinking.
+NO_THOUGHTS = QWEN_3.replace(
+    "{{- '<|im_start|>assistant\n' }}", "{{- '<|im_start|>assistant\n<think>\n\n</think>\n\n' }}"
+)
 #: Opens the next turn behind every conversation, as Command A's. Ends an answer with two tokens.
 OPENS = (
     "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}{{ '<|start|><|User|>' + "
@@ -121,3 +125,17 @@ def test_the_whole_conversation_is_not_rendered_again_for_its_last_turn():
     start, end = Turns(render, text, messages, lambda some: []).place(len(messages) - 1)
     assert text[start:end] == "Now it is 3.."
     assert (len(messages), False) not in rendered
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_thoughts_are_learned_where_the_prompt_ends_in_an_empty_block_of_them(tmp_path, count):
+    assert NO_THOUGHTS != QWEN_3
+    tokenizer = tokenizer_of(NO_THOUGHTS)
+    messages = messages_of([(asked, f"<think>\nI add.\n</think>\n\n{said}") for asked, said in TURNS[:count]])
+    (sample,) = load(tmp_path, tokenizer, messages).samples
+    assert sample.input_ids == whole(tokenizer, messages)
+    last = f"\nI add.\n</think>\n\n{TURNS[count - 1][1]}<|im_end|>"
+    assert learned(sample, tokenizer) == [*(f"{said}<|im_end|>" for _, said in TURNS[: count - 1]), last]
+    plain = messages_of(TURNS[:count])
+    (sample,) = load(tmp_path, tokenizer, plain).samples
+    assert learned(sample, tokenizer) == [f"{said}<|im_end|>" for _, said in TURNS[:count]]
