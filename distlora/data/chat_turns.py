@@ -21,9 +21,10 @@ Place = tuple[int, int]
 #: In the place of a content. The first is the assistant's, the second that of the message before.
 MARK, MARK_BEFORE = "\ufdd5", "\ufdd6"
 
-#: What the head of an assistant's turn has in it.
+#: In the name of a token that begins an assistant's turn.
 _NAMES = re.compile("assistant|model|gpt|bot", re.IGNORECASE)
-
+_WORD = re.compile(r"\w")
+_THOUGHTS = re.compile(r"<think>.*</think>|\[THINK\].*\[/THINK\]", re.DOTALL)
 _THOUGHT_MARKER = re.compile(r"[<\[](?P<closing>/?)(think|THINK)[>\]]")
 
 _UNCLEAR = "does not let tell which tokens are the assistant's; mark them in it with {% generation %}"
@@ -101,11 +102,21 @@ class Turns:
             return None
         prompt = self._attempt(self._messages[:index], True)
         if prompt and self._text.startswith(prompt):
-            content = text_of(self._messages[index]).strip()
+            content = without_thoughts(text_of(self._messages[index])).strip()
             lead = self._text[len(prompt) : max(self._text.find(content, len(prompt)), len(prompt))]
-            if _NAMES.search(lead) and prompt == self._attempt(self._messages[:index], False):
+            if self._has_head(lead) and prompt == self._attempt(self._messages[:index], False):
                 return None  # the template knows no prompt, and the head of the turn is nothing to learn
         return prompt
+
+    def _has_head(self, lead: str) -> bool:
+        """Whether what stands between the prompt and a content says who speaks. Thoughts do not, and an added
+        token only with a name of the assistant in it: it may as well begin a response.
+        """
+        lead = _THOUGHTS.sub("", lead)
+        words = lead
+        for start, end in reversed(self._names(lead)):
+            words = words[:start] + words[end:]
+        return bool(_WORD.search(words) or _NAMES.search(lead))
 
     def _until(self, index: int, messages: list[Message]) -> str | None:
         """The conversation up to one message."""

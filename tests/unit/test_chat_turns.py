@@ -139,3 +139,28 @@ def test_thoughts_are_learned_where_the_prompt_ends_in_an_empty_block_of_them(tm
     plain = messages_of(TURNS[:count])
     (sample,) = load(tmp_path, tokenizer, plain).samples
     assert learned(sample, tokenizer) == [f"{said}<|im_end|>" for _, said in TURNS[:count]]
+
+
+@pytest.mark.parametrize("head", ["### Response:\n", "<|start|>ai<|message|>", "Antwort: "])
+def test_a_head_of_any_words_is_not_learned_where_the_template_has_no_prompt(tmp_path, head):
+    template = (
+        "{% for message in messages %}{% if message['role'] == 'user' %}{{ message['content'] + '\n' }}"
+        f"{{% else %}}{{{{ {head!r} + message['content'] + eos_token }}}}{{% endif %}}{{% endfor %}}"
+    )
+    tokenizer, messages = tokenizer_of(template), messages_of()
+    (sample,) = load(tmp_path, tokenizer, messages).samples
+    assert sample.input_ids == whole(tokenizer, messages)
+    assert [text.strip() for text in learned(sample, tokenizer)] == [f"{said}<eos>" for _, said in TURNS]
+    assert tokenizer.decode(sample.prompt_ids).rstrip().endswith(head.rstrip())
+
+
+def test_thoughts_are_no_head_of_a_turn(tmp_path):
+    template = (
+        "{% for message in messages %}{{ message['role'] + ': ' if message['role'] == 'user' else '' }}"
+        "{{ '<think>' + message['reasoning_content'] + '</think>' if message['reasoning_content'] else '' }}"
+        "{{ message['content'] + eos_token }}{% endfor %}"
+    )
+    tokenizer, messages = tokenizer_of(template), messages_of()
+    messages[-1]["reasoning_content"] = "I add."
+    (sample,) = load(tmp_path, tokenizer, messages).samples
+    assert learned(sample, tokenizer)[-1] == f"<think>I add.</think>{TURNS[-1][1]}<eos>"
