@@ -127,7 +127,7 @@ def encode_chats(examples: Examples | ChatExamples, chat: Chat, section: DataSec
     whole_turns = isinstance(get_task(section.task), ChatTask)
     last_only = whole_turns and section.train_on == "last"
     encoded, shared = Encoded([], truncated=0, dropped=0), Shared()
-    thoughtless = 0
+    without_thoughts = 0
     encoded.why_dropped = "no turn that is trained was left" if whole_turns else encoded.why_dropped
     for numbers, answered in answered_chunks(examples, encoded):
         talks = [conversation_of(example) for example in answered]
@@ -143,14 +143,14 @@ def encode_chats(examples: Examples | ChatExamples, chat: Chat, section: DataSec
             if sample is None:
                 encoded.dropped += 1
                 continue
-            thoughtless += not turns.keeps_thoughts
+            without_thoughts += not turns.keeps_thoughts
             encoded.truncated += turns is not whole or len(whole.ids) > section.max_length
             encoded.samples.append(sample)
-    if thoughtless:
+    if without_thoughts:
         log.warning(
-            "data: the chat template leaves out the thoughts (up to </think>) of the last answer of "
-            "%d samples of %s; they are not learned",
-            thoughtless, examples.origin,
+            "data: the chat template leaves out the thoughts of the last answer of %d samples of %s; "
+            "they are not learned",
+            without_thoughts, examples.origin,
         )  # fmt: skip
     return encoded
 

@@ -8,6 +8,7 @@ from distlora.data import load_questions
 from distlora.data.chat import Chat
 from distlora.data.chat_template import Conversation, clock
 from distlora.data.chat_turns import Turns
+from distlora.errors import UserError
 from tests.unit.test_chat_templates import (
     CHATML,
     GENERATION,
@@ -164,3 +165,30 @@ def test_thoughts_are_no_head_of_a_turn(tmp_path):
     messages[-1]["reasoning_content"] = "I add."
     (sample,) = load(tmp_path, tokenizer, messages).samples
     assert learned(sample, tokenizer)[-1] == f"<think>I add.</think>{TURNS[-1][1]}<eos>"
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+def test_thoughts_beside_the_content_that_the_template_leaves_out_are_told(tmp_path, caplog, key):
+    messages = messages_of(TURNS[:1])
+    messages[1][key] = "One and one."
+    shows = CHATML.replace("message['content']", f"message.get('{key}', '') + message['content']")
+    for template, told in ((CHATML, True), (shows, False)):
+        caplog.clear()
+        load(tmp_path, tokenizer_of(template), messages)
+        assert ("leaves out the thoughts of the last answer of 1 samples" in caplog.text) == told
+
+
+WITHOUT_SYSTEM = (
+    "{% if messages[0]['role'] == 'system' %}{% set messages = messages[1:] %}{% endif %}" + CHATML
+)
+
+
+@pytest.mark.parametrize(
+    "turns", [[("Which?", "It.")], [("Which?", "Which? Which one.")], [("A", "Which"), ("B", "C")]]
+)
+def test_each_text_needs_a_place_of_its_own(tmp_path, turns):
+    messages = messages_of(turns, system="Which")
+    (sample,) = load(tmp_path, tokenizer_of(CHATML), messages).samples
+    assert sample.input_ids == whole(tokenizer_of(CHATML), messages)
+    with pytest.raises(UserError, match=r"leaves out the text of message 0 \(system\)"):
+        load(tmp_path, tokenizer_of(WITHOUT_SYSTEM), messages)
