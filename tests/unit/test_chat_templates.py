@@ -195,7 +195,7 @@ def test_the_assistants_turns_are_learned_with_their_end_as_the_template_renders
     (item,) = questions.items
     assert item.prompt_ids == sample.prompt_ids == sample.input_ids[: len(item.prompt_ids)]
     assert item.answer == "Now it is 3."
-    assert tokenizer.convert_tokens_to_ids(end.strip()) in questions.ends
+    assert questions.ends == {tokenizer.convert_tokens_to_ids(end.strip())}
 
 
 @pytest.mark.parametrize("template", [CHATML, GEMMA, LLAMA_2, QWEN_3, MISTRAL, MOVING, ZEPHYR, GENERATION])
@@ -207,9 +207,9 @@ def test_a_question_is_what_the_template_asks_with(tmp_path, template):
 
 
 def test_a_turn_may_end_otherwise_where_others_follow(tmp_path):
-    for template, ends in (
-        (GPT_OSS, ["<|end|>", "<|return|>"]),
-        (PHI_3, ["<|end|>", "<|end|>\n<eos>"]),
+    for template, ends, last in (
+        (GPT_OSS, ["<|end|>", "<|return|>"], ["<|return|>"]),
+        (PHI_3, ["<|end|>", "<|end|>\n<eos>"], ["<|end|>", "<eos>"]),
     ):
         tokenizer, messages = tokenizer_of(template), messages_of()
         (sample,) = load(tmp_path, tokenizer, messages).samples
@@ -218,9 +218,7 @@ def test_a_turn_may_end_otherwise_where_others_follow(tmp_path):
         opened = "<|channel|>final<|message|>" if template == GPT_OSS else ""
         assert found == [f"{opened}{said}{end}" for (_, said), end in zip(TURNS, ends)]
         questions = load_questions(section(tmp_path, {"messages": messages}), "train", tokenizer)
-        assert {
-            tokenizer.convert_tokens_to_ids(token) for token in ("<|end|>", "<|return|>")
-        } & questions.ends
+        assert questions.ends == set(tokenizer.convert_tokens_to_ids(last))
 
 
 def test_a_template_without_an_end_gets_the_end_of_sequence(tmp_path):

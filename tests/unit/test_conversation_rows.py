@@ -5,9 +5,13 @@ import json
 import pytest
 
 from distlora.data import load_questions
+from distlora.data.chat import Chat
+from distlora.data.conversations import ChatExamples
+from distlora.data.encode import encode_chats
 from distlora.errors import UserError
 from tests.unit.test_chat_templates import (
     CHATML,
+    ON_A_DAY,
     TURNS,
     learned,
     load,
@@ -102,3 +106,26 @@ def test_an_empty_list_of_calls_is_none(tmp_path, tokenizer):
         assert sample.input_ids == whole(tokenizer, messages_of())
     with pytest.raises(UserError, match="no content in message 1"):
         load(tmp_path, tokenizer, [messages[0], {"role": "assistant", "content": None, "tool_calls": []}])
+
+
+class CountingChat(Chat):
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.encoded = 0
+
+    def encode(self, conversations, all_turns=True):
+        self.encoded += len(conversations)
+        return super().encode(conversations, all_turns)
+
+
+@pytest.mark.parametrize("kept", [0, 1, 7, 11])
+def test_the_part_of_a_long_conversation_that_fits_is_found_at_once(tmp_path, tokenizer, kept):
+    turns = [(f"{number}+1?", f"It is {number + 1}.") for number in range(12)]
+    max_length = len(whole(tokenizer, messages_of(turns[:kept]))) if kept else 8
+    data = section(tmp_path, {"messages": messages_of(turns)}, max_length=max_length)
+    chat = CountingChat(tokenizer, ON_A_DAY)
+    found = encode_chats(ChatExamples(data, "train"), chat, data).samples
+    assert [learned(sample, tokenizer) for sample in found] == [
+        [f"{said}<|im_end|>" for _, said in turns[:count]] for count in (kept,) if count
+    ]
+    assert chat.encoded <= 3
