@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from distlora.data.chat_check import require_texts
+from distlora.data.chat_check import THOUGHT_MARKERS, require_texts
 from distlora.data.chat_template import (
     ChatTemplate,
     Conversation,
@@ -165,16 +165,20 @@ class Chat:
             )
         return own
 
-    def _mark(self, value: Any) -> Any:
-        """The same with marks around the names of special tokens in all texts."""
+    def _mark(self, value: Any, special: Sequence[str] = ()) -> Any:
+        """The same with marks around the names of special tokens in all texts, but for those around the
+        thoughts of the assistant: the model writes them as tokens. special: names that get no marks.
+        """
         if isinstance(value, dict):
-            return {key: each if key == "role" else self._mark(each) for key, each in value.items()}
+            special = THOUGHT_MARKERS if value.get("role") == "assistant" else special
+            return {key: each if key == "role" else self._mark(each, special) for key, each in value.items()}
         if isinstance(value, list):
-            return [self._mark(each) for each in value]
+            return [self._mark(each, special) for each in value]
         if not isinstance(value, str):
             return value
         for start, end in reversed(self.encoder.names_in(value)):
-            value = f"{value[:start]}{OPEN}{value[start:end]}{CLOSE}{value[end:]}"
+            if value[start:end] not in special:
+                value = f"{value[:start]}{OPEN}{value[start:end]}{CLOSE}{value[end:]}"
         return value
 
 

@@ -23,6 +23,7 @@ from tests.unit.test_chat_templates import (
     tokenizer_of,
     whole,
 )
+from tests.unit.test_data_encode import make_tokenizer
 
 #: Marks one place more behind the last turn.
 MARKED_END = GENERATION.replace(
@@ -192,3 +193,17 @@ def test_each_text_needs_a_place_of_its_own(tmp_path, turns):
     assert sample.input_ids == whole(tokenizer_of(CHATML), messages)
     with pytest.raises(UserError, match=r"leaves out the text of message 0 \(system\)"):
         load(tmp_path, tokenizer_of(WITHOUT_SYSTEM), messages)
+
+
+@pytest.mark.parametrize("begin, end", [("<think>", "</think>"), ("[THINK]", "[/THINK]")])
+def test_special_tokens_around_the_thoughts_of_the_assistant_stay_tokens(tmp_path, begin, end):
+    tokenizer = make_tokenizer(chat_template=CHATML)
+    names = ["<|im_start|>", "<|im_end|>", begin, end]
+    tokenizer.add_special_tokens({"additional_special_tokens": names})
+    answer = f"{begin}\nI add.\n{end}\n\nIt is <eos>"
+    messages = messages_of([(f"How much, {begin}?", answer)])
+    (sample,) = load(tmp_path, tokenizer, messages).samples
+    assert learned(sample, tokenizer) == [f"{answer}<|im_end|>"]
+    marks = tokenizer.convert_tokens_to_ids([begin, end])
+    assert [token for token in sample.input_ids if token in marks] == marks, "none in the question"
+    assert tokenizer.eos_token_id not in sample.input_ids
