@@ -43,23 +43,27 @@ class Chat:
         names = sorted((token.content for token in added_tokens(tokenizer).values()), key=len, reverse=True)
         self._names = re.compile("|".join(map(re.escape, filter(None, names))) or "(?!)")
 
-    def encode(self, talks: Sequence[Conversation], all_turns: bool = True) -> list[ChatTokens]:
+    def encode(self, conversations: Sequence[Conversation], all_turns: bool = True) -> list[ChatTokens]:
         """all_turns: whether more than the last turn is wanted."""
-        shown = [self._guarded(index, self._show, talk, all_turns) for index, talk in enumerate(talks)]
-        texts, own = [each.text for each in shown], [each.own for each in shown]
-        return [self._finder.find(*each) for each in zip(shown, self.encoder.encode(texts, own, places=True))]
+        shown = [
+            self._guarded(index, self._show, conversation, all_turns)
+            for index, conversation in enumerate(conversations)
+        ]
+        texts, written = [each.text for each in shown], [each.written for each in shown]
+        tokens = self.encoder.encode(texts, written, places=True)
+        return [self._finder.find(*each) for each in zip(shown, tokens)]
 
-    def before_answer(self, talk: Conversation) -> tuple[str, list[int]]:
+    def before_answer(self, conversation: Conversation) -> tuple[str, list[int]]:
         """The text that asks for an answer to a conversation, and its tokens."""
 
         def show():
-            messages, _ = next(self._forms(talk))
-            text = self.template.render(messages, talk.tools, prompting=True)
-            require_texts(text, messages, talk.tools)
-            return text, self._own(text, messages, talk.tools, prompting=True)
+            messages, _ = next(self._forms(conversation))
+            text = self.template.render(messages, conversation.tools, prompting=True)
+            require_texts(text, messages, conversation.tools)
+            return text, self._written_places(text, messages, conversation.tools, prompting=True)
 
-        text, own = self._guarded(0, show)
-        return text, self.encoder.encode([text], [own])[0].ids
+        text, written = self._guarded(0, show)
+        return text, self.encoder.encode([text], [written])[0].ids
 
     def _guarded(self, index: int, show: Callable, *arguments) -> Any:
         try:
@@ -69,42 +73,42 @@ class Chat:
 
     # ------------------------------------------------------------------ texts
 
-    def _show(self, talk: Conversation, all_turns: bool) -> Shown:
+    def _show(self, conversation: Conversation, all_turns: bool) -> Shown:
         first: TemplateProblem | None = None
-        for messages, removed in self._forms(talk):
+        for messages, removed in self._forms(conversation):
             try:
-                text, marked = self.template.render_marked(messages, talk.tools)
-                require_texts(text, messages, talk.tools)
-                own = self._own(text, messages, talk.tools)
+                text, marked = self.template.render_marked(messages, conversation.tools)
+                require_texts(text, messages, conversation.tools)
+                written = self._written_places(text, messages, conversation.tools)
             except TemplateProblem as problem:
                 first = first or problem
                 continue
-            learned = [number - removed for number in talk.learned()] if all_turns else []
+            learned = [number - removed for number in conversation.learned()] if all_turns else []
             wanted = sorted({len(messages) - 1, *learned})
-            places = self._places(text, marked, messages, talk.tools, wanted)
-            return Shown(text, own, messages, places, removed)
+            places = self._places(text, marked, messages, conversation.tools, wanted)
+            return Shown(text, written, messages, places, removed)
         raise first
 
-    def _forms(self, talk: Conversation) -> Iterator[tuple[list[Message], int]]:
+    def _forms(self, conversation: Conversation) -> Iterator[tuple[list[Message], int]]:
         """The messages in the forms that templates want, the likeliest first, and how many are removed at
         the beginning.
         """
-        yield from ((messages, 0) for messages in self._written(talk.messages))
-        merged = _with_system_in_question(talk.messages)
-        if merged is not None and self._asks_alike(talk.messages[:2], merged[:1], talk.tools):
-            yield from ((messages, 1) for messages in self._written(merged))
+        yield from ((messages, 0) for messages in self._in_forms(conversation.messages))
+        merged = _with_system_in_question(conversation.messages)
+        if merged is not None and self._asks_alike(conversation.messages[:2], merged[:1], conversation.tools):
+            yield from ((messages, 1) for messages in self._in_forms(merged))
 
     def _asks_alike(self, first: Sequence[Message], second: Sequence[Message], tools: list | None) -> bool:
         try:
             one, other = (
-                self.template.render(next(self._written(messages)), tools, prompting=True)
+                self.template.render(next(self._in_forms(messages)), tools, prompting=True)
                 for messages in (first, second)
             )
         except TemplateProblem:
             return False
         return one == other
 
-    def _written(self, given: Sequence[Message]) -> Iterator[list[Message]]:
+    def _in_forms(self, given: Sequence[Message]) -> Iterator[list[Message]]:
         """The messages with contents and calls as templates want them, the likeliest first."""
         if self.template.wants_parts:
             messages = [_with(each, content=_as_parts(each.get("content"))) for each in given]
@@ -145,25 +149,25 @@ class Chat:
         has_end = inside and not text[start + inside[-1][1] : end].strip()
         if has_end:  # a token such as </tool_call> ends no turn
             name = text[start + inside[-1][0] : start + inside[-1][1]]
-            has_end = self.tokenizer.convert_tokens_to_ids(name) in self._finder.special
+            has_end = self.tokenizer.convert_tokens_to_ids(name) in self._finder.ending
         if not has_end and behind and not text[end : end + behind[0][0]].strip():
             end += behind[0][1]
         return [*places[:-1], (start, end)]
 
-    def _own(
+    def _written_places(
         self, text: str, messages: list[Message], tools: list | None, prompting: bool = False
     ) -> list[Place]:
         """The places of the text that are not special tokens which the data names."""
         marked = self._mark([messages, tools])
         if marked == [messages, tools]:
             return [(0, len(text))]
-        shown, own = _outside_marks(self.template.render(*marked, prompting=prompting))
+        shown, written = _outside_marks(self.template.render(*marked, prompting=prompting))
         if shown != text:
             raise TemplateProblem(
                 "acts on a special token that is written in the data; remove it there, or set "
                 "data.special_tokens to true"
             )
-        return own
+        return written
 
     def _mark(self, value: Any, special: Sequence[str] = ()) -> Any:
         """The same with marks around the names of special tokens in all texts, but for those around the
@@ -217,16 +221,16 @@ def _outside_marks(marked: str) -> tuple[str, list[Place]]:
     """The text without marks, and the places outside them. A mark may be alone where the template has cut a
     text.
     """
-    parts, own, length, inside = [], [], 0, False
+    parts, written, length, inside = [], [], 0, False
     for piece in re.split(f"([{OPEN}{CLOSE}])", marked):
         if piece in (OPEN, CLOSE):
             inside = piece == OPEN
             continue
         parts.append(piece)
         if not inside:
-            own.append((length, length + len(piece)))
+            written.append((length, length + len(piece)))
         length += len(piece)
-    return "".join(parts), own
+    return "".join(parts), written
 
 
 def ends_of_turn(tokenizer, conventions: Conventions = NEWEST) -> frozenset[int]:

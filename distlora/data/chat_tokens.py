@@ -60,24 +60,27 @@ class ChatTokens:
 class Shown:
     """A conversation as the template shows it.
 
-    own: the places that the template has written. turns: by message the places of its turn. removed: how many
-    messages of the data are not among these messages, at the beginning.
+    written: the places that the template has written. turns: by message the places of its turn. removed: how
+    many messages of the data are not among these messages, at the beginning.
     """
 
     text: str
-    own: list[Place]
+    written: list[Place]
     messages: list[Message]
     turns: dict[int, list[Place]]
     removed: int = 0
 
 
 class TurnFinder:
-    """Finds the tokens of the turns. eos: the token that is added to a turn without an end."""
+    """Finds the tokens of the turns.
+
+    eos: the token that is added to a turn without an end. ending: the tokens that may end a turn.
+    """
 
     def __init__(self, tokenizer, encoder: TextEncoder, eos: int):
         self.tokenizer, self.encoder, self.eos = tokenizer, encoder, eos
         added = added_tokens(tokenizer)
-        self._ending = {number for number, token in added.items() if _may_end(token)} | {eos}
+        self.ending = {number for number, token in added.items() if _may_end(token)} | {eos}
         self.special = {number for number, token in added.items() if token.special} | {eos}
         self._blank: dict[int, bool] = {}
 
@@ -108,7 +111,7 @@ class TurnFinder:
 
     def _count(self, shown: Shown, ids: list[int], position: int) -> int:
         """How many tokens stand before a position, for a tokenizer that does not tell where they stand."""
-        before = self.encoder.encode([shown.text[:position]], [shown.own])[0].ids
+        before = self.encoder.encode([shown.text[:position]], [shown.written])[0].ids
         return next((i for i, (a, b) in enumerate(zip(before, ids)) if a != b), min(len(before), len(ids)))
 
     def _ended(
@@ -116,7 +119,7 @@ class TurnFinder:
     ) -> Turn:
         """The turn up to the token that ends it, if there is one."""
         *before, (first, end) = ranges
-        while end > first and tokens.ids[end - 1] not in self._ending and self._is_blank(tokens.ids[end - 1]):
+        while end > first and tokens.ids[end - 1] not in self.ending and self._is_blank(tokens.ids[end - 1]):
             end -= 1
         content = without_thoughts(text_of(message)).strip()
         start = shown.turns[index][0][0]
@@ -127,7 +130,7 @@ class TurnFinder:
                 reversed(numbers),
             )
         )
-        if end == first or not behind or tokens.ids[end - 1] not in self._ending:
+        if end == first or not behind or tokens.ids[end - 1] not in self.ending:
             return Turn(index, ranges, frozenset())
         ends = {tokens.ids[end - 1]}
         if content and "tool_calls" not in message:
@@ -145,7 +148,7 @@ class TurnFinder:
     def _special_run(self, backwards: Iterable[int]) -> set[int]:
         """The special tokens with which a turn ends; there may be white space between them."""
         run = takewhile(lambda token: token in self.special or self._is_blank(token), backwards)
-        return {token for token in run if token in self.special & self._ending}
+        return {token for token in run if token in self.special & self.ending}
 
     def _is_blank(self, token: int) -> bool:
         if token not in self._blank:

@@ -222,7 +222,7 @@ def marked_places(
     found = {}
     for index, start, end in zip(assistant, starts, [*starts[1:], len(text)]):
         found[index] = [place for place in places if start <= place[0] < end]
-    is_whole = all(_shows(messages[index], text, own) for index, own in found.items())
+    is_whole = all(_shows(messages[index], text, its) for index, its in found.items())
     return found if is_whole and sum(map(len, found.values())) == len(places) else {}
 
 

@@ -129,8 +129,8 @@ class ChatExamples:
             return Example("", None, None)
         messages, trained = messages[: last + 1], trained[: last + 1]  # nothing behind it is learned
         answer = text_of(messages[-1])
-        talk = Conversation(tuple(messages), tuple(trained), self._tools(row))
-        return Example("", answer, self._extract(answer) or None, conversation=talk)
+        conversation = Conversation(tuple(messages), tuple(trained), self._tools(row))
+        return Example("", answer, self._extract(answer) or None, conversation=conversation)
 
     def _messages(self, row: Row) -> tuple[list[Message], list[bool]]:
         if "messages" in self._columns:
