@@ -6,7 +6,7 @@ A template is a program of somebody else. Whatever it raises becomes `TemplatePr
 import re
 from dataclasses import dataclass
 from datetime import date as Date
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 from distlora.sentences import first_line
@@ -131,6 +131,7 @@ class ChatTemplate:
         return text
 
 
+@lru_cache(maxsize=16)
 def clock(date: str, source: str) -> str:
     """Jinja for `strftime_now`, a name that transformers gives to templates, on one day at midnight.
 
