@@ -7,12 +7,10 @@ that the template does not end, the end of sequence is added.
 
 import json
 import re
-from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
-from distlora.data.chat_check import has_thoughts, require_texts, without_thoughts
+from distlora.data.chat_check import THOUGHT_MARKERS, require_texts
 from distlora.data.chat_template import (
     ChatTemplate,
     Conversation,
@@ -21,57 +19,11 @@ from distlora.data.chat_template import (
     parts_of,
     text_of,
 )
+from distlora.data.chat_tokens import ChatTokens, Shown, TurnFinder
 from distlora.data.chat_turns import Turns, marked_places
 from distlora.data.conventions import NEWEST, Conventions
 from distlora.data.seams import end_of_text, require_chat_template
-from distlora.data.special_tokens import CLOSE, OPEN, Place, TextEncoder, Tokenised, Unreadable, added_tokens
-
-
-class Turn(NamedTuple):
-    """One turn of the assistant. ranges: of its tokens, (first, behind the last). ends: the tokens that end
-    it; none if only the end of sequence that was added does.
-    """
-
-    message: int
-    ranges: list[tuple[int, int]]
-    ends: frozenset[int]
-
-    @property
-    def start(self) -> int:
-        return self.ranges[0][0]
-
-    @property
-    def stop(self) -> int:
-        return self.ranges[-1][1]
-
-
-@dataclass(frozen=True)
-class ChatTokens:
-    """text: as the template renders it. asked: the text before the last turn. turns: the last one, and all
-    others that were wanted. keeps_thoughts: whether the last turn has the thoughts that the data has in it.
-    """
-
-    ids: list[int]
-    text: str
-    asked: str
-    turns: list[Turn]
-    keeps_thoughts: bool = True
-
-    @property
-    def answer(self) -> list[int]:
-        """The tokens of the last turn without its end."""
-        last = self.turns[-1]
-        return self.ids[last.start : last.stop - 1]
-
-
-@dataclass(frozen=True)
-class _Shown:
-    """own: the places that the template has written. turns: by message the places of its turn."""
-
-    text: str
-    own: list[Place]
-    messages: list[Message]
-    turns: dict[int, list[Place]]
+from distlora.data.special_tokens import CLOSE, OPEN, Place, TextEncoder, Unreadable, added_tokens
 
 
 class Chat:
@@ -87,30 +39,31 @@ class Chat:
         self.tokenizer = tokenizer
         self.encoder = TextEncoder(tokenizer, conventions.plain)
         self.template = ChatTemplate(tokenizer, conventions.date)
-        added = added_tokens(tokenizer)
-        self._added = {*added, self.eos}
-        self._special = {number for number, token in added.items() if token.special} | {self.eos}
-        names = sorted((token.content for token in added.values()), key=len, reverse=True)
+        self._finder = TurnFinder(tokenizer, self.encoder, self.eos)
+        names = sorted((token.content for token in added_tokens(tokenizer).values()), key=len, reverse=True)
         self._names = re.compile("|".join(map(re.escape, filter(None, names))) or "(?!)")
-        self._blank: dict[int, bool] = {}
 
-    def encode(self, talks: Sequence[Conversation], all_turns: bool = True) -> list[ChatTokens]:
+    def encode(self, conversations: Sequence[Conversation], all_turns: bool = True) -> list[ChatTokens]:
         """all_turns: whether more than the last turn is wanted."""
-        shown = [self._guarded(index, self._show, talk, all_turns) for index, talk in enumerate(talks)]
-        texts, own = [each.text for each in shown], [each.own for each in shown]
-        return [self._found(*each) for each in zip(shown, self.encoder.encode(texts, own, places=True))]
+        shown = [
+            self._guarded(index, self._show, conversation, all_turns)
+            for index, conversation in enumerate(conversations)
+        ]
+        texts, written = [each.text for each in shown], [each.written for each in shown]
+        tokens = self.encoder.encode(texts, written, places=True)
+        return [self._finder.find(*each) for each in zip(shown, tokens)]
 
-    def before_answer(self, talk: Conversation) -> tuple[str, list[int]]:
+    def before_answer(self, conversation: Conversation) -> tuple[str, list[int]]:
         """The text that asks for an answer to a conversation, and its tokens."""
 
         def show():
-            messages = next(self._forms(talk.messages))
-            text = self.template.render(messages, talk.tools, prompting=True)
-            require_texts(text, messages, talk.tools)
-            return text, self._own(text, messages, talk.tools, prompting=True)
+            messages, _ = next(self._forms(conversation))
+            text = self.template.render(messages, conversation.tools, prompting=True)
+            require_texts(text, messages, conversation.tools)
+            return text, self._written_places(text, messages, conversation.tools, prompting=True)
 
-        text, own = self._guarded(0, show)
-        return text, self.encoder.encode([text], [own])[0].ids
+        text, written = self._guarded(0, show)
+        return text, self.encoder.encode([text], [written])[0].ids
 
     def _guarded(self, index: int, show: Callable, *arguments) -> Any:
         try:
@@ -120,24 +73,43 @@ class Chat:
 
     # ------------------------------------------------------------------ texts
 
-    def _show(self, talk: Conversation, all_turns: bool) -> _Shown:
+    def _show(self, conversation: Conversation, all_turns: bool) -> Shown:
         first: TemplateProblem | None = None
-        for messages in self._forms(talk.messages):
+        for messages, removed in self._forms(conversation):
             try:
-                text, marked = self.template.render_marked(messages, talk.tools)
-                require_texts(text, messages, talk.tools)
-                own = self._own(text, messages, talk.tools)
+                text, marked = self.template.render_marked(messages, conversation.tools)
+                require_texts(text, messages, conversation.tools)
+                written = self._written_places(text, messages, conversation.tools)
             except TemplateProblem as problem:
                 first = first or problem
                 continue
-            wanted = {len(messages) - 1, *(talk.learned() if all_turns else ())}
-            return _Shown(
-                text, own, messages, self._places(text, marked, messages, talk.tools, sorted(wanted))
-            )
+            learned = [number - removed for number in conversation.learned()] if all_turns else []
+            wanted = sorted({len(messages) - 1, *learned})
+            places = self._places(text, marked, messages, conversation.tools, wanted)
+            return Shown(text, written, messages, places, removed)
         raise first
 
-    def _forms(self, given: Sequence[Message]) -> Iterator[list[Message]]:
-        """The messages in the forms that templates want, the likeliest first."""
+    def _forms(self, conversation: Conversation) -> Iterator[tuple[list[Message], int]]:
+        """The messages in the forms that templates want, the likeliest first, and how many are removed at
+        the beginning.
+        """
+        yield from ((messages, 0) for messages in self._in_forms(conversation.messages))
+        merged = _with_system_in_question(conversation.messages)
+        if merged is not None and self._asks_alike(conversation.messages[:2], merged[:1], conversation.tools):
+            yield from ((messages, 1) for messages in self._in_forms(merged))
+
+    def _asks_alike(self, first: Sequence[Message], second: Sequence[Message], tools: list | None) -> bool:
+        try:
+            one, other = (
+                self.template.render(next(self._in_forms(messages)), tools, prompting=True)
+                for messages in (first, second)
+            )
+        except TemplateProblem:
+            return False
+        return one == other
+
+    def _in_forms(self, given: Sequence[Message]) -> Iterator[list[Message]]:
+        """The messages with contents and calls as templates want them, the likeliest first."""
         if self.template.wants_parts:
             messages = [_with(each, content=_as_parts(each.get("content"))) for each in given]
         elif any(isinstance(each.get("content"), list) for each in given) and not self.template.takes_parts:
@@ -157,13 +129,14 @@ class Chat:
         self, text: str, marked: list[Place], messages: list[Message], tools: list | None, wanted: list[int]
     ) -> dict[int, list[Place]]:
         """Of the wanted messages the places of their turns."""
-        if marked:
-            found = marked_places(marked, lambda some: self.template.render_marked(some, tools), messages)
-            if found:
-                return {index: self._with_end(text, found[index]) for index in wanted}
-        turns = Turns(
-            lambda some, prompting: self.template.render(some, tools, prompting), text, messages, self._named
-        )
+
+        def render(some: list[Message], prompting: bool) -> str:
+            return self.template.render(some, tools, prompting)
+
+        found = marked_places(text, marked, render, messages) if marked else {}
+        if found:
+            return {index: self._with_end(text, found[index]) for index in wanted}
+        turns = Turns(render, text, messages, self._named)
         return {index: [turns.place(index)] for index in wanted}
 
     def _named(self, text: str) -> list[Place]:
@@ -176,103 +149,41 @@ class Chat:
         has_end = inside and not text[start + inside[-1][1] : end].strip()
         if has_end:  # a token such as </tool_call> ends no turn
             name = text[start + inside[-1][0] : start + inside[-1][1]]
-            has_end = self.tokenizer.convert_tokens_to_ids(name) in self._special
+            has_end = self.tokenizer.convert_tokens_to_ids(name) in self._finder.ending
         if not has_end and behind and not text[end : end + behind[0][0]].strip():
             end += behind[0][1]
         return [*places[:-1], (start, end)]
 
-    def _own(
+    def _written_places(
         self, text: str, messages: list[Message], tools: list | None, prompting: bool = False
     ) -> list[Place]:
         """The places of the text that are not special tokens which the data names."""
         marked = self._mark([messages, tools])
         if marked == [messages, tools]:
             return [(0, len(text))]
-        shown, own = _outside_marks(self.template.render(*marked, prompting=prompting))
+        shown, written = _outside_marks(self.template.render(*marked, prompting=prompting))
         if shown != text:
             raise TemplateProblem(
                 "acts on a special token that is written in the data; remove it there, or set "
                 "data.special_tokens to true"
             )
-        return own
+        return written
 
-    def _mark(self, value: Any) -> Any:
-        """The same with marks around the names of special tokens in all texts."""
+    def _mark(self, value: Any, special: Sequence[str] = ()) -> Any:
+        """The same with marks around the names of special tokens in all texts, but for those around the
+        thoughts of the assistant: the model writes them as tokens. special: names that get no marks.
+        """
         if isinstance(value, dict):
-            return {key: each if key == "role" else self._mark(each) for key, each in value.items()}
+            special = THOUGHT_MARKERS if value.get("role") == "assistant" else special
+            return {key: each if key == "role" else self._mark(each, special) for key, each in value.items()}
         if isinstance(value, list):
-            return [self._mark(each) for each in value]
+            return [self._mark(each, special) for each in value]
         if not isinstance(value, str):
             return value
         for start, end in reversed(self.encoder.names_in(value)):
-            value = f"{value[:start]}{OPEN}{value[start:end]}{CLOSE}{value[end:]}"
+            if value[start:end] not in special:
+                value = f"{value[:start]}{OPEN}{value[start:end]}{CLOSE}{value[end:]}"
         return value
-
-    # ------------------------------------------------------------------ tokens
-
-    def _found(self, shown: _Shown, tokens: Tokenised) -> ChatTokens:
-        ids, last = tokens.ids, len(shown.messages) - 1
-        turns = []
-        for index, places in sorted(shown.turns.items()):
-            ranges = [self._range(shown, tokens, place) for place in places]
-            ranges = [(first, stop) for first, stop in ranges if first < stop]
-            if ranges:
-                turns.append(self._ended(shown.messages[index], index, ranges, shown, tokens))
-        if not turns or turns[-1].message != last:
-            turns.append(Turn(last, [(len(ids), len(ids))], frozenset()))
-        if not turns[-1].ends:
-            *before, (first, _) = turns[-1].ranges
-            ids = [*ids, self.eos]
-            turns[-1] = Turn(last, [*before, (first, len(ids))], frozenset())
-        asked = shown.text[: shown.turns[last][0][0]]
-        return ChatTokens(ids, shown.text, asked, turns, has_thoughts(shown.text, shown.messages[last]))
-
-    def _range(self, shown: _Shown, tokens: Tokenised, place: Place) -> tuple[int, int]:
-        """The tokens of a place. One that begins before it and ends in it belongs to it."""
-        if tokens.places is None:
-            return self._count(shown, tokens.ids, place[0]), self._count(shown, tokens.ids, place[1])
-        start = bisect_right(tokens.places, place[0], key=lambda each: each[1])
-        return start, max(start, bisect_left(tokens.places, place[1], key=lambda each: each[0]))
-
-    def _count(self, shown: _Shown, ids: list[int], position: int) -> int:
-        """How many tokens stand before a position, for a tokenizer that does not tell where they stand."""
-        before = self.encoder.encode([shown.text[:position]], [shown.own])[0].ids
-        return next((i for i, (a, b) in enumerate(zip(before, ids)) if a != b), min(len(before), len(ids)))
-
-    def _ended(
-        self, message: Message, index: int, ranges: list[tuple[int, int]], shown: _Shown, tokens: Tokenised
-    ) -> Turn:
-        """The turn up to the token that ends it, if there is one."""
-        first, end = ranges[-1]
-        while end > first and not self._is_end(tokens.ids[end - 1]) and self._is_blank(tokens.ids[end - 1]):
-            end -= 1
-        begins = self._first_behind_content(message, shown.turns[index][-1], shown, tokens, first, end)
-        if begins >= end or not self._is_end(tokens.ids[end - 1]):
-            return Turn(index, ranges, frozenset())
-        ends = {tokens.ids[end - 1]}
-        if "tool_calls" not in message:
-            ends |= self._special & set(tokens.ids[begins:end])
-        return Turn(index, [*ranges[:-1], (first, end)], frozenset(ends))
-
-    def _first_behind_content(
-        self, message: Message, place: Place, shown: _Shown, tokens: Tokenised, first: int, end: int
-    ) -> int:
-        """The first token that stands behind the content of a turn, which goes from first to end."""
-        content = without_thoughts(text_of(message)).strip()
-        if tokens.places is None:
-            token = self.tokenizer.convert_ids_to_tokens(tokens.ids[end - 1])
-            return end if content.endswith(token) else end - 1
-        at = shown.text.find(content, *place)
-        behind = place[0] if at < 0 else at + len(content)
-        return next((i for i in range(first, end) if tokens.places[i][0] >= behind), end)
-
-    def _is_end(self, token: int) -> bool:
-        return token in self._added
-
-    def _is_blank(self, token: int) -> bool:
-        if token not in self._blank:
-            self._blank[token] = not self.tokenizer.decode([token]).strip()
-        return self._blank[token]
 
 
 def _with(message: Message, **changes: Any) -> Message:
@@ -282,6 +193,16 @@ def _with(message: Message, **changes: Any) -> Message:
 
 def _as_parts(content: Any) -> list | None:
     return parts_of(content) if isinstance(content, str) else content
+
+
+def _with_system_in_question(messages: Sequence[Message]) -> list[Message] | None:
+    """With the system's text in the first question, for templates such as Mistral's, which show it only in a
+    prompt. None if the conversation does not begin with the two.
+    """
+    if [message["role"] for message in messages[:2]] != ["system", "user"]:
+        return None
+    system, question, *others = messages
+    return [{**question, "content": f"{text_of(system)}\n\n{text_of(question)}"}, *others]
 
 
 def _with_written_arguments(message: Message) -> Message:
@@ -300,16 +221,16 @@ def _outside_marks(marked: str) -> tuple[str, list[Place]]:
     """The text without marks, and the places outside them. A mark may be alone where the template has cut a
     text.
     """
-    parts, own, length, inside = [], [], 0, False
+    parts, written, length, inside = [], [], 0, False
     for piece in re.split(f"([{OPEN}{CLOSE}])", marked):
         if piece in (OPEN, CLOSE):
             inside = piece == OPEN
             continue
         parts.append(piece)
         if not inside:
-            own.append((length, length + len(piece)))
+            written.append((length, length + len(piece)))
         length += len(piece)
-    return "".join(parts), own
+    return "".join(parts), written
 
 
 def ends_of_turn(tokenizer, conventions: Conventions = NEWEST) -> frozenset[int]:

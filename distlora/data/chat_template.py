@@ -6,7 +6,7 @@ A template is a program of somebody else. Whatever it raises becomes `TemplatePr
 import re
 from dataclasses import dataclass
 from datetime import date as Date
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 from distlora.sentences import first_line
@@ -20,6 +20,8 @@ _BLOCK = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
 _MARKING = f"{{% macro generated_by_assistant() %}}{BEGIN}{{{{ caller() }}}}{END}{{% endmacro %}}\n"
 #: What strftime can be asked for. `%-d` is glibc's.
 _DIRECTIVES = [f"%{flag}{letter}" for flag in ("-", "") for letter in "aAwdbBmyYHIpMSfjUWcxXeFTDRGuV"]
+#: A call of the clock whose format is written out, and the question whether there is a clock.
+_KNOWN_USE = re.compile(r"strftime_now(\s*\(\s*('[^']*'|\"[^\"]*\")\s*\)|\s+is\s+(not\s+)?defined)")
 
 #: Texts that stand in no template, for a trial.
 _USER, _ASSISTANT = "Kwyjibo asks", "Quuxly answers"
@@ -114,7 +116,7 @@ class ChatTemplate:
         except Exception as error:
             raise TemplateProblem(f"cannot be chosen ({first_line(error)})") from None
         if self._date is not None and "strftime_now" in source:
-            return clock(self._date) + source
+            return clock(self._date, source) + source
         return source
 
     def _render(self, source: str, messages: list[Message], tools: list | None, prompting: bool) -> str:
@@ -129,13 +131,19 @@ class ChatTemplate:
         return text
 
 
-def clock(date: str) -> str:
-    """Jinja for `strftime_now`, a name that transformers gives to templates, on one day at midnight."""
+@lru_cache(maxsize=16)
+def clock(date: str, source: str) -> str:
+    """Jinja for `strftime_now`, a name that transformers gives to templates, on one day at midnight.
+
+    source: the template. If it writes out all its formats, no other directive than theirs is needed.
+    """
     today = Date.fromisoformat(date)
+    written = "strftime_now" not in _KNOWN_USE.sub("", source)
     found = "format"
     for directive in _DIRECTIVES:
-        value = today.strftime(directive).replace("\\", "").replace("'", "")
-        found += f".replace('{directive}', '{value}')"
+        if not written or directive in source:
+            value = today.strftime(directive).replace("\\", "").replace("'", "")
+            found += f".replace('{directive}', '{value}')"
     return f"{{% macro strftime_now(format) %}}{{{{ {found}.replace('%%', '%') }}}}{{% endmacro %}}\n"
 
 

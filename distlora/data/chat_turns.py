@@ -9,8 +9,8 @@ and behind the mark is compared.
 
 import re
 from collections.abc import Callable
-from typing import Any
 
+from distlora.data.chat_check import without_space, without_thoughts
 from distlora.data.chat_template import Message, TemplateProblem, parts_of, text_of
 
 #: (messages, whether the prompt for the assistant follows) to the text. Raises TemplateProblem.
@@ -21,8 +21,11 @@ Place = tuple[int, int]
 #: In the place of a content. The first is the assistant's, the second that of the message before.
 MARK, MARK_BEFORE = "\ufdd5", "\ufdd6"
 
-#: What the head of an assistant's turn has in it.
+#: In the name of a token that begins an assistant's turn.
 _NAMES = re.compile("assistant|model|gpt|bot", re.IGNORECASE)
+_WORD = re.compile(r"\w")
+_THOUGHTS = re.compile(r"<think>.*</think>|\[THINK\].*\[/THINK\]", re.DOTALL)
+_THOUGHT_MARKER = re.compile(r"[<\[](?P<closing>/?)(think|THINK)[>\]]")
 
 _UNCLEAR = "does not let tell which tokens are the assistant's; mark them in it with {% generation %}"
 
@@ -43,12 +46,55 @@ class Turns:
         """Where the turn of one message stands in the text, with its end of turn. Raises TemplateProblem if
         that cannot be told.
         """
+        start, end = self._found(index)
+        return start, start + len(self._without_opening(index, self._text[start:end]))
+
+    def _found(self, index: int) -> Place:
         prompt = self._prompt(index)
         until = self._until(index, self._messages)
-        if prompt and until and self._text.startswith(prompt) and self._text.startswith(until):
-            if len(prompt) < len(until):
-                return len(prompt), len(until)
+        start = len(prompt) if prompt and self._text.startswith(prompt) else self._parting(prompt)
+        if start and until and self._text.startswith(until) and start < len(until):
+            return start, len(until)
         return self._by_marks(index, prompt)
+
+    def _parting(self, prompt: str | None) -> int | None:
+        """Where the turn begins if its thoughts stand where the prompt has an empty block of them, or the
+        beginning of one with other white space; None if they do not.
+        """
+        if not prompt or self._text.startswith(prompt):
+            return None
+        shared = _shared(self._text, prompt)
+        opened = [marker for marker in _THOUGHT_MARKER.finditer(prompt, 0, shared)][-1:]
+        if not opened or opened[0]["closing"] or _THOUGHT_MARKER.match(self._text[shared:].lstrip()):
+            return None
+        begins = opened[0].end()
+        empty = _THOUGHT_MARKER.sub("", prompt[begins:])
+        return begins if not empty.strip() else None
+
+    def _without_opening(self, index: int, turn: str) -> str:
+        """The text of a turn that ends a conversation, or its end, without the opening of the next turn,
+        which some templates write behind all that they show as they do in the prompt.
+        """
+        names = self._closing_names(turn)
+        asked = next((i for i in reversed(range(index)) if self._messages[i]["role"] != "assistant"), None)
+        if len(names) < 2 or asked is None:
+            return turn
+        prompt = self._attempt(self._messages[: asked + 1], True) or ""
+        opening = [prompt[slice(*name)] for name in self._closing_names(prompt)]
+        closing = [turn[slice(*name)] for name in names]
+        for number in range(len(closing) - 1):
+            if _opens(closing[number:], opening):
+                return turn[: names[number][1]]
+        return turn
+
+    def _closing_names(self, text: str) -> list[Place]:
+        """The added tokens at the end of a text; there may be white space between them."""
+        found, until = [], len(text)
+        for start, end in reversed(self._names(text)):
+            if text[end:until].strip():
+                break
+            found, until = [(start, end), *found], start
+        return found
 
     def _prompt(self, index: int) -> str | None:
         """The text that asks for the turn; None if the template has none."""
@@ -56,14 +102,26 @@ class Turns:
             return None
         prompt = self._attempt(self._messages[:index], True)
         if prompt and self._text.startswith(prompt):
-            content = text_of(self._messages[index]).strip()
+            content = without_thoughts(text_of(self._messages[index])).strip()
             lead = self._text[len(prompt) : max(self._text.find(content, len(prompt)), len(prompt))]
-            if _NAMES.search(lead) and prompt == self._attempt(self._messages[:index], False):
+            if self._has_head(lead) and prompt == self._attempt(self._messages[:index], False):
                 return None  # the template knows no prompt, and the head of the turn is nothing to learn
         return prompt
 
+    def _has_head(self, lead: str) -> bool:
+        """Whether what stands between the prompt and a content says who speaks. Thoughts do not, and an added
+        token only with a name of the assistant in it: it may as well begin a response.
+        """
+        lead = _THOUGHTS.sub("", lead)
+        words = lead
+        for start, end in reversed(self._names(lead)):
+            words = words[:start] + words[end:]
+        return bool(_WORD.search(words) or _NAMES.search(lead))
+
     def _until(self, index: int, messages: list[Message]) -> str | None:
         """The conversation up to one message."""
+        if messages is self._messages and index == len(messages) - 1:
+            return self._text
         return self._attempt(messages[: index + 1], False)
 
     def _attempt(self, messages: list[Message], prompting: bool) -> str | None:
@@ -82,9 +140,10 @@ class Turns:
         at = marked.index(MARK)
         start = self._start(index, marked, prompt)
         end = self._end(index, messages, marked, prompt)
-        after = len(marked) - end
-        found = start, len(self._text) - after
-        same = self._text.startswith(marked[:start]) and self._text.endswith(marked[end:])
+        parting = self._parting(prompt)
+        begins = self._text.startswith(marked[:start]) or parting is not None
+        found = start if parting is None else parting, len(self._text) - (len(marked) - end)
+        same = begins and self._text.endswith(marked[end:])
         if not (same and start <= at < end and found[0] < found[1]):
             raise TemplateProblem(_UNCLEAR)
         return found
@@ -121,6 +180,7 @@ class Turns:
         at = marked.index(MARK) + 1
         until = self._until(index, messages)
         tail = until.partition(MARK)[2] if until is not None and until.count(MARK) == 1 else ""
+        tail = self._without_opening(index, tail)
         if tail and marked.startswith(tail, at):
             return at + len(tail)
         return at + self._end_token(index, marked[at:], tail, prompt)
@@ -146,24 +206,40 @@ class Turns:
 
 
 def marked_places(
-    places: list[Place], render_marked: Callable[[list[Message]], Any], messages: list[Message]
+    text: str, places: list[Place], render: Render, messages: list[Message]
 ) -> dict[int, list[Place]]:
     """Which of the places that a template marks as generated belong to which of the assistant's messages.
 
-    render_marked: see `ChatTemplate.render_marked`. {} where the marks cannot be told apart.
+    A turn has the places behind the text that the template makes of the messages before it, so far as that
+    is the same in the conversation. Behind the last turn a template may mark one place more. {} where the
+    marks cannot be told apart.
     """
     assistant = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-    if len(places) == len(assistant):
-        return {index: [place] for index, place in zip(assistant, places)}
-    found, seen = {}, 0
-    for index in assistant:
-        try:
-            count = len(render_marked(messages[: index + 1])[1])
-        except TemplateProblem:
-            return {}
-        found[index] = places[seen:count]
-        seen = count
-    return found if seen == len(places) and all(found.values()) else {}
+    try:
+        starts = [_shared(text, render(messages[:index], False)) if index else 0 for index in assistant]
+    except TemplateProblem:
+        return {}
+    found = {}
+    for index, start, end in zip(assistant, starts, [*starts[1:], len(text)]):
+        found[index] = [place for place in places if start <= place[0] < end]
+    is_whole = all(_shows(messages[index], text, its) for index, its in found.items())
+    return found if is_whole and sum(map(len, found.values())) == len(places) else {}
+
+
+def _shows(message: Message, text: str, places: list[Place]) -> bool:
+    """Whether there are places, and the content of a message that calls no tool is in them."""
+    shown = without_space("".join(text[slice(*place)] for place in places))
+    content = without_space(without_thoughts(text_of(message)))
+    return bool(places) and (content in shown or "tool_calls" in message)
+
+
+def _opens(run: list[str], opening: list[str]) -> bool:
+    """Whether a run of tokens is the opening of a turn. Behind it a prompt may go on, as with the beginning
+    of a response; two tokens with others behind them may as well end any message.
+    """
+    size = len(run)
+    found = [at for at in range(len(opening) - size + 1) if opening[at : at + size] == run]
+    return bool(found) and (size > 2 or found[-1] + size == len(opening))
 
 
 def _with_content(messages: list[Message], index: int, text: str) -> list[Message]:

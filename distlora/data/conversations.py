@@ -6,12 +6,15 @@ value), or a prompt and its completion, which are texts or lists of messages; be
 """
 
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
 from distlora.data import examples
 from distlora.data.chat_template import Conversation, Message, text_of
+from distlora.data.columns import found_in, is_not_finite, row_name
 from distlora.data.examples import Example
+from distlora.data.readers import is_finite_number, kind_of, plain
 from distlora.data.sources import Row
 from distlora.data.templates import CHAT
 from distlora.errors import UserError
@@ -40,10 +43,14 @@ _SPEAKERS = {
 _ROLE_OF = {name: role for role, names in _SPEAKERS.items() for name in names}
 #: Of an assistant that calls a function: the content is the call.
 _CALLS = ("function_call", "tool_call")
+#: Where a message has its calls.
+_CALL_KEYS = ("tool_calls", "function_call")
+#: What this package itself puts into texts.
+_NONCHARACTER = re.compile("[\ufdd0-\ufdef]")
 
 
 class Wrong(Exception):
-    """The message is the rest of a sentence that begins "row 3 of x.jsonl has"."""
+    """The message is the rest of a sentence that begins "row 3 of x.jsonl, counted from 0, has"."""
 
 
 class ChatExamples:
@@ -78,7 +85,8 @@ class ChatExamples:
             try:
                 yield self._example(row)
             except Wrong as wrong:
-                raise UserError(f"data: row {position} of {self.origin} has {wrong}, correct it") from None
+                row = row_name(position, self.origin)
+                raise UserError(f"data: {row} has {wrong}, correct it") from None
 
     def _assign_columns(self, fields: dict[str, str]) -> dict[str, str]:
         for role, column in fields.items():
@@ -108,10 +116,12 @@ class ChatExamples:
     # ------------------------------------------------------------------ rows
 
     def _example(self, row: Row) -> Example:
+        if "messages" not in self._columns and row.get(self._columns["response"]) is None:
+            return Example("", None, None)
         messages, trained = self._messages(row)
-        system = self._cell(row, "system")
-        if isinstance(system, str) and system.strip() and (not messages or messages[0]["role"] != "system"):
-            messages, trained = [{"role": "system", "content": system}, *messages], [False, *trained]
+        system = self._system(row)
+        if system is not None and (not messages or messages[0]["role"] != "system"):
+            messages, trained = [system, *messages], [False, *trained]
         last = max(
             (index for index, message in enumerate(messages) if message["role"] == "assistant"), default=None
         )
@@ -119,8 +129,8 @@ class ChatExamples:
             return Example("", None, None)
         messages, trained = messages[: last + 1], trained[: last + 1]  # nothing behind it is learned
         answer = text_of(messages[-1])
-        talk = Conversation(tuple(messages), tuple(trained), self._tools(row))
-        return Example("", answer, self._extract(answer) or None, conversation=talk)
+        conversation = Conversation(tuple(messages), tuple(trained), self._tools(row))
+        return Example("", answer, self._extract(answer) or None, conversation=conversation)
 
     def _messages(self, row: Row) -> tuple[list[Message], list[bool]]:
         if "messages" in self._columns:
@@ -133,31 +143,50 @@ class ChatExamples:
         return [*asked, *answered], [False] * len(asked) + trained
 
     def _side(self, row: Row, column: str, role: str) -> tuple[list[Message], list[bool]]:
-        value = row.get(column)
-        value = str(value) if isinstance(value, int | float) else value
-        if isinstance(value, str) and not _is_json_list(value):
+        value = plain(row.get(column))
+        if is_not_finite(value):
+            raise Wrong(f"{found_in(value)} in column {column!r} where a text or messages are wanted")
+        value = str(value) if isinstance(value, bool) or is_finite_number(value) else value
+        if isinstance(value, str) and not _holds_messages(value):
             return _read([{"role": role, "content": value}], column)
-        return _read(self._listed(row, column), column)
+        message = _parsed(value)
+        return _read([message] if isinstance(message, dict) else self._listed(row, column), column)
 
     def _listed(self, row: Row, column: str) -> list:
         value = _parsed(row.get(column))
         if not isinstance(value, list) or not value:
-            found = "no messages" if value is None or value == [] else f"a {type(value).__name__}"
+            found = "no messages" if value is None or value == [] else kind_of(value)
             raise Wrong(f"{found} in column {column!r} where a list of messages is wanted")
         return value
 
-    def _cell(self, row: Row, role: str) -> Any:
+    def _column(self, role: str) -> str:
         """Of a role that only some rows have."""
-        names = (self._columns[role],) if role in self._columns else _COLUMNS[role]
-        return next((row[name] for name in names if row.get(name) is not None), None)
+        return self._columns.get(role, _COLUMNS[role][0])
+
+    def _system(self, row: Row) -> Message | None:
+        """The message of the column for the system's text, if it has any."""
+        column = self._column("system")
+        text = row.get(column)
+        if text is not None and not isinstance(text, str):
+            raise Wrong(f"{found_in(text)} in column {column!r} where a text is wanted")
+        return {"role": "system", **_content(text, f"column {column!r}")} if text and text.strip() else None
 
     def _tools(self, row: Row) -> list[dict] | None:
-        tools = _parsed(self._cell(row, "tools"))
+        column = self._column("tools")
+        tools = _parsed(row.get(column))
         if not tools:
             return None
         if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-            raise Wrong(f"no list of tools in column {self._columns.get('tools', 'tools')!r}")
-        return [_without_nulls(tool) for tool in tools]
+            raise Wrong(f"no list of tools in column {column!r}")
+        tools = [_without_nulls(tool) for tool in tools]
+        for number, tool in enumerate(tools):
+            function = tool.get("function", tool)
+            where = f"tool {number} of column {column!r}"
+            if not isinstance(function, dict):
+                raise Wrong(f"{kind_of(function)} as the function of {where}, where an object is wanted")
+            if not isinstance(function.get("name", ""), str):
+                raise Wrong(f"{kind_of(function['name'])} as the name of {where}, where a text is wanted")
+        return tools
 
 
 def _read(listed: list, column: str) -> tuple[list[Message], list[bool]]:
@@ -168,7 +197,7 @@ def _read(listed: list, column: str) -> tuple[list[Message], list[bool]]:
 def _message(entry: Any, where: str) -> tuple[Message, bool]:
     """A message, and whether there is a loss on it."""
     if not isinstance(entry, dict):
-        raise Wrong(f"a {type(entry).__name__} as {where}, where an object with role and content is wanted")
+        raise Wrong(f"{kind_of(entry)} as {where}, where an object with role and content is wanted")
     keys = ("role", "content") if entry.get("role") is not None else ("from", "value")
     speaker, content = entry.get(keys[0]), entry.get(keys[1])
     if not isinstance(speaker, str):
@@ -178,9 +207,11 @@ def _message(entry: Any, where: str) -> tuple[Message, bool]:
     if name in _CALLS:
         message = {**kept, "role": "assistant", **_call(content, where)}
     elif name in _ROLE_OF:
-        message = {**kept, "role": _ROLE_OF[name], **_content(content, where)}
+        message = {**kept, **_legacy_call(entry, where), "role": _ROLE_OF[name], **_content(content, where)}
     else:
         raise Wrong(f"the role {speaker!r} in {where}{nearest(name, _ROLE_OF) or ''}")
+    if message.get("tool_calls") == []:
+        del message["tool_calls"]
     if "tool_calls" in message:
         message["tool_calls"] = _with_objects(message["tool_calls"], where)
     if "content" not in message and "tool_calls" not in message:
@@ -189,7 +220,7 @@ def _message(entry: Any, where: str) -> tuple[Message, bool]:
 
 
 #: What this file reads of a message; all else is handed to the template.
-_OWN_KEYS = ("role", "content", "from", "value", "weight", "train")
+_OWN_KEYS = ("role", "content", "from", "value", "weight", "train", "function_call")
 
 
 def _is_trained(entry: dict, role: str, where: str) -> bool:
@@ -216,7 +247,7 @@ def _content(value: Any, where: str) -> Message:
     if isinstance(value, str):
         return {"content": _whole(value, where)}
     if not isinstance(value, list):
-        raise Wrong(f"a {type(value).__name__} as the content of {where}, where a text is wanted")
+        raise Wrong(f"{kind_of(value)} as the content of {where}, where a text is wanted")
     parts = []
     for part in value:
         text = part.get("text") if isinstance(part, dict) else part
@@ -232,13 +263,19 @@ def _whole(text: str, where: str) -> str:
         text.encode()
     except UnicodeEncodeError as error:  # JSON can name half of a surrogate pair, and no text can hold it
         raise Wrong(f"an unpaired surrogate ({text[error.start]!a}) in {where}") from None
-    if any("\ufdd0" <= letter <= "\ufdef" for letter in text):
+    if _NONCHARACTER.search(text):
         raise Wrong(f"a noncharacter (U+FDD0 to U+FDEF) in {where}")
     return text
 
 
+def _legacy_call(entry: dict, where: str) -> Message:
+    """OpenAI's `function_call`, which `tool_calls` replaces."""
+    call = entry.get("function_call")
+    return {} if call is None or entry.get("tool_calls") else _call(call, where)
+
+
 def _call(value: Any, where: str) -> Message:
-    """The content of ShareGPT's function_call."""
+    """One call of a function or a list of them, perhaps as JSON in a text, as ShareGPT's function_call."""
     calls = _parsed(value)
     calls = calls if isinstance(calls, list) else [calls]
     if not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
@@ -273,11 +310,20 @@ def _parsed(value: Any) -> Any:
     return value
 
 
-def _is_json_list(text: str) -> bool:
-    """Whether a text is a list of messages in JSON."""
+def _holds_messages(text: str) -> bool:
+    """Whether a text is a message or a list of messages in JSON."""
     found = _parsed(text)
-    is_list = isinstance(found, list) and bool(found) and all(isinstance(entry, dict) for entry in found)
-    return is_list and all("role" in entry or "from" in entry for entry in found)
+    found = found if isinstance(found, list) else [found]
+    return bool(found) and all(_is_message(entry) for entry in found)
+
+
+def _is_message(value: Any) -> bool:
+    """Whether what a JSON text holds is a message. Answers in JSON may have keys such as role and from."""
+    if not isinstance(value, dict):
+        return False
+    return {"from", "value"} <= set(value) or (
+        "role" in value and bool({"content", *_CALL_KEYS} & set(value))
+    )
 
 
 def _without_nulls(value: Any) -> Any:

@@ -14,8 +14,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 
-from distlora.data.chat import Chat, ChatTokens
+from distlora.data.chat import Chat
 from distlora.data.chat_template import Conversation
+from distlora.data.chat_tokens import ChatTokens
 from distlora.data.columns import row_name
 from distlora.data.conventions import NEWEST, Conventions
 from distlora.data.conversations import ChatExamples
@@ -126,30 +127,31 @@ def encode_chats(examples: Examples | ChatExamples, chat: Chat, section: DataSec
     whole_turns = isinstance(get_task(section.task), ChatTask)
     last_only = whole_turns and section.train_on == "last"
     encoded, shared = Encoded([], truncated=0, dropped=0), Shared()
-    thoughtless = 0
+    thoughts_left_out = 0
     encoded.why_dropped = "no turn that is trained was left" if whole_turns else encoded.why_dropped
     for numbers, answered in answered_chunks(examples, encoded):
-        talks = [conversation_of(example) for example in answered]
-        talks = [talk.with_loss_on_last() for talk in talks] if last_only else talks
+        conversations = [conversation_of(example) for example in answered]
+        if last_only:
+            conversations = [each.with_loss_on_last() for each in conversations]
         with of_row(examples.origin, numbers):
-            found = chat.encode(talks)
+            found = chat.encode(conversations)
             if whole_turns:
-                kept = [_whole_turns(chat, *each, section.max_length) for each in zip(talks, found)]
+                kept = [_whole_turns(chat, *each, section.max_length) for each in zip(conversations, found)]
             else:
-                kept = list(zip(talks, found))
-        for example, whole, (talk, turns) in zip(answered, found, kept):
-            sample = turns and _chat_sample(example, talk, turns, section.max_length, shared)
+                kept = list(zip(conversations, found))
+        for example, whole, (conversation, turns) in zip(answered, found, kept):
+            sample = turns and _chat_sample(example, conversation, turns, section.max_length, shared)
             if sample is None:
                 encoded.dropped += 1
                 continue
-            thoughtless += not turns.keeps_thoughts
+            thoughts_left_out += not turns.keeps_thoughts
             encoded.truncated += turns is not whole or len(whole.ids) > section.max_length
             encoded.samples.append(sample)
-    if thoughtless:
+    if thoughts_left_out:
         log.warning(
-            "data: the chat template leaves out the thoughts (up to </think>) of the last answer of "
-            "%d samples of %s; they are not learned",
-            thoughtless, examples.origin,
+            "data: the chat template leaves out the thoughts of the last answer of %d samples of %s; "
+            "they are not learned",
+            thoughts_left_out, examples.origin,
         )  # fmt: skip
     return encoded
 
@@ -159,34 +161,40 @@ def conversation_of(example: Example) -> Conversation:
 
 
 def _whole_turns(
-    chat: Chat, talk: Conversation, found: ChatTokens, max_length: int
+    chat: Chat, conversation: Conversation, found: ChatTokens, max_length: int
 ) -> tuple[Conversation, ChatTokens | None]:
     """The longest part of a conversation that fits and ends with a turn of the assistant, None if there is
     none that is trained.
     """
     if found.turns[-1].stop <= max_length:
-        return talk, found
-    ends = [number for number, message in enumerate(talk.messages) if message["role"] == "assistant"][:-1]
+        return conversation, found
+    messages = conversation.messages
+    ends = [number for number, message in enumerate(messages) if message["role"] == "assistant"][:-1]
     parts: dict[int, ChatTokens] = {}
 
     def fits(number: int) -> bool:
-        (parts[number],) = chat.encode([talk.up_to(number)])
+        if number not in parts:
+            (parts[number],) = chat.encode([conversation.up_to(number)])
         return parts[number].turns[-1].stop <= max_length
 
-    count = bisect_left(ends, True, key=lambda number: not fits(number))
-    if not count or not talk.up_to(ends[count - 1]).learned():
-        return talk, None
-    return talk.up_to(ends[count - 1]), parts[ends[count - 1]]
+    # A part nearly always has the tokens of the whole: two parts are enough to know.
+    short = [turn.message for turn in found.turns if turn.stop <= max_length]
+    count = ends.index(short[-1]) + 1 if short else 0
+    if (count and not fits(ends[count - 1])) or (count < len(ends) and fits(ends[count])):
+        count = bisect_left(ends, True, key=lambda number: not fits(number))
+    if not count or not conversation.up_to(ends[count - 1]).learned():
+        return conversation, None
+    return conversation.up_to(ends[count - 1]), parts[ends[count - 1]]
 
 
 def _chat_sample(
-    example: Example, talk: Conversation, found: ChatTokens, max_length: int, shared: "Shared"
+    example: Example, conversation: Conversation, found: ChatTokens, max_length: int, shared: "Shared"
 ) -> Sample | None:
     """None if no token is left that there is a loss on."""
     ids = shared(found.ids[:max_length])
     labels = [IGNORE] * len(ids)
     for turn in found.turns:
-        if talk.trained[turn.message]:
+        if conversation.trained[turn.message]:
             for first, stop in turn.ranges:
                 labels[max(first, 1) : stop] = ids[max(first, 1) : stop]
     if all(label == IGNORE for label in labels):

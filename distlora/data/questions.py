@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from distlora.data.chat import Chat
 from distlora.data.chat_template import Conversation
+from distlora.data.columns import row_name
 from distlora.data.conventions import NEWEST, Conventions
 from distlora.data.conversations import ChatExamples
 from distlora.data.encode import chat_of, conversation_of, examples_of, of_row
@@ -78,7 +79,7 @@ def load_questions(
             break
         seen = position + 1
         if task.numeric and example.response is not None:
-            _check_number(example, f"row {position} of {examples.origin}", section.task)
+            _check_number(example, row_name(position, examples.origin), section.task)
         if example.answer is None:
             continue
         has_answers = True
@@ -102,7 +103,7 @@ def _check_number(example: Example, where: str, task: str) -> None:
     """Raises UserError if the answer of a row is no number."""
     if example.answer is None:
         raise UserError(
-            f"data: the task {task} finds no final answer, such as `#### 72`, in the response of {where}, "
+            f"data: the task {task} finds no final answer, such as `#### 72`, in the response of {where} "
             "correct it or choose another task"
         )
     if not re.search(r"\d", example.answer):
@@ -129,8 +130,8 @@ def _chat_question(
     """The same of a row that a chat template shows."""
     if example.options:
         right = _right_option(example, examples, position)
-        talks = [Conversation.of_texts(example.prompt, text) for text in example.options.values()]
-        found = chat.encode(talks)
+        conversations = [Conversation.of_texts(example.prompt, text) for text in example.options.values()]
+        found = chat.encode(conversations)
         ends = {token for each in found for token in each.turns[-1].ends}
         asked = common([each.ids[: each.turns[-1].start] for each in found])
         following = tuple(tuple(each.ids[len(asked) : each.turns[-1].stop - 1]) for each in found)
@@ -146,7 +147,7 @@ def _right_option(example: Example, examples: Examples, position: int) -> int:
     names = list(example.options)
     if example.answer not in names:
         raise UserError(
-            f"data: row {position} of {examples.origin} has the answer {example.answer!r}, "
+            f"data: {row_name(position, examples.origin)} has the answer {example.answer!r}, "
             f"which is none of {', '.join(names)}, correct it"
         )
     return names.index(example.answer)

@@ -66,18 +66,17 @@ QWEN_3 = (
     "{{- '<|im_start|>assistant\n' + content }}{%- endif %}{{- '<|im_end|>\n' }}{%- endif %}{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
 )
-#: The system's text stands in the last question, and moves with every turn.
+#: The system's text stands in the last message if that is a question, and nowhere else.
 MISTRAL = (
     "{%- if messages[0]['role'] == 'system' %}{%- set system_message = messages[0]['content'] %}{%- "
-    "set messages = "
-    "messages[1:] %}{%- endif %}{{- bos_token }}{%- set ns = namespace(last=0) %}{%- for message in "
-    "messages %}"
-    "{%- if message['role'] == 'user' %}{%- set ns.last = loop.index0 %}{%- endif %}{%- endfor %}"
-    "{%- for message in messages %}{%- if message['role'] == 'user' %}{%- if loop.index0 == ns.last and "
-    "system_message is defined %}{{- '[INST] ' + system_message + '\n\n' + message['content'] + '[/INST]' }}"
+    "set messages = messages[1:] %}{%- endif %}{{- bos_token }}{%- for message in messages %}"
+    "{%- if message['role'] == 'user' %}{%- if loop.last and system_message is defined %}"
+    "{{- '[INST] ' + system_message + '\n\n' + message['content'] + '[/INST]' }}"
     "{%- else %}{{- '[INST] ' + message['content'] + '[/INST]' }}{%- endif %}{%- else %}{{- ' ' + "
     "message['content'] + eos_token }}{%- endif %}{%- endfor %}"
 )
+#: The system's text stands in the last question, and moves with every turn.
+MOVING = MISTRAL.replace("loop.last and", "messages[loop.index0 + 1:] | length < 2 and")
 PHI_3 = (
     "{% for message in messages %}{{'<|' + message['role'] + '|>\n' + message['content'] + '<|end|>\n'}}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
@@ -164,8 +163,8 @@ def learned(sample, tokenizer) -> list[str]:
     return [tokenizer.decode(part) for part in found]
 
 
-def whole(tokenizer, messages) -> list[int]:
-    return tokenizer.apply_chat_template(messages, tokenize=True)["input_ids"]
+def whole(tokenizer, messages, **more) -> list[int]:
+    return tokenizer.apply_chat_template(messages, tokenize=True, **more)["input_ids"]
 
 
 @pytest.mark.parametrize(
@@ -196,10 +195,10 @@ def test_the_assistants_turns_are_learned_with_their_end_as_the_template_renders
     (item,) = questions.items
     assert item.prompt_ids == sample.prompt_ids == sample.input_ids[: len(item.prompt_ids)]
     assert item.answer == "Now it is 3."
-    assert tokenizer.convert_tokens_to_ids(end.strip()) in questions.ends
+    assert questions.ends == {tokenizer.convert_tokens_to_ids(end.strip())}
 
 
-@pytest.mark.parametrize("template", [CHATML, GEMMA, LLAMA_2, QWEN_3, MISTRAL, ZEPHYR, GENERATION])
+@pytest.mark.parametrize("template", [CHATML, GEMMA, LLAMA_2, QWEN_3, MISTRAL, MOVING, ZEPHYR, GENERATION])
 def test_a_question_is_what_the_template_asks_with(tmp_path, template):
     tokenizer, messages = tokenizer_of(template), messages_of()
     (item,) = load_questions(section(tmp_path, {"messages": messages}), "train", tokenizer).items
@@ -208,9 +207,9 @@ def test_a_question_is_what_the_template_asks_with(tmp_path, template):
 
 
 def test_a_turn_may_end_otherwise_where_others_follow(tmp_path):
-    for template, ends in (
-        (GPT_OSS, ["<|end|>", "<|return|>"]),
-        (PHI_3, ["<|end|>", "<|end|>\n<eos>"]),
+    for template, ends, last in (
+        (GPT_OSS, ["<|end|>", "<|return|>"], ["<|return|>"]),
+        (PHI_3, ["<|end|>", "<|end|>\n<eos>"], ["<|end|>", "<eos>"]),
     ):
         tokenizer, messages = tokenizer_of(template), messages_of()
         (sample,) = load(tmp_path, tokenizer, messages).samples
@@ -219,9 +218,7 @@ def test_a_turn_may_end_otherwise_where_others_follow(tmp_path):
         opened = "<|channel|>final<|message|>" if template == GPT_OSS else ""
         assert found == [f"{opened}{said}{end}" for (_, said), end in zip(TURNS, ends)]
         questions = load_questions(section(tmp_path, {"messages": messages}), "train", tokenizer)
-        assert {
-            tokenizer.convert_tokens_to_ids(token) for token in ("<|end|>", "<|return|>")
-        } & questions.ends
+        assert questions.ends == set(tokenizer.convert_tokens_to_ids(last))
 
 
 def test_a_template_without_an_end_gets_the_end_of_sequence(tmp_path):
@@ -253,9 +250,7 @@ def test_thoughts_that_the_template_leaves_out_are_told(tmp_path, caplog):
         tokenizer = tokenizer_of(template)
         (sample,) = load(tmp_path, tokenizer, turns).samples
         assert sample.input_ids == whole(tokenizer, turns)
-        assert (
-            "leaves out the thoughts (up to </think>) of the last answer of 1 sample" in caplog.text
-        ) == told
+        assert ("leaves out the thoughts of the last answer of 1 sample" in caplog.text) == told
 
 
 def test_the_head_of_a_turn_is_not_learned_where_the_template_has_no_prompt(tmp_path):
@@ -301,10 +296,26 @@ def test_a_tokenizer_without_places_learns_the_same(tmp_path, template):
 
 
 def test_a_systems_text_may_move_from_question_to_question(tmp_path):
-    tokenizer, messages = tokenizer_of(MISTRAL), messages_of(system="Be brief.")
+    tokenizer, messages = tokenizer_of(MOVING), messages_of(system="Be brief.")
     (sample,) = load(tmp_path, tokenizer, messages).samples
     assert sample.input_ids == whole(tokenizer, messages)
     assert learned(sample, tokenizer) == [" It is 2.<eos>", " Now it is 3.<eos>"]
+
+
+def test_a_systems_text_that_only_prompts_show_stands_in_the_first_question(tmp_path):
+    tokenizer, messages = tokenizer_of(MISTRAL), messages_of(system="Be brief.")
+    (first, said), *others = TURNS
+    merged = messages_of([(f"Be brief.\n\n{first}", said), *others])
+    messages[2]["weight"] = 0
+    (sample,) = load(tmp_path, tokenizer, messages).samples
+    assert sample.input_ids == whole(tokenizer, merged)
+    assert learned(sample, tokenizer) == [" Now it is 3.<eos>"]
+    (item,) = load_questions(section(tmp_path, {"messages": messages[:3]}), "train", tokenizer).items
+    asked = tokenizer.apply_chat_template(messages[:2], tokenize=False, add_generation_prompt=True)
+    assert item.prompt == asked, "as the template itself asks"
+    with pytest.raises(UserError, match=r"leaves out the text of message 0 \(system\)"):
+        forgets = MISTRAL.replace("system_message + '\n\n' +", "")
+        load(tmp_path, tokenizer_of(forgets), messages)
 
 
 def test_an_assistant_may_speak_first(tmp_path):

@@ -102,7 +102,11 @@ def test_texts_are_a_question_and_its_answer(tmp_path, tokenizer):
 
 
 def test_a_prompt_may_be_a_number_or_json_of_its_own(tmp_path, tokenizer):
-    for asked, answer in ((3, 4), ('[{"a": 1}]', '{"b": 2}')):
+    for asked, answer in (
+        (3, 4),
+        ('[{"a": 1}]', '{"b": 2}'),
+        ('{"role": "cook"}', '[{"from": "Rome", "to": "Pisa"}]'),
+    ):
         (sample,) = load(tmp_path, tokenizer, {"prompt": asked, "completion": answer}).samples
         assert sample.input_ids == whole(tokenizer, messages_of([(str(asked), str(answer))]))
 
@@ -194,15 +198,15 @@ def test_tools_and_calls_go_to_the_template(tmp_path):
 
 BAD = [
     ({"messages": []}, "no messages in column 'messages' where a list of messages is wanted"),
-    ({"messages": "Hello"}, "a str in column 'messages'"),
-    ({"messages": [3]}, "a int as message 0"),
+    ({"messages": "Hello"}, "a text in column 'messages'"),
+    ({"messages": [3]}, "a number as message 0"),
     ({"messages": [{"content": "Hello"}]}, "no role in message 0"),
     (
         {"messages": [{"role": "usr", "content": "Hello"}]},
         "the role 'usr' in message 0.*, did you mean user?",
     ),
     ({"messages": [{"role": "user"}]}, "no content in message 0"),
-    ({"messages": [{"role": "user", "content": 3}]}, "a int as the content of message 0"),
+    ({"messages": [{"role": "user", "content": 3}]}, "a number as the content of message 0"),
     (
         {"messages": [{"role": "user", "content": "a\ud83d"}]},
         r"an unpaired surrogate \('.ud83d'\) in message 0",
