@@ -15,7 +15,10 @@ METHOD, RANK = "method.name", "method.rank"
 #: Keys of a recipe that change nothing that a report tells.
 IGNORED = ("output_dir", "train.seed", "data.max_new_tokens", *(f"train.{key}" for key in LOOKING_ON))
 #: Keys of the data section that say what is learned, and by which texts.
-DATA = ("task", "path", "split", "eval_split", "fields", "labels", "template", "max_length")
+DATA = (
+    "task", "path", "split", "eval_split", "fields", "labels", "template", "train_on", "special_tokens",
+    "max_length",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
