@@ -39,6 +39,7 @@ def check_merged(draft: Path, merged: Merged, pad_token_id: int | None = None) -
     dtype = _dtype_that_fits(draft, merged)
     if dtype is None:
         return _left_out("this machine has too little memory")
+    log.info("comparing the merged model with the run: two models are loaded, one after the other")
     try:
         inputs, expected = _logits_of_run(merged, dtype, pad_token_id)
     except Exception as error:  # whatever a class may want of its inputs
@@ -71,11 +72,13 @@ def _dtype_that_fits(draft: Path, merged: Merged) -> torch.dtype | None:
     free = free_host_memory()
     files, pretrained = TensorFiles(draft, "model"), TensorFiles(merged.base, "model")
     sizes = [math.prod(files.shape(name)) for name in files.names]
+    largest = max([*sizes, *(math.prod(shape[1:]) for shape in merged.source.layers.values())])
     usual = {_usual_dtype(files), _usual_dtype(pretrained)}
     own = usual.pop() if len(usual) == 1 else torch.float32
     for dtype in dict.fromkeys((torch.float32, own)):
-        # Beside the weights: the largest one three times in float32, and what a forward pass takes.
-        needed = sum(sizes) * dtype.itemsize + max(sizes) * 12 + (256 << 20)
+        # Beside the weights: the largest one three times in float32, and what a forward pass takes. A stack
+        # of experts is one of them, also where the files hold each expert by itself.
+        needed = sum(sizes) * dtype.itemsize + largest * 12 + (256 << 20)
         if dtype in TOLERANCE and (free is None or needed < free):
             return dtype
     return None
