@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from torch import nn
 
 from distlora.adapter.expert_layers import ExpertWeight, expert_weights, obstacle_of
@@ -51,7 +51,7 @@ class Targets(BaseModel):
         ALL_LINEAR, description="all-linear, or names and patterns"
     )
     exclude: Names = Field([], description="names and patterns of layers that are left out")
-    layers: Annotated[Numbers | list[Numbers] | None, AfterValidator(_check_numbers)] = Field(
+    layers: Annotated[Numbers | list[Numbers] | None, BeforeValidator(_check_numbers)] = Field(
         None, description='numbers of blocks: 7, "10-20", or a list of these; null: all'
     )
 
@@ -60,6 +60,8 @@ class Targets(BaseModel):
         """Any form of `targets`. Raises UserError for a mapping with other keys or values."""
         if isinstance(value, Targets):
             return value
+        if not isinstance(value, Iterable):
+            raise UserError(f"targets: found {value!r}, wanted all-linear, or names and patterns of layers")
         if not isinstance(value, Mapping):
             names = [value] if isinstance(value, str) and value != ALL_LINEAR else value
             if not isinstance(names, str) and not all(isinstance(name, str) and name for name in names):
@@ -74,8 +76,11 @@ class Targets(BaseModel):
             return Targets(**value)
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
-            reason = first["ctx"]["error"] if first["type"] == "value_error" else first["msg"]
-            raise UserError(f"targets.{first['loc'][0]}: {reason}") from None
+            key = first["loc"][0]
+            reason = f"found {value[key]!r}, wanted {Targets.model_fields[key].description}"
+            if first["type"] == "value_error":
+                reason = first["ctx"]["error"]
+            raise UserError(f"targets.{key}: {reason}") from None
 
 
 def numbers_of(value: Numbers | list[Numbers] | None) -> set[int] | None:

@@ -1,0 +1,37 @@
+"""What is wrong with `targets` as a whole is one sentence, before any layer is looked for."""
+
+import pytest
+
+from distlora import UserError, attach
+from distlora.adapter.targets import Targets
+from tests.tiny_zoo import zoo_model
+
+NAMES = "wanted all-linear, or names and patterns of layers"
+
+
+@pytest.mark.parametrize(
+    ("targets", "said"),
+    [
+        (5, f"targets: found 5, {NAMES}"),
+        (None, f"targets: found None, {NAMES}"),
+        (True, f"targets: found True, {NAMES}"),
+        (2.5, f"targets: found 2.5, {NAMES}"),
+        ({"include": []}, "targets.include: found [], wanted all-linear, or names and patterns"),
+        ({"include": 3}, "targets.include: found 3, wanted all-linear, or names and patterns"),
+        ({"exclude": 3}, "targets.exclude: found 3, wanted names and patterns of layers that are left out"),
+        ({"layers": True}, "targets.layers: found True, wanted numbers from 0 on"),
+        ({"layers": [0, True]}, "targets.layers: found True, wanted numbers from 0 on"),
+        ({"layers": 1.5}, "targets.layers: found 1.5, wanted numbers from 0 on"),
+        ({"layers": {"a": 1}}, "targets.layers: found {'a': 1}, wanted numbers from 0 on"),
+    ],
+    ids=str,
+)
+def test_what_stands_for_no_layers_is_one_sentence(targets, said):
+    with pytest.raises(UserError) as caught:
+        Targets.of(targets)
+    assert str(caught.value).startswith(said) and "\n" not in str(caught.value)
+
+
+def test_attach_says_so_too():
+    with pytest.raises(UserError, match="targets: found 5, wanted all-linear"):
+        attach(zoo_model("llama"), "lora", targets=5)
