@@ -273,7 +273,8 @@ def _hits(model: nn.Module, layers: Collection[str], target: str, key: str = "ta
         if target == EXPERTS:
             raise UserError(f"{key}: {type(model).__name__} has no experts; leave {target} out")
         last_parts = sorted({name.rsplit(".", 1)[-1] for name in layers})
-        hint = nearest(target, last_parts + list(layers)) or f"; it has {', '.join(last_parts)}"
+        words = [ALL_LINEAR] if key == "targets" else []
+        hint = nearest(target, words + last_parts + list(layers)) or f"; it has {', '.join(last_parts)}"
         raise UserError(f"{key}: {target} matches no linear layer of {type(model).__name__}{hint}")
     return hits
 

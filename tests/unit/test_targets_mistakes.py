@@ -35,3 +35,8 @@ def test_what_stands_for_no_layers_is_one_sentence(targets, said):
 def test_attach_says_so_too():
     with pytest.raises(UserError, match="targets: found 5, wanted all-linear"):
         attach(zoo_model("llama"), "lora", targets=5)
+
+
+def test_a_mistyped_word_is_told_from_names_of_layers():
+    with pytest.raises(UserError, match="all_linear matches no linear layer of .*, did you mean all-linear?"):
+        attach(zoo_model("llama"), "lora", targets="all_linear")
