@@ -19,7 +19,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from torch import nn
 
 from distlora.adapter.expert_layers import ExpertWeight, expert_weights, obstacle_of
-from distlora.adapter.experts import EXPERTS, refuse_experts
+from distlora.adapter.experts import EXPERTS, experts_meant, refuse_experts
 from distlora.adapter.linears import computes_otherwise, linears_of, shape_of, uses, without_output
 from distlora.adapter.reach import Reach, pattern_of
 from distlora.errors import UserError
@@ -267,13 +267,16 @@ def _wanted(
 
 def _hits(model: nn.Module, layers: Collection[str], target: str, key: str = "targets") -> set[str]:
     hits = {name for name in layers if _matches(name, target)}
-    if not hits or (target == EXPERTS and key == "targets"):
+    excluded = key != "targets"
+    if excluded and not hits and (target == EXPERTS or experts_meant(model, target, layers)):
+        return hits  # none of them would have an adapter in any case
+    if not hits or (target == EXPERTS and not excluded):
         refuse_experts(model, target, key, layers)
     if not hits:
         if target == EXPERTS:
             raise UserError(f"{key}: {type(model).__name__} has no experts; leave {target} out")
         last_parts = sorted({name.rsplit(".", 1)[-1] for name in layers})
-        words = [ALL_LINEAR] if key == "targets" else []
+        words = [] if excluded else [ALL_LINEAR]
         hint = nearest(target, words + last_parts + list(layers)) or f"; it has {', '.join(last_parts)}"
         raise UserError(f"{key}: {target} matches no linear layer of {type(model).__name__}{hint}")
     return hits

@@ -1,6 +1,8 @@
 """What is wrong with `targets` as a whole is one sentence, before any layer is looked for."""
 
 import pytest
+import torch
+from torch import nn
 
 from distlora import UserError, attach
 from distlora.adapter.targets import Targets
@@ -40,3 +42,22 @@ def test_attach_says_so_too():
 def test_a_mistyped_word_is_told_from_names_of_layers():
     with pytest.raises(UserError, match="all_linear matches no linear layer of .*, did you mean all-linear?"):
         attach(zoo_model("llama"), "lora", targets="all_linear")
+
+
+class Experts(nn.Module):
+    """Of a form that is not known."""
+
+    def __init__(self):
+        super().__init__()
+        self.w1 = nn.Parameter(torch.zeros(4, 3, 3))
+
+
+@pytest.mark.parametrize("excluded", ["experts", "w1", "experts.*"])
+def test_experts_of_an_unknown_form_may_be_excluded(excluded):
+    model = nn.ModuleDict({"experts": Experts(), "other": nn.Linear(3, 3)})
+    assert list(attach(model, "lora", targets={"exclude": [excluded]}, rank=2).layers) == ["other"]
+
+
+def test_experts_may_be_excluded_where_there_are_none():
+    chosen = attach(zoo_model("llama"), "lora", targets={"exclude": ["experts"]}, rank=2).layers
+    assert chosen.keys() == attach(zoo_model("llama"), "lora", rank=2).layers.keys()
