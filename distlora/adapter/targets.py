@@ -24,7 +24,7 @@ from distlora.adapter.linears import computes_otherwise, linears_of, shape_of, u
 from distlora.adapter.reach import Reach, pattern_of
 from distlora.errors import UserError
 from distlora.methods import Method, TrainsWeight, problem_with_experts, writes_weight
-from distlora.sentences import nearest
+from distlora.sentences import nearest, of_several
 
 ALL_LINEAR = "all-linear"
 #: Why a layer is left out that the method's rank is too large for.
@@ -126,7 +126,7 @@ class Choice:
 
     def lines(self) -> list[str]:
         """What a user should be told, one line for each reason."""
-        return [f"left without an adapter: {in_short(names)} {why}" for why, names in self.left_out.items()]
+        return [f"left without an adapter: {_told(names, why)}" for why, names in self.left_out.items()]
 
 
 def choose(
@@ -232,7 +232,7 @@ def _nothing_left(
 ) -> str:
     for name in left_out.get(NARROW, [])[:1]:
         return _refusal(method, name, layers[name], NARROW)
-    why = "".join(f"; {in_short(names)} {reason}" for reason, names in left_out.items())
+    why = "".join(f"; {_told(names, reason)}" for reason, names in left_out.items())
     return f"targets: {_shown(asked)} leaves no layer of {type(model).__name__} to adapt{why}; name some"
 
 
@@ -320,6 +320,11 @@ def in_ranges(numbers: Iterable[int]) -> str:
         else:
             spans.append([number, number])
     return ", ".join(str(low) if low == high else f"{low}-{high}" for low, high in spans)
+
+
+def _told(names: list[str], why: str) -> str:
+    """What keeps these layers from an adapter; repeated blocks are one thing."""
+    return f"{in_short(names)} {why if len(set(map(pattern_of, names))) == 1 else of_several(why)}"
 
 
 def in_short(names: Iterable[str]) -> str:

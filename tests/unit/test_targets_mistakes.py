@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from distlora import UserError, attach
-from distlora.adapter.targets import Targets
+from distlora.adapter.targets import Choice, Targets
+from distlora.methods.lora import LoRA
 from tests.tiny_zoo import zoo_model
 
 NAMES = "wanted all-linear, or names and patterns of layers"
@@ -61,3 +62,16 @@ def test_experts_of_an_unknown_form_may_be_excluded(excluded):
 def test_experts_may_be_excluded_where_there_are_none():
     chosen = attach(zoo_model("llama"), "lora", targets={"exclude": ["experts"]}, rank=2).layers
     assert chosen.keys() == attach(zoo_model("llama"), "lora", rank=2).layers.keys()
+
+
+def test_what_keeps_several_layers_from_an_adapter_is_said_of_several():
+    reached = "is never reached by an input of this task"
+    choice = Choice({}, LoRA(rank=2), {reached: ["a.0.q", "a.1.q"]})
+    assert choice.lines() == [f"left without an adapter: a.*.q (2 layers) {reached}"]
+    choice = Choice(
+        {}, LoRA(rank=2), {reached: ["a.q", "b.q"], "is called, but no output depends on it": ["c", "d"]}
+    )
+    assert choice.lines() == [
+        "left without an adapter: a.q, b.q are never reached by an input of this task",
+        "left without an adapter: c, d are called, but no output depends on them",
+    ]
