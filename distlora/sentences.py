@@ -25,6 +25,18 @@ def listed(names: Iterable[object], most: int = 20) -> str:
     return ", ".join(names[:most]) + more
 
 
+def of_several(predicate: str) -> str:
+    """What is said of one thing, as it is said of several: "are never called" for "is never called"."""
+    first, _, rest = predicate.partition(" ")
+    for one, several in (
+        ("its weight", "their weights"), ("its place", "their place"), ("depends on it", "depends on them"),
+        ("+ b by itself", "+ b by themselves"),
+    ):  # fmt: skip
+        rest = rest.replace(one, several)
+    verbs = {"is": "are", "does": "do"}
+    return f"{verbs.get(first, first)} {rest}"
+
+
 def ranks_on_hosts(ranks: Sequence[int], hosts: Sequence[str] | Mapping[int, str], separator: str) -> str:
     """Such as "rank 1 on node1; ranks 2, 3 on node2", with the separator "; ". hosts: of every rank."""
     by_host: dict[str, list[str]] = {}

@@ -126,6 +126,10 @@ ZOO: dict[str, Kind] = {
         _of("Qwen3MoeConfig", **_EXPERTS, moe_intermediate_size=24, num_experts=4, mlp_only_layers=[]),
         "Qwen3MoeForCausalLM",
     ),
+    "qwen3_moe_dense": Kind(
+        _of("Qwen3MoeConfig", **_EXPERTS, moe_intermediate_size=24, num_experts=4, mlp_only_layers=[0]),
+        "Qwen3MoeForCausalLM",
+    ),
     "qwen3_5": Kind(
         _qwen("Qwen3_5Config", _qwen_vision(out_hidden_size=60, num_position_embeddings=16), **_QWEN_LINEAR),
         "Qwen3_5ForConditionalGeneration",

@@ -32,14 +32,19 @@ def _dimensions(parameter: nn.Parameter) -> int:
     return len(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def refuse_experts(model: nn.Module, target: str, key: str, known: Collection[str]) -> None:
-    """Raises UserError where a target means experts of a form that is not known. known: names of those that
+def experts_meant(model: nn.Module, target: str, known: Collection[str]) -> list[str]:
+    """The parameters of experts of a form that is not known which a target means. known: names of those that
     can be adapted."""
-    hits = [
+    return [
         name
         for name in expert_parameters(model)
         if name not in known and (f".{target}." in f".{name}." or fnmatch.fnmatchcase(name, target))
     ]
+
+
+def refuse_experts(model: nn.Module, target: str, key: str, known: Collection[str]) -> None:
+    """Raises UserError where a target means such experts."""
+    hits = experts_meant(model, target, known)
     if hits:
         raise UserError(
             f"{key}: {target} of {type(model).__name__} means experts that are 3-D parameters ({hits[0]}) "

@@ -15,16 +15,16 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from torch import nn
 
 from distlora.adapter.expert_layers import ExpertWeight, expert_weights, obstacle_of
-from distlora.adapter.experts import EXPERTS, refuse_experts
+from distlora.adapter.experts import EXPERTS, experts_meant, refuse_experts
 from distlora.adapter.linears import computes_otherwise, linears_of, shape_of, uses, without_output
 from distlora.adapter.reach import Reach, pattern_of
 from distlora.errors import UserError
 from distlora.methods import Method, TrainsWeight, problem_with_experts, writes_weight
-from distlora.sentences import nearest
+from distlora.sentences import nearest, of_several
 
 ALL_LINEAR = "all-linear"
 #: Why a layer is left out that the method's rank is too large for.
@@ -51,7 +51,7 @@ class Targets(BaseModel):
         ALL_LINEAR, description="all-linear, or names and patterns"
     )
     exclude: Names = Field([], description="names and patterns of layers that are left out")
-    layers: Annotated[Numbers | list[Numbers] | None, AfterValidator(_check_numbers)] = Field(
+    layers: Annotated[Numbers | list[Numbers] | None, BeforeValidator(_check_numbers)] = Field(
         None, description='numbers of blocks: 7, "10-20", or a list of these; null: all'
     )
 
@@ -60,6 +60,8 @@ class Targets(BaseModel):
         """Any form of `targets`. Raises UserError for a mapping with other keys or values."""
         if isinstance(value, Targets):
             return value
+        if not isinstance(value, Iterable):
+            raise UserError(f"targets: found {value!r}, wanted all-linear, or names and patterns of layers")
         if not isinstance(value, Mapping):
             names = [value] if isinstance(value, str) and value != ALL_LINEAR else value
             if not isinstance(names, str) and not all(isinstance(name, str) and name for name in names):
@@ -74,8 +76,11 @@ class Targets(BaseModel):
             return Targets(**value)
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
-            reason = first["ctx"]["error"] if first["type"] == "value_error" else first["msg"]
-            raise UserError(f"targets.{first['loc'][0]}: {reason}") from None
+            key = first["loc"][0]
+            reason = f"found {value[key]!r}, wanted {Targets.model_fields[key].description}"
+            if first["type"] == "value_error":
+                reason = first["ctx"]["error"]
+            raise UserError(f"targets.{key}: {reason}") from None
 
 
 def numbers_of(value: Numbers | list[Numbers] | None) -> set[int] | None:
@@ -121,7 +126,7 @@ class Choice:
 
     def lines(self) -> list[str]:
         """What a user should be told, one line for each reason."""
-        return [f"left without an adapter: {in_short(names)} {why}" for why, names in self.left_out.items()]
+        return [f"left without an adapter: {_told(names, why)}" for why, names in self.left_out.items()]
 
 
 def choose(
@@ -227,7 +232,7 @@ def _nothing_left(
 ) -> str:
     for name in left_out.get(NARROW, [])[:1]:
         return _refusal(method, name, layers[name], NARROW)
-    why = "".join(f"; {in_short(names)} {reason}" for reason, names in left_out.items())
+    why = "".join(f"; {_told(names, reason)}" for reason, names in left_out.items())
     return f"targets: {_shown(asked)} leaves no layer of {type(model).__name__} to adapt{why}; name some"
 
 
@@ -262,13 +267,17 @@ def _wanted(
 
 def _hits(model: nn.Module, layers: Collection[str], target: str, key: str = "targets") -> set[str]:
     hits = {name for name in layers if _matches(name, target)}
-    if not hits or (target == EXPERTS and key == "targets"):
+    excluded = key != "targets"
+    if excluded and not hits and (target == EXPERTS or experts_meant(model, target, layers)):
+        return hits  # none of them would have an adapter in any case
+    if not hits or (target == EXPERTS and not excluded):
         refuse_experts(model, target, key, layers)
     if not hits:
         if target == EXPERTS:
             raise UserError(f"{key}: {type(model).__name__} has no experts; leave {target} out")
         last_parts = sorted({name.rsplit(".", 1)[-1] for name in layers})
-        hint = nearest(target, last_parts + list(layers)) or f"; it has {', '.join(last_parts)}"
+        words = [] if excluded else [ALL_LINEAR]
+        hint = nearest(target, words + last_parts + list(layers)) or f"; it has {', '.join(last_parts)}"
         raise UserError(f"{key}: {target} matches no linear layer of {type(model).__name__}{hint}")
     return hits
 
@@ -311,6 +320,11 @@ def in_ranges(numbers: Iterable[int]) -> str:
         else:
             spans.append([number, number])
     return ", ".join(str(low) if low == high else f"{low}-{high}" for low, high in spans)
+
+
+def _told(names: list[str], why: str) -> str:
+    """What keeps these layers from an adapter; repeated blocks are one thing."""
+    return f"{in_short(names)} {why if len(set(map(pattern_of, names))) == 1 else of_several(why)}"
 
 
 def in_short(names: Iterable[str]) -> str:

@@ -36,9 +36,10 @@ def check_merged(draft: Path, merged: Merged, pad_token_id: int | None = None) -
     source = merged.source
     if not can_reload(source.model["class"]):
         return _left_out("that needs a class of transformers and no ZeRO-3 in this process")
-    dtype = _dtype_that_fits(draft, merged.base)
+    dtype = _dtype_that_fits(draft, merged)
     if dtype is None:
         return _left_out("this machine has too little memory")
+    log.info("comparing the merged model with the run: two models are loaded, one after the other")
     try:
         inputs, expected = _logits_of_run(merged, dtype, pad_token_id)
     except Exception as error:  # whatever a class may want of its inputs
@@ -65,20 +66,32 @@ def _left_out(why: str) -> None:
     log.info("the merged model was not compared with the run: %s", why)
 
 
-def _dtype_that_fits(draft: Path, base: Path) -> torch.dtype | None:
+def _dtype_that_fits(draft: Path, merged: Merged) -> torch.dtype | None:
     """In which both models can be loaded, one after the other: float32 for a sharp comparison, else that of
     the files."""
     free = free_host_memory()
-    files, pretrained = TensorFiles(draft, "model"), TensorFiles(base, "model")
+    files, pretrained = TensorFiles(draft, "model"), TensorFiles(merged.base, "model")
     sizes = [math.prod(files.shape(name)) for name in files.names]
-    dtypes = {group.dtype(name) for group in (files, pretrained) for name in group.names}
-    own = next(iter(dtypes)) if len(dtypes) == 1 else torch.float32
+    largest = max([*sizes, *(math.prod(shape[1:]) for shape in merged.source.layers.values())])
+    usual = {_usual_dtype(files), _usual_dtype(pretrained)}
+    own = usual.pop() if len(usual) == 1 else torch.float32
     for dtype in dict.fromkeys((torch.float32, own)):
-        # Beside the weights: the largest one three times in float32, and what a forward pass takes.
-        needed = sum(sizes) * dtype.itemsize + max(sizes) * 12 + (256 << 20)
+        # Beside the weights: the largest one three times in float32, and what a forward pass takes. A stack
+        # of experts is one of them, also where the files hold each expert by itself.
+        needed = sum(sizes) * dtype.itemsize + largest * 12 + (256 << 20)
         if dtype in TOLERANCE and (free is None or needed < free):
             return dtype
     return None
+
+
+def _usual_dtype(files: TensorFiles) -> torch.dtype:
+    """The floating-point dtype of most numbers: masks are integers, and single layers may be wider."""
+    counts = dict[torch.dtype, int]()
+    for name in files.names:
+        dtype = files.dtype(name)
+        if dtype.is_floating_point:
+            counts[dtype] = counts.get(dtype, 0) + math.prod(files.shape(name))
+    return max(counts, key=counts.__getitem__, default=torch.float32)
 
 
 @torch.no_grad()

@@ -146,10 +146,19 @@ def _peft_config(source: Source, base: str, dropout: float) -> dict[str, Any]:
     ranks = {layer: shape[0] for layer, shape in source.layers.items()}
     usual = max(set(ranks.values()), key=list(ranks.values()).count)
     # PEFT reads the keys of these patterns as regular expressions.
-    unusual = {layer.replace(".", r"\."): rank for layer, rank in ranks.items() if rank != usual}
     model_class, experts = source.model["class"] or "", _experts(source)
-    if experts and dropout:
-        _log.info("PEFT has no dropout for experts: lora_dropout is 0 in the exported config")
+    as_weights = _named_as_weights(source)
+    unusual = {
+        layer.replace(".", r"\.") + r"(\.weight)?" * (layer in as_weights): rank
+        for layer, rank in ranks.items()
+        if rank != usual
+    }
+    parameters = [*experts, *(f"{layer}.weight" for layer in as_weights)]
+    if parameters and dropout:
+        _log.info(
+            "PEFT has no dropout for %s: lora_dropout is 0 in the exported config",
+            "experts" if experts else f"{as_weights[0]} of {model_class}",
+        )
     if model_class.startswith(_STATE_SPACE) and any(layer.endswith(".out_proj") for layer in source.layers):
         _log.info(
             "PEFT loads no adapter of layers out_proj of %s: leave them out of targets, or export it merged",
@@ -165,9 +174,9 @@ def _peft_config(source: Source, base: str, dropout: float) -> dict[str, Any]:
         "alpha_pattern": unusual,
         "use_rslora": False,
         "use_dora": bool(source.magnitudes),
-        "lora_dropout": 0.0 if experts else dropout,
-        "target_modules": [layer for layer in ranks if layer not in experts],
-        **({"target_parameters": list(experts)} if experts else {}),
+        "lora_dropout": 0.0 if parameters else dropout,
+        "target_modules": [layer for layer in ranks if layer not in {*experts, *as_weights}],
+        **({"target_parameters": parameters} if parameters else {}),
         "modules_to_save": _saved_modules(source) or None,
         "bias": "none",
         # Of a model with layers of both kinds PEFT tells each layer's by its class.
@@ -175,6 +184,25 @@ def _peft_config(source: Source, base: str, dropout: float) -> dict[str, Any]:
         "init_lora_weights": True,
         "inference_mode": True,
     }
+
+
+def _named_as_weights(source: Source) -> list[str]:
+    """The layers that PEFT finds only as parameters, see `parts_of_experts`."""
+    # Late: it brings transformers to users of `distlora.api`.
+    from distlora.models.peft_targets import parts_of_experts
+
+    parts = parts_of_experts(source.model["class"])
+    found = [
+        layer for layer, shape in source.layers.items() if len(shape) == 3 and layer.split(".")[-1] in parts
+    ]
+    if found and source.magnitudes:
+        _log.info(
+            "PEFT loads no DoRA of layers such as %s of %s: leave them out of targets, or export it merged",
+            found[0],
+            source.model["class"],
+        )
+        return []
+    return found
 
 
 def _shared_with(source: Source, head: str) -> list[str]:

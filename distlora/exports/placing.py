@@ -74,8 +74,13 @@ class Placing:
             raise UserError(f"{self.base}: {name} has shape {found}, the adapter {shape}")
         self._layer_of[self._key(name)] = layer
         if len(family) > 1:
-            self.untied = True
             others = [other for other in family if other != name]
+            if not self._layout.can_be_untied(name):
+                raise UserError(
+                    f"{self.base}: layer {layer} shares its weight with {others[0].removesuffix('.weight')}, "
+                    "which config.json cannot undo alone; export with --format peft"
+                )
+            self.untied = True
             separate = [name] if set(stored) & set(others) else [name, others[0]]
             for missing in separate:
                 if missing not in stored:

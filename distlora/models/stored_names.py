@@ -79,6 +79,13 @@ class StoredLayout:
         is_inner = self._model is None and name not in self.by_parameter and inner in self.by_parameter
         return inner if is_inner else name
 
+    def can_be_untied(self, name: str) -> bool:
+        """Whether a config can say that a parameter of `tied` is one of its own: only that of the output
+        embeddings, and only where nothing else is tied, such as blocks that a class uses twice."""
+        output = None if self._model is None else self._model.get_output_embeddings()
+        is_output = output is not None and self._model.get_submodule(name.rpartition(".")[0]) is output
+        return is_output and self.tied.keys() == set(self.tied[name])
+
     def is_transposed(self, layer: str) -> bool:
         """Whether a layer's weight is (in, out), as in GPT-2, and of every expert in gpt-oss."""
         if self._model is None:

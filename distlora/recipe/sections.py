@@ -17,7 +17,8 @@ from pydantic import (
     model_validator,
 )
 
-from distlora.adapter.targets import Targets
+from distlora.adapter.experts import EXPERTS
+from distlora.adapter.targets import ALL_LINEAR, Targets
 from distlora.engine.optimizers import OptimizerName
 from distlora.errors import UserError
 from distlora.methods import Method, last_trained_factor, registry
@@ -232,14 +233,21 @@ def _method(value: Any) -> Any:
     return method_class(value, str)(**value) if isinstance(value, dict) else value
 
 
+def _names(targets: Any) -> Any:
+    """One name stands for a list of it."""
+    is_name = isinstance(targets, str) and targets not in ("", ALL_LINEAR, EXPERTS)
+    return [targets] if is_name else targets
+
+
 class Recipe(Section):
     """A whole run. `load_recipe` puts the content of the file in the place of a path in `deepspeed`."""
 
     model: ModelSection
     method: Annotated[SerializeAsAny[Method], BeforeValidator(_method)]
-    targets: Literal["all-linear", "experts"] | Annotated[list[Text], Field(min_length=1)] | Targets = (
-        "all-linear"
-    )
+    targets: Annotated[
+        Literal["all-linear", "experts"] | Annotated[list[Text], Field(min_length=1)] | Targets,
+        BeforeValidator(_names),
+    ] = "all-linear"
     data: DataSection
     train: TrainSection = TrainSection()
     deepspeed: Text | dict[str, Any] | None = None

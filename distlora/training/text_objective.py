@@ -99,4 +99,4 @@ class Texts(Objective):
     @cached_property
     def _end(self) -> int | None:
         """The token that every text needs; None for a model that needs none."""
-        return end_of_text(self._model.config) if needs_end(self._model) else None
+        return end_of_text(self._model.config) if self.labels and needs_end(self._model) else None

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.model_matrix.columns import COLUMNS, YES
+from tests.model_matrix.columns import COLUMNS, YES, trains
 from tests.model_matrix.ranks import cell
 from tests.model_matrix.table import COMMAND, DOCUMENT, matrix, page
 
@@ -27,6 +27,13 @@ def test_what_is_no_yes_is_explained_once_below_the_table():
         ["refused (1)", "no (2)"],
     ]
     assert lines[-2:] == ["1. too small", "2. off by 2"]
+
+
+def test_a_tensor_that_never_had_a_gradient_does_not_train():
+    assert trains(set(), [2.0, 1.0]) == YES
+    assert trains(set(), [1.0, 2.0]) == "no: the loss goes from 1.0000 to 2.0000"
+    found = trains({"layers.0.q.A", "layers.1.q.A"}, [2.0, 1.0])
+    assert found == "no: without a gradient in 2 steps: layers.*.q.A (2 layers)"
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,10 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from distlora import api
+from distlora.adapter.targets import in_short
 from distlora.engine.comm import Comm, Topology
 from distlora.errors import TrainingError, UserError
-from tests.model_matrix.subjects import Subject
+from tests.model_matrix.subjects import Subject, kind_of
 
 COLUMNS = ("all-linear", "loss", "ZeRO-3", "PEFT", "merged")
 YES = "yes"
@@ -31,18 +32,23 @@ def examine(name: str, folder: Path) -> tuple[dict[str, str], list[float]]:
 
     def train() -> str:
         losses.extend(subject.train(built))
-        return (
-            YES if losses[-1] < losses[0] else f"no: the loss goes from {losses[0]:.4f} to {losses[-1]:.4f}"
-        )
+        return trains(subject.silent, losses)
 
     cells["all-linear"] = _cell(folder, train)
     if len(losses) == 0:
         return cells, losses
     expected = _logits(model, subject)
-    base, out = folder / "models" / name, folder / "exports" / name
+    base, out = folder / "models" / kind_of(name), folder / "exports" / name
     cells["PEFT"] = _cell(folder, lambda: _from_peft(built, base, out / "peft", subject, expected))
     cells["merged"] = _cell(folder, lambda: _from_merged(built, base, out / "merged", subject, expected))
     return cells, losses
+
+
+def trains(silent: set[str], losses: list[float]) -> str:
+    """The cell of all-linear. silent: trained tensors that never had a gradient."""
+    if silent:
+        return f"no: without a gradient in {len(losses)} steps: {in_short(sorted(silent))}"
+    return YES if losses[-1] < losses[0] else f"no: the loss goes from {losses[0]:.4f} to {losses[-1]:.4f}"
 
 
 def _cell(folder: Path, find) -> str:

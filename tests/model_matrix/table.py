@@ -5,7 +5,7 @@ from pathlib import Path
 
 from tests.model_matrix.columns import COLUMNS, YES, examine
 from tests.model_matrix.ranks import cell, under_zero
-from tests.model_matrix.subjects import ROWS, STEPS, write_inputs
+from tests.model_matrix.subjects import ROWS, STEPS, kind_of, write_inputs
 from tests.tiny_zoo import CLASSIFIERS, ZOO
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "models.md"
@@ -18,6 +18,7 @@ What was tried with a tiny model of each class, in float32 on CPUs. `{COMMAND}` 
 and a test holds it to what it finds.
 
 - *all-linear*: LoRA on `targets: all-linear` trains: all trained tensors have gradients, and the loss falls.
+  The row that says so trains `[all-linear, experts]`.
 - *loss*: the loss is that of the class's own forward pass, to 1e-5.
 - *ZeRO-3*: {STEPS} steps on two ranks have the losses of one process.
 - *PEFT*, *merged*: the export, loaded by PEFT or as a plain model, has the logits of the trained model,
@@ -61,6 +62,6 @@ def _shown(cell_: str, notes: dict[str, int]) -> str:
 
 
 def _task(name: str) -> str:
-    if ZOO[name].tokenizer is None:
+    if ZOO[kind_of(name)].tokenizer is None:
         return "classifier of images"
     return "classifier of texts" if name in CLASSIFIERS else "language model"

@@ -80,6 +80,20 @@ def test_every_way_to_write_a_number(text, value):
     assert load(text=MINIMAL + f"train: {{lr: {text}}}\n").train.lr == value
 
 
+@pytest.mark.parametrize(
+    ("text", "targets"),
+    [
+        ("q_proj", ["q_proj"]),
+        ("'*.mlp.*'", ["*.mlp.*"]),
+        ("all-linear", "all-linear"),
+        ("experts", "experts"),
+    ],
+)
+def test_one_name_is_a_list_of_targets(text, targets):
+    assert load(f"targets={text}").targets == targets
+    assert load(f"targets={{include: {text}}}").targets.include in (targets, [targets])
+
+
 def test_overrides_are_yaml_and_apply_in_order():
     recipe = load(
         "train.lr=1e-3", "train.lr=2e-3", "targets=[q_proj, v_proj]", "method.init.eta=search",
@@ -235,8 +249,8 @@ def test_a_whole_method_can_be_given():
         ("data.fields={a: [b]}", 'override data.fields.a: found ["b"], wanted a text'),
         ("output_dir=''", 'override output_dir: found "", wanted a text that is not empty'),
         (
-            "targets=q_proj",
-            'override targets: found "q_proj", wanted all-linear or experts or a list or a mapping',
+            "targets=7",
+            'override targets: found 7, wanted all-linear or experts or a list or a mapping',
         ),
         (
             "targets=[]",

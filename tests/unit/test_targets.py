@@ -118,7 +118,7 @@ def test_narrow_layers_are_left_out_of_all_linear_with_a_line(method):
     choice = choose(Gated(), registry()[method](rank=4))
     assert list(choice.layers) == ["layers.0.up", "layers.1.up"]
     assert choice.lines() == [
-        "left without an adapter: layers.*.gate (2 layers), layers.*.flag (2 layers) is too narrow for the "
+        "left without an adapter: layers.*.gate (2 layers), layers.*.flag (2 layers) are too narrow for the "
         "method's rank"
     ]
 
