@@ -143,7 +143,7 @@ def test_resume_of_a_run_without_a_whole_checkpoint(finished, tmp_path):
 
 def test_a_mistake_that_is_corrected_may_use_the_same_directory(recipe, tmp_path):
     """What a refused start leaves behind is no run of another recipe."""
-    for mistake in ("targets=[q_porj]", "method.rank=50", "data.max_length=3"):
+    for mistake in ("targets=[q_porj]", "method.rank=5000", "data.max_length=3"):
         assert call("train", recipe, mistake).code == 2, mistake
     succeed("train", recipe, "train.steps=1")
     assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 1

@@ -35,7 +35,7 @@ def mean_loss(model, recipe) -> float:
 def test_files(finished):
     _, run_dir = finished
     found = {path.name for path in run_dir.iterdir()}
-    told = {"metrics.jsonl", "environment.json", "status.json", "summary.json", "logs"}
+    told = {"data.json", "metrics.jsonl", "environment.json", "status.json", "summary.json", "logs"}
     assert found == {"recipe.yaml", "checkpoint-3", "checkpoint-6", "adapter"} | told
     kinds = {path.suffix for path in run_dir.rglob("*") if path.is_file()}
     assert kinds == {".yaml", ".jsonl", ".json", ".safetensors", ".log"}
@@ -151,9 +151,9 @@ def test_exports_agree(finished, tmp_path):
     _, run_dir = finished
     recipe = load_recipe(run_dir / "recipe.yaml")
     for kind in ("peft", "merged"):
-        assert succeed("export", run_dir, "--format", kind, "--out", tmp_path / kind).out.strip() == str(
-            tmp_path / kind
-        )
+        out = succeed("export", run_dir, "--format", kind, "--out", tmp_path / kind).out
+        assert out.splitlines()[0] == str(tmp_path / kind)
+    assert "compared with the run: logits differ by" in out
     base = AutoModelForCausalLM.from_pretrained(recipe.model.path, dtype=torch.float32)
     adapted = PeftModel.from_pretrained(base, tmp_path / "peft").eval()
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
