@@ -343,7 +343,7 @@ def test_a_good_recipe_passes_though_the_head_is_smaller_than_the_rank(recipe):
 )
 def test_what_needs_no_weights_is_refused_before_anything_is_loaded(recipe, overrides, expected, monkeypatch):
     monkeypatch.setattr(
-        "distlora.models.loading.AutoModelForSequenceClassification.from_pretrained",
+        "transformers.AutoModelForSequenceClassification.from_pretrained",
         lambda *_: pytest.fail("loaded"),
     )
     with pytest.raises(UserError, match="^[^\n]+$") as caught:

@@ -51,7 +51,7 @@ def test_tools_in_another_form_are_refused_in_one_sentence(tmp_path, tools, what
         ({"prompt": "a", "completion": float("-inf")}, "-infinity in column 'completion'"),
         ({"prompt": "a", "completion": "b", "system": float("nan")}, "NaN in column 'system'"),
         ({"prompt": "a", "completion": "b", "system": ["c"]}, "a list in column 'system'"),
-        ({"messages": messages_of(), "system": "half \ud83d"}, "half a character .* in column 'system'"),
+        ({"messages": messages_of(), "system": "half \ud83d"}, "an unpaired surrogate .* in column 'system'"),
         ({"prompt": "a", "completion": "b \ufdd0"}, r"a noncharacter \(U\+FDD0 to U\+FDEF\) in message 0"),
     ],
 )  # fmt: skip
