@@ -11,6 +11,9 @@ usage: bash launch/test.sh [--torch-index URL] [pytest options, paths in the rep
 Makes .venv with the tested set of packages (constraints.txt), then runs the whole test suite, or what the pytest
 arguments choose, for example: bash launch/test.sh tests/unit -k lora
 
+Two kinds of test run only when they are asked for: -m cluster_long (three hosts of namespaces), and -m torture (kills,
+stops, cuts, full disks and second starts at random moments; --torture-events N, --torture-minutes M, --torture-seed S).
+
   --torch-index URL   where torch comes from, for a machine without an accelerator: an index, or a directory of wheels
   --help              this text
 

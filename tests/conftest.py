@@ -9,6 +9,13 @@ import torch
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("torture", "of the tests with the marker torture")
+    group.addoption("--torture-events", default="500", help="how many, at least")
+    group.addoption("--torture-minutes", default="inf", help="at most, before the last run begins")
+    group.addoption("--torture-seed", default="1", help="what happens to whom")
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log):
     """A file in one process, since its tests share what is dear to make; of the parity tests, what shares a
