@@ -16,15 +16,20 @@ from distlora.engine.comm.group import STOPPED, Topology
 from distlora.errors import Preempted, TrainingError, UserError
 from distlora.sentences import first_line
 
+#: At the master: that a rank was asked to stop and will not come.
+_LEFT = "left"
+#: Seconds that rank 0 then stays, so that the others hear of it: they ask once a second.
+_FAREWELL = 3.0
+
 
 class RollCall:
     """Every rank says something at the master before a group is made, so that those who do not come can be
-    named.
+    named. Where one of them is asked to stop meanwhile, nobody waits any longer.
     """
 
     def __init__(self, topology: Topology, seconds: float, asked_to_stop: Callable[[], bool] = lambda: False):
         """Meets at the topology's master. seconds: how long a silent rank is waited for. asked_to_stop:
-        whether this rank should wait no longer, and raise Preempted.
+        whether this rank should wait no longer: it and all others then raise Preempted.
 
         Errors: UserError where the master cannot be reached, or its port cannot be listened on.
         """
@@ -96,8 +101,7 @@ class RollCall:
                 self.store.wait([name], datetime.timedelta(seconds=1))
                 return
             except dist.DistStoreError:  # not yet there
-                if self._asked_to_stop():
-                    raise Preempted(STOPPED) from None
+                self._leave_if_asked()
                 if time.monotonic() > deadline:
                     raise
 
@@ -109,10 +113,20 @@ class RollCall:
             came |= {rank for rank in missing if self.store.check([f"{topic}/{rank}"])}
             missing -= came
             if missing:
-                if self._asked_to_stop():
-                    raise Preempted(STOPPED)
+                self._leave_if_asked()
                 time.sleep(0.02)
         return sorted(came)
+
+    def _leave_if_asked(self) -> None:
+        """Raises Preempted where this rank, or another one that has come, was asked to stop."""
+        is_asked = self._asked_to_stop()
+        if not is_asked and not self.store.check([_LEFT]):
+            return
+        if is_asked:
+            self.store.set(_LEFT, "")
+        if self._rank == 0:  # the store ends with it
+            time.sleep(_FAREWELL)
+        raise Preempted(STOPPED)
 
 
 class StoreBoard:
