@@ -1,5 +1,6 @@
-"""What the README shows must work: commands and their arguments are read by the programs themselves, named
-files exist, YAML is a recipe, and no key of a recipe is kept from the reader."""
+"""What the README and the pages of `docs/` show must work: commands and their arguments are read by the
+programs themselves, named files exist, links lead somewhere, YAML is a recipe, and no key of a recipe is kept
+from the reader."""
 
 import re
 import shlex
@@ -24,8 +25,13 @@ from distlora.sweeps.file import read_sweep_file
 from distlora.tasks import get_task, scored_tasks
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-FENCES = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+#: By path relative to the root. The README comes first; `docs/models.md` is written by the matrix of models.
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
+    for path in (ROOT / "README.md", *sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md")))
+}
+TEXT = "\n".join(PAGES.values())
+FENCES = re.findall(r"^```(\w+)\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
 COMMANDS = [
     line for language, text in FENCES if language == "bash" for line in text.splitlines() if line.strip()
 ]
@@ -33,7 +39,7 @@ FRAGMENTS = [text for language, text in FENCES if language == "yaml"]
 #: In the text, with arguments that do not stand for others (RECIPE).
 INLINE = [
     command
-    for command in re.findall(r"`(distlora \w+ [^`]+)`", README)
+    for command in re.findall(r"`(distlora \w+ [^`]+)`", TEXT)
     if not re.search(r"\b[A-Z]{2,}\b", command)
 ]
 PROGRAM = [line for line in (*COMMANDS, *INLINE) if "distlora" in shlex.split(line, comments=True)]
@@ -55,7 +61,7 @@ def at_the_root(monkeypatch):
 
 
 def test_fences_are_known():
-    assert README.count("```") == 2 * len(FENCES)
+    assert TEXT.count("```") == 2 * len(FENCES)
     assert {language for language, _ in FENCES} == {"bash", "python", "yaml", "text"}
     assert len(COMMANDS) >= 10 and len(FRAGMENTS) == 1
 
@@ -73,16 +79,34 @@ def test_bash_can_read_it(command):
 
 
 def test_named_files_exist():
-    named = set(re.findall(r"(?<![\w/])(?:configs|launch|tests|distlora)/[\w./-]*\w", README))
+    named = set(re.findall(r"(?<![\w/])(?:configs|launch|tests|distlora|examples)/[\w./-]*\w", TEXT))
     assert len(named) >= 6
     assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
 
 
-def test_links_within_the_page_lead_somewhere():
-    headings = {
-        line.lstrip("# ").lower().replace(" ", "-") for line in README.splitlines() if line.startswith("#")
-    }
-    assert set(re.findall(r"\]\(#([\w-]+)\)", README)) <= headings
+def headings(text: str) -> set[str]:
+    """Anchors of a page's headings."""
+    lines = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL).splitlines()
+    words = (
+        re.sub(r"[^\w\s-]", "", line.lstrip("# ")).strip().lower() for line in lines if line.startswith("#")
+    )
+    return {re.sub(r"[\s-]+", "-", word) for word in words}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    """mkdocs looks at those between the pages of docs/; these are all, also those of the README."""
+    for target in re.findall(r"\]\(([^)\s]+)\)", PAGES[page]):
+        path, _, anchor = target.partition("#")
+        if path.startswith("https://"):
+            continue
+        file = (ROOT / page).parent / path if path else ROOT / page
+        assert file.exists(), f"{page}: {target}"
+        assert not anchor or anchor in headings(file.read_text(encoding="utf-8")), f"{page}: {target}"
+
+
+def test_the_readme_can_be_read_in_a_sitting():
+    assert len(PAGES["README.md"].splitlines()) <= 250
 
 
 # ---------------------------------------------------------------------- commands
@@ -96,7 +120,7 @@ def read_by_the_program(command):
 
 def recipes_of_the_page():
     """By output directory, the recipe files that the page names."""
-    paths = sorted(set(re.findall(r"configs/recipes/[\w.-]+\.yaml", README)))
+    paths = sorted(set(re.findall(r"configs/recipes/[\w.-]+\.yaml", TEXT)))
     return {load_recipe(path).output_dir: path for path in paths}
 
 
@@ -207,13 +231,13 @@ def test_no_option_is_kept_from_the_reader(verb, capsys):
         main([verb, "--help"])
     unshown = {"--help", "--build", "--line"}  # the last one is for slurm.sbatch
     options = set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out)) - unshown
-    assert {option for option in options if option not in README} == set()
+    assert {option for option in options if option not in TEXT} == set()
 
 
 def test_no_variable_is_kept_from_the_reader():
     sources = [*ROOT.glob("distlora/**/*.py"), *ROOT.glob("launch/*")]
     read = set(re.findall(r"DISTLORA_[A-Z]+", "".join(path.read_text(encoding="utf-8") for path in sources)))
-    assert "DISTLORA_CACHE" in read and {name for name in read if f"`{name}`" not in README} == set()
+    assert "DISTLORA_CACHE" in read and {name for name in read if f"`{name}`" not in TEXT} == set()
 
 
 # ---------------------------------------------------------------------- keys
@@ -262,7 +286,7 @@ def _with_the_mapping(line: re.Match) -> str:
 
 def settings_on_the_page():
     """Of every method in the table of settings: the pieces of YAML in its row."""
-    table = README.split("**Settings of the methods**", 1)[1].split("\n\n", 2)[1]
+    table = PAGES["docs/methods.md"].split("## Settings of the methods", 1)[1].split("\n\n", 3)[2]
     rows = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", table, re.MULTILINE))
     return {
         name: [yaml.safe_load(piece) for piece in re.findall(r"`([^`]+)`", row)] for name, row in rows.items()
@@ -270,7 +294,7 @@ def settings_on_the_page():
 
 
 def test_methods_tables_are_complete():
-    table = README.split("## Methods", 1)[1].split("\n\n", 2)[1]
+    table = PAGES["docs/methods.md"].partition("\n| ")[2].partition("\n\n")[0]
     assert set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == set(registry())
     with_keys = {name for name, method in registry().items() if keys_of(method) > keys_of(Method)}
     assert settings_on_the_page().keys() == with_keys
