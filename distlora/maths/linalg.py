@@ -143,8 +143,8 @@ def row_norms(weight: Tensor, left: Tensor | None = None, right: Tensor | None =
 
 
 def with_row_norms(weight: Tensor, norms: Tensor) -> Tensor:
-    """`weight` (out, in) with every row scaled to its norm in `norms` (out,); a zero row stays zero. Of a stack
-    both have E before their shapes.
+    """`weight` (out, in) with every row scaled to its norm in `norms` (out,); a zero row stays zero. Of a
+    stack both have E before their shapes.
     """
     return weight * (norms / one_for_zero(row_norms(weight))).unsqueeze(-1)
 
