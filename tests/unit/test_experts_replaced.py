@@ -5,6 +5,7 @@ layers adapts. Its layers have the names of the experts, so that their random nu
 """
 
 import copy
+import json
 import math
 
 import pytest
@@ -19,6 +20,10 @@ from distlora.maths.grouped import spread_rows
 from distlora.maths.importance import component_of, component_sums
 from distlora.maths.linalg import row_norms, with_row_norms
 from distlora.maths.low_rank import LowRank, pair_norm
+from distlora.plan import stored
+from distlora.plan.setup import setup_of
+from distlora.plan.shapes import shapes_of
+from distlora.recipe.load import load_recipe
 from distlora.recompose.report import PIXELS, WIDEST, RecompositionReport
 from tests.tiny_zoo import zoo_model, zoo_model_dir
 
@@ -275,6 +280,33 @@ def test_norms_of_experts_are_merged_and_refused_in_pefts_format(kind, folder, t
     distlora.export(run.adapted, tmp_path / "merged", format="merged", base_model=base)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     torch.testing.assert_close(_logits(merged), _logits(run.model), rtol=1e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("key", ("srlora", "sidecar"))
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_plan_has_the_memory_of_every_expert(kind, key, folder, tmp_path):
+    base, method = zoo_model_dir(kind, folder), dict(SETTINGS[key])
+    content = {
+        "model": {"path": str(base), "dtype": "float32"}, "targets": "experts",
+        "method": {"name": method.pop("method")} | method, "data": {"task": "gsm8k"},
+        "train": {"steps": STEPS, "global_batch_size": 4, "micro_batch_size": 4}, "output_dir": "none",
+    }  # fmt: skip
+    (tmp_path / "recipe.yaml").write_text(json.dumps(content))
+    recipe = load_recipe(tmp_path / "recipe.yaml")
+    setup = setup_of(recipe, shapes_of(recipe), 1)
+    run = Trained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), SETTINGS[key])
+    reserve = run.adapted.recomposer.reserve_bytes()
+    assert stored.on_the_host(setup) - _ledger_bytes(run, setup) == reserve > 0
+    run.train(STEPS)
+    assert stored.beside_weights(setup) == run.adapted.recomposer.beside_bytes()
+    assert (stored.beside_weights(setup) > 0) == (key == "sidecar")
+
+
+def _ledger_bytes(run, setup):
+    """Of the start and two recompositions, in float32."""
+    columns = run.adapted.method.rank + setup.recompositions * setup.columns_of_a_recomposition
+    assert setup.recompositions == 2
+    return 4 * columns * sum(layer.stack[0] * sum(layer.shape) for layer in run.layers.values())
 
 
 # ---------------------------------------------------------------------- parts of stacks
