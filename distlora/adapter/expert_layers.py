@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from distlora.adapter.layer import AdapterLinear
 from distlora.adapter.passes import Tap
 from distlora.maths.grouped import grouped_linear, spread_rows, tapped_grouped_linear
-from distlora.maths.low_rank import LowRank, add_low_rank
+from distlora.maths.low_rank import LowRank, add_low_rank, add_pair
 from distlora.maths.rounding import Rounding
 from distlora.methods import Factors, Method
 
@@ -191,7 +191,7 @@ class AdapterExperts(AdapterLinear):
         out, inner = self.shape
         weight = stored.float().view(*self.stack, *((inner, out) if self.transposed else (out, inner)))
         weight, beside = weight.mT if self.transposed else weight, self.beside
-        return weight if beside is None else torch.baddbmm(weight, beside.left.float(), beside.right.float())
+        return weight if beside is None else add_pair(weight, beside)
 
     def add_to_part(
         self, part: Tensor, start: int, update: LowRank, rounding: Rounding, key: int, device: torch.device

@@ -16,7 +16,7 @@ from distlora.adapter.packed import Packing
 from distlora.adapter.passes import Adapted, Bare, Pass, Tap, Tapped, TappedAdapted, Tried
 from distlora.maths.functional import linear, tapped_linear
 from distlora.maths.linalg import squared_norm
-from distlora.maths.low_rank import LowRank, add_low_rank, pair_norm
+from distlora.maths.low_rank import LowRank, add_low_rank, add_pair, pair_norm
 from distlora.maths.rounding import Rounding
 from distlora.methods import Factors, Method
 
@@ -147,7 +147,7 @@ class AdapterLinear(nn.Module):
         else:
             weight = stored.float().view(self.shape)
         beside = self._beside
-        return weight if beside is None else torch.addmm(weight, beside.left.float(), beside.right.float())
+        return weight if beside is None else add_pair(weight, beside)
 
     @torch.no_grad()
     def overwrite(self, weight: Tensor) -> None:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from distlora.maths.low_rank import LowRank, compress, compress_within, pair_norm, stacked_pairs
 
@@ -66,12 +65,6 @@ def from_peft(pair: LowRank, experts: int) -> LowRank:
         left.reshape(left.shape[0], -1, experts).permute(2, 0, 1),
         right.reshape(experts, -1, right.shape[1]),
     )
-
-
-def add_update(weight: Tensor, pair: LowRank) -> Tensor:
-    """`W + left @ right` in float32, of a weight (out, in) or a stack of them (E, out, in)."""
-    add = torch.addmm if weight.dim() == 2 else torch.baddbmm
-    return add(weight.float(), pair.left.float(), pair.right.float())
 
 
 def compress_stack(pair: LowRank, rank: int, dtype: torch.dtype) -> tuple[LowRank, float]:

@@ -38,6 +38,12 @@ class LowRank:
         return list(map(LowRank, self.left, self.right)) if self.left.dim() == 3 else [self]
 
 
+def add_pair(weight: Tensor, pair: LowRank, times: int = 1) -> Tensor:
+    """`W + times · left @ right` in float32, of a weight (out, in) or a stack of them (E, out, in)."""
+    add = torch.addmm if weight.dim() == 2 else torch.baddbmm
+    return add(weight.float(), pair.left.float(), pair.right.float(), alpha=times)
+
+
 def stacked_pairs(pairs: Iterable[LowRank]) -> LowRank:
     """Pairs with equally many columns as one stack."""
     pairs = list(pairs)

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import distlora
 from distlora.adapter.expert_layers import expert_weights, of_expert
+from distlora.evaluation.folding import folded
 from distlora.maths.functional import rows_rescaled
 from distlora.maths.grouped import spread_rows
 from distlora.maths.importance import component_of, component_sums
@@ -227,6 +228,16 @@ def test_dropout_drops_the_input_of_what_differs_from_the_pretrained_experts():
         change = with_row_norms(weight + delta, layer.m[expert]) - weight
         expected = own @ weight.T + layer.bias[expert] + dropped[expert] @ change.T
         torch.testing.assert_close(found[expert], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "key"), [("gpt_oss", "dora"), ("mixtral", "sidecar"), ("qwen3_moe", "lora_sb")]
+)
+def test_folded_experts_compute_what_the_adapted_ones_do(kind, key):
+    run = Trained(zoo_model(kind), SETTINGS[key]).train(STEPS)
+    wanted = _logits(run.model)
+    with folded(run.adapted.engine):
+        torch.testing.assert_close(_logits(run.model), wanted, rtol=1e-4, atol=1e-4)
 
 
 # ---------------------------------------------------------------------- runs that go on, and files
