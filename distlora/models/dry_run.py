@@ -41,12 +41,16 @@ class KnownValues(TorchDispatchMode):
     """Inside, a tensor on the meta device has values if it is made of numbers and of other tensors with
     values. `item()`, `if` and boolean indices work on them; all else is as on the meta device.
 
-    looked_up: the tables without values in which rows were looked up by numbers with values, in order.
+    looked_up: the tables without values in which rows were looked up by numbers with values, in order. cut:
+    (rows of a tensor, rows that were taken of it) of every slice. lacking: whether a value was asked for that
+    there is none of.
     """
 
     def __init__(self):
         super().__init__()
         self.looked_up: list[LookUp] = []
+        self.cut: set[tuple[int, int]] = set()
+        self.lacking = False
         self._values = WeakTensorKeyDictionary()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -56,9 +60,10 @@ class KnownValues(TorchDispatchMode):
             return function(*args, **kwargs)
         is_random = torch.Tag.nondeterministic_seeded in function.tags
         if not is_random and all(self._is_known(tensor) for tensor in tensors):
-            return self._with_values(function, args, kwargs)
+            return self._noted(function, args, self._with_values(function, args, kwargs))
         self._note(function, args)
-        result = function(*self._without_masks(function, args), **kwargs)
+        self.lacking = self.lacking or _decided_by_values(function)
+        result = self._noted(function, args, function(*self._without_masks(function, args), **kwargs))
         self.forget(_changed(function, args, kwargs))
         return result
 
@@ -107,6 +112,13 @@ class KnownValues(TorchDispatchMode):
             for axis, numbers in enumerate(args[1]):
                 if numbers is not None and numbers.dtype != torch.bool:
                     self._keep(args[0], axis, numbers)
+
+    def _noted(self, function, args, result):
+        """The result, of which a slice is kept."""
+        if function is aten.slice.Tensor:
+            axis = args[1] if len(args) > 1 else 0
+            self.cut.add((args[0].shape[axis], result.shape[axis]))
+        return result
 
     def _keep(self, table: Tensor, axis: int, numbers: Tensor) -> None:
         if not self._is_known(table) and self._is_known(numbers) and numbers.numel():
@@ -241,8 +253,10 @@ def position_limit(model: PreTrainedModel) -> int | None:
     """The most tokens that a text may have for a model, by its tables of positions; None where it has none.
 
     A table counts if the numbers that are looked up in it rise with the length of the text, until there are
-    more than it has rows. (Those of relative positions stop rising before that.) Of the model only its class
-    and its config are looked at. A model of something else than texts has no limit.
+    more than it has rows. (Those of relative positions stop rising before that.) A tensor of which as many
+    rows are taken as the text has tokens, such as the biases of MPT, counts if a text of as many tokens as it
+    has rows can be run, and one more token is too many. Of the model only its class and its config are looked
+    at. A model of something else than texts has no limit.
     """
     if model.main_input_name != "input_ids":
         return None
@@ -254,15 +268,27 @@ def position_limit(model: PreTrainedModel) -> int | None:
             for early, late in zip(short.looked_up, long.looked_up)
             if late.rows == early.rows and late.last - early.last == LONG - SHORT
         }
-        return min((limit for limit in limits if _fails(runs.of(limit + 1), long)), default=None)
+        found = {limit for limit in limits if _fails(runs.of(limit + 1), long)}
+        rows = {rows for rows, taken in long.cut if taken == LONG < rows and (rows, SHORT) in short.cut}
+        found |= {limit for limit in rows if runs.of(limit).ended and runs.of(limit + 1).too_long}
+        return min(found, default=None)
 
 
 @dataclass(frozen=True)
 class _Run:
-    """looked_up: of a text. ended: whether it could be run to its end without weights."""
+    """looked_up, cut: of a text. ended: whether it could be run to its end without weights. lacking: whether
+    a value was missing.
+    """
 
     looked_up: list[LookUp]
+    cut: set[tuple[int, int]]
     ended: bool
+    lacking: bool
+
+    @property
+    def too_long(self) -> bool:
+        """Whether sizes, and not missing values, are why it could not be run."""
+        return not self.ended and not self.lacking
 
 
 def _fails(run: _Run, shorter: _Run) -> bool:
@@ -289,12 +315,13 @@ class _Runs:
 
     def of(self, tokens: int, ends: bool = True) -> _Run:
         """ends: whether the text has an end token."""
-        self._mode.looked_up, ended = [], False
+        mode, ended = self._mode, False
+        mode.looked_up, mode.cut, mode.lacking = [], set(), False
         if self._bare is not None:
             with self._unless_it_fails():
                 self._bare(**text_inputs(self._bare, ordinary_text(self._bare.config, tokens, ends)))
                 ended = True
-        return _Run(self._mode.looked_up, ended)  # positions are looked up first
+        return _Run(mode.looked_up, mode.cut, ended, mode.lacking)  # positions are looked up first
 
     @contextmanager
     def _unless_it_fails(self) -> Iterator[None]:
