@@ -5,7 +5,8 @@ import torch
 import transformers
 from transformers import AutoModelForSequenceClassification, GPTJConfig
 
-from distlora.models.dry_run import end_of_text, known_values, needs_end, ordinary_text, position_limit
+from distlora.maths.known_values import known_values
+from distlora.models.dry_run import end_of_text, needs_end, ordinary_text, position_limit
 from tests.tiny_zoo import ZOO, zoo_model
 
 #: The models with a table of positions, and how many these are: by the class, not by the table's rows alone.
