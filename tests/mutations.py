@@ -387,9 +387,8 @@ MUTATIONS = [
     Mutation(
         "swap: the reserve gives the same components again",
         "distlora/recompose/reserve.py",
-        "            pair.left[:, count:].clone(memory_format=torch.contiguous_format), "
-        "pair.right[count:].clone()\n",
-        "            pair.left, pair.right\n",
+        "        rest = pair.part(slice(count, None))\n",
+        "        rest = pair\n",
         (f"{UNIT}::test_the_reserve_is_used_in_descending_order_and_never_twice",),
     ),
     Mutation(
@@ -432,8 +431,8 @@ MUTATIONS = [
     Mutation(
         "swap: W gathered on the way",
         RECOMPOSE,
-        "        self._engine.write(layer, answer.factors)\n",
-        "        self._engine.write(layer, answer.factors)\n        self._engine.weight_at_owner(layer, 0)\n",
+        "        self._engine.write(layer, after)\n",
+        "        self._engine.write(layer, after)\n        self._engine.weight_at_owner(layer, 0)\n",
         parity(f"swap_traffic-world2-stage3-{SWAPS.replace('interval=2', 'interval=4')}"),
     ),
     Mutation(
@@ -454,8 +453,8 @@ MUTATIONS = [
     Mutation(
         "restart: what a core learned counts from nothing",
         "distlora/recompose/initial_values.py",
-        "        return [LowRank(-pair.left, pair.right)]\n",
-        "        return []\n",
+        "        return [[LowRank(-pair.left, pair.right)] for pair in pairs]\n",
+        "        return [[] for pair in pairs]\n",
         ("tests/unit/test_lora_sb.py::test_what_a_core_learned_is_what_it_gained_since_its_start",),
     ),
     Mutation(

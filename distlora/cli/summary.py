@@ -25,7 +25,12 @@ def summary_table(summary) -> str:
         ("initialisation", f"{summary.init_seconds:.1f} s"),
         *found,
         ("a step", f"{summary.step_seconds:.2f} s (mean of {summary.steps})"),
-        ("adapter", str(summary.adapter or "none: the weights themselves were trained; see distlora export")),
+        (
+            "adapter",
+            str(
+                summary.adapter or "none: PEFT's format does not hold it; see distlora export --format merged"
+            ),
+        ),
         (
             "TensorBoard log",
             summary.tensorboard or "none: the DeepSpeed config turns no tensorboard section on",

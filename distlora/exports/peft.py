@@ -4,7 +4,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from distlora.adapter.attach import Attached
+from distlora.adapter.targets import in_short
 from distlora.engine.coordination import stream_to_main
 from distlora.engine.protocol import Engine
 from distlora.errors import UserError
@@ -20,7 +21,7 @@ from distlora.exports.experts import peft_module, to_peft
 from distlora.exports.sources import MAGNITUDE, PREFIX, Compressed, EngineSource, Source
 from distlora.files.atomic import write_json
 from distlora.files.tensors import TensorWriter
-from distlora.methods import Method, TrainsWeight
+from distlora.methods import HasMagnitude, Method, TrainsWeight
 
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 ADAPTER_FILES = (ADAPTER_WEIGHTS, ADAPTER_CONFIG)
@@ -54,7 +55,7 @@ def export_peft_from_engine(
     their error is logged. base_model: the name or path by which others find the pretrained model. Raises
     UserError on all ranks.
     """
-    refuse_full(attached.method)
+    refuse_peft(attached.method, stacks_of(attached))
     out, source = Path(out), Compressed(EngineSource(engine, attached, step), dtype)
 
     def write(tensors: Iterable[tuple[str, Tensor]]) -> None:
@@ -68,12 +69,30 @@ def export_peft_from_engine(
     return out
 
 
-def refuse_full(method: Method) -> None:
-    """Raises UserError for a method that makes no adapter."""
+def problem_with_peft(method: Method, experts: Collection[str]) -> str | None:
+    """Why PEFT's format cannot hold what a method trains, and what to do instead, as a sentence; None if it
+    can. experts: the adapted layers that are stacks of them.
+    """
     if isinstance(method, TrainsWeight):
-        raise UserError(
-            f"method {method.name} trains the weights themselves, which is no adapter; export it merged"
+        return f"method {method.name} trains the weights themselves, which is no adapter; export it merged"
+    if experts and isinstance(method, HasMagnitude):
+        return (
+            f"PEFT's format holds no norms of rows of experts, which method {method.name} trains in "
+            f"{in_short(experts)}; export it with --format merged"
         )
+    return None
+
+
+def refuse_peft(method: Method, experts: Collection[str]) -> None:
+    """Raises UserError where there is such a problem."""
+    problem = problem_with_peft(method, experts)
+    if problem:
+        raise UserError(problem)
+
+
+def stacks_of(attached: Attached) -> list[str]:
+    """The adapted layers that are stacks of experts."""
+    return [name for name, layer in attached.layers.items() if layer.stack]
 
 
 def write_peft_adapter(
@@ -118,7 +137,7 @@ def write_peft(
     for name, shape in source.heads.items():
         plan |= {PREFIX + each: (dtype, shape) for each in (name, *_shared_with(source, name))}
     found = {"step": source.step, "model": source.model, "stacked": sorted(source.stacked)}
-    experts = _experts(source)
+    experts = experts_of(source)
     about = {"distlora": json.dumps(found | ({"experts": experts} if experts else {}))}
     with TensorWriter(draft / ADAPTER_WEIGHTS, plan, about) as writer:
         for name, tensor in tensors:
@@ -126,14 +145,14 @@ def write_peft(
     write_json(draft / ADAPTER_CONFIG, config)
 
 
-def _experts(source: Source) -> dict[str, int]:
+def experts_of(source: Source) -> dict[str, int]:
     """The number of experts of each layer that is a stack of them."""
     return {layer: shape[1] for layer, shape in source.layers.items() if len(shape) == 4}
 
 
 def _module(source: Source, layer: str) -> str:
     """The name under which PEFT's files hold a layer's pair."""
-    experts = _experts(source)
+    experts = experts_of(source)
     return peft_module(layer, experts) if layer in experts else layer
 
 
@@ -146,7 +165,7 @@ def _peft_config(source: Source, base: str, dropout: float) -> dict[str, Any]:
     ranks = {layer: shape[0] for layer, shape in source.layers.items()}
     usual = max(set(ranks.values()), key=list(ranks.values()).count)
     # PEFT reads the keys of these patterns as regular expressions.
-    model_class, experts = source.model["class"] or "", _experts(source)
+    model_class, experts = source.model["class"] or "", experts_of(source)
     as_weights = _named_as_weights(source)
     unusual = {
         layer.replace(".", r"\.") + r"(\.weight)?" * (layer in as_weights): rank

@@ -14,12 +14,12 @@ from distlora.engine.ledger import pretrained_at_owner
 from distlora.engine.owners import assign_owners, broadcast_pair, open_ledger, turns
 from distlora.engine.protocol import Engine
 from distlora.initialisation.dead_starts import DeadStarts
-from distlora.initialisation.experts import gradient_maps, initialise_stack, pair_norm
+from distlora.initialisation.experts import gradient_maps, initialise_stack
 from distlora.initialisation.probe import Probe, mean_gradients
 from distlora.initialisation.search import scale_factor, search_eta
 from distlora.maths.generators import layer_generator
 from distlora.maths.linalg import squared_norm
-from distlora.maths.low_rank import LowRank
+from distlora.maths.low_rank import LowRank, pair_norm
 from distlora.methods import (
     CorrectsGradients,
     Factors,

@@ -69,10 +69,11 @@ class _RowsRescaled(torch.autograd.Function):
     def backward(ctx, dy: Tensor):
         total, scale = ctx.saved_tensors
         needs_base, needs_update, needs_scale = ctx.needs_input_grad
+        dc = dy * total if needs_scale else None
         return (
             dy * (scale - 1) if needs_base else None,
             dy * scale if needs_update else None,
-            _rows(dy * total).sum(0) if needs_scale else None,
+            _rows(dc).sum(0) if needs_scale and scale.dim() == 1 else dc,
         )
 
 
@@ -118,6 +119,7 @@ def tapped_linear(
 
 def rows_rescaled(base: Tensor, update: Tensor, scale: Tensor) -> Tensor:
     """`base ⊙ (c − 1) + update ⊙ c`: what is added to the output `base` of a linear layer when `update` is
-    added to it and the rows of the sum are multiplied by c. base, update: (…, out). scale: c (out,).
+    added to it and the rows of the sum are multiplied by c. base, update: (…, out). scale: c (out,), or one
+    for every row of the output, (…, out).
     """
     return _RowsRescaled.apply(base, update, scale)

@@ -24,7 +24,6 @@ from distlora.methods.capabilities import (
     last_trained_factor,
     magnitude_of,
     probe_of,
-    problem_with_experts,
     recomposing,
     writes_weight,
 )
@@ -66,7 +65,6 @@ __all__ = [
     "last_trained_factor",
     "magnitude_of",
     "probe_of",
-    "problem_with_experts",
     "recomposing",
     "registry",
     "writes_weight",

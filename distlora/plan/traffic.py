@@ -150,7 +150,7 @@ def recomposition_traffic(setup: Setup) -> Traffic:
     method, layers = setup.recomposing, setup.layers
     if method is None or setup.world_size == 1:
         return traffic
-    table = 8 * len(layers)
+    table, entry = 8 * len(layers), 8 * len(setup.shapes.attached.layers)
     if method.element_scores() is not None:
         traffic[ALL_REDUCE] += method.rank * table
     if method.refill_from() == "restart":
@@ -160,7 +160,7 @@ def recomposition_traffic(setup: Setup) -> Traffic:
         traffic[REDUCE] += FLOAT32 * sum(size[name] for size in sizes for name in method.trains)
     else:
         count = len(method.choose(torch.zeros(method.rank)))
-        traffic[BROADCAST] += FLOAT32 * count * sum(map(sum, layers.values())) + table
+        traffic[BROADCAST] += FLOAT32 * count * sum(map(sum, layers.values())) + entry
         if method.refill_from() == "gradient":
             traffic += probe_traffic(setup, setup.probe_passes(method.refill_probe()))
             # The norms of all columns of B and rows of A; and whether an owner failed.
@@ -172,7 +172,7 @@ def recomposition_traffic(setup: Setup) -> Traffic:
     )
     traffic += _reading_factors(setup)
     # Whether an owner failed; the rounding error and four norms of every layer.
-    traffic[ALL_REDUCE] += FLAG + 5 * table
+    traffic[ALL_REDUCE] += FLAG + 5 * entry
     return traffic
 
 

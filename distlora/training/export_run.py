@@ -14,7 +14,7 @@ from distlora.exports.check import check_merged
 from distlora.exports.companions import RunTokens
 from distlora.exports.draft import bring_back_earlier, new_directory
 from distlora.exports.merged import write_merged
-from distlora.exports.peft import ADAPTER_WEIGHTS, refuse_full, write_peft_adapter
+from distlora.exports.peft import ADAPTER_WEIGHTS, experts_of, refuse_peft, write_peft_adapter
 from distlora.exports.sources import AdapterSource, CheckpointSource, Compressed, Source, check_compression
 from distlora.files.problems import dangling_link, file_errors_explained
 from distlora.files.user_paths import user_path
@@ -83,7 +83,7 @@ def export_run(
             merged = write_merged(draft, resolve_path(recipe.model.path), source, dtype, tokens)
             difference = check_merged(draft, merged, tokens and tokens.pad_id) if check else None
             return Exported(out, difference=difference)
-        refuse_full(recipe.method)
+        refuse_peft(recipe.method, experts_of(source))
         compressed = Compressed(source, dtype or torch.float32, compress_rank, max_error)
         base = base_name(recipe.model.path)
         write_peft_adapter(draft, compressed, base, recipe.method.dropout, dtype or torch.float32)

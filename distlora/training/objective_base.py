@@ -94,7 +94,7 @@ class Objective(ABC):
 
     def meta_sample(self, model: nn.Module, tokens: int = 2) -> Batch:
         """One sample, without a label, for a model on the meta device. tokens: the length of a text. Made
-        inside `distlora.models.dry_run.known_values`, its token ids have values.
+        inside `distlora.maths.known_values.known_values`, its token ids have values.
         """
         ids = ordinary_text(model.config, tokens)["input_ids"]
         # A mask as attention uses it: transformers would make one from values, and meta tensors have none.

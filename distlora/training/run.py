@@ -16,8 +16,9 @@ from distlora.cluster.status import StatusFile
 from distlora.engine.comm import Comm
 from distlora.engine.coordination import on_every_rank, on_main
 from distlora.engine.optimizers import Schedule
+from distlora.exports.peft import problem_with_peft, stacks_of
 from distlora.initialisation.factors import InitReport
-from distlora.methods import NeedsProbe, ProbeSettings, Recomposes, TrainsWeight
+from distlora.methods import NeedsProbe, ProbeSettings, Recomposes
 from distlora.recipe.combination import check_length
 from distlora.recipe.load import run_identity
 from distlora.recipe.sections import Recipe
@@ -183,7 +184,8 @@ class Run:
         return state["extra"]
 
     def _export(self) -> Path | None:
-        if isinstance(self.built.adapted.method, TrainsWeight):
+        attached = self.built.adapted.attached
+        if problem_with_peft(attached.method, stacks_of(attached)):
             return None
         base = base_name(self.recipe.model.path)
         on_main(self.comm, self.run_dir, self.writing.check)

@@ -178,6 +178,30 @@ def _experts() -> list[Entry]:
         Entry(2, "initialising", 3, setting={"method": "pissa", "family": "experts"}),
         Entry(2, "initialising", 3, setting={"method": "lora_sb", "family": "experts"}, tensors=5e-2),
         Entry(2, "replacing_gradients", 3, setting={"method": "lora_pro", "family": "experts"}),
+        *_experts_replaced(),
+    ]
+
+
+def _experts_replaced() -> list[Entry]:
+    """Experts whose components are replaced or whose rows have norms. The first step of a new component is
+    the sign of its gradient, and signs of gradients near zero differ. Adam also takes a step of another size
+    where the whole gradient of an element is near zero, as it is here of single ones of an expert with few
+    tokens.
+    """
+    never_persistent = {"stage3_param_persistence_threshold": 0}
+    experts = {"clip": 0.5, "family": "experts"}
+    srlora = experts | {"method": "srlora", "rank": 4, "target_rank": 8, "gamma": 0.5, "interval": 2}
+    restarting = experts | {"method": "lora_sb", "recompose": {"times": 2}, "init": {"eta": 1e-3}}
+    norms = experts | {"method": "dora"}
+    third = {"zero": never_persistent, "note": "persist0"}
+    return [
+        Entry(2, "swapping", 2, setting=srlora, arguments={"steps": 5}, tensors=3e-2),
+        Entry(2, "swapping", 3, setting=srlora, arguments={"steps": 5}, tensors=3e-2, **third),
+        Entry(2, "swapping", 3, setting=restarting, arguments={"steps": 6}, loss=1e-2, tensors=0.1, **third),
+        Entry(2, "whole_run", 3, setting=srlora, arguments={"steps": 5, "at": 3}, tensors=5e-2, **third),
+        Entry(2, "swap_traffic", 3, setting={**srlora, "interval": 4}),
+        Entry(2, "curve", 2, setting=norms, arguments={"steps": 4}, tensors=1e-2),
+        Entry(2, "curve", 3, setting=norms, arguments={"steps": 4}, tensors=1e-2, **third),
     ]
 
 

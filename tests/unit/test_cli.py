@@ -260,7 +260,7 @@ def test_table_of_a_run_without_evaluation_or_adapter():
     text = summary_table(summary(adapter=None, lora_trained=0, trained=1234567))
     assert "before" not in text and "LoRA" not in text
     assert "1,234,567" in text
-    assert "none: the weights themselves were trained; see distlora export" in text
+    assert "none: PEFT's format does not hold it; see distlora export --format merged" in text
     assert "none: the DeepSpeed config turns no tensorboard section on" in text
 
 

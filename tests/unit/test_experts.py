@@ -183,8 +183,7 @@ def test_targets_choose_experts_by_a_word_or_by_name(targets, count):
 @pytest.mark.parametrize(
     "kind, method, targets, words",
     [
-        ("mixtral", {"method": "dora"}, "experts", "method dora trains norms of rows"),
-        ("mixtral", {"method": "srlora"}, ["all-linear", "experts"], "method srlora replaces components"),
+        ("mixtral", {"method": "srlora", "target_rank": 60}, "experts", "target_rank 60 is above"),
         ("mixtral", {"method": "lora", "rank": 60}, "experts", "rank 60 is above"),
         ("qwen2", {"method": "lora"}, ["q_proj", "experts"], "has no experts; leave experts out"),
     ],

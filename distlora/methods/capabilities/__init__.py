@@ -8,7 +8,6 @@ from distlora.methods.capabilities.facts import (
     last_trained_factor,
     magnitude_of,
     probe_of,
-    problem_with_experts,
     recomposing,
     writes_weight,
 )
@@ -33,7 +32,6 @@ __all__ = [
     "last_trained_factor",
     "magnitude_of",
     "probe_of",
-    "problem_with_experts",
     "recomposing",
     "writes_weight",
 ]

@@ -22,18 +22,6 @@ def writes_weight(method: Method) -> bool:
     return isinstance(method, TakesFromWeight) or recomposing(method) is not None
 
 
-def problem_with_experts(method: Method) -> str | None:
-    """Why a stack of experts cannot be adapted, and what to set instead, as the end of a sentence; None if it
-    can be.
-    """
-    instead = "; leave experts out of targets, or choose a method such as lora, pissa or lora_sb"
-    if isinstance(method, HasMagnitude):
-        return f"trains norms of rows, which it has for single layers only{instead}"
-    if recomposing(method) is not None:
-        return f"replaces components while it trains, which it does in single layers only{instead}"
-    return None
-
-
 def magnitude_of(method: Method) -> str | None:
     """The factor that sets the norm of every row of the adapted weight; None without such a factor."""
     return method.magnitude if isinstance(method, HasMagnitude) else None
