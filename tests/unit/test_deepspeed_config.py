@@ -241,8 +241,12 @@ def test_a_forbidden_optimizer_is_refused_where_deepspeed_would_break_off():
 
 
 def test_the_old_name_of_bf16():
-    assert resolve({"bfloat16": {"enabled": "auto"}})[0]["bfloat16"] == {"enabled": True}
-    assert "bf16" not in resolve({"bfloat16": {"enabled": True}})[0]
+    for given in ("auto", True):
+        resolved, lines = resolve({"bfloat16": {"enabled": given}})
+        assert resolved["bf16"] == {"enabled": True} and "bfloat16" not in resolved
+        assert "deepspeed.bfloat16: the old name of bf16" in lines
+    both = {"bfloat16": {"enabled": False}, "bf16": {"enabled": True}}
+    assert resolve(both)[0]["bf16"] == {"enabled": True}  # as DeepSpeed reads them
 
 
 def test_a_config_without_autos_needs_no_hidden_size():
@@ -309,11 +313,11 @@ def test_an_inline_config_is_named_as_such():
     "config, expected",
     [
         ({"fp16": {"enabled": True}},
-         "fp16.enabled=true in zero.json is not supported: the precision is that of the "
-         "recipe's model.dtype=bfloat16; set it to false or auto"),
+         "fp16.enabled=true in zero.json is not supported: the precision is that of the recipe's model.dtype; "
+         "set it to false or auto"),
         ({"torch_autocast": {"enabled": True, "dtype": "bfloat16"}},
          "torch_autocast.enabled=true in zero.json is not "
-         "supported: the precision is that of the recipe's model.dtype=bfloat16; set it to false or auto"),
+         "supported: the precision is that of the recipe's model.dtype; set it to false or auto"),
         ({"zero_optimization": {"stage": 4}},
          "zero_optimization.stage in zero.json is 4; wanted 0, 1, 2 or 3"),
         ({"zero_optimization": {"stage": "auto"}},
@@ -332,16 +336,19 @@ def test_an_inline_config_is_named_as_such():
          "optimizer.params.adam_w_mode=false in zero.json has no counterpart in the recipe's train.optimizer "
          "(adamw); remove it"),
         ({"gradient_allreduce_op": "sum"},
-         "gradient_allreduce_op in zero.json must be mean: the loss is a mean over the global batch"),
+         'gradient_allreduce_op="sum" in zero.json is not supported: the loss is a mean over the global batch; '
+         "set it to mean"),
         ({"zero_optimization": {"offload_param": {"device": "nvme"}}},
-         "zero_optimization.offload_param.device=nvme in zero.json is not supported; set it to cpu or none"),
+         'zero_optimization.offload_param.device="nvme" in zero.json is not supported; set it to cpu or none'),
         ({"zero_optimization": {"cpu_offload": True}},
-         "zero_optimization.cpu_offload in zero.json is an old name; "
+         "zero_optimization.cpu_offload=true in zero.json is an old name; "
          "set offload_optimizer.device to cpu in its place"),
         ({"zero_optimization": {"zero_quantized_weights": True}},
-         "zero_optimization.zero_quantized_weights in zero.json is not supported; remove it"),
+         "zero_optimization.zero_quantized_weights=true in zero.json is not supported: it rounds weights to a few "
+         "bits; set it to false or remove it"),
         ({"zero_optimization": {"mics_shard_size": 8}},
-         "zero_optimization.mics_shard_size in zero.json is not supported; use zero_hpz_partition_size"),
+         "zero_optimization.mics_shard_size=8 in zero.json was removed from DeepSpeed; remove it: use "
+         "zero_hpz_partition_size"),
         ({"zero_optimization": {"stage": 3, "offload_param": None, "offload_optimizer": None,
                                 "cpu_offload": False}}, None),
         ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}, None),
