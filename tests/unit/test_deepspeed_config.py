@@ -313,8 +313,8 @@ def test_an_inline_config_is_named_as_such():
     "config, expected",
     [
         ({"fp16": {"enabled": True}},
-         "fp16.enabled=true in zero.json is not supported: the precision is that of the recipe's model.dtype; "
-         "set it to false or auto"),
+         "fp16.enabled=true in zero.json is not supported: the precision is that of the recipe's "
+         "model.dtype; set it to false or auto"),
         ({"torch_autocast": {"enabled": True, "dtype": "bfloat16"}},
          "torch_autocast.enabled=true in zero.json is not "
          "supported: the precision is that of the recipe's model.dtype; set it to false or auto"),
@@ -336,16 +336,17 @@ def test_an_inline_config_is_named_as_such():
          "optimizer.params.adam_w_mode=false in zero.json has no counterpart in the recipe's train.optimizer "
          "(adamw); remove it"),
         ({"gradient_allreduce_op": "sum"},
-         'gradient_allreduce_op="sum" in zero.json is not supported: the loss is a mean over the global batch; '
-         "set it to mean"),
+         'gradient_allreduce_op="sum" in zero.json is not supported: the loss is a mean over the global '
+         "batch; set it to mean"),
         ({"zero_optimization": {"offload_param": {"device": "nvme"}}},
-         'zero_optimization.offload_param.device="nvme" in zero.json is not supported; set it to cpu or none'),
+         'zero_optimization.offload_param.device="nvme" in zero.json is not supported; '
+         "set it to cpu or none"),
         ({"zero_optimization": {"cpu_offload": True}},
          "zero_optimization.cpu_offload=true in zero.json is an old name; "
          "set offload_optimizer.device to cpu in its place"),
         ({"zero_optimization": {"zero_quantized_weights": True}},
-         "zero_optimization.zero_quantized_weights=true in zero.json is not supported: it rounds weights to a few "
-         "bits; set it to false or remove it"),
+         "zero_optimization.zero_quantized_weights=true in zero.json is not supported: it rounds weights to "
+         "a few bits; set it to false or remove it"),
         ({"zero_optimization": {"mics_shard_size": 8}},
          "zero_optimization.mics_shard_size=8 in zero.json was removed from DeepSpeed; remove it: use "
          "zero_hpz_partition_size"),

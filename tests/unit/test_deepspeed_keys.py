@@ -139,7 +139,12 @@ def test_what_would_break_a_promise_is_refused_in_one_sentence(refusal, key, val
 
 
 @pytest.mark.parametrize(
-    "key", [key for key, rule in RULES.items() if rule.sort is Sort.REFUSED and rule.accepts(False)]
+    "key",
+    [
+        key
+        for key, rule in RULES.items()
+        if rule.sort is Sort.REFUSED and rule.accepts(False) and not key.endswith(".device")
+    ],
 )
 def test_a_refused_switch_may_be_off(check, key):
     check(nested(key, False) | {"bf16": {"enabled": True}} if key.startswith("fp16") else nested(key, False))
@@ -169,7 +174,7 @@ def test_the_number_of_ranks_may_be_said_but_not_another(check, refusal):
         ("timers.throughput.synchronised", ", did you mean synchronized?"),
         ("data_efficiency.data_routing.x", "; remove it"),
         ("data_efficiency.data_routing.random_ltd.enabld", ", did you mean enabled?"),
-        ("data_efficiency.data_sampling.curriculum_learning.curriculum_metric", ", did you mean curriculum_metrics?"),
+        ("data_efficiency.data_sampling.dynamic_batching.max_token", ", did you mean max_tokens?"),
         ("checkpoint.parallel_write.pipeline_stag", ", did you mean pipeline_stage?"),
         ("autotuning.model_info.hiden_size", ", did you mean hidden_size?"),
         ("tensor_parallel.tp.tp_sise", ", did you mean tp_size?"),
@@ -267,7 +272,8 @@ def test_a_config_of_accelerate_passes(check, stage):
             "zero_optimization": {"stage": stage, "offload_optimizer": {"device": "none", "nvme_path": None},
                                   "offload_param": {"device": "none", "nvme_path": None},
                                   "stage3_gather_16bit_weights_on_model_save": False},
-            "gradient_accumulation_steps": "auto", "gradient_clipping": "auto", "steps_per_print": float("inf"),
+            "gradient_accumulation_steps": "auto", "gradient_clipping": "auto",
+            "steps_per_print": float("inf"),
             "train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto", "fp16": {"enabled": "auto"},
             "zero_allow_untested_optimizer": True,
         }
