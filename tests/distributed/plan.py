@@ -314,6 +314,9 @@ def _classifiers() -> list[Entry]:
         plan.append(
             Entry(2, "classifying", stage, BF16, setting=setting, loss=2e-2, first_loss=1e-2, tensors=0.3)
         )
+    # Heads in the files that do not fit: of another number of labels, and without their bias.
+    for family in ("five_labels", "no_bias"):
+        plan.append(Entry(2, "classifying", 3, setting={**setting, "family": family}, arguments={"steps": 2}))
     images = {**setting, "images": True}
     plan += [Entry(2, "classifying_images", stage, setting=images) for stage in (2, 3)]
     return [*plan, Entry(3, "classifying", 3, setting=setting), Entry(1, "classifying", 3, setting=setting)]

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import (
     BertConfig,
+    BertForSequenceClassification,
     BertLMHeadModel,
     BertModel,
     GPT2Config,
@@ -57,6 +58,7 @@ def save_model(directory: Path) -> None:
                 nn.init.normal_(parameter, std=0.2)
     model.save_pretrained(directory)
     save_encoder(directory / "encoder")
+    save_heads(directory)
     save_vision(directory / "vision")
     save_gpt2(directory / "gpt2")
     save_experts(directory / "experts")
@@ -101,6 +103,17 @@ def save_encoder(directory: Path) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(1)
         BertModel(config, add_pooling_layer=False).save_pretrained(directory)
+
+
+def save_heads(directory: Path) -> None:
+    """The encoder with heads that do not fit three labels: of five, and without the bias."""
+    for family, labels, lacking in (("five_labels", 5, None), ("no_bias", 3, "classifier.bias")):
+        config = BertConfig.from_pretrained(directory / "encoder", num_labels=labels)
+        with torch.random.fork_rng():
+            torch.manual_seed(4)
+            model = BertForSequenceClassification(config)
+        tensors = {name: tensor for name, tensor in model.state_dict().items() if name != lacking}
+        model.save_pretrained(directory / family / "encoder", state_dict=tensors)
 
 
 def save_experts(directory: Path) -> None:
