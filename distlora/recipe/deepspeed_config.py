@@ -98,6 +98,7 @@ def resolve_deepspeed(recipe: Recipe, world_size: int, hidden_size: int | None) 
     _batches(r, recipe, world_size)
     _precision(r, recipe)
     _zero(r, world_size, hidden_size)
+    _sums(r, recipe, plan_batches(recipe, world_size))
     _optimizer(r, recipe)
     _scheduler(r, recipe)
     _monitors(r, recipe)
@@ -200,6 +201,22 @@ def _precision(r: _Resolution, recipe: Recipe) -> None:
     if r.get("data_types.param_dtype") not in (None, AUTO, *_TYPES[recipe.model.dtype]):
         raise r.contradiction("data_types.param_dtype", dtype)
     r.drop("data_types.param_dtype", "removed, the precision is the recipe's")
+
+
+def _sums(r: _Resolution, recipe: Recipe, accumulation: int) -> None:
+    """Gradients are summed in float32, over micro-batches and over ranks. DeepSpeed's own choice is the dtype
+    of the weights."""
+    if recipe.model.dtype == "float32":
+        return
+    key, stage, zero = "data_types.grad_accum_dtype", "zero_optimization.stage", "zero_optimization"
+    if r.get(stage, 0) == 0:
+        r.drop(key, "removed, distlora itself sums in float32 at stage 0")
+    elif r.get(key, AUTO) in (None, AUTO):
+        r.set(key, "fp32", "so that gradients are summed in float32")
+    if r.get(stage) == 2 and accumulation > 1 and r.get(f"{zero}.offload_optimizer.device") == "cpu":
+        r.set(stage, 1, "since with an offloaded optimizer DeepSpeed's stage 2 sums gradients in bfloat16")
+    if r.get("communication_data_type", AUTO) in (None, AUTO):
+        r.set("communication_data_type", "fp32", "so that ranks add up gradients in float32")
 
 
 def _zero(r: _Resolution, world_size: int, hidden_size: int | None) -> None:

@@ -40,6 +40,10 @@ def _never(value: Any) -> bool:
     return False
 
 
+def _is_exact(dtype: Any) -> bool:
+    return str(dtype).lower() not in ("bf16", "fp16")
+
+
 def _is_near(device: Any) -> bool:
     return device != "nvme"
 
@@ -73,7 +77,7 @@ _RANDOM_LTD = (
 #: By section; "" is the top.
 _HONOURED = {
     "": "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps gradient_clipping "
-    "communication_data_type data_parallel_size zero_allow_untested_optimizer zero_force_ds_cpu_optimizer",
+    "data_parallel_size zero_allow_untested_optimizer zero_force_ds_cpu_optimizer",
     "bf16": "enabled",
     "bfloat16": "enabled",
     "comet": "enabled samples_log_interval project workspace api_key experiment_name "
@@ -206,8 +210,10 @@ _REFUSED: list[tuple[str, tuple | Callable[[Any], bool], str]] = [
     ("torch_autocast.enabled", (False,), _PRECISION),
     ("data_types.buffer_dtype", (None,),
      "rounds the model's buffers, such as the frequencies of its positions; remove it"),
-    ("data_types.grad_accum_dtype", ("fp32", "float32", "float", "torch.float32"),
+    ("data_types.grad_accum_dtype", (None, "fp32", "float32", "float", "torch.float32"),
      "rounds the sum of the micro-batches; set it to fp32 or remove it"),
+    ("communication_data_type", _is_exact,
+     "rounds gradients on their way between ranks; set it to fp32 or remove it"),
     ("gradient_allreduce_op", _is_mean,
      "is not supported: the loss is a mean over the global batch; set it to mean"),
     ("gradient_predivide_factor", (1,),

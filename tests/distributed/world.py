@@ -265,9 +265,9 @@ def deepspeed_config(
     accumulation: int,
     dtype: str = "float32",
     clip: float = 0.0,
-    grad_accum_dtype: str | None = None,
     **zero,
 ) -> dict:
+    """As the program resolves one: gradients are summed in float32."""
     config = {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
@@ -281,7 +281,7 @@ def deepspeed_config(
         "zero_allow_untested_optimizer": True,
     }
     if dtype == "bfloat16":
-        config["bf16"] = {"enabled": True}
-    if grad_accum_dtype:
-        config["data_types"] = {"grad_accum_dtype": grad_accum_dtype}
+        config |= {"bf16": {"enabled": True}, "communication_data_type": "fp32"}
+        if stage > 0:
+            config["data_types"] = {"grad_accum_dtype": "fp32"}
     return config
