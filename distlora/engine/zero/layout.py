@@ -10,8 +10,8 @@ What is relied upon, by stage and optimizer wrapper (DeepSpeed 0.19), each with 
     3      any    ..._Stage3               own shard: ds_tensor own shard: grad_position   safe_get_local_grad
 
 (1) in float32: see `distlora.engine.gradient_sums`. (2) with gradients summed in float32, as the program asks
-for, and without offload; a user's own engine may sum in bfloat16. A ZeRO-3 shard is flat and row-major: rank k
-owns elements [k·ps, (k+1)·ps) of ps = ceil(numel / world), the tail is padding.
+for, and without offload; a user's own engine may sum in bfloat16. A ZeRO-3 shard is flat and row-major:
+rank k owns elements [k·ps, (k+1)·ps) of ps = ceil(numel / world), the tail is padding.
 """
 
 from dataclasses import dataclass
