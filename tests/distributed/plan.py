@@ -124,7 +124,12 @@ def _bfloat16() -> list[Entry]:
         )
 
     # Stage 1 is a wrapper of its own, BF16_Optimizer.
-    plan = [entry("replacing_gradients", 1, clip=0.5)]
+    plan = [
+        entry("replacing_gradients", 1, clip=0.5),
+        # What stage 2 with offload becomes.
+        entry("replacing_gradients", 1, OFFLOAD, note="offload", clip=0.5),
+        entry("writing", 1, OFFLOAD, note="offload"),
+    ]
     # Stage 0 has none for sums in float32; an offloaded optimizer sums by itself.
     plan += [summing(stage) for stage in (0, 1, 2, 3)] + [summing(1, OFFLOAD)]
     for stage in (0, 1, 2, 3):
