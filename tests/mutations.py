@@ -219,7 +219,7 @@ MUTATIONS = [
         LAYOUT,
         "fragment.narrow(0, own.start, own.length) if fragment.numel() == parameter.numel() else fragment\n",
         "fragment\n",
-        parity("replacing_gradients-world2-stage1-bfloat16-clip=0_5-fp32grads"),
+        parity("replacing_gradients-world2-stage1-bfloat16-clip=0_5"),
     ),
     Mutation(
         "factors not gathered for a transformation",

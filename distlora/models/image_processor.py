@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from transformers import AutoImageProcessor
 
 from distlora.errors import UserError
+from distlora.models.explained import explained, quiet
 from distlora.models.hub import resolve_path
-from distlora.models.loading import ModelChoice, explained, quiet
+from distlora.models.loading import ModelChoice
 from distlora.sentences import first_line
 
 FILE = "preprocessor_config.json"

@@ -26,7 +26,7 @@ from transformers.core_model_loading import (
 from transformers.pytorch_utils import Conv1D
 
 from distlora.errors import UserError
-from distlora.models.loading import explained
+from distlora.models.explained import explained
 
 Shape = tuple[int, ...]
 

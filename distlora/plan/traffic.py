@@ -40,16 +40,16 @@ def step_traffic(setup: Setup) -> Traffic:
     if setup.world_size == 1:
         return traffic
     trained, width = sum(setup.shapes.trained.values()), setup.shapes.width
-    if setup.stage <= 1:  # every rank accumulates its gradients, which are reduced once
-        traffic[ALL_REDUCE] = width * trained
+    if setup.stage <= 1:  # every rank accumulates its gradients, which are reduced once, in float32
+        traffic[ALL_REDUCE] = FLOAT32 * setup.summed_at_once
     if setup.stage == 2:
-        traffic[ALL_REDUCE] = width * trained * setup.accumulation
+        traffic[ALL_REDUCE] = FLOAT32 * trained * setup.accumulation
     if setup.stage in (1, 2):
         # Every rank has stepped its own part of the trained parameters, which are joined into one tensor.
         traffic[ALL_GATHER] = width * _rounded_up(trained, 2 * setup.world_size)
     if setup.stage == 3:
         scattered = sum(setup.padded(size) for size in setup.shapes.trained.values())
-        traffic[REDUCE_SCATTER] = width * scattered * setup.accumulation
+        traffic[REDUCE_SCATTER] = FLOAT32 * scattered * setup.accumulation
         traffic += _times(weights_of_a_pass(setup), setup.accumulation)
         traffic[ALL_GATHER] += width * sum(
             setup.padded(setup.shapes.sizes[name]) for name in setup.persistent

@@ -27,6 +27,7 @@ from distlora.models.hub import resolve_path
 from distlora.models.stored_names import renamed
 from distlora.recipe.deepspeed_config import resolve_deepspeed
 from distlora.recipe.sections import Recipe
+from distlora.sentences import listed
 from distlora.training.objective_base import Objective
 from distlora.training.targets import Chosen, choose_targets
 
@@ -77,6 +78,11 @@ def build(comm: Comm, recipe: Recipe, objective: Objective, chosen: Chosen) -> B
         model, OptimizerSpec(lr=rate, weight_decay=settings.weight_decay, **dict(settings.optimizer))
     )
     draw_heads(engine, new, settings.seed)
+    if new:
+        log.info(
+            "new, since the model's files have none of this size, and drawn by train.seed=%d: %s",
+            settings.seed, listed(sorted(new)),
+        )  # fmt: skip
     objective.check_loaded(engine)
     # From here on ranks may draw different numbers (dropout); new heads were drawn alike.
     reseed(settings.seed + comm.rank, comm.device)

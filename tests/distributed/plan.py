@@ -123,12 +123,15 @@ def _bfloat16() -> list[Entry]:
             2, case, stage, BF16, zero, setting, arguments, loss=5e-3, first_loss=2e-3, tensors=0.3, note=note
         )
 
-    # Stage 1 with float32 accumulation is a wrapper of its own, BF16_Optimizer.
-    fp32grads = {"grad_accum_dtype": "fp32"}
+    # Stage 1 is a wrapper of its own, BF16_Optimizer.
     plan = [
-        entry("writing", 1, fp32grads, note="fp32grads"),
-        entry("replacing_gradients", 1, fp32grads, note="fp32grads", clip=0.5),
+        entry("replacing_gradients", 1, clip=0.5),
+        # What stage 2 with offload becomes.
+        entry("replacing_gradients", 1, OFFLOAD, note="offload", clip=0.5),
+        entry("writing", 1, OFFLOAD, note="offload"),
     ]
+    # Stage 0 has none for sums in float32; an offloaded optimizer sums by itself.
+    plan += [summing(stage) for stage in (0, 1, 2, 3)] + [summing(1, OFFLOAD)]
     for stage in (0, 1, 2, 3):
         plan += [entry("curve", stage, arguments={"steps": 6}), entry("writing", stage)]
     # What the recipes of large models ask for: the probe, its SVDs and training, all of it with activation
@@ -136,6 +139,11 @@ def _bfloat16() -> list[Entry]:
     plan.append(entry("initialising", 3, method="lora_sb", checkpointing=True))
     plan.append(entry("initialising", 2, method="lora_sb", checkpointing=True))
     return plan
+
+
+def summing(stage: int, zero: dict = NOTHING) -> Entry:
+    note = "offload" if zero else ""
+    return Entry(2, "summing", stage, BF16, zero, {"targets": "few", "method": "lora"}, tensors=0, note=note)
 
 
 def _methods_and_settings() -> list[Entry]:
@@ -303,7 +311,7 @@ def _swaps() -> list[Entry]:
     # digits.
     all_at_once = {**few, "rank": 5, "gamma": 1.0, "target_rank": 15, "interval": 3}
     loose = {"dtype": BF16, "loss": 5e-3, "first_loss": 1e-3, "tensors": 0.1}
-    plan.append(swapping(1, all_at_once, zero={"grad_accum_dtype": "fp32"}, note="fp32grads", **loose))
+    plan.append(swapping(1, all_at_once, **loose))
     restarting = {"method": "lora_sb", "recompose": {"times": 2}, "init": {"eta": 1e-3}, "targets": "few"}
     plan.append(swapping(3, restarting, loss=1e-2, tensors=0.1))
     return plan
@@ -322,7 +330,7 @@ def _transforms() -> list[Entry]:
         training(3, world=3),
         training(2, zero=OFFLOAD, note="offload"),
         training(3, zero=OFFLOAD, note="offload"),
-        training(1, BF16, zero={"grad_accum_dtype": "fp32"}, note="fp32grads", **rounded),
+        training(1, BF16, **rounded),
         training(3, BF16, **rounded),
         *(Entry(2, "transform_traffic", stage, setting=setting) for stage in (0, 2, 3)),
         # The head is not the method's, and is clipped with the rest.
@@ -338,6 +346,9 @@ def _classifiers() -> list[Entry]:
         plan.append(
             Entry(2, "classifying", stage, BF16, setting=setting, loss=2e-2, first_loss=1e-2, tensors=0.3)
         )
+    # Heads in the files that do not fit: of another number of labels, and without their bias.
+    for family in ("five_labels", "no_bias"):
+        plan.append(Entry(2, "classifying", 3, setting={**setting, "family": family}, arguments={"steps": 2}))
     images = {**setting, "images": True}
     plan += [Entry(2, "classifying_images", stage, setting=images) for stage in (2, 3)]
     return [*plan, Entry(3, "classifying", 3, setting=setting), Entry(1, "classifying", 3, setting=setting)]
@@ -449,7 +460,7 @@ def _searches() -> list[Entry]:
     return [
         *(search(stage) for stage in (0, 1, 2, 3)),
         search(0, "pissa", **rounded),
-        search(1, "lora_pro", zero={"grad_accum_dtype": "fp32"}, note="fp32grads", **rounded),
+        search(1, "lora_pro", **rounded),
         search(2, "srlora", zero=OFFLOAD, note="offload"),
         search(3, "lora_xs", zero={**OFFLOAD, "offload_param": {"device": "cpu"}}, note="offloadall"),
         search(3, "full", zero={"stage3_param_persistence_threshold": 0}, note="persist0"),

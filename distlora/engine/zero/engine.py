@@ -18,6 +18,7 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from distlora.engine import boundary
 from distlora.engine.comm import Comm
+from distlora.engine.gradient_sums import fill_gradients, sum_in_float32
 from distlora.engine.optimizers import OptimizerSpec, set_rate, spec_of
 from distlora.engine.protocol import StepInfo, adapter_layers, left_factors, transforming
 from distlora.engine.rehearsal import Kept
@@ -129,6 +130,8 @@ class ZeroEngine(ZeroGradients):
             model=_Runner(model), optimizer=built, config=without_monitors(config), dist_init_required=False
         )
         engine.monitor = start_monitors(self.comm, config)
+        if self.stage == 0:  # DeepSpeed has no float32 sums for weights in bfloat16 without ZeRO
+            sum_in_float32(trained.values())
         self._call = _through_runner
         _forget_first_step(engine)
         self._monitors = Monitors(engine)
@@ -152,6 +155,8 @@ class ZeroEngine(ZeroGradients):
     def backward(self, loss: Tensor) -> None:
         # DeepSpeed divides by the accumulation steps and averages over ranks; both are undone, so that
         # gradients add up.
+        if self.stage == 0 and self.at_boundary():  # the ranks' sums are joined after this pass
+            fill_gradients(self._trained.values())
         self._engine.backward(loss * (self._engine.gradient_accumulation_steps() * self.comm.world_size))
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()
