@@ -16,9 +16,7 @@ def test_one_rank_that_is_asked_to_stop_takes_the_others_with_it(asked):
     master, stop = ("127.0.0.1", int(free_port())), threading.Event()
 
     def meet(rank: int) -> None:
-        roll = RollCall(
-            Topology(rank, 3, master=master), 60, stop.is_set if rank == asked else lambda: False
-        )
+        roll = RollCall(Topology(rank, 3, master=master), 60, stop.is_set if rank == asked else lambda: False)
         stop.set()
         with pytest.raises(Preempted, match="asked to stop"):
             roll.exchange("place", rank)
