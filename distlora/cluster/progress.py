@@ -5,7 +5,7 @@ the collective's own half an hour. A slow phase must not be taken for that. So e
 for how long it has stood still, and anything counts as a move: another place in the program, a pass or a
 collective that begins or ends, and, where it does not wait for others, the use of a processor, of files or of
 a child process. Only when nothing has moved on any rank, and one waits for others, has the run come to a
-halt.
+halt; where none waits, only after that half an hour.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from distlora.sentences import ranks_on_hosts
 
 #: Use of a processor, as a share of the time, and of files, in bytes a second, from which a rank counts as
 #: working. Its own heartbeat stays far below.
-LEAST_PROCESSOR, LEAST_BYTES = 0.1, 2**18
+LEAST_PROCESSOR, LEAST_BYTES = 0.03, 2**18
 #: Where code lies in which a rank waits for others: anywhere, and in a pass.
 OF_COLLECTIVES = tuple(f"{os.sep}{place}{os.sep}" for place in ("torch/distributed", "deepspeed/comm"))
 OF_PASSES = (f"{os.sep}deepspeed/runtime{os.sep}",)
@@ -57,16 +57,17 @@ class Halt:
 
 def halted(reports: Sequence[Report | None], limit: float, patience: float) -> Halt | None:
     """Whether the run has come to a halt. reports: by rank; None of a rank that has said nothing yet. limit:
-    seconds that the ranks may all stand still; patience: those where one is in a patient phase.
+    seconds that the ranks may all stand still while one waits for others; patience: those where none does, or
+    a rank is in a patient phase.
     """
     if not reports or any(report is None for report in reports):
         return None
-    if not any(report.waits for report in reports):
-        return None
-    if any(report.still <= (max(limit, patience) if report.patient else limit) for report in reports):
+    long, waited_for = max(limit, patience), any(report.waits for report in reports)
+    limits = [limit if waited_for and not report.patient else long for report in reports]
+    if any(report.still <= allowed for report, allowed in zip(reports, limits)):
         return None
     positions = [(report.met, report.begun, report.ended) for report in reports]
-    alone = [rank for rank, report in enumerate(reports) if not report.waits]
+    alone = [rank for rank, report in enumerate(reports) if waited_for and not report.waits]
     last = [rank for rank, position in enumerate(positions) if position < max(positions)]
     return Halt(alone or last, min(report.still for report in reports))
 
@@ -80,9 +81,7 @@ def sentence(halt: Halt, reports: Sequence[Report], hosts: Sequence[str]) -> str
         who = f"{names} {verb} behind ({_passes(reports, halt.behind)}) and the others wait"
     else:
         phase, everybody = reports[0].phase, list(range(len(reports)))
-        who = (
-            f"all {len(reports)} ranks wait for each other at the same place ({_passes(reports, everybody)})"
-        )
+        who = f"all {len(reports)} ranks are at the same place ({_passes(reports, everybody)})"
     return f"nothing has moved on any rank for {halt.seconds:.0f} s in {phase}{of_step}: {who}"
 
 
