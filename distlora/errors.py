@@ -1,6 +1,6 @@
 """The exceptions with which a run ends early on purpose."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
@@ -9,11 +9,16 @@ class Ending(Exception):
 
     agreed: every rank ends with this sentence, so only rank 0 says it. early: it was raised before the ranks
     have met, so the first rank of each node says it, because files, packages and the command line can differ
-    between nodes.
+    between nodes. of_own_work: of what every rank does for itself. of_one_rank: such an error of some ranks,
+    while others could have gone on. parting: to be called once the sentence was said; returns whether rank 0
+    says it.
     """
 
     agreed: bool = False
     early: bool = False
+    of_own_work: bool = False
+    of_one_rank: bool = False
+    parting: Callable[[], bool] | None = None
 
     def __init__(self, sentence: str, agreed: bool | None = None):
         """agreed: replaces the value of the class."""

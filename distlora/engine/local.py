@@ -77,8 +77,8 @@ class LocalEngine:
         return self
 
     @contextmanager
-    def loading(self, whole: bool = False) -> Iterator[None]:
-        yield
+    def loading(self, whole: bool = False) -> Iterator[bool]:
+        yield False
 
     def attaching(self) -> AbstractContextManager:
         return nullcontext()

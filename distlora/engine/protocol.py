@@ -74,9 +74,9 @@ class Engine(Protocol):
     #: What was added to frozen weights; None before `open_ledger`.
     ledger: "Ledger | None"
 
-    def loading(self, whole: bool = False) -> AbstractContextManager:
+    def loading(self, whole: bool = False) -> AbstractContextManager[bool]:
         """Under which pretrained weights are read (ZeRO-3: each rank keeps its part only, unless they are
-        wanted whole).
+        wanted whole). Yields whether that is collective.
         """
 
     def attaching(self) -> AbstractContextManager:

@@ -6,6 +6,7 @@ from contextlib import suppress
 from typing import Protocol
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -161,6 +162,22 @@ def head_parameters(model: PreTrainedModel) -> set[str]:
     return {name for name, parameter in model.named_parameters() if id(parameter) not in base}
 
 
+def check_weights(section: ModelChoice) -> None:
+    """Raises UserError for a model without weights in the format that is loaded, and for files of it that
+    cannot be read. Reads their headers only.
+    """
+    directory = resolve_path(section.path)
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise UserError(
+            f"model.path={section.path}: no *.safetensors in {directory}; only this format is loaded"
+        )
+    with explained(section.path):
+        for file in files:
+            with safe_open(file, framework="pt"):
+                pass
+
+
 def load_model(
     section: ModelChoice, labels: Sequence[str] = (), images: bool = False
 ) -> tuple[PreTrainedModel, set[str]]:
@@ -175,11 +192,8 @@ def load_model(
     headers of the files, because under ZeRO-3 rank 0 alone reads tensors.
     """
     config = load_config(section, labels, images)
+    check_weights(section)
     directory = resolve_path(section.path)
-    if not any(directory.glob("*.safetensors")):
-        raise UserError(
-            f"model.path={section.path}: no *.safetensors in {directory}; only this format is loaded"
-        )
     if labels and not images and reads_the_last_token(config, labels):
         # It must know how texts are padded here.
         config.get_text_config(decoder=True).pad_token_id = load_tokenizer(section).pad_token_id

@@ -80,7 +80,7 @@ class Loop:
                 self._step(step, progress)
                 seconds += time.perf_counter() - began
                 good = saved  # the loss of its weights, or of later ones, has just turned out finite
-                self.status.step = step + 1
+                self.status.step = self.engine.comm.course.step = step + 1
                 state = self._state(extra)
                 self._stop_if_unwritable(state, saved)
                 if state.step < self.steps and self._is_due(self.recipe.train.eval_every, state.step):
@@ -142,7 +142,8 @@ class Loop:
         if self.score is None:
             return
         state.extra = state.extra | {EVALUATION_DUE: True}
-        self.monitor.write(state.step, {f"eval/{key}": value for key, value in self.score().items()})
+        with self.engine.comm.course.during("an evaluation"):
+            self.monitor.write(state.step, {f"eval/{key}": value for key, value in self.score().items()})
         del state.extra[EVALUATION_DUE]
 
     def _stop_if_unwritable(self, state: State, saved: Path | None) -> None:
@@ -178,10 +179,11 @@ class Loop:
         settings, run_dir = self.recipe.train, Path(self.recipe.output_dir)
         unwritten = self.monitor.unwritten()
         extra = state.extra | ({UNWRITTEN: unwritten} if unwritten else {})
-        saved = api.save(
-            self.adapted, run_dir, step=state.step, identity=run_identity(self.recipe), extra=extra,
-            keep=settings.keep_checkpoints, claimed=True, check=self.writing.check,
-        )  # fmt: skip
+        with self.engine.comm.course.during("the saving of a checkpoint"):
+            saved = api.save(
+                self.adapted, run_dir, step=state.step, identity=run_identity(self.recipe), extra=extra,
+                keep=settings.keep_checkpoints, claimed=True, check=self.writing.check,
+            )  # fmt: skip
         self.status.saved = state.step
         return saved
 

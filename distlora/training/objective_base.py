@@ -10,7 +10,14 @@ from torch import Tensor, nn
 from distlora.data import Encoded, is_at_hand
 from distlora.engine.protocol import Engine
 from distlora.models.dry_run import ordinary_text
-from distlora.models.loading import attention_of, bare_model, load_config, load_model, load_tokenizer
+from distlora.models.loading import (
+    attention_of,
+    bare_model,
+    check_weights,
+    load_config,
+    load_model,
+    load_tokenizer,
+)
 from distlora.models.targets import Batch
 from distlora.recipe.sections import Recipe
 
@@ -79,6 +86,10 @@ class Objective(ABC):
     def prepare(self, preprocessor) -> None:
         """Reads and checks what `generate` needs, before the model is loaded. Errors: UserError."""
         return
+
+    def check_weights(self) -> None:
+        """Raises UserError for weights that this rank cannot read; looks at what their files say of them."""
+        check_weights(self.recipe.model)
 
     def load_model(self) -> tuple[nn.Module, set[str]]:
         """The model, and the names of the parameters that its weights lack."""

@@ -78,7 +78,9 @@ class Run:
         self.comm, self.recipe, self.checkpoint, self.status = comm, recipe, checkpoint, status
         self.run_dir, self.writing = Path(recipe.output_dir), writing or Writing(comm)
         self.objective = objective_of(recipe)
+        comm.course.enter("fetching the model and the data", patient=True)
         fetch(comm, recipe)
+        comm.course.enter("reading the data")
         comm.sum_or_stop()
         on_every_rank(comm, self.objective.check_length)
         chosen = on_every_rank(comm, lambda: choose_targets(recipe, self.objective))
@@ -96,6 +98,7 @@ class Run:
             status.steps = self.steps
         self.schedule = None if settings.searches_lr else self._schedule(settings.lr)
         on_every_rank(comm, lambda: check_length(fitted, self.steps))
+        comm.course.enter("loading the model")
         self.built = build(comm, recipe, self.objective, chosen)
         comm.sum_or_stop()
 
@@ -119,6 +122,7 @@ class Run:
         if self.schedule is None:
             self.schedule = self._schedule(extra[FOUND_RATE])
         self._tell_reserve()
+        self.comm.course.enter("training")
         summary = _summary(self.run_dir, self.built, self.recipe.method.rank, self.steps)
         summary.before, summary.init_seconds = extra["before"], extra["init_seconds"]
         summary.found_rate = extra.get(FOUND_RATE)
@@ -129,10 +133,12 @@ class Run:
             self.steps, self.status, monitor, self.writing, self._scores if self.data.held_out else None,
         )  # fmt: skip
         summary.step_seconds = loop.run(extra, self.checkpoint and self.checkpoint.path) or 0.0
+        self.comm.course.enter("the evaluation")
         if self.data.held_out:
             summary.after = self._evaluate()
             monitor.write(self.steps, {f"eval/{key}": value for key, value in summary.after.items()})
         self.writing.agree()
+        self.comm.course.enter("the export of the adapter")
         summary.adapter = self._export()
         on_main(self.comm, self.run_dir, self.writing.check)
         record_summary(self.comm, asdict(summary), first, self.data.order.steps_per_epoch)
@@ -156,7 +162,10 @@ class Run:
 
     def _initialise(self, monitor: Monitor) -> dict[str, Any]:
         """Of a run that begins; returns what is remembered of its beginning."""
+        course = self.comm.course
+        course.enter("the evaluation of the pretrained model")
         before = self._evaluate_pretrained() if self.data.held_out else {}
+        course.enter("the initialisation")
         began = time.perf_counter()
         report = api.initialise(self.built.adapted, self.built.engine, **self._plan())
         seconds = time.perf_counter() - began
@@ -167,6 +176,7 @@ class Run:
     def _find_rate(self, monitor: Monitor) -> float:
         """The learning rate of a run that begins and asks for one."""
         engine, settings = self.built.engine, self.recipe.train.lr_search
+        self.comm.course.enter("the search for the learning rate")
 
         def search() -> RateSearch:
             steps, held_back = self.data.trial(settings.steps, settings.samples)
@@ -179,6 +189,7 @@ class Run:
     def _restore(self) -> dict[str, Any]:
         """Of a run that goes on; returns what is remembered of its beginning."""
         plan = self._plan()
+        self.comm.course.enter("reading the checkpoint")
         state = api.load(self.built.adapted, self.built.engine, self.checkpoint, random_states=True, **plan)
         log.info("continuing from %s", self.checkpoint.path)
         return state["extra"]

@@ -12,7 +12,7 @@ from typing import Any
 from distlora.checkpoints.directory import share_checkpoint
 from distlora.cluster import environment
 from distlora.cluster.lease import Lease, take_lease
-from distlora.cluster.logs import RankLog
+from distlora.cluster.logs import LOGS, RankLog
 from distlora.cluster.status import StatusFile, new_start
 from distlora.cluster.supervision import Supervision
 from distlora.engine.comm import Comm, Topology
@@ -101,7 +101,7 @@ def train(
     where another one goes silent for `train.hang_timeout`.
     """
     device, errors = device_of(topology.local_rank), WriteErrors()
-    supervision = Supervision(topology, recipe.train.hang_timeout)
+    supervision = Supervision(topology, recipe.train.hang_timeout, Path(recipe.output_dir) / LOGS)
     with (
         own_random_state(recipe.train.seed, device),
         RankLog(topology.rank, errors) as rank_log,
@@ -112,10 +112,11 @@ def train(
         where = environment.resolve_topology(comm, topology)
         log.info("%s", environment.topology_line(where))
         run_dir, start = Path(recipe.output_dir), comm.share(new_start())
-        lease = on_main(comm, run_dir, lambda: _lease(run_dir, start, take_over, asked_to_stop))
+        with comm.course.during("waiting for the run directory", patient=True):
+            lease = on_main(comm, run_dir, lambda: _lease(run_dir, start, take_over, asked_to_stop))
         if comm.share(comm.is_main and lease is None):
             comm.sum_or_stop()  # which raises Preempted on all ranks
-        with supervision.owning(lease):
+        with supervision.owning(lease), rank_log.opened_by_crash(run_dir):
             checkpoint = share_checkpoint(
                 comm, on_main(comm, run_dir, lambda: find_checkpoint(recipe, resume))
             )

@@ -42,12 +42,15 @@ def run(options: argparse.Namespace) -> int:
 
 def _run(options: argparse.Namespace, signals: StopSignals) -> int:
     topology = this_topology()
-    recipe = read_recipe(options.recipe, options.overrides)
-    from distlora.training import train as training
+    from distlora.cluster.early import failure_told
 
-    for note in recipe.notes:
-        logging.getLogger("distlora").info("%s", note)
-    training.check(recipe, topology, options.resume)
+    with failure_told(topology):
+        recipe = read_recipe(options.recipe, options.overrides)
+        from distlora.training import train as training
+
+        for note in recipe.notes:
+            logging.getLogger("distlora").info("%s", note)
+        training.check(recipe, topology, options.resume)
     summary = training.train(
         recipe, topology, options.resume, signals.asked, options.take_over, options.allow_changed_data
     )

@@ -96,11 +96,11 @@ class ZeroEngine(ZeroGradients):
     # ------------------------------------------------------------------ coming to life
 
     @contextmanager
-    def loading(self, whole: bool = False) -> Iterator[None]:
+    def loading(self, whole: bool = False) -> Iterator[bool]:
         # from_pretrained looks the object up through a weak reference: partitioned loading lasts as long as
         # this variable.
         partitioned = HfDeepSpeedConfig(self._config) if self.stage == 3 and not whole else None
-        yield
+        yield partitioned is not None
         del partitioned
 
     def attaching(self) -> AbstractContextManager:
@@ -150,16 +150,18 @@ class ZeroEngine(ZeroGradients):
         self._engine.train(on)
 
     def run(self, function: Callable, *arguments):
-        return self._call(self._engine, function, *arguments)
+        with self.comm.course.passing():
+            return self._call(self._engine, function, *arguments)
 
     def backward(self, loss: Tensor) -> None:
         # DeepSpeed divides by the accumulation steps and averages over ranks; both are undone, so that
         # gradients add up.
-        if self.stage == 0 and self.at_boundary():  # the ranks' sums are joined after this pass
-            fill_gradients(self._trained.values())
-        self._engine.backward(loss * (self._engine.gradient_accumulation_steps() * self.comm.world_size))
-        if not self._engine.is_gradient_accumulation_boundary():
-            self._engine.step()
+        with self.comm.course.passing():
+            if self.stage == 0 and self.at_boundary():  # the ranks' sums are joined after this pass
+                fill_gradients(self._trained.values())
+            self._engine.backward(loss * (self._engine.gradient_accumulation_steps() * self.comm.world_size))
+            if not self._engine.is_gradient_accumulation_boundary():
+                self._engine.step()
 
     def at_boundary(self) -> bool:
         return self._engine.is_gradient_accumulation_boundary()
@@ -167,7 +169,8 @@ class ZeroEngine(ZeroGradients):
     def step(self) -> StepInfo:
         # DeepSpeed reports no norm at stage 0 in float32.
         norm = self._plain_norm() if self.stage == 0 and self.dtype == torch.float32 else None
-        self._engine.step()
+        with self.comm.course.passing():
+            self._engine.step()
         norm = self._engine.get_global_grad_norm() if norm is None else norm
         return StepInfo(float(norm), skipped=not self._engine.was_step_applied())
 
@@ -223,7 +226,8 @@ class ZeroEngine(ZeroGradients):
                 )
 
     def run_probe(self, function: Callable, *arguments):
-        return self._call(self._engine.module, function, *arguments)
+        with self.comm.course.passing():
+            return self._call(self._engine.module, function, *arguments)
 
     @contextmanager
     def whole_model(self) -> Iterator[bool]:
