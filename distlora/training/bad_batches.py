@@ -96,13 +96,15 @@ def _order(path: Path) -> tuple[int, int]:
 
 
 def _place(folder: Path, content: dict[str, Any]) -> Path:
-    """`step-7.json`; `step-7-2.json` for a second batch that step 7 could not be made with."""
-    name, again = f"step-{content['step']}", 1
-    while True:
-        path = folder / (f"{name}.json" if again == 1 else f"{name}-{again}.json")
-        if _batch_of(path) in (None, content["batch"]):
-            return path
-        again += 1
+    """`step-7.json`; `step-7-2.json` for a second batch that step 7 could not be made with. The file that is
+    of this batch already is replaced."""
+    name, highest = f"step-{content['step']}", 0
+    for path in folder.iterdir():
+        if _NAME.fullmatch(path.name) and _order(path)[0] == content["step"]:
+            if _batch_of(path) == content["batch"]:
+                return path
+            highest = max(highest, _order(path)[1])
+    return folder / (f"{name}-{highest + 1}.json" if highest else f"{name}.json")
 
 
 def _batch_of(path: Path) -> int | None:
