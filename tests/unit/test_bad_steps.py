@@ -64,9 +64,11 @@ def poison(monkeypatch):
             batch = dict(batch)
             factor = batch.pop("factor", torch.tensor(1.0))
             total, count = loss(model, batch, weights)
-            if math.isinf(factor):  # a finite loss whose gradient is not
-                return total + (total - total.detach()) * factor, count
-            return total * factor, count
+            if not math.isinf(factor):
+                return total * factor, count
+            if total.requires_grad:  # a finite loss whose gradient is not
+                total.register_hook(lambda gradient: gradient * math.inf)
+            return total, count
 
         rows_of_step = RunSamples.rows_of_step
         monkeypatch.setattr(RunSamples, "of_step", marked)
@@ -148,6 +150,8 @@ def test_what_follows_is_what_a_run_trains_that_has_never_had_the_batch(
     assert soundness(run_dir / "checkpoint-6") == "good"
     kept = json.loads((run_dir / "bad_steps" / "step-5.json").read_text())
     assert (kept["step"], kept["batch"], kept["rows_of_batch"]) == (5, BAD, 2)
+    assert kept["why"].startswith("the training loss" if math.isnan(value) else "the norm of the gradient")
+    assert all((row["loss"] == "nan") == math.isnan(value) for row in kept["rows"])
 
 
 def test_a_loss_far_above_the_running_median_is_bad(recipe, poison, without_it, monkeypatch):
