@@ -584,7 +584,7 @@ MUTATIONS = [
     Mutation(
         "DeepSpeed's counters are not put back",
         ZERO,
-        "            kept.keep_attributes(owner, COUNTERS)\n",
+        "            kept.keep_attributes(owner, counters)\n",
         "            pass\n",
         parity("searching-world2-stage2-float32-method=lora-targets=few-clip=0_5"),
     ),

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from distlora.checkpoints.soundness import MANIFEST, mark, soundness, why_bad
 from distlora.engine.comm import Comm
 from distlora.engine.coordination import on_main
 from distlora.errors import UserError
@@ -18,7 +19,7 @@ from distlora.files.atomic import put_in_place, sha256_of
 from distlora.files.problems import dangling_link, first_unreadable
 
 FORMAT = 1
-MANIFEST, STATE = "manifest.json", "state.json"
+STATE = "state.json"
 
 #: A complete checkpoint, or the one whose place a newer of the same step was about to take when the run was
 #: killed.
@@ -46,15 +47,24 @@ class Checkpoint:
         return self.state["extra"]
 
 
-def newest(run_dir: str | os.PathLike, comm: Comm | None = None) -> Checkpoint | None:
-    """The complete checkpoint of the highest step, its checksums verified; None without one.
+def newest(
+    run_dir: str | os.PathLike, comm: Comm | None = None, only_good: bool = False
+) -> Checkpoint | None:
+    """The complete checkpoint of the highest step that is not marked bad, its checksums verified; None
+    without one. only_good: those alone that are marked good, see `distlora.checkpoints.soundness`.
 
-    Broken ones are named in a warning and skipped. With `comm` this is collective: rank 0 looks, all ranks
-    get its answer.
+    Broken and bad ones are named in a warning and skipped. With `comm` this is collective: rank 0 looks, all
+    ranks get its answer.
     """
     if comm is None:
-        return _newest(Path(run_dir))
-    return share_checkpoint(comm, on_main(comm, run_dir, lambda: _newest(Path(run_dir))))
+        return _newest(Path(run_dir), only_good)
+    return share_checkpoint(comm, on_main(comm, run_dir, lambda: _newest(Path(run_dir), only_good)))
+
+
+def last_good(run_dir: str | os.PathLike) -> Path | None:
+    """Of the checkpoints that are marked good the newest complete one; their checksums are not verified."""
+    complete = (path for _, path in _candidates(Path(run_dir)) if problem_with(path, checksums=False) is None)
+    return next((path for path in complete if soundness(path) == "good"), None)
 
 
 def share_checkpoint(comm: Comm, found: Checkpoint | None) -> Checkpoint | None:
@@ -76,9 +86,14 @@ def of_step(run_dir: str | os.PathLike, step: int) -> Checkpoint:
     return _load(path)
 
 
-def _newest(run_dir: Path) -> Checkpoint | None:
+def _newest(run_dir: Path, only_good: bool) -> Checkpoint | None:
     for _, path in _candidates(run_dir):
         _refuse_unreadable(path)
+        verdict = soundness(path)
+        if verdict == "bad":
+            _log.warning("%s is marked bad and skipped: %s", path, why_bad(path))
+        if verdict == "bad" or (only_good and verdict != "good"):
+            continue
         problem = problem_with(path)
         if problem is None:
             return _load(path)
@@ -152,17 +167,30 @@ def put_checkpoint_in_place(partial: Path, final: Path) -> None:
 
 
 def prune(final: Path, keep: int, claimed: bool = True) -> None:
-    """Removes older checkpoints once `final` is complete. Later steps are left alone: only broken ones can be
+    """Removes older checkpoints once `final` is complete: of those up to its step stay the newest `keep` that
+    are not bad, and the last good one in any case. Later steps are left alone: only broken or bad ones can be
     there. claimed: see `save`; else only what has our manifest is removed.
     """
-    complete = 0
+    kept, has_good = 0, False
     for step, path in _candidates(final.parent):
-        if not (claimed or _is_ours(path)):
+        if step > _step_of(final) or not (claimed or _is_ours(path)):
             continue
         whole = path.name[0] != "." and problem_with(path, checksums=False) is None
-        complete += whole and step <= _step_of(final)
-        if step <= _step_of(final) and not (whole and complete <= max(keep, 1)):
+        verdict = soundness(path) if whole else "bad"
+        is_last_good = verdict == "good" and not has_good
+        kept, has_good = kept + (verdict != "bad"), has_good or is_last_good
+        if verdict == "bad" or not (kept <= max(keep, 1) or is_last_good):
             shutil.rmtree(path, ignore_errors=True)  # what stays of it is broken, and goes next time
+
+
+def give_up_later(run_dir: Path, step: int | None, why: str) -> None:
+    """Marks the checkpoints of later steps bad, because the run has gone back to this one. step: None where
+    it begins anew: then all are removed, since none is good. Raises OSError."""
+    for number, path in _candidates(run_dir):
+        if step is None:
+            shutil.rmtree(path)
+        elif number > step and problem_with(path, checksums=False) is None:
+            mark(path, "bad", why)
 
 
 def refuse_others(final: Path) -> None:

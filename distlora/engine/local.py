@@ -137,6 +137,13 @@ class LocalEngine:
                     parameter.copy_(self._masters[name])
         return StepInfo(float(norm))
 
+    def drop_step(self) -> None:
+        for parameter in self._trained.values():
+            parameter.grad = None
+
+    def release(self) -> None:
+        return
+
     def set_rate(self, rate: float) -> None:
         set_rate(self._optimizer, rate)
 

@@ -104,6 +104,14 @@ class Engine(Protocol):
         forgets the gradients. See `distlora.engine.boundary` for what comes before and after.
         """
 
+    def drop_step(self) -> None:
+        """In the place of `step`: forgets the gradients. Weights, moments and generators stay as they are, to
+        the bit. Under ZeRO every rank holds its own part of these in host memory meanwhile.
+        """
+
+    def release(self) -> None:
+        """Lets go of the model, for another engine in this process. Nothing else is called after that."""
+
     def set_rate(self, rate: float) -> None: ...
 
     def rehearsal(self) -> AbstractContextManager[Callable[[], None]]:

@@ -28,6 +28,9 @@ _FORMAT_KEY = "format"
 LOOKING_ON = (
     "eval_every", "save_every", "keep_checkpoints", "eval_samples", "exact_match_samples", "hang_timeout",
 )  # fmt: skip
+#: Those that say what happens after a step that trains nothing: a run that was ended by one may go on
+#: otherwise.
+ON_BAD_STEPS = ("on_bad_step", "bad_loss_factor", "bad_steps_limit")
 
 
 def load_recipe(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Recipe:
@@ -205,7 +208,7 @@ def run_identity(recipe: Recipe) -> dict:
     ignored = {
         "model": ("gradient_checkpointing", "attention"),
         "data": ("max_new_tokens", "eval_split", "think_step_by_step", "chat_date"),
-        "train": ("micro_batch_size", *LOOKING_ON),
+        "train": ("micro_batch_size", *LOOKING_ON, *ON_BAD_STEPS),
     }  # fmt: skip
     if not recipe.train.searches_lr:
         ignored["train"] += ("lr_search",)

@@ -100,6 +100,16 @@ class RunSamples:
             )
         )
 
+    def rows_of_step(self, step: int) -> list[tuple[int | None, Batch]]:
+        """This rank's samples of a step, each with its number and as a batch of its own; equally many on
+        every rank, where one lacks a sample None and a batch of weight zero.
+        """
+        indices, world = self.order.indices(step), self._comm.world_size
+        own: list[int | None] = indices[self._comm.rank :: world]
+        own += [None] * (-(-len(indices) // world) - len(own))
+        parts = [[] if number is None else [number] for number in own]
+        return list(zip(own, self._batches(self.training, parts)))
+
     def _batches(self, samples: list, parts: list[list[int]]) -> Iterator[Batch]:
         for indices in parts:
             part = [samples[i] for i in indices]

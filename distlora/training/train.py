@@ -30,8 +30,9 @@ from distlora.recipe.sections import Recipe
 from distlora.training.build import check_targets
 from distlora.training.monitor import writers_silenced
 from distlora.training.objective import Objective, objective_of
-from distlora.training.run import Run, Summary
+from distlora.training.run import Run
 from distlora.training.run_directory import check_run_dir, claim_run_dir, find_checkpoint, with_format_of_run
+from distlora.training.summary import Summary
 from distlora.training.writing import Writing
 
 log = logging.getLogger(__name__)

@@ -34,6 +34,7 @@ from distlora.models.generation import generate
 from distlora.models.losses import label_loss, response_loss
 from distlora.models.targets import loss_of_samples
 from distlora.training.step import accumulate, evaluation_loss
+from tests.distributed.dropped_step_cases import dropping
 from tests.distributed.plan import GLOBAL_BATCH
 from tests.distributed.rate_search_cases import searching
 from tests.distributed.recomposition_cases import (
@@ -573,7 +574,7 @@ CASES: dict[str, Callable[..., Results]] = {
         curve, short_batch, writing, norming, replacing_gradients, initialising, probing, generating,
         answering, naming_silent_tensors, summing, transform_traffic, correcting, storing, classifying,
         classifying_images, saving, resuming, swapping, swap_traffic, swap_saving, swap_resuming, whole_run,
-        sent_in_a_step, sent_at_the_start, searching, merging, later_tokens,
+        sent_in_a_step, sent_at_the_start, searching, merging, later_tokens, dropping,
     )
 }  # fmt: skip
 

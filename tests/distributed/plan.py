@@ -73,7 +73,7 @@ def entries() -> list[Entry]:
         *_every_stage(), *_every_method(), *_bfloat16(), *_methods_and_settings(), *_norms(), *_transforms(),
         *_optimizers(),
         *_zero_options(), *_swaps(), *_classifiers(), *_packed(), *_traffic(),
-        *_searches(), *_transposed(), *_experts(), *_other_classes(),
+        *_searches(), *_dropped(), *_transposed(), *_experts(), *_other_classes(),
     ]  # fmt: skip
 
 
@@ -465,4 +465,22 @@ def _searches() -> list[Entry]:
         search(3, "lora_xs", zero={**OFFLOAD, "offload_param": {"device": "cpu"}}, note="offloadall"),
         search(3, "full", zero={"stage3_param_persistence_threshold": 0}, note="persist0"),
         search(3, "dora", arguments={"highest": 3e37}),
+    ]
+
+
+def _dropped() -> list[Entry]:
+    """Bad steps that are dropped: every wrapper keeps gradients elsewhere."""
+
+    def drop(stage: int, dtype: str = FP32, zero: dict = NOTHING, note: str = "", **setting) -> Entry:
+        setting = {"targets": "few", "clip": 0.5, **setting}
+        rounded = {"loss": 5e-3, "first_loss": 2e-3, "tensors": 0.3} if dtype == BF16 else {}
+        return Entry(2, "dropping", stage, dtype, zero, setting, note=note, **rounded)
+
+    return [
+        *(drop(stage) for stage in (0, 1, 2, 3)),
+        drop(0, BF16),
+        drop(1, BF16, {"grad_accum_dtype": "fp32"}, "fp32grads"),
+        drop(2, zero=OFFLOAD, note="offload"),
+        drop(3, BF16, {**OFFLOAD, "offload_param": {"device": "cpu"}}, "offloadall"),
+        drop(3, spec="adamw8bit"),
     ]

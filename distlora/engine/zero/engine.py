@@ -34,6 +34,11 @@ COUNTERS = (
     "start_time",
 )  # fmt: skip
 
+#: Those of them that count whole steps; `micro_steps` must go on to the next one.
+CHANGED_BY_STEP = (
+    "global_steps", "global_samples", "skipped_steps", "_step_applied", "_global_grad_norm", "overflow",
+)  # fmt: skip
+
 #: DeepSpeed gathers some mixtures of experts as a whole, because ranks might call different experts. Here all
 #: experts of a block are parameters of one module, which every rank calls.
 NO_LEAVES = {"classes": []}
@@ -174,6 +179,17 @@ class ZeroEngine(ZeroGradients):
         norm = self._engine.get_global_grad_norm() if norm is None else norm
         return StepInfo(float(norm), skipped=not self._engine.was_step_applied())
 
+    def drop_step(self) -> None:
+        # Every wrapper keeps gradients elsewhere, and lets go of them in a step alone.
+        take_back = self._keep(CHANGED_BY_STEP, amid_run=True)
+        with self._monitors_silenced():
+            self._engine.step()
+        take_back()
+
+    def release(self) -> None:
+        self._engine.destroy()
+        get_accelerator().empty_cache()
+
     def _plain_norm(self) -> Tensor:
         return torch.nn.utils.get_total_norm([p.grad for p in self._trained.values() if p.grad is not None])
 
@@ -184,11 +200,18 @@ class ZeroEngine(ZeroGradients):
 
     @contextmanager
     def rehearsal(self) -> Iterator[Callable[[], None]]:
+        take_back = self._keep(COUNTERS)
+        with self._monitors_silenced():
+            yield take_back
+        take_back()
+
+    def _keep(self, counters: tuple[str, ...], amid_run: bool = False) -> Callable[[], None]:
+        """What takes back all that steps change from here on, with these counters. amid_run: see `Kept`."""
         engine = self._engine
         flats = {id(own.flat): own.flat for own in self._slices.values() if own is not None}
-        kept = Kept(self.comm.device, self._optimizer, flats.values())
+        kept = Kept(self.comm.device, self._optimizer, flats.values(), amid_run)
         for owner in (engine, engine.optimizer, engine.tput_timer):
-            kept.keep_attributes(owner, COUNTERS)
+            kept.keep_attributes(owner, counters)
         low = self._own_storage(name for name, p in self._trained.items() if id(p) not in flats)
 
         def take_back() -> None:
@@ -196,12 +219,17 @@ class ZeroEngine(ZeroGradients):
             self._put_back(low)
             boundary.after_step(self)
 
-        told, engine.monitor.enabled = engine.monitor.enabled, False  # DeepSpeed tells of steps by itself
+        return take_back
+
+    @contextmanager
+    def _monitors_silenced(self) -> Iterator[None]:
+        """DeepSpeed tells of steps by itself."""
+        monitor = self._engine.monitor
+        told, monitor.enabled = monitor.enabled, False
         try:
-            yield take_back
+            yield
         finally:
-            engine.monitor.enabled = told
-        take_back()
+            monitor.enabled = told
 
     # ------------------------------------------------------------------ passes that train nothing
 
