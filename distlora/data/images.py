@@ -28,8 +28,11 @@ from distlora.models.targets import IGNORE
 from distlora.sentences import first_line
 from distlora.tasks import get_task
 
-#: What Pillow raises for bytes that are no image, or only a part of one.
-_BROKEN = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
+#: Pillow's formats that are opened. Others are read by programs beside it, such as Ghostscript.
+_FORMATS = (
+    "AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "SGI", "TGA", "TIFF",
+    "WEBP",
+)  # fmt: skip
 
 #: Bytes at either end of an image's file that a fingerprint looks at.
 _ENDS = 512
@@ -108,7 +111,9 @@ class ImageRows(LabelledRows):
         where = str(value) if isinstance(value, Path) else f"row {position} of {self.origin}"
         try:
             yield
-        except _BROKEN as error:
+        except UserError:
+            raise
+        except Exception as error:  # damage shows in any of Pillow's exceptions, and in many of Python's
             unknown = isinstance(error, UnidentifiedImageError)
             what = "it is none" if unknown else first_line(error) or type(error).__name__
             raise UserError(f"data: the image in {where} cannot be read ({what}), replace it") from None
@@ -141,9 +146,10 @@ def _opened(value: Any) -> Image.Image:
     if isinstance(value, dict) and {"bytes", "path"} & set(value):
         value = value.get("bytes") or Path(value.get("path") or "")
     if isinstance(value, bytes):
-        return Image.open(io.BytesIO(value))
-    if isinstance(value, Path):
-        return Image.open(value)
+        value = io.BytesIO(value)
+    if isinstance(value, io.BytesIO | Path):
+        Image.init()
+        return Image.open(value, formats=[name for name in _FORMATS if name in Image.OPEN])
     found = "no value" if value is None else f"a {type(value).__name__}"
     raise ValueError(f"{found} and no image")
 

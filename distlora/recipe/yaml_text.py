@@ -1,9 +1,9 @@
 """YAML as recipes, overrides and sweeps use it: the values of JSON, written with less punctuation.
 
 A plain word is null (null, ~ or nothing), true, false, a number in decimal notation (7, .5, 1e-3, .inf) or a
-text. What other versions of YAML also read into plain words is a text here: yes and no, dates, 010, 0x10, 1_000,
-1:30. Keys are texts. Tags, anchors and aliases are refused, and so is what is deep, long or given twice: a text
-of a few bytes cannot become more than it says.
+text. What other versions of YAML also read into plain words is a text here: yes and no, dates, 010, 0x10,
+1_000, 1:30. Keys are texts. Tags, anchors and aliases are refused, and so is what is deep, long or given
+twice: a text of a few bytes cannot become more than it says.
 """
 
 import math
@@ -16,8 +16,8 @@ import yaml
 from distlora.errors import UserError
 from distlora.sentences import first_line
 
-#: Characters of a text, values within values, and characters of a number.
-LONGEST, _DEEPEST, _LONGEST_NUMBER = 1 << 20, 32, 40
+#: Characters of a text, values within values (and dots of a key), and characters of a number.
+LONGEST, DEEPEST, _LONGEST_NUMBER = 1 << 20, 32, 40
 #: libyaml's parser where it was built, which is ten times as fast.
 _PARSER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
@@ -34,8 +34,8 @@ _NO_TEXT = re.compile("[\0\ud800-\udfff]")
 
 
 def parse_yaml(text: str, name: str) -> Any:
-    """The content of a YAML text, in JSON's types. Raises UserError, which calls the text `name`, for anything
-    that is not such a text.
+    """The content of a YAML text, in JSON's types. Raises UserError, which calls the text `name`, for
+    anything that is not such a text.
     """
     if len(text) > LONGEST:
         raise UserError(f"{name[:100]} has more than {LONGEST:,} characters; leave out what is not needed")
@@ -86,8 +86,8 @@ def _content(events: Iterable[yaml.Event]) -> Any:
             _put(open_values[-1] if open_values else root, value, event)
             if isinstance(event, yaml.CollectionStartEvent):
                 open_values.append(value)
-                if len(open_values) > _DEEPEST:
-                    raise _Refused(f"values lie in more than {_DEEPEST} others", event)
+                if len(open_values) > DEEPEST:
+                    raise _Refused(f"values lie in more than {DEEPEST} others", event)
     return root[0] if root else None
 
 

@@ -23,8 +23,8 @@ LONGEST = 2000
 
 @dataclass(frozen=True)
 class Loader:
-    """Something that reads. read: gets an example and an empty folder; what it returns does not matter. share:
-    of the examples, beside the other loaders."""
+    """Something that reads. read: gets an example and an empty folder; what it returns does not matter.
+    share: of the examples, beside the other loaders."""
 
     name: str
     examples: SearchStrategy[Any]

@@ -8,7 +8,8 @@ from tests.fuzz.rule import Loader, outcome
 
 
 def hold(loader: Loader, examples: int, chosen_by: int | None = None) -> Counter:
-    """How often the loader said what, by the first words. Fails with the smallest example that breaks the rule.
+    """How often the loader said what, by the first words. Fails with the smallest example that breaks the
+    rule.
 
     chosen_by: the seed of the examples; None: the same ones every time.
     """
