@@ -40,7 +40,7 @@ def outcome(loader: Loader, example: Any) -> str | None:
             loader.read(example, folder)
             sentence = None
         except UserError as error:
-            sentence = str(error)
+            sentence = str(error).replace(f"{folder}{os.sep}", "")
         spent = time.process_time() - begun
     assert spent < SECONDS, f"{loader.name} took {spent:.1f} s"
     if sentence is not None:

@@ -1,10 +1,12 @@
 """The table of all loaders."""
 
-from tests.fuzz import recipes
+from tests.fuzz import cluster, data, images, recipes, words
 from tests.fuzz.rule import Loader
 
-LOADERS: tuple[Loader, ...] = (*recipes.LOADERS,)
+SUBJECTS = (recipes, cluster, data, images, words)
+LOADERS: tuple[Loader, ...] = tuple(loader for subject in SUBJECTS for loader in subject.LOADERS)
 BY_NAME = {loader.name: loader for loader in LOADERS}
+#: Of all loaders, in the test suite.
 EXAMPLES = 2000
 
 
