@@ -12,6 +12,8 @@ from distlora.sentences import given_twice
 
 #: Bytes of a file that is written by hand, or by a program in its place.
 LONGEST = 1 << 20
+#: Of a whole number in JSON, so that 64 bits hold it.
+_DIGITS = 18
 
 
 def read_user_text(
@@ -63,7 +65,11 @@ def parse_json(text: str, name: str) -> Any:
     """
     try:
         return json.loads(
-            text, object_pairs_hook=_object, parse_constant=_refuse_constant, parse_float=_finite
+            text,
+            object_pairs_hook=_object,
+            parse_constant=_refuse_constant,
+            parse_float=_finite,
+            parse_int=_whole,
         )
     except json.JSONDecodeError as error:
         where = f"at line {error.lineno}, column {error.colno}"
@@ -74,8 +80,6 @@ def parse_json(text: str, name: str) -> Any:
         raise UserError(f"{name} is not read: values lie too deep in others") from None
     except _Refused as refused:
         raise UserError(f"{name} is not JSON: {refused}") from None
-    except ValueError:
-        raise UserError(f"{name} is not read: a number has too many digits") from None
 
 
 class _Refused(ValueError):
@@ -91,6 +95,12 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse_constant(word: str) -> None:
     raise _Refused(f"{word} is no number")
+
+
+def _whole(text: str) -> int:
+    if len(text) > _DIGITS:
+        raise _Refused(f"{text[:_DIGITS]}… has {len(text):,} digits, wanted at most {_DIGITS}")
+    return int(text)
 
 
 def _finite(text: str) -> float:

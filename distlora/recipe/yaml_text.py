@@ -152,6 +152,8 @@ def _scalar(text: str, event: yaml.ScalarEvent) -> Any:
     kind = int if _INT.fullmatch(text) else float if _FLOAT.fullmatch(text) else None
     if kind is not None and len(text) > _LONGEST_NUMBER:
         raise _Refused(f"a number has {len(text):,} characters, wanted at most {_LONGEST_NUMBER}", event)
+    if kind is int and not -(2**63) <= int(text) < 2**63:
+        raise _Refused(f"{text} is beyond the whole numbers of 64 bits", event)
     if kind is not None:
         return kind(text)
     special = _NOT_FINITE.fullmatch(text)
