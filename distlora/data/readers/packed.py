@@ -14,7 +14,7 @@ from distlora.sentences import first_line
 
 #: Bytes that any file may become, and how many times its own size a larger one. Texts and images are packed
 #: to a tenth, and hardly ever to a fiftieth; a file that is made to fill a machine's memory, to a thousandth.
-FREE, RATIO = 256 << 20, 50
+FREE, RATIO = 64 << 20, 50
 
 
 def is_packed(file: Path) -> bool:
