@@ -35,7 +35,7 @@ def examine(
     with before_ranks_meet():
         port = _port(port)
         if not 0 < limit <= _LONGEST_WAIT:
-            raise UserError(f"--limit {limit:g} is no time to wait; give seconds above 0, up to a day")
+            raise UserError(f"--limit {limit} is no time to wait; give seconds above 0, up to a day")
     if hostfile is not None and topology.world_size > 1:
         raise UserError(
             f"{topology.world_size} ranks would each ask the hosts of {hostfile}; "

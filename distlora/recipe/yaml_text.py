@@ -74,39 +74,40 @@ class _Refused(Exception):
 
 def _content(events: Iterable[yaml.Event]) -> Any:
     """The value of the only document. No function here calls itself, however deep the values lie."""
-    root: list[Any] = []
-    open_values: list[list | _Mapping] = []
+    root = _Open([])
+    open_values = [root]
     for event in events:
-        if isinstance(event, yaml.DocumentStartEvent) and root:
+        if isinstance(event, yaml.DocumentStartEvent) and root.value:
             raise _Refused("there is a second document; keep one", event)
         if isinstance(event, yaml.CollectionEndEvent):
             open_values.pop()
         elif isinstance(event, yaml.NodeEvent):
             value = _value(event)
-            _put(open_values[-1] if open_values else root, value, event)
+            open_values[-1].put(value, event)
             if isinstance(event, yaml.CollectionStartEvent):
-                open_values.append(value)
-                if len(open_values) > DEEPEST:
+                open_values.append(_Open(value))
+                if len(open_values) > DEEPEST + 1:
                     raise _Refused(f"values lie in more than {DEEPEST} others", event)
-    return root[0] if root else None
+    return root.value[0] if root.value else None
 
 
-class _Mapping(dict):
-    """A mapping that is being read. key: the one whose value comes next."""
+class _Open:
+    """A list or a mapping that is being read. key: the one whose value comes next."""
 
-    key: str | None = None
+    def __init__(self, value: list | dict):
+        self.value, self.key = value, None
+
+    def put(self, value: Any, event: yaml.NodeEvent) -> None:
+        """Adds an entry, a key or the value of the last key."""
+        if isinstance(self.value, list):
+            self.value.append(value)
+        elif self.key is None:
+            self.key = _key(self.value, event)
+        else:
+            self.value[self.key], self.key = value, None
 
 
-def _put(parent: "list | _Mapping", value: Any, event: yaml.NodeEvent) -> None:
-    if isinstance(parent, list):
-        parent.append(value)
-    elif parent.key is None:
-        parent.key = _key(parent, event)
-    else:
-        parent[parent.key], parent.key = value, None
-
-
-def _key(mapping: "_Mapping", event: yaml.NodeEvent) -> str:
+def _key(mapping: dict, event: yaml.NodeEvent) -> str:
     if not isinstance(event, yaml.ScalarEvent):
         raise _Refused("a list or a mapping is no key; keys are texts", event)
     if not event.value:
@@ -137,7 +138,7 @@ def _value(event: yaml.NodeEvent) -> Any:
             event,
         )
     if isinstance(event, yaml.MappingStartEvent):
-        return _Mapping()
+        return {}
     if isinstance(event, yaml.SequenceStartEvent):
         return []
     if _NO_TEXT.search(event.value):

@@ -73,6 +73,7 @@ def test_plain_words_are_those_of_json_or_texts(plain, value):
 
 @pytest.mark.parametrize("value", [True, None, 3, 0.001, 1e-30, -1e300, "1e4", "010", "yes", [], {"a": [{}]}])
 def test_what_is_written_is_read_again(value):
+    assert dump_yaml(parse_yaml(dump_yaml({"a": value}), "x")) == dump_yaml({"a": value})
     shared = [value]
     assert parse_yaml(dump_yaml({"a": shared, "b": shared}), "x") == {"a": [value], "b": [value]}
 
