@@ -23,6 +23,7 @@ from distlora.data.image_files import class_names, read_split, splits_of
 from distlora.data.labelled import LabelledRows, label_names
 from distlora.data.sources import Row
 from distlora.errors import UserError
+from distlora.files.problems import file_errors_explained
 from distlora.files.user_paths import user_path
 from distlora.models.targets import IGNORE
 from distlora.sentences import first_line
@@ -54,7 +55,8 @@ def image_labels(section: DataSection) -> tuple[str, ...]:
         return label_names(section)
     path = section.path and user_path(section.path, "data.path")
     parts = sources.parse_split(section.split)
-    names = class_names(path, (part.name for part in parts)) if path else None
+    with file_errors_explained(f"data.path: {path}"):
+        names = class_names(path, (part.name for part in parts)) if path else None
     if names is None:
         raise UserError(
             f"data.labels: the task {section.task} needs them where the images do not lie in folders of "
@@ -84,7 +86,8 @@ class ImageRows(LabelledRows):
 
     def read(self, section: DataSection, split: str) -> Sequence[Row]:
         path = section.path and user_path(section.path, "data.path")
-        found = splits_of(path) if path else None
+        with file_errors_explained(f"data.path: {path}"):
+            found = splits_of(path) if path else None
         if found is None:
             return examples.load_rows(section, split)
         rows = sources.select(sources.parse_split(split), partial(read_split, found, path=path))

@@ -5,12 +5,14 @@ import random
 import sys
 import time
 import traceback
+import warnings
 
 from tests.fuzz.run import hold
 from tests.fuzz.table import BY_NAME, EXAMPLES, LOADERS, examples_of
 
 
 def main() -> int:
+    warnings.simplefilter("ignore")  # Pillow tells of all damage that it passes over
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz")
     parser.add_argument("--examples", type=int, default=EXAMPLES, help="of all loaders together")
     parser.add_argument("--seed", type=int, default=None, help="of the examples; default: another every time")

@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import os
 import re
 import zipfile
 
@@ -160,6 +161,21 @@ def test_paths_that_no_file_can_have(name):
     assert refused(lambda folder: user_path(name, "data.path")).startswith("data.path: ")
     if "/" not in name:
         assert refused(lambda folder: load_rows(f"./{name}", "train"))
+
+
+@pytest.mark.parametrize(
+    "make", [os.mkfifo, lambda path: path.symlink_to("/dev/null"), lambda path: path.touch()]
+)
+@pytest.mark.parametrize("name", ["x", "x.jsonl.gz", "x.npz"])
+def test_what_is_no_file_of_rows_is_not_waited_for(name, make):
+    def read(folder):
+        make(folder / name)
+        if name == "x.npz":
+            load_images(section("mnist", folder / name), "train")
+        load_rows(str(folder / name), "train")
+        raise UserError("data.path: no rows")
+
+    assert "data.path: " in refused(read)
 
 
 @pytest.mark.parametrize(
