@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from distlora.cli import ending
 from distlora.cli.arguments import whole
 from distlora.cli.verbs import VERBS
+from distlora.errors import UserError
 
 
 class _Parser(argparse.ArgumentParser):
@@ -20,7 +21,7 @@ class _Parser(argparse.ArgumentParser):
             time.sleep(ending.PATIENCE)
         if not first_on_node:
             self.exit(ending.USER_ERROR)
-        super().error(message)
+        super().error(str(UserError(message)))  # one line of bounded length, whatever the words are
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import re
 from pathlib import Path
 
 from hypothesis import strategies as st
@@ -61,7 +62,7 @@ def _command(given: tuple[tuple[str, ...], list[tuple[int, str]]], folder: Path)
             code = end.code
     lines = said.getvalue().rstrip("\n").split("\n")
     if code == 2:
-        raise UserError(lines[-1])
+        raise UserError(re.sub(r"^distlora[a-z ]*: (error: )?", "", lines[-1]))
     assert code in (0, 1, 75), (code, lines)
 
 

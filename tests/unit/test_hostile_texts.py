@@ -259,6 +259,17 @@ def test_a_patience_without_end_is_refused(monkeypatch, minutes):
     assert "DEEPSPEED_TIMEOUT" in refused(topology_from_environment)
 
 
+@pytest.mark.parametrize("word", ["a" * 5000, "a\nb", "\x1b[2J", "--" + "b" * 9000, "\udcff"])
+def test_words_that_no_verb_takes_are_told_in_one_line(word, capsys, folder):
+    for words in ([word], ["status", "r", word], ["export", "r", "--format", word, "--out", "o"]):
+        try:
+            code = main(words)
+        except SystemExit as end:
+            code = end.code
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert code == 2 and last.startswith("distlora") and last.isprintable() and len(last) < 2200
+
+
 @pytest.mark.parametrize("number", ["9" * 5000, "١٢", "1_000", "nan", "inf", "0x10", ""])
 @pytest.mark.parametrize(
     "words",
