@@ -7,20 +7,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from distlora.errors import UserError
-from distlora.files.problems import dangling_link
+from distlora.files.user_texts import read_user_text
 from distlora.methods import registry
-from distlora.recipe.deepspeed_file import read_deepspeed
+from distlora.recipe.deepspeed_file import read_deepspeed, refuse_words
 from distlora.recipe.sections import FORMAT, INLINE, Recipe, method_class
 from distlora.recipe.strict import (
     check_keys,
     dotted,
-    dump_yaml,
-    parse_yaml,
     show,
     unknown_keys,
     validate,
     validate_values,
 )
+from distlora.recipe.yaml_text import DEEPEST, dump_yaml, parse_yaml
 
 #: The key of a resolved recipe that says its format. Not one of the recipe's keys.
 _FORMAT_KEY = "format"
@@ -91,14 +90,8 @@ class _Document:
         self.deepspeed_source = INLINE
 
     def _read(self):
-        try:
-            text = self.path.read_text(encoding="utf-8")
-        except FileNotFoundError:
-            missing = f"{self.name}: no such recipe; give the path of a YAML file"
-            raise UserError(dangling_link(self.path) or missing) from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{self.name} cannot be read as a recipe: {error}") from None
-        return parse_yaml(text, self.name)
+        missing = f"{self.name}: no such recipe; give the path of a YAML file"
+        return parse_yaml(read_user_text(self.path, "a recipe", missing), self.name)
 
     def _take_format(self) -> int | None:
         """Removes the format from the content, so that no override reaches it."""
@@ -131,6 +124,8 @@ class _Document:
         key = key.strip()
         if not equals or not all(key.split(".")):
             raise UserError(f"override {override}: wanted dotted.key=value, as in train.lr=1e-3")
+        if key.count(".") > DEEPEST:
+            raise UserError(f"override {key[:40]}…: no key has more than {DEEPEST} dots")
         value = parse_yaml(text, f"override {key}: {text}")
         if key.startswith("deepspeed."):
             self.read_deepspeed()
@@ -181,6 +176,8 @@ class _Document:
             self.content["deepspeed"], self.deepspeed_source = read_deepspeed(
                 path, folders, self.place("deepspeed")
             )
+        elif isinstance(path, dict):
+            refuse_words(path, "deepspeed", self.place)
 
 
 def dump_recipe(recipe: Recipe) -> str:

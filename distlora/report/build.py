@@ -1,6 +1,7 @@
 """A report of finished or running runs: a page and its pictures, in a directory of its own."""
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,7 +33,7 @@ def write_report(
     an earlier report.
     """
     require_matplotlib()
-    place = out.resolve()
+    place = Path(os.path.realpath(out))
     earlier = _earlier_report(place)
     runs = find_runs(paths)
     _check_tasks(runs, tasks)

@@ -78,7 +78,9 @@ def test_a_bad_deepspeed_file(content, expected):
 
 
 def test_a_deepspeed_file_that_cannot_be_read():
-    with pytest.raises(UserError, match="^/proc/self/mem cannot be read: Input/output error$"):
+    with pytest.raises(
+        UserError, match="^/proc/self/mem cannot be read as a DeepSpeed config: Input/output error$"
+    ):
         read_deepspeed("/proc/self/mem")
 
 

@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from distlora.cli.arguments import decimal, whole
 from distlora.cli.shared import log_to_terminal
 
 
@@ -11,7 +12,7 @@ def add(verbs) -> None:
     parser.add_argument("run_dir", type=Path, help="the run's output directory")
     parser.add_argument("--format", choices=("peft", "merged"), required=True)
     parser.add_argument("--out", type=Path, required=True, help="a directory that does not exist yet")
-    parser.add_argument("--step", type=int, help="of the checkpoint; default: the newest")
+    parser.add_argument("--step", type=whole, help="of the checkpoint; default: the newest")
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),
@@ -19,13 +20,13 @@ def add(verbs) -> None:
     )
     parser.add_argument(
         "--compress-rank",
-        type=int,
+        type=whole,
         metavar="K",
         help="peft: at most K columns a layer, by an SVD of its update",
     )
     parser.add_argument(
         "--max-error",
-        type=float,
+        type=decimal,
         metavar="E",
         help="peft: the smallest rank of each layer whose update is off by at most E, relative, "
         "in the Frobenius norm",
