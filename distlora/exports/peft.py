@@ -18,6 +18,7 @@ from distlora.errors import UserError
 from distlora.exports.draft import new_directory
 from distlora.exports.experts import peft_module, to_peft
 from distlora.exports.sources import MAGNITUDE, PREFIX, Compressed, EngineSource, Source
+from distlora.exports.suffixes import Names, names_in, shortest_endings
 from distlora.files.atomic import write_json
 from distlora.files.tensors import TensorWriter
 from distlora.methods import Method, TrainsWeight
@@ -58,7 +59,7 @@ def export_peft_from_engine(
     out, source = Path(out), Compressed(EngineSource(engine, attached, step), dtype)
 
     def write(tensors: Iterable[tuple[str, Tensor]]) -> None:
-        config = _peft_config(source, base_model, attached.method.dropout)
+        config = _peft_config(source, base_model, attached.method.dropout, names_in(engine.module))
         with new_directory(out, may_hold=ADAPTER_FILES) as draft:
             write_peft(draft, source, tensors, config, dtype)
         if source.compression():
@@ -77,10 +78,18 @@ def refuse_full(method: Method) -> None:
 
 
 def write_peft_adapter(
-    draft: Path, source: Source, base_model: str, dropout: float, dtype: torch.dtype
+    draft: Path,
+    source: Source,
+    base_model: str,
+    dropout: float,
+    dtype: torch.dtype,
+    names: Names | None = None,
 ) -> None:
-    """Writes the adapter of a source that reads files. draft: the directory to fill."""
-    write_peft(draft, source, _peft_tensors(source), _peft_config(source, base_model, dropout), dtype)
+    """Writes the adapter of a source that reads files. draft: the directory to fill. names: in the model;
+    without them every layer is called by its whole name.
+    """
+    config = _peft_config(source, base_model, dropout, names)
+    write_peft(draft, source, _peft_tensors(source), config, dtype)
 
 
 def _peft_tensors(source: Source) -> Iterator[tuple[str, Tensor | None]]:
@@ -137,11 +146,10 @@ def _module(source: Source, layer: str) -> str:
     return peft_module(layer, experts) if layer in experts else layer
 
 
-def _peft_config(source: Source, base: str, dropout: float) -> dict[str, Any]:
+def _peft_config(source: Source, base: str, dropout: float, names: Names | None) -> dict[str, Any]:
     """The content of adapter_config.json.
 
-    B holds the scaling, so alpha is the rank. Layers have their full names; the last parts of these would
-    match other layers, too.
+    B holds the scaling, so alpha is the rank. names: in the model, see `distlora.exports.suffixes`.
     """
     ranks = {layer: shape[0] for layer, shape in source.layers.items()}
     usual = max(set(ranks.values()), key=list(ranks.values()).count)
@@ -154,6 +162,10 @@ def _peft_config(source: Source, base: str, dropout: float) -> dict[str, Any]:
         if rank != usual
     }
     parameters = [*experts, *(f"{layer}.weight" for layer in as_weights)]
+    modules = [layer for layer in ranks if layer not in {*experts, *as_weights}]
+    if names is not None:
+        parameters = shortest_endings(parameters, names.parameters)
+        modules = shortest_endings(modules, names.modules)
     if parameters and dropout:
         _log.info(
             "PEFT has no dropout for %s: lora_dropout is 0 in the exported config",
@@ -175,7 +187,7 @@ def _peft_config(source: Source, base: str, dropout: float) -> dict[str, Any]:
         "use_rslora": False,
         "use_dora": bool(source.magnitudes),
         "lora_dropout": 0.0 if parameters else dropout,
-        "target_modules": [layer for layer in ranks if layer not in {*experts, *as_weights}],
+        "target_modules": modules,
         **({"target_parameters": parameters} if parameters else {}),
         "modules_to_save": _saved_modules(source) or None,
         "bias": "none",

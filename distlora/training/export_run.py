@@ -1,5 +1,6 @@
 """From a run's directory to what other software loads. Works on files alone, without an engine."""
 
+import logging
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,15 +17,19 @@ from distlora.exports.draft import bring_back_earlier, new_directory
 from distlora.exports.merged import write_merged
 from distlora.exports.peft import ADAPTER_WEIGHTS, refuse_full, write_peft_adapter
 from distlora.exports.sources import AdapterSource, CheckpointSource, Compressed, Source, check_compression
+from distlora.exports.suffixes import Names, names_in
 from distlora.files.problems import dangling_link, file_errors_explained
 from distlora.files.user_paths import user_path
 from distlora.methods import HasMagnitude, Method
-from distlora.models.hub import resolve_path
+from distlora.models.hub import resolve_path, without_weights
 from distlora.models.loading import load_tokenizer
+from distlora.models.stored_names import bare_of_class
 from distlora.recipe.load import load_run_recipe
 from distlora.recipe.sections import Recipe
 from distlora.tasks import ImageTask, ResponseTask, get_task
 from distlora.training.objective import conventions_of
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,8 @@ def export_run(
         refuse_full(recipe.method)
         compressed = Compressed(source, dtype or torch.float32, compress_rank, max_error)
         base = base_name(recipe.model.path)
-        write_peft_adapter(draft, compressed, base, recipe.method.dropout, dtype or torch.float32)
+        names = _names(recipe.model.path, source.model["class"])
+        write_peft_adapter(draft, compressed, base, recipe.method.dropout, dtype or torch.float32, names)
     return Exported(out, compressed.errors, compressed.compression())
 
 
@@ -94,6 +100,18 @@ def base_name(path: str) -> str:
     """What others find the base model under: a hub name as it is, anything else as an absolute directory."""
     local = path.startswith("pypi:") or user_path(path, "model.path").is_dir()
     return str(resolve_path(path).absolute()) if local else path
+
+
+def _names(path: str, model_class: str | None) -> Names | None:
+    """The names in the model, of which only the config is read; None where they cannot be known."""
+    try:
+        model = bare_of_class(resolve_path(without_weights(path)), model_class)
+    except UserError as error:  # training needed it, an export does not
+        log.info(
+            "the adapter calls every layer by its whole name, because the model is not at hand: %s", error
+        )
+        return None
+    return model and names_in(model)
 
 
 def _tokens(recipe: Recipe) -> RunTokens | None:
