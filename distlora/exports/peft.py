@@ -164,7 +164,7 @@ def _peft_config(source: Source, base: str, dropout: float, names: Names | None)
     parameters = [*experts, *(f"{layer}.weight" for layer in as_weights)]
     modules = [layer for layer in ranks if layer not in {*experts, *as_weights}]
     if names is not None:
-        parameters = shortest_endings(parameters, names.parameters)
+        parameters = shortest_endings(parameters, names.parameters, parts=2)
         modules = shortest_endings(modules, names.modules)
     if parameters and dropout:
         _log.info(

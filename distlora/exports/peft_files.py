@@ -114,7 +114,8 @@ def read_peft(directory: Path) -> PeftFiles:
         inner = name.removeprefix(PREFIX)
         if inner.endswith((_A, _B)):
             module = inner.removesuffix(_A).removesuffix(_B)
-            shape, layer = _shape(directory, module, shapes), expert_layer(config, module)
+            shape = _shape(directory, module, shapes)
+            layer = None if _is_linear(config, module) else expert_layer(config, module)
             layers[layer or module] = shape
             if layer:
                 experts[layer] = _experts(directory, config, layer, module, shapes)
@@ -131,6 +132,16 @@ def read_peft(directory: Path) -> PeftFiles:
     for layer in layers:
         _check_alpha(directory / ADAPTER_CONFIG, config, layer)
     return PeftFiles(directory, config, files, layers, magnitudes, heads, step, experts)
+
+
+def _is_linear(config: dict[str, Any], module: str) -> bool:
+    """Whether PEFT's files hold the pair of a layer under this name, as opposed to that of experts in it."""
+    modules, weights = config.get("target_modules"), config.get("target_parameters")
+    return any(
+        isinstance(target, str) and f".{name}".endswith(f".{target}")
+        for name, targets in ((module, modules), (f"{module}.weight", weights))
+        for target in (targets if isinstance(targets, list) else [])
+    )
 
 
 def _experts(

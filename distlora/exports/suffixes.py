@@ -50,16 +50,16 @@ def _parameters_of(module: nn.Module) -> Iterable[str]:
     return own
 
 
-def shortest_endings(wanted: Collection[str], names: Iterable[str]) -> list[str]:
+def shortest_endings(wanted: Collection[str], names: Iterable[str], parts: int = 1) -> list[str]:
     """The fewest entries that mean exactly `wanted`, each as short as it can be, in the order of `wanted`.
 
-    names: all that there are. A layer of some blocks only has no such ending with others in common, and is
+    names: all that there are. parts: that an entry has at least. A layer of some blocks only has no such ending with others in common, and is
     called by its whole name.
     """
     others = {ending for name in set(names) - set(wanted) for ending in _endings(name)}
     found: dict[str, list[str]] = {}
     for name in wanted:
-        own = next((ending for ending in _endings(name) if ending not in others), name)
+        own = next((ending for ending in _endings(name, parts) if ending not in others), name)
         found.setdefault(own, []).append(name)
     return [
         members[0] if len(members) == 1 and any(part.isdigit() for part in ending.split(".")) else ending
@@ -67,7 +67,7 @@ def shortest_endings(wanted: Collection[str], names: Iterable[str]) -> list[str]
     ]
 
 
-def _endings(name: str) -> Iterable[str]:
-    """From the last part to the whole name."""
+def _endings(name: str, least: int = 1) -> Iterable[str]:
+    """From the last `least` parts to the whole name."""
     parts = name.split(".")
-    return (".".join(parts[start:]) for start in range(len(parts) - 1, -1, -1))
+    return (".".join(parts[start:]) for start in range(len(parts) - least, -1, -1))

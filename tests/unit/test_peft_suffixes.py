@@ -70,7 +70,7 @@ def test_ends_of_names_stand_for_all_blocks(tmp_path):
     _, config = _exported("gpt2", ["attn.c_proj"], tmp_path / "two")
     assert config["target_modules"] == ["attn.c_proj"]
     _, config = _exported("qwen3_moe", ["experts"], tmp_path / "experts")
-    assert sorted(config["target_parameters"]) == ["down_proj", "gate_up_proj"]
+    assert sorted(config["target_parameters"]) == ["experts.down_proj", "experts.gate_up_proj"]
 
 
 NAMES = ["a.0.q", "a.0.k", "a.1.q", "a.1.k", "b.q", "a.0", "a.1", "a", "b"]
