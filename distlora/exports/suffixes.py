@@ -53,8 +53,8 @@ def _parameters_of(module: nn.Module) -> Iterable[str]:
 def shortest_endings(wanted: Collection[str], names: Iterable[str], parts: int = 1) -> list[str]:
     """The fewest entries that mean exactly `wanted`, each as short as it can be, in the order of `wanted`.
 
-    names: all that there are. parts: that an entry has at least. A layer of some blocks only has no such ending with others in common, and is
-    called by its whole name.
+    names: all that there are. parts: that an entry has at least. A layer that has no such ending in common
+    with others, because only some blocks are adapted, is called by its whole name.
     """
     others = {ending for name in set(names) - set(wanted) for ending in _endings(name)}
     found: dict[str, list[str]] = {}

@@ -18,6 +18,7 @@ from distlora.methods.capabilities import (
     ProbeSettings,
     Recomposes,
     Recomposition,
+    StartsFromAdapter,
     TakesFromWeight,
     TrainsWeight,
     TransformsGradients,
@@ -26,6 +27,7 @@ from distlora.methods.capabilities import (
     probe_of,
     problem_with_experts,
     recomposing,
+    start_of,
     writes_weight,
 )
 from distlora.methods.contract import Factors, Init, LayerInit, Method
@@ -60,6 +62,7 @@ __all__ = [
     "ProbeSettings",
     "Recomposes",
     "Recomposition",
+    "StartsFromAdapter",
     "TakesFromWeight",
     "TrainsWeight",
     "TransformsGradients",
@@ -69,5 +72,6 @@ __all__ = [
     "problem_with_experts",
     "recomposing",
     "registry",
+    "start_of",
     "writes_weight",
 ]

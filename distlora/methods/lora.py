@@ -8,12 +8,14 @@ from typing import ClassVar, Literal
 
 import torch
 
-from distlora.methods.contract import Init, LayerInit, Method
+from distlora.methods.capabilities import StartsFromAdapter
+from distlora.methods.contract import Init, LayerInit
 
 
-class LoRA(Method):
+class LoRA(StartsFromAdapter):
     name: Literal["lora"] = "lora"
 
+    peft_form: ClassVar[tuple[bool, bool] | None] = False, False
     zero_gradient_at_start: ClassVar[tuple[str, ...]] = ("A",)  # dL/dA = s·Bᵀ g, and B = 0
 
     def initialise(self, layer: LayerInit) -> Init:

@@ -30,6 +30,7 @@ class LoRAGA(TakesFromWeight, NeedsProbe, RSLoRA):
     gamma: float = Field(16.0, gt=0, description="the paper's γ: both factors start at out^(1/4)/sqrt(gamma)")
     probe: GradientProbe = GradientProbe()
 
+    peft_form: ClassVar[tuple[bool, bool] | None] = None
     zero_gradient_at_start: ClassVar[tuple[str, ...]] = ()
 
     def problem_with(self, out_features: int, in_features: int) -> str | None:

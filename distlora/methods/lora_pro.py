@@ -5,7 +5,7 @@ is, or by alpha / rank.
 """
 
 import math
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -20,6 +20,8 @@ class LoRAPro(TransformsGradients, RSLoRA):
     scaled_by: Literal["sqrt_rank", "rank"] = Field(
         "sqrt_rank", description="what alpha is divided by: sqrt_rank or rank"
     )
+
+    peft_form: ClassVar[tuple[bool, bool] | None] = None
 
     @property
     def scaling(self) -> float:

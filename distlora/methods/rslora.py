@@ -4,7 +4,7 @@ Kalajdzievski: with this scaling the size of the learned update does not depend 
 """
 
 import math
-from typing import Literal
+from typing import ClassVar, Literal
 
 from distlora.methods.lora import LoRA
 
@@ -15,6 +15,8 @@ DEFAULT_ALPHA = 16.0
 
 class RSLoRA(LoRA):
     name: Literal["rslora"] = "rslora"
+
+    peft_form: ClassVar[tuple[bool, bool] | None] = True, False
 
     @property
     def scaling(self) -> float:

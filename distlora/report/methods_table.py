@@ -32,6 +32,7 @@ from distlora.recipe.deepspeed_config import look_up
 from distlora.recipe.load import load_recipe
 from distlora.recipe.sections import ModelSection, Recipe
 from distlora.recipe.strict import validate
+from distlora.training.adapter_start import with_start
 from distlora.training.objective import objective_of
 from distlora.training.targets import reach_in, told
 
@@ -123,7 +124,7 @@ def _recipe(path: str | None, overrides: Sequence[str]) -> Recipe | None:
         return None
     if "=" in path and not Path(path).exists():
         raise UserError(f"override {path} changes a recipe: name its file first")
-    return load_recipe(path, overrides)
+    return with_start(load_recipe(path, overrides))
 
 
 def _subject(recipe: Recipe | None, path: str | None) -> Subject | None:

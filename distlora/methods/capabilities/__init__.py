@@ -10,8 +10,10 @@ from distlora.methods.capabilities.facts import (
     probe_of,
     problem_with_experts,
     recomposing,
+    start_of,
     writes_weight,
 )
+from distlora.methods.capabilities.from_adapter import StartsFromAdapter
 from distlora.methods.capabilities.from_weight import HoldsPretrained, TakesFromWeight
 from distlora.methods.capabilities.gradients import CorrectsGradients, TransformsGradients
 from distlora.methods.capabilities.magnitude import HasMagnitude
@@ -27,6 +29,7 @@ __all__ = [
     "ProbeSettings",
     "Recomposes",
     "Recomposition",
+    "StartsFromAdapter",
     "TakesFromWeight",
     "TrainsWeight",
     "TransformsGradients",
@@ -35,5 +38,6 @@ __all__ = [
     "probe_of",
     "problem_with_experts",
     "recomposing",
+    "start_of",
     "writes_weight",
 ]
