@@ -37,7 +37,8 @@ def attach(
     also_train: names of parameters that are trained whole, such as a new head's; their layers are no targets.
     start: for lora, rslora and dora, the directory of a LoRA in PEFT's files, whose factors `initialise`
     takes over; rank, alpha and targets are the adapter's, and must be the same where they are given.
-    The model may be partitioned by `deepspeed.zero.Init` already. Call it before `deepspeed.initialize` and before an optimizer is made.
+    The model may be partitioned by `deepspeed.zero.Init` already. Call it before `deepspeed.initialize` and
+    before an optimizer is made.
     """
     if start is not None:
         settings["from"] = os.fspath(start)

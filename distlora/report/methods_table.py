@@ -263,6 +263,11 @@ def _lines(rows: list[list[str]], remarks: Mapping[int, str] = MappingProxyType(
     return lines
 
 
+def _starting() -> list[str]:
+    """The methods that can start from an adapter."""
+    return [name for name, cls in registry().items() if getattr(cls, "peft_form", None)]
+
+
 def _legend(subject: Subject | None, spec: OptimizerSpec, rank: int | None) -> list[str]:
     moments = {0: "", 1: ", one moment"}.get(
         sum(not key.endswith("_scale") for key in spec.moments()), ", two moments"
@@ -274,6 +279,7 @@ def _legend(subject: Subject | None, spec: OptimizerSpec, rank: int | None) -> l
         f"optimizer state of {spec.name}: float32 master{moments}, "
         f"{spec.bytes_per_element():.4g} bytes a trained parameter; "
         "at ZeRO 1 to 3 that is all ranks together",
+        f"method.from names a LoRA in PEFT's files that training starts from: for {', '.join(_starting())}",
     ]
     if subject is None:
         return [

@@ -155,11 +155,16 @@ class Run:
 
     def _initialise(self, monitor: Monitor) -> dict[str, Any]:
         """Of a run that begins; returns what is remembered of its beginning."""
-        before = self._evaluate_pretrained() if self.data.held_out else {}
+        start, before = self.built.adapted.start, {}
+        if self.data.held_out and start is None:
+            before = self._evaluate_pretrained()
         began = time.perf_counter()
         report = api.initialise(self.built.adapted, self.built.engine, **self._plan())
         seconds = time.perf_counter() - began
         self._tell_init(report, seconds, monitor)
+        if start is not None:
+            log.info("started from %s", start.files.directory)
+            before = self._evaluate() if self.data.held_out else {}
         extra = {"before": before, "init_seconds": seconds}
         return extra | ({FOUND_RATE: self._find_rate(monitor)} if self.schedule is None else {})
 
