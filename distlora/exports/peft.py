@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,16 +15,22 @@ from distlora.adapter.attach import Attached
 from distlora.engine.coordination import stream_to_main
 from distlora.engine.protocol import Engine
 from distlora.errors import UserError
+from distlora.exports.card import CARD, About, Form, write_card
 from distlora.exports.draft import new_directory
 from distlora.exports.experts import peft_module, to_peft
+from distlora.exports.precision import dtype_for
 from distlora.exports.sources import MAGNITUDE, PREFIX, Compressed, EngineSource, Source
 from distlora.exports.suffixes import Names, names_in, shortest_endings
+from distlora.exports.vllm import problem_with_vllm
 from distlora.files.atomic import write_json
 from distlora.files.tensors import TensorWriter
 from distlora.methods import Method, TrainsWeight
 
+if TYPE_CHECKING:
+    from distlora.models.base_names import BaseName
+
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-ADAPTER_FILES = (ADAPTER_WEIGHTS, ADAPTER_CONFIG)
+ADAPTER_FILES = (ADAPTER_WEIGHTS, ADAPTER_CONFIG, CARD)
 
 _TASKS = {
     "ForCausalLM": "CAUSAL_LM",
@@ -47,21 +53,28 @@ def export_peft_from_engine(
     out: str | os.PathLike,
     base_model: str,
     step: int,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
+    about: About | None = None,
 ) -> Path:
     """Writes the live adapter as PEFT's files into `out`, which may hold an earlier export. Collective.
 
     Tensors are gathered layer by layer. The pairs are exact, except those that `Compressed` must approximate;
-    their error is logged. base_model: the name or path by which others find the pretrained model. Raises
-    UserError on all ranks.
+    their error is logged. base_model: the name or path by which others find the pretrained model. dtype: None
+    for the model's, where that is enough; see `distlora.exports.precision`. about: what the model card says
+    of the run. Raises UserError on all ranks.
     """
     refuse_full(attached.method)
-    out, source = Path(out), Compressed(EngineSource(engine, attached, step), dtype)
+    out, live = Path(out), EngineSource(engine, attached, step)
+    if dtype is None:
+        dtype = dtype_for(live, engine.dtype, lambda worst: engine.comm.share(worst))
+    source = Compressed(live, dtype)
 
     def write(tensors: Iterable[tuple[str, Tensor]]) -> None:
-        config = _peft_config(source, base_model, attached.method.dropout, names_in(engine.module))
+        base = _base_name(base_model)
+        config = _peft_config(source, base, attached.method.dropout, names_in(engine.module))
         with new_directory(out, may_hold=ADAPTER_FILES) as draft:
             write_peft(draft, source, tensors, config, dtype)
+            _write_card(draft, source, base, about or About(attached.method.name), dtype)
         if source.compression():
             _log.info("%s: %s", out, source.compression())
 
@@ -84,12 +97,29 @@ def write_peft_adapter(
     dropout: float,
     dtype: torch.dtype,
     names: Names | None = None,
+    about: About | None = None,
 ) -> None:
     """Writes the adapter of a source that reads files. draft: the directory to fill. names: in the model;
-    without them every layer is called by its whole name.
+    without them every layer is called by its whole name. about: what the model card says of the run.
     """
-    config = _peft_config(source, base_model, dropout, names)
+    base = _base_name(base_model)
+    config = _peft_config(source, base, dropout, names)
     write_peft(draft, source, _peft_tensors(source), config, dtype)
+    _write_card(draft, source, base, about or About(), dtype)
+
+
+def _base_name(base_model: str) -> "BaseName":
+    # Late, because it brings the hub's library to users of `distlora.api`.
+    from distlora.models.base_names import base_name_of
+
+    return base_name_of(base_model)
+
+
+def _write_card(draft: Path, source: Source, base: "BaseName", about: About, dtype: torch.dtype) -> None:
+    rank, name = max(shape[0] for shape in source.layers.values()), str(dtype).removeprefix("torch.")
+    write_card(
+        draft, base, about, Form("adapter", source.model["class"], rank, problem_with_vllm(source), name)
+    )
 
 
 def _peft_tensors(source: Source) -> Iterator[tuple[str, Tensor | None]]:
@@ -146,7 +176,7 @@ def _module(source: Source, layer: str) -> str:
     return peft_module(layer, experts) if layer in experts else layer
 
 
-def _peft_config(source: Source, base: str, dropout: float, names: Names | None) -> dict[str, Any]:
+def _peft_config(source: Source, base: "BaseName", dropout: float, names: Names | None) -> dict[str, Any]:
     """The content of adapter_config.json.
 
     B holds the scaling, so alpha is the rank. names: in the model, see `distlora.exports.suffixes`.
@@ -179,7 +209,8 @@ def _peft_config(source: Source, base: str, dropout: float, names: Names | None)
     return {
         "peft_type": "LORA",
         "task_type": next((task for ending, task in _TASKS.items() if model_class.endswith(ending)), None),
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": base.name,
+        "revision": base.revision,
         "r": usual,
         "lora_alpha": usual,
         "rank_pattern": unusual,

@@ -32,6 +32,7 @@ from distlora.recipe.deepspeed_config import look_up
 from distlora.recipe.load import load_recipe
 from distlora.recipe.sections import ModelSection, Recipe
 from distlora.recipe.strict import validate
+from distlora.sentences import size_text
 from distlora.training.adapter_start import with_start
 from distlora.training.objective import objective_of
 from distlora.training.targets import reach_in, told
@@ -178,7 +179,7 @@ def _row(method: Method, subject: Subject | None, spec: OptimizerSpec, recipe: R
         trained = _trained(choice, subject.model) + subject.heads
         share = len(choice.names), len(choice.names) + len(choice.left_out.get(NARROW, ()))
         wide = "" if share[0] == share[1] else f" ({share[0]} of {share[1]} layers are wide enough)"
-        numbers = [f"{trained:,}{wide}", _bytes(trained * spec.bytes_per_element())]
+        numbers = [f"{trained:,}{wide}", size_text(trained * spec.bytes_per_element())]
     return [method.name, _trains(type(method)), *numbers, *_facts(method)]
 
 
@@ -238,14 +239,6 @@ def _formula(method: Method) -> str:
         "·".join(symbols.get(size, str(size)) for size in sorted(shapes[factor])) for factor in method.trains
     )
     return " + ".join(terms).replace("r·r", "r²")
-
-
-def _bytes(number: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if number < 1024 or unit == "GiB":
-            return f"{number:.0f} B" if unit == "B" else f"{number:.1f} {unit}"
-        number /= 1024
-    raise AssertionError
 
 
 # ---------------------------------------------------------------------- the text

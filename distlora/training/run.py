@@ -21,6 +21,7 @@ from distlora.methods import NeedsProbe, ProbeSettings, Recomposes, TrainsWeight
 from distlora.recipe.combination import check_length
 from distlora.recipe.load import run_identity
 from distlora.recipe.sections import Recipe
+from distlora.training.about import about_run
 from distlora.training.build import Built, build
 from distlora.training.export_run import base_name
 from distlora.training.loop import UNWRITTEN, Loop
@@ -132,7 +133,7 @@ class Run:
             summary.after = self._evaluate()
             monitor.write(self.steps, {f"eval/{key}": value for key, value in summary.after.items()})
         self.writing.agree()
-        summary.adapter = self._export()
+        summary.adapter = self._export(summary)
         on_main(self.comm, self.run_dir, self.writing.check)
         record_summary(self.comm, asdict(summary), first, self.data.order.steps_per_epoch)
         return summary
@@ -187,12 +188,13 @@ class Run:
         log.info("continuing from %s", self.checkpoint.path)
         return state["extra"]
 
-    def _export(self) -> Path | None:
+    def _export(self, summary: Summary) -> Path | None:
         if isinstance(self.built.adapted.method, TrainsWeight):
             return None
         base = base_name(self.recipe.model.path)
         on_main(self.comm, self.run_dir, self.writing.check)
-        return api.export(self.built.adapted, self.run_dir / "adapter", base_model=base)
+        about = about_run(self.recipe, {"before": summary.before, "after": summary.after}, self.steps)
+        return api.export(self.built.adapted, self.run_dir / "adapter", base_model=base, about=about)
 
     # ------------------------------------------------------------------ what is told
 

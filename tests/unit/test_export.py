@@ -50,7 +50,8 @@ class Run:
         self.dir, self.base = folder / "run", base
         self.dir.mkdir()
         section = {"name": method, "rank": 6, "alpha": 9.0} | SETTINGS.get(method, {})
-        recipe = {"model": {"path": str(base)}, "method": section, "targets": targets,
+        kind = str(dtype).removeprefix("torch.")
+        recipe = {"model": {"path": str(base), "dtype": kind}, "method": section, "targets": targets,
                   "data": {"task": "arithmetic"}, "output_dir": str(self.dir)}  # fmt: skip
         (self.dir / "recipe.yaml").write_text(json.dumps(recipe))  # JSON is YAML
         model, info = cls.from_pretrained(base, dtype=dtype, output_loading_info=True)
@@ -158,7 +159,11 @@ def test_peft_computes_the_same(tmp_path, bases, name, method):
     plain = logits(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32))
     assert (run.logits() - plain).abs().max() > 0.1, "the adapter does something"
     out = exported(run.dir, "peft", tmp_path / "adapter")
-    assert sorted(path.name for path in out.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
     assert_close(logits(with_peft(base, out)), run.logits())
     config = json.loads((out / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (6, 6, False)

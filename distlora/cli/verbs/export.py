@@ -4,18 +4,24 @@ import argparse
 from pathlib import Path
 
 from distlora.cli.shared import log_to_terminal
+from distlora.errors import UserError
+from distlora.sentences import size_text
 
 
 def add(verbs) -> None:
     parser = verbs.add_parser("export", help="write a run's result in a format that other software loads")
     parser.add_argument("run_dir", type=Path, help="the run's output directory")
-    parser.add_argument("--format", choices=("peft", "merged"), required=True)
+    parser.add_argument("--format", choices=("peft", "merged"), help="may be left out with --for")
+    parser.add_argument(
+        "--for", dest="server", choices=("vllm",), help="peft: in the form that this server loads"
+    )
     parser.add_argument("--out", type=Path, required=True, help="a directory that does not exist yet")
     parser.add_argument("--step", type=int, help="of the checkpoint; default: the newest")
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),
-        help="default: float32 (peft), as the pretrained weights (merged)",
+        help="default: as the run, or float32 where that loses too much (peft); as the pretrained weights "
+        "(merged)",
     )
     parser.add_argument(
         "--compress-rank",
@@ -44,17 +50,22 @@ def run(options: argparse.Namespace) -> None:
 
     from distlora.training.export_run import export_run
 
+    if options.format is None and options.server is None:
+        raise UserError("--format is missing; give peft or merged, or --for vllm")
     done = export_run(
         options.run_dir,
-        options.format,
+        options.format or "peft",
         options.out,
         options.step,
         options.dtype and getattr(torch, options.dtype),
         options.compress_rank,
         options.max_error,
         check=not options.no_check,
+        server=options.server,
     )
     print(done.path)
+    in_dtype = "" if done.dtype is None else f", tensors in {str(done.dtype).removeprefix('torch.')}"
+    print(f"{size_text(done.size)}{in_dtype}")
     if done.compression:
         print(done.compression)
     if done.difference is not None:
