@@ -41,6 +41,8 @@ def add(verbs) -> None:
         action="store_true",
         help="merged: do not load the result to compare it with the run on one batch",
     )
+    parser.add_argument("--push", metavar="OWNER/NAME", help="also send it to this repository of the hub")
+    parser.add_argument("--private", action="store_true", help="--push: a new repository is private")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -52,6 +54,12 @@ def run(options: argparse.Namespace) -> None:
 
     if options.format is None and options.server is None:
         raise UserError("--format is missing; give peft or merged, or --for vllm")
+    if options.private and options.push is None:
+        raise UserError("--private is for --push: give the repository's name, or leave it out")
+    if options.push is not None:  # before the work, and not only after it
+        from distlora.models.hub_upload import check_upload
+
+        check_upload(options.push)
     done = export_run(
         options.run_dir,
         options.format or "peft",
@@ -70,3 +78,7 @@ def run(options: argparse.Namespace) -> None:
         print(done.compression)
     if done.difference is not None:
         print(f"compared with the run: logits differ by {done.difference:.1e} of the largest")
+    if options.push is not None:
+        from distlora.models.hub_upload import upload
+
+        print(upload(done.path, options.push, options.private))
