@@ -68,7 +68,7 @@ def test_a_run_starts_where_another_ended(first, recipe, tmp_path):
         ("dora", [], "is not method dora; set method.name to lora"),
         ("pissa", [], "method pissa starts from no adapter"),
         ("lora_sb", [], "method lora_sb starts from no adapter"),
-        ("lora_pro", [], "lora_pro makes a start of its own"),
+        ("lora_pro", [], "method lora_pro starts from no adapter"),
     ],
 )
 def test_what_a_start_does_not_fit_is_one_sentence(method, more, said, first, recipe, tmp_path):

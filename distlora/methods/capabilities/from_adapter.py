@@ -2,7 +2,7 @@
 
 from typing import ClassVar
 
-from pydantic import Field, create_model, model_validator
+from pydantic import Field, create_model
 
 from distlora.methods.contract import Method
 
@@ -30,20 +30,10 @@ class StartsFromAdapter(_WithFrom):
     the rank and the alpha of the adapter: `W + s·B·A` is then what PEFT computes.
     """
 
-    #: What PEFT calls the method: the values of `use_rslora` and `use_dora` in an adapter's config. None for
-    #: a subclass whose start is its own.
-    peft_form: ClassVar[tuple[bool, bool] | None] = None
+    #: What PEFT calls the method: the values of `use_rslora` and `use_dora` in an adapter's config.
+    peft_form: ClassVar[tuple[bool, bool]]
 
     @property
     def start(self) -> str | None:
         """The directory of the adapter that training starts from."""
         return getattr(self, "from")
-
-    @model_validator(mode="after")
-    def _has_no_start_of_its_own(self):
-        if self.start is not None and self.peft_form is None:
-            raise ValueError(
-                f"from is for methods that PEFT has, and {self.name} makes a start of its own; "
-                "take lora, rslora or dora, or leave from out"
-            )
-        return self
