@@ -72,3 +72,12 @@ def first_line(error: object) -> str:
     """
     lines = str(error).strip().splitlines()
     return lines[0].rstrip(" .") if lines else type(error).__name__
+
+
+def size_text(count: float) -> str:
+    """A number of bytes in the unit that suits it: 4.7 MiB."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"

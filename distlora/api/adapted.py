@@ -12,6 +12,7 @@ from distlora.api.watch import GradientWatch
 from distlora.engine import boundary
 from distlora.engine.protocol import Engine
 from distlora.errors import UserError
+from distlora.exports.starting import Start
 from distlora.methods import Method
 from distlora.recompose.recomposer import Recomposer
 from distlora.recompose.report import RecompositionReport
@@ -24,8 +25,10 @@ class Adapted:
     all trained parameters. steps: optimizer steps taken since the start of the run.
     """
 
-    def __init__(self, model: nn.Module, attached: Attached):
+    def __init__(self, model: nn.Module, attached: Attached, start: Start | None = None):
         self.model, self.attached, self.steps = model, attached, 0
+        #: The adapter in PEFT's files that `initialise` starts from.
+        self.start = start
         #: L2 norm of the last step's averaged gradient before a method transformed it; None where none does.
         self.norm_before_transform: float | None = None
         self._engine: Engine | None = None

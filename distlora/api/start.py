@@ -9,13 +9,14 @@ from distlora.api.adapted import Adapted
 from distlora.api.plan import Plan, ProbeSource, Rate
 from distlora.checkpoints.directory import Checkpoint, newest, of_step, share_checkpoint
 from distlora.checkpoints.restore import restore
-from distlora.engine.coordination import on_main
+from distlora.engine.coordination import on_every_rank, on_main
 from distlora.engine.ledger import PretrainedWeights
 from distlora.engine.local import LocalEngine
 from distlora.engine.optimizers import steps_taken
 from distlora.engine.owners import open_ledger
 from distlora.engine.protocol import Engine
 from distlora.errors import UserError
+from distlora.exports.starting import Start
 from distlora.initialisation.factors import InitReport, install_gradient_maps
 from distlora.initialisation.factors import initialise as initialise_factors
 from distlora.initialisation.probe import Loss, modes_kept
@@ -62,7 +63,10 @@ def initialise(
     first = plan.probe(0) if probe_of(adapted.method) is not None else None
     with adapted.starting(), modes_kept(adapted.model):
         open_ledger(ours, adapted.attached, seed, pretrained, watched=ours is not engine)
-        report = initialise_factors(ours, adapted.attached, seed, plan.rate(0), first)
+        given = adapted.start and (lambda layer: adapted.start.factors(layer, adapted.method))
+        report = initialise_factors(ours, adapted.attached, seed, plan.rate(0), first, given=given)
+        if adapted.start is not None:
+            _take_heads(ours, adapted.start)
         adapted.begin(ours, plan.recomposer(report), check_gradients, steps)
     return report
 
@@ -111,6 +115,13 @@ def load(
         adapted.steps = state.get("taken", found.step)
         adapted.begin(ours, recomposer, check_gradients, steps)
     return state
+
+
+def _take_heads(engine: Engine, start: Start) -> None:
+    """Writes the parameters that an adapter holds whole. Collective."""
+    for name in start.files.heads:
+        value = on_every_rank(engine.comm, lambda name=name: start.files.head(name))
+        engine.write_parameter(name, value.to(engine.comm.device))
 
 
 def _refuse_another_step(engine: Any, found: Checkpoint) -> None:

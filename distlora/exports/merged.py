@@ -58,6 +58,13 @@ class Merged:
         """The name of an adapted layer's weight."""
         return self._placing.weight_of(layer)
 
+    @property
+    def usual_dtype(self) -> str:
+        """The name of the dtype of the first trained weight."""
+        first = next(iter([*map(self.weight_of, self.source.layers), *self.source.heads]), None)
+        dtype = self.asked or (self.dtype(first) if first else torch.float32)
+        return str(dtype).removeprefix("torch.")
+
     def dtype(self, parameter: str) -> torch.dtype:
         """The one in which a trained parameter was written."""
         return self._placing.dtype(self._placing.stored(parameter)[0], self.asked)

@@ -51,11 +51,30 @@ class PeftFiles:
 
     def pair(self, layer: str) -> LowRank:
         """`W_trained = W0 + left @ right` in float32 (then scaled to the magnitude where there is one)."""
+        factors = self.factors(layer)
+        return LowRank(factors.left * self.scaling(layer), factors.right)
+
+    def factors(self, layer: str) -> LowRank:
+        """B and A as the files hold them, in float32: (out, r) and (r, in), with the experts before."""
+        entry = self.experts.get(layer)
+        module = layer if entry is None else entry.module
+        a, b = (self.files.read(f"{PREFIX}{module}{side}").float() for side in (_A, _B))
+        return LowRank(b, a) if entry is None else from_peft(LowRank(b, a), entry.count)
+
+    def rank(self, layer: str) -> int:
+        """Of a layer's pair, as the files hold it."""
         entry = self.experts.get(layer)
         module, count = (layer, 1) if entry is None else (entry.module, entry.count)
-        a, b = (self.files.read(f"{PREFIX}{module}{side}").float() for side in (_A, _B))
-        pair = LowRank(b * self._scaling(layer, a.shape[0] // count), a)
-        return pair if entry is None else from_peft(pair, count)
+        return self.files.shape(f"{PREFIX}{module}{_A}")[0] // count
+
+    def scaling(self, layer: str) -> float:
+        """s in `W + s·B·A`."""
+        rank = self.rank(layer)
+        return float(_alpha(self.config, layer)) / (rank**0.5 if self.config.get("use_rslora") else rank)
+
+    def stated(self, layer: str) -> tuple[Any, Any]:
+        """The rank and the alpha that the config states for a layer."""
+        return _of_pattern(self.config, "rank_pattern", layer, "r"), _alpha(self.config, layer)
 
     def magnitude(self, layer: str) -> Tensor:
         """(out,) float32."""
@@ -63,10 +82,6 @@ class PeftFiles:
 
     def head(self, name: str) -> Tensor:
         return self.files.read(PREFIX + name)
-
-    def _scaling(self, layer: str, rank: int) -> float:
-        alpha = float(_alpha(self.config, layer))
-        return alpha / (rank**0.5 if self.config.get("use_rslora") else rank)
 
     def refuse_other_model(self, model: nn.Module, path: str) -> None:
         """Raises UserError unless the model has these layers and heads in these shapes. path: the model's."""
@@ -90,7 +105,8 @@ class PeftFiles:
             if here != shape:
                 raise UserError(f"{other}: its layer {layer} has the shape {shape}, and this one's {here}")
         for name, shape in self.heads.items():
-            found = tuple(parameters[name].shape) if name in parameters else None
+            there = parameters.get(name)  # under ZeRO-3 its own shape is that of a part
+            found = None if there is None else tuple(getattr(there, "ds_shape", there.shape))
             if found != shape:
                 what = f"has the shape {found}" if found else "is missing"
                 raise UserError(f"{other}: its {name} has the shape {shape}, and this one's {what}")
@@ -100,6 +116,12 @@ def read_peft(directory: Path) -> PeftFiles:
     """Raises UserError for files that are missing, broken, half written, or no LoRA."""
     config = _config(directory)
     if not (directory / ADAPTER_WEIGHTS).is_file():
+        pickled = directory / "adapter_model.bin"
+        if pickled.exists():
+            raise UserError(
+                f"{pickled} may hold programs, and is not loaded; save the adapter as {ADAPTER_WEIGHTS} "
+                "(PEFT: save_pretrained(safe_serialization=True))"
+            )
         raise UserError(
             f"{directory} has no {ADAPTER_WEIGHTS}: it is half written, or in a format that is not loaded"
         )
@@ -114,7 +136,8 @@ def read_peft(directory: Path) -> PeftFiles:
         inner = name.removeprefix(PREFIX)
         if inner.endswith((_A, _B)):
             module = inner.removesuffix(_A).removesuffix(_B)
-            shape, layer = _shape(directory, module, shapes), expert_layer(config, module)
+            shape = _shape(directory, module, shapes)
+            layer = None if _is_linear(config, module) else expert_layer(config, module)
             layers[layer or module] = shape
             if layer:
                 experts[layer] = _experts(directory, config, layer, module, shapes)
@@ -131,6 +154,16 @@ def read_peft(directory: Path) -> PeftFiles:
     for layer in layers:
         _check_alpha(directory / ADAPTER_CONFIG, config, layer)
     return PeftFiles(directory, config, files, layers, magnitudes, heads, step, experts)
+
+
+def _is_linear(config: dict[str, Any], module: str) -> bool:
+    """Whether PEFT's files hold the pair of a layer under this name, as opposed to that of experts in it."""
+    modules, weights = config.get("target_modules"), config.get("target_parameters")
+    return any(
+        isinstance(target, str) and f".{name}".endswith(f".{target}")
+        for name, targets in ((module, modules), (f"{module}.weight", weights))
+        for target in (targets if isinstance(targets, list) else [])
+    )
 
 
 def _experts(

@@ -18,6 +18,7 @@ from distlora.methods.capabilities import (
     ProbeSettings,
     Recomposes,
     Recomposition,
+    StartsFromAdapter,
     TakesFromWeight,
     TrainsWeight,
     TransformsGradients,
@@ -25,6 +26,7 @@ from distlora.methods.capabilities import (
     magnitude_of,
     probe_of,
     recomposing,
+    start_of,
     writes_weight,
 )
 from distlora.methods.contract import Factors, Init, LayerInit, Method
@@ -59,6 +61,7 @@ __all__ = [
     "ProbeSettings",
     "Recomposes",
     "Recomposition",
+    "StartsFromAdapter",
     "TakesFromWeight",
     "TrainsWeight",
     "TransformsGradients",
@@ -67,5 +70,6 @@ __all__ = [
     "probe_of",
     "recomposing",
     "registry",
+    "start_of",
     "writes_weight",
 ]

@@ -21,6 +21,7 @@ NOT_ZERO = 2.0**-10
 class DoRA(HasMagnitude, LoRA):
     name: Literal["dora"] = "dora"
 
+    peft_form: ClassVar[tuple[bool, bool]] = False, True
     trains: ClassVar[tuple[str, ...]] = ("A", "B", "m")
 
     def source_matrix(self) -> Literal["weight", "gradient", None]:

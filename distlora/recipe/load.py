@@ -8,10 +8,11 @@ from pathlib import Path
 
 from distlora.errors import UserError
 from distlora.files.user_texts import read_user_text
-from distlora.methods import registry
+from distlora.methods import Method, StartsFromAdapter, registry
 from distlora.recipe.deepspeed_file import read_deepspeed, refuse_words
 from distlora.recipe.sections import FORMAT, INLINE, Recipe, method_class
 from distlora.recipe.strict import (
+    Place,
     check_keys,
     dotted,
     show,
@@ -61,11 +62,25 @@ def _load(document: "_Document", overrides: Sequence[str], default_format: int) 
     content, place = document.content, document.place
     check_keys(Recipe, {key: None if key == "method" else value for key, value in content.items()}, "", place)
     if "method" in content:  # first, so that its errors are those of its own class
-        validate(method_class(content["method"], place), content["method"], "method", place)
+        cls = method_class(content["method"], place)
+        _refuse_others_keys(cls, content["method"], place)
+        validate(cls, content["method"], "method", place)
     recipe = validate_values(Recipe, content, "", place)
     recipe._notes = tuple(document.notes)
     recipe._deepspeed_source = document.deepspeed_source
     return recipe.in_format(document.format or default_format)
+
+
+def _refuse_others_keys(cls: type[Method], section: dict, place: Place) -> None:
+    """Raises UserError for a key of the methods that start from an adapter, with another method."""
+    own = StartsFromAdapter.model_fields.keys() - Method.model_fields.keys()
+    for key in section:
+        if key in own and key not in cls.model_fields:
+            have = [name for name, other in registry().items() if getattr(other, "peft_form", None)]
+            raise UserError(
+                f"{place(f'method.{key}')}: method {section['name']} starts from no adapter; "
+                f"leave it out, or set method.name to {' or '.join(have)}"
+            )
 
 
 class _Document:

@@ -22,6 +22,7 @@ from distlora.initialisation.factors import InitReport
 from distlora.recipe.combination import check_length
 from distlora.recipe.load import run_identity
 from distlora.recipe.sections import Recipe
+from distlora.training.about import about_run
 from distlora.training.bad_steps import BadSteps, GoBack, read_left_out
 from distlora.training.build import Built, build
 from distlora.training.export_run import base_name
@@ -115,7 +116,7 @@ class Run(Restoring):
         refuse_bad_end(self.proofs, summary.after, self.run_dir, self.steps, self._has_finite_loss)
         self.writing.agree()
         self.comm.course.enter("the export of the adapter")
-        summary.adapter = self._export()
+        summary.adapter = self._export(summary)
         on_main(self.comm, self.run_dir, self.writing.check)
         record_summary(self.comm, asdict(summary), first, self.data.order.steps_per_epoch)
         return summary
@@ -158,9 +159,9 @@ class Run(Restoring):
 
     def _initialise(self, before: dict[str, float] | None = None) -> dict[str, Any]:
         """Of a run that begins; returns what is remembered of its beginning. before: the scores of the
-        pretrained model, where they are known."""
-        course = self.comm.course
-        if before is None:
+        pretrained model, or of the adapter that is started from, where they are known."""
+        course, start = self.comm.course, self.built.adapted.start
+        if before is None and start is None:
             course.enter("the evaluation of the pretrained model")
             before = self._evaluate_pretrained() if self.data.held_out else {}
         course.enter("the initialisation")
@@ -168,6 +169,10 @@ class Run(Restoring):
         report = api.initialise(self.built.adapted, self.built.engine, **self._plan())
         seconds = time.perf_counter() - began
         self._tell_init(report, seconds)
+        if start is not None:
+            log.info("started from %s", start.files.directory)
+        if before is None:
+            before = self._evaluate() if self.data.held_out else {}
         extra = {"before": before, "init_seconds": seconds}
         extra |= {FOUND_RATE: self._find_rate()} if self.recipe.train.searches_lr else {}
         self.monitor.write(0, _as_evaluation(before))
@@ -186,13 +191,14 @@ class Run(Restoring):
         self.monitor.tell_rates(found.scalars(), found.tried)
         return found.rate
 
-    def _export(self) -> Path | None:
+    def _export(self, summary: Summary) -> Path | None:
         attached = self.built.adapted.attached
         if problem_with_peft(attached.method, stacks_of(attached)):
             return None
         base = base_name(self.recipe.model.path)
         on_main(self.comm, self.run_dir, self.writing.check)
-        return api.export(self.built.adapted, self.run_dir / "adapter", base_model=base)
+        about = about_run(self.recipe, {"before": summary.before, "after": summary.after}, self.steps)
+        return api.export(self.built.adapted, self.run_dir / "adapter", base_model=base, about=about)
 
     # ------------------------------------------------------------------ what is told
 

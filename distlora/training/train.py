@@ -27,6 +27,7 @@ from distlora.recipe.deepspeed_check import checked_deepspeed
 from distlora.recipe.deepspeed_config import plan_batches
 from distlora.recipe.packages import check_packages
 from distlora.recipe.sections import Recipe
+from distlora.training.adapter_start import with_start
 from distlora.training.build import check_targets
 from distlora.training.monitor import writers_silenced
 from distlora.training.objective import Objective, objective_of
@@ -50,7 +51,7 @@ def check(recipe: Recipe, topology: Topology, resume: bool | None) -> None:
 def check_run(recipe: Recipe, world_size: int, resume: bool | None) -> tuple[Recipe, Objective]:
     """The same without ranks. Returns the recipe as it is run, as far as the model is at hand, and what is
     learned."""
-    recipe = with_format_of_run(recipe, resume)
+    recipe = with_start(with_format_of_run(recipe, resume))
     objective, config = check_settings(recipe, world_size)
     check_run_dir(recipe, resume)
     recipe = fitted(recipe, objective)
@@ -101,6 +102,8 @@ def train(
     once a run that was asked to stop has stopped. With several ranks the process is ended, with exit code 1,
     where another one goes silent for `train.hang_timeout`.
     """
+    with before_ranks_meet():
+        recipe = with_start(recipe)
     device, errors = device_of(topology.local_rank), WriteErrors()
     supervision = Supervision(topology, recipe.train.hang_timeout, Path(recipe.output_dir) / LOGS)
     with (

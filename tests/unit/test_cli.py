@@ -102,7 +102,7 @@ def test_methods_takes_a_recipe_or_none():
         (["train", "x.yaml", "--resume", "a.b=1", "--fast"], "--fast"),
         (["methods", "--rnk", "8"], "unrecognized arguments: --rnk"),
         (["methods", "--rank", "many"], "'many' is no whole number"),
-        (["export", "runs/x", "--out", "y"], "required: --format"),
+        (["export", "runs/x", "--format", "peft"], "required: --out"),
         (["export", "runs/x", "--format", "onnx", "--out", "y"], "invalid choice: 'onnx'"),
         (
             ["export", "runs/x", "--format", "peft", "--out", "y", "--compress-rank", "few"],

@@ -144,7 +144,13 @@ def test_recipes_can_be_built_in_python():
 
 def test_another_method_keeps_what_it_has_and_tells_what_it_dropped():
     recipe = load("method.name=lora", "method.alpha=8")
-    assert recipe.method.model_dump() == {"name": "lora", "rank": 4, "alpha": 8.0, "dropout": 0.0}
+    assert recipe.method.model_dump() == {
+        "name": "lora",
+        "rank": 4,
+        "alpha": 8.0,
+        "dropout": 0.0,
+        "from": None,
+    }
     assert recipe.notes == ("method lora has no method.init: dropped from what x.yaml says",)
 
 

@@ -9,8 +9,10 @@ from distlora.methods.capabilities.facts import (
     magnitude_of,
     probe_of,
     recomposing,
+    start_of,
     writes_weight,
 )
+from distlora.methods.capabilities.from_adapter import StartsFromAdapter
 from distlora.methods.capabilities.from_weight import HoldsPretrained, TakesFromWeight
 from distlora.methods.capabilities.gradients import CorrectsGradients, TransformsGradients
 from distlora.methods.capabilities.magnitude import HasMagnitude
@@ -26,6 +28,7 @@ __all__ = [
     "ProbeSettings",
     "Recomposes",
     "Recomposition",
+    "StartsFromAdapter",
     "TakesFromWeight",
     "TrainsWeight",
     "TransformsGradients",
@@ -33,5 +36,6 @@ __all__ = [
     "magnitude_of",
     "probe_of",
     "recomposing",
+    "start_of",
     "writes_weight",
 ]

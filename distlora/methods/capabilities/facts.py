@@ -1,5 +1,6 @@
 """Questions that any method answers, by its capabilities and its settings."""
 
+from distlora.methods.capabilities.from_adapter import StartsFromAdapter
 from distlora.methods.capabilities.from_weight import TakesFromWeight
 from distlora.methods.capabilities.magnitude import HasMagnitude
 from distlora.methods.capabilities.probing import NeedsProbe, ProbeSettings
@@ -10,6 +11,11 @@ from distlora.methods.contract import Method
 def probe_of(method: Method) -> ProbeSettings | None:
     """How the gradients of the start are sampled; None for a method that needs none, as it is set."""
     return method.probe_settings() if isinstance(method, NeedsProbe) else None
+
+
+def start_of(method: Method) -> str | None:
+    """The directory of the adapter in PEFT's files that training starts from; None without one."""
+    return method.start if isinstance(method, StartsFromAdapter) else None
 
 
 def recomposing(method: Method) -> Recomposes | None:
