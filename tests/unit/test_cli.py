@@ -104,6 +104,7 @@ def test_methods_takes_a_recipe_or_none():
         (["methods", "--rank", "many"], "'many' is no whole number"),
         (["export", "runs/x", "--format", "peft"], "required: --out"),
         (["export", "runs/x", "--format", "onnx", "--out", "y"], "invalid choice: 'onnx'"),
+        (["export", "runs/x", "--format", "peft", "--out", "y", "--max-error", "nan"], "'nan' is no number"),
         (
             ["export", "runs/x", "--format", "peft", "--out", "y", "--compress-rank", "few"],
             "'few' is no whole number",

@@ -677,7 +677,6 @@ MISTAKES = [
     (["--compress-rank", "-3"], "--compress-rank is -3; wanted at least 1"),
     (["--max-error", "0"], "--max-error is 0; wanted a relative error between 0 and 1, such as 0.01"),
     (["--max-error", "1"], "--max-error is 1; wanted a relative error between 0 and 1, such as 0.01"),
-    (["--max-error", "nan"], "--max-error is nan; wanted a relative error between 0 and 1, such as 0.01"),
     (
         ["--max-error", "0.1", "--compress-rank", "4"],
         "--compress-rank and --max-error were both given; give one of them",
