@@ -106,7 +106,8 @@ class Adapted:
 
         Scores see the averaged gradients, and a method that transforms gradients does so. The first steps
         look for tensors that do not train, see `distlora.api.watch`. Clip plain PyTorch's gradients before
-        this call; a DeepSpeed engine clips by itself, after it. Errors: TrainingError that names a tensor
+        this call, or after it where the start was told so (`clips_after`); a DeepSpeed engine clips by
+        itself, after it. Errors: TrainingError that names a tensor
         which does not train.
         """
         recomposer, engine = self.recomposer, self.engine
