@@ -31,7 +31,7 @@ class Case:
     settings: dict[str, Any] = field(default_factory=dict)
     stage: int | None = None
     resume: bool = False
-    clip: float = 1.0
+    clip: float = 0.5
     more: dict[str, Any] = field(default_factory=dict)
 
     @property

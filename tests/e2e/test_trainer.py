@@ -29,7 +29,7 @@ def recipe_for(model: Path, data: Path, out: Path, method: str) -> Path:
     content["data"] |= {"eval_split": None, "max_length": 96}
     content["train"] |= {
         "steps": STEPS, "micro_batch_size": MICRO, "global_batch_size": BATCH, "lr": RATE, "seed": SEED,
-        "clip": 1.0, "eval_every": 0, "save_every": 0, "exact_match_samples": 0,
+        "clip": 0.5, "eval_every": 0, "save_every": 0, "exact_match_samples": 0,
     }  # fmt: skip
     out.parent.mkdir(parents=True, exist_ok=True)
     return write_recipe(out.parent / f"{method}.yaml", content)
