@@ -19,7 +19,9 @@ DRAFT = ".distlora-adapter"
 
 
 def save_adapter(adapted: api.Adapted, out: Path) -> None:
-    """Writes the adapter in PEFT's format into `out`, over an earlier one; other files there stay. Collective."""
+    """Writes the adapter in PEFT's format into `out`, over an earlier one; other files there stay.
+    Collective.
+    """
 
     def move() -> None:
         for path in sorted((out / DRAFT).iterdir()):
@@ -36,8 +38,8 @@ def refuse_no_state(checkpoint: str | os.PathLike) -> None:
         raise UserError(f"resume_from_checkpoint={checkpoint}: there is no such directory")
     if not (Path(checkpoint) / STATE).is_dir():
         raise UserError(
-            f"resume_from_checkpoint={checkpoint}: it has no folder {STATE}, so it was saved by another trainer or "
-            "with save_only_model=True; name a checkpoint with one"
+            f"resume_from_checkpoint={checkpoint}: it has no folder {STATE}, so it was saved by another "
+            "trainer or with save_only_model=True; name a checkpoint with one"
         )
 
 

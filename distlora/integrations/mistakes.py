@@ -22,11 +22,13 @@ def refuse_model(model: Any, adapted: Adapted | None, settings: dict[str, Any]) 
         raise UserError("peft_config= asks for an adapter of PEFT beside the attached one: leave it out")
     if _has_peft(model) or (isinstance(adapted, Adapted) and _has_peft(adapted.model)):
         raise UserError(f"the model has an adapter of PEFT already; load it without that, and {ATTACH}")
-    if isinstance(adapted, nn.Module):
-        raise UserError("adapted= is a model; give what distlora.attach has returned")
     if adapted is None:
         found = isinstance(model, nn.Module) and any(isinstance(m, AdapterLinear) for m in model.modules())
         raise UserError(f"adapted= is missing{'' if found else ', and the model has no adapter'}: {ATTACH}")
+    if not isinstance(adapted, Adapted):
+        raise UserError(
+            f"adapted= is of the class {type(adapted).__name__}; give what distlora.attach has returned"
+        )
     if model is not None and model is not adapted.model:
         what = f"the name {model}" if isinstance(model, str) else "another model than the adapted one"
         raise UserError(f"model= is {what}: leave it out, adapted= brings its model")
@@ -45,8 +47,8 @@ def refuse_arguments(args: Any) -> None:
 def _best_model(args: Any) -> str | None:
     if args.load_best_model_at_end:
         return (
-            "load_best_model_at_end=True would load another checkpoint into a model that training has changed; set "
-            "it to False, and load the adapter that lies in trainer.state.best_model_checkpoint"
+            "load_best_model_at_end=True would load another checkpoint into a model that training has "
+            "changed; set it to False, and load the adapter that lies in trainer.state.best_model_checkpoint"
         )
     return None
 
@@ -63,14 +65,12 @@ def _batch_size(args: Any) -> str | None:
 def _precision(args: Any) -> str | None:
     if args.fp16:
         return "fp16=True scales gradients, which no method here can work with; use bf16=True, or float32"
-    if args.fp16_full_eval:
-        return "fp16_full_eval=True would leave the model in float16; use bf16_full_eval=False and fp16_full_eval=False"
     return None
 
 
 def _compilation(args: Any) -> str | None:
     if args.torch_compile:
-        return "torch_compile=True compiles layers whose weights and factors change between steps; set it to False"
+        return "torch_compile=True is not supported with layers whose weights may change; set it to False"
     return None
 
 
@@ -118,6 +118,6 @@ def _refuse_whole_model(trainer: Any, adapted: Adapted) -> None:
     whole = not any(hasattr(parameter, "ds_id") for parameter in adapted.model.parameters())
     if stage == 3 and whole and isinstance(adapted.model, PreTrainedModel):
         raise UserError(
-            "at ZeRO stage 3 the model was loaded whole on every rank: make the TrainingArguments with deepspeed= "
-            "first, and call from_pretrained and distlora.attach after that"
+            "at ZeRO stage 3 the model was loaded whole on every rank: make the TrainingArguments with "
+            "deepspeed= first, and call from_pretrained and distlora.attach after that"
         )

@@ -14,8 +14,8 @@ def add_left_factors(optimizer: torch.optim.Optimizer, adapted: Adapted, ratio: 
     """
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise UserError(
-            "lora_plus_ratio needs an optimizer of the trainer: remove the optimizer section from the DeepSpeed "
-            "config"
+            "lora_plus_ratio needs an optimizer of the trainer: remove the optimizer section from the "
+            "DeepSpeed config"
         )
     names = left_factors(adapted.layers)
     left = {id(p) for name, p in adapted.model.named_parameters() if name in names}

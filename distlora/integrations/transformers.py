@@ -1,6 +1,7 @@
 """Any method in transformers' `Trainer` and its subclasses, plain or with `deepspeed=` at ZeRO stage 0 to 3.
 
-    model = AutoModelForCausalLM.from_pretrained(…)               # with deepspeed=, after the TrainingArguments
+    args = TrainingArguments(…)                                   # first, if it has deepspeed=
+    model = AutoModelForCausalLM.from_pretrained(…)
     adapted = distlora.attach(model, "lora_sb", rank=32)
     trainer = AdapterTrainer(args=args, train_dataset=rows, adapted=adapted)
     trainer.train()
@@ -22,8 +23,8 @@ What the Trainer does otherwise than `distlora train`:
 - Clipping. `max_grad_norm` is 1 by default. Under DeepSpeed the config's `gradient_clipping` alone counts
   ("auto" is `max_grad_norm`), so without it nothing is clipped. Where a method transforms gradients
   (LoRA-Pro), they are clipped by their norm of before, here as well, and `grad_norm` is that norm.
-- Optimizer. `optim`, `weight_decay` and the betas are the Trainer's; AdamW, Adam and SGD will do. The decay is on
-  all factors. LoRA+ is `lora_plus_ratio=`.
+- Optimizer. `optim`, `weight_decay` and the betas are the Trainer's; AdamW, Adam and SGD will do. The decay
+  is on all factors. LoRA+ is `lora_plus_ratio=`.
 - Precision. In plain PyTorch a model that was loaded in bfloat16 has no float32 masters: load it in float32,
   with `bf16=True` if wanted.
 """
@@ -84,8 +85,8 @@ class AdapterMixin:
     # ------------------------------------------------------------------ the start
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *others: Any, **settings: Any):
-        """See `Trainer.train`. Errors: UserError for a checkpoint that cannot be gone on from, and in a second
-        run of the same adapter.
+        """See `Trainer.train`. Errors: UserError for a checkpoint that cannot be gone on from, and in a
+        second run of the same adapter.
         """
         self.adapted.refuse_second_start()
         if resume_from_checkpoint and not isinstance(resume_from_checkpoint, bool):
@@ -138,7 +139,11 @@ class AdapterMixin:
 
     def _check_begun(self) -> None:
         """Errors: UserError where the base class has prepared its run in another way."""
-        self.adapted.engine
+        if not self.adapted.begun:
+            raise UserError(
+                "this trainer does not prepare its runs as transformers' Trainer does, so the adapter has no "
+                "factors: write a loop of your own around distlora.initialise"
+            )
 
     def _take_over_clipping(self) -> float | None:
         """The norm that our start is told, see `distlora.initialise`. DeepSpeed must not clip what a method
@@ -184,12 +189,14 @@ class AdapterMixin:
     # ------------------------------------------------------------------ files
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Writes the adapter in PEFT's format into `output_dir`, which may hold other files, with the tokenizer;
-        with method full the whole model. Collective.
+        """Writes the adapter in PEFT's format, and the tokenizer, into `output_dir`, which may hold other
+        files; with method full the whole model. Collective.
         """
         if isinstance(self.adapted.method, TrainsWeight):
             super().save_model(output_dir, _internal_call)
             return
+        if not self.adapted.begun:
+            raise UserError("there is no adapter to save yet: call train first")
         out = Path(output_dir or self.args.output_dir)
         save_adapter(self.adapted, out)
         tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)

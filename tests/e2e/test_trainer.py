@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-import yaml
 
 from distlora.data import TrainOrder
 from distlora.recipe.load import load_recipe
