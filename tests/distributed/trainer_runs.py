@@ -29,19 +29,22 @@ BATCH, MICRO, RATE, SEED = 4, 2, 0.02, 3
 @dataclass(frozen=True)
 class Case:
     """stage: of ZeRO; None for plain PyTorch. resume: whether the run ends after half of its steps, and a new
-    trainer goes on from its checkpoint. more: other `TrainingArguments`.
+    trainer goes on from its checkpoint. early: whether the model is loaded before the `TrainingArguments` are
+    made. more: other `TrainingArguments`.
     """
 
     method: str
     settings: dict[str, Any] = field(default_factory=dict)
     stage: int | None = None
     resume: bool = False
+    early: bool = False
     clip: float = 0.5
     more: dict[str, Any] = field(default_factory=dict)
 
     @property
     def key(self) -> str:
-        return f"{self.method}-{self.stage}" + "-resumed" * self.resume
+        words = ("resumed" * self.resume, "early" * self.early, *self.more)
+        return "-".join(filter(None, (self.method, str(self.stage), *words)))
 
 
 def arguments(case: Case, out: Path, steps: int, world: int) -> TrainingArguments:
@@ -51,6 +54,7 @@ def arguments(case: Case, out: Path, steps: int, world: int) -> TrainingArgument
             "zero_optimization": {"stage": case.stage, "memory_efficient_linear": False},
             "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto",
             "gradient_clipping": "auto",
+            "bf16": {"enabled": "auto"},
         }  # fmt: skip
     usual = dict(
         output_dir=str(out), use_cpu=True, deepspeed=zero, max_steps=steps, learning_rate=RATE, seed=SEED,
@@ -63,10 +67,11 @@ def arguments(case: Case, out: Path, steps: int, world: int) -> TrainingArgument
 
 def trainer_of(case: Case, model_dir: Path, rows: list[dict], out: Path, world: int = 1) -> AdapterTrainer:
     """rows: in the order of the steps."""
+    early = AutoModelForCausalLM.from_pretrained(model_dir) if case.early else None
     args = arguments(case, out, len(rows) // BATCH, world)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(model_dir)
     tokenizer.pad_token = tokenizer.eos_token
-    model = AutoModelForCausalLM.from_pretrained(model_dir)
+    model = early or AutoModelForCausalLM.from_pretrained(model_dir)
     adapted = distlora.attach(model, case.method, **case.settings)
     return AdapterTrainer(
         args=args, train_dataset=rows, data_collator=DataCollatorForSeq2Seq(tokenizer),

@@ -47,6 +47,11 @@ def case_of(name: str, **more) -> Case:
     return Case(settings.pop("name"), settings, **more)
 
 
+#: A model that was loaded whole, though at stage 3; and runs in bfloat16.
+EARLY = case_of("lora_sb", stage=3, early=True)
+ROUNDED = [case_of("lora_sb", stage=stage, more={"bf16": True}) for stage in (2, 3)]
+
+
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory) -> Path:
     return write_rows(tmp_path_factory.mktemp("trainer_rows"), train=STEPS * BATCH)
@@ -125,8 +130,12 @@ def on_ranks(model, samples, tmp_path_factory) -> dict[str, list[float] | str]:
     """The losses of `ON_RANKS`: one start of the ranks for all."""
     folder = tmp_path_factory.mktemp("ranks")
     plan, out = folder / "plan.json", folder / "out.json"
-    cases = [asdict(case_of(name, stage=stage, resume=resume)) for name, stage, resume in ON_RANKS]
-    plan.write_text(json.dumps({"model": str(model), "rows": samples, "cases": cases}))
+    cases = [
+        EARLY,
+        *(case_of(name, stage=stage, resume=resume) for name, stage, resume in ON_RANKS),
+        *ROUNDED,
+    ]
+    plan.write_text(json.dumps({"model": str(model), "rows": samples, "cases": list(map(asdict, cases))}))
     port = free_port()
     with ExitStack() as stack:
         command = (sys.executable, "-m", "tests.distributed.trainer_runs", plan, out)
@@ -149,3 +158,12 @@ def on_ranks(model, samples, tmp_path_factory) -> dict[str, list[float] | str]:
 def test_under_deepspeed_too(method, stage, resume, on_ranks, recipes):
     found = on_ranks[case_of(method, stage=stage, resume=resume).key]
     assert found == pytest.approx(recipes[method], rel=1e-5)
+
+
+@pytest.mark.parametrize("case", ROUNDED, ids=lambda case: case.key)
+def test_in_bfloat16_nearly_the_same(case, on_ranks, recipes):
+    assert on_ranks[case.key] == pytest.approx(recipes["lora_sb"], rel=2e-2)
+
+
+def test_a_model_that_every_rank_has_loaded_whole_is_refused(on_ranks):
+    assert on_ranks[EARLY.key].startswith("UserError: at ZeRO stage 3 the model was loaded whole")

@@ -2,6 +2,7 @@
 
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import peft
 import pytest
@@ -9,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, TrainingArguments
 
 import distlora
+from distlora.integrations.mistakes import refuse_surroundings
 from distlora.integrations.transformers import AdapterTrainer
 from tests.tiny_models import tiny_model_dir
 
@@ -127,6 +129,22 @@ def test_optimizers(make):
     other = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
     with refused("the optimizer does not train"):
         make(more={"optimizers": (other, None)}).train()
+
+
+@pytest.mark.parametrize(
+    ("found", "text"),
+    [
+        ({"world_size": 2}, "2 ranks need DeepSpeed"),
+        ({"n_gpu": 2}, "over 2 GPUs"),
+        ({"is_fsdp_enabled": True}, "accelerate is set to FSDP"),
+    ],
+)
+def test_surroundings(make, found, text):
+    usual = {"world_size": 1, "n_gpu": 1, "is_fsdp_enabled": False, "is_deepspeed_enabled": False}
+    told = SimpleNamespace(**(usual | found))
+    told.args = told
+    with refused(text):
+        refuse_surroundings(told, make().adapted)
 
 
 def test_samples_without_labels(make):
