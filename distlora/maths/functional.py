@@ -33,7 +33,7 @@ class _Linear(torch.autograd.Function):
         needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
         dx = _back(dy, ctx.weight, ctx.unpack) if needs_x else None
         rows = _rows(dy)
-        dw = rows.T @ _rows(x) if needs_weight else None
+        dw = rows.T @ _rows(x).to(dy.dtype) if needs_weight else None
         db = rows.sum(0) if needs_bias else None
         return dx, dw, db, None
 
@@ -88,9 +88,11 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None, unpack: Unpack | No
 
 
 def _back(dy: Tensor, weight: Tensor, unpack: Unpack | None) -> Tensor:
-    """`dL/dx = dy W`, computed in the dtype of W and returned in that of dy."""
+    """`dL/dx = dy W`, computed in the dtype of W and returned in that of dy. Under autocast, where y has
+    another dtype than W, in that of dy.
+    """
     if unpack is None:
-        return dy @ weight
+        return dy @ weight.to(dy.dtype)
     matrix = unpack(weight)
     return (dy.to(matrix.dtype) @ matrix).to(dy.dtype)
 

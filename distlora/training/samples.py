@@ -11,16 +11,13 @@ from distlora.data import Encoded, TrainOrder, download, is_at_hand, micro_batch
 from distlora.engine.comm import Comm
 from distlora.engine.coordination import on_every_rank
 from distlora.errors import UserError
-from distlora.initialisation.probe import Probe
+from distlora.initialisation.probe import Probe, probe_samples
 from distlora.methods import ProbeSettings
 from distlora.models.hub import may_download, resolve_path
 from distlora.models.targets import Batch, loss_of_samples
 from distlora.recipe.deepspeed_config import plan_batches
 from distlora.recipe.sections import DataSection, Recipe
 from distlora.training.objective import Objective
-
-#: Fewest samples that a fraction of the training set stands for (LoRA-SB's Table 5: quality is flat above).
-FEWEST_PROBE_SAMPLES = 25
 
 log = logging.getLogger(__name__)
 
@@ -169,13 +166,6 @@ class StepsOfBatches(Sequence):
 
     def __getitem__(self, step: int) -> list[Batch]:
         return self._batches_of(self._shares[step])
-
-
-def probe_samples(setting: float, available: int | None) -> int:
-    """How many samples `samples` stands for: itself, or below 1 that share of the training set, of which at
-    least 25. available: the size of that; None where it is not known yet."""
-    wanted = max(FEWEST_PROBE_SAMPLES, round(setting * (available or 0))) if setting < 1 else int(setting)
-    return min(wanted, available or wanted)
 
 
 def trial_indices(
