@@ -26,6 +26,7 @@ from distlora.maths.importance import low_half_share
 from distlora.maths.low_rank import LowRank
 from distlora.maths.recomposition_schedule import AdaptiveSchedule
 from distlora.methods import Factors, Recomposition, recomposing
+from distlora.recompose import stored
 from distlora.recompose.ages import Ages
 from distlora.recompose.initial_values import InitialValuesInLedger, InitialValuesInStart
 from distlora.recompose.refill import from_gradients
@@ -313,6 +314,20 @@ class Recomposer:
                 self._initial_values.tensors(),
                 self._reserve.tensors(),
             )
+
+    def problem_with(self, state: dict[str, Any], ledger: dict[str, list[dict[str, Any]]]) -> str | None:
+        """What of a stored state does not fit this run; None if all does. ledger: the entries by layer."""
+        try:
+            stored.restored(self._schedule, state["switching"])
+        except ValueError as error:
+            return f"switching: {error}"
+        return stored.problem_with(state, self._layers, self._method, ledger)
+
+    def wanted(self, state: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+        """The shapes of the tensors that `restore` reads, by name. state: one that fits."""
+        schedule = stored.restored(self._schedule, state["switching"])
+        follows = self._scores is not None and not state["ended"] and not schedule.finished(state["done"])
+        return stored.wanted(state, self._layers, self._method, follows)
 
     def restore(self, state: dict[str, Any], read: Callable[[str], Tensor | None]) -> None:
         """Continues from what `state` and `tensors` gave, at any stage and world size. Collective. read: the

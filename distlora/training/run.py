@@ -22,6 +22,7 @@ from distlora.recipe.combination import check_length
 from distlora.recipe.load import run_identity
 from distlora.recipe.sections import Recipe
 from distlora.training.build import Built, build
+from distlora.training.continued import check_extra
 from distlora.training.export_run import base_name
 from distlora.training.loop import UNWRITTEN, Loop
 from distlora.training.monitor import Monitor
@@ -87,6 +88,7 @@ class Run:
         self.data = RunSamples(comm, recipe, self.objective)
         self.seen = seen_by(comm, recipe, self.data)
         if checkpoint is not None:
+            on_main(comm, self.run_dir, lambda: check_extra(checkpoint, recipe))
             on_main(comm, self.run_dir, lambda: self.seen.compare(self.run_dir, allow_changed_data))
         on_every_rank(comm, lambda: self.objective.prepare(self.data.preprocessor))
         settings = recipe.train
