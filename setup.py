@@ -41,6 +41,7 @@ setup(
         "test": [
             "pytest>=9.2,<10",
             "pytest-xdist>=3.8,<4",
+            "hypothesis>=6.170,<7",
             "peft>=0.21,<1",
             "bitsandbytes>=0.50,<1",
             "matplotlib>=3.11,<4",

@@ -3,6 +3,9 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+#: Characters of a sentence. Names and values within can be of any length.
+_LONGEST, _BEGINNING = 2000, 1500
+
 
 class Ending(Exception):
     """The base of all. Its message is one sentence for the user.
@@ -17,10 +20,24 @@ class Ending(Exception):
 
     def __init__(self, sentence: str, agreed: bool | None = None):
         """agreed: replaces the value of the class."""
-        # Half a character, as JSON can name it, could be written to no terminal and no file.
-        super().__init__(sentence.encode("utf-8", "backslashreplace").decode())
+        super().__init__(_readable(sentence))
         if agreed is not None:
             self.agreed = agreed
+
+
+def _readable(sentence: str) -> str:
+    """One line that terminals and files take, whatever names stand in it: line breaks, control characters and
+    half characters as escapes, and of a very long one both ends.
+    """
+    if len(sentence) > _LONGEST:
+        sentence = f"{sentence[:_BEGINNING]} … {sentence[_BEGINNING + 3 - _LONGEST :]}"
+    if not sentence.isprintable():
+        sentence = "".join(sign if sign.isprintable() else _escaped(sign) for sign in sentence)
+    return sentence if len(sentence) <= _LONGEST else _readable(sentence)
+
+
+def _escaped(sign: str) -> str:
+    return sign.encode("unicode_escape").decode()
 
 
 class UserError(Ending):

@@ -14,13 +14,12 @@ from distlora.recipe.sections import FORMAT, INLINE, Recipe, method_class
 from distlora.recipe.strict import (
     check_keys,
     dotted,
-    dump_yaml,
-    parse_yaml,
     show,
     unknown_keys,
     validate,
     validate_values,
 )
+from distlora.recipe.yaml_text import dump_yaml, parse_yaml
 
 #: The key of a resolved recipe that says its format. Not one of the recipe's keys.
 _FORMAT_KEY = "format"

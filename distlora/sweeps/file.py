@@ -22,7 +22,8 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from distlora.errors import UserError
-from distlora.recipe.strict import parse_yaml, show, validate
+from distlora.recipe.strict import show, validate
+from distlora.recipe.yaml_text import parse_yaml
 from distlora.sweeps.points import Point, override_of, point_of
 from distlora.sweeps.quoting import words_of
 from distlora.tasks import SUITES, scored_tasks

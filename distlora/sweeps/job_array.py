@@ -9,7 +9,7 @@ from pathlib import Path
 import distlora
 from distlora.errors import UserError
 from distlora.files.atomic import write_text
-from distlora.recipe.strict import dump_yaml, parse_yaml
+from distlora.recipe.yaml_text import dump_yaml, parse_yaml
 from distlora.sentences import first_line
 from distlora.sweeps.file import Sweep
 from distlora.sweeps.points import Point

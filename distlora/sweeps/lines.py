@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from distlora.errors import UserError
-from distlora.recipe.strict import parse_yaml
+from distlora.recipe.yaml_text import parse_yaml
 from distlora.sweeps.quoting import words_of
 
 
