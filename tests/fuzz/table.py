@@ -1,9 +1,9 @@
 """The table of all loaders."""
 
-from tests.fuzz import recipes
+from tests.fuzz import recipes, saved
 from tests.fuzz.rule import Loader
 
-LOADERS: tuple[Loader, ...] = (*recipes.LOADERS,)
+LOADERS: tuple[Loader, ...] = (*recipes.LOADERS, *saved.LOADERS)
 BY_NAME = {loader.name: loader for loader in LOADERS}
 EXAMPLES = 2000
 
