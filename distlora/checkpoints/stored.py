@@ -98,7 +98,7 @@ class StoredRecomposition(_Checked):
 
     swaps: Count
     done: Count
-    ended: bool = False
+    ended: bool
     born: dict[str, list[Annotated[int, Field(ge=-1, le=1 << 53)]]]
     origin: dict[str, list[Annotated[list[Count], Field(min_length=2, max_length=2)]]]
     reserves: dict[str, Count]

@@ -30,6 +30,7 @@ _JSON_FILES = (
 _LARGEST_CONFIG, _LARGEST_TOKENIZER = 32 << 20, 1 << 30
 #: Layers of a model at most; there is none with nearly as many.
 _MOST_LAYERS = 10_000
+_SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads")
 #: Parameters that the files lack start at random: a head, and embeddings. A model has at most so many times
 #: the numbers of the files, and so many more.
 _MOST_PARAMETERS, _NEW_PARAMETERS = 2, 1 << 28
@@ -71,9 +72,10 @@ def _check_config(path: str, content: dict[str, Any]) -> None:
             )
         if key == _OTHER_FILE and value is not None:
             raise UserError(f"model.path={path}: config.json: {key} is not supported; remove the key")
-        if key.endswith("layers") and type(value) is int and value > _MOST_LAYERS:
+        too_many = key.endswith("layers") and type(value) is int and value > _MOST_LAYERS
+        if too_many or (key in _SIZES and type(value) is int and value < 1):
             raise UserError(f"model.path={path}: config.json: {key} is {str(value)[:40]}; fetch it again")
-        if isinstance(value, dict):
+        if isinstance(value, dict) and key != "label2id":
             _check_config(path, value)
 
 

@@ -88,7 +88,8 @@ TENSORS = {
 }
 HEADER_WORDS = (
     b'"dtype":"F32"', b'"dtype":"F8_E8M0"', b'"shape":[-1]', b'"shape":[1099511627776]',
-    b'"data_offsets":[0,8]', b'"a":{"dtype":"F32","shape":[2,3],"data_offsets":[0,24]}', b"[0,18446744073709551615]", b'"U16"',
+    b'"data_offsets":[0,8]', b'"U16"', b"[0,18446744073709551615]",
+    b'"a":{"dtype":"F32","shape":[2,3],"data_offsets":[0,24]}',
 )  # fmt: skip
 
 
