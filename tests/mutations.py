@@ -553,7 +553,7 @@ MUTATIONS = [
     Mutation(
         "random-number states not restored",
         "distlora/checkpoints/restore.py",
-        "    restore_random_states(own, comm.device)\n",
+        "    restore_random_states(states, comm.device)\n",
         "    pass\n",
         (f"{SAME_LAYOUT}[world2-stage2-float32-0_3-from-world2-stage2-float32-0_3]",),
     ),

@@ -2,7 +2,6 @@
 old ones go.
 """
 
-import json
 import logging
 import os
 import re
@@ -11,15 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distlora.checkpoints.soundness import MANIFEST, mark, soundness, why_bad
+from distlora.checkpoints.soundness import mark, soundness, why_bad
+from distlora.checkpoints.stored import MANIFEST, STATE, NewerFormat, read_manifest, read_state
 from distlora.engine.comm import Comm
 from distlora.engine.coordination import on_main
 from distlora.errors import UserError
 from distlora.files.atomic import put_in_place, sha256_of
+from distlora.files.json_files import read_json
+from distlora.files.places import leads_out_of
 from distlora.files.problems import dangling_link, first_unreadable
-
-FORMAT = 1
-STATE = "state.json"
 
 #: A complete checkpoint, or the one whose place a newer of the same step was about to take when the run was
 #: killed.
@@ -30,11 +29,14 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete checkpoint. state: `state.json` without the random-number states."""
+    """A complete checkpoint. state: `state.json` without the random-number states. files: the names of its
+    files; others that lie there are not read.
+    """
 
     path: Path
     step: int
     state: dict[str, Any]
+    files: tuple[str, ...]
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -69,8 +71,13 @@ def last_good(run_dir: str | os.PathLike) -> Path | None:
 
 def share_checkpoint(comm: Comm, found: Checkpoint | None) -> Checkpoint | None:
     """What rank 0 has found, on every rank."""
-    shared = comm.share(found and {"path": str(found.path), "step": found.step, "state": found.state})
-    return shared and Checkpoint(Path(shared["path"]), shared["step"], shared["state"])
+    shared = comm.share(
+        found
+        and {"path": str(found.path), "step": found.step, "state": found.state, "files": list(found.files)}
+    )
+    return shared and Checkpoint(
+        Path(shared["path"]), shared["step"], shared["state"], tuple(shared["files"])
+    )
 
 
 def of_step(run_dir: str | os.PathLike, step: int) -> Checkpoint:
@@ -129,33 +136,37 @@ def _step_of(path: Path) -> int:
 
 
 def problem_with(path: Path, checksums: bool = True) -> str | None:
-    """What is wrong with a checkpoint; None if it is complete."""
+    """What is wrong with a checkpoint; None if it is complete. Raises NewerFormat."""
+    what = MANIFEST
     try:
-        manifest = json.loads((path / MANIFEST).read_bytes())
-        if (
-            manifest["format"] != FORMAT
-            or manifest["step"] != _step_of(path)
-            or STATE not in manifest["files"]
-        ):
+        manifest = read_manifest(path)
+        if manifest.step != _step_of(path) or STATE not in manifest.files:
             return f"{MANIFEST} is of another format or step"
-        for name, entry in manifest["files"].items():
+        for name, entry in manifest.files.items():
+            if leads_out_of(path / name, path, path.parent):
+                return f"{name} is a link that leads out of the run directory"
             size = (path / name).stat().st_size
-            if size != entry["bytes"]:
-                return f"{name} has {size} bytes and not {entry['bytes']}"
-            if checksums and sha256_of(path / name) != entry["sha256"]:
+            if size != entry.bytes:
+                return f"{name} has {size} bytes and not {entry.bytes}"
+            if checksums and sha256_of(path / name) != entry.sha256:
                 return f"{name} has another checksum than {MANIFEST} says"
+        what = STATE
+        read_state(path, manifest)
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
     except OSError as error:
         return f"it cannot be read ({error.strerror})"
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return f"{MANIFEST} is damaged"
+    except ValueError as error:
+        return f"{what} is damaged ({error})"
     return None
 
 
 def _load(path: Path) -> Checkpoint:
-    state = json.loads((path / STATE).read_bytes())
-    return Checkpoint(path, state["step"], {key: value for key, value in state.items() if key != "rng"})
+    """Of a checkpoint without a problem."""
+    manifest = read_manifest(path)
+    state = read_state(path, manifest)
+    rest = {key: value for key, value in state.items() if key != "rng"}
+    return Checkpoint(path, manifest.step, rest, tuple(manifest.files))
 
 
 # ---------------------------------------------------------------------- changing
@@ -175,7 +186,10 @@ def prune(final: Path, keep: int, claimed: bool = True) -> None:
     for step, path in _candidates(final.parent):
         if step > _step_of(final) or not (claimed or _is_ours(path)):
             continue
-        whole = path.name[0] != "." and problem_with(path, checksums=False) is None
+        try:
+            whole = path.name[0] != "." and problem_with(path, checksums=False) is None
+        except NewerFormat:
+            continue
         verdict = soundness(path) if whole else "bad"
         is_last_good = verdict == "good" and not has_good
         kept, has_good = kept + (verdict != "bad"), has_good or is_last_good
@@ -208,6 +222,6 @@ def refuse_others(final: Path) -> None:
 def _is_ours(path: Path) -> bool:
     """Whether a directory has a manifest as this program writes it."""
     try:
-        return {"format", "step", "files"} <= json.loads((path / MANIFEST).read_bytes()).keys()
+        return {"format", "step", "files"} <= read_json(path / MANIFEST).keys()
     except (OSError, ValueError, AttributeError):
         return False

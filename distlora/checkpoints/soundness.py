@@ -13,9 +13,10 @@ import os
 from pathlib import Path
 from typing import Literal
 
+from distlora.checkpoints.stored import MANIFEST
 from distlora.files.atomic import flush_directory, sha256_of, write_text
 
-MANIFEST, MARK = "manifest.json", "soundness.json"
+MARK = "soundness.json"
 
 Soundness = Literal["good", "bad", "unproven"]
 

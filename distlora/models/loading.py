@@ -3,10 +3,10 @@
 import copy
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -19,7 +19,15 @@ from transformers.utils import is_flash_attn_2_available
 
 from distlora.errors import UserError
 from distlora.models.cross_entropy import OutputHead
-from distlora.models.explained import MISFIT, NO_TOKENIZER, explained, quiet
+from distlora.models.foreign import (
+    MISFIT,
+    NO_TOKENIZER,
+    check_configs,
+    check_weights,
+    explained,
+    quiet,
+    readable,
+)
 from distlora.models.hub import resolve_path
 from distlora.models.kinds import (
     auto_class,
@@ -66,8 +74,15 @@ class ModelChoice(Protocol):
 def load_config(section: ModelChoice, labels: Sequence[str] = (), images: bool = False) -> PreTrainedConfig:
     """The model's config. Reads no weights. Raises UserError if the model cannot be trained here."""
     directory = resolve_path(section.path)
-    with explained(section.path):
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    check_configs(section.path, directory)
+    with readable(section.path, "config.json"):
+        return _checked_config(section, directory, labels, images)
+
+
+def _checked_config(
+    section: ModelChoice, directory: Path, labels: Sequence[str], images: bool
+) -> PreTrainedConfig:
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     if labels:
         if type(config) not in classes(config, labels, images):
             wanted = "classifier of images" if images else "classifier"
@@ -133,8 +148,11 @@ def attention_of(section: ModelChoice, labels: Sequence[str] = (), images: bool 
 def bare_model(section: ModelChoice, labels: Sequence[str] = (), images: bool = False) -> PreTrainedModel:
     """The model without weights: its modules have their shapes, and take no memory (on the meta device)."""
     config = load_config(section, labels, images)
-    with torch.device("meta"), explained(section.path):
+    with torch.device("meta"), readable(section.path, "config.json"):
         model = auto_class(config, labels, images).from_config(config, trust_remote_code=False)
+    directory = resolve_path(section.path)
+    if any(directory.glob("*.safetensors")):
+        check_weights(section.path, directory, model)
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
         raise UserError(
             f"model.path={section.path}: {type(model).__name__} has batch norms, whose statistics change in "
@@ -162,22 +180,6 @@ def head_parameters(model: PreTrainedModel) -> set[str]:
     return {name for name, parameter in model.named_parameters() if id(parameter) not in base}
 
 
-def check_weights(section: ModelChoice) -> None:
-    """Raises UserError for a model without weights in the format that is loaded, and for files of it that
-    cannot be read. Reads their headers only.
-    """
-    directory = resolve_path(section.path)
-    files = sorted(directory.glob("*.safetensors"))
-    if not files:
-        raise UserError(
-            f"model.path={section.path}: no *.safetensors in {directory}; only this format is loaded"
-        )
-    with explained(section.path):
-        for file in files:
-            with safe_open(file, framework="pt"):
-                pass
-
-
 def load_model(
     section: ModelChoice, labels: Sequence[str] = (), images: bool = False
 ) -> tuple[PreTrainedModel, set[str]]:
@@ -192,8 +194,8 @@ def load_model(
     headers of the files, because under ZeRO-3 rank 0 alone reads tensors.
     """
     config = load_config(section, labels, images)
-    check_weights(section)
     directory = resolve_path(section.path)
+    check_weights(section.path, directory)
     if labels and not images and reads_the_last_token(config, labels):
         # It must know how texts are padded here.
         config.get_text_config(decoder=True).pad_token_id = load_tokenizer(section).pad_token_id
@@ -237,13 +239,19 @@ def _new_parameters(model: PreTrainedModel, missing: set[str]) -> set[str]:
 def load_tokenizer(section: ModelChoice) -> PreTrainedTokenizerBase:
     """The tokenizer. It pads on the right, with a token that the model's embeddings have a row for."""
     directory = resolve_path(section.path)
-    with explained(section.path):
+    check_configs(section.path, directory)
+    with readable(section.path, "config.json"):
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
         vocab_size = vocabulary_size(section.path, config)
+    with readable(section.path, "the tokenizer's files"):
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+        return _prepared(section.path, tokenizer, vocab_size)
+
+
+def _prepared(path: str, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> PreTrainedTokenizerBase:
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
         # Without its files, transformers makes a tokenizer for which every text is unknown.
-        raise UserError(f"model.path={section.path}: {NO_TOKENIZER}")
+        raise UserError(f"model.path={path}: {NO_TOKENIZER}")
     tokenizer.padding_side = "right"
     _ensure_pad_token(tokenizer, vocab_size)
     return tokenizer

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from distlora.errors import UserError
 from distlora.files.tensors import TensorFiles
-from distlora.models.explained import MISFIT
+from distlora.models.foreign import MISFIT
 from distlora.models.stored_names import StoredLayout
 
 #: What a tensor is called while it is loaded that is to be left out; no model has such a parameter.

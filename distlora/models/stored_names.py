@@ -26,7 +26,7 @@ from transformers.core_model_loading import (
 from transformers.pytorch_utils import Conv1D
 
 from distlora.errors import UserError
-from distlora.models.explained import explained
+from distlora.models.foreign import check_configs, readable
 
 Shape = tuple[int, ...]
 
@@ -204,7 +204,8 @@ def bare_of_class(directory: Path, model_class: str | None) -> PreTrainedModel |
     cls = transformers_class(model_class)
     if cls is None:
         return None
-    with explained(str(directory)):
+    check_configs(str(directory), directory)
+    with readable(str(directory), "config.json"):
         config = config_of_class(AutoConfig.from_pretrained(directory, trust_remote_code=False), cls)
         with torch.device("meta"):
             return cls(config)

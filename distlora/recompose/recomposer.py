@@ -8,7 +8,6 @@ import functools
 import logging
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
@@ -26,10 +25,12 @@ from distlora.maths.importance import low_half_share
 from distlora.maths.low_rank import LowRank
 from distlora.maths.recomposition_schedule import AdaptiveSchedule
 from distlora.methods import Factors, recomposing
+from distlora.recompose import stored
 from distlora.recompose.ages import Ages
 from distlora.recompose.initial_values import InitialValuesInLedger, InitialValuesInStart
 from distlora.recompose.refill import from_gradients
 from distlora.recompose.report import (
+    Carried,
     Change,
     LayerRecomposition,
     RecompositionReport,
@@ -44,20 +45,6 @@ from distlora.recompose.stacks import Chosen, fused, matrices_of, numbered, rows
 log = logging.getLogger(__name__)
 
 USED_UP = "the reserve of unused singular directions is used up: no further recomposition"
-
-
-@dataclass
-class _Carried:
-    """What is kept of a recomposition until its numbers are computed.
-
-    errors: for every layer, this rank's share of the squared rounding error. live, begun: for the layers that
-    this rank owns, what the factors add to each of its matrices now, and the negated initial values of the
-    replaced components; in host memory.
-    """
-
-    errors: dict[str, float] = field(default_factory=dict)
-    live: dict[str, list[LowRank]] = field(default_factory=dict)
-    begun: dict[str, list[list[LowRank]]] = field(default_factory=dict)
 
 
 class Recomposer:
@@ -207,7 +194,7 @@ class Recomposer:
             return
         self._made += 1
         fresh = {} if from_reserve else self._from_gradients(chosen)
-        carried = _Carried()
+        carried = Carried()
         for name, layer in self._layers.items():
             own = self._reserve.take(name, len(chosen[name][0])) if from_reserve else fresh.pop(name, None)
             new = broadcast_pair(self._comm, layer.whole_shape, self._owners[name], own)
@@ -236,7 +223,7 @@ class Recomposer:
         """Fuses the whole adapter, which then starts anew from the present gradients."""
         probe = self._probe(self._made + 1)  # before anything changes: it may be refused
         self._made += 1
-        carried = _Carried()
+        carried = Carried()
         for name, layer in self._layers.items():
             # Every rank computes the (out, r) product s·B·R for itself, in out·r² multiplications. Its own
             # rows of left @ right cost out·in·r/world. The broadcast of an owner would have to wait for the
@@ -263,9 +250,7 @@ class Recomposer:
     def _as_used(self, factors: Factors) -> Factors:
         return {name: factor.to(self._engine.dtype).float() for name, factor in factors.items()}
 
-    def _carry_out(
-        self, layer: AdapterLinear, chosen: Chosen, new: LowRank | None, carried: _Carried
-    ) -> None:
+    def _carry_out(self, layer: AdapterLinear, chosen: Chosen, new: LowRank | None, carried: Carried) -> None:
         """Changes factors, weight, moments and ledger of one layer. new: what takes the places of the chosen
         components, as for `fused`.
         """
@@ -285,7 +270,7 @@ class Recomposer:
             carried.live[name] = [_on_host(pair) for pair in live]
             carried.begun[name] = [[_on_host(pair) for pair in pairs] for pairs in begun]
 
-    def _measure(self, report: RecompositionReport, carried: _Carried) -> None:
+    def _measure(self, report: RecompositionReport, carried: Carried) -> None:
         """Completes the report. The owner of each layer computes its numbers, after all layers were changed,
         so that owners do not wait for each other, and no rank waits for one that failed.
         """
@@ -327,6 +312,20 @@ class Recomposer:
                 self._initial_values.tensors(),
                 self._reserve.tensors(),
             )
+
+    def problem_with(self, state: dict[str, Any], ledger: dict[str, list[dict[str, Any]]]) -> str | None:
+        """What of a stored state does not fit this run; None if all does. ledger: the entries by layer."""
+        try:
+            stored.restored(self._schedule, state["switching"])
+        except ValueError as error:
+            return f"switching: {error}"
+        return stored.problem_with(state, self._layers, self._method, ledger)
+
+    def wanted(self, state: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+        """The shapes of the tensors that `restore` reads, by name. state: one that fits."""
+        schedule = stored.restored(self._schedule, state["switching"])
+        follows = self._scores is not None and not state["ended"] and not schedule.finished(state["done"])
+        return stored.wanted(state, self._layers, self._method, follows)
 
     def restore(self, state: dict[str, Any], read: Callable[[str], Tensor | None]) -> None:
         """Continues from what `state` and `tensors` gave, at any stage and world size. Collective. read: the

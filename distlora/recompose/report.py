@@ -22,6 +22,20 @@ DECADES = 4
 
 
 @dataclass
+class Carried:
+    """What is kept of a recomposition until its numbers are computed.
+
+    errors: for every layer, this rank's share of the squared rounding error. live, begun: for the layers that
+    this rank owns, what the factors add to each of its matrices now, and the negated initial values of the
+    replaced components; in host memory.
+    """
+
+    errors: dict[str, float] = field(default_factory=dict)
+    live: dict[str, list[LowRank]] = field(default_factory=dict)
+    begun: dict[str, list[list[LowRank]]] = field(default_factory=dict)
+
+
+@dataclass
 class LayerRecomposition:
     """One layer at one recomposition. The names are those of the keys in `recompositions.jsonl`.
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from distlora.errors import UserError
 from distlora.exports.draft import new_directory
+from distlora.files.json_files import read_json
 from distlora.report.appendix import appendix
 from distlora.report.compare import Group, comparable_groups, different_facts, unique
 from distlora.report.drawing import require_matplotlib
@@ -57,7 +58,7 @@ def _earlier_report(out: Path) -> set[str]:
         return set()
     names = {path.name for path in out.iterdir()} if out.is_dir() else {out.name}
     try:
-        own = set(json.loads((out / MANIFEST).read_text(encoding="utf-8"))["files"])
+        own = set(read_json(out / MANIFEST)["files"])
     except (OSError, ValueError, KeyError, TypeError):
         own = set()
     foreign = sorted(name for name in names if name not in own or not (out / name).is_file())

@@ -8,17 +8,18 @@ from typing import Literal
 
 import torch
 
-from distlora.checkpoints.directory import newest, of_step
+from distlora.checkpoints.directory import Checkpoint, newest, of_step
 from distlora.data import ends_of_turn
 from distlora.errors import UserError
 from distlora.exports.card import Form, write_card
 from distlora.exports.check import check_merged
 from distlora.exports.companions import RunTokens
 from distlora.exports.draft import bring_back_earlier, new_directory
+from distlora.exports.exported import AdapterSource
 from distlora.exports.merged import write_merged
 from distlora.exports.peft import ADAPTER_WEIGHTS, experts_of, refuse_peft, write_peft_adapter
 from distlora.exports.precision import dtype_for
-from distlora.exports.sources import AdapterSource, CheckpointSource, Compressed, Source, check_compression
+from distlora.exports.sources import CheckpointSource, Compressed, Source, check_compression
 from distlora.exports.suffixes import Names, names_in
 from distlora.exports.vllm import ForVLLM
 from distlora.files.problems import dangling_link, file_errors_explained
@@ -165,13 +166,19 @@ def _last_state(run_dir: Path, method: Method) -> Source:
     """The newest checkpoint, or the adapter that training wrote at its end if that is of a later step."""
     found, finished = newest(run_dir), run_dir / "adapter"
     bring_back_earlier(finished)
-    sources: list[Source] = [] if found is None else [CheckpointSource(found, method)]
+    sources: list[Source] = [] if found is None else [_of_checkpoint(found, method)]
     if (finished / ADAPTER_WEIGHTS).is_file():
-        sources.append(AdapterSource(finished))
+        with file_errors_explained(finished):
+            sources.append(AdapterSource(finished))
     if not sources:
         raise UserError(f"{run_dir} has no complete checkpoint and no adapter; train first")
     return max(sources, key=lambda source: source.step)
 
 
 def _of_step(run_dir: Path, step: int, method: Method) -> Source:
-    return CheckpointSource(of_step(run_dir, step), method)
+    return _of_checkpoint(of_step(run_dir, step), method)
+
+
+def _of_checkpoint(checkpoint: Checkpoint, method: Method) -> Source:
+    with file_errors_explained(checkpoint.path):
+        return CheckpointSource(checkpoint, method)

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from distlora.data import Encoded, is_at_hand
 from distlora.engine.protocol import Engine
 from distlora.models.dry_run import ordinary_text
+from distlora.models.foreign import check_weights
+from distlora.models.hub import resolve_path
 from distlora.models.loading import (
     attention_of,
     bare_model,
-    check_weights,
     load_config,
     load_model,
     load_tokenizer,
@@ -89,7 +90,8 @@ class Objective(ABC):
 
     def check_weights(self) -> None:
         """Raises UserError for weights that this rank cannot read; looks at what their files say of them."""
-        check_weights(self.recipe.model)
+        path = self.recipe.model.path
+        check_weights(path, resolve_path(path))
 
     def load_model(self) -> tuple[nn.Module, set[str]]:
         """The model, and the names of the parameters that its weights lack."""

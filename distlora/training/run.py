@@ -25,6 +25,7 @@ from distlora.recipe.sections import Recipe
 from distlora.training.about import about_run
 from distlora.training.bad_steps import BadSteps, GoBack, read_left_out
 from distlora.training.build import Built, build
+from distlora.training.continued import check_extra
 from distlora.training.export_run import base_name
 from distlora.training.loop import Loop
 from distlora.training.objective import objective_of
@@ -74,6 +75,7 @@ class Run(Restoring):
         self.data = RunSamples(comm, recipe, self.objective)
         self.seen = seen_by(comm, recipe, self.data)
         if checkpoint is not None:
+            on_main(comm, self.run_dir, lambda: check_extra(checkpoint, recipe))
             on_main(comm, self.run_dir, lambda: self.seen.compare(self.run_dir, allow_changed_data))
         on_every_rank(comm, lambda: self.objective.prepare(self.data.preprocessor))
         settings = recipe.train

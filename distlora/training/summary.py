@@ -101,6 +101,6 @@ def _last_speeds(metrics: Path) -> dict[str, float | None]:
     """
     found: dict[str, float | None] = dict.fromkeys(SPEEDS)
     if metrics.exists():
-        for _, record in records(metrics):
+        for _, record in records(metrics.read_text(encoding="utf-8", errors="replace")):
             found = {key: record.get(f"train/{key}", value) for key, value in found.items()}
     return found

@@ -15,8 +15,9 @@ from distlora.checkpoints.directory import newest
 from distlora.engine.comm import Comm, Topology
 from distlora.engine.local import LocalEngine
 from distlora.engine.optimizers import OptimizerSpec
+from distlora.exports.exported import AdapterSource
 from distlora.exports.peft_files import read_peft
-from distlora.exports.sources import AdapterSource, CheckpointSource
+from distlora.exports.sources import CheckpointSource
 from distlora.initialisation.probe import mean_gradients
 from distlora.maths.generators import layer_generator
 from distlora.maths.grouped import grouped_linear
