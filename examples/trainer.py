@@ -36,6 +36,7 @@ args = TrainingArguments(  # before the model: with deepspeed= every rank then l
     gradient_accumulation_steps=options.accumulation,
     logging_steps=1,
     save_steps=50,
+    use_cpu=not torch.cuda.is_available(),
 )
 tokenizer = AutoTokenizer.from_pretrained(options.model)
 tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
