@@ -3,8 +3,7 @@
     python examples/trainer.py MODEL ROWS.jsonl OUT
     deepspeed --num_gpus 2 examples/trainer.py MODEL ROWS.jsonl OUT --deepspeed ZERO.json
 
-ROWS.jsonl has "prompt" and "response". Call it with --resume to go on from the last checkpoint in OUT. PEFT
-loads OUT/adapter.
+ROWS.jsonl has "prompt" and "response". --resume goes on from the last checkpoint. PEFT loads OUT/adapter.
 """
 
 import argparse
