@@ -117,7 +117,7 @@ def refuse_other_ranks(args: Any, ranks: int) -> None:
     """UserError where the trainer would not share samples between the ranks of the engine."""
     if args.world_size != ranks:
         raise UserError(
-            f"DeepSpeed runs on {ranks} ranks and the trainer on {args.world_size}, so that all would read the "
+            f"DeepSpeed runs on {ranks} ranks and the trainer on {args.world_size}, so all would read the "
             "same samples: without an accelerator set use_cpu=True in the TrainingArguments",
             agreed=True,
         )
