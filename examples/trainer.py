@@ -3,8 +3,7 @@
     python examples/trainer.py MODEL ROWS.jsonl OUT
     deepspeed --num_gpus 2 examples/trainer.py MODEL ROWS.jsonl OUT --deepspeed ZERO.json
 
-ROWS.jsonl has "prompt" and "response". Call it with --resume to go on from the last checkpoint in OUT. PEFT
-loads OUT/adapter.
+ROWS.jsonl has "prompt" and "response". --resume goes on from the last checkpoint. PEFT loads OUT/adapter.
 """
 
 import argparse
@@ -36,6 +35,7 @@ args = TrainingArguments(  # before the model: with deepspeed= every rank then l
     gradient_accumulation_steps=options.accumulation,
     logging_steps=1,
     save_steps=50,
+    use_cpu=not torch.cuda.is_available(),
 )
 tokenizer = AutoTokenizer.from_pretrained(options.model)
 tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token

@@ -33,6 +33,7 @@ args = SFTConfig(  # before the model: with deepspeed= every rank then loads its
     per_device_train_batch_size=2,
     logging_steps=1,
     save_steps=50,
+    use_cpu=not torch.cuda.is_available(),
     bf16=torch.cuda.is_available(),
 )
 model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)

@@ -113,6 +113,16 @@ def refuse_surroundings(trainer: Any, adapted: Adapted) -> None:
         )
 
 
+def refuse_other_ranks(args: Any, ranks: int) -> None:
+    """UserError where the trainer would not share samples between the ranks of the engine."""
+    if args.world_size != ranks:
+        raise UserError(
+            f"DeepSpeed runs on {ranks} ranks and the trainer on {args.world_size}, so all would read the "
+            "same samples: without an accelerator set use_cpu=True in the TrainingArguments",
+            agreed=True,
+        )
+
+
 def _refuse_whole_model(trainer: Any, adapted: Adapted) -> None:
     stage = trainer.accelerator.state.deepspeed_plugin.zero_stage
     whole = not any(hasattr(parameter, "ds_id") for parameter in adapted.model.parameters())

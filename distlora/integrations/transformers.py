@@ -41,7 +41,12 @@ from distlora import api
 from distlora.engine.protocol import transforming
 from distlora.errors import UserError
 from distlora.integrations.checkpoints import STATE, Schedule, refuse_no_state, save_adapter
-from distlora.integrations.mistakes import refuse_arguments, refuse_model, refuse_surroundings
+from distlora.integrations.mistakes import (
+    refuse_arguments,
+    refuse_model,
+    refuse_other_ranks,
+    refuse_surroundings,
+)
 from distlora.integrations.parameters import add_left_factors
 from distlora.integrations.probes import probe_of_trainer
 from distlora.integrations.steps import AfterStep, PausingEngine
@@ -114,6 +119,7 @@ class AdapterMixin:
         engine, schedule = None, Schedule(self.lr_scheduler, self.optimizer)
         if self.is_deepspeed_enabled:
             engine = self.deepspeed
+            refuse_other_ranks(self.args, engine.dp_world_size)
             self.accelerator.deepspeed_engine_wrapped = PausingEngine(engine, self.adapted.before_step)
         told: dict[str, Any] = {
             "optimizer": None if engine is not None else self.optimizer.optimizer,

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, TrainingArguments
 
 import distlora
-from distlora.integrations.mistakes import refuse_surroundings
+from distlora.integrations.mistakes import refuse_other_ranks, refuse_surroundings
 from distlora.integrations.transformers import AdapterTrainer
 from tests.tiny_models import tiny_model_dir
 
@@ -145,6 +145,12 @@ def test_surroundings(make, found, text):
     told.args = told
     with refused(text):
         refuse_surroundings(told, make().adapted)
+
+
+def test_ranks_that_the_trainer_does_not_know():
+    with refused("set use_cpu=True"):
+        refuse_other_ranks(SimpleNamespace(world_size=1), 2)
+    refuse_other_ranks(SimpleNamespace(world_size=2), 2)
 
 
 def test_samples_without_labels(make):
