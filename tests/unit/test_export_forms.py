@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 import distlora
 from distlora.errors import UserError
 from distlora.exports.card import About, Form, shown_data, write_card
+from distlora.exports.exported import AdapterSource
 from distlora.exports.peft import write_peft_adapter
 from distlora.exports.precision import TOLERANCE, dtype_for, rounding_error
-from distlora.exports.sources import AdapterSource, EngineSource
+from distlora.exports.sources import EngineSource
 from distlora.exports.vllm import RANKS, ForVLLM, rank_for_vllm
 from distlora.maths.low_rank import LowRank
 from distlora.models.base_names import base_name_of
