@@ -1,7 +1,10 @@
 """The exceptions with which a run ends early on purpose."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+#: Characters of a sentence. Names and values within can be of any length.
+_LONGEST, _BEGINNING = 2000, 1500
 
 
 class Ending(Exception):
@@ -9,18 +12,37 @@ class Ending(Exception):
 
     agreed: every rank ends with this sentence, so only rank 0 says it. early: it was raised before the ranks
     have met, so the first rank of each node says it, because files, packages and the command line can differ
-    between nodes.
+    between nodes. of_own_work: of what every rank does for itself. of_one_rank: such an error of some ranks,
+    while others could have gone on. parting: to be called once the sentence was said; returns whether rank 0
+    says it.
     """
 
     agreed: bool = False
     early: bool = False
+    of_own_work: bool = False
+    of_one_rank: bool = False
+    parting: Callable[[], bool] | None = None
 
     def __init__(self, sentence: str, agreed: bool | None = None):
         """agreed: replaces the value of the class."""
-        # Half a character, as JSON can name it, could be written to no terminal and no file.
-        super().__init__(sentence.encode("utf-8", "backslashreplace").decode())
+        super().__init__(_readable(sentence))
         if agreed is not None:
             self.agreed = agreed
+
+
+def _readable(sentence: str) -> str:
+    """One line that terminals and files take, whatever names stand in it: line breaks, control characters and
+    half characters as escapes, and of a very long one both ends.
+    """
+    if len(sentence) > _LONGEST:
+        sentence = f"{sentence[:_BEGINNING]} … {sentence[_BEGINNING + 3 - _LONGEST :]}"
+    if not sentence.isprintable():
+        sentence = "".join(sign if sign.isprintable() else _escaped(sign) for sign in sentence)
+    return sentence if len(sentence) <= _LONGEST else _readable(sentence)
+
+
+def _escaped(sign: str) -> str:
+    return sign.encode("unicode_escape").decode()
 
 
 class UserError(Ending):

@@ -2,15 +2,32 @@
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
+
+#: Characters of a name, and names, beyond which nobody has mistyped one for another.
+_LONGEST_NAME, _MOST_NAMES = 100, 1000
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """The end of a sentence about an unknown name, such as ", did you mean rank?".
 
-    It is empty if no known name is similar.
+    It is empty if no known name is similar, and for a very long name. The first 1,000 known ones are tried.
     """
-    near = difflib.get_close_matches(name, list(known), n=1)
+    if len(name) > _LONGEST_NAME:
+        return ""
+    short = [other for other in islice(known, _MOST_NAMES) if len(other) <= _LONGEST_NAME]
+    near = difflib.get_close_matches(name, short, n=1)
     return f", did you mean {near[0]}?" if near else ""
+
+
+def given_twice(names: Iterable[str]) -> str | None:
+    """The first name that is there for the second time; None if all are different."""
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    return None
 
 
 def counted(number: int, noun: str) -> str:
@@ -55,3 +72,12 @@ def first_line(error: object) -> str:
     """
     lines = str(error).strip().splitlines()
     return lines[0].rstrip(" .") if lines else type(error).__name__
+
+
+def size_text(count: float) -> str:
+    """A number of bytes in the unit that suits it: 4.7 MiB."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from distlora.engine.comm.group import STOPPED as STOPPED_EARLY
-from distlora.recipe.strict import dump_yaml
+from distlora.recipe.yaml_text import dump_yaml
 from distlora.sweeps.file import Sweep, read_sweep_file
 from distlora.training.evaluate import STOPPED
 

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from distlora.adapter.layer import AdapterLinear
 from distlora.adapter.passes import Tap
-from distlora.maths.grouped import grouped_linear, tapped_grouped_linear
-from distlora.maths.low_rank import LowRank, add_low_rank
+from distlora.maths.grouped import grouped_linear, spread_rows, tapped_grouped_linear
+from distlora.maths.low_rank import LowRank, add_low_rank, add_pair
 from distlora.maths.rounding import Rounding
 from distlora.methods import Factors, Method
 
@@ -169,7 +169,7 @@ class ExpertLinear(nn.Module):
 
 class AdapterExperts(AdapterLinear):
     """A projection of all experts with a method's factors beside every W_e: each factor is one 3-D tensor, A
-    (E, r, in), R (E, r, r), B (E, out, r). The frozen weight stays as it is stored.
+    (E, r, in), R (E, r, r), B (E, out, r), and a magnitude (E, out). The frozen weight stays as it is stored.
     """
 
     def __init__(self, projection: ExpertLinear, method: Method, name: str):
@@ -189,9 +189,9 @@ class AdapterExperts(AdapterLinear):
         """All W_e, (E, out, in) in float32; must not be changed. stored: as for `AdapterLinear`."""
         stored = self.weight.detach() if stored is None else stored
         out, inner = self.shape
-        return self._turned(
-            stored.float().view(*self.stack, *((inner, out) if self.transposed else (out, inner)))
-        )
+        weight = stored.float().view(*self.stack, *((inner, out) if self.transposed else (out, inner)))
+        weight, beside = weight.mT if self.transposed else weight, self.beside
+        return weight if beside is None else add_pair(weight, beside)
 
     def add_to_part(
         self, part: Tensor, start: int, update: LowRank, rounding: Rounding, key: int, device: torch.device
@@ -213,18 +213,13 @@ class AdapterExperts(AdapterLinear):
         ]
         return stacked(new)
 
-    def _turned(self, weight: Tensor) -> Tensor:
-        """From the stored order to (E, out, in), and back."""
-        return weight.transpose(-2, -1) if self.transposed else weight
-
 
 class _Routed:
     """An expert layer in one call: what a pass asks of a layer, for rows that are sorted by expert."""
 
-    beside = None
-
     def __init__(self, layer: AdapterExperts, counts: Sequence[int]):
         self._layer, self._counts = layer, counts
+        self.beside = layer.beside
         self.weight, self.bias, self.method, self.training = (
             layer.weight,
             layer.bias,
@@ -234,6 +229,9 @@ class _Routed:
 
     def factors(self) -> Factors:
         return self._layer.factors()
+
+    def prepared(self, factors: Factors) -> Factors:
+        return self._layer.prepared(factors)
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return grouped_linear(x, weight, bias, self._counts, self._layer.transposed)
@@ -245,6 +243,10 @@ class _Routed:
 
     def along(self, u: Tensor, factor: Tensor, bias: Tensor | None) -> Tensor:
         return grouped_linear(u, factor, bias, self._counts)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """(E, out) to (S, out): every row has the numbers of its expert."""
+        return spread_rows(values, self._counts)
 
 
 def of_expert(tensors: Factors, expert: int) -> Factors:

@@ -15,8 +15,8 @@ from distlora.adapter.linears import keeps_transpose, matrix_of, shape_of
 from distlora.adapter.packed import Packing
 from distlora.adapter.passes import Adapted, Bare, Pass, Tap, Tapped, TappedAdapted, Tried
 from distlora.maths.functional import linear, tapped_linear
-from distlora.maths.linalg import low_rank_norm, squared_norm
-from distlora.maths.low_rank import LowRank, add_low_rank
+from distlora.maths.linalg import squared_norm
+from distlora.maths.low_rank import LowRank, add_low_rank, add_pair, pair_norm
 from distlora.maths.rounding import Rounding
 from distlora.methods import Factors, Method
 
@@ -96,6 +96,11 @@ class AdapterLinear(nn.Module):
         return *self.stack, *self.shape
 
     @property
+    def matrix_names(self) -> list[str]:
+        """A name for every matrix of the layer: its own, or that of each expert of a stack."""
+        return [f"{self.name}.{expert}" for expert in range(*self.stack)] if self.stack else [self.name]
+
+    @property
     def elements(self) -> int:
         """Of the whole weight."""
         return prod(self.whole_shape)
@@ -124,6 +129,10 @@ class AdapterLinear(nn.Module):
         """`u Fᵀ` of a factor."""
         return linear(u, factor, bias)
 
+    def spread(self, values: Tensor) -> Tensor:
+        """What every row of the output has of one number for each of its elements (out,): the same."""
+        return values
+
     # ------------------------------------------------------------------ the weight
 
     def whole_weight(self, stored: Tensor | None = None) -> Tensor:
@@ -138,7 +147,7 @@ class AdapterLinear(nn.Module):
         else:
             weight = stored.float().view(self.shape)
         beside = self._beside
-        return weight if beside is None else torch.addmm(weight, beside.left.float(), beside.right.float())
+        return weight if beside is None else add_pair(weight, beside)
 
     @torch.no_grad()
     def overwrite(self, weight: Tensor) -> None:
@@ -179,15 +188,15 @@ class AdapterLinear(nn.Module):
         The pair is no parameter: every rank holds it whole.
         """
         left, right = (side.detach().to(self.weight.dtype, copy=True) for side in (update.left, update.right))
-        error = low_rank_norm(
-            torch.cat([update.left.float(), -left.float()], 1),
-            torch.cat([update.right.float(), right.float()], 0),
+        error = LowRank(
+            torch.cat([update.left.float(), -left.float()], -1),
+            torch.cat([update.right.float(), right.float()], -2),
         )
         if self._beside is not None:
-            left, right = torch.cat([self._beside.left, left], 1), torch.cat([self._beside.right, right], 0)
+            left, right = torch.cat([self._beside.left, left], -1), torch.cat([self._beside.right, right], -2)
         self._beside = LowRank(left, right)
         self.changed()
-        return error**2
+        return pair_norm(error) ** 2
 
     def factors(self) -> Factors:
         """The factors as the forward pass uses them. Under ZeRO-3 they are whole only inside the module's own
@@ -201,7 +210,7 @@ class AdapterLinear(nn.Module):
         """
         if self.packing is not None or self._beside is not None:
             return self.whole_weight()
-        return self.weight.T if self.transposed else self.weight
+        return self.weight.mT if self.transposed else self.weight
 
     @property
     def unpack(self) -> Callable[[Tensor], Tensor] | None:

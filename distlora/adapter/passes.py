@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
-from distlora.maths.functional import linear
 from distlora.methods import Factors, HasMagnitude
 
 if TYPE_CHECKING:
@@ -88,13 +87,15 @@ def _adapted(layer: "AdapterLinear", x: Tensor, factors: Factors, training: bool
     def base(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return _frozen(layer, x, weight, bias, product)
 
-    prepared = {"prepared": layer.prepared(factors)} if isinstance(layer.method, HasMagnitude) else {}
-    return layer.method.forward(x, layer.weight, layer.bias, factors, training, base, layer.along, **prepared)
+    norms = {}
+    if isinstance(layer.method, HasMagnitude):
+        norms = {"prepared": layer.prepared(factors), "spread": layer.spread}
+    return layer.method.forward(x, layer.weight, layer.bias, factors, training, base, layer.along, **norms)
 
 
 def _frozen(
     layer: "AdapterLinear", x: Tensor, weight: Tensor, bias: Tensor | None, product: Product
 ) -> Tensor:
     """`x Wᵀ + b` of the frozen layer, with the pairs that were put beside W."""
-    y = product(x, weight, bias)
-    return y if layer.beside is None else y + linear(linear(x, layer.beside.right), layer.beside.left)
+    y, beside = product(x, weight, bias), layer.beside
+    return y if beside is None else y + layer.along(layer.along(x, beside.right, None), beside.left, None)

@@ -12,11 +12,9 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from distlora.adapter.linears import is_linear
-
-_aten = torch.ops.aten
+from distlora.maths.known_values import KnownValues
 
 
 @dataclass(frozen=True)
@@ -52,6 +50,7 @@ def reach_of(model: nn.Module, run: Callable[[], Tensor]) -> Reach | None:
     model is to change. None where the pass cannot be made without values: nothing is known then.
 
     Where the course of the pass depends on values, both courses are tried, and what either reaches counts.
+    The inputs of the pass are made before this is called, and so have no values: all inputs are meant.
     """
     linears = {name: module for name, module in model.named_modules() if is_linear(module)}
     passes = [_observe(linears, run, False)]
@@ -94,7 +93,7 @@ class _Pass:
 
 def _observe(linears: dict[str, nn.Module], run: Callable[[], Tensor], truth: bool) -> _Pass:
     """truth: the answer to every question about values."""
-    found, answers = _Pass(), _Answers(truth)
+    found, values = _Pass(), KnownValues(truth)
     hooks = [
         module.register_forward_hook(lambda *_, name=name: found.called.add(name))
         for name, module in linears.items()
@@ -104,7 +103,7 @@ def _observe(linears: dict[str, nn.Module], run: Callable[[], Tensor], truth: bo
     try:
         for weight in weights.values():
             weight.requires_grad_(weight.is_floating_point())
-        with answers, torch.enable_grad():
+        with values, torch.enable_grad():
             result = run()
             found.failed = False
             found.used = _used(result, weights)
@@ -115,7 +114,7 @@ def _observe(linears: dict[str, nn.Module], run: Callable[[], Tensor], truth: bo
             hook.remove()
         for name, weight in weights.items():
             weight.requires_grad_(trained[name])
-    found.asked = answers.given
+    found.asked = values.lacking
     return found
 
 
@@ -124,76 +123,3 @@ def _used(result: Tensor, weights: dict[str, Tensor]) -> set[str]:
     gradients = torch.autograd.grad(result, list(floating.values()), allow_unused=True)
     used = {name for name, gradient in zip(floating, gradients) if gradient is not None}
     return used | (weights.keys() - floating.keys())
-
-
-class _Answers(TorchDispatchMode):
-    """Answers questions about values of tensors that have none. given: whether there was such a question.
-
-    A single value is `truth` in its own type, and as many elements as there can be are not zero.
-    """
-
-    def __init__(self, truth: bool):
-        super().__init__()
-        self._truth, self.given = truth, False
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        answer = self._answer(func, args, kwargs)
-        if answer is None:
-            return func(*args, **kwargs)
-        self.given = True
-        return answer[0]
-
-    def _answer(self, func, args: tuple, kwargs: dict) -> tuple | None:
-        """The answer in a tuple; None where values play no part."""
-        first = args[0] if args else None
-        if not isinstance(first, Tensor) or not first.is_meta:
-            return None
-        if func is _aten._local_scalar_dense.default:
-            return (_single(first.dtype)(self._truth),)
-        if func is _aten.equal.default:
-            return (self._truth,)
-        if func is _aten.nonzero.default:
-            return (_all_positions(first),)
-        if func is _aten.masked_select.default:
-            return (first.reshape(-1),)
-        if func is _aten.index.Tensor and any(_is_mask(index) for index in args[1]):
-            return (func(first, _positions(args[1])),)
-        if func is _aten.unique_consecutive.default:
-            return (
-                tuple(first.reshape(-1)[:1].to(kind) for kind in (first.dtype, torch.int64, torch.int64)),
-            )
-        if func is _aten._grouped_mm.default:  # its own shapes are known for aligned bfloat16 alone
-            return (_grouped_product(first, args[1], args[2] if len(args) > 2 else kwargs.get("offs")),)
-        if func is _aten._to_copy.default and torch.device(kwargs.get("device") or "meta").type == "cpu":
-            return (torch.full(first.shape, self._truth, dtype=kwargs.get("dtype") or first.dtype),)
-        return None
-
-
-def _single(dtype: torch.dtype) -> type:
-    return bool if dtype == torch.bool else float if dtype.is_floating_point else int
-
-
-def _all_positions(mask: Tensor) -> Tensor:
-    """(elements, dimensions) as `nonzero` gives it where nothing is zero."""
-    return torch.zeros(mask.numel(), mask.ndim, dtype=torch.int64, device=mask.device)
-
-
-def _is_mask(index: Tensor | None) -> bool:
-    return index is not None and index.dtype == torch.bool
-
-
-def _positions(indices: list[Tensor | None]) -> list[Tensor | None]:
-    """Indices with the positions of its elements in the place of every mask."""
-    found: list[Tensor | None] = []
-    for index in indices:
-        found += list(_all_positions(index).unbind(1)) if _is_mask(index) else [index]
-    return found
-
-
-def _grouped_product(a: Tensor, b: Tensor, ends: Tensor | None) -> Tensor:
-    """The shape of products of matrices, of which `ends` says where each group's rows or columns end."""
-    groups = ()
-    if a.ndim == b.ndim:
-        groups = (a.shape[0],) if a.ndim == 3 else (len(ends),)
-    return a.new_empty(*groups, a.shape[-2], b.shape[-1])

@@ -23,7 +23,7 @@ from distlora.adapter.experts import EXPERTS, experts_meant, refuse_experts
 from distlora.adapter.linears import computes_otherwise, linears_of, shape_of, uses, without_output
 from distlora.adapter.reach import Reach, pattern_of
 from distlora.errors import UserError
-from distlora.methods import Method, TrainsWeight, problem_with_experts, writes_weight
+from distlora.methods import Method, TrainsWeight, writes_weight
 from distlora.sentences import nearest, of_several
 
 ALL_LINEAR = "all-linear"
@@ -166,9 +166,6 @@ def choose(
         problem = fitted.problem_with(*_shape(layers[name]))
         if problem:
             raise UserError(_of_layer(fitted, name, problem))
-        problem = problem_with_experts(fitted) if name in experts else None
-        if problem:
-            raise UserError(f"targets: {name} holds experts, and method {fitted.name} {problem}")
         if name in linears and writes_weight(fitted) and uses(model, linears[name].weight) > 1:
             raise UserError(
                 f"targets: {name} shares its weight with another layer, which would change too under "

@@ -12,6 +12,7 @@ from distlora.api.watch import GradientWatch
 from distlora.engine import boundary
 from distlora.engine.protocol import Engine
 from distlora.errors import UserError
+from distlora.exports.starting import Start
 from distlora.methods import Method
 from distlora.recompose.recomposer import Recomposer
 from distlora.recompose.report import RecompositionReport
@@ -24,8 +25,10 @@ class Adapted:
     all trained parameters. steps: optimizer steps taken since the start of the run.
     """
 
-    def __init__(self, model: nn.Module, attached: Attached):
+    def __init__(self, model: nn.Module, attached: Attached, start: Start | None = None):
         self.model, self.attached, self.steps = model, attached, 0
+        #: The adapter in PEFT's files that `initialise` starts from.
+        self.start = start
         #: L2 norm of the last step's averaged gradient before a method transformed it; None where none does.
         self.norm_before_transform: float | None = None
         self._engine: Engine | None = None
@@ -95,6 +98,11 @@ class Adapted:
             raise UserError(f"the adapter has its factors already; {again} to start or load another")
 
     @property
+    def begun(self) -> bool:
+        """Whether `initialise` or `load` has given the layers their factors."""
+        return self._engine is not None
+
+    @property
     def amid_step(self) -> bool:
         """Whether `before_step` was called and `after_step` was not yet."""
         return self._at_boundary is not None
@@ -106,8 +114,8 @@ class Adapted:
 
         Scores see the averaged gradients, and a method that transforms gradients does so. The first steps
         look for tensors that do not train, see `distlora.api.watch`. Clip plain PyTorch's gradients before
-        this call; a DeepSpeed engine clips by itself, after it. Errors: TrainingError that names a tensor
-        which does not train.
+        this call, or after it where the start was told so (`clips_after`); a DeepSpeed engine clips by
+        itself, after it. Errors: TrainingError that names a tensor which does not train.
         """
         recomposer, engine = self.recomposer, self.engine
         if self._at_boundary is not None:

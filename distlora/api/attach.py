@@ -1,6 +1,7 @@
 """Putting a method on a model, by its name and settings."""
 
 import logging
+import os
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ from distlora.adapter.attach import attach as attach_method
 from distlora.adapter.targets import ALL_LINEAR, Targets
 from distlora.api.adapted import Adapted
 from distlora.errors import UserError
+from distlora.exports.starting import start_from
 from distlora.methods import Method, registry
 from distlora.sentences import nearest
 
@@ -21,8 +23,9 @@ def attach(
     model: nn.Module,
     method: str | Method,
     *,
-    targets: str | Iterable[str] | Mapping[str, Any] | Targets = ALL_LINEAR,
+    targets: str | Iterable[str] | Mapping[str, Any] | Targets | None = None,
     also_train: Collection[str] = (),
+    start: str | os.PathLike | None = None,
     **settings: Any,
 ) -> Adapted:
     """Puts a method on the linear layers of `model`, in place. Afterwards exactly its factors are trained.
@@ -30,15 +33,28 @@ def attach(
     method: a name that the command `distlora methods` lists, with its settings as keywords (`rank`, `alpha`,
     `init={…}`), or an instance. targets: as in a recipe: "all-linear" (every linear layer that is wide
     enough, but output embeddings), names, last parts of names (`q_proj`) and patterns, one or a list, or a
-    mapping `{"include": …, "exclude": […], "layers": "10-20"}`. also_train: names of parameters that
-    are trained whole, such as a new head's; their layers are no targets. The model may be partitioned by
-    `deepspeed.zero.Init` already. Call it before `deepspeed.initialize` and before an optimizer is made.
+    mapping `{"include": …, "exclude": […], "layers": "10-20"}`; by default "all-linear".
+    also_train: names of parameters that are trained whole, such as a new head's; their layers are no targets.
+    start: for lora, rslora and dora, the directory of a LoRA in PEFT's files, whose factors `initialise`
+    takes over; rank, alpha and targets are the adapter's, and must be the same where they are given.
+    The model may be partitioned by `deepspeed.zero.Init` already. Call it before `deepspeed.initialize` and
+    before an optimizer is made.
     """
+    if start is not None:
+        settings["from"] = os.fspath(start)
     chosen = _method(method, settings)
-    attached = attach_method(model, chosen, targets, also_train)
+    begin = start_from(chosen)
+    if begin is not None:
+        chosen = begin.fitted(chosen)
+        begin.check_model(model, getattr(getattr(model, "config", None), "name_or_path", "") or "this model")
+        targets = begin.layers if targets is None else targets
+        begin.check_heads(also_train)
+    attached = attach_method(model, chosen, ALL_LINEAR if targets is None else targets, also_train)
+    if begin is not None:
+        begin.check_layers(attached.layers)
     for line in attached.remarks:
         log.info("%s", line)
-    return Adapted(model, attached)
+    return Adapted(model, attached, begin)
 
 
 def _method(method: str | Method, settings: dict[str, Any]) -> Method:

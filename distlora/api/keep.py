@@ -11,6 +11,7 @@ import torch
 from distlora.api.adapted import Adapted
 from distlora.checkpoints.save import save as save_checkpoint
 from distlora.errors import UserError
+from distlora.exports.card import About
 from distlora.exports.check import check_merged
 from distlora.exports.merged import export_merged_from_engine
 from distlora.exports.peft import export_peft_from_engine
@@ -58,14 +59,17 @@ def export(
     base_model: str | os.PathLike | None = None,
     dtype: torch.dtype | None = None,
     check: bool = True,
+    about: About | None = None,
 ) -> Path:
     """Writes what was trained to the directory `out`: an ordinary LoRA for PEFT, or the merged model.
 
     base_model: for "peft" what others find the pretrained model under (by default what the model's config
-    says); for "merged" the directory of its safetensors files. dtype: by default float32 for "peft", that of
-    the pretrained files for "merged". check: whether the merged model is loaded, on rank 0, and compared with
-    the pretrained one and its updates on one batch. The comparison is left out, with a line in the log, under
-    ZeRO-3, for a class that transformers does not have, and where memory is short. Errors: UserError where
+    says); for "merged" the directory of its safetensors files. dtype: by default the model's
+    for "peft" (float32 where that would change an update by more than its precision explains), and that of
+    the pretrained files for "merged". about: what the model card says of the run. check: whether the merged
+    model is loaded, on rank 0, and compared with the pretrained one and its updates on one batch. The
+    comparison is left out, with a line in the log, under ZeRO-3, for a class that transformers does not have,
+    and where memory is short. Errors: UserError where
     they differ.
     """
     if format == "peft":
@@ -74,7 +78,7 @@ def export(
         if not name:
             log.info("%s does not say which model it is for: give base_model=", out)
         return export_peft_from_engine(
-            adapted.engine, adapted.attached, out, name, adapted.steps, dtype or torch.float32
+            adapted.engine, adapted.attached, out, name, adapted.steps, dtype, about
         )
     if format != "merged":
         raise UserError(f"format is {format}; wanted peft or merged")

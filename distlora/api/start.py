@@ -9,13 +9,14 @@ from distlora.api.adapted import Adapted
 from distlora.api.plan import Plan, ProbeSource, Rate
 from distlora.checkpoints.directory import Checkpoint, newest, of_step, share_checkpoint
 from distlora.checkpoints.restore import restore
-from distlora.engine.coordination import on_main
+from distlora.engine.coordination import on_every_rank, on_main
 from distlora.engine.ledger import PretrainedWeights
 from distlora.engine.local import LocalEngine
 from distlora.engine.optimizers import steps_taken
 from distlora.engine.owners import open_ledger
 from distlora.engine.protocol import Engine
 from distlora.errors import UserError
+from distlora.exports.starting import Start
 from distlora.initialisation.factors import InitReport, install_gradient_maps
 from distlora.initialisation.factors import initialise as initialise_factors
 from distlora.initialisation.probe import Loss, modes_kept
@@ -32,6 +33,7 @@ def initialise(
     steps: int | None = None,
     first_rate: Rate | None = None,
     clip: float | None = None,
+    clips_after: bool = False,
     seed: int = 42,
     check_gradients: bool = True,
     pretrained: PretrainedWeights | None = None,
@@ -44,6 +46,8 @@ def initialise(
     counts alike. (The method's own `samples` and `micro_batch_size` are for recipes.) steps: of the whole
     run, where the method recomposes. first_rate: where the method's eta is "schedule". clip: norm to which
     gradients are clipped where a method transforms them; the engine's own clipping must then be off.
+    clips_after: in plain PyTorch, whether the caller clips to `clip` after `before_step` where no method
+    transforms gradients, and not before it.
     check_gradients: whether the first steps look for tensors that do not train. pretrained: weights of packed
     layers as they were before that.
     """
@@ -56,13 +60,16 @@ def initialise(
             "distlora.save",
             agreed=True,
         )
-    ours = _around(adapted, engine, optimizer, clip)
+    ours = _around(adapted, engine, optimizer, clip, clips_after)
     plan = Plan(adapted, ours, probe, loss, steps, first_rate, seed)
     plan.check()
     first = plan.probe(0) if probe_of(adapted.method) is not None else None
     with adapted.starting(), modes_kept(adapted.model):
         open_ledger(ours, adapted.attached, seed, pretrained, watched=ours is not engine)
-        report = initialise_factors(ours, adapted.attached, seed, plan.rate(0), first)
+        given = adapted.start and (lambda layer: adapted.start.factors(layer, adapted.method))
+        report = initialise_factors(ours, adapted.attached, seed, plan.rate(0), first, given=given)
+        if adapted.start is not None:
+            _take_heads(ours, adapted.start)
         adapted.begin(ours, plan.recomposer(report), check_gradients, steps)
     return report
 
@@ -80,6 +87,7 @@ def load(
     steps: int | None = None,
     first_rate: Rate | None = None,
     clip: float | None = None,
+    clips_after: bool = False,
     seed: int = 42,
     check_gradients: bool = True,
     random_states: bool = False,
@@ -96,7 +104,7 @@ def load(
     other arguments are those of `initialise`.
     """
     adapted.refuse_second_start()
-    ours = _around(adapted, engine, optimizer, clip)
+    ours = _around(adapted, engine, optimizer, clip, clips_after)
     found = _find(checkpoint, step, ours)
     _refuse_another_step(engine, found)
     seed = found.state.get("seed", seed)
@@ -111,6 +119,13 @@ def load(
         adapted.steps = state.get("taken", found.step)
         adapted.begin(ours, recomposer, check_gradients, steps)
     return state
+
+
+def _take_heads(engine: Engine, start: Start) -> None:
+    """Writes the parameters that an adapter holds whole. Collective."""
+    for name in start.files.heads:
+        value = on_every_rank(engine.comm, lambda name=name: start.files.head(name))
+        engine.write_parameter(name, value.to(engine.comm.device))
 
 
 def _refuse_another_step(engine: Any, found: Checkpoint) -> None:
@@ -140,12 +155,17 @@ def _find(checkpoint: str | os.PathLike | Checkpoint, step: int | None, engine: 
 
 
 def _around(
-    adapted: Adapted, engine: Any, optimizer: torch.optim.Optimizer | None, clip: float | None
+    adapted: Adapted,
+    engine: Any,
+    optimizer: torch.optim.Optimizer | None,
+    clip: float | None,
+    clips_after: bool,
 ) -> Engine:
     """Our view of what trains the model: an engine of ours as it is, one of DeepSpeed's, or an optimizer."""
     if hasattr(engine, "probe_pass"):
         return engine
-    _refuse_idle_clip(adapted.method, engine, clip)
+    if not (clips_after and engine is None):
+        _refuse_idle_clip(adapted.method, engine, clip)
     if engine is None:
         if optimizer is None:
             raise UserError("give the engine of deepspeed.initialize, or for plain PyTorch optimizer=…")

@@ -27,6 +27,13 @@ class Stateful(Protocol):
     def tensors(self) -> Iterator[tuple[str, Tensor | None]]:
         """By name, on rank 0's CPU only."""
 
+    def problem_with(self, state: dict[str, Any], ledger: dict[str, list[dict[str, Any]]]) -> str | None:
+        """What of a stored state does not fit; None if all does. ledger: the entries by layer.
+        Not collective, like `wanted`."""
+
+    def wanted(self, state: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+        """The shapes of the tensors that `restore` reads, by name. state: one that fits."""
+
     def restore(self, state: dict[str, Any], read: Callable[[str], Tensor] | None) -> None:
         """Takes both back. read: the tensor of a name, on rank 0; None elsewhere."""
 

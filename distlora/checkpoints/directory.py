@@ -2,7 +2,6 @@
 old ones go.
 """
 
-import json
 import logging
 import os
 import re
@@ -11,14 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from distlora.checkpoints.soundness import mark, soundness, why_bad
+from distlora.checkpoints.stored import MANIFEST, STATE, NewerFormat, read_manifest, read_state
 from distlora.engine.comm import Comm
 from distlora.engine.coordination import on_main
 from distlora.errors import UserError
 from distlora.files.atomic import put_in_place, sha256_of
+from distlora.files.json_files import read_json
+from distlora.files.places import leads_out_of
 from distlora.files.problems import dangling_link, first_unreadable
-
-FORMAT = 1
-MANIFEST, STATE = "manifest.json", "state.json"
 
 #: A complete checkpoint, or the one whose place a newer of the same step was about to take when the run was
 #: killed.
@@ -29,11 +29,14 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete checkpoint. state: `state.json` without the random-number states."""
+    """A complete checkpoint. state: `state.json` without the random-number states. files: the names of its
+    files; others that lie there are not read.
+    """
 
     path: Path
     step: int
     state: dict[str, Any]
+    files: tuple[str, ...]
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -46,21 +49,35 @@ class Checkpoint:
         return self.state["extra"]
 
 
-def newest(run_dir: str | os.PathLike, comm: Comm | None = None) -> Checkpoint | None:
-    """The complete checkpoint of the highest step, its checksums verified; None without one.
+def newest(
+    run_dir: str | os.PathLike, comm: Comm | None = None, only_good: bool = False
+) -> Checkpoint | None:
+    """The complete checkpoint of the highest step that is not marked bad, its checksums verified; None
+    without one. only_good: those alone that are marked good, see `distlora.checkpoints.soundness`.
 
-    Broken ones are named in a warning and skipped. With `comm` this is collective: rank 0 looks, all ranks
-    get its answer.
+    Broken and bad ones are named in a warning and skipped. With `comm` this is collective: rank 0 looks, all
+    ranks get its answer.
     """
     if comm is None:
-        return _newest(Path(run_dir))
-    return share_checkpoint(comm, on_main(comm, run_dir, lambda: _newest(Path(run_dir))))
+        return _newest(Path(run_dir), only_good)
+    return share_checkpoint(comm, on_main(comm, run_dir, lambda: _newest(Path(run_dir), only_good)))
+
+
+def last_good(run_dir: str | os.PathLike) -> Path | None:
+    """Of the checkpoints that are marked good the newest complete one; their checksums are not verified."""
+    complete = (path for _, path in _candidates(Path(run_dir)) if problem_with(path, checksums=False) is None)
+    return next((path for path in complete if soundness(path) == "good"), None)
 
 
 def share_checkpoint(comm: Comm, found: Checkpoint | None) -> Checkpoint | None:
     """What rank 0 has found, on every rank."""
-    shared = comm.share(found and {"path": str(found.path), "step": found.step, "state": found.state})
-    return shared and Checkpoint(Path(shared["path"]), shared["step"], shared["state"])
+    shared = comm.share(
+        found
+        and {"path": str(found.path), "step": found.step, "state": found.state, "files": list(found.files)}
+    )
+    return shared and Checkpoint(
+        Path(shared["path"]), shared["step"], shared["state"], tuple(shared["files"])
+    )
 
 
 def of_step(run_dir: str | os.PathLike, step: int) -> Checkpoint:
@@ -76,9 +93,14 @@ def of_step(run_dir: str | os.PathLike, step: int) -> Checkpoint:
     return _load(path)
 
 
-def _newest(run_dir: Path) -> Checkpoint | None:
+def _newest(run_dir: Path, only_good: bool) -> Checkpoint | None:
     for _, path in _candidates(run_dir):
         _refuse_unreadable(path)
+        verdict = soundness(path)
+        if verdict == "bad":
+            _log.warning("%s is marked bad and skipped: %s", path, why_bad(path))
+        if verdict == "bad" or (only_good and verdict != "good"):
+            continue
         problem = problem_with(path)
         if problem is None:
             return _load(path)
@@ -114,33 +136,37 @@ def _step_of(path: Path) -> int:
 
 
 def problem_with(path: Path, checksums: bool = True) -> str | None:
-    """What is wrong with a checkpoint; None if it is complete."""
+    """What is wrong with a checkpoint; None if it is complete. Raises NewerFormat."""
+    what = MANIFEST
     try:
-        manifest = json.loads((path / MANIFEST).read_bytes())
-        if (
-            manifest["format"] != FORMAT
-            or manifest["step"] != _step_of(path)
-            or STATE not in manifest["files"]
-        ):
+        manifest = read_manifest(path)
+        if manifest.step != _step_of(path) or STATE not in manifest.files:
             return f"{MANIFEST} is of another format or step"
-        for name, entry in manifest["files"].items():
+        for name, entry in manifest.files.items():
+            if leads_out_of(path / name, path, path.parent):
+                return f"{name} is a link that leads out of the run directory"
             size = (path / name).stat().st_size
-            if size != entry["bytes"]:
-                return f"{name} has {size} bytes and not {entry['bytes']}"
-            if checksums and sha256_of(path / name) != entry["sha256"]:
+            if size != entry.bytes:
+                return f"{name} has {size} bytes and not {entry.bytes}"
+            if checksums and sha256_of(path / name) != entry.sha256:
                 return f"{name} has another checksum than {MANIFEST} says"
+        what = STATE
+        read_state(path, manifest)
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
     except OSError as error:
         return f"it cannot be read ({error.strerror})"
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return f"{MANIFEST} is damaged"
+    except ValueError as error:
+        return f"{what} is damaged ({error})"
     return None
 
 
 def _load(path: Path) -> Checkpoint:
-    state = json.loads((path / STATE).read_bytes())
-    return Checkpoint(path, state["step"], {key: value for key, value in state.items() if key != "rng"})
+    """Of a checkpoint without a problem."""
+    manifest = read_manifest(path)
+    state = read_state(path, manifest)
+    rest = {key: value for key, value in state.items() if key != "rng"}
+    return Checkpoint(path, manifest.step, rest, tuple(manifest.files))
 
 
 # ---------------------------------------------------------------------- changing
@@ -152,17 +178,33 @@ def put_checkpoint_in_place(partial: Path, final: Path) -> None:
 
 
 def prune(final: Path, keep: int, claimed: bool = True) -> None:
-    """Removes older checkpoints once `final` is complete. Later steps are left alone: only broken ones can be
+    """Removes older checkpoints once `final` is complete: of those up to its step stay the newest `keep` that
+    are not bad, and the last good one in any case. Later steps are left alone: only broken or bad ones can be
     there. claimed: see `save`; else only what has our manifest is removed.
     """
-    complete = 0
+    kept, has_good = 0, False
     for step, path in _candidates(final.parent):
-        if not (claimed or _is_ours(path)):
+        if step > _step_of(final) or not (claimed or _is_ours(path)):
             continue
-        whole = path.name[0] != "." and problem_with(path, checksums=False) is None
-        complete += whole and step <= _step_of(final)
-        if step <= _step_of(final) and not (whole and complete <= max(keep, 1)):
+        try:
+            whole = path.name[0] != "." and problem_with(path, checksums=False) is None
+        except NewerFormat:
+            continue
+        verdict = soundness(path) if whole else "bad"
+        is_last_good = verdict == "good" and not has_good
+        kept, has_good = kept + (verdict != "bad"), has_good or is_last_good
+        if verdict == "bad" or not (kept <= max(keep, 1) or is_last_good):
             shutil.rmtree(path, ignore_errors=True)  # what stays of it is broken, and goes next time
+
+
+def give_up_later(run_dir: Path, step: int | None, why: str) -> None:
+    """Marks the checkpoints of later steps bad, because the run has gone back to this one. step: None where
+    it begins anew: then all are removed, since none is good. Raises OSError."""
+    for number, path in _candidates(run_dir):
+        if step is None:
+            shutil.rmtree(path)
+        elif number > step and problem_with(path, checksums=False) is None:
+            mark(path, "bad", why)
 
 
 def refuse_others(final: Path) -> None:
@@ -180,6 +222,6 @@ def refuse_others(final: Path) -> None:
 def _is_ours(path: Path) -> bool:
     """Whether a directory has a manifest as this program writes it."""
     try:
-        return {"format", "step", "files"} <= json.loads((path / MANIFEST).read_bytes()).keys()
+        return {"format", "step", "files"} <= read_json(path / MANIFEST).keys()
     except (OSError, ValueError, AttributeError):
         return False

@@ -16,13 +16,14 @@ from torch import Tensor
 
 from distlora.adapter.attach import Attached
 from distlora.checkpoints.contents import ADAPTER, LEDGER, OPTIMIZER, RECOMPOSE, Stateful, adapter_shapes
-from distlora.checkpoints.directory import STATE, Checkpoint
+from distlora.checkpoints.directory import Checkpoint
+from distlora.checkpoints.stored import STATE
 from distlora.engine.comm import Comm
 from distlora.engine.coordination import on_main
-from distlora.engine.ledger import Ledger
 from distlora.engine.protocol import Engine
 from distlora.engine.random_state import restore_random_states
 from distlora.errors import UserError
+from distlora.files.json_files import read_json
 from distlora.files.tensors import TensorFiles
 from distlora.methods import Method
 from distlora.sentences import first_line
@@ -51,8 +52,9 @@ def restore(
     files = on_main(
         comm,
         checkpoint.path,
-        lambda: _open_fitting(checkpoint, attached, engine.ledger, shapes, trained, recomposer),
+        lambda: _open_fitting(checkpoint, engine, attached, shapes, recomposer),
     )
+    states = _random_states(comm, checkpoint) if random_states else None
 
     def on_all(read: str) -> Callable[[str], Tensor | None]:
         """Reads on rank 0; an error there is everyone's."""
@@ -72,8 +74,8 @@ def restore(
         engine.write_trained(name, tensors, checkpoint.state["optimizer_steps"])
     if recomposer is not None and checkpoint.state.get("recompose") is not None:
         recomposer.restore(checkpoint.state["recompose"], on_all("of_recomposer"))
-    if random_states:
-        _restore_random_states(comm, checkpoint)
+    if states is not None:
+        restore_random_states(states, comm.device)
     return checkpoint.state
 
 
@@ -100,7 +102,7 @@ def ledger_files(checkpoint: Checkpoint, layers: dict[str, tuple[int, ...]]) -> 
             )
     if not wanted:
         return None
-    files = TensorFiles(path, LEDGER)
+    files = TensorFiles(path, LEDGER, checkpoint.files)
     _compare(path, files, wanted)
     for name, dtype in dtypes.items():
         if files.dtype(name) != dtype:
@@ -135,33 +137,53 @@ class _Files:
 
 
 def _open_fitting(
-    checkpoint: Checkpoint,
-    attached: Attached,
-    ledger: Ledger | None,
-    shapes: dict,
-    trained: dict,
-    recomposer: Stateful | None,
+    checkpoint: Checkpoint, engine: Engine, attached: Attached, shapes: dict, recomposer: Stateful | None
 ) -> _Files:
     """The checkpoint's files, once all names and shapes are right."""
-    path, state = checkpoint.path, checkpoint.state
+    path, state, trained = checkpoint.path, checkpoint.state, engine.trained_shapes()
     if state["method"] != attached.method.name:
         raise UserError(f"{path} is of method {state['method']}, and the run of {attached.method.name}")
     _refuse_other_settings(path, state.get("settings"), attached.method)
-    if state.get("ledger") and ledger is None:
+    if state.get("ledger") and engine.ledger is None:
         raise UserError(
             f"{path} holds updates of frozen weights, and the run of {attached.method.name} keeps no ledger"
         )
     if recomposer is not None and recomposer.active and state.get("recompose") is None:
         raise UserError(f"{path} does not say how far recomposition was; it was written without it")
-    adapter, optimizer = TensorFiles(path, ADAPTER), TensorFiles(path, OPTIMIZER)
+    adapter, optimizer = (TensorFiles(path, group, checkpoint.files) for group in (ADAPTER, OPTIMIZER))
     keys = sorted({"master"} | {name.rpartition("/")[2] for name in optimizer.names})
+    lacking = set(engine.optimizer.moments()) - set(keys)
+    if lacking and lacking != set(engine.optimizer.moments()):
+        raise UserError(f"{path}: the optimizer's {min(lacking)} is missing; take another checkpoint")
+    unknown = state.get("weights", {}).keys() - attached.layers.keys()
+    if unknown:
+        raise UserError(f"{path}: the run has no layer {min(unknown)}; take another checkpoint")
     _compare(path, adapter, shapes)
     _compare(path, optimizer, {f"{name}/{key}": shape for name, shape in trained.items() for key in keys})
     ledger_file = ledger_files(
         checkpoint, {name: layer.whole_shape for name, layer in attached.layers.items()}
     )
-    recompose = TensorFiles(path, RECOMPOSE) if any(path.glob(f"{RECOMPOSE}*.safetensors")) else None
+    recompose = _recompose_files(checkpoint, recomposer)
     return _Files(path, adapter, optimizer, keys, ledger_file, recompose)
+
+
+def _recompose_files(checkpoint: Checkpoint, recomposer: Stateful | None) -> TensorFiles | None:
+    """Those of what recomposition needs; None without any. Raises UserError where they are not what the run
+    needs."""
+    state, path = checkpoint.state.get("recompose"), checkpoint.path
+    there = any(name.startswith(RECOMPOSE) for name in checkpoint.files)
+    files = TensorFiles(path, RECOMPOSE, checkpoint.files) if there else None
+    if recomposer is None or state is None or not recomposer.active:
+        return files
+    problem = recomposer.problem_with(state, checkpoint.state.get("ledger") or {})
+    if problem:
+        raise UserError(f"{path}: {STATE} says of recomposition what does not fit the run ({problem})")
+    wanted = recomposer.wanted(state)
+    if wanted and files is None:
+        raise UserError(f"{path}: tensor {next(iter(wanted))} is missing; take another checkpoint")
+    if files is not None:
+        _compare(path, files, wanted)
+    return files
 
 
 def _refuse_other_settings(path: Path, there: dict | None, method: Method) -> None:
@@ -195,6 +217,8 @@ def _compare(path: Path, files: TensorFiles, wanted: dict[str, tuple[int, ...]])
             raise UserError(
                 f"{path}: tensor {name} has shape {files.shape(name)}, and the run's is {tuple(shape)}"
             )
+        if not files.dtype(name).is_floating_point:
+            raise UserError(f"{path}: tensor {name} is of {files.dtype(name)}; take another checkpoint")
     for name in files.names:
         if name not in wanted:
             raise UserError(
@@ -202,15 +226,31 @@ def _compare(path: Path, files: TensorFiles, wanted: dict[str, tuple[int, ...]])
             )
 
 
-def _restore_random_states(comm: Comm, checkpoint: Checkpoint) -> None:
-    states = comm.share(
-        on_main(comm, checkpoint.path, lambda: json.loads((checkpoint.path / STATE).read_bytes())["rng"])
-    )
+def _random_states(comm: Comm, checkpoint: Checkpoint) -> dict[str, Tensor] | None:
+    """This rank's; None where they were written by another number of ranks. Collective."""
+    path, device = checkpoint.path, comm.device
+    states = comm.share(on_main(comm, path, lambda: _usable_random_states(checkpoint, device)))
     if len(states["cpu"]) != comm.world_size:
         _log.info("%s was written by %d ranks: dropout draws anew", checkpoint.path, len(states["cpu"]))
-        return
-    own = {
-        kind: torch.frombuffer(bytearray(base64.b64decode(of_ranks[comm.rank])), dtype=torch.uint8)
-        for kind, of_ranks in states.items()
-    }
-    restore_random_states(own, comm.device)
+        return None
+    return {kind: _decoded(of_ranks[comm.rank]) for kind, of_ranks in states.items()}
+
+
+def _usable_random_states(checkpoint: Checkpoint, device: torch.device) -> dict[str, list[str]]:
+    """As they are in `state.json`, those of devices that are not here left out. Raises UserError."""
+    states = read_json(checkpoint.path / STATE)["rng"]
+    here = ("cpu", "cuda") if device.type == "cuda" else ("cpu",)
+    for kind in here:
+        for rank, text in enumerate(states.get(kind, ())):
+            try:
+                torch.Generator(kind).set_state(_decoded(text))
+            except (RuntimeError, TypeError):
+                raise UserError(
+                    f"{checkpoint.path}: {STATE} has no state of random numbers for rank {rank}; take "
+                    "another checkpoint"
+                ) from None
+    return {kind: states[kind] for kind in here if kind in states}
+
+
+def _decoded(text: str) -> Tensor:
+    return torch.frombuffer(bytearray(base64.b64decode(text) or b"\0"), dtype=torch.uint8)

@@ -32,14 +32,8 @@ from distlora.checkpoints.contents import (
     adapter_shapes,
     describe_model,
 )
-from distlora.checkpoints.directory import (
-    FORMAT,
-    MANIFEST,
-    STATE,
-    prune,
-    put_checkpoint_in_place,
-    refuse_others,
-)
+from distlora.checkpoints.directory import prune, put_checkpoint_in_place, refuse_others
+from distlora.checkpoints.stored import FORMAT, MANIFEST, STATE
 from distlora.engine.comm import Comm
 from distlora.engine.coordination import on_main, stream_to_main
 from distlora.engine.protocol import Engine

@@ -1,18 +1,23 @@
-"""Numbers on the command line. Every mistake becomes one sentence that names the option."""
+"""Numbers on the command line, in plain digits. Every mistake becomes one sentence that names the option."""
 
-import math
+import argparse
+import re
 
 from distlora.errors import UserError
+
+#: Below 10¹⁸, so that nothing that counts overflows.
+_WHOLE = re.compile(r"\d{1,18}", re.ASCII)
+_DECIMAL = re.compile(r"(?:\d{1,18}(?:\.\d{0,18})?|\.\d{1,18})(?:[eE][-+]?\d{1,2})?", re.ASCII)
 
 
 def whole_number(option: str, text: str) -> int:
     """A whole number above 0. Raises UserError for anything else, as the other functions here do."""
-    return _number(int, text) or _refused(option, text, "a whole number above 0")
+    return _whole(text) or _refused(option, text, "a whole number above 0")
 
 
 def whole_numbers(option: str, text: str) -> list[int]:
     """Whole numbers above 0 with commas between them."""
-    numbers = [_number(int, part) for part in text.split(",")]
+    numbers = [_whole(part) for part in text.split(",")]
     return (
         numbers if all(numbers) else _refused(option, text, "whole numbers above 0 with commas between them")
     )
@@ -20,17 +25,31 @@ def whole_numbers(option: str, text: str) -> list[int]:
 
 def size(option: str, text: str) -> float:
     """A number above 0 that may have decimals."""
-    return _number(float, text) or _refused(option, text, "a number above 0")
+    number = float(text) if _DECIMAL.fullmatch(text.strip()) else 0.0
+    return number or _refused(option, text, "a number above 0")
 
 
-def _number(kind: type, text: str):
-    """The number, or None if the text is no number above 0."""
-    try:
-        number = kind(text)
-    except ValueError:
-        return None
-    return number if 0 < number < math.inf else None
+def whole(text: str) -> int:
+    """For argparse: a whole number of any sign."""
+    if _WHOLE.fullmatch(text.strip().removeprefix("-")) is None:
+        raise argparse.ArgumentTypeError(f"{_shortened(text)} is no whole number")
+    return int(text)
+
+
+def decimal(text: str) -> float:
+    """For argparse: a finite number of any sign."""
+    if _DECIMAL.fullmatch(text.strip().removeprefix("-")) is None:
+        raise argparse.ArgumentTypeError(f"{_shortened(text)} is no number")
+    return float(text)
+
+
+def _whole(text: str) -> int:
+    return int(text) if _WHOLE.fullmatch(text.strip()) else 0
 
 
 def _refused(option: str, text: str, wanted: str):
-    raise UserError(f"{option} {text!r}: wanted {wanted}")
+    raise UserError(f"{option} {_shortened(text)}: wanted {wanted}")
+
+
+def _shortened(text: str) -> str:
+    return repr(text if len(text) <= 60 else text[:60] + "…")

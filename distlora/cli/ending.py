@@ -25,10 +25,13 @@ def end(error: Ending, code: int, wait: bool = True) -> int:
     rank, first_on_node = rank_and_first_on_node()
     if rank == 0:
         print(f"distlora: {error}", file=sys.stderr, flush=True)
+        if error.parting is not None:
+            error.parting()
         return code
+    said = error.parting is not None and error.parting()
     if wait:
         time.sleep(PATIENCE)
-    if not (error.agreed or (error.early and not first_on_node)):
+    if not (said or error.agreed or (error.early and not first_on_node)):
         print(f"distlora (rank {rank} on {socket.gethostname()}): {error}", file=sys.stderr, flush=True)
     return code
 

@@ -7,7 +7,9 @@ import time
 from collections.abc import Sequence
 
 from distlora.cli import ending
+from distlora.cli.arguments import whole
 from distlora.cli.verbs import VERBS
+from distlora.errors import UserError
 
 
 class _Parser(argparse.ArgumentParser):
@@ -19,7 +21,7 @@ class _Parser(argparse.ArgumentParser):
             time.sleep(ending.PATIENCE)
         if not first_on_node:
             self.exit(ending.USER_ERROR)
-        super().error(message)
+        super().error(str(UserError(message)))  # one line of bounded length, whatever the words are
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -39,7 +41,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser("distlora", description="Low-rank fine-tuning that is native to DeepSpeed ZeRO.")
     # DeepSpeed's launcher puts --local_rank=N before the verb. It is ignored: the environment says the same.
-    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--local_rank", "--local-rank", type=whole, help=argparse.SUPPRESS)
     verbs = parser.add_subparsers(required=True, metavar="VERB", dest="verb")
     for verb in VERBS.values():
         verb.add(verbs)

@@ -1,5 +1,9 @@
 """The outcome of a training run as text for the terminal."""
 
+from pathlib import Path
+
+from distlora.sentences import size_text
+
 #: Scores between 0 and 1, which are shown in per cent.
 PERCENTAGES = ("accuracy", "f1", "exact_match")
 
@@ -25,7 +29,7 @@ def summary_table(summary) -> str:
         ("initialisation", f"{summary.init_seconds:.1f} s"),
         *found,
         ("a step", f"{summary.step_seconds:.2f} s (mean of {summary.steps})"),
-        ("adapter", str(summary.adapter or "none: the weights themselves were trained; see distlora export")),
+        ("adapter", _adapter(summary.adapter)),
         (
             "TensorBoard log",
             summary.tensorboard or "none: the DeepSpeed config turns no tensorboard section on",
@@ -33,3 +37,10 @@ def summary_table(summary) -> str:
         ("metrics", str(summary.run_dir / "metrics.jsonl")),
     ]
     return "\n".join(["", *lines, *(f"  {name:<24}{value}" for name, value in facts), ""])
+
+
+def _adapter(directory: Path | None) -> str:
+    if directory is None:
+        return "none: PEFT's format does not hold it; see distlora export --format merged"
+    size = sum(path.stat().st_size for path in directory.iterdir()) if directory.is_dir() else None
+    return str(directory) if size is None else f"{directory} ({size_text(size)})"

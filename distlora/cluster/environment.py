@@ -18,6 +18,7 @@ import distlora
 from distlora.cluster.confidential import is_secret_name, without_login
 from distlora.engine.comm import Comm, Topology
 from distlora.files.atomic import write_text
+from distlora.files.json_files import read_json
 from distlora.sentences import counted
 
 ENVIRONMENT = "environment.json"
@@ -198,7 +199,7 @@ def report(
 def _earlier(path: Path) -> list[Any]:
     """What earlier starts wrote. A damaged file does not stop a run: it is replaced."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path)
     except (FileNotFoundError, ValueError):
         return []
     return found if isinstance(found, list) else []

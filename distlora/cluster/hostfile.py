@@ -8,9 +8,14 @@ from pathlib import Path
 
 from distlora.cluster.addresses import is_loopback
 from distlora.errors import UserError
+from distlora.files.user_texts import read_user_bytes
 
 #: A name or an address, with or without a user, that ssh cannot mistake for an option.
 _HOST = re.compile(r"([A-Za-z0-9_][\w.-]*@)?[A-Za-z0-9_:][\w.:-]*", re.ASCII)
+
+
+#: More ranks than any host has.
+_SLOTS = re.compile(r"\d{1,6}", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -34,15 +39,8 @@ def read_hostfile(path: str | Path) -> list[Host]:
 
     Raises UserError with the number of the line.
     """
-    try:
-        content = Path(path).read_bytes()
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such hostfile; give a file of lines such as `node1 slots=8`") from None
-    except OSError as error:
-        raise UserError(
-            f"{path}: the hostfile cannot be read ({error.strerror}); "
-            "give a file of lines such as `node1 slots=8`"
-        ) from None
+    remedy = "; give a file of lines such as `node1 slots=8`"
+    content = read_user_bytes(path, "a hostfile", f"{path}: no such hostfile{remedy}", remedy=remedy)
     return parse_hostfile(content, str(path))
 
 
@@ -77,7 +75,7 @@ def parse_hostfile(content: bytes, source: str) -> list[Host]:
 def _host(line: str, place: str) -> Host:
     name, *words = line.split()
     slots = words[0].removeprefix("slots=") if len(words) == 1 and words[0].startswith("slots=") else ""
-    if not slots.isdigit():
+    if not _SLOTS.fullmatch(slots):
         raise UserError(
             f"{place}: found {line!r}, wanted a host and its slots, such as `{_example(name)} slots=8`"
         )

@@ -4,6 +4,8 @@ import logging
 import logging.handlers
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
@@ -59,6 +61,18 @@ class RankLog:
     def __enter__(self) -> "RankLog":
         self._logger.addHandler(self._memory)
         return self
+
+    @contextmanager
+    def opened_by_crash(self, run_dir: Path) -> Iterator[None]:
+        """A context in which an error that is no sentence for the user opens the file, which then ends with
+        its traceback."""
+        try:
+            yield
+        except Exception as error:
+            if self._file is None and not isinstance(error, Ending):
+                with self._errors.kept(run_dir):
+                    self.open(run_dir)
+            raise
 
     def open(self, run_dir: Path) -> None:
         """Writes to the file what was logged so far and everything later. Each start appends to the file."""

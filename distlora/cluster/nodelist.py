@@ -5,8 +5,10 @@ from collections.abc import Iterator
 
 from distlora.errors import UserError
 
-_PART = re.compile(r"[^\[\],\s]*(\[[\d,-]+\][^\[\],\s]*)*")
-_BRACKET = re.compile(r"\[([\d,-]+)\]")
+#: Brackets of a name, and digits of a number, as SLURM writes at most.
+_BRACKETS, _DIGITS = 8, 18
+_PART = re.compile(rf"[^\[\],\s]*(\[[\d,-]+\][^\[\],\s]*){{0,{_BRACKETS}}}", re.ASCII)
+_BRACKET = re.compile(r"\[([\d,-]+)\]", re.ASCII)
 
 
 def hosts(text: str) -> Iterator[str]:
@@ -40,7 +42,8 @@ def _numbers(text: str) -> Iterator[str]:
     """1-3,07 -> 1, 2, 3, 07."""
     for span in filter(None, text.split(",")):
         first, _, last = span.partition("-")
-        if not first or (not last and "-" in span) or "-" in last:
+        wrong = not first or (not last and "-" in span) or "-" in last
+        if wrong or max(len(first), len(last)) > _DIGITS or int(last or first) < int(first):
             raise UserError(
                 f"'{span}' is no span of numbers in a list of hosts, such as 1-3; "
                 "set MASTER_ADDR to rank 0's host"

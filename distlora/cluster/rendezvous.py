@@ -42,6 +42,8 @@ _LOCAL_RANKS = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "
 _NODE_NUMBERS = ("CROSS_RANK", "GROUP_RANK", "SLURM_NODEID")
 _NODE_COUNTS = ("CROSS_SIZE", "SLURM_STEP_NUM_NODES", "SLURM_NNODES")
 
+#: Digits of a number of ranks, nodes or jobs.
+_DIGITS = 18
 #: The port where ranks meet if nothing else is known: torch's default.
 DEFAULT_PORT = 29500
 #: The range of derived ports: below those that Linux assigns (32768 and above); the count is a prime number.
@@ -124,7 +126,8 @@ def _launcher_variables(environment: Environment) -> tuple[str, str, tuple[str, 
 
 
 def _is_number(text: str) -> bool:
-    return text.isascii() and text.isdigit()
+    """Whether it is a whole number such as launchers count with."""
+    return text.isascii() and text.isdigit() and len(text) <= _DIGITS
 
 
 def _number(environment: Environment, name: str) -> int:
@@ -238,10 +241,10 @@ def _is_slurm_task(environment: Environment, place: Place) -> bool:
 def _job_port(environment: Environment) -> int:
     """A port that is the same for all ranks of a job, and hardly ever the same for two jobs on one node."""
     job, step = environment.get("SLURM_JOB_ID", ""), environment.get("SLURM_STEP_ID", "")
-    if job.isdigit() and "OMPI_COMM_WORLD_SIZE" not in environment:
+    if _is_number(job) and "OMPI_COMM_WORLD_SIZE" not in environment:
         # The first 101 steps of jobs whose numbers are less than 197 apart get different ports. Others may
         # get the same one.
-        return _FIRST_PORT + (101 * int(job) + (int(step) if step.isdigit() else 0)) % _PORTS
+        return _FIRST_PORT + (101 * int(job) + (int(step) if _is_number(step) else 0)) % _PORTS
     # Two calls of mpirun within one SLURM job have different names.
     name = environment.get("PMIX_NAMESPACE") or environment.get("OMPI_MCA_ess_base_jobid")
     return _FIRST_PORT + zlib.crc32(name.encode()) % _PORTS if name else DEFAULT_PORT

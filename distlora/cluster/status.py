@@ -11,11 +11,14 @@ import socket
 import uuid
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator
 
 from distlora.cluster.lease import is_others
 from distlora.errors import UserError
 from distlora.files.atomic import write_text
+from distlora.files.json_files import checked, read_json
 from distlora.files.problems import FULL
 
 STATUS = "status.json"
@@ -25,6 +28,8 @@ RESERVE, RESERVED_BYTES = ".status.reserve", 8192
 #: Exit code of a run that should be started again: EX_TEMPFAIL of sysexits.h.
 START_AGAIN = 75
 
+#: A moment in ISO 8601, with its distance from UTC.
+Time = Annotated[str, AfterValidator(lambda text: _moment(text) and text)]
 State = Literal["running", "preempted", "failed", "done"]
 
 
@@ -44,7 +49,7 @@ class Status:
     requeue: bool
     message: str
     start: str
-    time: str
+    time: Time
     saved: int = 0
 
     @property
@@ -63,7 +68,15 @@ class Status:
     @property
     def seconds(self) -> float:
         """When it was written, in seconds since the epoch."""
-        return datetime.datetime.fromisoformat(self.time).timestamp()
+        return _moment(self.time).timestamp()
+
+
+def _moment(text: str) -> datetime.datetime:
+    """Raises ValueError."""
+    moment = datetime.datetime.fromisoformat(text)
+    if moment.tzinfo is None or not 1970 <= moment.year < 9999:
+        raise ValueError(f"no moment in UTC: {text[:40]}")
+    return moment
 
 
 class StatusFile:
@@ -187,8 +200,8 @@ def read_status(run_dir: Path) -> Status | None:
     """The status in a run directory; None if there is no file. Raises UserError for a damaged file."""
     path = run_dir / STATUS
     try:
-        return Status(**json.loads(path.read_text(encoding="utf-8")))
+        return checked(Status, read_json(path))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} is not a run's status ({error}); look at the logs of the run") from None

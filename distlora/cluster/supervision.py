@@ -3,18 +3,22 @@ end.
 """
 
 import contextlib
+import datetime
+import faulthandler
 import logging
 import os
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from types import TracebackType
 
 import torch
 
-from distlora.cluster.heartbeat import Heartbeat, Verdict
+from distlora.cluster.heartbeat import Heartbeat, Verdict, heart_interval
 from distlora.cluster.lease import Lease
+from distlora.cluster.progress import Movement
 from distlora.cluster.status import State, StatusFile
 from distlora.cluster.topology import publish
 from distlora.engine.comm import Comm, RollCall, Topology, is_broken_collective
@@ -29,6 +33,10 @@ START_TIMEOUT = 600.0
 EXIT_DELAY = 1.0
 #: Seconds within which log and status must be written before a sudden end.
 EXIT_LIMIT = 15.0
+#: Exit code for a mistake of the user.
+USER_ERROR = 2
+#: The file of a rank's stacks, by its number.
+STACKS = "stacks-rank-{}.txt"
 
 log = logging.getLogger(__name__)
 
@@ -36,12 +44,15 @@ log = logging.getLogger(__name__)
 class Supervision:
     """A context manager around all that the ranks of one run do together.
 
-    If another rank is silent for `hang_timeout` seconds, this process is ended with exit code 1. There is no
-    other way to stop a main thread that waits in a collective. None turns this off.
+    If another rank fails, this process is ended within seconds, with the exit code of that failure: there is
+    no other way to stop a main thread that waits in a collective. It is ended with exit code 1 if another
+    rank is silent for `hang_timeout` seconds, or if nothing moves on any rank for so long; None turns these
+    two off.
     """
 
-    def __init__(self, topology: Topology, hang_timeout: float | None):
-        self._topology, self._hang_timeout = topology, hang_timeout
+    def __init__(self, topology: Topology, hang_timeout: float | None, logs: Path | None = None):
+        """logs: the folder for what every rank was doing when one of them, or a link, went silent."""
+        self._topology, self._hang_timeout, self._logs = topology, hang_timeout, logs
         self._comm: Comm | None = None
         self._hosts: list[str] = []
         self._heartbeat: Heartbeat | None = None
@@ -74,18 +85,18 @@ class Supervision:
         refuse_shared_gpus(places)
         self._comm = Comm(self._topology, device, store=roll.store, asked_to_stop=asked_to_stop)
         publish(self._topology, device, self._comm.master)
-        if self._hang_timeout:
-            self._hosts = [hosts[rank] for rank in range(len(hosts))]
-            self._heartbeat = Heartbeat(
-                roll.board(),
-                self._topology.rank,
-                self._hosts,
-                self._hang_timeout,
-                self._end,
-                hurried=asked_to_stop,
-            )
-            self._heartbeat.start()
+        self._hosts = [hosts[rank] for rank in range(len(hosts))]
+        self._heartbeat = self._heart(roll, asked_to_stop)
+        self._heartbeat.start()
         return self._comm
+
+    def _heart(self, roll: RollCall, asked_to_stop: Callable[[], bool]) -> Heartbeat:
+        spins = self._comm.device.type != "cpu"
+        movement = Movement(self._comm.course, heart_interval(self._hang_timeout), spins, time.monotonic())
+        return Heartbeat(
+            roll.board(), self._topology.rank, self._hosts, self._hang_timeout, self._end,
+            hurried=asked_to_stop, look=movement.look, patience=60 * self._topology.patience,
+        )  # fmt: skip
 
     def _meet(self, asked_to_stop: Callable[[], bool]) -> RollCall:
         try:
@@ -103,10 +114,17 @@ class Supervision:
         agreed = error is None or (isinstance(error, Ending) and error.agreed)
         if self._heartbeat is not None:
             if not agreed:
-                self._heartbeat.explain(None if is_broken_collective(error) else _one_line(error))
+                self._explain(error)
             self._heartbeat.stop()
         if agreed and self._comm is not None:
             self._comm.close()
+
+    def _explain(self, error: BaseException) -> None:
+        """Tells the other ranks why this one ends."""
+        mistake = isinstance(error, UserError)
+        why = None if is_broken_collective(error) else _one_line(error)
+        if self._heartbeat.explain(why, USER_ERROR if mistake else 1) and mistake:
+            error.agreed = True  # so that not every rank says it
 
     @contextlib.contextmanager
     def owning(self, lease: Lease | None) -> Iterator[None]:
@@ -138,12 +156,18 @@ class Supervision:
         except BaseException as error:
             if isinstance(error, UserError) and status.outlasts_refusal:
                 self._write_on_main(status.put_back)
-            elif status.begun:
+            elif status.begun or self._is_of_one_rank(error):
                 self._record("failed", _one_line(error), requeue=is_broken_collective(error))
             elif self._topology.rank == 0:
                 status.release()
             raise
         self._record("done")
+
+    def _is_of_one_rank(self, error: BaseException) -> bool:
+        """Whether this is no refusal of a start, in which all ranks agree, but what went wrong on one."""
+        if isinstance(error, Ending):
+            return error.of_one_rank or not (error.agreed or self._topology.world_size == 1)
+        return isinstance(error, Exception)
 
     def _record(self, state: State, message: str = "", requeue: bool = False) -> None:
         """Writes the status on rank 0."""
@@ -165,26 +189,38 @@ class Supervision:
     def _end(self, verdict: Verdict, alone: bool) -> None:
         """Ends this process from the heartbeat's thread. alone: rank 0 cannot be reached and cannot speak."""
         # Writing may block, because the file system may be gone with the silent host.
-        deadline = threading.Timer(EXIT_LIMIT, os._exit, [1])
+        deadline = threading.Timer(EXIT_LIMIT, os._exit, [verdict.code])
         deadline.daemon = True
         deadline.start()
         try:
             self._report(verdict, alone)
         finally:
-            os._exit(1)
+            os._exit(verdict.code)
 
     def _report(self, verdict: Verdict, alone: bool) -> None:
         """Logs the verdict and writes the status, on one rank: rank 0, or one on every host if `alone`."""
-        rank = self._topology.rank
+        rank, sentence = self._topology.rank, verdict.sentence
+        if verdict.silent and self._logs is not None:
+            self._write(self._write_stacks)
+            sentence += f"; see {self._logs}/{STACKS.format('*')} for what each rank was doing"
         host = self._hosts[rank]
         speaks = rank == (1 + self._hosts[1:].index(host) if alone else 0)
         who = "distlora" if rank == 0 else f"distlora (rank {rank} on {host})"
-        log.log(logging.ERROR if speaks else logging.INFO, "%s: %s", who, verdict.sentence)
+        log.log(logging.ERROR if speaks else logging.INFO, "%s: %s", who, sentence)
         if speaks and self._status is not None and (rank == 0 or self._status.is_open()):
-            self._write(lambda: self._status.write("failed", verdict.sentence, verdict.silent))
+            self._write(lambda: self._status.write("failed", sentence, verdict.silent))
         if self._lease is not None:
             self._lease.release()
         time.sleep(self._heartbeat.reading_time if rank == 0 else EXIT_DELAY)
+
+    def _write_stacks(self) -> None:
+        """Appends what every thread of this process is doing to a file of this rank."""
+        self._logs.mkdir(parents=True, exist_ok=True)
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        with (self._logs / STACKS.format(self._topology.rank)).open("a", encoding="utf-8") as file:
+            file.write(f"{now}\n")
+            file.flush()
+            faulthandler.dump_traceback(file, all_threads=True)
 
 
 def _one_line(error: BaseException) -> str:

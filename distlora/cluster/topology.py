@@ -1,12 +1,16 @@
 """The topology of this process, read from the launcher's environment, and written for torch and DeepSpeed."""
 
 import os
+import re
 
 import torch
 
 from distlora.cluster.rendezvous import DEFAULT_PORT, complete_environment, find_place
 from distlora.engine.comm import Topology
 from distlora.errors import UserError
+
+#: Up to two years.
+_MINUTES = re.compile(r"\d{1,6}(\.\d{0,9})?", re.ASCII)
 
 
 def topology_from_environment() -> Topology:
@@ -41,12 +45,11 @@ def _master(world_size: int) -> tuple[str, int] | None:
 def _patience() -> float:
     """Minutes after which a collective fails."""
     text = os.environ.get("DEEPSPEED_TIMEOUT") or "30"
-    try:
-        return float(text)
-    except ValueError:
+    if not _MINUTES.fullmatch(text) or not float(text):
         raise UserError(
             f"DEEPSPEED_TIMEOUT={text} is no number of minutes; set it to one, or unset it", agreed=True
-        ) from None
+        )
+    return float(text)
 
 
 def publish(topology: Topology, device: torch.device, master: str | None) -> None:

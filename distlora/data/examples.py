@@ -1,5 +1,6 @@
 """From rows to texts: the recipe's task, fields and template, applied to the columns of a data set."""
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -115,7 +116,7 @@ def is_same_data(first: DataSection, second: DataSection) -> bool:
         if not (section.path or get_task(section.task).path):
             return f"task {section.task}"
         path = _path(section)
-        return str(user_path(path, "data.path").resolve()) if sources.is_local(path) else path
+        return os.path.realpath(user_path(path, "data.path")) if sources.is_local(path) else path
 
     return place(first) == place(second)
 

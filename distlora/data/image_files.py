@@ -5,11 +5,8 @@ label. Arrays stay bytes, and files are opened when a batch needs them. Nothing 
 read: no pickle, which CIFAR's "python version" is.
 """
 
-import gzip
 import math
 import re
-import zipfile
-import zlib
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -18,8 +15,10 @@ import numpy as np
 from PIL import Image
 
 from distlora.data.readers import Row, is_read
+from distlora.data.readers.npz_arrays import read_npz
+from distlora.data.readers.packed import opened_bytes
 from distlora.errors import UserError
-from distlora.sentences import first_line, nearest
+from distlora.sentences import nearest
 
 Splits = dict[str, Callable[[], list[Row]]]
 
@@ -88,12 +87,10 @@ def _splits_of_file(path: Path) -> Splits | None:
 def _bytes(file: Path) -> bytes:
     """The content of a file, unpacked if it is gzip."""
     try:
-        with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as stream:
+        with opened_bytes(file) as stream:
             return stream.read()
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"data.path: {file} is damaged ({first_line(error)}), fetch it again") from None
-    except OSError as error:
-        raise UserError(f"data.path: {file} cannot be read ({error.strerror}), check the file") from None
+    except MemoryError:
+        raise UserError(f"data.path: {file} needs more memory than there is, take a part of it") from None
 
 
 # ---------------------------------------------------------------------- MNIST
@@ -210,7 +207,7 @@ def _npz_splits(path: Path) -> Splits:
 
 def _read_npz(file: Path) -> list[Row]:
     """Bytes (n, height, width) or (n, height, width, channels), and n labels."""
-    arrays = _load_npz(file)
+    arrays = read_npz(file, {name for pair in _ARRAYS for name in pair})
     names = next((pair for pair in _ARRAYS if set(pair) <= set(arrays)), None)
     if names is None:
         have = ", ".join(arrays) or "none"
@@ -223,24 +220,12 @@ def _read_npz(file: Path) -> list[Row]:
             f"data.path: {names[0]} of {file} is {images.dtype} of shape {images.shape}, "
             "wanted uint8 of (n, height, width) or (n, height, width, 3)"
         )
-    if labels.dtype.kind not in "iuU" or labels.size != len(labels):
+    if labels.dtype.kind not in "iuU" or labels.shape[:1] != (labels.size,):
         raise UserError(
             f"data.path: {names[1]} of {file} is {labels.dtype} of shape {labels.shape}, "
             "wanted a list of whole numbers or names"
         )
     return _rows(images, {"label": labels.reshape(-1)}, str(file))
-
-
-def _load_npz(file: Path) -> dict[str, np.ndarray]:
-    """The arrays that images can be in."""
-    try:
-        with np.load(file, allow_pickle=False) as archive:
-            wanted = {name for pair in _ARRAYS for name in pair}
-            return {name: archive[name] if name in wanted else np.empty(0) for name in archive.files}
-    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(
-            f"data.path: {file} cannot be read as a NumPy archive ({first_line(error)}), check the file"
-        ) from None
 
 
 def _rows(images: np.ndarray, labels: dict[str, np.ndarray], origin: str) -> list[Row]:

@@ -23,13 +23,17 @@ from distlora.data.image_files import class_names, read_split, splits_of
 from distlora.data.labelled import LabelledRows, label_names
 from distlora.data.sources import Row
 from distlora.errors import UserError
+from distlora.files.problems import file_errors_explained
 from distlora.files.user_paths import user_path
 from distlora.models.targets import IGNORE
 from distlora.sentences import first_line
 from distlora.tasks import get_task
 
-#: What Pillow raises for bytes that are no image, or only a part of one.
-_BROKEN = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
+#: Pillow's formats that are opened. Others are read by programs beside it, such as Ghostscript.
+_FORMATS = (
+    "AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "SGI", "TGA", "TIFF",
+    "WEBP",
+)  # fmt: skip
 
 #: Bytes at either end of an image's file that a fingerprint looks at.
 _ENDS = 512
@@ -51,7 +55,8 @@ def image_labels(section: DataSection) -> tuple[str, ...]:
         return label_names(section)
     path = section.path and user_path(section.path, "data.path")
     parts = sources.parse_split(section.split)
-    names = class_names(path, (part.name for part in parts)) if path else None
+    with file_errors_explained(f"data.path: {path}"):
+        names = class_names(path, (part.name for part in parts)) if path else None
     if names is None:
         raise UserError(
             f"data.labels: the task {section.task} needs them where the images do not lie in folders of "
@@ -81,7 +86,8 @@ class ImageRows(LabelledRows):
 
     def read(self, section: DataSection, split: str) -> Sequence[Row]:
         path = section.path and user_path(section.path, "data.path")
-        found = splits_of(path) if path else None
+        with file_errors_explained(f"data.path: {path}"):
+            found = splits_of(path) if path else None
         if found is None:
             return examples.load_rows(section, split)
         rows = sources.select(sources.parse_split(split), partial(read_split, found, path=path))
@@ -108,7 +114,9 @@ class ImageRows(LabelledRows):
         where = str(value) if isinstance(value, Path) else f"row {position} of {self.origin}"
         try:
             yield
-        except _BROKEN as error:
+        except UserError:
+            raise
+        except Exception as error:  # damage shows in any of Pillow's exceptions, and in many of Python's
             unknown = isinstance(error, UnidentifiedImageError)
             what = "it is none" if unknown else first_line(error) or type(error).__name__
             raise UserError(f"data: the image in {where} cannot be read ({what}), replace it") from None
@@ -141,9 +149,10 @@ def _opened(value: Any) -> Image.Image:
     if isinstance(value, dict) and {"bytes", "path"} & set(value):
         value = value.get("bytes") or Path(value.get("path") or "")
     if isinstance(value, bytes):
-        return Image.open(io.BytesIO(value))
-    if isinstance(value, Path):
-        return Image.open(value)
+        value = io.BytesIO(value)
+    if isinstance(value, io.BytesIO | Path):
+        Image.init()
+        return Image.open(value, formats=[name for name in _FORMATS if name in Image.OPEN])
     found = "no value" if value is None else f"a {type(value).__name__}"
     raise ValueError(f"{found} and no image")
 

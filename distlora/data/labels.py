@@ -11,7 +11,8 @@ from distlora.sentences import listed
 #: What the column of the label holds in a row without one, as in the hub's test splits and in MNLI's files.
 _UNLABELLED = ("", "-", "-1")
 
-_WHOLE = re.compile(r"(?P<sign>[+-]?)(?P<digits>0|[1-9]\d*)(?:\.0*)?", re.ASCII)
+#: Of no more digits than Python makes a number of.
+_WHOLE = re.compile(r"(?P<sign>[+-]?)(?P<digits>0|[1-9]\d{,4000})(?:\.0*)?", re.ASCII)
 _DECIMAL = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 _TRUTH = ("false", "true")
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from distlora.data.readers import FORMATS, Row, Rows, is_read, read_file, shared_names, stem
 from distlora.errors import UserError
+from distlora.files.problems import file_errors_explained
 from distlora.files.user_paths import user_path
 from distlora.sentences import listed, nearest
 
@@ -38,7 +39,8 @@ def of_split(
     """The rows of a whole split. key: of the rows in a JSON file that is one object. header, local_names: see
     `distlora.data.sources.load_rows`. Errors: UserError.
     """
-    files = _files(path, split, local_names or {})
+    with file_errors_explained(f"data.path: {path}"):
+        files = _files(path, split, local_names or {})
     parts = {file.name: read_file(file, header, key) for file in files}
     return Rows(chain.from_iterable(parts.values()), shared_names(parts))
 
@@ -58,6 +60,8 @@ def _files(path: Path, split: str, local_names: Mapping[str, str]) -> list[Path]
                 f"or name a directory that holds {split}{path.suffix}"
             )
         return [path]
+    if not path.is_dir():
+        raise UserError(f"data.path: {path} is neither a file nor a directory, name one of these")
     found = _by_split(path)
     name = split if split in found else local_names.get(split, split)
     if name not in found:

@@ -13,7 +13,9 @@ from distlora.errors import UserError
 
 _PART = re.compile(r"(?P<name>[\w.\-]+)(?:\[(?P<slice>[^\]]*)\])?")
 #: Bounds of up to 18 digits, more than any number of rows.
-_SLICE = re.compile(r"(?P<start>-?\d{1,18}%?)?:(?P<stop>-?\d{1,18}%?)?")
+_SLICE = re.compile(r"(?P<start>-?\d{1,18}%?)?:(?P<stop>-?\d{1,18}%?)?", re.ASCII)
+#: Splits that are joined.
+_MOST = 1000
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,8 @@ def _position(bound: str, count: int) -> int:
 def parse_split(expression: str) -> list[SplitPart]:
     """The parts of a split expression. Raises UserError if the text is none."""
     parts = []
+    if expression.count("+") >= _MOST:
+        raise UserError(f"data: split {expression[:100]!r} joins more than {_MOST} splits, name fewer")
     for text in expression.split("+"):
         part = _PART.fullmatch(text.strip())
         has_slice = part is not None and part["slice"] is not None

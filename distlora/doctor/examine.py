@@ -1,6 +1,7 @@
 """`distlora doctor`: decides which nodes are examined, and for what."""
 
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,9 @@ from distlora.doctor.job import examine_job
 from distlora.doctor.subject import Report, subject_of
 from distlora.engine.comm import Topology
 from distlora.errors import UserError, before_ranks_meet
+
+#: Seconds.
+_LONGEST_WAIT = 24 * 60 * 60
 
 
 def examine(
@@ -30,8 +34,8 @@ def examine(
     """
     with before_ranks_meet():
         port = _port(port)
-        if not limit > 0:
-            raise UserError(f"--limit {limit} is no time to wait; give seconds above 0")
+        if not 0 < limit <= _LONGEST_WAIT:
+            raise UserError(f"--limit {limit} is no time to wait; give seconds above 0, up to a day")
     if hostfile is not None and topology.world_size > 1:
         raise UserError(
             f"{topology.world_size} ranks would each ask the hosts of {hostfile}; "
@@ -54,7 +58,7 @@ def examine(
 
 def _port(given: int | None) -> int:
     text = os.environ.get("MASTER_PORT", str(DEFAULT_PORT)) if given is None else str(given)
-    if not text.isdigit() or not 1 <= int(text) <= 65535:
+    if not re.fullmatch(r"\d{1,5}", text, re.ASCII) or not 1 <= int(text) <= 65535:
         raise UserError(
             f"{'MASTER_PORT=' if given is None else '--port '}{text} is no port; "
             "give a number from 1 to 65535"

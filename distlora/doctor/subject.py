@@ -73,6 +73,7 @@ def subject_of(recipe: Path | None, run_dir: Path | None, build: bool) -> Subjec
     if recipe is None:
         return Subject(str((run_dir or Path.cwd()).absolute()), operators=tuple(operators) if build else ())
     from distlora.data.local_files import place_of
+    from distlora.methods import start_of
     from distlora.recipe.deepspeed_config import look_up
     from distlora.recipe.load import load_recipe
     from distlora.tasks import get_task
@@ -84,6 +85,9 @@ def subject_of(recipe: Path | None, run_dir: Path | None, build: bool) -> Subjec
     for label, path in (("model", loaded.model.path), ("data", rows if key is None else str(file))):
         if path and (user_path(path, label).exists() or path[0] in "./~"):
             paths[label] = path
+    start = start_of(loaded.method)
+    if start is not None:
+        paths["adapter"] = start
     if "model" not in paths and not loaded.model.path.startswith("pypi:"):
         model = loaded.model.path
     data = loaded.data.path or get_task(loaded.data.task).path

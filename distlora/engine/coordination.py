@@ -52,5 +52,7 @@ def on_every_rank(comm: Comm, work: Callable[[], Result]) -> Result:
         failure = error
     except OSError as error:
         failure = UserError(sentence_on(error))
+    if failure is not None:
+        failure.of_own_work = True
     comm.agree(failure)
     return result

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from distlora.adapter.layer import AdapterLinear
 from distlora.engine import boundary
 from distlora.engine.comm import Comm
+from distlora.engine.gradient_sums import sum_in_float32
 from distlora.engine.ledger import Ledger
 from distlora.engine.optimizers import OptimizerSpec, moment_of, restore_state, set_rate, spec_of, steps_taken
 from distlora.engine.protocol import (
@@ -33,6 +34,7 @@ class LocalEngine:
     """Plain PyTorch on one process. Defines the meaning that the others are tested against.
 
     dtype bfloat16: the forward pass uses bfloat16 parameters, the optimizer float32 masters of them.
+    Gradients are summed in float32.
     """
 
     def __init__(self, comm: Comm, dtype: torch.dtype = torch.float32, clip: float | None = None):
@@ -75,8 +77,8 @@ class LocalEngine:
         return self
 
     @contextmanager
-    def loading(self, whole: bool = False) -> Iterator[None]:
-        yield
+    def loading(self, whole: bool = False) -> Iterator[bool]:
+        yield False
 
     def attaching(self) -> AbstractContextManager:
         return nullcontext()
@@ -88,6 +90,7 @@ class LocalEngine:
             name: p if p.dtype == torch.float32 else nn.Parameter(p.detach().float())
             for name, p in trained.items()
         }
+        sum_in_float32(trained.values())
         built = optimizer.build(optimizer.groups(masters, left_factors(adapter_layers(model))))
         self._take_over(model, optimizer, masters, built)
 
@@ -134,6 +137,13 @@ class LocalEngine:
                     parameter.copy_(self._masters[name])
         return StepInfo(float(norm))
 
+    def drop_step(self) -> None:
+        for parameter in self._trained.values():
+            parameter.grad = None
+
+    def release(self) -> None:
+        return
+
     def set_rate(self, rate: float) -> None:
         set_rate(self._optimizer, rate)
 
@@ -158,7 +168,7 @@ class LocalEngine:
             trained = {name: getattr(layer, name) for name in layer.method.trains}
             for parameter in trained.values():
                 if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
+                    parameter.grad = torch.zeros_like(parameter, dtype=parameter.grad_dtype)
             gradients = {name: parameter.grad.float() for name, parameter in trained.items()}
             factors = {name: factor.detach().float() for name, factor in layer.factors().items()}
             for name, gradient in change(layer, gradients, factors).items():

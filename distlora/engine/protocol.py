@@ -74,9 +74,9 @@ class Engine(Protocol):
     #: What was added to frozen weights; None before `open_ledger`.
     ledger: "Ledger | None"
 
-    def loading(self, whole: bool = False) -> AbstractContextManager:
+    def loading(self, whole: bool = False) -> AbstractContextManager[bool]:
         """Under which pretrained weights are read (ZeRO-3: each rank keeps its part only, unless they are
-        wanted whole).
+        wanted whole). Yields whether that is collective.
         """
 
     def attaching(self) -> AbstractContextManager:
@@ -103,6 +103,14 @@ class Engine(Protocol):
         """Clips by `clip_factor()`, unless a method has transformed the gradients, steps the optimizer, and
         forgets the gradients. See `distlora.engine.boundary` for what comes before and after.
         """
+
+    def drop_step(self) -> None:
+        """In the place of `step`: forgets the gradients. Weights, moments and generators stay as they are, to
+        the bit. Under ZeRO every rank holds its own part of these in host memory meanwhile.
+        """
+
+    def release(self) -> None:
+        """Lets go of the model, for another engine in this process. Nothing else is called after that."""
 
     def set_rate(self, rate: float) -> None: ...
 

@@ -11,22 +11,37 @@ from distlora.engine.random_state import random_states, restore_random_states
 
 
 class Kept:
-    """What this rank has before the first step of an optimizer: tensors, copied to the host's memory, states
-    of the generators, and attributes of objects.
+    """What this rank has before a step of an optimizer: tensors, copied to the host's memory, states of the
+    generators, and attributes of objects.
 
-    device: whose generator belongs to the run. stepped: the parameters that the optimizer steps, of which it
-    must have no state yet.
+    device: whose generator belongs to the run. stepped: the parameters that the optimizer steps. amid_run:
+    its state of them is kept as well; else it must have none yet.
     """
 
-    def __init__(self, device: torch.device, optimizer: torch.optim.Optimizer, stepped: Iterable[Tensor]):
+    def __init__(
+        self,
+        device: torch.device,
+        optimizer: torch.optim.Optimizer,
+        stepped: Iterable[Tensor],
+        amid_run: bool = False,
+    ):
         self._device, self._random, self._optimizer = device, random_states(device), optimizer
         self._rates = [group["lr"] for group in optimizer.param_groups]
         self._stepped = list(stepped)
-        if any(has_state(optimizer, parameter) for parameter in self._stepped):
-            raise ValueError("steps can be taken back only before the optimizer's first one")
         self._tensors: list[tuple[Tensor, Tensor]] = []
         self._attributes: list[tuple[object, str, Any]] = []
+        self._counts: list[tuple[dict, str, Any]] = []
         self.keep(self._stepped)
+        self._known = [parameter for parameter in self._stepped if has_state(optimizer, parameter)]
+        if self._known and not amid_run:
+            raise ValueError("steps can be rehearsed only before the optimizer's first one")
+        for parameter in self._known:
+            self._keep_state(optimizer.state[parameter])
+
+    def _keep_state(self, state: dict[str, Any]) -> None:
+        """Tensors are changed in place by the optimizer, counts are replaced."""
+        self.keep(value for value in state.values() if isinstance(value, Tensor))
+        self._counts += [(state, key, value) for key, value in state.items() if not isinstance(value, Tensor)]
 
     def keep(self, tensors: Iterable[Tensor]) -> None:
         self._tensors += [(tensor.detach(), on_host(tensor)) for tensor in tensors]
@@ -43,8 +58,12 @@ class Kept:
             setattr(owner, name, value)
         for group, rate in zip(self._optimizer.param_groups, self._rates):
             group["lr"] = rate
+        for state, key, value in self._counts:
+            state[key] = value
+        known = set(map(id, self._known))
         for parameter in self._stepped:
-            forget_state(self._optimizer, parameter)
+            if id(parameter) not in known:
+                forget_state(self._optimizer, parameter)
         restore_random_states(self._random, self._device)
 
 

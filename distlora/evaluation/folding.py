@@ -8,6 +8,7 @@ import torch
 from distlora.adapter.layer import AdapterLinear
 from distlora.engine.protocol import Engine
 from distlora.errors import UserError
+from distlora.maths.low_rank import add_pair
 from distlora.methods import HasMagnitude
 
 
@@ -43,10 +44,10 @@ def _fold(layer: AdapterLinear) -> None:
     factors = {name: factor.float() for name, factor in layer.factors().items()}
     weight = layer.whole_weight()
     pair = layer.method.delta(factors)
-    whole = weight + pair.left @ pair.right if layer.stack else torch.addmm(weight, pair.left, pair.right)
+    whole = add_pair(weight, pair)
     if isinstance(layer.method, HasMagnitude):
         scale = layer.method.row_scale(factors, layer.method.prepare(weight, factors))
-        whole = whole * scale[:, None]
+        whole = whole * scale.unsqueeze(-1)
     if layer.beside is not None:  # it stays beside the weight
-        whole = torch.addmm(whole, layer.beside.left.float(), layer.beside.right.float(), alpha=-1)
+        whole = add_pair(whole, layer.beside, -1)
     layer.overwrite(whole)

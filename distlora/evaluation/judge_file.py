@@ -47,7 +47,7 @@ def _judge(name: str) -> Judge:
 
 
 def _check_target(source: Path, target: Path) -> None:
-    if target.resolve() == source.resolve():
+    if os.path.realpath(target) == os.path.realpath(source):
         raise UserError(f"{target} is the file with the predictions, name another one for the result")
     if target.exists() or target.is_symlink():
         raise UserError(f"{target} exists already, name another file or remove it")

@@ -14,6 +14,7 @@ from typing import Any
 from distlora.errors import UserError
 from distlora.evaluation.answering import Record
 from distlora.files.atomic import write_text
+from distlora.files.json_files import parse_json, read_limited
 
 _REMEDY = "--fresh removes them and begins anew, --out writes elsewhere"
 
@@ -133,13 +134,16 @@ class Predictions:
 
 def _object(path: Path) -> dict[str, Any] | None:
     """The JSON object in a file; None for anything else."""
-    return _parsed(path.read_bytes())
+    try:
+        return _parsed(read_limited(path))
+    except ValueError:
+        return None
 
 
 def _parsed(text: bytes) -> dict[str, Any] | None:
     try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
+        found = parse_json(text)
+    except ValueError:
         return None
     return found if isinstance(found, dict) else None
 

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from distlora.engine.host_memory import free_host_memory
 from distlora.errors import UserError
-from distlora.exports.experts import add_update
 from distlora.exports.merged import Merged
 from distlora.exports.sources import Source
 from distlora.files.tensors import TensorFiles
 from distlora.maths.linalg import with_row_norms
+from distlora.maths.low_rank import add_pair
 from distlora.sentences import first_line
 
 #: The largest difference of logits, relative to the largest logit. The weights that are compared are rounded
@@ -118,7 +118,7 @@ def _logits_of_run(
         pair, name = source.low_rank(layer), merged.weight_of(layer)
 
         def change(weight, layer=layer, pair=pair, name=name):
-            total = add_update(weight, pair)
+            total = add_pair(weight, pair)
             if layer in source.magnitudes:
                 total = with_row_norms(total, source.magnitude(layer))
             return total.to(merged.dtype(name))

@@ -1,13 +1,14 @@
 """The files of a model beside its weights, copied with what a run decided: labels, padding, what is tied."""
 
-import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from distlora.errors import UserError
 from distlora.files.atomic import write_json
+from distlora.files.json_files import read_json
 
 #: Endings of weights in any format, of states of training, and of programs: none of them is of the merged
 #: model.
@@ -80,10 +81,22 @@ def _companions(base: Path) -> Iterator[Path]:
 def _change(path: Path, change) -> None:
     """Changes a file of JSON, if it is there and anything is to be changed."""
     if path.is_file():
-        content = json.loads(path.read_bytes())
+        content = _read(path)
         changed = change(content)
         if changed != content:
             write_json(path, changed)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = read_json(path, unique=False)
+    except ValueError as error:
+        raise UserError(
+            f"the model's {path.name} is not a valid JSON file ({error}); fetch it again"
+        ) from None
+    if not isinstance(content, dict):
+        raise UserError(f"the model's {path.name} is not a valid JSON object; fetch it again")
+    return content
 
 
 def _model_config(content: dict[str, Any], decided: Decided) -> dict[str, Any]:
@@ -115,7 +128,7 @@ def _with_dtype(content: dict[str, Any], dtype: str) -> dict[str, Any]:
 
 def _make_generation_config(draft: Path, tokens: RunTokens) -> None:
     """Writes one for a model that has none, and whose config does not say how a trained answer ends."""
-    path, config = draft / "generation_config.json", json.loads((draft / "config.json").read_bytes())
+    path, config = draft / "generation_config.json", _read(draft / "config.json")
     own = config.get("eos_token_id", (config.get("text_config") or {}).get("eos_token_id"))
     if not path.exists() and not tokens.ends <= set(_ids(own)):
         write_json(path, {"eos_token_id": own})

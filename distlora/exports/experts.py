@@ -5,14 +5,13 @@ parameter's module. Where both projections of the module are adapted, the second
 """
 
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from distlora.maths.low_rank import LowRank, compress, compress_within
+from distlora.maths.low_rank import LowRank, compress, compress_within, pair_norm, stacked_pairs
 
 #: The projections of a module of experts, in the order in which PEFT finds them.
 PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
@@ -68,35 +67,16 @@ def from_peft(pair: LowRank, experts: int) -> LowRank:
     )
 
 
-def add_update(weight: Tensor, pair: LowRank) -> Tensor:
-    """`W + left @ right` in float32, of a weight (out, in) or a stack of them (E, out, in)."""
-    add = torch.addmm if weight.dim() == 2 else torch.baddbmm
-    return add(weight.float(), pair.left.float(), pair.right.float())
-
-
 def compress_stack(pair: LowRank, rank: int, dtype: torch.dtype) -> tuple[LowRank, float]:
     """As `compress`, of every expert; the error is relative to the update of all of them."""
-    found = [compress(own, rank, dtype) for own in experts_of(pair)]
-    norms = [_norm(own) for own in experts_of(pair)]
-    total = math.sqrt(sum(norm**2 for norm in norms))
-    error = math.sqrt(sum((error * norm) ** 2 for (_, error), norm in zip(found, norms)))
-    return _stack(own for own, _ in found), error / total if total else 0.0
+    experts = pair.single()
+    found = [compress(own, rank, dtype) for own in experts]
+    total = pair_norm(pair)
+    error = math.hypot(*(error * pair_norm(own) for (_, error), own in zip(found, experts)))
+    return stacked_pairs(own for own, _ in found), error / total if total else 0.0
 
 
 def rank_within(pair: LowRank, max_error: float, dtype: torch.dtype) -> tuple[int, float]:
     """The rank at which the update of every expert has at most this error, and the largest error."""
-    found = [compress_within(own, max_error, dtype) for own in experts_of(pair)]
+    found = [compress_within(own, max_error, dtype) for own in pair.single()]
     return max(own.right.shape[0] for own, _ in found), max(error for _, error in found)
-
-
-def experts_of(pair: LowRank) -> list[LowRank]:
-    return [LowRank(left, right) for left, right in zip(pair.left, pair.right)]
-
-
-def _stack(pairs: Iterable[LowRank]) -> LowRank:
-    pairs = list(pairs)
-    return LowRank(torch.stack([pair.left for pair in pairs]), torch.stack([pair.right for pair in pairs]))
-
-
-def _norm(pair: LowRank) -> float:
-    return float((pair.left.float() @ pair.right.float()).norm())

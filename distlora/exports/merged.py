@@ -58,6 +58,13 @@ class Merged:
         """The name of an adapted layer's weight."""
         return self._placing.weight_of(layer)
 
+    @property
+    def usual_dtype(self) -> str:
+        """The name of the dtype of the first trained weight."""
+        first = next(iter([*map(self.weight_of, self.source.layers), *self.source.heads]), None)
+        dtype = self.asked or (self.dtype(first) if first else torch.float32)
+        return str(dtype).removeprefix("torch.")
+
     def dtype(self, parameter: str) -> torch.dtype:
         """The one in which a trained parameter was written."""
         return self._placing.dtype(self._placing.stored(parameter)[0], self.asked)
@@ -86,7 +93,8 @@ def write_merged(
             for name in writer.order:
                 writer.write(name, placing.value(name).to(plan[name][0]))
         total_bytes += sum(kind.itemsize * math.prod(shape) for kind, shape in plan.values())
-    _write_index(draft, base, shards, total_bytes)
+    if placing.files.indexed:
+        _write_index(draft, shards, total_bytes)
     copy_companions(draft, base, _decided(source, placing, dtype, tokens))
     return Merged(base, source, placing, dtype)
 
@@ -108,7 +116,6 @@ def _decided(
     return Decided(config, False if placing.untied else None, named, tokens)
 
 
-def _write_index(draft: Path, base: Path, shards: dict[str, list[str]], total_bytes: int) -> None:
-    if (base / INDEX).exists():
-        weight_map = {name: shard for shard, names in shards.items() for name in names}
-        write_json(draft / INDEX, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
+def _write_index(draft: Path, shards: dict[str, list[str]], total_bytes: int) -> None:
+    weight_map = {name: shard for shard, names in shards.items() for name in names}
+    write_json(draft / INDEX, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})

@@ -4,26 +4,34 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from distlora.adapter.attach import Attached
+from distlora.adapter.targets import in_short
 from distlora.engine.coordination import stream_to_main
 from distlora.engine.protocol import Engine
 from distlora.errors import UserError
+from distlora.exports.card import CARD, About, Form, write_card
 from distlora.exports.draft import new_directory
 from distlora.exports.experts import peft_module, to_peft
+from distlora.exports.precision import dtype_for
 from distlora.exports.sources import MAGNITUDE, PREFIX, Compressed, EngineSource, Source
+from distlora.exports.suffixes import Names, names_in, shortest_endings
+from distlora.exports.vllm import problem_with_vllm
 from distlora.files.atomic import write_json
 from distlora.files.tensors import TensorWriter
-from distlora.methods import Method, TrainsWeight
+from distlora.methods import HasMagnitude, Method, TrainsWeight
+
+if TYPE_CHECKING:
+    from distlora.models.base_names import BaseName
 
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-ADAPTER_FILES = (ADAPTER_WEIGHTS, ADAPTER_CONFIG)
+ADAPTER_FILES = (ADAPTER_WEIGHTS, ADAPTER_CONFIG, CARD)
 
 _TASKS = {
     "ForCausalLM": "CAUSAL_LM",
@@ -46,21 +54,28 @@ def export_peft_from_engine(
     out: str | os.PathLike,
     base_model: str,
     step: int,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
+    about: About | None = None,
 ) -> Path:
     """Writes the live adapter as PEFT's files into `out`, which may hold an earlier export. Collective.
 
     Tensors are gathered layer by layer. The pairs are exact, except those that `Compressed` must approximate;
-    their error is logged. base_model: the name or path by which others find the pretrained model. Raises
-    UserError on all ranks.
+    their error is logged. base_model: the name or path by which others find the pretrained model. dtype: None
+    for the model's, where that is enough; see `distlora.exports.precision`. about: what the model card says
+    of the run. Raises UserError on all ranks.
     """
-    refuse_full(attached.method)
-    out, source = Path(out), Compressed(EngineSource(engine, attached, step), dtype)
+    refuse_peft(attached.method, stacks_of(attached))
+    out, live = Path(out), EngineSource(engine, attached, step)
+    if dtype is None:
+        dtype = dtype_for(live, engine.dtype, lambda worst: engine.comm.share(worst))
+    source = Compressed(live, dtype)
 
     def write(tensors: Iterable[tuple[str, Tensor]]) -> None:
-        config = _peft_config(source, base_model, attached.method.dropout)
+        base = _base_name(base_model)
+        config = _peft_config(source, base, attached.method.dropout, names_in(engine.module))
         with new_directory(out, may_hold=ADAPTER_FILES) as draft:
             write_peft(draft, source, tensors, config, dtype)
+            _write_card(draft, source, base, about or About(attached.method.name), dtype)
         if source.compression():
             _log.info("%s: %s", out, source.compression())
 
@@ -68,19 +83,62 @@ def export_peft_from_engine(
     return out
 
 
-def refuse_full(method: Method) -> None:
-    """Raises UserError for a method that makes no adapter."""
+def problem_with_peft(method: Method, experts: Collection[str]) -> str | None:
+    """Why PEFT's format cannot hold what a method trains, and what to do instead, as a sentence; None if it
+    can. experts: the adapted layers that are stacks of them.
+    """
     if isinstance(method, TrainsWeight):
-        raise UserError(
-            f"method {method.name} trains the weights themselves, which is no adapter; export it merged"
+        return f"method {method.name} trains the weights themselves, which is no adapter; export it merged"
+    if experts and isinstance(method, HasMagnitude):
+        return (
+            f"PEFT's format holds no norms of rows of experts, which method {method.name} trains in "
+            f"{in_short(experts)}; export it with --format merged"
         )
+    return None
+
+
+def refuse_peft(method: Method, experts: Collection[str]) -> None:
+    """Raises UserError where there is such a problem."""
+    problem = problem_with_peft(method, experts)
+    if problem:
+        raise UserError(problem)
+
+
+def stacks_of(attached: Attached) -> list[str]:
+    """The adapted layers that are stacks of experts."""
+    return [name for name, layer in attached.layers.items() if layer.stack]
 
 
 def write_peft_adapter(
-    draft: Path, source: Source, base_model: str, dropout: float, dtype: torch.dtype
+    draft: Path,
+    source: Source,
+    base_model: str,
+    dropout: float,
+    dtype: torch.dtype,
+    names: Names | None = None,
+    about: About | None = None,
 ) -> None:
-    """Writes the adapter of a source that reads files. draft: the directory to fill."""
-    write_peft(draft, source, _peft_tensors(source), _peft_config(source, base_model, dropout), dtype)
+    """Writes the adapter of a source that reads files. draft: the directory to fill. names: in the model;
+    without them every layer is called by its whole name. about: what the model card says of the run.
+    """
+    base = _base_name(base_model)
+    config = _peft_config(source, base, dropout, names)
+    write_peft(draft, source, _peft_tensors(source), config, dtype)
+    _write_card(draft, source, base, about or About(), dtype)
+
+
+def _base_name(base_model: str) -> "BaseName":
+    # Late, because it brings the hub's library to users of `distlora.api`.
+    from distlora.models.base_names import base_name_of
+
+    return base_name_of(base_model)
+
+
+def _write_card(draft: Path, source: Source, base: "BaseName", about: About, dtype: torch.dtype) -> None:
+    rank, name = max(shape[0] for shape in source.layers.values()), str(dtype).removeprefix("torch.")
+    write_card(
+        draft, base, about, Form("adapter", source.model["class"], rank, problem_with_vllm(source), name)
+    )
 
 
 def _peft_tensors(source: Source) -> Iterator[tuple[str, Tensor | None]]:
@@ -118,7 +176,7 @@ def write_peft(
     for name, shape in source.heads.items():
         plan |= {PREFIX + each: (dtype, shape) for each in (name, *_shared_with(source, name))}
     found = {"step": source.step, "model": source.model, "stacked": sorted(source.stacked)}
-    experts = _experts(source)
+    experts = experts_of(source)
     about = {"distlora": json.dumps(found | ({"experts": experts} if experts else {}))}
     with TensorWriter(draft / ADAPTER_WEIGHTS, plan, about) as writer:
         for name, tensor in tensors:
@@ -126,27 +184,26 @@ def write_peft(
     write_json(draft / ADAPTER_CONFIG, config)
 
 
-def _experts(source: Source) -> dict[str, int]:
+def experts_of(source: Source) -> dict[str, int]:
     """The number of experts of each layer that is a stack of them."""
     return {layer: shape[1] for layer, shape in source.layers.items() if len(shape) == 4}
 
 
 def _module(source: Source, layer: str) -> str:
     """The name under which PEFT's files hold a layer's pair."""
-    experts = _experts(source)
+    experts = experts_of(source)
     return peft_module(layer, experts) if layer in experts else layer
 
 
-def _peft_config(source: Source, base: str, dropout: float) -> dict[str, Any]:
+def _peft_config(source: Source, base: "BaseName", dropout: float, names: Names | None) -> dict[str, Any]:
     """The content of adapter_config.json.
 
-    B holds the scaling, so alpha is the rank. Layers have their full names; the last parts of these would
-    match other layers, too.
+    B holds the scaling, so alpha is the rank. names: in the model, see `distlora.exports.suffixes`.
     """
     ranks = {layer: shape[0] for layer, shape in source.layers.items()}
     usual = max(set(ranks.values()), key=list(ranks.values()).count)
     # PEFT reads the keys of these patterns as regular expressions.
-    model_class, experts = source.model["class"] or "", _experts(source)
+    model_class, experts = source.model["class"] or "", experts_of(source)
     as_weights = _named_as_weights(source)
     unusual = {
         layer.replace(".", r"\.") + r"(\.weight)?" * (layer in as_weights): rank
@@ -154,6 +211,10 @@ def _peft_config(source: Source, base: str, dropout: float) -> dict[str, Any]:
         if rank != usual
     }
     parameters = [*experts, *(f"{layer}.weight" for layer in as_weights)]
+    modules = [layer for layer in ranks if layer not in {*experts, *as_weights}]
+    if names is not None:
+        parameters = shortest_endings(parameters, names.parameters, parts=2)
+        modules = shortest_endings(modules, names.modules)
     if parameters and dropout:
         _log.info(
             "PEFT has no dropout for %s: lora_dropout is 0 in the exported config",
@@ -167,7 +228,8 @@ def _peft_config(source: Source, base: str, dropout: float) -> dict[str, Any]:
     return {
         "peft_type": "LORA",
         "task_type": next((task for ending, task in _TASKS.items() if model_class.endswith(ending)), None),
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": base.name,
+        "revision": base.revision,
         "r": usual,
         "lora_alpha": usual,
         "rank_pattern": unusual,
@@ -175,7 +237,7 @@ def _peft_config(source: Source, base: str, dropout: float) -> dict[str, Any]:
         "use_rslora": False,
         "use_dora": bool(source.magnitudes),
         "lora_dropout": 0.0 if parameters else dropout,
-        "target_modules": [layer for layer in ranks if layer not in {*experts, *as_weights}],
+        "target_modules": modules,
         **({"target_parameters": parameters} if parameters else {}),
         "modules_to_save": _saved_modules(source) or None,
         "bias": "none",

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,12 +19,27 @@ from distlora.exports.experts import ExpertEntry, expert_layer, from_peft
 from distlora.exports.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from distlora.exports.sources import MAGNITUDE, PREFIX
 from distlora.files.atomic import sha256_of
+from distlora.files.json_files import checked, parse_json, read_json
 from distlora.files.tensors import TensorFiles
 from distlora.maths.low_rank import LowRank
 
 #: Beyond that, infinite and not a number.
 LARGEST_ALPHA = 1e30
+#: Bytes of a config at most.
+LARGEST_CONFIG = 16 << 20
+#: Characters of a pattern, and parts of it that may be repeated without end.
+LONGEST_PATTERN, MOST_REPEATS = 500, 3
 _A, _B = ".lora_A.weight", ".lora_B.weight"
+
+
+@dataclass(frozen=True)
+class _Fields:
+    """Of a config, what is used and not checked elsewhere."""
+
+    base_model_name_or_path: str | None
+    use_rslora: bool | None
+    use_dora: bool | None
+    target_parameters: list[str] | None
 
 
 @dataclass(frozen=True)
@@ -51,11 +67,30 @@ class PeftFiles:
 
     def pair(self, layer: str) -> LowRank:
         """`W_trained = W0 + left @ right` in float32 (then scaled to the magnitude where there is one)."""
+        factors = self.factors(layer)
+        return LowRank(factors.left * self.scaling(layer), factors.right)
+
+    def factors(self, layer: str) -> LowRank:
+        """B and A as the files hold them, in float32: (out, r) and (r, in), with the experts before."""
+        entry = self.experts.get(layer)
+        module = layer if entry is None else entry.module
+        a, b = (self.files.read(f"{PREFIX}{module}{side}").float() for side in (_A, _B))
+        return LowRank(b, a) if entry is None else from_peft(LowRank(b, a), entry.count)
+
+    def rank(self, layer: str) -> int:
+        """Of a layer's pair, as the files hold it."""
         entry = self.experts.get(layer)
         module, count = (layer, 1) if entry is None else (entry.module, entry.count)
-        a, b = (self.files.read(f"{PREFIX}{module}{side}").float() for side in (_A, _B))
-        pair = LowRank(b * self._scaling(layer, a.shape[0] // count), a)
-        return pair if entry is None else from_peft(pair, count)
+        return self.files.shape(f"{PREFIX}{module}{_A}")[0] // count
+
+    def scaling(self, layer: str) -> float:
+        """s in `W + s·B·A`."""
+        rank = self.rank(layer)
+        return float(_alpha(self.config, layer)) / (rank**0.5 if self.config.get("use_rslora") else rank)
+
+    def stated(self, layer: str) -> tuple[Any, Any]:
+        """The rank and the alpha that the config states for a layer."""
+        return _of_pattern(self.config, "rank_pattern", layer, "r"), _alpha(self.config, layer)
 
     def magnitude(self, layer: str) -> Tensor:
         """(out,) float32."""
@@ -63,10 +98,6 @@ class PeftFiles:
 
     def head(self, name: str) -> Tensor:
         return self.files.read(PREFIX + name)
-
-    def _scaling(self, layer: str, rank: int) -> float:
-        alpha = float(_alpha(self.config, layer))
-        return alpha / (rank**0.5 if self.config.get("use_rslora") else rank)
 
     def refuse_other_model(self, model: nn.Module, path: str) -> None:
         """Raises UserError unless the model has these layers and heads in these shapes. path: the model's."""
@@ -90,7 +121,8 @@ class PeftFiles:
             if here != shape:
                 raise UserError(f"{other}: its layer {layer} has the shape {shape}, and this one's {here}")
         for name, shape in self.heads.items():
-            found = tuple(parameters[name].shape) if name in parameters else None
+            there = parameters.get(name)  # under ZeRO-3 its own shape is that of a part
+            found = None if there is None else tuple(getattr(there, "ds_shape", there.shape))
             if found != shape:
                 what = f"has the shape {found}" if found else "is missing"
                 raise UserError(f"{other}: its {name} has the shape {shape}, and this one's {what}")
@@ -100,12 +132,19 @@ def read_peft(directory: Path) -> PeftFiles:
     """Raises UserError for files that are missing, broken, half written, or no LoRA."""
     config = _config(directory)
     if not (directory / ADAPTER_WEIGHTS).is_file():
+        pickled = directory / "adapter_model.bin"
+        if pickled.exists():
+            raise UserError(
+                f"{pickled} may hold programs, and is not loaded; save the adapter as {ADAPTER_WEIGHTS} "
+                "(PEFT: save_pretrained(safe_serialization=True))"
+            )
         raise UserError(
             f"{directory} has no {ADAPTER_WEIGHTS}: it is half written, or in a format that is not loaded"
         )
     try:
-        files = TensorFiles(directory, ADAPTER_WEIGHTS.removesuffix(".safetensors"))
+        files = TensorFiles(directory, ADAPTER_WEIGHTS.removesuffix(".safetensors"), {ADAPTER_WEIGHTS})
         shapes = {name: files.shape(name) for name in files.names}
+        _refuse_whole_numbers(files)
         step, copies = _about(files.metadata(ADAPTER_WEIGHTS).get("distlora"))
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise UserError(f"{directory / ADAPTER_WEIGHTS} is broken ({error}); export it again") from error
@@ -114,7 +153,8 @@ def read_peft(directory: Path) -> PeftFiles:
         inner = name.removeprefix(PREFIX)
         if inner.endswith((_A, _B)):
             module = inner.removesuffix(_A).removesuffix(_B)
-            shape, layer = _shape(directory, module, shapes), expert_layer(config, module)
+            shape = _shape(directory, module, shapes)
+            layer = None if _is_linear(config, module) else expert_layer(config, module)
             layers[layer or module] = shape
             if layer:
                 experts[layer] = _experts(directory, config, layer, module, shapes)
@@ -130,7 +170,30 @@ def read_peft(directory: Path) -> PeftFiles:
         raise UserError(f"{directory}: some layers have magnitudes and others none; it is half written")
     for layer in layers:
         _check_alpha(directory / ADAPTER_CONFIG, config, layer)
+    for layer, name in magnitudes.items():
+        if math.prod(shapes[name]) != layers[layer][0]:
+            raise UserError(
+                f"{directory}: the magnitudes {shapes[name]} of layer {layer} do not fit its "
+                f"{layers[layer][0]} rows; export it again"
+            )
     return PeftFiles(directory, config, files, layers, magnitudes, heads, step, experts)
+
+
+def _is_linear(config: dict[str, Any], module: str) -> bool:
+    """Whether PEFT's files hold the pair of a layer under this name, as opposed to that of experts in it."""
+    modules, weights = config.get("target_modules"), config.get("target_parameters")
+    return any(
+        isinstance(target, str) and f".{name}".endswith(f".{target}")
+        for name, targets in ((module, modules), (f"{module}.weight", weights))
+        for target in (targets if isinstance(targets, list) else [])
+    )
+
+
+def _refuse_whole_numbers(files: TensorFiles) -> None:
+    """Raises ValueError for tensors that cannot be weights."""
+    for name in files.names:
+        if not files.dtype(name).is_floating_point:
+            raise ValueError(f"its tensor {name} is of {files.dtype(name)}")
 
 
 def _experts(
@@ -148,7 +211,7 @@ def _experts(
 def _about(about: str | None) -> tuple[int, set[str]]:
     """The step that an export has noted in the file, 0 where there is none, and the names of parameters that
     repeat another one. Raises ValueError."""
-    content = {} if about is None else json.loads(about)
+    content = {} if about is None else parse_json(about)
     step = content.get("step", 0) if isinstance(content, dict) else None
     if type(step) is not int or step < 0:
         raise ValueError(f"its metadata says distlora={about[:60]}")
@@ -162,21 +225,27 @@ def _about(about: str | None) -> tuple[int, set[str]]:
 def _config(directory: Path) -> dict[str, Any]:
     path = directory / ADAPTER_CONFIG
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path, LARGEST_CONFIG, unique=False)
     except FileNotFoundError:
         raise UserError(f"{directory} is no adapter, or half written: it has no {ADAPTER_CONFIG}") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} is no JSON ({error}); export the adapter again") from None
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else None
-        raise UserError(f"{path}: peft_type is {kind}; only LORA (and DoRA) is loaded")
+        raise UserError(f"{path}: peft_type is {str(kind)[:40]}; only LORA (and DoRA) is loaded")
+    try:
+        checked(_Fields, {name: config.get(name) for name in _Fields.__dataclass_fields__})
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); export the adapter again") from None
     unsupported: dict[str, Callable[[Any], bool]] = {
         "lora_bias": bool, "bias": lambda value: value not in (None, "none"),
         "layer_replication": bool, "alora_invocation_tokens": bool,
     }  # fmt: skip
     for key, is_set in unsupported.items():
         if is_set(config.get(key)):
-            raise UserError(f"{path}: {key}={config[key]} is not supported; merge the adapter first")
+            raise UserError(
+                f"{path}: {key}={str(config[key])[:40]} is not supported; merge the adapter first"
+            )
     for key in ("rank_pattern", "alpha_pattern"):
         _check_patterns(path, key, config.get(key))
     return config
@@ -188,11 +257,24 @@ def _check_patterns(path: Path, key: str, patterns: Any) -> None:
         raise UserError(f"{path}: {key} has no number for each pattern; export the adapter again")
     for pattern in patterns or ():
         try:
+            _refuse_slow(pattern)
             re.compile(_at_the_end(pattern))
-        except re.error as error:
+        except (re.error, ValueError, OverflowError, RecursionError) as error:
             raise UserError(
                 f"{path}: {key} has {pattern!r}, which is no pattern ({error}); export the adapter again"
             ) from None
+
+
+def _refuse_slow(pattern: str) -> None:
+    """Raises ValueError for a pattern of a stranger that could take very long on a name."""
+    repeats = re.sub(r"\\.|\[[^\]]*\]", "", pattern)
+    count = sum(map(repeats.count, "*+{"))
+    if (
+        len(pattern) > LONGEST_PATTERN
+        or count > MOST_REPEATS
+        or (count > 1 and re.search(r"\)[*+{]", repeats))
+    ):
+        raise ValueError("it is too long, or repeats too much")
 
 
 def _check_alpha(path: Path, config: dict[str, Any], layer: str) -> None:

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from distlora.errors import UserError
-from distlora.exports.experts import add_update
 from distlora.exports.sources import Source
 from distlora.files.tensors import TensorFiles
 from distlora.maths.linalg import with_row_norms
+from distlora.maths.low_rank import add_pair
 
 Shape = tuple[int, ...]
 
@@ -181,7 +181,7 @@ class Placing:
         if layer is None:
             return value
         pair, turned = self._source.low_rank(layer), self._layout.is_transposed(layer)
-        weight = add_update(value.mT if turned else value, pair)
+        weight = add_pair(value.mT if turned else value, pair)
         if layer in self._source.magnitudes:
             weight = with_row_norms(weight, self._source.magnitude(layer))
         return weight.mT if turned else weight

@@ -3,23 +3,20 @@
 The sources are the live model, a checkpoint, and an earlier export.
 """
 
-import json
 import logging
-import math
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from distlora.adapter.attach import Attached
-from distlora.checkpoints.contents import describe_model
+from distlora.checkpoints.contents import ADAPTER, OPTIMIZER, describe_model
 from distlora.checkpoints.directory import Checkpoint
 from distlora.checkpoints.restore import ledger_files
 from distlora.engine.protocol import Engine
 from distlora.errors import UserError
-from distlora.exports.experts import compress_stack, from_peft, peft_module, rank_within
+from distlora.exports.experts import compress_stack, rank_within
 from distlora.files.tensors import TensorFiles
 from distlora.maths.low_rank import LowRank, compress, compress_within
 from distlora.methods import Method, TrainsWeight, magnitude_of
@@ -146,7 +143,7 @@ class CheckpointSource:
                 f"but the run's recipe.yaml of {method.name} with rank {method.rank}"
             )
         self.step, self.targets, self.model = checkpoint.step, state["targets"], state["model"]
-        self._files, self._method = TensorFiles(checkpoint.path, "adapter"), method
+        self._files, self._method = TensorFiles(checkpoint.path, ADAPTER, checkpoint.files), method
         self._factors = list(method.shapes(1, 1))
         self._entries = {
             layer: [entry["columns"] for entry in entries]
@@ -156,14 +153,26 @@ class CheckpointSource:
         self.layers = {layer: self._pair_shape(layer) for layer in adapted}
         self.stacked = {layer for layer, entries in self._entries.items() if entries}
         self.magnitudes = set(self.layers) if magnitude_of(method) else set()
-        self._masters = TensorFiles(checkpoint.path, "optimizer") if self.magnitudes else None
+        optimizer = TensorFiles(checkpoint.path, OPTIMIZER, checkpoint.files) if self.magnitudes else None
+        self._masters = optimizer
         self._ledger = ledger_files(checkpoint, {layer: shape for layer, (_, *shape) in self.layers.items()})
         factors = {f"{layer}.{factor}" for layer in self.layers for factor in self._factors}
         self.heads = {name: self._files.shape(name) for name in self._files.names if name not in factors}
 
     def _pair_shape(self, layer: str) -> Shape:
         shapes = {name: self._files.shape(f"{layer}.{name}") for name in self._factors}
-        return _pair_shape(self._method, shapes, sum(self._entries.get(layer, ())))
+        try:
+            found = _pair_shape(self._method, shapes, sum(self._entries.get(layer, ())))
+            _, *stack, out, inner = found
+            factors = {name: (*stack, *shape) for name, shape in self._method.shapes(out, inner).items()}
+        except (RuntimeError, ValueError, IndexError):
+            factors = None
+        if factors != shapes:
+            raise UserError(
+                f"{self._files.directory}: the factors of layer {layer} do not fit together; take another "
+                "checkpoint"
+            )
+        return found
 
     def low_rank(self, layer: str) -> LowRank:
         pair = self._method.export_low_rank(
@@ -182,48 +191,6 @@ class CheckpointSource:
 
     def read(self, head: str) -> Tensor:
         return self._files.read(head)
-
-
-class AdapterSource:
-    """The PEFT files of an earlier export. Alpha is the rank there, so the pair is B and A as they are."""
-
-    def __init__(self, directory: Path):
-        self._files = TensorFiles(directory, "adapter_model")
-        about = json.loads(self._files.metadata("adapter_model.safetensors")["distlora"])
-        self.step, self.model, self.stacked = about["step"], about["model"], set(about.get("stacked", ()))
-        self.layers, self.heads, self.magnitudes = {}, {}, set()
-        self._experts: dict[str, int] = about.get("experts", {})
-        modules = {peft_module(layer, self._experts): layer for layer in self._experts}
-        self._module = {layer: module for module, layer in modules.items()}
-        for name in self._files.names:
-            layer, ending = name.removeprefix(PREFIX), ".lora_A.weight"
-            if layer.endswith(MAGNITUDE):
-                self.magnitudes.add(layer.removesuffix(MAGNITUDE))
-            elif layer.endswith(ending):
-                module = layer.removesuffix(ending)
-                rank, in_features = self._files.shape(name)
-                out_features = self._files.shape(f"{PREFIX}{module}.lora_B.weight")[0]
-                layer = modules.get(module, module)
-                stack = [self._experts[layer]] if layer in self._experts else []
-                self.layers[layer] = (rank // math.prod(stack), *stack, out_features, in_features)
-            elif not layer.endswith(".lora_B.weight"):
-                self.heads[layer] = self._files.shape(name)
-        for others in self.model.get("tied", {}).values():  # the same tensors under their other names
-            for other in others:
-                self.heads.pop(other, None)
-        self.targets = list(self.layers)
-
-    def low_rank(self, layer: str) -> LowRank:
-        module = self._module.get(layer, layer)
-        a, b = (self._files.read(f"{PREFIX}{module}.lora_{side}.weight").float() for side in "AB")
-        pair = LowRank(b, a)
-        return from_peft(pair, self._experts[layer]) if layer in self._experts else pair
-
-    def magnitude(self, layer: str) -> Tensor:
-        return self._files.read(f"{PREFIX}{layer}{MAGNITUDE}").float()
-
-    def read(self, head: str) -> Tensor:
-        return self._files.read(PREFIX + head)
 
 
 def check_compression(format: str, rank: int | None, max_error: float | None) -> None:

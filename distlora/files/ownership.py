@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from distlora.errors import UserError
+from distlora.files.json_files import checked, read_json
 from distlora.files.processes import is_hidden, is_running, started_at, this_place
 
 
@@ -60,6 +61,8 @@ class Owner:
 
 #: Seconds within which a host that has renamed a file of another owner by mistake has put it back.
 SETTLING = 0.5
+#: Bytes of the file at most.
+LARGEST = 1 << 16
 #: What file systems say that have no hard links.
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 #: Of a file that names nobody.
@@ -111,12 +114,12 @@ def take(path: Path, mine: Owner, is_dead: Callable[[Owner, float], bool], lock:
 def owner_of(path: Path) -> Owner | None:
     """Whom the file names, dead or not; None without a file."""
     try:
-        return Owner(**json.loads(path.read_text(encoding="utf-8")))
+        return checked(Owner, read_json(path, LARGEST))
     except FileNotFoundError:
         return None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, TypeError):
+    except ValueError:
         return UNKNOWN
 
 

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 
 from distlora.errors import UserError
 
-#: What the user can do about an error that is the file system's, and of no single file.
+#: What the user can do about an error that comes from the disk or from the path that was given.
 _REMEDIES = {
     errno.ENOSPC: "make room there",
     errno.EDQUOT: "make room there, or have the quota raised",
@@ -19,13 +19,17 @@ _REMEDIES = {
     errno.EROFS: "make it writable, or name another place",
     errno.EIO: "check the disk",
     errno.ENAMETOOLONG: "give a shorter name",
+    errno.ELOOP: "remove the links that lead in a circle",
+    errno.ENOTDIR: "name a place below directories alone",
+    errno.EISDIR: "name a file",
 }
 #: There is no room for more, though what is there can still be replaced or removed.
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def is_of_the_disk(error: OSError) -> bool:
-    """Whether it comes from the file system's state, and not from a mistake in the program."""
+    """Whether it comes from the state of the file system or from a path, and not from a mistake in the
+    program."""
     return error.errno in _REMEDIES
 
 

@@ -6,15 +6,19 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from distlora.errors import UserError
 from distlora.files.atomic import write_json
+from distlora.files.json_files import read_json
+from distlora.files.places import is_plain_name
+from distlora.files.tensor_headers import Header, StoredTensor, read_header
 
 #: Dtype and shape of tensors, by name.
 Plan = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -138,19 +142,27 @@ def _write_file(path: Path, tensors: Mapping[str, Tensor]) -> str:
 class TensorFiles:
     """Tensors by name, from `GROUP.safetensors` or from several such files with an index.
 
-    Only those that are asked for are read.
+    Only those that are asked for are read, from files whose headers were checked before.
     """
 
-    def __init__(self, directory: Path, group: str):
-        """Raises UserError if neither exists, and OSError or safetensors' error for unreadable files."""
-        self.directory, self._open = directory, {}
-        single, index = directory / f"{group}.safetensors", directory / f"{group}.safetensors.index.json"
-        if index.exists():
-            self._file_of: dict[str, str] = json.loads(index.read_bytes())["weight_map"]
-        elif single.exists():
-            self._file_of = dict.fromkeys(self._handle(single.name).keys(), single.name)
+    def __init__(self, directory: Path, group: str, files: Collection[str] | None = None):
+        """files: names of those that may be read, such as the files of a manifest; None for all that
+        are there.
+
+        Raises UserError if neither exists, and OSError or safetensors' error for unreadable files.
+        """
+        self.directory, self._known = directory, files
+        self._headers: dict[str, Header] = {}
+        self._open: dict[str, Any] = {}
+        single, index = f"{group}.safetensors", f"{group}.safetensors.index.json"
+        #: Whether an index says where the tensors are.
+        self.indexed = not self._is_there(single) and self._is_there(index)
+        if self.indexed:
+            self._file_of = self._read_index(index)
+        elif self._is_there(single):
+            self._file_of = dict.fromkeys(self._header(single).tensors, single)
         else:
-            raise UserError(f"{directory} has no {single.name}")
+            raise UserError(f"{directory} has no {single}")
 
     @property
     def names(self) -> list[str]:
@@ -167,19 +179,58 @@ class TensorFiles:
         return files
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._slice(name).get_shape())
+        return self._stored(name).shape
 
     def dtype(self, name: str) -> torch.dtype:
-        return _DTYPES[self._slice(name).get_dtype()]
+        """Raises safetensors' error for a dtype that is not read here."""
+        dtype = self._stored(name).dtype
+        if dtype not in _DTYPES:
+            raise SafetensorError(f"{self._file_of[name]}: tensor {name} is of the dtype {dtype}")
+        return _DTYPES[dtype]
 
     def read(self, name: str) -> Tensor:
+        self.dtype(name)
         return self._handle(self._file_of[name]).get_tensor(name)
 
     def metadata(self, file: str) -> dict[str, str]:
-        return self._handle(file).metadata() or {}
+        return self._header(file).metadata
 
-    def _slice(self, name: str):
-        return self._handle(self._file_of[name]).get_slice(name)
+    def check(self) -> None:
+        """Looks at the headers of all files. Raises OSError, and safetensors' error for one that is damaged
+        or lacks a tensor."""
+        for name in self._file_of:
+            self._stored(name)
+
+    def _is_there(self, file: str) -> bool:
+        return file in self._known if self._known is not None else (self.directory / file).exists()
+
+    def _read_index(self, name: str) -> dict[str, str]:
+        try:
+            content = read_json(self.directory / name)
+        except ValueError as error:
+            raise SafetensorError(f"{name}: {error}") from None
+        found = content.get("weight_map") if isinstance(content, dict) else None
+        if not isinstance(found, dict) or not found:
+            raise SafetensorError(f"{name}: weight_map does not name the file of each tensor")
+        for file in found.values():
+            plain = isinstance(file, str) and is_plain_name(file) and file.endswith(".safetensors")
+            if not plain or (self._known is not None and file not in self._known):
+                raise SafetensorError(f"{name}: {str(file)[:80]} is none of the files that belong to it")
+        return found
+
+    def _stored(self, name: str) -> StoredTensor:
+        if name not in self._file_of:
+            raise UserError(f"{self.directory}: tensor {name} is missing")
+        file = self._file_of[name]
+        found = self._header(file).tensors.get(name)
+        if found is None:
+            raise SafetensorError(f"{file}: tensor {name}, which the index puts there, is missing")
+        return found
+
+    def _header(self, file: str) -> Header:
+        if file not in self._headers:
+            self._headers[file] = read_header(self.directory / file)
+        return self._headers[file]
 
     def _handle(self, file: str):
         if file not in self._open:

@@ -1,7 +1,6 @@
 """The start of a stack of experts: the method initialises every expert as a layer of its own."""
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -9,8 +8,7 @@ from torch import Tensor
 from distlora.adapter.expert_layers import of_expert, stacked
 from distlora.adapter.layer import AdapterLinear
 from distlora.maths.generators import layer_generator
-from distlora.maths.linalg import low_rank_norm
-from distlora.maths.low_rank import LowRank
+from distlora.maths.low_rank import stacked_pairs
 from distlora.methods import Factors, Init, LayerInit
 
 Look = Callable[[str, LayerInit, Init], None]
@@ -27,22 +25,15 @@ def initialise_stack(
     whose decomposition has arbitrary directions: it starts along the first coordinates, LoRA-SB with R = 0.
     """
     method, found = layer.method, []
-    for expert in range(*layer.stack):
+    for expert, name in enumerate(layer.matrix_names):
         own = None if source is None else source[expert]
-        name = f"{layer.name}.{expert}"
         given = LayerInit(layer.shape, own, layer_generator(seed, name), dtype, eta, device)
         found.append(method.initialise(given))
         look(name, given, found[-1])
     report = {key: sum(init.report[key] for init in found) / len(found) for key in found[0].report}
-    return Init(
-        stacked([init.factors for init in found]), report, _pairs([init.base_update for init in found])
-    )
-
-
-def _pairs(pairs: Sequence[LowRank | None]) -> LowRank | None:
-    if pairs[0] is None:
-        return None
-    return LowRank(torch.stack([pair.left for pair in pairs]), torch.stack([pair.right for pair in pairs]))
+    pairs = ([init.base_update for init in found], [init.reserve for init in found])
+    both = (None if own[0] is None else stacked_pairs(own) for own in pairs)
+    return Init(stacked([init.factors for init in found]), report, *both)
 
 
 def gradient_maps(layer: AdapterLinear, factors: Factors) -> dict[str, tuple[Tensor, Tensor]]:
@@ -60,10 +51,3 @@ def gradient_maps(layer: AdapterLinear, factors: Factors) -> dict[str, tuple[Ten
         sides = [own.get(name, none) for own in maps]
         found[name] = torch.stack([left for left, _ in sides]), torch.stack([right for _, right in sides])
     return found
-
-
-def pair_norm(pair: LowRank) -> float:
-    """‖left @ right‖ (Frobenius) of a pair, or of all pairs of a stack together."""
-    if pair.left.dim() == 2:
-        return low_rank_norm(pair.left, pair.right)
-    return math.sqrt(sum(low_rank_norm(*own) ** 2 for own in zip(pair.left, pair.right)))

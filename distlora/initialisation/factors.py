@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -14,12 +15,12 @@ from distlora.engine.ledger import pretrained_at_owner
 from distlora.engine.owners import assign_owners, broadcast_pair, open_ledger, turns
 from distlora.engine.protocol import Engine
 from distlora.initialisation.dead_starts import DeadStarts
-from distlora.initialisation.experts import gradient_maps, initialise_stack, pair_norm
+from distlora.initialisation.experts import gradient_maps, initialise_stack
 from distlora.initialisation.probe import Probe, mean_gradients
 from distlora.initialisation.search import scale_factor, search_eta
 from distlora.maths.generators import layer_generator
 from distlora.maths.linalg import squared_norm
-from distlora.maths.low_rank import LowRank
+from distlora.maths.low_rank import LowRank, pair_norm
 from distlora.methods import (
     CorrectsGradients,
     Factors,
@@ -31,6 +32,10 @@ from distlora.methods import (
 )
 
 log = logging.getLogger(__name__)
+
+
+#: From the name of a layer to its factors, on the rank that owns it: float32, on the CPU.
+Given = Callable[[str], Factors]
 
 
 @dataclass
@@ -52,14 +57,15 @@ def initialise(
     data: Probe | None = None,
     number: int = 0,
     keep_function: bool = False,
+    given: Given | None = None,
 ) -> InitReport:
     """Gives every layer its factors, the same for every world size and ZeRO stage.
 
     seed: of the recipe. first_rate: the schedule's first learning rate that is not zero (for `eta:
     schedule`). data: the probe's samples, needed where the method starts from gradients. number: 0 at the
     start of a run, j for the j-th time that the adapter starts anew. keep_function: the factor that eta
-    scales becomes zero. Each layer is factorised by its owner alone (`assign_owners`); the other ranks
-    receive the factors.
+    scales becomes zero. given: the factors of a layer by its name, in place of those that the method would
+    make. Each layer is factorised by its owner alone (`assign_owners`); the other ranks receive the factors.
     """
     method, layers = attached.method, attached.layers
     report = InitReport()
@@ -83,7 +89,7 @@ def initialise(
     draw_seed, starting = _draw_seed(seed, number), number == 0
     report.scalars |= factorise_all(
         engine, attached, owners, gradients, draw_seed, 1.0 if eta is None else eta, report.reserves,
-        stoppable=starting,
+        stoppable=starting, given=given,
     )  # fmt: skip
     if not takes_step:
         return report
@@ -127,6 +133,7 @@ def factorise_all(
     eta: float,
     reserves: dict[str, LowRank] | None = None,
     stoppable: bool = False,
+    given: Given | None = None,
 ) -> dict[str, float]:
     """Writes the factors of every layer, made of its weight or gradient, into the engine. Returns means and
     least values of what the method reported.
@@ -139,7 +146,10 @@ def factorise_all(
     scalars: dict[str, dict[str, float]] = {}
     losses, dead_starts = _Losses(), DeadStarts(attached.method)
     for turn in turns(layers, owners):
-        found = _factorise(engine, attached, turn, owners, gradients, seed, eta, dead_starts)
+        if given is not None:
+            found = _take(engine, turn, owners, given)
+        else:
+            found = _factorise(engine, attached, turn, owners, gradients, seed, eta, dead_starts)
         if stoppable:
             engine.comm.sum_or_stop()
         for name, layer in turn.items():
@@ -188,6 +198,21 @@ def install_gradient_maps(engine: Engine, attached: Attached) -> None:
     for layer in attached.layers.values():
         factors = {name: factor.to(engine.dtype) for name, factor in engine.read(layer).items()}
         layer.map_gradients(gradient_maps(layer, factors))
+
+
+def _take(
+    engine: Engine, turn: dict[str, AdapterLinear], owners: dict[str, int], given: Given
+) -> dict[str, Init]:
+    """The factors of the layers that this rank owns in this turn, as they are given."""
+    found, failure = {}, None
+    try:
+        for name in turn:
+            if owners[name] == engine.comm.rank:
+                found[name] = Init(given(name))
+    except Exception as error:  # the others wait in a broadcast: tell them before this rank leaves
+        failure = error
+    engine.comm.agree(failure)
+    return found
 
 
 def _factorise(

@@ -20,6 +20,9 @@ from distlora.engine.comm import Comm
 from distlora.engine.protocol import Engine
 from distlora.maths.blocks import GRADIENT_COLUMNS, GRADIENT_ELEMENTS
 
+#: Fewest samples that a fraction of the training set stands for (LoRA-SB's Table 5: quality is flat above).
+FEWEST_SAMPLES = 25
+
 #: (model, batch) to a scalar: the sum over the batch's samples of each one's own loss.
 Loss = Callable[[nn.Module, Any], Tensor]
 
@@ -37,6 +40,13 @@ class Probe:
     forward_batches: Callable[[], Iterator[Any]]
     samples: int
     loss: Loss
+
+
+def probe_samples(setting: float, available: int | None) -> int:
+    """How many samples `samples` stands for: itself, or below 1 that share of the training set, of which at
+    least 25. available: the size of that; None where it is not known yet."""
+    wanted = max(FEWEST_SAMPLES, round(setting * (available or 0))) if setting < 1 else int(setting)
+    return min(wanted, available or wanted)
 
 
 def mean_gradients(

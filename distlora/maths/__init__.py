@@ -4,6 +4,7 @@ linalg                    decompositions, norms, small linear systems
 low_rank                  `LowRank` pairs (left, right): compression, addition to a part of a weight
 functional                the linear map of every layer
 grouped                   the linear maps of a stack of experts
+known_values              values of tensors on the meta device that follow from numbers alone
 rounding                  how weights of low precision are rounded
 checksum                  a sum of bits that may be taken in parts
 moments                   Adam's moments of components that are younger than the run

@@ -33,7 +33,7 @@ class _Linear(torch.autograd.Function):
         needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
         dx = _back(dy, ctx.weight, ctx.unpack) if needs_x else None
         rows = _rows(dy)
-        dw = rows.T @ _rows(x) if needs_weight else None
+        dw = rows.T @ _rows(x).to(dy.dtype) if needs_weight else None
         db = rows.sum(0) if needs_bias else None
         return dx, dw, db, None
 
@@ -69,10 +69,11 @@ class _RowsRescaled(torch.autograd.Function):
     def backward(ctx, dy: Tensor):
         total, scale = ctx.saved_tensors
         needs_base, needs_update, needs_scale = ctx.needs_input_grad
+        dc = dy * total if needs_scale else None
         return (
             dy * (scale - 1) if needs_base else None,
             dy * scale if needs_update else None,
-            _rows(dy * total).sum(0) if needs_scale else None,
+            _rows(dc).sum(0) if needs_scale and scale.dim() == 1 else dc,
         )
 
 
@@ -87,9 +88,11 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None, unpack: Unpack | No
 
 
 def _back(dy: Tensor, weight: Tensor, unpack: Unpack | None) -> Tensor:
-    """`dL/dx = dy W`, computed in the dtype of W and returned in that of dy."""
+    """`dL/dx = dy W`, computed in the dtype of W and returned in that of dy. Under autocast, where y has
+    another dtype than W, in that of dy.
+    """
     if unpack is None:
-        return dy @ weight
+        return dy @ weight.to(dy.dtype)
     matrix = unpack(weight)
     return (dy.to(matrix.dtype) @ matrix).to(dy.dtype)
 
@@ -118,6 +121,7 @@ def tapped_linear(
 
 def rows_rescaled(base: Tensor, update: Tensor, scale: Tensor) -> Tensor:
     """`base ⊙ (c − 1) + update ⊙ c`: what is added to the output `base` of a linear layer when `update` is
-    added to it and the rows of the sum are multiplied by c. base, update: (…, out). scale: c (out,).
+    added to it and the rows of the sum are multiplied by c. base, update: (…, out). scale: c (out,), or one
+    for every row of the output, (…, out).
     """
     return _RowsRescaled.apply(base, update, scale)

@@ -53,6 +53,19 @@ class _TappedGroupedLinear(torch.autograd.Function):
         return dx, None, None, None, None, None, None
 
 
+class _SpreadRows(torch.autograd.Function):
+    """A gather whose backward pass adds in one order, which an index_add does not do on every device."""
+
+    @staticmethod
+    def forward(ctx, values: Tensor, counts: Sequence[int]) -> Tensor:
+        ctx.counts = counts
+        return torch.cat([own.expand(count, -1) for own, count in zip(values, counts)])
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        return torch.stack([rows.sum(0) for rows in dy.split(list(ctx.counts))]), None
+
+
 def _slices(counts: Sequence[int]) -> Iterator[tuple[int, slice]]:
     """The experts that have rows, and where these lie."""
     start = 0
@@ -110,3 +123,8 @@ def tapped_grouped_linear(
     not an expert has rows. anchor: see `distlora.maths.functional.tapped_linear`.
     """
     return _TappedGroupedLinear.apply(x, weight, bias, counts, transposed, anchor, tap)
+
+
+def spread_rows(values: Tensor, counts: Sequence[int]) -> Tensor:
+    """What every row of the input has of its expert: (E, n) to (S, n). counts: the rows of each expert."""
+    return _SpreadRows.apply(values, counts)

@@ -4,7 +4,7 @@ component.
 A component is one column of a factor (out, r), whose axis of components is 1, and the same row of a factor
 (r, in), whose axis of components is 0. A *part* is a flat piece of one factor, as a rank of a partitioned
 model holds it: elements `start … start + length − 1` of the row-major factor. It may begin and end inside a
-row.
+row. In a stack of E factors each has components of its own: component k of factor e has the number e·r + k.
 """
 
 from dataclasses import dataclass
@@ -44,13 +44,15 @@ class ElementScores:
         return state["mean"] * state["uncertainty"]
 
 
-def component_sums(axis: int, scores: Tensor, start: int, shape: tuple[int, int]) -> Tensor:
-    """A part's share of the means in `S_k = mean_i s(B_ik) + mean_j s(A_kj)`: (r,) float64.
+def component_sums(axis: int, scores: Tensor, start: int, shape: tuple[int, ...]) -> Tensor:
+    """A part's share of means in `S_k = mean_i s(B_ik) + mean_j s(A_kj)`: (r,) float64; of a stack (E·r,).
 
-    axis: the one that counts components. scores: of the part's elements, flat. shape: of the whole factor.
-    Sums over the part are divided by the full length of a component, so the answers for all parts of both
-    factors add up to S.
+    axis: the one that counts components, in a single factor. scores: of the part's elements, flat. shape: of
+    the whole factor, or of the whole stack, with E before it. Sums over the part are divided by the full
+    length of a component, so the answers for all parts of both factors add up to S.
     """
+    if len(shape) == 3:
+        return _component_sums_of_stack(axis, scores, start, shape)
     rows, columns = shape
     # Whole rows, padded with zeros before and after the part: no index per element is needed, and the order
     # of sums is the same for every part.
@@ -64,18 +66,32 @@ def component_sums(axis: int, scores: Tensor, start: int, shape: tuple[int, int]
     return sums
 
 
+def _component_sums_of_stack(axis: int, scores: Tensor, start: int, shape: tuple[int, int, int]) -> Tensor:
+    """One factor after the other, each summed in the order in which it would be alone."""
+    count, *own = shape
+    size, end = own[0] * own[1], start + scores.numel()
+    sums = torch.zeros(count, own[axis], dtype=torch.float64, device=scores.device)
+    for number in range(start // size, -(-end // size)):
+        first, last = max(start, number * size), min(end, (number + 1) * size)
+        sums[number] = component_sums(axis, scores[first - start : last - start], first - number * size, own)
+    return sums.view(-1)
+
+
 def component_of(
-    axis: int | None, start: int, length: int, shape: tuple[int, int], device: torch.device | None = None
+    axis: int | None, start: int, length: int, shape: tuple[int, ...], device: torch.device | None = None
 ) -> Tensor:
     """Number of the component that each element of a part belongs to: (length,) int64.
 
     axis: the one that counts components. None for a factor that belongs to all components, which are then
-    replaced together: 0 for every element. shape: of the whole factor.
+    replaced together: the number of the first for every element. shape: of the whole factor, or of the whole
+    stack.
     """
     index = torch.arange(start, start + length, device=device)
-    if axis is None:
-        return torch.zeros_like(index)
-    return index % shape[1] if axis == 1 else index // shape[1]
+    *_, rows, columns = shape
+    if axis == 0:
+        return index // columns  # the rows of a stack are numbered through
+    factor = index // (rows * columns)
+    return factor * columns + (index % columns if axis == 1 else 0)
 
 
 def low_half_share(scores: Tensor) -> float:

@@ -117,7 +117,8 @@ def squared_norm(matrix: Tensor) -> float:
 def row_norms(weight: Tensor, left: Tensor | None = None, right: Tensor | None = None) -> Tensor:
     """The norm of every row of `W + left @ right`: (out,), in float32 (float64 for a float64 weight).
 
-    weight: W (out, in). left: (out, r). right: (r, in). Without the last two, the norms of W's rows.
+    weight: W (out, in). left: (out, r). right: (r, in). Without the last two, the norms of W's rows. Of a
+    stack, with E before each of these shapes, the norms are (E, out).
 
     The sum is formed in blocks of rows. The expanded square,
 
@@ -127,6 +128,9 @@ def row_norms(weight: Tensor, left: Tensor | None = None, right: Tensor | None =
     error is 5e-3, and 6 with W rightᵀ in bfloat16; with blocks it is 7e-7. Blocks cost r multiplications for
     each element of W, a small part of any forward pass.
     """
+    if weight.dim() == 3:
+        pairs = zip(*((None,) * len(weight) if side is None else side for side in (left, right)))
+        return torch.stack([row_norms(own, *pair) for own, pair in zip(weight, pairs)])
     dtype = torch.promote_types(weight.dtype, torch.float32)
     right = None if right is None else right.to(dtype)
     norms = []
@@ -139,8 +143,10 @@ def row_norms(weight: Tensor, left: Tensor | None = None, right: Tensor | None =
 
 
 def with_row_norms(weight: Tensor, norms: Tensor) -> Tensor:
-    """`weight` (out, in) with every row scaled to its norm in `norms` (out,). A zero row stays zero."""
-    return weight * (norms / one_for_zero(row_norms(weight)))[:, None]
+    """`weight` (out, in) with every row scaled to its norm in `norms` (out,); a zero row stays zero. Of a
+    stack both have E before their shapes.
+    """
+    return weight * (norms / one_for_zero(row_norms(weight))).unsqueeze(-1)
 
 
 def one_for_zero(norms: Tensor) -> Tensor:

@@ -3,6 +3,8 @@
 Every change of a frozen weight is such a matrix.
 """
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -15,10 +17,43 @@ from distlora.maths.rounding import Rounding, rounded
 
 @dataclass(frozen=True)
 class LowRank:
-    """A matrix `left @ right`, kept as the pair. left: (out, k), right: (k, in)."""
+    """A matrix `left @ right`, kept as the pair. left: (out, k), right: (k, in). Of a stack of matrices these
+    are (E, out, k) and (E, k, in).
+    """
 
     left: Tensor
     right: Tensor
+
+    @property
+    def columns(self) -> int:
+        """k."""
+        return self.right.shape[-2]
+
+    def part(self, which: slice) -> "LowRank":
+        """Some of the columns of left, with the rows of right that belong to them; views."""
+        return LowRank(self.left[..., which], self.right[..., which, :])
+
+    def single(self) -> "list[LowRank]":
+        """The pairs of a stack, or the pair itself; views."""
+        return list(map(LowRank, self.left, self.right)) if self.left.dim() == 3 else [self]
+
+
+def add_pair(weight: Tensor, pair: LowRank, times: int = 1) -> Tensor:
+    """`W + times · left @ right` in float32, of a weight (out, in) or a stack of them (E, out, in)."""
+    add = torch.addmm if weight.dim() == 2 else torch.baddbmm
+    return add(weight.float(), pair.left.float(), pair.right.float(), alpha=times)
+
+
+def stacked_pairs(pairs: Iterable[LowRank]) -> LowRank:
+    """Pairs with equally many columns as one stack."""
+    pairs = list(pairs)
+    return LowRank(torch.stack([pair.left for pair in pairs]), torch.stack([pair.right for pair in pairs]))
+
+
+def pair_norm(pair: LowRank) -> float:
+    """‖left @ right‖ (Frobenius) of a pair, or of all pairs of a stack together."""
+    norms = [low_rank_norm(own.left, own.right) for own in pair.single()]
+    return norms[0] if len(norms) == 1 else math.sqrt(sum(norm**2 for norm in norms))
 
 
 @torch.no_grad()

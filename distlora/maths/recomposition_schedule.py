@@ -4,9 +4,12 @@ A recomposition comes *after* an optimizer step; `done` counts the steps finishe
 give equal decisions, so all ranks decide alike without asking each other.
 """
 
+import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Protocol
+
+from pydantic import TypeAdapter, ValidationError
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class RecompositionSchedule(Protocol):
         """What a resumed run needs to continue with the same decisions, as JSON."""
 
     def restore(self, state: dict) -> None:
-        """Takes back what `state` gave."""
+        """Takes back what `state` gave. Raises ValueError for what is no such state."""
 
 
 # ---------------------------------------------------------------------- at steps that are known in advance
@@ -111,6 +114,9 @@ class _Progress:
     ended: bool = False
 
 
+_PROGRESS = TypeAdapter(_Progress)
+
+
 class AdaptiveSchedule:
     """Recompositions when the loss has stopped improving and the lower half of the components hardly matters.
 
@@ -171,7 +177,10 @@ class AdaptiveSchedule:
         return asdict(self._now)
 
     def restore(self, state: dict) -> None:
-        self._now = _Progress(**state)
+        try:
+            self._now = _PROGRESS.validate_json(json.dumps(state), strict=True)
+        except ValidationError:
+            raise ValueError("this is no state of an adaptive schedule") from None
 
     def _decide(self, done: int, low_share: Callable[[], float]) -> Decision:
         now = self._now

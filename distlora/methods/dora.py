@@ -21,6 +21,7 @@ NOT_ZERO = 2.0**-10
 class DoRA(HasMagnitude, LoRA):
     name: Literal["dora"] = "dora"
 
+    peft_form: ClassVar[tuple[bool, bool]] = False, True
     trains: ClassVar[tuple[str, ...]] = ("A", "B", "m")
 
     def source_matrix(self) -> Literal["weight", "gradient", None]:
@@ -36,7 +37,8 @@ class DoRA(HasMagnitude, LoRA):
         software divides by the norm of the sum.
         """
         pair = super().export_low_rank(factors)
-        silent = (factors["m"] == 0) & ~pair.left.any(1)
+        silent = (factors["m"] == 0) & ~pair.left.any(-1)
         # Times the largest row of A, so that the product is not zero either.
-        column = torch.arange(self.rank, device=pair.left.device) == pair.right.norm(dim=1).argmax()
-        return LowRank(torch.where(silent[:, None] & column, NOT_ZERO, pair.left), pair.right)
+        largest = pair.right.norm(dim=-1).argmax(-1)[..., None, None]
+        column = torch.arange(self.rank, device=pair.left.device) == largest
+        return LowRank(torch.where(silent.unsqueeze(-1) & column, NOT_ZERO, pair.left), pair.right)

@@ -8,11 +8,12 @@ from typing import ClassVar, Literal
 
 import torch
 
+from distlora.methods.capabilities import StartsFromAdapter
 from distlora.methods.contract import Init, LayerInit, Method
 
 
-class LoRA(Method):
-    name: Literal["lora"] = "lora"
+class TrainsBoth(Method):
+    """A and B are trained. B starts at zero."""
 
     zero_gradient_at_start: ClassVar[tuple[str, ...]] = ("A",)  # dL/dA = s·Bᵀ g, and B = 0
 
@@ -22,3 +23,9 @@ class LoRA(Method):
         bound = 1 / math.sqrt(in_features)
         a = (torch.rand(self.rank, in_features, generator=layer.generator) * 2 - 1) * bound
         return Init({"A": a, "B": torch.zeros(out_features, self.rank)})
+
+
+class LoRA(StartsFromAdapter, TrainsBoth):
+    name: Literal["lora"] = "lora"
+
+    peft_form: ClassVar[tuple[bool, bool]] = False, False

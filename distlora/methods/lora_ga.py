@@ -13,7 +13,7 @@ from distlora.maths.linalg import captured_energy, truncated_svd
 from distlora.maths.low_rank import LowRank
 from distlora.methods.capabilities import NeedsProbe, ProbeSettings, TakesFromWeight
 from distlora.methods.contract import Init, LayerInit
-from distlora.methods.rslora import RSLoRA
+from distlora.methods.rslora import ScaledByRoot
 
 
 class GradientProbe(ProbeSettings):
@@ -25,7 +25,7 @@ class GradientProbe(ProbeSettings):
     )
 
 
-class LoRAGA(TakesFromWeight, NeedsProbe, RSLoRA):
+class LoRAGA(TakesFromWeight, NeedsProbe, ScaledByRoot):
     name: Literal["lora_ga"] = "lora_ga"
     gamma: float = Field(16.0, gt=0, description="the paper's γ: both factors start at out^(1/4)/sqrt(gamma)")
     probe: GradientProbe = GradientProbe()

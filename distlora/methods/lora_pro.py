@@ -12,10 +12,10 @@ from pydantic import Field
 from distlora.maths.linalg import gram_spectrum, solve_sylvester
 from distlora.methods.capabilities import TransformsGradients
 from distlora.methods.contract import Factors
-from distlora.methods.rslora import DEFAULT_ALPHA, RSLoRA
+from distlora.methods.rslora import DEFAULT_ALPHA, ScaledByRoot
 
 
-class LoRAPro(TransformsGradients, RSLoRA):
+class LoRAPro(TransformsGradients, ScaledByRoot):
     name: Literal["lora_pro"] = "lora_pro"
     scaled_by: Literal["sqrt_rank", "rank"] = Field(
         "sqrt_rank", description="what alpha is divided by: sqrt_rank or rank"

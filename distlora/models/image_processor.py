@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from transformers import AutoImageProcessor
 
 from distlora.errors import UserError
+from distlora.models.foreign import check_configs, quiet, readable
 from distlora.models.hub import resolve_path
-from distlora.models.loading import ModelChoice, explained, quiet
+from distlora.models.loading import ModelChoice
 from distlora.sentences import first_line
 
 FILE = "preprocessor_config.json"
@@ -30,7 +31,8 @@ def load_image_processor(section: ModelChoice) -> Pixels:
             f"model.path={section.path}: no {FILE} in {directory}, which says how large the images "
             "are and how they are normalised; save the model's image processor there"
         )
-    with explained(section.path), quiet():
+    check_configs(section.path, directory)
+    with readable(section.path, FILE), quiet():
         processor = AutoImageProcessor.from_pretrained(directory, backend="pil", trust_remote_code=False)
     return lambda images: processor(images=list(images), return_tensors="pt")["pixel_values"]
 

@@ -1,11 +1,12 @@
 """Configs, models and tokenizers: what can be trained here, and how it is loaded."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+import copy
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -15,10 +16,18 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.utils import is_flash_attn_2_available
-from transformers.utils import logging as transformers_logging
 
 from distlora.errors import UserError
 from distlora.models.cross_entropy import OutputHead
+from distlora.models.foreign import (
+    MISFIT,
+    NO_TOKENIZER,
+    check_configs,
+    check_weights,
+    explained,
+    quiet,
+    readable,
+)
 from distlora.models.hub import resolve_path
 from distlora.models.kinds import (
     auto_class,
@@ -31,13 +40,10 @@ from distlora.models.kinds import (
     refuse_other_models,
     vocabulary_size,
 )
-from distlora.sentences import first_line
+from distlora.models.misfits import left_out, misfits
 
 #: Tokens that some vocabularies hold for padding without saying so, best first.
 PAD_NAMES = ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>")
-
-_NO_TOKENIZER = "no usable tokenizer files; tokenizer.json is missing"
-_MISFIT = "the sizes of the weights are not those of config.json; fetch it again"
 
 
 class ModelChoice(Protocol):
@@ -68,8 +74,15 @@ class ModelChoice(Protocol):
 def load_config(section: ModelChoice, labels: Sequence[str] = (), images: bool = False) -> PreTrainedConfig:
     """The model's config. Reads no weights. Raises UserError if the model cannot be trained here."""
     directory = resolve_path(section.path)
-    with explained(section.path):
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    check_configs(section.path, directory)
+    with readable(section.path, "config.json"):
+        return _checked_config(section, directory, labels, images)
+
+
+def _checked_config(
+    section: ModelChoice, directory: Path, labels: Sequence[str], images: bool
+) -> PreTrainedConfig:
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     if labels:
         if type(config) not in classes(config, labels, images):
             wanted = "classifier of images" if images else "classifier"
@@ -135,8 +148,11 @@ def attention_of(section: ModelChoice, labels: Sequence[str] = (), images: bool 
 def bare_model(section: ModelChoice, labels: Sequence[str] = (), images: bool = False) -> PreTrainedModel:
     """The model without weights: its modules have their shapes, and take no memory (on the meta device)."""
     config = load_config(section, labels, images)
-    with torch.device("meta"), explained(section.path):
+    with torch.device("meta"), readable(section.path, "config.json"):
         model = auto_class(config, labels, images).from_config(config, trust_remote_code=False)
+    directory = resolve_path(section.path)
+    if any(directory.glob("*.safetensors")):
+        check_weights(section.path, directory, model)
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
         raise UserError(
             f"model.path={section.path}: {type(model).__name__} has batch norms, whose statistics change in "
@@ -174,18 +190,21 @@ def load_model(
 
     New parameters are those that the files lack, so that they start random. A parameter that is tied to one
     in the files is not new. A classifier's head is new also if the files hold one for another number of
-    labels. Raises UserError for files that are missing, damaged or of other sizes.
+    labels. Raises UserError for files that are missing, damaged or of other sizes: on every rank, from the
+    headers of the files, because under ZeRO-3 rank 0 alone reads tensors.
     """
     config = load_config(section, labels, images)
     directory = resolve_path(section.path)
-    if not any(directory.glob("*.safetensors")):
-        raise UserError(
-            f"model.path={section.path}: no *.safetensors in {directory}; only this format is loaded"
-        )
+    check_weights(section.path, directory)
     if labels and not images and reads_the_last_token(config, labels):
         # It must know how texts are padded here.
         config.get_text_config(decoder=True).pad_token_id = load_tokenizer(section).pad_token_id
     with explained(section.path), quiet():
+        with torch.device("meta"):  # by its class, since from_config would partition it under ZeRO-3
+            bare = model_class_of(config, labels, images)(copy.deepcopy(config))
+        other = misfits(directory, bare)
+        if not other.keys() <= (head_parameters(bare) if labels else set()):
+            raise UserError(f"model.path={section.path}: {MISFIT}")
         model, info = auto_class(config, labels, images).from_pretrained(
             directory,
             config=config,
@@ -194,18 +213,16 @@ def load_model(
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
-            ignore_mismatched_sizes=bool(labels),
+            ignore_mismatched_sizes=bool(other),
+            key_mapping=left_out(other),  # under ZeRO-3, which knows no sizes to ignore
         )
-    misfits = {name for name, *_ in info["mismatched_keys"]}
-    if not misfits <= head_parameters(model):
-        raise UserError(f"model.path={section.path}: {_MISFIT}")
     if section.gradient_checkpointing:
         # Reentrant checkpoints would train nothing while the embeddings are frozen.
         model.activation_checkpointing_enable({"use_reentrant": False})
     head = model.get_output_embeddings()
     if type(head) is nn.Linear:
         model.set_output_embeddings(OutputHead(head))
-    return model, _new_parameters(model, info["missing_keys"] | misfits)
+    return model, _new_parameters(model, info["missing_keys"] | other.keys())
 
 
 def _new_parameters(model: PreTrainedModel, missing: set[str]) -> set[str]:
@@ -222,13 +239,19 @@ def _new_parameters(model: PreTrainedModel, missing: set[str]) -> set[str]:
 def load_tokenizer(section: ModelChoice) -> PreTrainedTokenizerBase:
     """The tokenizer. It pads on the right, with a token that the model's embeddings have a row for."""
     directory = resolve_path(section.path)
-    with explained(section.path):
+    check_configs(section.path, directory)
+    with readable(section.path, "config.json"):
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
         vocab_size = vocabulary_size(section.path, config)
+    with readable(section.path, "the tokenizer's files"):
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+        return _prepared(section.path, tokenizer, vocab_size)
+
+
+def _prepared(path: str, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> PreTrainedTokenizerBase:
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
         # Without its files, transformers makes a tokenizer for which every text is unknown.
-        raise UserError(f"model.path={section.path}: {_NO_TOKENIZER}")
+        raise UserError(f"model.path={path}: {NO_TOKENIZER}")
     tokenizer.padding_side = "right"
     _ensure_pad_token(tokenizer, vocab_size)
     return tokenizer
@@ -254,45 +277,3 @@ def _ensure_pad_token(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> No
 
 def _has_row(token_id: int | None, vocab_size: int) -> bool:
     return token_id is not None and token_id < vocab_size
-
-
-# ---------------------------------------------------------------------- what transformers says
-
-
-@contextmanager
-def explained(path: str) -> Iterator[None]:
-    """Turns what transformers raises for a bad model directory into one sentence."""
-    try:
-        yield
-    except SafetensorError as error:
-        raise UserError(
-            f"model.path={path}: a weights file is broken ({first_line(error)}); fetch it again"
-        ) from error
-    except ImportError as error:
-        what = first_line(str(error).strip())
-        raise UserError(f"model.path={path}: a package is missing: {what}") from error
-    except (OSError, ValueError, KeyError) as error:
-        what = first_line(error)
-        if "backend tokenizer" in what:
-            what = _NO_TOKENIZER
-        elif "custom code" in what:
-            what = "the model needs code of its own, which is never executed here"
-        raise UserError(f"model.path={path}: {what}") from error
-    except RuntimeError as error:
-        if "ignore_mismatched_sizes" not in str(error):
-            raise
-        raise UserError(f"model.path={path}: {_MISFIT}") from error
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """No progress bar, and no table of new or unused heads: every rank would draw its own."""
-    shown, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        if shown:
-            transformers_logging.enable_progress_bar()

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from distlora.maths.known_values import KnownValues, known_values
 from distlora.models.dry_run import (
-    KnownValues,
     asked_once,
     bare_copy,
-    known_values,
     ordinary_text,
     text_inputs,
 )

@@ -13,7 +13,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.pytorch_utils import Conv1D
 
 from distlora.errors import UserError
-from distlora.models.loading import explained, quiet
+from distlora.models.foreign import explained, quiet
 from distlora.models.stored_names import config_of_class, transformers_class
 
 #: Tokens of the two rows of a batch; the shorter one is padded.

@@ -26,7 +26,7 @@ from transformers.core_model_loading import (
 from transformers.pytorch_utils import Conv1D
 
 from distlora.errors import UserError
-from distlora.models.loading import explained
+from distlora.models.foreign import check_configs, readable
 
 Shape = tuple[int, ...]
 
@@ -182,7 +182,7 @@ def stored_layout(directory: Path, model_class: str | None, shapes: dict[str, Sh
     directory: of the config. model_class: the name of a class of transformers, or any other. shapes: of the
     tensors in the files, by name. Raises UserError for a config that is missing or of another class.
     """
-    return StoredLayout(_bare(directory, model_class), shapes)
+    return StoredLayout(bare_of_class(directory, model_class), shapes)
 
 
 def renamed(directory: Path, model_class: str | None, stored: Iterable[str]) -> dict[str, str]:
@@ -191,7 +191,7 @@ def renamed(directory: Path, model_class: str | None, stored: Iterable[str]) -> 
 
     The rest is as in `stored_layout`; a class that transformers does not have has no new names.
     """
-    model = _bare(directory, model_class)
+    model = bare_of_class(directory, model_class)
     if model is None:
         return {}
     groups = _groups(model, model.state_dict(), list(stored))
@@ -199,12 +199,13 @@ def renamed(directory: Path, model_class: str | None, stored: Iterable[str]) -> 
     return {new: name for new, name in plain.items() if new != name}
 
 
-def _bare(directory: Path, model_class: str | None) -> PreTrainedModel | None:
+def bare_of_class(directory: Path, model_class: str | None) -> PreTrainedModel | None:
     """The model without weights; None where its class is not one of transformers."""
     cls = transformers_class(model_class)
     if cls is None:
         return None
-    with explained(str(directory)):
+    check_configs(str(directory), directory)
+    with readable(str(directory), "config.json"):
         config = config_of_class(AutoConfig.from_pretrained(directory, trust_remote_code=False), cls)
         with torch.device("meta"):
             return cls(config)

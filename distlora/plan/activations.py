@@ -11,10 +11,11 @@ This counts what the layers of `transformers` and of this project save for the b
 Nothing is saved for a frozen weight.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from distlora.maths.blocks import LOGIT_ELEMENTS
-from distlora.methods import TrainsWeight
+from distlora.methods import HasMagnitude, TrainsWeight
 from distlora.plan.setup import FLOAT32, Setup
 
 
@@ -111,11 +112,7 @@ class _Dimensions:
         """
         method = self._setup.method
         narrow = sum(factor in method.trains for factor in method.path[1:]) * method.rank * self.width
-        beside = (
-            sum(shape[0] * self.width for shape in self._own.values())
-            if set(method.trains) - set(method.path)
-            else 0
-        )
+        beside = self._scaled(self._own[name] for name in self._targets)
         first_is_trained = bool(method.path) and method.path[0] in method.trains
         wide = every_input or first_is_trained or isinstance(method, TrainsWeight)
         inputs = (2 * self.hidden + self.inner) * self.width if wide else 0
@@ -136,7 +133,14 @@ class _Dimensions:
             kept += self._chosen * narrow * len(self._expert_targets)
             if every_input or (method.path and method.path[0] in method.trains) or method.dropout:
                 kept += self._chosen * sum(into for _, into in self._expert_targets)
-        return kept * self.width
+        # What is scaled, and the scale of every row.
+        return kept * self.width + 2 * self._chosen * self._scaled(self._expert_targets)
+
+    def _scaled(self, shapes: Iterable[tuple[int, int]]) -> int:
+        """Bytes a token of the outputs whose rows a trained magnitude scales."""
+        if not isinstance(self._setup.method, HasMagnitude):
+            return 0
+        return sum(out * self.width for out, _ in shapes)
 
     def working(self) -> float:
         """Bytes a token that the backward pass of a block needs for a moment.

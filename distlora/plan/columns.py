@@ -15,6 +15,7 @@ from distlora.plan.traffic import (
     step_traffic,
 )
 from distlora.recipe.sections import Recipe
+from distlora.training.adapter_start import with_start
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def plan_of(
     samples: of the training set, where `data.split` does not say it. shapes: of this recipe, if they are
     known already.
     """
-    world_size = nodes * gpus
+    recipe, world_size = with_start(recipe), nodes * gpus
     if recipe.deepspeed is None and world_size > 1:
         raise UserError(f"{world_size} ranks need DeepSpeed; set deepspeed: to a ZeRO config")
     setup = setup_of(recipe, shapes or shapes_of(recipe), world_size, samples)
@@ -70,6 +71,7 @@ def side_by_side(
 
     Raises UserError where it can run on none of them.
     """
+    recipe = with_start(recipe)
     shapes, found = shapes_of(recipe), []
     for count in nodes:
         try:

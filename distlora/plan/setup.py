@@ -74,6 +74,14 @@ class Setup:
         return self.zero.get("zero_hpz_partition_size", 1)
 
     @property
+    def summed_at_once(self) -> int:
+        """Elements of the gradients that ranks add up at stages 0 and 1: at stage 1 in bfloat16 with the
+        padding that lets the ranks share them."""
+        trained = sum(self.shapes.trained.values())
+        padded = self.stage == 1 and self.shapes.width < FLOAT32 and not self.offloads("optimizer")
+        return -(-trained // (2 * self.world_size)) * 2 * self.world_size if padded else trained
+
+    @property
     def bucket(self) -> int:
         """Elements of one bucket of gradients."""
         return int(self.zero.get("reduce_bucket_size", BUCKET))

@@ -15,7 +15,7 @@ from distlora.adapter.expert_layers import expert_weights
 from distlora.adapter.linears import linears_of, shape_of
 from distlora.adapter.packed import Packing, packing_maker
 from distlora.errors import UserError
-from distlora.models.dry_run import known_values
+from distlora.maths.known_values import known_values
 from distlora.models.hub import without_weights
 from distlora.models.output import output_of
 from distlora.models.targets import Batch

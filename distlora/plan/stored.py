@@ -96,22 +96,29 @@ def masters_and_moments(setup: Setup) -> tuple[int, int]:
 
 
 def gradients(setup: Setup) -> int:
-    """Bytes at the optimizer's step: gradients as they were accumulated, and in float32."""
+    """Bytes at the optimizer's step: gradients as they were accumulated, in float32, and what DeepSpeed holds
+    beside them for weights in bfloat16."""
     trained, share = sum(setup.shapes.trained.values()), _share_of_trained(setup)
-    accumulated = setup.shapes.width * (trained if setup.stage <= 1 else share)
-    if setup.offloads("optimizer"):
+    accumulated = FLOAT32 * (trained if setup.stage <= 1 else share)
+    if setup.offloads("optimizer") or setup.shapes.width == FLOAT32:
         return accumulated
-    return accumulated + (FLOAT32 * share if setup.shapes.width < FLOAT32 else 0)
+    if setup.stage == 1:  # those of the last backward pass
+        return accumulated + setup.shapes.width * trained
+    return accumulated + (FLOAT32 * share if setup.stage == 3 else 0)  # joined for the optimizer
 
 
 def buckets(setup: Setup) -> int:
     """Bytes of the buffers in which DeepSpeed joins gradients before it reduces them."""
     if setup.stage == 0:
         return 0
-    trained = sum(setup.shapes.trained.values())
+    trained, width = sum(setup.shapes.trained.values()), setup.shapes.width
     if setup.stage == 3:
-        return setup.shapes.width * setup.bucket
-    return setup.shapes.width * min(setup.bucket, trained) * (2 if setup.zero.get("overlap_comm") else 1)
+        return FLOAT32 * setup.bucket
+    if setup.stage == 1 and width < FLOAT32:
+        return FLOAT32 * trained
+    at_once = min(setup.bucket, trained)
+    kept = width * at_once * (2 if setup.zero.get("overlap_comm") else 1)
+    return kept + (FLOAT32 * at_once if width < FLOAT32 else 0)  # as ranks add it up
 
 
 # ---------------------------------------------------------------------- on the host and on disk

@@ -40,16 +40,16 @@ def step_traffic(setup: Setup) -> Traffic:
     if setup.world_size == 1:
         return traffic
     trained, width = sum(setup.shapes.trained.values()), setup.shapes.width
-    if setup.stage <= 1:  # every rank accumulates its gradients, which are reduced once
-        traffic[ALL_REDUCE] = width * trained
+    if setup.stage <= 1:  # every rank accumulates its gradients, which are reduced once, in float32
+        traffic[ALL_REDUCE] = FLOAT32 * setup.summed_at_once
     if setup.stage == 2:
-        traffic[ALL_REDUCE] = width * trained * setup.accumulation
+        traffic[ALL_REDUCE] = FLOAT32 * trained * setup.accumulation
     if setup.stage in (1, 2):
         # Every rank has stepped its own part of the trained parameters, which are joined into one tensor.
         traffic[ALL_GATHER] = width * _rounded_up(trained, 2 * setup.world_size)
     if setup.stage == 3:
         scattered = sum(setup.padded(size) for size in setup.shapes.trained.values())
-        traffic[REDUCE_SCATTER] = width * scattered * setup.accumulation
+        traffic[REDUCE_SCATTER] = FLOAT32 * scattered * setup.accumulation
         traffic += _times(weights_of_a_pass(setup), setup.accumulation)
         traffic[ALL_GATHER] += width * sum(
             setup.padded(setup.shapes.sizes[name]) for name in setup.persistent
@@ -150,7 +150,7 @@ def recomposition_traffic(setup: Setup) -> Traffic:
     method, layers = setup.recomposing, setup.layers
     if method is None or setup.world_size == 1:
         return traffic
-    table = 8 * len(layers)
+    table, entry = 8 * len(layers), 8 * len(setup.shapes.attached.layers)
     if method.element_scores() is not None:
         traffic[ALL_REDUCE] += method.rank * table
     if method.refill_from() == "restart":
@@ -160,7 +160,7 @@ def recomposition_traffic(setup: Setup) -> Traffic:
         traffic[REDUCE] += FLOAT32 * sum(size[name] for size in sizes for name in method.trains)
     else:
         count = len(method.choose(torch.zeros(method.rank)))
-        traffic[BROADCAST] += FLOAT32 * count * sum(map(sum, layers.values())) + table
+        traffic[BROADCAST] += FLOAT32 * count * sum(map(sum, layers.values())) + entry
         if method.refill_from() == "gradient":
             traffic += probe_traffic(setup, setup.probe_passes(method.refill_probe()))
             # The norms of all columns of B and rows of A; and whether an owner failed.
@@ -172,7 +172,7 @@ def recomposition_traffic(setup: Setup) -> Traffic:
     )
     traffic += _reading_factors(setup)
     # Whether an owner failed; the rounding error and four norms of every layer.
-    traffic[ALL_REDUCE] += FLAG + 5 * table
+    traffic[ALL_REDUCE] += FLAG + 5 * entry
     return traffic
 
 

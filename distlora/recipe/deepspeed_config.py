@@ -13,16 +13,14 @@ from typing import Any
 from distlora.errors import UserError
 from distlora.methods import TransformsGradients
 from distlora.recipe.deepspeed_file import read_deepspeed
+from distlora.recipe.deepspeed_keys import AUTO, refused
 from distlora.recipe.sections import Recipe
-
-AUTO = "auto"
+from distlora.recipe.strict import show
 
 #: Keys at which "auto" is DeepSpeed's own word and its default, so that leaving them out says the same.
 _NATIVE_AUTOS = (
     "data_types.keep_in_fp32_modules",
-    "zero_optimization.zenflow.select_strategy",
-    "zero_optimization.zenflow.select_interval",
-    "zero_optimization.zenflow.update_interval",
+    "pipeline.stages",
 )
 #: Parameters of an optimizer section, with the values that do not change what the recipe's optimizer
 #: computes.
@@ -40,10 +38,15 @@ _NEUTRAL_PARAMS = {
 #: DeepSpeed's types, in lower case, for an optimizer of the recipe, if there are others than its own name.
 #: DeepSpeed's "Adam" is AdamW unless `adam_w_mode` is false.
 _OPTIMIZER_TYPES = {"adamw": ("adamw", "adam")}
+#: DeepSpeed's words for a dtype of the recipe.
+_TYPES = {
+    "bfloat16": ("bf16", "bfloat16", "torch.bfloat16"),
+    "float32": ("fp32", "float32", "float", "torch.float32"),
+}
 _SCHEDULER_TYPES = {"linear": "WarmupDecayLR", "cosine": "WarmupCosineLR", "constant": "WarmupLR"}
 _MAPPINGS = (
     "bf16", "bfloat16", "csv_monitor", "data_types", "fp16", "optimizer", "optimizer.params", "scheduler",
-    "scheduler.params", "tensorboard", "torch_autocast", "zero_optimization", "zero_optimization.zenflow",
+    "scheduler.params", "tensorboard", "torch_autocast", "zero_optimization",
 )  # fmt: skip
 
 
@@ -90,13 +93,16 @@ def resolve_deepspeed(recipe: Recipe, world_size: int, hidden_size: int | None) 
     for section in _MAPPINGS:
         if not isinstance(r.get(section, {}), dict):
             raise UserError(f"{section} in {source} is {json.dumps(r.get(section))}; a mapping is wanted")
+    for key, value, why in refused(r.config):
+        raise UserError(f"{key}={show(value)} in {source} {why}")
     _batches(r, recipe, world_size)
     _precision(r, recipe)
     _zero(r, world_size, hidden_size)
+    _sums(r, recipe, plan_batches(recipe, world_size))
     _optimizer(r, recipe)
     _scheduler(r, recipe)
     _monitors(r, recipe)
-    _rest(r)
+    _rest(r, world_size)
     return r.config, r.lines
 
 
@@ -130,6 +136,10 @@ class _Resolution:
         *sections, last = key.split(".")
         (self.get(".".join(sections)) if sections else self.config).pop(last)
         self.lines.append(f"deepspeed.{key}: {why}")
+
+    def drop(self, key: str, why: str) -> None:
+        if self.get(key, self) is not self:
+            self.remove(key, why)
 
     def settle(self, key: str, value: Any, recipe: str, add: bool = False) -> None:
         """Replaces "auto" by the recipe's value, and refuses other values.
@@ -182,14 +192,31 @@ def _batches(r: _Resolution, recipe: Recipe, world_size: int) -> None:
 def _precision(r: _Resolution, recipe: Recipe) -> None:
     for section in ("fp16", "torch_autocast"):
         r.fill(f"{section}.enabled", False)
-        if r.get(f"{section}.enabled"):
-            raise UserError(
-                f"{section}.enabled=true in {r.source} is not supported: the precision is that of "
-                f"the recipe's model.dtype={recipe.model.dtype}; set it to false or auto"
-            )
-    wanted = recipe.model.dtype == "bfloat16"
-    section = "bfloat16" if "bfloat16" in r.config and "bf16" not in r.config else "bf16"
-    r.settle(f"{section}.enabled", wanted, f"model.dtype={recipe.model.dtype}", add=wanted)
+    if "bfloat16" in r.config:
+        old = r.config.pop("bfloat16")
+        r.config.setdefault("bf16", old)
+        r.lines.append("deepspeed.bfloat16: the old name of bf16")
+    wanted, dtype = recipe.model.dtype == "bfloat16", f"model.dtype={recipe.model.dtype}"
+    r.settle("bf16.enabled", wanted, dtype, add=wanted)
+    if r.get("data_types.param_dtype") not in (None, AUTO, *_TYPES[recipe.model.dtype]):
+        raise r.contradiction("data_types.param_dtype", dtype)
+    r.drop("data_types.param_dtype", "removed, the precision is the recipe's")
+
+
+def _sums(r: _Resolution, recipe: Recipe, accumulation: int) -> None:
+    """Gradients are summed in float32, over micro-batches and over ranks. DeepSpeed's own choice is the dtype
+    of the weights."""
+    if recipe.model.dtype == "float32":
+        return
+    key, stage, zero = "data_types.grad_accum_dtype", "zero_optimization.stage", "zero_optimization"
+    if r.get(stage, 0) == 0:
+        r.drop(key, "removed, distlora itself sums in float32 at stage 0")
+    elif r.get(key, AUTO) in (None, AUTO):
+        r.set(key, "fp32", "so that gradients are summed in float32")
+    if r.get(stage) == 2 and accumulation > 1 and r.get(f"{zero}.offload_optimizer.device") == "cpu":
+        r.set(stage, 1, "since with an offloaded optimizer DeepSpeed's stage 2 sums gradients in bfloat16")
+    if r.get("communication_data_type", AUTO) in (None, AUTO):
+        r.set("communication_data_type", "fp32", "so that ranks add up gradients in float32")
 
 
 def _zero(r: _Resolution, world_size: int, hidden_size: int | None) -> None:
@@ -213,27 +240,6 @@ def _zero(r: _Resolution, world_size: int, hidden_size: int | None) -> None:
     group = r.get(key, 1)
     if isinstance(group, int) and group > 1 and world_size % min(group, world_size):
         raise UserError(f"{key}={group} in {r.source} does not divide {world_size} ranks")
-    _refuse_layouts(r)
-
-
-def _refuse_layouts(r: _Resolution) -> None:
-    """Refuses the ways to store state that `distlora.engine.zero` does not know."""
-    for section, old in (("offload_param", "cpu_offload_param"), ("offload_optimizer", "cpu_offload")):
-        key = f"zero_optimization.{section}"
-        if r.get(f"{key}.device") == "nvme":
-            raise UserError(f"{key}.device=nvme in {r.source} is not supported; set it to cpu or none")
-        if r.get(f"zero_optimization.{old}"):
-            raise UserError(
-                f"zero_optimization.{old} in {r.source} is an old name; "
-                f"set {section}.device to cpu in its place"
-            )
-    for name in ("zero_quantized_weights", "zero_quantized_nontrainable_weights"):
-        if r.get(f"zero_optimization.{name}"):
-            raise UserError(f"zero_optimization.{name} in {r.source} is not supported; remove it")
-    if r.get("zero_optimization.mics_shard_size", -1) != -1:
-        raise UserError(
-            f"zero_optimization.mics_shard_size in {r.source} is not supported; use zero_hpz_partition_size"
-        )
 
 
 def _optimizer(r: _Resolution, recipe: Recipe) -> None:
@@ -294,11 +300,15 @@ def _monitors(r: _Resolution, recipe: Recipe) -> None:
         r.fill(f"{section}.job_name", ".")
 
 
-def _rest(r: _Resolution) -> None:
-    if str(r.get("gradient_allreduce_op", "mean")).lower() not in ("mean", AUTO):
+def _rest(r: _Resolution, world_size: int) -> None:
+    ranks = r.get("data_parallel_size", AUTO)
+    if ranks not in (AUTO, world_size):
         raise UserError(
-            f"gradient_allreduce_op in {r.source} must be mean: the loss is a mean over the global batch"
+            f"data_parallel_size={show(ranks)} in {r.source} is not the number of ranks, "
+            f"{world_size}; remove it"
         )
+    for key in ("data_parallel_size", "sequence_parallel_size"):
+        r.drop(key, "removed, all ranks are data parallel")
     r.fill("gradient_allreduce_op", "mean")
     for key in _NATIVE_AUTOS:
         if r.get(key) == AUTO:

@@ -1,12 +1,16 @@
 """Reads a DeepSpeed config from its JSON file."""
 
-import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from distlora.errors import UserError
-from distlora.files.user_paths import expanded
+from distlora.files.user_paths import is_file, user_path
+from distlora.files.user_texts import parse_json, read_user_text
+
+#: Words that YAML once read as truth values, and that DeepSpeed would take for texts, which are true.
+_WORDS = ("yes", "no", "on", "off", "y", "n")
 
 
 def read_deepspeed(
@@ -17,31 +21,26 @@ def read_deepspeed(
     path: absolute, or relative to the first of `folders` that has it. place: what messages call the path.
     Raises UserError that names the file.
     """
-    candidates = [folder / expanded(path) for folder in folders]
-    found = next((candidate for candidate in candidates if candidate.is_file()), None)
+    wanted = user_path(path, place)
+    found = next((folder / wanted for folder in folders if is_file(folder / wanted)), None)
     if found is None:
         raise UserError(
             f"{place}: no file {path} in the current folder, the recipe's or one above it; give a JSON file"
         )
-    try:
-        config = json.loads(found.read_text(encoding="utf-8"), object_pairs_hook=_unique_keys)
-    except json.JSONDecodeError as error:
-        where = f"at line {error.lineno}, column {error.colno}"
-        raise UserError(
-            f"{found} is not JSON: {error.msg} {where} (JSON has no comments and no trailing commas)"
-        ) from None
-    except OSError as error:
-        raise UserError(f"{found} cannot be read: {error.strerror or error}") from None
-    except ValueError as error:
-        raise UserError(f"{found} is not JSON: {error}") from None
+    config = parse_json(read_user_text(found, "a DeepSpeed config"), str(found))
     if not isinstance(config, dict):
         raise UserError(f"{found} is no DeepSpeed config: a JSON object is wanted")
     return config, str(found)
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict:
-    keys = [key for key, _ in pairs]
-    twice = next((key for index, key in enumerate(keys) if key in keys[:index]), None)
-    if twice is not None:
-        raise ValueError(f"key {twice} is given twice")
-    return dict(pairs)
+def refuse_words(section: Any, key: str, place) -> None:
+    """Raises UserError for what a DeepSpeed config in a recipe can hold and one in JSON cannot: words such as
+    yes and no, meant as truth values, and numbers that are not finite.
+    """
+    if isinstance(section, dict | list):
+        for name, value in section.items() if isinstance(section, dict) else enumerate(section):
+            refuse_words(value, f"{key}.{name}", place)
+    if isinstance(section, str) and section.lower() in _WORDS:
+        raise UserError(f"{place(key)}: found {section}, wanted true or false")
+    if isinstance(section, float) and not math.isfinite(section):
+        raise UserError(f"{place(key)}: found {section}, wanted a finite number")

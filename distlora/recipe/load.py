@@ -7,20 +7,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from distlora.errors import UserError
-from distlora.files.problems import dangling_link
-from distlora.methods import registry
-from distlora.recipe.deepspeed_file import read_deepspeed
+from distlora.files.user_texts import read_user_text
+from distlora.methods import Method, StartsFromAdapter, registry
+from distlora.recipe.deepspeed_file import read_deepspeed, refuse_words
 from distlora.recipe.sections import FORMAT, INLINE, Recipe, method_class
 from distlora.recipe.strict import (
+    Place,
     check_keys,
     dotted,
-    dump_yaml,
-    parse_yaml,
     show,
     unknown_keys,
     validate,
     validate_values,
 )
+from distlora.recipe.yaml_text import DEEPEST, dump_yaml, parse_yaml
 
 #: The key of a resolved recipe that says its format. Not one of the recipe's keys.
 _FORMAT_KEY = "format"
@@ -28,6 +28,9 @@ _FORMAT_KEY = "format"
 LOOKING_ON = (
     "eval_every", "save_every", "keep_checkpoints", "eval_samples", "exact_match_samples", "hang_timeout",
 )  # fmt: skip
+#: Those that say what happens after a step that trains nothing: a run that was ended by one may go on
+#: otherwise.
+ON_BAD_STEPS = ("on_bad_step", "bad_loss_factor", "bad_steps_limit")
 
 
 def load_recipe(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Recipe:
@@ -59,11 +62,25 @@ def _load(document: "_Document", overrides: Sequence[str], default_format: int) 
     content, place = document.content, document.place
     check_keys(Recipe, {key: None if key == "method" else value for key, value in content.items()}, "", place)
     if "method" in content:  # first, so that its errors are those of its own class
-        validate(method_class(content["method"], place), content["method"], "method", place)
+        cls = method_class(content["method"], place)
+        _refuse_others_keys(cls, content["method"], place)
+        validate(cls, content["method"], "method", place)
     recipe = validate_values(Recipe, content, "", place)
     recipe._notes = tuple(document.notes)
     recipe._deepspeed_source = document.deepspeed_source
     return recipe.in_format(document.format or default_format)
+
+
+def _refuse_others_keys(cls: type[Method], section: dict, place: Place) -> None:
+    """Raises UserError for a key of the methods that start from an adapter, with another method."""
+    own = StartsFromAdapter.model_fields.keys() - Method.model_fields.keys()
+    for key in section:
+        if key in own and key not in cls.model_fields:
+            have = [name for name, other in registry().items() if getattr(other, "peft_form", None)]
+            raise UserError(
+                f"{place(f'method.{key}')}: method {section['name']} starts from no adapter; "
+                f"leave it out, or set method.name to {' or '.join(have)}"
+            )
 
 
 class _Document:
@@ -88,14 +105,8 @@ class _Document:
         self.deepspeed_source = INLINE
 
     def _read(self):
-        try:
-            text = self.path.read_text(encoding="utf-8")
-        except FileNotFoundError:
-            missing = f"{self.name}: no such recipe; give the path of a YAML file"
-            raise UserError(dangling_link(self.path) or missing) from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{self.name} cannot be read as a recipe: {error}") from None
-        return parse_yaml(text, self.name)
+        missing = f"{self.name}: no such recipe; give the path of a YAML file"
+        return parse_yaml(read_user_text(self.path, "a recipe", missing), self.name)
 
     def _take_format(self) -> int | None:
         """Removes the format from the content, so that no override reaches it."""
@@ -128,6 +139,8 @@ class _Document:
         key = key.strip()
         if not equals or not all(key.split(".")):
             raise UserError(f"override {override}: wanted dotted.key=value, as in train.lr=1e-3")
+        if key.count(".") > DEEPEST:
+            raise UserError(f"override {key[:40]}…: no key has more than {DEEPEST} dots")
         value = parse_yaml(text, f"override {key}: {text}")
         if key.startswith("deepspeed."):
             self.read_deepspeed()
@@ -178,6 +191,8 @@ class _Document:
             self.content["deepspeed"], self.deepspeed_source = read_deepspeed(
                 path, folders, self.place("deepspeed")
             )
+        elif isinstance(path, dict):
+            refuse_words(path, "deepspeed", self.place)
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -205,7 +220,7 @@ def run_identity(recipe: Recipe) -> dict:
     ignored = {
         "model": ("gradient_checkpointing", "attention"),
         "data": ("max_new_tokens", "eval_split", "think_step_by_step", "chat_date"),
-        "train": ("micro_batch_size", *LOOKING_ON),
+        "train": ("micro_batch_size", *LOOKING_ON, *ON_BAD_STEPS),
     }  # fmt: skip
     if not recipe.train.searches_lr:
         ignored["train"] += ("lr_search",)

@@ -197,6 +197,13 @@ class TrainSection(Section):
     hang_timeout: OffOrNumber = Field(
         600.0, description="seconds that a rank may be silent before all end; 0 or null: no limit"
     )
+    on_bad_step: Literal["stop", "skip", "rollback"] = Field(
+        "stop", description="where loss or gradient is not finite: end, leave the batch out, or also go back"
+    )
+    bad_loss_factor: OffOrNumber = Field(
+        None, description="a loss above this multiple of its running median is bad too; 0 or null: no limit"
+    )
+    bad_steps_limit: Count = Field(5, description="bad steps in a row that end a run which goes on after one")
 
     @property
     def searches_lr(self) -> bool:
@@ -207,6 +214,14 @@ class TrainSection(Section):
     def _has_a_length(self):
         if self.epochs is None and self.steps is None:
             raise ValueError("epochs and steps are both off; set one of them to a number above 0")
+        return self
+
+    @model_validator(mode="after")
+    def _factor_is_above_one(self):
+        if self.bad_loss_factor is not None and self.bad_loss_factor <= 1:
+            raise ValueError(
+                f"bad_loss_factor is {self.bad_loss_factor:g}, wanted a number above 1, or null for no limit"
+            )
         return self
 
 

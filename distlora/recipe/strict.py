@@ -5,12 +5,10 @@ A place is a function from a dotted key to the words that name it, such as "reci
 """
 
 import json
-import re
 import typing
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from distlora.errors import UserError
@@ -18,55 +16,6 @@ from distlora.sentences import nearest
 
 Place = Callable[[str], str]
 Model = TypeVar("Model", bound=BaseModel)
-
-# ---------------------------------------------------------------------- YAML
-
-_TIMESTAMP = "tag:yaml.org,2002:timestamp"
-_FLOAT = re.compile(r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)[eE][-+]?[0-9]+$")
-
-
-class _Loader(yaml.SafeLoader):
-    """A SafeLoader that reads `1e-4` as a number and dates as texts, and refuses a key that is given
-    twice.
-    """
-
-    yaml_implicit_resolvers = {
-        first: [pair for pair in pairs if pair[0] != _TIMESTAMP]
-        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-    def construct_mapping(self, node, deep=False):
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        twice = next((key for index, key in enumerate(keys) if key in keys[:index]), None)
-        if twice is not None:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"key {twice} is given twice", node.start_mark
-            )
-        return super().construct_mapping(node, deep)
-
-
-class _Dumper(yaml.SafeDumper):
-    """A SafeDumper that quotes texts which `_Loader` would take for numbers."""
-
-
-for _cls in (_Loader, _Dumper):
-    _cls.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
-
-
-def parse_yaml(text: str, name: str) -> Any:
-    """The content of a YAML text. Raises UserError, which calls the text `name`, if it is not YAML."""
-    try:
-        return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise UserError(f"{name} is not YAML: {getattr(error, 'problem', None) or error}{where}") from None
-
-
-def dump_yaml(content: Any) -> str:
-    """YAML text from which `parse_yaml` reads the same content. Keys keep their order."""
-    return yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
-
 
 # ---------------------------------------------------------------------- keys
 
@@ -185,15 +134,11 @@ def _wanted(mistake: dict) -> str:
     return text.format(**mistake.get("ctx", {})).replace("'", "")
 
 
-#: Words that YAML reads as something else, by what it makes of them.
-_READ_AS = {False: "no, off and false", True: "yes, on and true", None: "null and ~"}
-
-
 def _quotes(mistake: dict) -> str:
     """The advice to write a text in quotes, where YAML has made something else of it."""
     value = mistake["input"]
-    if isinstance(value, bool) or (value is None and isinstance(mistake["loc"][-1], int)):
-        return f" (YAML reads {_READ_AS[value]} as {show(value)}: put the word in quotes)"
+    if value is None and isinstance(mistake["loc"][-1], int):
+        return " (YAML reads null and ~ as null: put the word in quotes)"
     return " (put it in quotes)" if isinstance(value, int | float) else ""
 
 

@@ -13,45 +13,50 @@ from distlora.adapter.attach import Attached
 from distlora.adapter.layer import AdapterLinear
 from distlora.engine.protocol import Engine
 from distlora.maths.low_rank import LowRank
-from distlora.methods import Factors, Recomposition
+from distlora.methods import Factors
 from distlora.recompose.shards import assembled, own_values
+from distlora.recompose.stacks import Chosen, matrices_of, numbered, single_factors
 
 
 class InitialValuesInLedger:
     """Initial values of components that are replaced one by one. Each was taken out of W when it was put in
     place, so the ledger has it.
 
-    Only its place is kept: (entry, column) for every component of every layer. The first entry of the ledger
-    has those of the start.
+    Only its place is kept: (entry, column) for every component of every layer, those of all experts of a
+    stack one after the other. The first entry of the ledger has those of the start.
     """
 
     def __init__(self, engine: Engine, attached: Attached, owners: dict[str, int]):
         self._comm, self._engine, self._owners = engine.comm, engine, owners
-        start = [(0, column) for column in range(attached.method.rank)]
-        self._places = {name: list(start) for name in attached.layers}
+        self._rank = attached.method.rank
+        start = [(0, column) for column in range(self._rank)]
+        self._places = {name: start * matrices_of(layer) for name, layer in attached.layers.items()}
 
     def start(self) -> None:
         """Does nothing: the first entry of the ledger has all values."""
 
-    def negated(self, layer: AdapterLinear, components: tuple[int, ...], used: Factors) -> list[LowRank]:
-        """Pairs whose sum is −s·B·A of these components as they were put in place. On the layer's owner;
-        other ranks get none.
+    def negated(self, layer: AdapterLinear, chosen: Chosen, used: Factors) -> list[list[LowRank]]:
+        """For every matrix of the layer, pairs whose sum is −s·B·A of its chosen components as they were put
+        in place. On the layer's owner; other ranks get none.
         """
         if self._owners[layer.name] != self._comm.rank:
             return []
-        pairs = []
-        for component in components:
-            entry, column = self._places[layer.name][component]
-            then = self._engine.ledger.pair(layer.name, entry)  # negated already
-            pairs.append(LowRank(then.left[:, column : column + 1], then.right[column : column + 1]))
-        return pairs
+        return [
+            [self._put_in_place(layer, number, component) for component in own]
+            for number, own in enumerate(chosen)
+        ]
 
-    def put(self, layer: AdapterLinear, answer: Recomposition) -> None:
+    def _put_in_place(self, layer: AdapterLinear, number: int, component: int) -> LowRank:
+        entry, column = self._places[layer.name][number * self._rank + component]
+        then = self._engine.ledger.pair(layer.name, entry)  # negated already
+        return then.part(slice(column, column + 1)).single()[number]
+
+    def put(self, layer: AdapterLinear, chosen: Chosen) -> None:
         """After a recomposition: the newest ledger entry has the new components, after what was fused."""
-        entry = len(self._engine.ledger.entries[layer.name]) - 1
-        first = answer.base_update.right.shape[0] - len(answer.replaced)
-        for i, component in enumerate(answer.replaced):
-            self._places[layer.name][component] = (entry, first + i)
+        newest, places = self._engine.ledger.entries[layer.name], self._places[layer.name]
+        count = len(chosen[0])
+        for i, component in enumerate(numbered(chosen, self._rank)):
+            places[component] = (len(newest) - 1, newest[-1].columns - count + i % count)
 
     def state(self) -> dict[str, list]:
         """As JSON, the same on all ranks."""
@@ -82,9 +87,9 @@ class InitialValuesInStart:
                 factor: part.master.clone() for factor, part in self._engine.parts(layer).items()
             }
 
-    def negated(self, layer: AdapterLinear, components: tuple[int, ...], used: Factors) -> list[LowRank]:
-        """A pair that is −s·B·R·A of the last start. On the layer's owner; other ranks get none. used: the
-        factors of now. Collective.
+    def negated(self, layer: AdapterLinear, chosen: Chosen, used: Factors) -> list[list[LowRank]]:
+        """For every matrix of the layer, a pair that is −s·B·R·A of the last start. On the layer's owner;
+        other ranks get none. used: the factors of now. Collective.
         """
         owner, then = self._owners[layer.name], dict(used)
         for factor, shape, part in self._factors(layer):
@@ -93,10 +98,10 @@ class InitialValuesInStart:
             then[factor] = whole.to(self._engine.dtype).float()  # as the forward pass used it
         if owner != self._comm.rank:
             return []
-        pair = self._method.delta(then)
-        return [LowRank(-pair.left, pair.right)]
+        pairs = map(self._method.delta, single_factors(layer, then))
+        return [[LowRank(-pair.left, pair.right)] for pair in pairs]
 
-    def put(self, layer: AdapterLinear, answer: Recomposition) -> None:
+    def put(self, layer: AdapterLinear, chosen: Chosen) -> None:
         """Does nothing: `start` follows when all layers have their new factors."""
 
     def state(self) -> dict[str, list]:
@@ -119,5 +124,5 @@ class InitialValuesInStart:
                     )
 
     def _factors(self, layer: AdapterLinear):
-        parts, shapes = self._engine.parts(layer), self._method.shapes(*layer.shape)
+        parts, shapes = self._engine.parts(layer), layer.factor_shapes()
         return [(factor, shapes[factor], parts.get(factor)) for factor in self._method.trains]

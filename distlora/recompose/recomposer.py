@@ -8,7 +8,6 @@ import functools
 import logging
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
@@ -25,31 +24,27 @@ from distlora.initialisation.probe import Probe
 from distlora.maths.importance import low_half_share
 from distlora.maths.low_rank import LowRank
 from distlora.maths.recomposition_schedule import AdaptiveSchedule
-from distlora.methods import Factors, Recomposition, recomposing
+from distlora.methods import Factors, recomposing
+from distlora.recompose import stored
 from distlora.recompose.ages import Ages
 from distlora.recompose.initial_values import InitialValuesInLedger, InitialValuesInStart
 from distlora.recompose.refill import from_gradients
-from distlora.recompose.report import LayerRecomposition, RecompositionReport, complete, measure
+from distlora.recompose.report import (
+    Carried,
+    Change,
+    LayerRecomposition,
+    RecompositionReport,
+    as_told,
+    complete,
+    measure,
+)
 from distlora.recompose.reserve import Reserve
 from distlora.recompose.scores import Scores
+from distlora.recompose.stacks import Chosen, fused, matrices_of, numbered, rows_of, single_factors
 
 log = logging.getLogger(__name__)
 
 USED_UP = "the reserve of unused singular directions is used up: no further recomposition"
-
-
-@dataclass
-class _Carried:
-    """What is kept of a recomposition until its numbers are computed.
-
-    errors: for every layer, this rank's share of the squared rounding error. live, begun: for the layers that
-    this rank owns, what the factors add to W now, and the negated initial values of the replaced components;
-    in host memory.
-    """
-
-    errors: dict[str, float] = field(default_factory=dict)
-    live: dict[str, LowRank] = field(default_factory=dict)
-    begun: dict[str, list[LowRank]] = field(default_factory=dict)
 
 
 class Recomposer:
@@ -164,9 +159,8 @@ class Recomposer:
         verdict = "recomposition" if decision.recompose else "no recomposition"
         log.info("step %d: %s: %s", done, verdict, decision.reason)
         importance = scores() if followed else None
-        report = RecompositionReport(
-            done, decision.recompose, decision.reason, importance, list(self._layers)
-        )
+        names = [name for layer in self._layers.values() for name in layer.matrix_names]
+        report = RecompositionReport(done, decision.recompose, decision.reason, importance, names)
         if decision.recompose:
             self._recompose(report)
         return report
@@ -190,35 +184,36 @@ class Recomposer:
 
     def _replace(self, report: RecompositionReport) -> None:
         """Fuses the chosen components of every layer, and puts new ones in their places."""
-        scores = [None] * len(self._layers) if report.scores is None else report.scores
-        chosen = {name: self._method.choose(row) for name, row in zip(self._layers, scores)}
+        scores = None if report.scores is None else rows_of(self._layers, report.scores)
+        chosen = {name: self._choose(layer, scores and scores[name]) for name, layer in self._layers.items()}
         from_reserve = self._method.refill_from() == "reserve"
-        if from_reserve and any(
-            self._reserve.left(name) < len(components) for name, components in chosen.items()
-        ):
+        if from_reserve and any(self._reserve.left(name) < len(own[0]) for name, own in chosen.items()):
             log.info(USED_UP)
             self._ended = True
             report.recomposed, report.reason = False, USED_UP
             return
         self._made += 1
         fresh = {} if from_reserve else self._from_gradients(chosen)
-        carried = _Carried()
+        carried = Carried()
         for name, layer in self._layers.items():
-            own = self._reserve.take(name, len(chosen[name])) if from_reserve else fresh.pop(name, None)
-            new = broadcast_pair(self._comm, layer.shape, self._owners[name], own)
-            factors, used = self._read(layer)
-            self._carry_out(layer, self._method.fuse(factors, used, chosen[name], new), used, carried)
+            own = self._reserve.take(name, len(chosen[name][0])) if from_reserve else fresh.pop(name, None)
+            new = broadcast_pair(self._comm, layer.whole_shape, self._owners[name], own)
+            self._carry_out(layer, chosen[name], new, carried)
             report.layers[name] = seen = LayerRecomposition(
-                chosen[name], reserve_left=self._reserve.left(name)
+                as_told(layer, chosen[name]), reserve_left=self._reserve.left(name)
             )
-            seen.sigma = [
-                self._method.scaling * float(b.norm() * a.norm()) for b, a in zip(new.left.T, new.right)
-            ]
-            if report.scores is not None:
-                seen.low_half_share = low_half_share(report.scores[len(report.layers) - 1])
+            sizes = self._method.scaling * new.left.norm(dim=-2) * new.right.norm(dim=-1)
+            seen.sigma = sizes.flatten().tolist()
+            if scores is not None:
+                seen.low_half_share = _mean_low_share(scores[name])
         self._measure(report, carried)
 
-    def _from_gradients(self, chosen: dict[str, tuple[int, ...]]) -> dict[str, LowRank]:
+    def _choose(self, layer: AdapterLinear, scores: Tensor | None) -> Chosen:
+        """scores: (matrices, r), if there are any."""
+        rows = [None] * matrices_of(layer) if scores is None else scores
+        return [self._method.choose(row) for row in rows]
+
+    def _from_gradients(self, chosen: dict[str, Chosen]) -> dict[str, LowRank]:
         data, seed = self._probe(self._made), f"{self._seed}.{self._made}"
         return from_gradients(self._engine, self._attached, self._owners, chosen, data, seed)
 
@@ -228,15 +223,14 @@ class Recomposer:
         """Fuses the whole adapter, which then starts anew from the present gradients."""
         probe = self._probe(self._made + 1)  # before anything changes: it may be refused
         self._made += 1
-        carried = _Carried()
+        carried = Carried()
         for name, layer in self._layers.items():
-            factors, used = self._read(layer)
             # Every rank computes the (out, r) product s·B·R for itself, in out·r² multiplications. Its own
             # rows of left @ right cost out·in·r/world. The broadcast of an owner would have to wait for the
             # same product and then send it.
-            answer = self._method.fuse(factors, used, self._method.choose(None), None)
-            self._carry_out(layer, answer, used, carried)
-            report.layers[name] = LayerRecomposition(answer.replaced)
+            chosen = self._choose(layer, None)
+            self._carry_out(layer, chosen, None, carried)
+            report.layers[name] = LayerRecomposition(as_told(layer, chosen))
         self._measure(report, carried)
         with torch.enable_grad():
             init = initialise(
@@ -256,34 +250,39 @@ class Recomposer:
     def _as_used(self, factors: Factors) -> Factors:
         return {name: factor.to(self._engine.dtype).float() for name, factor in factors.items()}
 
-    def _carry_out(
-        self, layer: AdapterLinear, answer: Recomposition, used: Factors, carried: _Carried
-    ) -> None:
-        """Changes factors, weight, moments and ledger of one layer. used: the factors before."""
-        name, begun = layer.name, self._initial_values.negated(layer, answer.replaced, used)
-        self._engine.write(layer, answer.factors)
+    def _carry_out(self, layer: AdapterLinear, chosen: Chosen, new: LowRank | None, carried: Carried) -> None:
+        """Changes factors, weight, moments and ledger of one layer. new: what takes the places of the chosen
+        components, as for `fused`.
+        """
+        factors, used = self._read(layer)
+        after, update = fused(layer, self._method, factors, used, chosen, new)
+        name, begun = layer.name, self._initial_values.negated(layer, chosen, used)
+        self._engine.write(layer, after)
         rounding, beside = (
             self._method.update_rounding(),
             self._method.fuses_beside(layer.packing is not None),
         )
-        carried.errors[name] = self._ledger.apply(
-            self._engine, layer, self._made, rounding, answer.base_update, beside
-        )
-        self._ages.replace(layer, answer.replaced, self._done)
-        self._initial_values.put(layer, answer)
+        carried.errors[name] = self._ledger.apply(self._engine, layer, self._made, rounding, update, beside)
+        self._ages.replace(layer, numbered(chosen, self._method.rank), self._done)
+        self._initial_values.put(layer, chosen)
         if self._owners[name] == self._comm.rank:
-            carried.live[name] = _on_host(self._method.delta(self._as_used(answer.factors)))
-            carried.begun[name] = [_on_host(pair) for pair in begun]
+            live = map(self._method.delta, single_factors(layer, self._as_used(after)))
+            carried.live[name] = [_on_host(pair) for pair in live]
+            carried.begun[name] = [[_on_host(pair) for pair in pairs] for pairs in begun]
 
-    def _measure(self, report: RecompositionReport, carried: _Carried) -> None:
+    def _measure(self, report: RecompositionReport, carried: Carried) -> None:
         """Completes the report. The owner of each layer computes its numbers, after all layers were changed,
         so that owners do not wait for each other, and no rank waits for one that failed.
         """
         failure = None
         try:
             for name, live in carried.live.items():
-                seen, pairs = report.layers[name], list(self._ledger.pairs(name))
-                measure(seen, pairs[-1], carried.begun[name], [live, *pairs], self._comm.device)
+                pairs = zip(*(pair.single() for pair in self._ledger.pairs(name)))
+                matrices = [
+                    Change(own[-1], begun, [now, *own])
+                    for own, begun, now in zip(pairs, carried.begun[name], live)
+                ]
+                measure(report.layers[name], matrices, self._comm.device)
         except Exception as error:
             failure = error
         self._comm.agree(failure)
@@ -313,6 +312,20 @@ class Recomposer:
                 self._initial_values.tensors(),
                 self._reserve.tensors(),
             )
+
+    def problem_with(self, state: dict[str, Any], ledger: dict[str, list[dict[str, Any]]]) -> str | None:
+        """What of a stored state does not fit this run; None if all does. ledger: the entries by layer."""
+        try:
+            stored.restored(self._schedule, state["switching"])
+        except ValueError as error:
+            return f"switching: {error}"
+        return stored.problem_with(state, self._layers, self._method, ledger)
+
+    def wanted(self, state: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+        """The shapes of the tensors that `restore` reads, by name. state: one that fits."""
+        schedule = stored.restored(self._schedule, state["switching"])
+        follows = self._scores is not None and not state["ended"] and not schedule.finished(state["done"])
+        return stored.wanted(state, self._layers, self._method, follows)
 
     def restore(self, state: dict[str, Any], read: Callable[[str], Tensor | None]) -> None:
         """Continues from what `state` and `tensors` gave, at any stage and world size. Collective. read: the

@@ -1,35 +1,56 @@
 """What was decided about a recomposition: numbers for every layer, and the importance in a picture."""
 
+import math
 from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import Tensor
 
+from distlora.adapter.layer import AdapterLinear
 from distlora.engine.comm import Comm
 from distlora.maths.linalg import effective_rank, low_rank_norm, product_singular_values
 from distlora.maths.low_rank import LowRank
+from distlora.recompose.stacks import Chosen
 
-#: Side of the square that one component of one layer has in the picture, in pixels.
-PIXELS = 8
+#: Side of the square that one component of one matrix has in the picture, in pixels; less where the picture
+#: would be wider than `WIDEST`.
+PIXELS, WIDEST = 8, 8192
 #: Colours from the least to the most important component of a layer, mixed in between.
 COLOURS = ((0.27, 0.0, 0.33), (0.23, 0.32, 0.55), (0.13, 0.57, 0.55), (0.37, 0.79, 0.38), (0.99, 0.91, 0.14))
-#: Decades below a layer's largest score that the picture shows.
+#: Decades below a matrix's largest score that the picture shows.
 DECADES = 4
+
+
+@dataclass
+class Carried:
+    """What is kept of a recomposition until its numbers are computed.
+
+    errors: for every layer, this rank's share of the squared rounding error. live, begun: for the layers that
+    this rank owns, what the factors add to each of its matrices now, and the negated initial values of the
+    replaced components; in host memory.
+    """
+
+    errors: dict[str, float] = field(default_factory=dict)
+    live: dict[str, list[LowRank]] = field(default_factory=dict)
+    begun: dict[str, list[list[LowRank]]] = field(default_factory=dict)
 
 
 @dataclass
 class LayerRecomposition:
     """One layer at one recomposition. The names are those of the keys in `recompositions.jsonl`.
 
-    components: numbers of the replaced components. low_half_share: share of the importance that the lower
-    half of the components had. sigma: singular values of s·B·A of the new components. reserve_left:
-    components that are still unused. rounding_loss: ‖W_exact − W_stored‖ / ‖what was added to W‖.
-    rounding_loss_of_learned: the same error / ‖what the replaced components had learned since they were put
-    in place‖. delta_norm, effective_rank: of the whole update of W0 so far; the effective rank is exp(entropy
-    of σ/Σσ).
+    components: numbers of the replaced components; of a stack of experts, those of each expert.
+    low_half_share: share of the importance that the lower half of the components had. sigma: singular values
+    of s·B·A of the new components. reserve_left: components that are still unused. rounding_loss: ‖W_exact −
+    W_stored‖ / ‖what was added to W‖. rounding_loss_of_learned: the same error / ‖what the replaced
+    components had learned since they were put in place‖. delta_norm, effective_rank: of the whole update of
+    W0 so far; the effective rank is exp(entropy of σ/Σσ).
+
+    Of a stack of experts the norms are those of all experts together; low_half_share and effective_rank are
+    means over them, and sigma has the values of one expert after the other.
     """
 
-    components: tuple[int, ...]
+    components: tuple[int, ...] | tuple[tuple[int, ...], ...]
     low_half_share: float | None = None
     sigma: list[float] = field(default_factory=list)
     reserve_left: int = 0
@@ -56,9 +77,10 @@ SHOWN = (
 
 @dataclass
 class RecompositionReport:
-    """step: optimizer steps done. recomposed, reason: the decision. scores: (layers, r) importance of every
-    component, if it was followed. names: of the layers, in the order of the rows. layers: what happened to
-    each layer, if components were replaced. scalars: numbers about all layers together.
+    """step: optimizer steps done. recomposed, reason: the decision. scores: (matrices, r) importance of every
+    component, if it was followed. names: of the matrices, in the order of the rows: a layer is one, a stack
+    of experts one for each. layers: what happened to each layer, if components were replaced. scalars:
+    numbers about all layers together.
     """
 
     step: int
@@ -105,13 +127,13 @@ class RecompositionReport:
         }  # fmt: skip
 
     def picture(self) -> Tensor | None:
-        """(r·8, layers·8, 3) uint8: a column for each layer, a row for each component, brighter where it
-        matters more.
+        """(r·8, matrices·8, 3) uint8: a column for each matrix, a row for each component, brighter where it
+        matters more. With more than a thousand matrices the squares are smaller.
         """
         if self.scores is None:
             return None
         largest = self.scores.max(1, keepdim=True).values
-        # Each layer has its own scale, which is logarithmic: the scores of one layer span decades, and layers
+        # Each matrix has its own scale, which is logarithmic: the scores of one span decades, and matrices
         # are not compared.
         ratio = torch.where(
             largest > 0, self.scores / largest.clamp(min=1e-300), torch.zeros_like(self.scores)
@@ -120,31 +142,45 @@ class RecompositionReport:
         low = level.floor().clamp(max=len(COLOURS) - 2).long()
         colours = torch.tensor(COLOURS, dtype=level.dtype)
         mixed = torch.lerp(colours[low], colours[low + 1], (level - low).unsqueeze(-1))
-        return (mixed * 255).round().to(torch.uint8).repeat_interleave(PIXELS, 0).repeat_interleave(PIXELS, 1)
+        side = max(1, min(PIXELS, WIDEST // len(self.scores)))
+        return (mixed * 255).round().to(torch.uint8).repeat_interleave(side, 0).repeat_interleave(side, 1)
 
 
-def measure(
-    layer: LayerRecomposition,
-    update: LowRank,
-    begun: list[LowRank],
-    total: list[LowRank],
-    device: torch.device,
-) -> None:
-    """Computes the numbers that only the owner of a layer knows. All pairs are (out, k), (k, in); the norms
-    are computed on `device`.
+def as_told(layer: AdapterLinear, chosen: Chosen) -> tuple[int, ...] | tuple[tuple[int, ...], ...]:
+    """What a report says of the components that were chosen in each matrix of a layer."""
+    return tuple(chosen) if layer.stack else chosen[0]
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a recomposition did to one matrix. All pairs are (out, k), (k, in).
 
     update: what was added to W; its first columns are what was fused, one for each replaced component. begun:
     their sum is the negated initial value of the same components. total: their sum is the whole update of W0.
     """
-    count = len(layer.components)
-    fused = LowRank(update.left[:, :count], update.right[:count])
-    layer.update_norm = low_rank_norm(*_stacked([update], device))
-    layer.learned_norm = low_rank_norm(*_stacked([fused, *begun], device))
-    singular_values = product_singular_values(*_stacked(total, device))
-    layer.delta_norm, layer.effective_rank = float(singular_values.norm()), effective_rank(singular_values)
+
+    update: LowRank
+    begun: list[LowRank]
+    total: list[LowRank]
 
 
-def _stacked(pairs: list[LowRank], device: torch.device) -> tuple[Tensor, Tensor]:
+def measure(layer: LayerRecomposition, matrices: list[Change], device: torch.device) -> None:
+    """Computes the numbers that only the owner of a layer knows. matrices: of the layer. device: where the
+    norms are computed.
+    """
+    first = layer.components[0]
+    fused = slice(len(first) if isinstance(first, tuple) else len(layer.components))
+    updates, learned, singular_values = [], [], []
+    for own in matrices:
+        updates.append(low_rank_norm(*_side_by_side([own.update], device)))
+        learned.append(low_rank_norm(*_side_by_side([own.update.part(fused), *own.begun], device)))
+        singular_values.append(product_singular_values(*_side_by_side(own.total, device)))
+    layer.update_norm, layer.learned_norm = math.hypot(*updates), math.hypot(*learned)
+    layer.delta_norm = float(torch.cat(singular_values).norm())
+    layer.effective_rank = sum(map(effective_rank, singular_values)) / len(matrices)
+
+
+def _side_by_side(pairs: list[LowRank], device: torch.device) -> tuple[Tensor, Tensor]:
     """The sum of pairs as one: (out, Σk), (Σk, in), float32."""
     left = torch.cat([pair.left.to(device, torch.float32) for pair in pairs], 1)
     return left, torch.cat([pair.right.to(device, torch.float32) for pair in pairs], 0)

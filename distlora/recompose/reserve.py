@@ -15,7 +15,8 @@ class Reserve:
     """Every rank knows how many components a layer has left; only the layer's owner has the components.
 
     owners: the rank of each layer. dtype: of the components. pairs: of the layers that this rank owns; column
-    i of left (out, n) and row i of right (n, in) form one component. Creating a reserve is collective.
+    i of left (out, n) and row i of right (n, in) form one component; in a stack of experts, one of each, and
+    all have equally many. Creating a reserve is collective.
     """
 
     def __init__(
@@ -31,11 +32,11 @@ class Reserve:
         self._left = self._count()
 
     def _count(self) -> dict[str, int]:
-        counts = [self._pairs[name].right.shape[0] if name in self._pairs else 0 for name in self._layers]
+        counts = [self._pairs[name].columns if name in self._pairs else 0 for name in self._layers]
         return dict(zip(self._layers, map(int, self._comm.sum(*counts)))) if counts else {}
 
     def left(self, layer: str) -> int:
-        """Unused components of a layer."""
+        """Unused components of a layer, or of each expert in it."""
         return self._left[layer]
 
     def bytes_at_most(self) -> int:
@@ -52,10 +53,11 @@ class Reserve:
             return None
         pair = self._pairs[layer]
         # What is left is copied, so that the memory of the used part is freed.
+        rest = pair.part(slice(count, None))
         self._pairs[layer] = LowRank(
-            pair.left[:, count:].clone(memory_format=torch.contiguous_format), pair.right[count:].clone()
+            *(side.clone(memory_format=torch.contiguous_format) for side in (rest.left, rest.right))
         )
-        return LowRank(pair.left[:, :count], pair.right[:count])
+        return pair.part(slice(count))
 
     # ------------------------------------------------------------------ to a checkpoint and back
 
@@ -75,8 +77,8 @@ class Reserve:
         device, count = self._comm.device, self._left[layer.name]
         pair = self._pairs.get(layer.name)
         if pair is None:
-            left, right = (layer.out_features, count), (count, layer.in_features)
-            pair = LowRank(*(torch.empty(shape, dtype=self._dtype, device=device) for shape in (left, right)))
+            shapes = layer.pair_shapes(count)
+            pair = LowRank(*(torch.empty(shape, dtype=self._dtype, device=device) for shape in shapes))
         # A broadcast, though only rank 0 needs it: sending from one rank to another would open a communicator
         # for every pair of ranks.
         return tuple(
@@ -94,7 +96,7 @@ class Reserve:
                 continue
             sides = [read(f"{name}/reserve/{side}") for side in ("left", "right")]
             whole = broadcast_pair(
-                self._comm, layer.shape, 0, LowRank(*sides) if self._comm.is_main else None
+                self._comm, layer.whole_shape, 0, LowRank(*sides) if self._comm.is_main else None
             )
             if self._owners[name] == self._comm.rank:
                 self._pairs[name] = LowRank(

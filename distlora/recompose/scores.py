@@ -12,6 +12,7 @@ from distlora.engine.protocol import Engine, Part
 from distlora.maths.importance import ElementScores, ScoreState, component_sums
 from distlora.methods import Recomposes
 from distlora.recompose.shards import assembled, own_values
+from distlora.recompose.stacks import matrices_of, rows_of
 
 KEYS = ("mean", "uncertainty")
 
@@ -46,16 +47,18 @@ class Scores:
         self._elements.update(self._states[layer][factor], part.master, part.gradient)
 
     def table(self) -> Tensor:
-        """Importance of all components: (layers, r) float64 on the CPU, the same everywhere. Collective."""
-        size = len(self._layers), self._method.rank
+        """Importance of all components: (matrices, r) float64 on the CPU, the same everywhere. Collective."""
+        size = sum(map(matrices_of, self._layers.values())), self._method.rank
         table = torch.zeros(size, dtype=torch.float64, device=self._comm.device)
-        for row, (name, layer) in zip(table, self._layers.items()):
-            shapes = self._method.shapes(*layer.shape)
+        for name, rows in rows_of(self._layers, table).items():
+            layer = self._layers[name]
+            shapes = layer.factor_shapes()
             for factor, part in self._engine.parts(layer).items():
                 if part.counted:
                     axis = self._method.component_axis(factor)
                     scores = self._elements.scores(self._states[name][factor])
-                    row += component_sums(axis, scores, part.start, shapes[factor]).to(row.device)
+                    sums = component_sums(axis, scores, part.start, shapes[factor])
+                    rows += sums.view(rows.shape).to(rows.device)
         return self._comm.all_reduce(table).cpu()
 
     # ------------------------------------------------------------------ to a checkpoint and back
@@ -79,6 +82,6 @@ class Scores:
     def _factors(self) -> Iterator[tuple[AdapterLinear, str, tuple[int, ...], Part | None]]:
         """Every trained factor with its shape and this rank's part of it."""
         for layer in self._layers.values():
-            parts, shapes = self._engine.parts(layer), self._method.shapes(*layer.shape)
+            parts, shapes = self._engine.parts(layer), layer.factor_shapes()
             for factor in self._method.trains:
                 yield layer, factor, shapes[factor], parts.get(factor)

@@ -1,11 +1,13 @@
 """A report of finished or running runs: a page and its pictures, in a directory of its own."""
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from distlora.errors import UserError
 from distlora.exports.draft import new_directory
+from distlora.files.json_files import read_json
 from distlora.report.appendix import appendix
 from distlora.report.compare import Group, comparable_groups, different_facts, unique
 from distlora.report.drawing import require_matplotlib
@@ -32,7 +34,7 @@ def write_report(
     an earlier report.
     """
     require_matplotlib()
-    place = out.resolve()
+    place = Path(os.path.realpath(out))
     earlier = _earlier_report(place)
     runs = find_runs(paths)
     _check_tasks(runs, tasks)
@@ -56,7 +58,7 @@ def _earlier_report(out: Path) -> set[str]:
         return set()
     names = {path.name for path in out.iterdir()} if out.is_dir() else {out.name}
     try:
-        own = set(json.loads((out / MANIFEST).read_text(encoding="utf-8"))["files"])
+        own = set(read_json(out / MANIFEST)["files"])
     except (OSError, ValueError, KeyError, TypeError):
         own = set()
     foreign = sorted(name for name in names if name not in own or not (out / name).is_file())

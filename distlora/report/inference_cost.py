@@ -10,8 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from distlora.adapter.attach import attach
 from distlora.errors import UserError
+from distlora.maths.known_values import known_values
 from distlora.methods import TrainsWeight
-from distlora.models.dry_run import known_values, position_limit
+from distlora.models.dry_run import position_limit
 from distlora.models.hub import without_weights
 from distlora.models.targets import Batch
 from distlora.recipe.sections import Recipe

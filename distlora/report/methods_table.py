@@ -32,6 +32,8 @@ from distlora.recipe.deepspeed_config import look_up
 from distlora.recipe.load import load_recipe
 from distlora.recipe.sections import ModelSection, Recipe
 from distlora.recipe.strict import validate
+from distlora.sentences import size_text
+from distlora.training.adapter_start import with_start
 from distlora.training.objective import objective_of
 from distlora.training.targets import reach_in, told
 
@@ -123,7 +125,7 @@ def _recipe(path: str | None, overrides: Sequence[str]) -> Recipe | None:
         return None
     if "=" in path and not Path(path).exists():
         raise UserError(f"override {path} changes a recipe: name its file first")
-    return load_recipe(path, overrides)
+    return with_start(load_recipe(path, overrides))
 
 
 def _subject(recipe: Recipe | None, path: str | None) -> Subject | None:
@@ -177,7 +179,7 @@ def _row(method: Method, subject: Subject | None, spec: OptimizerSpec, recipe: R
         trained = _trained(choice, subject.model) + subject.heads
         share = len(choice.names), len(choice.names) + len(choice.left_out.get(NARROW, ()))
         wide = "" if share[0] == share[1] else f" ({share[0]} of {share[1]} layers are wide enough)"
-        numbers = [f"{trained:,}{wide}", _bytes(trained * spec.bytes_per_element())]
+        numbers = [f"{trained:,}{wide}", size_text(trained * spec.bytes_per_element())]
     return [method.name, _trains(type(method)), *numbers, *_facts(method)]
 
 
@@ -239,14 +241,6 @@ def _formula(method: Method) -> str:
     return " + ".join(terms).replace("r·r", "r²")
 
 
-def _bytes(number: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if number < 1024 or unit == "GiB":
-            return f"{number:.0f} B" if unit == "B" else f"{number:.1f} {unit}"
-        number /= 1024
-    raise AssertionError
-
-
 # ---------------------------------------------------------------------- the text
 
 
@@ -262,6 +256,11 @@ def _lines(rows: list[list[str]], remarks: Mapping[int, str] = MappingProxyType(
     return lines
 
 
+def _starting() -> list[str]:
+    """The methods that can start from an adapter."""
+    return [name for name, cls in registry().items() if getattr(cls, "peft_form", None)]
+
+
 def _legend(subject: Subject | None, spec: OptimizerSpec, rank: int | None) -> list[str]:
     moments = {0: "", 1: ", one moment"}.get(
         sum(not key.endswith("_scale") for key in spec.moments()), ", two moments"
@@ -273,6 +272,7 @@ def _legend(subject: Subject | None, spec: OptimizerSpec, rank: int | None) -> l
         f"optimizer state of {spec.name}: float32 master{moments}, "
         f"{spec.bytes_per_element():.4g} bytes a trained parameter; "
         "at ZeRO 1 to 3 that is all ranks together",
+        f"method.from names a LoRA in PEFT's files that training starts from: for {', '.join(_starting())}",
     ]
     if subject is None:
         return [

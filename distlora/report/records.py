@@ -1,11 +1,11 @@
 """The JSON files of a run directory, read strictly: a broken one is one sentence that names file and line."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 from distlora.errors import UserError
+from distlora.files import json_files
 
 Value = TypeVar("Value")
 
@@ -16,7 +16,7 @@ NOT_FINITE = ("nan", "inf", "-inf")
 def read_json(path: Path, kind: type[Value], default: Value) -> Value:
     """The content of a JSON file, which must be of this kind; the default where there is no file."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json_files.read_json(path)
     except FileNotFoundError:
         return default
     except (OSError, ValueError) as error:
@@ -33,10 +33,10 @@ def read_lines(path: Path, check: Callable[[dict[str, Any]], str | None]) -> lis
     that is still writing, and is left out. Raises UserError with the file and the line.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = json_files.read_limited(path).decode("utf-8")
     except FileNotFoundError:
         return []
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error})") from None
     *lines, unfinished = text.split("\n")
     records = [_record(line, f"{path}, line {number}", check) for number, line in enumerate(lines, 1) if line]
@@ -50,7 +50,7 @@ def read_lines(path: Path, check: Callable[[dict[str, Any]], str | None]) -> lis
 
 def _record(line: str, place: str, check: Callable[[dict[str, Any]], str | None]) -> dict[str, Any]:
     try:
-        record = json.loads(line)
+        record = json_files.parse_json(line)
     except ValueError:
         raise UserError(f"{place} is no JSON; remove or repair the line") from None
     problem = check(record) if isinstance(record, dict) else "wanted a JSON object"
@@ -71,12 +71,12 @@ def metrics_problem(record: dict[str, Any]) -> str | None:
 
 
 def is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return json_files.is_whole(value)
 
 
 def as_number(value: Any) -> float | None:
     """A number of a file, also one that is not finite; None for what is none."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
+    if json_files.is_number(value):
         return float(value)
     return float(value) if isinstance(value, str) and value in NOT_FINITE else None
 

@@ -1,6 +1,7 @@
 """What run directories hold, as a report needs it."""
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -192,7 +193,9 @@ def find_runs(paths: Sequence[Path]) -> list[RunRecord]:
     found: list[Path] = []
     for path in paths:
         found += [
-            place for place in _directories(path) if place.resolve() not in {f.resolve() for f in found}
+            place
+            for place in _directories(path)
+            if os.path.realpath(place) not in {os.path.realpath(f) for f in found}
         ]
     runs = [read_run(directory) for directory in found]
     for run, name in zip(runs, _names(found)):
@@ -228,7 +231,7 @@ def _below(folder: Path) -> list[Path]:
 
 def _names(directories: Sequence[Path]) -> list[str]:
     """As few of the last parts of each path as tell all of them apart."""
-    full = [directory.resolve().parts for directory in directories]
+    full = [Path(os.path.realpath(directory)).parts for directory in directories]
     for count in range(1, max(map(len, full)) + 1):
         names = ["/".join(parts[-count:]) for parts in full]
         if len(set(names)) == len(names):

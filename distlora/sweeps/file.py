@@ -10,6 +10,7 @@ evaluate: [gsm8k]                       # after training: `distlora eval RUN --t
 """
 
 import itertools
+import math
 import os
 import re
 import shutil
@@ -22,7 +23,10 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from distlora.errors import UserError
-from distlora.recipe.strict import parse_yaml, show, validate
+from distlora.files.user_paths import is_file, user_path
+from distlora.files.user_texts import read_user_text
+from distlora.recipe.strict import show, validate
+from distlora.recipe.yaml_text import DEEPEST, parse_yaml
 from distlora.sweeps.points import Point, override_of, point_of
 from distlora.sweeps.quoting import words_of
 from distlora.tasks import SUITES, scored_tasks
@@ -119,7 +123,7 @@ def read_sweep_file(
     file = validate(SweepFile, content, "", lambda key: f"{path}: {key}" if key else str(path))
     if file.name and not re.fullmatch(r"[\w+-][\w.+-]*", file.name, re.ASCII):
         raise UserError(f"{path}: name: found {show(file.name)}, wanted letters, digits and . _ + -")
-    output = Path(file.output or Path("runs", file.name or path.stem))
+    output = user_path(file.output or os.path.join("runs", file.name or path.stem), f"{path}: output")
     shared = (*(override_of(key, value) for key, value in file.common.items()), *overrides)
     points = _points(file, path, shared, overrides, output)
     words = (
@@ -129,11 +133,7 @@ def read_sweep_file(
 
 
 def _content(path: Path) -> dict:
-    try:
-        content = parse_yaml(path.read_text(encoding="utf-8"), str(path))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{path} cannot be read as a sweep: {reason}") from None
+    content = parse_yaml(read_user_text(path, "a sweep"), str(path))
     if not isinstance(content, dict):
         raise UserError(
             f"{path} is no sweep: wanted a mapping with the keys {', '.join(SweepFile.model_fields)}"
@@ -143,7 +143,7 @@ def _content(path: Path) -> dict:
 
 def _recipe(name: str, path: Path) -> Path:
     for folder in (Path(), *path.absolute().parents):
-        if (folder / name).is_file():
+        if is_file(folder / name):
             return folder / name
     raise UserError(f"{path}: recipe: no file {name} here, beside the sweep or in a folder above it")
 
@@ -162,10 +162,15 @@ def _words(given: str | Sequence[str] | None, name: str) -> tuple[str, ...] | No
 
 # ---------------------------------------------------------------------- points
 
+#: Points of a sweep.
+MOST = 10_000
+
 
 def _points(
     file: SweepFile, path: Path, shared: tuple[str, ...], overrides: Sequence[str], output: Path
 ) -> Iterable[Point]:
+    if math.prod(map(len, file.grid.values())) * len(file.list or [{}]) > MOST:
+        raise UserError(f"{path} has more than {MOST:,} points; make several sweeps of it")
     if not file.grid and not file.list:
         raise UserError(f"{path} has no points; give a grid (key: [value, …]) or a list of mappings")
     for number, entry in enumerate(file.list):
@@ -188,10 +193,16 @@ def _points(
 
 def _refuse_overlap(keys: Iterable[str], others: Iterable[str], place: str, where: str) -> None:
     """Raises UserError where one key sets what another, or a section of it, sets as well."""
-    same = keys is others
+    same, names = keys is others, set(others)
+    within = {section: other for other in names for section in _sections(other)}
     for key in keys:
-        for other in others:
-            if same and key == other:
-                continue
-            if f"{key}.".startswith(f"{other}.") or f"{other}.".startswith(f"{key}."):
-                raise UserError(f"{place} sets {key}, and {where} sets {other}; leave one of them out")
+        around = (*_sections(key), *([] if same else [key]))
+        other = within.get(key) or next((section for section in around if section in names), None)
+        if other is not None:
+            raise UserError(f"{place} sets {key}, and {where} sets {other}; leave one of them out")
+
+
+def _sections(key: str) -> list[str]:
+    """Those that a key lies in: a and a.b for a.b.c."""
+    parts = key.split(".")[:DEEPEST]
+    return [".".join(parts[:count]) for count in range(1, len(parts))]

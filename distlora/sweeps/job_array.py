@@ -9,7 +9,8 @@ from pathlib import Path
 import distlora
 from distlora.errors import UserError
 from distlora.files.atomic import write_text
-from distlora.recipe.strict import dump_yaml, parse_yaml
+from distlora.files.user_texts import read_user_text
+from distlora.recipe.yaml_text import dump_yaml, parse_yaml
 from distlora.sentences import first_line
 from distlora.sweeps.file import Sweep
 from distlora.sweeps.points import Point
@@ -65,7 +66,7 @@ def _copy(sweep: Sweep) -> Path:
     """A copy of the sweep's file, in its directory, for tasks that begin later: points keep their numbers
     only while the file stays as it is.
     """
-    content = parse_yaml(sweep.path.read_text(encoding="utf-8"), str(sweep.path))
+    content = parse_yaml(read_user_text(sweep.path, "a sweep"), str(sweep.path))
     content |= {"recipe": str(sweep.recipe.absolute()), "output": str(sweep.output)}
     text = dump_yaml(content)
     path = sweep.output / f"submitted-{hashlib.sha256(text.encode()).hexdigest()[:10]}.yaml"

@@ -5,10 +5,10 @@ Launch scripts read them before a run, so that this file must import quickly.
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 from distlora.errors import UserError
-from distlora.recipe.strict import parse_yaml
+from distlora.files.user_texts import read_user_text
+from distlora.recipe.yaml_text import parse_yaml
 from distlora.sweeps.quoting import words_of
 
 
@@ -17,12 +17,7 @@ def read_sweep(path: str | os.PathLike) -> list[list[str]]:
 
     Raises UserError for a file that cannot be read, and for a line that is not a list of overrides.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{path} cannot be read as a sweep: {getattr(error, 'strerror', None) or error}"
-        ) from None
+    text = read_user_text(path, "a sweep")
     lines = [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
     if not lines:
         raise UserError(f"{path} is empty; write a line of overrides for each run")
@@ -70,8 +65,8 @@ def check_directories(
 def _own_directory(recipe: str) -> object:
     """The recipe's output directory; None if it has none. The run will say what is wrong with the recipe."""
     try:
-        content = parse_yaml(Path(recipe).read_text(encoding="utf-8"), recipe)
-    except (OSError, UnicodeDecodeError, UserError):
+        content = parse_yaml(read_user_text(recipe, "a recipe"), recipe)
+    except UserError:
         return None
     return content.get("output_dir") if isinstance(content, dict) else None
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from distlora.errors import UserError
-from distlora.recipe.strict import parse_yaml
+from distlora.recipe.yaml_text import parse_yaml
 
 #: Characters of a directory's name. With the digest, file systems and the drafts of files have room for it.
 LONGEST_NAME = 120

@@ -69,7 +69,7 @@ def read_note(sweep: Sweep, point: Point) -> Note:
     try:
         content = json.loads(_note_path(sweep, point).read_text(encoding="utf-8"))
         return Note(content["failed"], dict(content["evaluated"]), dict(content["predictions"]))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return Note()
 
 

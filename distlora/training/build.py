@@ -27,6 +27,7 @@ from distlora.models.hub import resolve_path
 from distlora.models.stored_names import renamed
 from distlora.recipe.deepspeed_config import resolve_deepspeed
 from distlora.recipe.sections import Recipe
+from distlora.sentences import listed
 from distlora.training.objective_base import Objective
 from distlora.training.targets import Chosen, choose_targets
 
@@ -60,8 +61,10 @@ def build(comm: Comm, recipe: Recipe, objective: Objective, chosen: Chosen) -> B
     config = on_every_rank(comm, objective.load_config)
     engine, tensorboard, resolved = on_every_rank(comm, lambda: _make_engine(comm, recipe, config))
     settings, quantized = recipe.train, recipe.model.quantization is not None
-    with engine.loading(whole=quantized):
-        model, new = objective.load_model()
+    on_every_rank(comm, objective.check_weights)
+    with engine.loading(whole=quantized) as together:
+        # Where ranks load together, one that fails must not wait for the others: its end tells them.
+        model, new = objective.load_model() if together else on_every_rank(comm, objective.load_model)
     heads = new | objective.head(model)
     if quantized:
         _pack(model, heads, chosen.whole, recipe, comm.device)
@@ -77,6 +80,11 @@ def build(comm: Comm, recipe: Recipe, objective: Objective, chosen: Chosen) -> B
         model, OptimizerSpec(lr=rate, weight_decay=settings.weight_decay, **dict(settings.optimizer))
     )
     draw_heads(engine, new, settings.seed)
+    if new:
+        log.info(
+            "new, since the model's files have none of this size, and drawn by train.seed=%d: %s",
+            settings.seed, listed(sorted(new)),
+        )  # fmt: skip
     objective.check_loaded(engine)
     # From here on ranks may draw different numbers (dropout); new heads were drawn alike.
     reseed(settings.seed + comm.rank, comm.device)

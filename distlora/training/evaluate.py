@@ -3,8 +3,10 @@ own evaluation split or on any tasks. No training data is read.
 """
 
 from collections.abc import Callable
+from pathlib import Path
 
 from distlora.checkpoints.directory import newest
+from distlora.cluster.logs import LOGS
 from distlora.cluster.supervision import Supervision
 from distlora.engine.comm import Topology
 from distlora.engine.coordination import on_every_rank
@@ -78,7 +80,7 @@ def evaluate(
     recipe = _of_model(subject, fitted_to_ranks(subject.recipe, topology.world_size), asked)
     with (
         own_random_state(recipe.train.seed, device := device_of(topology.local_rank)),
-        Supervision(topology, recipe.train.hang_timeout) as supervision,
+        Supervision(topology, recipe.train.hang_timeout, _logs(subject, asked)) as supervision,
     ):
         comm = supervision.gather(device, recipe.deepspeed is not None, asked_to_stop)
         checkpoint = newest(recipe.output_dir, comm) if subject.run else None
@@ -86,12 +88,20 @@ def evaluate(
             raise UserError(f"{recipe.output_dir} holds no complete checkpoint; train first", agreed=True)
         sections = sections_of(subject, asked)
         wanted = sections.values() if asked.tasks else [recipe.data]
+        comm.course.enter("fetching the model and the data", patient=True)
         fetch(comm, recipe, [(section, section.eval_split) for section in wanted])
+        comm.course.enter("the evaluation")
         evaluated = Evaluated(comm, recipe, objective_of(recipe), subject, checkpoint)
         try:
             return scores_of_tasks(evaluated, asked, sections) if asked.tasks else _own_split(evaluated)
         except Preempted:
             raise Preempted(STOPPED) from None
+
+
+def _logs(subject: Subject, asked: Asked) -> Path | None:
+    """Where the logs of the evaluation go; None where it writes no files."""
+    place = asked.out or (Path(subject.recipe.output_dir) if subject.run else None)
+    return place and place / LOGS
 
 
 def _of_model(subject: Subject, recipe: Recipe, asked: Asked) -> Recipe:

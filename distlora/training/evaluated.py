@@ -13,6 +13,7 @@ from distlora.data.sources import parse_split
 from distlora.data.templates import CHAT, parse_template
 from distlora.errors import UserError
 from distlora.exports.peft_files import PeftFiles, read_peft
+from distlora.exports.starting import without_start
 from distlora.files.problems import dangling_link
 from distlora.recipe.deepspeed_config import given_deepspeed
 from distlora.recipe.load import load_recipe, load_run_recipe, recipe_of
@@ -93,6 +94,7 @@ def subject_of_run(run_dir: Path, overrides: Sequence[str]) -> Subject:
         raise UserError(
             f"{run_dir} is another run than the overrides say ({difference}); an evaluation may change {may}"
         )
+    recipe = recipe.model_copy(update={"method": without_start(recipe.method)})
     return Subject(recipe, own.data, _given(overrides), None, run=True)
 
 

@@ -1,5 +1,6 @@
 """From a run's directory to what other software loads. Works on files alone, without an engine."""
 
+import logging
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -7,24 +8,34 @@ from typing import Literal
 
 import torch
 
-from distlora.checkpoints.directory import newest, of_step
+from distlora.checkpoints.directory import Checkpoint, newest, of_step
 from distlora.data import ends_of_turn
 from distlora.errors import UserError
+from distlora.exports.card import Form, write_card
 from distlora.exports.check import check_merged
 from distlora.exports.companions import RunTokens
 from distlora.exports.draft import bring_back_earlier, new_directory
+from distlora.exports.exported import AdapterSource
 from distlora.exports.merged import write_merged
-from distlora.exports.peft import ADAPTER_WEIGHTS, refuse_full, write_peft_adapter
-from distlora.exports.sources import AdapterSource, CheckpointSource, Compressed, Source, check_compression
+from distlora.exports.peft import ADAPTER_WEIGHTS, experts_of, refuse_peft, write_peft_adapter
+from distlora.exports.precision import dtype_for
+from distlora.exports.sources import CheckpointSource, Compressed, Source, check_compression
+from distlora.exports.suffixes import Names, names_in
+from distlora.exports.vllm import ForVLLM
 from distlora.files.problems import dangling_link, file_errors_explained
 from distlora.files.user_paths import user_path
 from distlora.methods import HasMagnitude, Method
-from distlora.models.hub import resolve_path
+from distlora.models.base_names import base_name_of
+from distlora.models.hub import resolve_path, without_weights
 from distlora.models.loading import load_tokenizer
+from distlora.models.stored_names import bare_of_class
 from distlora.recipe.load import load_run_recipe
 from distlora.recipe.sections import Recipe
 from distlora.tasks import ImageTask, ResponseTask, get_task
+from distlora.training.about import about_run, scores_of
 from distlora.training.objective import conventions_of
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -32,12 +43,19 @@ class Exported:
     """What was written where. errors: relative Frobenius error of the update of every layer whose pair was
     compressed. compression: the same in one sentence, None where nothing was compressed. difference: between
     the logits of the merged model and the run's, relative to the largest; None where they were not compared.
+    dtype: of an adapter.
     """
 
     path: Path
     errors: dict[str, float] = field(default_factory=dict)
     compression: str | None = None
     difference: float | None = None
+    dtype: torch.dtype | None = None
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(path.stat().st_size for path in self.path.rglob("*") if path.is_file())
 
 
 def export_run(
@@ -49,15 +67,18 @@ def export_run(
     compress_rank: int | None = None,
     max_error: float | None = None,
     check: bool = True,
+    server: Literal["vllm"] | None = None,
 ) -> Exported:
     """Writes what a run has trained to the new directory `out`. Works on files alone, without an engine.
 
-    checkpoint: the step; None for the last state that the run has left. dtype: None for float32 ("peft") or
-    that of the pretrained weights ("merged": the sum is made in float32 and cast once).
+    checkpoint: the step; None for the last state that the run has left. dtype: None for the
+    run's ("peft": float32 where that would change an update by more than its precision explains) or that of
+    the pretrained weights ("merged": the sum is made in float32 and cast once).
     compress_rank: the most columns of a layer's pair. max_error: of a layer's update, relative, in the
     Frobenius norm; each layer has the smallest rank that meets it. Without both, what is exported is exact,
     except that a stack of updates is compressed where it is wider than the matrix, or is going to be rounded
-    to `dtype`. check: whether the merged model is loaded, and compared with the run on one batch.
+    to `dtype`. server: "vllm" for an adapter in the form that vLLM loads. check: whether the merged model is
+    loaded, and compared with the run on one batch.
     Errors: UserError for a directory that is no run, one without a complete checkpoint, an `out` that is not
     empty, a format that the method cannot have, a compression that makes no sense, and a merged model that
     computes something else than the run.
@@ -65,6 +86,8 @@ def export_run(
     run_dir, out = Path(run_dir), Path(out).absolute()
     if format not in ("peft", "merged"):
         raise UserError(f"format is {format}; wanted peft or merged")
+    if server is not None and format == "merged":
+        raise UserError("--for vllm is for --format peft: vLLM loads a merged model as it is; leave it out")
     check_compression(format, compress_rank, max_error)
     if not (run_dir / "recipe.yaml").is_file():
         link = dangling_link(run_dir / "recipe.yaml")
@@ -78,22 +101,40 @@ def export_run(
             if checkpoint is None
             else _of_step(run_dir, checkpoint, recipe.method)
         )
+        about = about_run(recipe, scores_of(run_dir, source.step), source.step)
         if format == "merged":
             tokens = _tokens(recipe)
             merged = write_merged(draft, resolve_path(recipe.model.path), source, dtype, tokens)
             difference = check_merged(draft, merged, tokens and tokens.pad_id) if check else None
+            form = Form("merged", source.model["class"], dtype=merged.usual_dtype)
+            write_card(draft, base_name_of(base_name(recipe.model.path)), about, form)
             return Exported(out, difference=difference)
-        refuse_full(recipe.method)
-        compressed = Compressed(source, dtype or torch.float32, compress_rank, max_error)
-        base = base_name(recipe.model.path)
-        write_peft_adapter(draft, compressed, base, recipe.method.dropout, dtype or torch.float32)
-    return Exported(out, compressed.errors, compressed.compression())
+        refuse_peft(recipe.method, experts_of(source))
+        if dtype is None:  # of an update that may be off by so much, no more is rounded away
+            exact = max_error is not None
+            dtype = torch.float32 if exact else dtype_for(source, getattr(torch, recipe.model.dtype))
+        compressed = Compressed(source, dtype, compress_rank, max_error)
+        base, names = base_name(recipe.model.path), _names(recipe.model.path, source.model["class"])
+        written = compressed if server is None else ForVLLM(compressed)
+        write_peft_adapter(draft, written, base, recipe.method.dropout, dtype, names, about)
+    return Exported(out, compressed.errors, compressed.compression(), dtype=dtype)
 
 
 def base_name(path: str) -> str:
-    """What others find the base model under: a hub name as it is, anything else as an absolute directory."""
-    local = path.startswith("pypi:") or user_path(path, "model.path").is_dir()
-    return str(resolve_path(path).absolute()) if local else path
+    """The base model's path for `base_name_of`: a directory without what depends on the current one."""
+    return str(resolve_path(path).absolute()) if user_path(path, "model.path").is_dir() else path
+
+
+def _names(path: str, model_class: str | None) -> Names | None:
+    """The names in the model, of which only the config is read; None where they cannot be known."""
+    try:
+        model = bare_of_class(resolve_path(without_weights(path)), model_class)
+    except UserError as error:  # training needed it, an export does not
+        log.info(
+            "the adapter calls every layer by its whole name, because the model is not at hand: %s", error
+        )
+        return None
+    return model and names_in(model)
 
 
 def _tokens(recipe: Recipe) -> RunTokens | None:
@@ -125,13 +166,19 @@ def _last_state(run_dir: Path, method: Method) -> Source:
     """The newest checkpoint, or the adapter that training wrote at its end if that is of a later step."""
     found, finished = newest(run_dir), run_dir / "adapter"
     bring_back_earlier(finished)
-    sources: list[Source] = [] if found is None else [CheckpointSource(found, method)]
+    sources: list[Source] = [] if found is None else [_of_checkpoint(found, method)]
     if (finished / ADAPTER_WEIGHTS).is_file():
-        sources.append(AdapterSource(finished))
+        with file_errors_explained(finished):
+            sources.append(AdapterSource(finished))
     if not sources:
         raise UserError(f"{run_dir} has no complete checkpoint and no adapter; train first")
     return max(sources, key=lambda source: source.step)
 
 
 def _of_step(run_dir: Path, step: int, method: Method) -> Source:
-    return CheckpointSource(of_step(run_dir, step), method)
+    return _of_checkpoint(of_step(run_dir, step), method)
+
+
+def _of_checkpoint(checkpoint: Checkpoint, method: Method) -> Source:
+    with file_errors_explained(checkpoint.path):
+        return CheckpointSource(checkpoint, method)

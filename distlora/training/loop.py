@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from distlora import api
+from distlora.checkpoints.directory import last_good
 from distlora.cluster.status import StatusFile
 from distlora.engine.coordination import on_main
 from distlora.engine.optimizers import Schedule
@@ -20,9 +21,10 @@ from distlora.models.router_loss import take_router_loss, wants_router_loss
 from distlora.models.targets import load_of
 from distlora.recipe.load import run_identity
 from distlora.recipe.sections import Recipe
+from distlora.training.bad_steps import MEMORY, BadStep
 from distlora.training.monitor import Monitor, Progress
-from distlora.training.samples import RunSamples
-from distlora.training.step import LossSum, accumulate
+from distlora.training.proofs import Proofs
+from distlora.training.setbacks import Setbacks
 from distlora.training.writing import Writing
 
 #: In a checkpoint's extra state: the evaluation after its step was cut short.
@@ -51,8 +53,8 @@ class Loop:
     engine: Engine
     adapted: api.Adapted
     recipe: Recipe
-    data: RunSamples
-    loss: LossSum
+    setbacks: Setbacks
+    proofs: Proofs
     schedule: Schedule
     steps: int
     status: StatusFile
@@ -64,10 +66,10 @@ class Loop:
         """From the adapter's step to the last one; returns the mean seconds of a step.
 
         extra: of the state that is gone on from. saved: its checkpoint. Errors: Preempted once what was
-        reached is saved; TrainingError with the last good checkpoint in its sentence; UserError where metrics
-        and logs cannot be written any more, once what was reached is saved if it can be.
+        reached is saved; TrainingError with the last good checkpoint in its sentence; GoBack; UserError where
+        metrics and logs cannot be written any more, once what was reached is saved if it can be.
         """
-        first, good = self.adapted.steps, saved
+        first = self.adapted.steps
         progress = Progress(self.steps, first, self.engine.comm.is_main)
         self.engine.train_mode(True)
         seconds, state = 0.0, self._state(extra)
@@ -75,14 +77,16 @@ class Loop:
         try:
             if extra.pop(EVALUATION_DUE, False):
                 self._look(state)
-            for step in range(first, self.steps):
+            while self.adapted.steps < self.steps:
                 began = time.perf_counter()
-                self._step(step, progress)
+                made = self._step_or_skip(state, progress)
                 seconds += time.perf_counter() - began
-                good = saved  # the loss of its weights, or of later ones, has just turned out finite
-                self.status.step = step + 1
-                state = self._state(extra)
+                self.status.step = self.engine.comm.course.step = self.adapted.steps
+                if made:
+                    state = self._state(extra)
                 self._stop_if_unwritable(state, saved)
+                if not made:
+                    continue
                 if state.step < self.steps and self._is_due(self.recipe.train.eval_every, state.step):
                     self._look(state)
                 if state.step == self.steps or self._is_due(self.recipe.train.save_every, state.step):
@@ -90,7 +94,7 @@ class Loop:
         except Preempted:
             raise Preempted(self._leave(state, saved)) from None
         except TrainingError as error:
-            there = good if good and good.exists() else "none"
+            there = last_good(self.recipe.output_dir) or "none"
             raise TrainingError(f"{error}; the last good checkpoint: {there}") from error
         finally:
             progress.close()
@@ -103,15 +107,27 @@ class Loop:
     def _is_due(every: int | None, step: int) -> bool:
         return bool(every) and step % every == 0
 
+    def _step_or_skip(self, state: State, progress: Progress) -> bool:
+        """One step after the state; False if it was a bad one, whose batch is left out now."""
+        try:
+            self._step(state.step, progress)
+        except BadStep as bad:
+            try:
+                self.setbacks.meet(bad, state.step)
+            except BadStep:
+                at = f" at step {state.step + 1}"
+                raise TrainingError(str(bad) if bad.taken else f"{bad}{at}") from bad
+            restore_random_states(state.random, self.engine.comm.device)  # from which dropout has drawn
+            return False
+        return True
+
     def _step(self, step: int, progress: Progress) -> None:
-        batches = self.data.of_step(step)
+        batches = self.setbacks.batches(step)
         rate = self.schedule.rate(step)
         self.engine.set_rate(rate)
         take_router_loss(self.engine.module)  # of passes that were no steps
-        try:
-            loss = accumulate(self.engine, batches, self.loss)
-        except TrainingError as error:
-            raise TrainingError(f"{error} at step {step + 1}") from error
+        loss = self.setbacks.gradients(batches)
+        self.proofs.finite(step)
         self.adapted.before_step()
         info = self.engine.step()
         norm = self.adapted.norm_before_transform
@@ -123,9 +139,12 @@ class Loop:
         )
         scalars = {"loss": loss, "learning_rate": rate, "grad_norm": norm, f"{unit}_per_second": speed}
         scalars |= self._router_loss()
+        if self.setbacks.memory.left_out:
+            scalars["bad_steps"] = self.setbacks.memory.before(step)
         self.monitor.write(step + 1, {f"train/{key}": value for key, value in scalars.items()})
         if info.skipped or not math.isfinite(norm):
-            raise TrainingError(f"the optimizer refused step {step + 1}: its gradient is not finite")
+            raise BadStep(f"the optimizer refused step {step + 1}: its gradient is not finite", taken=True)
+        self.setbacks.memory.remember_good(step + 1, loss)
         decided = self.adapted.after_step(loss)
         if decided is not None:
             self.monitor.tell_recomposition(decided)
@@ -142,7 +161,11 @@ class Loop:
         if self.score is None:
             return
         state.extra = state.extra | {EVALUATION_DUE: True}
-        self.monitor.write(state.step, {f"eval/{key}": value for key, value in self.score().items()})
+        with self.engine.comm.course.during("an evaluation"):
+            scores = self.score()
+        self.monitor.write(state.step, {f"eval/{key}": value for key, value in scores.items()})
+        if math.isfinite(scores["loss"]):
+            self.proofs.finite(state.step)
         del state.extra[EVALUATION_DUE]
 
     def _stop_if_unwritable(self, state: State, saved: Path | None) -> None:
@@ -154,7 +177,7 @@ class Loop:
                 raise
             there = self._try_to_save(state)
             kept = f"stopped after step {state.step}, which " + ("is saved" if there else "cannot be saved")
-            raise UserError(f"{error}; {kept}; {_goes_on(there or saved)}", agreed=error.agreed) from error
+            raise UserError(f"{error}; {kept}; {goes_on(there or saved)}", agreed=error.agreed) from error
 
     def _try_to_save(self, state: State) -> Path | None:
         try:
@@ -170,19 +193,22 @@ class Loop:
         except UserError as error:
             if not self.writing.is_ours():
                 raise
-            raise UserError(f"{error}; {_goes_on(saved)}", agreed=error.agreed) from error
+            raise UserError(f"{error}; {goes_on(saved)}", agreed=error.agreed) from error
         return saved
 
     def _save(self, state: State) -> Path:
         """Metrics that could not be written go with it."""
         settings, run_dir = self.recipe.train, Path(self.recipe.output_dir)
         unwritten = self.monitor.unwritten()
-        extra = state.extra | ({UNWRITTEN: unwritten} if unwritten else {})
-        saved = api.save(
-            self.adapted, run_dir, step=state.step, identity=run_identity(self.recipe), extra=extra,
-            keep=settings.keep_checkpoints, claimed=True, check=self.writing.check,
-        )  # fmt: skip
+        extra = state.extra | {MEMORY: self.setbacks.memory.state()}
+        extra |= {UNWRITTEN: unwritten} if unwritten else {}
+        with self.engine.comm.course.during("the saving of a checkpoint"):
+            saved = api.save(
+                self.adapted, run_dir, step=state.step, identity=run_identity(self.recipe), extra=extra,
+                keep=settings.keep_checkpoints, claimed=True, check=self.writing.check,
+            )  # fmt: skip
         self.status.saved = state.step
+        self.proofs.saved(saved, state.step)
         return saved
 
     def _leave(self, state: State, saved: Path | None) -> str:
@@ -205,5 +231,6 @@ class Loop:
         )
 
 
-def _goes_on(saved: Path | None) -> str:
+def goes_on(saved: Path | None) -> str:
+    """What the same command will do."""
     return f"the same command goes on from {saved}" if saved else "the same command begins anew"

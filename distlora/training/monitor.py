@@ -1,6 +1,7 @@
 """What a run tells: `metrics.jsonl`, the monitors of the DeepSpeed config, and a progress bar."""
 
 import json
+import logging
 import math
 import sys
 import threading
@@ -14,9 +15,13 @@ from tqdm import tqdm
 
 from distlora.engine.protocol import Engine
 from distlora.files.atomic import append_text, write_text
+from distlora.files.json_files import is_number, is_whole, parse_json
 from distlora.recompose.report import RecompositionReport
+from distlora.sentences import counted
 from distlora.training.run_directory import METRICS, RECOMPOSITIONS
 from distlora.training.writing import Writing
+
+log = logging.getLogger(__name__)
 
 
 class Monitor:
@@ -71,11 +76,10 @@ class Monitor:
 
     def make_up(self, unwritten: dict[str, str]) -> None:
         """Writes what an earlier start could not. unwritten: as that one's `unwritten`."""
-        for line in unwritten.get(METRICS, "").splitlines():
-            record = json.loads(line)
-            self.write(record.pop("step"), {tag: float(value) for tag, value in record.items()})
-        for line in unwritten.get(RECOMPOSITIONS, "").splitlines():
-            record = json.loads(line)
+        for _, record in records(unwritten.get(METRICS, "")):
+            step = record.pop("step")
+            self.write(step, {tag: float(value) for tag, value in record.items() if _is_scalar(value)})
+        for _, record in records(unwritten.get(RECOMPOSITIONS, "")):
             if self._engine.comm.is_main and (record["step"], "step") not in self._recomposed:
                 self._append(self._path.with_name(RECOMPOSITIONS), record)
 
@@ -116,24 +120,34 @@ def _keep_until(path: Path, step: int) -> set[tuple[int, str]]:
     if not path.exists():
         return set()
     kept, told = [], set()
-    for line, record in records(path):
+    text = path.read_text(encoding="utf-8", errors="replace")
+    found = list(records(text))
+    for line, record in found:
         if step and record["step"] <= step:
             kept.append(line + "\n")
             told |= {(record["step"], tag) for tag in record}
+    foreign = text.count("\n") - len(found)  # a last line without an end is one that a crash cut short
+    if foreign > 0:
+        log.warning("%s: %s that no run has written left out", path, counted(foreign, "line"))
     write_text(path, "".join(kept))
     return told
 
 
-def records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def records(text: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """The lines of `metrics.jsonl` or of a file like it, and what they hold; without those that no run has
-    written. Raises OSError."""
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    written."""
+    for line in text.split("\n"):
         try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
+            record = parse_json(line)
+        except ValueError:
             continue
-        if isinstance(record, dict) and type(record.get("step")) is int:
+        if isinstance(record, dict) and is_whole(record.get("step")):
             yield line, record
+
+
+def _is_scalar(value: Any) -> bool:
+    """Whether it is what `jsonable` returns."""
+    return is_number(value) or (isinstance(value, str) and value in ("nan", "inf", "-inf"))
 
 
 def jsonable(value: float) -> float | str:

@@ -10,7 +10,15 @@ from torch import Tensor, nn
 from distlora.data import Encoded, is_at_hand
 from distlora.engine.protocol import Engine
 from distlora.models.dry_run import ordinary_text
-from distlora.models.loading import attention_of, bare_model, load_config, load_model, load_tokenizer
+from distlora.models.foreign import check_weights
+from distlora.models.hub import resolve_path
+from distlora.models.loading import (
+    attention_of,
+    bare_model,
+    load_config,
+    load_model,
+    load_tokenizer,
+)
 from distlora.models.targets import Batch
 from distlora.recipe.sections import Recipe
 
@@ -80,6 +88,11 @@ class Objective(ABC):
         """Reads and checks what `generate` needs, before the model is loaded. Errors: UserError."""
         return
 
+    def check_weights(self) -> None:
+        """Raises UserError for weights that this rank cannot read; looks at what their files say of them."""
+        path = self.recipe.model.path
+        check_weights(path, resolve_path(path))
+
     def load_model(self) -> tuple[nn.Module, set[str]]:
         """The model, and the names of the parameters that its weights lack."""
         return load_model(self.recipe.model, self.labels)
@@ -94,7 +107,7 @@ class Objective(ABC):
 
     def meta_sample(self, model: nn.Module, tokens: int = 2) -> Batch:
         """One sample, without a label, for a model on the meta device. tokens: the length of a text. Made
-        inside `distlora.models.dry_run.known_values`, its token ids have values.
+        inside `distlora.maths.known_values.known_values`, its token ids have values.
         """
         ids = ordinary_text(model.config, tokens)["input_ids"]
         # A mask as attention uses it: transformers would make one from values, and meta tensors have none.

@@ -18,6 +18,7 @@ from distlora.engine.coordination import on_main
 from distlora.engine.protocol import Engine
 from distlora.errors import Preempted, TrainingError
 from distlora.files.atomic import write_text
+from distlora.files.json_files import checked, read_json
 from distlora.initialisation.probe import modes_kept
 from distlora.models.targets import Batch
 from distlora.recipe.sections import RateSearchSection
@@ -52,6 +53,16 @@ class RateSearch:
             "lr_search/rate": self.rate, "lr_search/loss_before": self.loss_before,
             "lr_search/loss": dict(self.tried)[self.rate], "lr_search/seconds": self.seconds,
         }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """Of the file, what is used. A loss that was infinite is None there."""
+
+    rate: float
+    loss_before: float
+    tried: list[tuple[float, float | None]]
+    seconds: float
 
 
 def search_rate(
@@ -193,9 +204,18 @@ def _as_text(found: RateSearch, identity: dict) -> str:
 
 
 def _read(path: Path, identity: dict) -> dict | None:
-    """The file's content; None without one, and for one of another run."""
+    """The file's content; None without one, and for one that is damaged or of another run."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError, RecursionError):
+        content = read_json(path)
+        if not isinstance(content, dict) or content.get("run") != identity:
+            return None
+        found = checked(_Stored, content)
+    except FileNotFoundError:
         return None
-    return content if isinstance(content, dict) and content.get("run") == identity else None
+    except ValueError as error:
+        log.warning("%s is damaged (%s): the learning rate is searched again", path, error)
+        return None
+    if not (math.isfinite(found.rate) and found.rate > 0 and found.rate in dict(found.tried)):
+        log.warning("%s is damaged (its rate was not tried): the learning rate is searched again", path)
+        return None
+    return content

@@ -3,7 +3,7 @@
 import logging
 import time
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +16,26 @@ from distlora.cluster.status import StatusFile
 from distlora.engine.comm import Comm
 from distlora.engine.coordination import on_every_rank, on_main
 from distlora.engine.optimizers import Schedule
+from distlora.engine.random_state import random_states
+from distlora.exports.peft import problem_with_peft, stacks_of
 from distlora.initialisation.factors import InitReport
-from distlora.methods import NeedsProbe, ProbeSettings, Recomposes, TrainsWeight
 from distlora.recipe.combination import check_length
 from distlora.recipe.load import run_identity
 from distlora.recipe.sections import Recipe
+from distlora.training.about import about_run
+from distlora.training.bad_steps import BadSteps, GoBack, read_left_out
 from distlora.training.build import Built, build
+from distlora.training.continued import check_extra
 from distlora.training.export_run import base_name
-from distlora.training.loop import UNWRITTEN, Loop
-from distlora.training.monitor import Monitor
+from distlora.training.loop import Loop
 from distlora.training.objective import objective_of
+from distlora.training.proofs import Proofs, refuse_bad_end
 from distlora.training.rate_search import RateSearch, find_rate, search_rate
+from distlora.training.restoring import Restoring
 from distlora.training.samples import RunSamples, fetch
 from distlora.training.seen_data import seen_by
-from distlora.training.summary import record_summary
+from distlora.training.setbacks import Setbacks
+from distlora.training.summary import Summary, record_summary
 from distlora.training.targets import choose_targets
 from distlora.training.writing import Writing
 
@@ -39,27 +45,7 @@ FOUND_RATE = "found_rate"
 log = logging.getLogger(__name__)
 
 
-@dataclass
-class Summary:
-    """What a run came to. before, after, on the evaluation set: "loss", a classifier's metrics, and
-    "exact_match" (0 … 1) where it was asked for. found_rate: the learning rate, where it was searched.
-    """
-
-    run_dir: Path
-    adapter: Path | None
-    trained: int
-    lora_trained: int
-    rank: int
-    steps: int
-    before: dict[str, float] = field(default_factory=dict)
-    after: dict[str, float] = field(default_factory=dict)
-    init_seconds: float = 0.0
-    step_seconds: float = 0.0
-    found_rate: float | None = None
-    tensorboard: str | None = None
-
-
-class Run:
+class Run(Restoring):
     """The state of one run, in the order in which it comes about."""
 
     def __init__(
@@ -77,7 +63,9 @@ class Run:
         self.comm, self.recipe, self.checkpoint, self.status = comm, recipe, checkpoint, status
         self.run_dir, self.writing = Path(recipe.output_dir), writing or Writing(comm)
         self.objective = objective_of(recipe)
+        comm.course.enter("fetching the model and the data", patient=True)
         fetch(comm, recipe)
+        comm.course.enter("reading the data")
         comm.sum_or_stop()
         on_every_rank(comm, self.objective.check_length)
         chosen = on_every_rank(comm, lambda: choose_targets(recipe, self.objective))
@@ -87,6 +75,7 @@ class Run:
         self.data = RunSamples(comm, recipe, self.objective)
         self.seen = seen_by(comm, recipe, self.data)
         if checkpoint is not None:
+            on_main(comm, self.run_dir, lambda: check_extra(checkpoint, recipe))
             on_main(comm, self.run_dir, lambda: self.seen.compare(self.run_dir, allow_changed_data))
         on_every_rank(comm, lambda: self.objective.prepare(self.data.preprocessor))
         settings = recipe.train
@@ -95,6 +84,9 @@ class Run:
             status.steps = self.steps
         self.schedule = None if settings.searches_lr else self._schedule(settings.lr)
         on_every_rank(comm, lambda: check_length(fitted, self.steps))
+        self._chosen, self.bad_steps = chosen, BadSteps()
+        self.proofs = Proofs(self.writing, settings.keep_checkpoints)
+        comm.course.enter("loading the model")
         self.built = build(comm, recipe, self.objective, chosen)
         comm.sum_or_stop()
 
@@ -110,93 +102,114 @@ class Run:
     # ------------------------------------------------------------------ the stages
 
     def finish(self) -> Summary:
-        """Everything from the first step, or the checkpoint's, to the exported adapter."""
-        first = self.checkpoint.step if self.checkpoint else 0
-        monitor = Monitor(self.built.engine, self.run_dir, first, self.writing)
-        extra = self._initialise(monitor) if self.checkpoint is None else self._restore()
-        monitor.make_up(extra.pop(UNWRITTEN, {}))
-        if self.schedule is None:
-            self.schedule = self._schedule(extra[FOUND_RATE])
+        """Everything from the first step, or the checkpoint's, to the exported adapter. Errors: TrainingError
+        where training breaks, or the weights that it ends with are no good.
+        """
+        extra, first = self._begin()
         self._tell_reserve()
         summary = _summary(self.run_dir, self.built, self.recipe.method.rank, self.steps)
         summary.before, summary.init_seconds = extra["before"], extra["init_seconds"]
         summary.found_rate = extra.get(FOUND_RATE)
-        if first == 0:
-            monitor.write(0, {f"eval/{key}": value for key, value in summary.before.items()})
-        loop = Loop(
-            self.built.engine, self.built.adapted, self.recipe, self.data, self.objective.loss, self.schedule,
-            self.steps, self.status, monitor, self.writing, self._scores if self.data.held_out else None,
-        )  # fmt: skip
-        summary.step_seconds = loop.run(extra, self.checkpoint and self.checkpoint.path) or 0.0
+        summary.step_seconds = self._train(extra) or 0.0
+        self.comm.course.enter("the evaluation")
         if self.data.held_out:
             summary.after = self._evaluate()
-            monitor.write(self.steps, {f"eval/{key}": value for key, value in summary.after.items()})
+            self.monitor.write(self.steps, _as_evaluation(summary.after))
+        refuse_bad_end(self.proofs, summary.after, self.run_dir, self.steps, self._has_finite_loss)
         self.writing.agree()
-        summary.adapter = self._export()
+        self.comm.course.enter("the export of the adapter")
+        summary.adapter = self._export(summary)
         on_main(self.comm, self.run_dir, self.writing.check)
         record_summary(self.comm, asdict(summary), first, self.data.order.steps_per_epoch)
         return summary
 
-    def _plan(self) -> dict[str, Any]:
-        """What an adapter has to know of the run."""
-        method = self.recipe.method
-        refill = method.refill_probe() if isinstance(method, Recomposes) else None
-        first = method.probe_settings() if isinstance(method, NeedsProbe) else None
-        return {
-            "probe": self._probe(refill or first), "steps": self.steps,
-            # Of a rate that is to be found nobody asks: see `problem_with_search`.
-            "first_rate": self.schedule and self.schedule.rate,
-            "seed": self.recipe.train.seed, "pretrained": self.built.pretrained,
-        }  # fmt: skip
+    def _begin(self) -> tuple[dict[str, Any], int]:
+        """What is remembered of the run's beginning, and the step from which this start goes on."""
+        left_out = self.comm.share(on_main(self.comm, self.run_dir, lambda: read_left_out(self.run_dir)))
+        self.bad_steps.go_on_from(self.checkpoint.step if self.checkpoint else 0, left_out)
+        if self.checkpoint is None:
+            self._open_monitor()
+            extra = self._initialise()
+            self._first_random = random_states(self.comm.device)
+        else:
+            extra = self._resume()
+            self._open_monitor(extra)
+        if self.schedule is None:
+            self.schedule = self._schedule(extra[FOUND_RATE])
+        self._before = extra["before"]
+        return extra, self.checkpoint.step if self.checkpoint else 0
 
-    def _probe(self, settings: ProbeSettings | None):
-        """The samples of the j-th probe; None where the method needs none."""
-        return settings and (lambda number: self.data.probe_data(settings, number))
+    def _train(self, extra: dict[str, Any]) -> float | None:
+        """All steps, as often as it takes; returns the mean seconds of one."""
+        while True:
+            self.comm.course.enter("training")
+            try:
+                return self._loop().run(extra, self.checkpoint and self.checkpoint.path)
+            except GoBack:
+                pass  # outside of this block, where nothing holds the engine any more
+            extra = self._go_back()
 
-    def _initialise(self, monitor: Monitor) -> dict[str, Any]:
-        """Of a run that begins; returns what is remembered of its beginning."""
-        before = self._evaluate_pretrained() if self.data.held_out else {}
+    def _loop(self) -> Loop:
+        built, settings = self.built, self.recipe.train
+        setbacks = Setbacks(
+            built.engine, self.data, self.objective.loss, settings, self.writing, self.run_dir, self.bad_steps
+        )
+        return Loop(
+            built.engine, built.adapted, self.recipe, setbacks, self.proofs, self.schedule, self.steps,
+            self.status, self.monitor, self.writing, self._scores if self.data.held_out else None,
+        )  # fmt: skip
+
+    def _initialise(self, before: dict[str, float] | None = None) -> dict[str, Any]:
+        """Of a run that begins; returns what is remembered of its beginning. before: the scores of the
+        pretrained model, or of the adapter that is started from, where they are known."""
+        course, start = self.comm.course, self.built.adapted.start
+        if before is None and start is None:
+            course.enter("the evaluation of the pretrained model")
+            before = self._evaluate_pretrained() if self.data.held_out else {}
+        course.enter("the initialisation")
         began = time.perf_counter()
         report = api.initialise(self.built.adapted, self.built.engine, **self._plan())
         seconds = time.perf_counter() - began
-        self._tell_init(report, seconds, monitor)
+        self._tell_init(report, seconds)
+        if start is not None:
+            log.info("started from %s", start.files.directory)
+        if before is None:
+            before = self._evaluate() if self.data.held_out else {}
         extra = {"before": before, "init_seconds": seconds}
-        return extra | ({FOUND_RATE: self._find_rate(monitor)} if self.schedule is None else {})
+        extra |= {FOUND_RATE: self._find_rate()} if self.recipe.train.searches_lr else {}
+        self.monitor.write(0, _as_evaluation(before))
+        return extra
 
-    def _find_rate(self, monitor: Monitor) -> float:
+    def _find_rate(self) -> float:
         """The learning rate of a run that begins and asks for one."""
         engine, settings = self.built.engine, self.recipe.train.lr_search
+        self.comm.course.enter("the search for the learning rate")
 
         def search() -> RateSearch:
             steps, held_back = self.data.trial(settings.steps, settings.samples)
             return search_rate(engine, settings, steps, held_back, self.objective.loss)
 
         found = find_rate(self.writing, self.run_dir, run_identity(self.recipe), search)
-        monitor.tell_rates(found.scalars(), found.tried)
+        self.monitor.tell_rates(found.scalars(), found.tried)
         return found.rate
 
-    def _restore(self) -> dict[str, Any]:
-        """Of a run that goes on; returns what is remembered of its beginning."""
-        plan = self._plan()
-        state = api.load(self.built.adapted, self.built.engine, self.checkpoint, random_states=True, **plan)
-        log.info("continuing from %s", self.checkpoint.path)
-        return state["extra"]
-
-    def _export(self) -> Path | None:
-        if isinstance(self.built.adapted.method, TrainsWeight):
+    def _export(self, summary: Summary) -> Path | None:
+        attached = self.built.adapted.attached
+        if problem_with_peft(attached.method, stacks_of(attached)):
             return None
         base = base_name(self.recipe.model.path)
         on_main(self.comm, self.run_dir, self.writing.check)
-        return api.export(self.built.adapted, self.run_dir / "adapter", base_model=base)
+        about = about_run(self.recipe, {"before": summary.before, "after": summary.after}, self.steps)
+        return api.export(self.built.adapted, self.run_dir / "adapter", base_model=base, about=about)
 
     # ------------------------------------------------------------------ what is told
 
-    def _tell_init(self, report: InitReport, seconds: float, monitor: Monitor) -> None:
+    def _tell_init(self, report: InitReport, seconds: float) -> None:
         numbers = ", ".join(f"{key} {value:.4g}" for key, value in report.scalars.items())
         layers, colon = len(self.built.adapted.layers), ": " if report.scalars else ""
         log.info("initialised %d layers in %.1f s%s%s", layers, seconds, colon, numbers)
         scalars = {f"init/{key}": value for key, value in report.scalars.items()}
-        monitor.write(0, scalars | {"init/seconds": seconds})
+        self.monitor.write(0, scalars | {"init/seconds": seconds})
 
     def _tell_reserve(self) -> None:
         held = self.built.adapted.recomposer.reserve_bytes()
@@ -229,6 +242,11 @@ class Run:
             for layer in self.built.adapted.layers.values():
                 stack.enter_context(layer.bare())
             return self._evaluate()
+
+
+def _as_evaluation(scores: dict[str, float]) -> dict[str, float]:
+    """For the metrics."""
+    return {f"eval/{key}": value for key, value in scores.items()}
 
 
 def _summary(run_dir: Path, built: Built, rank: int, steps: int) -> Summary:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from distlora.checkpoints.directory import Checkpoint, newest
+from distlora.checkpoints.soundness import MARK, soundness
 from distlora.cluster.environment import ENVIRONMENT
 from distlora.cluster.lease import clear_drafts, make_run_dir
 from distlora.cluster.logs import LOGS
@@ -24,6 +25,7 @@ log = logging.getLogger(__name__)
 
 RECIPE, METRICS, RECOMPOSITIONS, ADAPTER = "recipe.yaml", "metrics.jsonl", "recompositions.jsonl", "adapter"
 RATE_SEARCH, SUMMARY, EVALUATIONS, DATA = "lr_search.json", "summary.json", "eval", "data.json"
+BAD_STEPS = "bad_steps"
 
 
 def check_run_dir(recipe: Recipe, resume: bool | None) -> None:
@@ -101,8 +103,16 @@ def find_checkpoint(recipe: Recipe, resume: bool | None) -> Checkpoint | None:
     if found is None and resume:
         raise UserError(f"--resume: {run_dir} holds no complete checkpoint; start it without --resume")
     if found is None and any(run_dir.glob("checkpoint-*")):
-        raise UserError(f"{run_dir}: every checkpoint is broken; --no-resume removes them and begins anew")
+        refuse_without_checkpoint(run_dir)
     return found
+
+
+def refuse_without_checkpoint(run_dir: Path) -> None:
+    """Raises UserError for a run that was begun and has no checkpoint to continue from."""
+    broken = "every checkpoint is broken"
+    if any(soundness(path) == "bad" for path in run_dir.glob("checkpoint-*")):
+        broken = f"every checkpoint is broken, or marked bad in its {MARK}"
+    raise UserError(f"{run_dir}: {broken}; --no-resume removes them and begins anew")
 
 
 def claim_run_dir(recipe: Recipe, resume: bool | None) -> None:
@@ -132,7 +142,7 @@ def _forget(run_dir: Path) -> None:
         shutil.rmtree(checkpoint)
     # An export takes the adapter if it is of a later step than every checkpoint.
     # Predictions and scores are of the checkpoints that are removed.
-    for name in (ADAPTER, LOGS, EVALUATIONS):
+    for name in (ADAPTER, LOGS, EVALUATIONS, BAD_STEPS):
         shutil.rmtree(run_dir / name, ignore_errors=True)
     for name in (METRICS, RECOMPOSITIONS, RATE_SEARCH, SUMMARY, ENVIRONMENT, STATUS, DATA):
         (run_dir / name).unlink(missing_ok=True)

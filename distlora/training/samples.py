@@ -11,16 +11,13 @@ from distlora.data import Encoded, TrainOrder, download, is_at_hand, micro_batch
 from distlora.engine.comm import Comm
 from distlora.engine.coordination import on_every_rank
 from distlora.errors import UserError
-from distlora.initialisation.probe import Probe
+from distlora.initialisation.probe import Probe, probe_samples
 from distlora.methods import ProbeSettings
 from distlora.models.hub import may_download, resolve_path
 from distlora.models.targets import Batch, loss_of_samples
 from distlora.recipe.deepspeed_config import plan_batches
 from distlora.recipe.sections import DataSection, Recipe
 from distlora.training.objective import Objective
-
-#: Fewest samples that a fraction of the training set stands for (LoRA-SB's Table 5: quality is flat above).
-FEWEST_PROBE_SAMPLES = 25
 
 log = logging.getLogger(__name__)
 
@@ -100,6 +97,16 @@ class RunSamples:
             )
         )
 
+    def rows_of_step(self, step: int) -> list[tuple[int | None, Batch]]:
+        """This rank's samples of a step, each with its number and as a batch of its own; equally many on
+        every rank, where one lacks a sample None and a batch of weight zero.
+        """
+        indices, world = self.order.indices(step), self._comm.world_size
+        own: list[int | None] = indices[self._comm.rank :: world]
+        own += [None] * (-(-len(indices) // world) - len(own))
+        parts = [[] if number is None else [number] for number in own]
+        return list(zip(own, self._batches(self.training, parts)))
+
     def _batches(self, samples: list, parts: list[list[int]]) -> Iterator[Batch]:
         for indices in parts:
             part = [samples[i] for i in indices]
@@ -159,13 +166,6 @@ class StepsOfBatches(Sequence):
 
     def __getitem__(self, step: int) -> list[Batch]:
         return self._batches_of(self._shares[step])
-
-
-def probe_samples(setting: float, available: int | None) -> int:
-    """How many samples `samples` stands for: itself, or below 1 that share of the training set, of which at
-    least 25. available: the size of that; None where it is not known yet."""
-    wanted = max(FEWEST_PROBE_SAMPLES, round(setting * (available or 0))) if setting < 1 else int(setting)
-    return min(wanted, available or wanted)
 
 
 def trial_indices(

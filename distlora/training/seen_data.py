@@ -12,6 +12,7 @@ from distlora.engine.comm import Comm
 from distlora.engine.coordination import on_every_rank
 from distlora.errors import UserError
 from distlora.files.atomic import write_text
+from distlora.files.json_files import read_json
 from distlora.recipe.sections import Recipe
 from distlora.training.run_directory import DATA
 from distlora.training.samples import RunSamples
@@ -62,7 +63,7 @@ def _read(run_dir: Path) -> dict[str, Any]:
     if not file.exists():
         return {}
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = read_json(file)
         keys = {"split", "count", "ordered", "unordered"}
         if all(keys <= part.keys() for part in found.values()):
             return found

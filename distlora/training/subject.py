@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from distlora import api
 from distlora.adapter.layer import AdapterLinear
-from distlora.checkpoints.directory import MANIFEST, Checkpoint
+from distlora.checkpoints.directory import Checkpoint
+from distlora.checkpoints.stored import MANIFEST
 from distlora.engine.comm import Comm
 from distlora.engine.coordination import on_every_rank
 from distlora.engine.protocol import Engine

@@ -3,6 +3,7 @@
 import json
 import resource
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,26 @@ UNITS = ("tokens", "images")
 SPEEDS = tuple(f"{unit}_per_second" for unit in UNITS)
 #: Of a run's `Summary`, what is written as it is.
 FACTS = ("trained", "lora_trained", "rank", "steps", "init_seconds")
+
+
+@dataclass
+class Summary:
+    """What a run came to. before, after, on the evaluation set: "loss", a classifier's metrics, and
+    "exact_match" (0 … 1) where it was asked for. found_rate: the learning rate, where it was searched.
+    """
+
+    run_dir: Path
+    adapter: Path | None
+    trained: int
+    lora_trained: int
+    rank: int
+    steps: int
+    before: dict[str, float] = field(default_factory=dict)
+    after: dict[str, float] = field(default_factory=dict)
+    init_seconds: float = 0.0
+    step_seconds: float = 0.0
+    found_rate: float | None = None
+    tensorboard: str | None = None
 
 
 def record_summary(comm: Comm, outcome: Mapping[str, Any], first_step: int, steps_per_epoch: int) -> None:
@@ -80,6 +101,6 @@ def _last_speeds(metrics: Path) -> dict[str, float | None]:
     """
     found: dict[str, float | None] = dict.fromkeys(SPEEDS)
     if metrics.exists():
-        for _, record in records(metrics):
+        for _, record in records(metrics.read_text(encoding="utf-8", errors="replace")):
             found = {key: record.get(f"train/{key}", value) for key, value in found.items()}
     return found

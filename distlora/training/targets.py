@@ -11,6 +11,7 @@ from distlora.adapter.coverage import coverage
 from distlora.adapter.linears import linears_of
 from distlora.adapter.reach import Reach, reach_of
 from distlora.adapter.targets import Choice, choose
+from distlora.exports.starting import start_from
 from distlora.methods import Method, TrainsWeight
 from distlora.models.targets import Batch
 from distlora.recipe.sections import Recipe
@@ -40,8 +41,13 @@ def choose_targets(recipe: Recipe, objective: Objective) -> Chosen:
 def chosen_in(model: nn.Module, recipe: Recipe, objective: Objective) -> Chosen:
     """The same in the bare model that is at hand."""
     heads = objective.head(model)
+    start = start_from(recipe.method)
+    if start is not None:
+        start.check_model(model, recipe.model.path)
     reach = reach_in(model, objective)
     choice = choose(model, recipe.method, recipe.targets, heads, reach)
+    if start is not None:
+        start.check_layers(choice.names)
     whole = frozenset(name for name in linears_of(model) if reach is not None and reach.read_by_others(name))
     return Chosen(choice.method, choice.names, told(model, choice, heads), whole)
 

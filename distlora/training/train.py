@@ -12,7 +12,7 @@ from typing import Any
 from distlora.checkpoints.directory import share_checkpoint
 from distlora.cluster import environment
 from distlora.cluster.lease import Lease, take_lease
-from distlora.cluster.logs import RankLog
+from distlora.cluster.logs import LOGS, RankLog
 from distlora.cluster.status import StatusFile, new_start
 from distlora.cluster.supervision import Supervision
 from distlora.engine.comm import Comm, Topology
@@ -27,11 +27,13 @@ from distlora.recipe.deepspeed_check import checked_deepspeed
 from distlora.recipe.deepspeed_config import plan_batches
 from distlora.recipe.packages import check_packages
 from distlora.recipe.sections import Recipe
+from distlora.training.adapter_start import with_start
 from distlora.training.build import check_targets
 from distlora.training.monitor import writers_silenced
 from distlora.training.objective import Objective, objective_of
-from distlora.training.run import Run, Summary
+from distlora.training.run import Run
 from distlora.training.run_directory import check_run_dir, claim_run_dir, find_checkpoint, with_format_of_run
+from distlora.training.summary import Summary
 from distlora.training.writing import Writing
 
 log = logging.getLogger(__name__)
@@ -49,7 +51,7 @@ def check(recipe: Recipe, topology: Topology, resume: bool | None) -> None:
 def check_run(recipe: Recipe, world_size: int, resume: bool | None) -> tuple[Recipe, Objective]:
     """The same without ranks. Returns the recipe as it is run, as far as the model is at hand, and what is
     learned."""
-    recipe = with_format_of_run(recipe, resume)
+    recipe = with_start(with_format_of_run(recipe, resume))
     objective, config = check_settings(recipe, world_size)
     check_run_dir(recipe, resume)
     recipe = fitted(recipe, objective)
@@ -100,8 +102,10 @@ def train(
     once a run that was asked to stop has stopped. With several ranks the process is ended, with exit code 1,
     where another one goes silent for `train.hang_timeout`.
     """
+    with before_ranks_meet():
+        recipe = with_start(recipe)
     device, errors = device_of(topology.local_rank), WriteErrors()
-    supervision = Supervision(topology, recipe.train.hang_timeout)
+    supervision = Supervision(topology, recipe.train.hang_timeout, Path(recipe.output_dir) / LOGS)
     with (
         own_random_state(recipe.train.seed, device),
         RankLog(topology.rank, errors) as rank_log,
@@ -112,10 +116,11 @@ def train(
         where = environment.resolve_topology(comm, topology)
         log.info("%s", environment.topology_line(where))
         run_dir, start = Path(recipe.output_dir), comm.share(new_start())
-        lease = on_main(comm, run_dir, lambda: _lease(run_dir, start, take_over, asked_to_stop))
+        with comm.course.during("waiting for the run directory", patient=True):
+            lease = on_main(comm, run_dir, lambda: _lease(run_dir, start, take_over, asked_to_stop))
         if comm.share(comm.is_main and lease is None):
             comm.sum_or_stop()  # which raises Preempted on all ranks
-        with supervision.owning(lease):
+        with supervision.owning(lease), rank_log.opened_by_crash(run_dir):
             checkpoint = share_checkpoint(
                 comm, on_main(comm, run_dir, lambda: find_checkpoint(recipe, resume))
             )

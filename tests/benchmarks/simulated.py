@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from distlora.adapter.layer import AdapterLinear
-from distlora.engine.comm import Comm
+from distlora.engine.comm import Comm, Course
 from distlora.engine.optimizers import OptimizerSpec, set_rate
 from distlora.engine.protocol import StepInfo, adapter_layers
 from distlora.methods import Factors
@@ -58,6 +58,7 @@ class SilentComm(Comm):
 
     def __init__(self, world_size: int):
         self.rank, self.world_size, self.local_rank, self.device = 0, world_size, 0, torch.device("cpu")
+        self.course = Course()
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         return tensor

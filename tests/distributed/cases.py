@@ -34,6 +34,7 @@ from distlora.models.generation import generate
 from distlora.models.losses import label_loss, response_loss
 from distlora.models.targets import loss_of_samples
 from distlora.training.step import accumulate, evaluation_loss
+from tests.distributed.dropped_step_cases import dropping
 from tests.distributed.plan import GLOBAL_BATCH
 from tests.distributed.rate_search_cases import searching
 from tests.distributed.recomposition_cases import (
@@ -44,6 +45,7 @@ from tests.distributed.recomposition_cases import (
     swapping,
     whole_run,
 )
+from tests.distributed.sums import worst_sum
 from tests.distributed.traffic_cases import sent_at_the_start, sent_in_a_step
 from tests.distributed.world import (
     batch_of_images,
@@ -281,6 +283,11 @@ def replacing_gradients(setting: Setting) -> Results:
         setting.engine.map_gradients(layers[::2], change)
         norms.append(take_step(setting.engine).grad_norm)
     return _curve(losses, norms, setting.evaluation()) | setting.factors()
+
+
+def summing(setting: Setting) -> Results:
+    """The sum of 64 micro-batches of very different size is that of their gradients in float64."""
+    return {"right": torch.tensor(worst_sum(setting) <= 1e-3)}
 
 
 def transform_traffic(setting: Setting) -> Results:
@@ -565,9 +572,9 @@ CASES: dict[str, Callable[..., Results]] = {
     case.__name__: case
     for case in (
         curve, short_batch, writing, norming, replacing_gradients, initialising, probing, generating,
-        answering, naming_silent_tensors, transform_traffic, correcting, storing, classifying,
+        answering, naming_silent_tensors, summing, transform_traffic, correcting, storing, classifying,
         classifying_images, saving, resuming, swapping, swap_traffic, swap_saving, swap_resuming, whole_run,
-        sent_in_a_step, sent_at_the_start, searching, merging, later_tokens,
+        sent_in_a_step, sent_at_the_start, searching, merging, later_tokens, dropping,
     )
 }  # fmt: skip
 

@@ -73,7 +73,7 @@ def entries() -> list[Entry]:
         *_every_stage(), *_every_method(), *_bfloat16(), *_methods_and_settings(), *_norms(), *_transforms(),
         *_optimizers(),
         *_zero_options(), *_swaps(), *_classifiers(), *_packed(), *_traffic(),
-        *_searches(), *_transposed(), *_experts(), *_other_classes(),
+        *_searches(), *_dropped(), *_transposed(), *_experts(), *_other_classes(),
     ]  # fmt: skip
 
 
@@ -123,12 +123,15 @@ def _bfloat16() -> list[Entry]:
             2, case, stage, BF16, zero, setting, arguments, loss=5e-3, first_loss=2e-3, tensors=0.3, note=note
         )
 
-    # Stage 1 with float32 accumulation is a wrapper of its own, BF16_Optimizer.
-    fp32grads = {"grad_accum_dtype": "fp32"}
+    # Stage 1 is a wrapper of its own, BF16_Optimizer.
     plan = [
-        entry("writing", 1, fp32grads, note="fp32grads"),
-        entry("replacing_gradients", 1, fp32grads, note="fp32grads", clip=0.5),
+        entry("replacing_gradients", 1, clip=0.5),
+        # What stage 2 with offload becomes.
+        entry("replacing_gradients", 1, OFFLOAD, note="offload", clip=0.5),
+        entry("writing", 1, OFFLOAD, note="offload"),
     ]
+    # Stage 0 has none for sums in float32; an offloaded optimizer sums by itself.
+    plan += [summing(stage) for stage in (0, 1, 2, 3)] + [summing(1, OFFLOAD)]
     for stage in (0, 1, 2, 3):
         plan += [entry("curve", stage, arguments={"steps": 6}), entry("writing", stage)]
     # What the recipes of large models ask for: the probe, its SVDs and training, all of it with activation
@@ -136,6 +139,11 @@ def _bfloat16() -> list[Entry]:
     plan.append(entry("initialising", 3, method="lora_sb", checkpointing=True))
     plan.append(entry("initialising", 2, method="lora_sb", checkpointing=True))
     return plan
+
+
+def summing(stage: int, zero: dict = NOTHING) -> Entry:
+    note = "offload" if zero else ""
+    return Entry(2, "summing", stage, BF16, zero, {"targets": "few", "method": "lora"}, tensors=0, note=note)
 
 
 def _methods_and_settings() -> list[Entry]:
@@ -178,6 +186,30 @@ def _experts() -> list[Entry]:
         Entry(2, "initialising", 3, setting={"method": "pissa", "family": "experts"}),
         Entry(2, "initialising", 3, setting={"method": "lora_sb", "family": "experts"}, tensors=5e-2),
         Entry(2, "replacing_gradients", 3, setting={"method": "lora_pro", "family": "experts"}),
+        *_experts_replaced(),
+    ]
+
+
+def _experts_replaced() -> list[Entry]:
+    """Experts whose components are replaced or whose rows have norms. The first step of a new component is
+    the sign of its gradient, and signs of gradients near zero differ. Adam also takes a step of another size
+    where the whole gradient of an element is near zero, as it is here of single ones of an expert with few
+    tokens.
+    """
+    never_persistent = {"stage3_param_persistence_threshold": 0}
+    experts = {"clip": 0.5, "family": "experts"}
+    srlora = experts | {"method": "srlora", "rank": 4, "target_rank": 8, "gamma": 0.5, "interval": 2}
+    restarting = experts | {"method": "lora_sb", "recompose": {"times": 2}, "init": {"eta": 1e-3}}
+    norms = experts | {"method": "dora"}
+    third = {"zero": never_persistent, "note": "persist0"}
+    return [
+        Entry(2, "swapping", 2, setting=srlora, arguments={"steps": 5}, tensors=3e-2),
+        Entry(2, "swapping", 3, setting=srlora, arguments={"steps": 5}, tensors=3e-2, **third),
+        Entry(2, "swapping", 3, setting=restarting, arguments={"steps": 6}, loss=1e-2, tensors=0.1, **third),
+        Entry(2, "whole_run", 3, setting=srlora, arguments={"steps": 5, "at": 3}, tensors=5e-2, **third),
+        Entry(2, "swap_traffic", 3, setting={**srlora, "interval": 4}),
+        Entry(2, "curve", 2, setting=norms, arguments={"steps": 4}, tensors=1e-2),
+        Entry(2, "curve", 3, setting=norms, arguments={"steps": 4}, tensors=1e-2, **third),
     ]
 
 
@@ -279,7 +311,7 @@ def _swaps() -> list[Entry]:
     # digits.
     all_at_once = {**few, "rank": 5, "gamma": 1.0, "target_rank": 15, "interval": 3}
     loose = {"dtype": BF16, "loss": 5e-3, "first_loss": 1e-3, "tensors": 0.1}
-    plan.append(swapping(1, all_at_once, zero={"grad_accum_dtype": "fp32"}, note="fp32grads", **loose))
+    plan.append(swapping(1, all_at_once, **loose))
     restarting = {"method": "lora_sb", "recompose": {"times": 2}, "init": {"eta": 1e-3}, "targets": "few"}
     plan.append(swapping(3, restarting, loss=1e-2, tensors=0.1))
     return plan
@@ -298,7 +330,7 @@ def _transforms() -> list[Entry]:
         training(3, world=3),
         training(2, zero=OFFLOAD, note="offload"),
         training(3, zero=OFFLOAD, note="offload"),
-        training(1, BF16, zero={"grad_accum_dtype": "fp32"}, note="fp32grads", **rounded),
+        training(1, BF16, **rounded),
         training(3, BF16, **rounded),
         *(Entry(2, "transform_traffic", stage, setting=setting) for stage in (0, 2, 3)),
         # The head is not the method's, and is clipped with the rest.
@@ -314,6 +346,9 @@ def _classifiers() -> list[Entry]:
         plan.append(
             Entry(2, "classifying", stage, BF16, setting=setting, loss=2e-2, first_loss=1e-2, tensors=0.3)
         )
+    # Heads in the files that do not fit: of another number of labels, and without their bias.
+    for family in ("five_labels", "no_bias"):
+        plan.append(Entry(2, "classifying", 3, setting={**setting, "family": family}, arguments={"steps": 2}))
     images = {**setting, "images": True}
     plan += [Entry(2, "classifying_images", stage, setting=images) for stage in (2, 3)]
     return [*plan, Entry(3, "classifying", 3, setting=setting), Entry(1, "classifying", 3, setting=setting)]
@@ -425,9 +460,27 @@ def _searches() -> list[Entry]:
     return [
         *(search(stage) for stage in (0, 1, 2, 3)),
         search(0, "pissa", **rounded),
-        search(1, "lora_pro", zero={"grad_accum_dtype": "fp32"}, note="fp32grads", **rounded),
+        search(1, "lora_pro", **rounded),
         search(2, "srlora", zero=OFFLOAD, note="offload"),
         search(3, "lora_xs", zero={**OFFLOAD, "offload_param": {"device": "cpu"}}, note="offloadall"),
         search(3, "full", zero={"stage3_param_persistence_threshold": 0}, note="persist0"),
         search(3, "dora", arguments={"highest": 3e37}),
+    ]
+
+
+def _dropped() -> list[Entry]:
+    """Bad steps that are dropped: every wrapper keeps gradients elsewhere."""
+
+    def drop(stage: int, dtype: str = FP32, zero: dict = NOTHING, note: str = "", **setting) -> Entry:
+        setting = {"targets": "few", "clip": 0.5, **setting}
+        rounded = {"loss": 5e-3, "first_loss": 2e-3, "tensors": 0.3} if dtype == BF16 else {}
+        return Entry(2, "dropping", stage, dtype, zero, setting, note=note, **rounded)
+
+    return [
+        *(drop(stage) for stage in (0, 1, 2, 3)),
+        drop(0, BF16),
+        drop(1, BF16, {"grad_accum_dtype": "fp32"}, "fp32grads"),
+        drop(2, zero=OFFLOAD, note="offload"),
+        drop(3, BF16, {**OFFLOAD, "offload_param": {"device": "cpu"}}, "offloadall"),
+        drop(3, spec="adamw8bit"),
     ]

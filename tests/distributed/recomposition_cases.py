@@ -155,31 +155,33 @@ def swap_traffic(setting, steps: int = 3) -> dict[str, Tensor]:
     take_step(run.engine)
     setting.evaluation()  # leaves weights gathered, as in a real run
     layers, method = run.attached.layers, run.attached.method
-    table = 8 * len(layers)
+    table, rows = 8 * len(layers), 8 * sum(len(layer.matrix_names) for layer in layers.values())
     with Collectives() as seen:
         run.recomposer._recompose(_report(run, loss))
-    sides = sum(layer.in_features + layer.out_features for layer in layers.values())
+    sides = sum(rows_and_columns(layer) for layer in layers.values())
     expected = {
-        # Scores; the factors; at the end whether an owner failed, the rounding error and four norms of every
-        # layer.
-        "allreduce_": method.rank * table + 4 * method.rank * sides + 8 + 5 * table,
+        # Scores of every matrix; the factors; at the end whether an owner failed, the rounding error and four
+        # norms of every layer.
+        "allreduce_": method.rank * rows + 4 * method.rank * sides + 8 + 5 * table,
         "broadcast_": 4 * method.replaced_at_once * sides + table,  # new components, and how many there are
     }
     alone = setting.comm.world_size == 1
     assert alone or dict(seen.bytes) == expected, f"{dict(seen.bytes)} and not {expected}"
     planned_for = {ALL_REDUCE: expected["allreduce_"], BROADCAST: expected["broadcast_"]}
     assert alone or plan_traffic.recomposition_traffic(planned(setting)) == planned_for
-    assert sum(expected.values()) < sum(
-        4 * layer.in_features * layer.out_features for layer in layers.values()
-    )
+    assert sum(expected.values()) < sum(4 * layer.elements for layer in layers.values())
     return {"losses": torch.tensor([loss, setting.evaluation()])}
+
+
+def rows_and_columns(layer) -> int:
+    return len(layer.matrix_names) * (layer.in_features + layer.out_features)
 
 
 def _report(run: Recomposing, loss: float):
     from distlora.recompose.report import RecompositionReport
 
-    layers = list(run.attached.layers)
-    return RecompositionReport(1, True, "asked for", run.recomposer._scores.table(), layers)
+    names = [name for layer in run.attached.layers.values() for name in layer.matrix_names]
+    return RecompositionReport(1, True, "asked for", run.recomposer._scores.table(), names)
 
 
 def swap_saving(setting, steps: int = 10, at: int = 8) -> dict[str, Tensor]:

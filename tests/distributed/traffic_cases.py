@@ -65,13 +65,16 @@ def _tensors(argument):
 def planned(setting, probe_samples: int = 0) -> Setup:
     """What the planner makes of the setting."""
     checkpointing = setting.build_settings.get("checkpointing", False)
+    family = setting.build_settings.get("family", "")
     recipe = Recipe(
         model={
-            "path": str(setting.directory), "dtype": str(setting.engine.dtype).removeprefix("torch."),
+            "path": str(setting.directory / family),
+            "dtype": str(setting.engine.dtype).removeprefix("torch."),
             "gradient_checkpointing": checkpointing,
             "quantization": setting.build_settings.get("quantization"),
         },
         method=setting.attached.method,
+        targets=["q_proj", "experts"] if family == "experts" else "all-linear",
         data={"task": "arithmetic"},
         train={
             "steps": 20, "micro_batch_size": setting.micro_batch, "clip": setting.clip or None,

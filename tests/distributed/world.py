@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import (
     BertConfig,
+    BertForSequenceClassification,
     BertLMHeadModel,
     BertModel,
     GPT2Config,
@@ -57,6 +58,7 @@ def save_model(directory: Path) -> None:
                 nn.init.normal_(parameter, std=0.2)
     model.save_pretrained(directory)
     save_encoder(directory / "encoder")
+    save_heads(directory)
     save_vision(directory / "vision")
     save_gpt2(directory / "gpt2")
     save_experts(directory / "experts")
@@ -101,6 +103,17 @@ def save_encoder(directory: Path) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(1)
         BertModel(config, add_pooling_layer=False).save_pretrained(directory)
+
+
+def save_heads(directory: Path) -> None:
+    """The encoder with heads that do not fit three labels: of five, and without the bias."""
+    for family, labels, lacking in (("five_labels", 5, None), ("no_bias", 3, "classifier.bias")):
+        config = BertConfig.from_pretrained(directory / "encoder", num_labels=labels)
+        with torch.random.fork_rng():
+            torch.manual_seed(4)
+            model = BertForSequenceClassification(config)
+        tensors = {name: tensor for name, tensor in model.state_dict().items() if name != lacking}
+        model.save_pretrained(directory / family / "encoder", state_dict=tensors)
 
 
 def save_experts(directory: Path) -> None:
@@ -252,9 +265,9 @@ def deepspeed_config(
     accumulation: int,
     dtype: str = "float32",
     clip: float = 0.0,
-    grad_accum_dtype: str | None = None,
     **zero,
 ) -> dict:
+    """As the program resolves one: gradients are summed in float32."""
     config = {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
@@ -268,7 +281,7 @@ def deepspeed_config(
         "zero_allow_untested_optimizer": True,
     }
     if dtype == "bfloat16":
-        config["bf16"] = {"enabled": True}
-    if grad_accum_dtype:
-        config["data_types"] = {"grad_accum_dtype": grad_accum_dtype}
+        config |= {"bf16": {"enabled": True}, "communication_data_type": "fp32"}
+        if stage > 0:
+            config["data_types"] = {"grad_accum_dtype": "fp32"}
     return config

@@ -53,6 +53,34 @@ def test_the_last_good_checkpoint_is_one_whose_loss_was_a_number(recipe, model, 
     assert max(curve(run_dir)) == 3
 
 
+def test_weights_that_a_step_has_ruined_are_never_gone_on_from(recipe, tmp_path):
+    run_dir = tmp_path / "run"
+    keys = ["train.lr=1e30", "train.save_every=1", "train.eval_every=0"]
+    assert "at step 2; the last good checkpoint: none" in broken("train", recipe, *keys)
+    outcome = call("train", recipe, *keys)
+    assert outcome.code == 2 and "Traceback" not in outcome.err
+    assert outcome.sentences == [
+        f"distlora: {run_dir}: every checkpoint is broken, or marked bad in its soundness.json; "
+        "--no-resume removes them and begins anew"
+    ]
+    assert '"bad"' in (run_dir / "checkpoint-1" / "soundness.json").read_text()
+    assert not (run_dir / "adapter").exists()
+    for command in (("eval", run_dir), ("export", run_dir, "--format", "peft", "--out", tmp_path / "out")):
+        assert "no complete checkpoint" in call(*command).sentences[0]
+
+
+def test_a_last_evaluation_that_is_no_number_fails_the_run(recipe, tmp_path):
+    """The step before it has ruined the weights. No adapter takes the place of an older one."""
+    sentence = broken("train", recipe, "train.lr=1e30", "train.steps=1")
+    assert re.fullmatch(
+        r"distlora: the loss of the last evaluation is (nan|inf) after step 1, so nothing is exported; "
+        "the last good checkpoint: none",
+        sentence,
+    )
+    assert not (tmp_path / "run" / "adapter").exists()
+    assert call("status", tmp_path / "run").code == 1
+
+
 def test_a_tensor_that_would_not_train_is_named(recipe, model, tmp_path):
     """A layer behind an output of zeros gets no gradient: W of the value projection is fed into a dead output
     projection.

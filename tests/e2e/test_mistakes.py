@@ -180,6 +180,7 @@ def test_several_ranks_without_deepspeed_or_an_address(recipe, monkeypatch):
     assert "name no host" in refused("train", recipe)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", "29500")
+    monkeypatch.setattr("distlora.cluster.early.LINGER", 0.1)
     assert refused("train", recipe).startswith("2 ranks need DeepSpeed")
 
 
@@ -195,6 +196,7 @@ def test_several_ranks_without_deepspeed_or_an_address(recipe, monkeypatch):
 def test_other_ranks_than_the_first_of_a_node_say_nothing(recipe, monkeypatch, variable, local):
     """Each launcher tells a rank who it is in its own way."""
     monkeypatch.setattr("distlora.cli.ending.PATIENCE", 0)
+    monkeypatch.setattr("distlora.cluster.early.LINGER", 0.1)
     size = {"RANK": "WORLD_SIZE", "SLURM_PROCID": "SLURM_NTASKS"}.get(
         variable, variable.replace("RANK", "SIZE")
     )

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from distlora.recipe.strict import dump_yaml
+from distlora.recipe.yaml_text import dump_yaml
 from tests.e2e.bench import Bench
 from tests.e2e.program import REPOSITORY
 from tests.e2e.testbed import Cluster, wait_for

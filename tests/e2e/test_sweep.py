@@ -2,7 +2,7 @@
 
 import json
 
-from distlora.recipe.strict import dump_yaml
+from distlora.recipe.yaml_text import dump_yaml
 from tests.e2e.program import curve, succeed
 
 

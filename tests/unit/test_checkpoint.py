@@ -10,6 +10,7 @@ import shutil
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -502,6 +503,10 @@ def test_updates_that_the_run_cannot_have(run_dir):
 # ---------------------------------------------------------------------- recomposition
 
 
+#: Of a recomposer that has done nothing yet.
+STORED = {"swaps": 2, "done": 0, "ended": False, "born": {}, "origin": {}, "reserves": {}, "switching": {}}
+
+
 class Remembering:
     """What a recomposer is to a checkpoint. calls: what was restored, in order, as the engine and this have
     seen it.
@@ -511,7 +516,13 @@ class Remembering:
         self.value, self.active, self.calls = value, active, [] if calls is None else calls
 
     def state(self):
-        return {"swaps": 2}
+        return dict(STORED)
+
+    def problem_with(self, state, ledger):
+        return None
+
+    def wanted(self, state):
+        return {} if self.value is None else {"first/scores": tuple(self.value.shape)}
 
     def tensors(self):
         if self.value is not None:
@@ -542,9 +553,9 @@ def test_order_of_restoring(run_dir):
     assert_same(load_file(path / "recompose.safetensors"), {"first/scores": value})
     engine, attached = build_with_ledger()
     engine.__class__, engine.calls = Watched, []
-    recomposer = Remembering(calls=engine.calls)
+    recomposer = Remembering(value, calls=engine.calls)
     restore(engine, attached, newest(run_dir), recomposer)
-    assert torch.equal(recomposer.read("first/scores"), value) and recomposer.given == {"swaps": 2}
+    assert torch.equal(recomposer.read("first/scores"), value) and recomposer.given == STORED
     first_seen = list(dict.fromkeys(engine.calls))
     assert first_seen == ["weight", "factor", "trained", "recomposer"]
     assert engine.calls == sorted(engine.calls, key=first_seen.index), (
@@ -559,7 +570,7 @@ def test_recomposer_without_tensors(run_dir):
     assert not (path / "recompose.safetensors").exists()
     recomposer = Remembering()
     restore(*build(), newest(run_dir), recomposer)
-    assert recomposer.given == {"swaps": 2}
+    assert recomposer.given == STORED
     with pytest.raises(UserError, match="checkpoint-1: tensor first/scores is missing"):
         recomposer.read("first/scores")
 
@@ -740,7 +751,7 @@ def two_ranks(rank, run_dir, results):
 
 
 def of_other_method(checkpoint):
-    return type(checkpoint)(checkpoint.path, checkpoint.step, checkpoint.state | {"method": "lora"})
+    return replace(checkpoint, state=checkpoint.state | {"method": "lora"})
 
 
 def test_two_ranks_save_restore_and_fail_together(run_dir):

@@ -101,16 +101,17 @@ def test_methods_takes_a_recipe_or_none():
         (["train", "x.yaml", "--resum3"], "unrecognized arguments: --resum3"),
         (["train", "x.yaml", "--resume", "a.b=1", "--fast"], "--fast"),
         (["methods", "--rnk", "8"], "unrecognized arguments: --rnk"),
-        (["methods", "--rank", "many"], "invalid int value: 'many'"),
-        (["export", "runs/x", "--out", "y"], "required: --format"),
+        (["methods", "--rank", "many"], "'many' is no whole number"),
+        (["export", "runs/x", "--format", "peft"], "required: --out"),
         (["export", "runs/x", "--format", "onnx", "--out", "y"], "invalid choice: 'onnx'"),
+        (["export", "runs/x", "--format", "peft", "--out", "y", "--max-error", "nan"], "'nan' is no number"),
         (
             ["export", "runs/x", "--format", "peft", "--out", "y", "--compress-rank", "few"],
-            "invalid int value: 'few'",
+            "'few' is no whole number",
         ),
         (
             ["export", "runs/x", "--format", "peft", "--out", "y", "--max-error", "1%"],
-            "invalid float value: '1%'",
+            "'1%' is no number",
         ),
         (["export", "runs/x", "--format", "peft", "--out", "y", "--dtype", "int8"], "invalid choice: 'int8'"),
     ],
@@ -260,7 +261,7 @@ def test_table_of_a_run_without_evaluation_or_adapter():
     text = summary_table(summary(adapter=None, lora_trained=0, trained=1234567))
     assert "before" not in text and "LoRA" not in text
     assert "1,234,567" in text
-    assert "none: the weights themselves were trained; see distlora export" in text
+    assert "none: PEFT's format does not hold it; see distlora export --format merged" in text
     assert "none: the DeepSpeed config turns no tensorboard section on" in text
 
 

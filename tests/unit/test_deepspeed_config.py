@@ -78,7 +78,9 @@ def test_a_bad_deepspeed_file(content, expected):
 
 
 def test_a_deepspeed_file_that_cannot_be_read():
-    with pytest.raises(UserError, match="^/proc/self/mem cannot be read: Input/output error$"):
+    with pytest.raises(
+        UserError, match="^/proc/self/mem cannot be read as a DeepSpeed config: Input/output error$"
+    ):
         read_deepspeed("/proc/self/mem")
 
 
@@ -148,6 +150,7 @@ def test_every_auto_is_filled_and_told():
         "tensorboard": {"enabled": True, "output_path": "runs/x/tensorboard", "job_name": "."},
         "csv_monitor": {"enabled": True, "output_path": "runs/x/csv_monitor", "job_name": "mine"},
         "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
         "steps_per_print": 1e9,
         "wall_clock_breakdown": False,
     }
@@ -161,7 +164,8 @@ def test_every_auto_is_filled_and_told():
 def test_what_is_missing_is_added():
     batches = {"train_batch_size": 32, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 16}
     resolved, lines = resolve({})
-    assert resolved == batches | {"gradient_clipping": 1.0, "bf16": {"enabled": True}}
+    added = {"gradient_clipping": 1.0, "bf16": {"enabled": True}, "communication_data_type": "fp32"}
+    assert resolved == batches | added
     assert "deepspeed.bf16.enabled = true (from the recipe)" in lines
     resolved, _ = resolve({}, "model.dtype=float32", "train.clip=0")
     assert resolved == batches | {"gradient_clipping": 0.0}
@@ -191,8 +195,37 @@ def test_equal_values_are_no_contradiction():
     }
     resolved, lines = resolve(config)
     kept = {key: value for key, value in config.items() if key not in ("optimizer", "scheduler")}
-    assert resolved == kept
-    assert len(lines) == 3  # the scheduler's type, and the two sections removed
+    assert resolved == kept | {"communication_data_type": "fp32"}
+    assert len(lines) == 4  # the scheduler's type, the two sections removed, and how ranks add up
+
+
+@pytest.mark.parametrize("given", [{}, {"grad_accum_dtype": "auto"}, {"grad_accum_dtype": None}])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_gradients_in_bfloat16_are_summed_in_float32_and_that_is_told(stage, given):
+    config = {"zero_optimization": {"stage": stage}, "data_types": given}
+    resolved, lines = resolve(config)
+    assert resolved["data_types"] == {"grad_accum_dtype": "fp32"}
+    assert resolved["communication_data_type"] == "fp32"
+    told = 'deepspeed.data_types.grad_accum_dtype = "fp32" (so that gradients are summed in float32)'
+    assert told in lines
+    plain, _ = resolve({"zero_optimization": {"stage": stage}}, "model.dtype=float32")
+    assert not {"data_types", "communication_data_type"} & plain.keys()
+
+
+def test_at_stage_0_the_engine_sums_in_the_place_of_deepspeed():
+    resolved, lines = resolve({"data_types": {"grad_accum_dtype": "fp32"}})
+    assert resolved["data_types"] == {}
+    told = "deepspeed.data_types.grad_accum_dtype: removed, distlora itself sums in float32 at stage 0"
+    assert told in lines
+
+
+def test_stage_2_with_an_offloaded_optimizer_becomes_stage_1_where_it_would_sum_in_bfloat16():
+    config = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
+    resolved, lines = resolve(config)
+    assert resolved["zero_optimization"]["stage"] == 1
+    assert any(line.startswith("deepspeed.zero_optimization.stage = 1 (since") for line in lines)
+    for override in ("model.dtype=float32", "train.global_batch_size=2"):  # sums none in bfloat16
+        assert resolve(config, override)[0]["zero_optimization"]["stage"] == 2
 
 
 def test_the_recipe_is_not_changed_by_resolving():
@@ -241,8 +274,12 @@ def test_a_forbidden_optimizer_is_refused_where_deepspeed_would_break_off():
 
 
 def test_the_old_name_of_bf16():
-    assert resolve({"bfloat16": {"enabled": "auto"}})[0]["bfloat16"] == {"enabled": True}
-    assert "bf16" not in resolve({"bfloat16": {"enabled": True}})[0]
+    for given in ("auto", True):
+        resolved, lines = resolve({"bfloat16": {"enabled": given}})
+        assert resolved["bf16"] == {"enabled": True} and "bfloat16" not in resolved
+        assert "deepspeed.bfloat16: the old name of bf16" in lines
+    both = {"bfloat16": {"enabled": False}, "bf16": {"enabled": True}}
+    assert resolve(both)[0]["bf16"] == {"enabled": True}  # as DeepSpeed reads them
 
 
 def test_a_config_without_autos_needs_no_hidden_size():
@@ -309,11 +346,11 @@ def test_an_inline_config_is_named_as_such():
     "config, expected",
     [
         ({"fp16": {"enabled": True}},
-         "fp16.enabled=true in zero.json is not supported: the precision is that of the "
-         "recipe's model.dtype=bfloat16; set it to false or auto"),
+         "fp16.enabled=true in zero.json is not supported: the precision is that of the recipe's "
+         "model.dtype; set it to false or auto"),
         ({"torch_autocast": {"enabled": True, "dtype": "bfloat16"}},
          "torch_autocast.enabled=true in zero.json is not "
-         "supported: the precision is that of the recipe's model.dtype=bfloat16; set it to false or auto"),
+         "supported: the precision is that of the recipe's model.dtype; set it to false or auto"),
         ({"zero_optimization": {"stage": 4}},
          "zero_optimization.stage in zero.json is 4; wanted 0, 1, 2 or 3"),
         ({"zero_optimization": {"stage": "auto"}},
@@ -332,16 +369,20 @@ def test_an_inline_config_is_named_as_such():
          "optimizer.params.adam_w_mode=false in zero.json has no counterpart in the recipe's train.optimizer "
          "(adamw); remove it"),
         ({"gradient_allreduce_op": "sum"},
-         "gradient_allreduce_op in zero.json must be mean: the loss is a mean over the global batch"),
+         'gradient_allreduce_op="sum" in zero.json is not supported: the loss is a mean over the global '
+         "batch; set it to mean"),
         ({"zero_optimization": {"offload_param": {"device": "nvme"}}},
-         "zero_optimization.offload_param.device=nvme in zero.json is not supported; set it to cpu or none"),
+         'zero_optimization.offload_param.device="nvme" in zero.json is not supported; '
+         "set it to cpu or none"),
         ({"zero_optimization": {"cpu_offload": True}},
-         "zero_optimization.cpu_offload in zero.json is an old name; "
+         "zero_optimization.cpu_offload=true in zero.json is an old name; "
          "set offload_optimizer.device to cpu in its place"),
         ({"zero_optimization": {"zero_quantized_weights": True}},
-         "zero_optimization.zero_quantized_weights in zero.json is not supported; remove it"),
+         "zero_optimization.zero_quantized_weights=true in zero.json is not supported: it rounds weights to "
+         "a few bits; set it to false or remove it"),
         ({"zero_optimization": {"mics_shard_size": 8}},
-         "zero_optimization.mics_shard_size in zero.json is not supported; use zero_hpz_partition_size"),
+         "zero_optimization.mics_shard_size=8 in zero.json was removed from DeepSpeed; remove it: use "
+         "zero_hpz_partition_size"),
         ({"zero_optimization": {"stage": 3, "offload_param": None, "offload_optimizer": None,
                                 "cpu_offload": False}}, None),
         ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}, None),

@@ -5,7 +5,8 @@ import torch
 import transformers
 from transformers import AutoModelForSequenceClassification, GPTJConfig
 
-from distlora.models.dry_run import end_of_text, known_values, needs_end, ordinary_text, position_limit
+from distlora.maths.known_values import known_values
+from distlora.models.dry_run import end_of_text, needs_end, ordinary_text, position_limit
 from tests.tiny_zoo import ZOO, zoo_model
 
 #: The models with a table of positions, and how many these are: by the class, not by the table's rows alone.
@@ -114,6 +115,43 @@ def test_a_model_that_cannot_be_run_without_weights_is_asked_as_far_as_it_goes()
     with torch.device("meta"):
         model = Deciding(model.config)
     assert position_limit(model) == 128
+
+
+@pytest.mark.parametrize("tokens", (48, 61))
+def test_biases_that_are_stored_for_some_positions_have_a_limit(tokens):
+    """MPT makes as many as its config says, and takes those of the text's length."""
+    sizes = dict(d_model=32, n_heads=4, n_layers=1, vocab_size=100, max_seq_len=tokens)
+    model = transformers.MptForCausalLM(transformers.MptConfig(**sizes))
+    assert position_limit(model) == tokens
+    model(input_ids=torch.ones(1, tokens, dtype=torch.long))
+    with pytest.raises(RuntimeError):
+        model(input_ids=torch.ones(1, tokens + 1, dtype=torch.long))
+
+
+def test_a_length_that_a_config_names_and_the_class_does_not_use_is_no_limit():
+    """DBRX has MPT's name for it, and rotary positions."""
+    sizes = dict(d_model=32, n_heads=4, n_layers=1, vocab_size=100, max_seq_len=48)
+    attention = dict(kv_n_heads=2, rope_theta=10_000.0, clip_qkv=8.0)
+    experts = dict(ffn_hidden_size=32, moe_num_experts=2, moe_top_k=1)
+    config = transformers.DbrxConfig(**sizes, attn_config=attention, ffn_config=experts)
+    with torch.device("meta"):
+        assert position_limit(transformers.DbrxForCausalLM(config)) is None
+
+
+def test_a_value_that_is_missing_beyond_some_length_is_no_limit():
+    """Positions are stored, and a longer text gets new ones, if a bias of the weights asks for it."""
+
+    class Deciding(transformers.LlamaForCausalLM):
+        def forward(self, input_ids, **more):
+            tokens = input_ids.shape[1]
+            stored = torch.arange(32, device=input_ids.device)[:tokens]
+            if tokens > 32 and bool(self.lm_head.weight.sum() > 0):
+                raise RuntimeError("too long")
+            return super().forward(input_ids, position_ids=stored[None] if tokens <= 32 else None, **more)
+
+    config = bare("llama").config
+    with torch.device("meta"):
+        assert position_limit(Deciding(config)) is None
 
 
 def fnet():

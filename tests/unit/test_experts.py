@@ -15,8 +15,9 @@ from distlora.checkpoints.directory import newest
 from distlora.engine.comm import Comm, Topology
 from distlora.engine.local import LocalEngine
 from distlora.engine.optimizers import OptimizerSpec
+from distlora.exports.exported import AdapterSource
 from distlora.exports.peft_files import read_peft
-from distlora.exports.sources import AdapterSource, CheckpointSource
+from distlora.exports.sources import CheckpointSource
 from distlora.initialisation.probe import mean_gradients
 from distlora.maths.generators import layer_generator
 from distlora.maths.grouped import grouped_linear
@@ -183,8 +184,7 @@ def test_targets_choose_experts_by_a_word_or_by_name(targets, count):
 @pytest.mark.parametrize(
     "kind, method, targets, words",
     [
-        ("mixtral", {"method": "dora"}, "experts", "method dora trains norms of rows"),
-        ("mixtral", {"method": "srlora"}, ["all-linear", "experts"], "method srlora replaces components"),
+        ("mixtral", {"method": "srlora", "target_rank": 60}, "experts", "target_rank 60 is above"),
         ("mixtral", {"method": "lora", "rank": 60}, "experts", "rank 60 is above"),
         ("qwen2", {"method": "lora"}, ["q_proj", "experts"], "has no experts; leave experts out"),
     ],

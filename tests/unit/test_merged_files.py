@@ -20,9 +20,9 @@ from distlora.cli import main as cli
 from distlora.errors import UserError
 from distlora.exports import check
 from distlora.exports.companions import Decided, RunTokens, copy_companions
+from distlora.exports.exported import AdapterSource
 from distlora.exports.merged import Merged
 from distlora.exports.peft_files import read_peft
-from distlora.exports.sources import AdapterSource
 from distlora.files.tensors import TensorFiles
 from distlora.models.reload import fixed_inputs, logits_of
 from tests.tiny_models import VOCAB_SIZE, _draw_parameters, tiny_model_dir

@@ -8,9 +8,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import distlora
+from distlora.exports.exported import AdapterSource
 from distlora.exports.peft import write_peft_adapter
 from distlora.exports.peft_files import read_peft
-from distlora.exports.sources import AdapterSource, Compressed
+from distlora.exports.sources import Compressed
 from tests.tiny_zoo import zoo_model_dir
 
 KIND = "qwen3_moe_dense"

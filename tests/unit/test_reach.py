@@ -157,8 +157,27 @@ class Routed(nn.Module):
 def test_experts_that_values_choose_count_as_called(way):
     with torch.device("meta"):
         model = Routed(way)
-    reach = reach_of(model, lambda: model(torch.ones(5, 8, device="meta")).sum())
+        given = torch.ones(5, 8)
+    reach = reach_of(model, lambda: model(given).sum())
     assert unreached(model, reach) == {"idle"}
+
+
+def test_courses_that_follow_from_numbers_alone_are_not_in_question():
+    """A layer for texts that are longer than ever is not called, and no other member of a group counts."""
+
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+
+        def forward(self, x):
+            positions = torch.arange(x.shape[0], device=x.device)
+            return self.layers[int((positions > 4).any())](x)
+
+    with torch.device("meta"):
+        model, given = Counting(), torch.ones(5, 8)
+    assert unreached(model, reach_of(model, lambda: model(given).sum())) == {"layers.*"}
+    assert reach_of(model, lambda: model(given).sum()).called == {"layers.0"}
 
 
 def test_a_pass_that_cannot_be_made_leaves_everything_open():

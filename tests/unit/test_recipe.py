@@ -144,7 +144,13 @@ def test_recipes_can_be_built_in_python():
 
 def test_another_method_keeps_what_it_has_and_tells_what_it_dropped():
     recipe = load("method.name=lora", "method.alpha=8")
-    assert recipe.method.model_dump() == {"name": "lora", "rank": 4, "alpha": 8.0, "dropout": 0.0}
+    assert recipe.method.model_dump() == {
+        "name": "lora",
+        "rank": 4,
+        "alpha": 8.0,
+        "dropout": 0.0,
+        "from": None,
+    }
     assert recipe.notes == ("method lora has no method.init: dropped from what x.yaml says",)
 
 
@@ -257,9 +263,8 @@ def test_a_whole_method_can_be_given():
             "override targets: found [], wanted all-linear or experts or a list of at least 1 or a mapping",
         ),
         (
-            "data.labels=[no, yes]",
-            "override data.labels.0: found false, wanted a text "
-            "(YAML reads no, off and false as false: put the word in quotes)",
+            "data.labels=[false, true]",
+            "override data.labels.0: found false, wanted a text (put it in quotes)",
         ),
         (
             "data.labels=[a, null]",
@@ -306,7 +311,7 @@ def test_a_bad_override(override, expected):
         (MINIMAL + "train:\n", "x.yaml: train: found null, wanted a mapping"),
         (MINIMAL + "train: {1: 2}\n", "x.yaml: train.1: unknown key; known here: epochs, steps,"),
         (MINIMAL + "output_dir: y\n",
-         "x.yaml is not YAML: key output_dir is given twice at line 1, column 1"),
+         "x.yaml: line 5, column 1: key output_dir is given twice"),
         (MINIMAL + "train: {exact_match_samples: 5}\n", None),
         (MINIMAL.replace(", eval_split: test", "") + "train: {exact_match_samples: 5}\n",
          "x.yaml: train.exact_match_samples=5 needs data.eval_split; name the split or set it to 0"),
@@ -321,9 +326,9 @@ def test_a_bad_override(override, expected):
          "x.yaml is no recipe: wanted a mapping with the keys model, method, targets, data, train, "
          "deepspeed, output_dir"),
         ("- a\n", "x.yaml is no recipe: wanted a mapping with the keys model, "),
-        ("a: [1\n", "x.yaml is not YAML: expected ',' or ']', but got '<stream end>' at line 2, column 1"),
+        ("a: [1\n", "x.yaml is not YAML: "),
         ("a: !!python/name:os.system x\n",
-         "x.yaml is not YAML: could not determine a constructor for the tag"),
+         "x.yaml: line 1, column 4: !!python/name:os.system names a type, which is not read"),
     ],
 )  # fmt: skip
 def test_a_bad_file(text, expected):

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from distlora.checkpoints.directory import MANIFEST, STATE, newest
+from distlora.checkpoints.directory import newest
+from distlora.checkpoints.stored import MANIFEST, STATE
 from distlora.errors import UserError
 from distlora.files.atomic import write_json
 from distlora.recipe.load import load_recipe
@@ -34,7 +35,9 @@ def checkpoint(run_dir: Path, step: int, name: str | None = None) -> Path:
     """A complete checkpoint without tensors."""
     path = run_dir / (name or f"checkpoint-{step}")
     path.mkdir(parents=True)
-    digest = write_json(path / STATE, {"step": step, "identity": {}, "extra": {}, "rng": {"cpu": []}})
+    about = {"method": "lora", "rank": 2, "targets": [], "model": {"class": "Net"}, "optimizer_steps": step}
+    state = {"format": 1, "step": step, "identity": {}, "extra": {}, "rng": {"cpu": [""]}} | about
+    digest = write_json(path / STATE, state)
     entry = {"bytes": (path / STATE).stat().st_size, "sha256": digest}
     write_json(path / MANIFEST, {"format": 1, "step": step, "files": {STATE: entry}})
     return path

@@ -243,7 +243,9 @@ def test_zero_config_is_accepted_by_deepspeed(path, tmp_path):
     given, _ = resolve_deepspeed(recipe, 1, 576)
     parsed = runtime.DeepSpeedConfig(dict(given))
     section = given["zero_optimization"]
-    assert parsed.zero_optimization_stage == section["stage"] == int(path.stem[4])
+    # In bfloat16 DeepSpeed's stage 2 with offload would not sum in float32: see `deepspeed_config`.
+    stage = 1 if path.stem == "zero2_offload" else int(path.stem[4])
+    assert parsed.zero_optimization_stage == section["stage"] == stage
     assert parsed.zero_config.reduce_bucket_size == section.get("reduce_bucket_size", 500_000_000)
     assert bool(parsed.zero_config.offload_optimizer) == ("offload" in path.stem)
     assert bool(parsed.zero_config.offload_param) == (path.stem == "zero3_offload")

@@ -5,7 +5,7 @@ import pytest
 from distlora.cli.main import main
 from distlora.errors import UserError
 from distlora.recipe.load import dump_recipe, load_recipe
-from distlora.recipe.strict import parse_yaml
+from distlora.recipe.yaml_text import parse_yaml
 from distlora.sweeps.check import check_sweep
 from distlora.sweeps.points import LONGEST_NAME, name_of
 from tests.sweeping import Desk

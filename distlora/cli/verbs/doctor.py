@@ -5,6 +5,7 @@ import logging
 import os
 from pathlib import Path
 
+from distlora.cli.arguments import decimal, whole
 from distlora.cli.shared import this_topology
 from distlora.cluster.rendezvous import DEFAULT_PORT
 
@@ -28,15 +29,15 @@ def add(verbs) -> None:
         help="the directory that all nodes must share; default: the recipe's, or the current one",
     )
     parser.add_argument(
-        "--port", type=int, help=f"where rank 0 listens; default: MASTER_PORT, or {DEFAULT_PORT}"
+        "--port", type=whole, help=f"where rank 0 listens; default: MASTER_PORT, or {DEFAULT_PORT}"
     )
     parser.add_argument(
         "--build", action=argparse.BooleanOptionalAction, default=True, help="build DeepSpeed's operators now"
     )
     parser.add_argument(
-        "--limit", type=float, default=30.0, metavar="SECONDS", help="how long a silent rank is waited for"
+        "--limit", type=decimal, default=30.0, metavar="SECONDS", help="how long a silent rank is waited for"
     )
-    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--local_rank", "--local-rank", type=whole, help=argparse.SUPPRESS)
 
 
 def run(options: argparse.Namespace) -> int:

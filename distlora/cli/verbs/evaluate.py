@@ -53,12 +53,15 @@ def run(options: argparse.Namespace) -> int:
 
 def _run(options: argparse.Namespace, signals: StopSignals) -> int:
     topology = this_topology()
-    with before_ranks_meet():
-        _check_words(options)
-        asked, subject = _read(options)
-    from distlora.training import evaluate
+    from distlora.cluster.early import failure_told
 
-    evaluate.check(subject, topology, asked)
+    with failure_told(topology):
+        with before_ranks_meet():
+            _check_words(options)
+            asked, subject = _read(options)
+        from distlora.training import evaluate
+
+        evaluate.check(subject, topology, asked)
     for task, scores in evaluate.evaluate(subject, topology, asked, signals.asked).items():
         for name, value in scores.items():
             if topology.rank == 0:

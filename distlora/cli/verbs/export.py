@@ -3,29 +3,36 @@
 import argparse
 from pathlib import Path
 
+from distlora.cli.arguments import decimal, whole
 from distlora.cli.shared import log_to_terminal
+from distlora.errors import UserError
+from distlora.sentences import size_text
 
 
 def add(verbs) -> None:
     parser = verbs.add_parser("export", help="write a run's result in a format that other software loads")
     parser.add_argument("run_dir", type=Path, help="the run's output directory")
-    parser.add_argument("--format", choices=("peft", "merged"), required=True)
+    parser.add_argument("--format", choices=("peft", "merged"), help="may be left out with --for")
+    parser.add_argument(
+        "--for", dest="server", choices=("vllm",), help="peft: in the form that this server loads"
+    )
     parser.add_argument("--out", type=Path, required=True, help="a directory that does not exist yet")
-    parser.add_argument("--step", type=int, help="of the checkpoint; default: the newest")
+    parser.add_argument("--step", type=whole, help="of the checkpoint; default: the newest")
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),
-        help="default: float32 (peft), as the pretrained weights (merged)",
+        help="default: as the run, or float32 where that loses too much (peft); as the pretrained weights "
+        "(merged)",
     )
     parser.add_argument(
         "--compress-rank",
-        type=int,
+        type=whole,
         metavar="K",
         help="peft: at most K columns a layer, by an SVD of its update",
     )
     parser.add_argument(
         "--max-error",
-        type=float,
+        type=decimal,
         metavar="E",
         help="peft: the smallest rank of each layer whose update is off by at most E, relative, "
         "in the Frobenius norm",
@@ -35,6 +42,8 @@ def add(verbs) -> None:
         action="store_true",
         help="merged: do not load the result to compare it with the run on one batch",
     )
+    parser.add_argument("--push", metavar="OWNER/NAME", help="also send it to this repository of the hub")
+    parser.add_argument("--private", action="store_true", help="--push: a new repository is private")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -44,18 +53,33 @@ def run(options: argparse.Namespace) -> None:
 
     from distlora.training.export_run import export_run
 
+    if options.format is None and options.server is None:
+        raise UserError("--format is missing; give peft or merged, or --for vllm")
+    if options.private and options.push is None:
+        raise UserError("--private is for --push: give the repository's name, or leave it out")
+    if options.push is not None:  # before the work, and not only after it
+        from distlora.models.hub_upload import check_upload
+
+        check_upload(options.push)
     done = export_run(
         options.run_dir,
-        options.format,
+        options.format or "peft",
         options.out,
         options.step,
         options.dtype and getattr(torch, options.dtype),
         options.compress_rank,
         options.max_error,
         check=not options.no_check,
+        server=options.server,
     )
     print(done.path)
+    in_dtype = "" if done.dtype is None else f", tensors in {str(done.dtype).removeprefix('torch.')}"
+    print(f"{size_text(done.size)}{in_dtype}")
     if done.compression:
         print(done.compression)
     if done.difference is not None:
         print(f"compared with the run: logits differ by {done.difference:.1e} of the largest")
+    if options.push is not None:
+        from distlora.models.hub_upload import upload
+
+        print(upload(done.path, options.push, options.private))

@@ -2,6 +2,8 @@
 
 import argparse
 
+from distlora.cli.arguments import whole
+
 
 def add(verbs) -> None:
     parser = verbs.add_parser(
@@ -13,7 +15,7 @@ def add(verbs) -> None:
     )
     parser.add_argument("recipe", nargs="?", help="whose model, targets, rank and optimizer are taken")
     parser.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="changes to the recipe")
-    parser.add_argument("--rank", type=int, metavar="R", help="of all methods; default: the recipe's, or 8")
+    parser.add_argument("--rank", type=whole, metavar="R", help="of all methods; default: the recipe's, or 8")
     parser.add_argument(
         "--model", metavar="PATH", help="in place of the recipe's: a directory, a hub name, or pypi:<package>"
     )

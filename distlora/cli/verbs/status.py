@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from distlora.cli.arguments import decimal
 from distlora.cli.ending import TRAINING_ERROR
 from distlora.cli.shared import read_recipe
 from distlora.cluster.lease import living_owner
@@ -23,7 +24,7 @@ def add(verbs) -> None:
     )
     parser.add_argument(
         "--since",
-        type=float,
+        type=decimal,
         metavar="SECONDS",
         help="nothing that was written before this time since the epoch",
     )

@@ -4,7 +4,7 @@ import argparse
 import shlex
 from pathlib import Path
 
-from distlora.cli.arguments import whole_number
+from distlora.cli.arguments import whole, whole_number
 from distlora.cli.ending import end
 from distlora.cli.shared import log_to_terminal
 from distlora.cluster.status import START_AGAIN
@@ -31,7 +31,7 @@ def add(verbs) -> None:
         help="those that come before every point's own; before them, for a text file, the recipe",
     )
     parser.add_argument("--check", action="store_true", help="show the points; run nothing")
-    parser.add_argument("--point", type=int, metavar="N", help="only point N, counted from 0")
+    parser.add_argument("--point", type=whole, metavar="N", help="only point N, counted from 0")
     parser.add_argument(
         "--launcher",
         metavar="WORDS",
@@ -42,7 +42,7 @@ def add(verbs) -> None:
     parser.add_argument("--jobs", metavar="N", help="with --slurm: at most N points at once")
     parser.add_argument(
         "--line",
-        type=int,
+        type=whole,
         metavar="N",
         help="only show line or point N, counted from 0: each word with a zero byte behind it",
     )

@@ -3,6 +3,7 @@
 import argparse
 import logging
 
+from distlora.cli.arguments import whole
 from distlora.cli.shared import read_recipe, this_topology, until_asked_to_stop
 from distlora.cli.summary import summary_table
 from distlora.cluster.stopping import StopSignals
@@ -32,7 +33,7 @@ def add(verbs) -> None:
         action="store_true",
         help="continue although the samples are not those that the run was begun with",
     )
-    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--local_rank", "--local-rank", type=whole, help=argparse.SUPPRESS)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -42,12 +43,15 @@ def run(options: argparse.Namespace) -> int:
 
 def _run(options: argparse.Namespace, signals: StopSignals) -> int:
     topology = this_topology()
-    recipe = read_recipe(options.recipe, options.overrides)
-    from distlora.training import train as training
+    from distlora.cluster.early import failure_told
 
-    for note in recipe.notes:
-        logging.getLogger("distlora").info("%s", note)
-    training.check(recipe, topology, options.resume)
+    with failure_told(topology):
+        recipe = read_recipe(options.recipe, options.overrides)
+        from distlora.training import train as training
+
+        for note in recipe.notes:
+            logging.getLogger("distlora").info("%s", note)
+        training.check(recipe, topology, options.resume)
     summary = training.train(
         recipe, topology, options.resume, signals.asked, options.take_over, options.allow_changed_data
     )

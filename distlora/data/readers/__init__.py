@@ -1,6 +1,8 @@
 """Local files as rows, by their suffix: a file of this folder for each family of formats.
 
-text        what the text formats share: encoding, packing, lines
+packed      files as bytes, packed by gzip or not, and what a small file may become
+text        what the text formats share: encoding, lines
+npz_arrays  NumPy archives, for images
 rows        rows with the names of the numbers in a column
 values      what cells hold, in words
 """
@@ -9,10 +11,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from distlora.data.readers.json_rows import read_json, read_json_lines
+from distlora.data.readers.packed import is_packed
 from distlora.data.readers.parquet_rows import read_parquet
 from distlora.data.readers.rows import Rows, shared_names
 from distlora.data.readers.table_rows import read_csv, read_tsv
-from distlora.data.readers.text import is_packed
 from distlora.data.readers.values import Row, is_finite_number, kind_of, plain
 from distlora.errors import UserError
 
@@ -67,6 +69,8 @@ def read_file(file: Path, header: Sequence[str] | None = None, key: str | None =
             f"data.path: {file} is none of {', '.join(FORMATS)}, unpack it or convert it to one of these"
         )
     reader = _READERS[_unpacked(file).suffix.lower()]
-    if reader is read_tsv:
-        return read_tsv(file, header)
-    return read_json(file, key) if reader is read_json else reader(file)
+    more = {read_tsv: (header,), read_json: (key,)}.get(reader, ())
+    try:
+        return reader(file, *more)
+    except MemoryError:
+        raise UserError(f"data.path: {file} needs more memory than there is, take a part of it") from None

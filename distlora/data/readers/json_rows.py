@@ -8,7 +8,7 @@ from typing import Any
 from distlora.data.readers.text import lines_of, opened_text, refuse_nul
 from distlora.data.readers.values import Row, kind_of
 from distlora.errors import UserError
-from distlora.sentences import listed, nearest
+from distlora.sentences import given_twice, listed, nearest
 
 #: The keys of messages, in either form.
 _MESSAGE = ({"role", "content"}, {"from", "value"})
@@ -23,9 +23,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object of JSON, whose keys are different: of two equal ones the first would be lost."""
     found = dict(pairs)
     if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for place, key in enumerate(keys) if key in keys[:place])
-        raise _KeyTwice(f"the key {twice!r} is given twice")
+        raise _KeyTwice(f"the key {given_twice(key for key, _ in pairs)!r} is given twice")
     return found
 
 

@@ -22,7 +22,7 @@ def names_in(metadata: Mapping[bytes, bytes] | None) -> Names:
     try:
         features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
         return {column: tuple(map(str, names)) for column, names in map(_names, features.items()) if names}
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
         return {}
 
 

@@ -2,16 +2,15 @@
 
 import csv
 import logging
-import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from distlora.data.readers.text import lines_of, opened_text
+from distlora.data.readers.text import LONGEST_LINE, lines_of, opened_text
 from distlora.data.readers.values import Row
 from distlora.errors import UserError
-from distlora.sentences import counted
+from distlora.sentences import counted, given_twice
 
 #: GLUE's format: tabs divide cells, and quotation marks are text.
 _TSV = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
@@ -49,11 +48,11 @@ def _are_quoted(rows: Iterable[Row]) -> bool:
 
 
 @contextmanager
-def _cells_of_any_length() -> Iterator[None]:
-    """A cell may be longer than the 131,072 characters that the csv module allows. Its limit belongs to the
-    whole process, so it is put back."""
+def _long_cells() -> Iterator[None]:
+    """A cell may be longer than the 131,072 characters that the csv module allows, as long as a line. The
+    limit belongs to the whole process, so it is put back."""
     with _LOCK:
-        limit = csv.field_size_limit(sys.maxsize)
+        limit = csv.field_size_limit(LONGEST_LINE)
         try:
             yield
         finally:
@@ -61,7 +60,7 @@ def _cells_of_any_length() -> Iterator[None]:
 
 
 def _read(file: Path, header: Sequence[str] | None, layout: dict, name: str) -> list[Row]:
-    with opened_text(file, newline="") as stream, _cells_of_any_length():
+    with opened_text(file, newline="") as stream, _long_cells():
         table = csv.reader(lines_of(stream, file), **layout)
         try:
             return _rows(table, file, header, name)
@@ -100,7 +99,7 @@ def _refuse_other_marks(columns: Sequence[str], file: Path, name: str) -> None:
 def _refuse_twice(columns: Sequence[str], file: Path) -> None:
     """Raises UserError for two columns of one name. Columns without a name, as spreadsheets write behind the
     last one, may be several: nobody can ask for them."""
-    twice = next((name for place, name in enumerate(columns) if name and name in columns[:place]), None)
+    twice = given_twice(filter(None, columns))
     if twice is not None:
         raise UserError(f"data.path: {file} has two columns called {twice!r}, rename one of them")
 

@@ -1,15 +1,18 @@
 """Files as text: UTF-8, or what a byte order mark says, packed by gzip or not."""
 
 import codecs
-import gzip
-import zlib
-from collections.abc import Iterable, Iterator
+import io
+from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import BinaryIO, TextIO
+from typing import TextIO
 
+from distlora.data.readers.packed import opened_bytes
 from distlora.errors import UserError
-from distlora.sentences import first_line
+
+#: Characters of a line: more than the longest books have.
+LONGEST_LINE = 1 << 26
 
 #: By the first bytes of a file; the longest first, because one begins with another.
 _MARKS = (
@@ -20,14 +23,6 @@ _MARKS = (
 )
 
 
-def is_packed(file: Path) -> bool:
-    return file.suffix.lower() == ".gz"
-
-
-def _opened(file: Path) -> BinaryIO:
-    return gzip.open(file) if is_packed(file) else file.open("rb")
-
-
 @contextmanager
 def opened_text(file: Path, newline: str | None = None) -> Iterator[TextIO]:
     """A file as a stream of text. newline: as for `open`.
@@ -35,25 +30,18 @@ def opened_text(file: Path, newline: str | None = None) -> Iterator[TextIO]:
     Raises UserError for bytes that are no text, a damaged archive, and a file that cannot be read.
     """
     try:
-        with _opened(file) as raw:
+        with opened_bytes(file) as raw:
             start = raw.read(4)
         encoding = next((name for mark, name in _MARKS if start.startswith(mark)), "utf-8-sig")
-        opener = gzip.open if is_packed(file) else open
-        with opener(file, "rt", encoding=encoding, newline=newline) as stream:
+        with opened_bytes(file) as raw, io.TextIOWrapper(raw, encoding, newline=newline) as stream:
             yield stream
     except UnicodeError:
         raise UserError(f"data.path: {file} is not UTF-8 text{_where(file)}, convert it to UTF-8") from None
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"data.path: {file} is damaged ({first_line(error)}), fetch it again") from None
-    except OSError as error:
-        raise UserError(
-            f"data.path: {file} cannot be read ({error.strerror or error}), check the file"
-        ) from error
 
 
 def _where(file: Path) -> str:
     """The first line that is not UTF-8, as a part of a sentence."""
-    with _opened(file) as raw:
+    with opened_bytes(file) as raw:
         for number, line in enumerate(raw, 1):
             try:
                 line.decode()
@@ -62,10 +50,16 @@ def _where(file: Path) -> str:
     return ""
 
 
-def lines_of(stream: Iterable[str], file: Path) -> Iterator[str]:
-    """The lines of a file. Raises UserError for one with a NUL, which texts of two bytes a character have."""
-    for number, line in enumerate(stream, 1):
+def lines_of(stream: TextIO, file: Path) -> Iterator[str]:
+    """The lines of a file. Raises UserError for one with a NUL, which texts of two bytes a character have,
+    and for one without end.
+    """
+    for number, line in enumerate(iter(partial(stream.readline, LONGEST_LINE), ""), 1):
         refuse_nul(line, file, number)
+        if len(line) == LONGEST_LINE:
+            raise UserError(
+                f"data.path: line {number} of {file} has more than {LONGEST_LINE:,} characters, divide it"
+            )
         yield line
 
 

@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distlora.errors import Preempted, UserError
+from distlora.engine.comm.course import Course, meets
+from distlora.errors import Ending, Preempted, UserError
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class Comm:
         """
         self.rank, self.world_size = topology.rank, topology.world_size
         self.local_rank, self.device = topology.local_rank, device
-        self._asked_to_stop = asked_to_stop
+        self._asked_to_stop, self.course = asked_to_stop, Course()
         self.backend = "nccl" if device.type == "cuda" else "gloo"
         self._mine = False
         if distributed and not dist.is_initialized():
@@ -103,28 +105,33 @@ class Comm:
 
     # ------------------------------------------------------------------ tensors
 
+    @meets
     def barrier(self) -> None:
         if self.world_size > 1:
             dist.barrier()
 
+    @meets
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """Sums in place over ranks."""
         if self.world_size > 1:
             dist.all_reduce(tensor)
         return tensor
 
+    @meets
     def reduce_to(self, tensor: Tensor, owner: int) -> Tensor:
         """Sums over ranks into the owner's `tensor`; what the others' then holds is undefined."""
         if self.world_size > 1:
             dist.reduce(tensor, owner)
         return tensor
 
+    @meets
     def broadcast(self, tensor: Tensor, source: int) -> Tensor:
         """Overwrites `tensor` with the one of rank `source`."""
         if self.world_size > 1:
             dist.broadcast(tensor, source)
         return tensor
 
+    @meets
     def gather_to(self, tensor: Tensor, owner: int) -> list[Tensor] | None:
         """Equal-sized tensors of all ranks, in rank order, on the owner; None elsewhere."""
         if self.world_size == 1:
@@ -133,6 +140,7 @@ class Comm:
         dist.gather(tensor, parts, dst=owner)
         return parts
 
+    @meets
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
         """Equal-sized tensors of all ranks, in rank order."""
         if self.world_size == 1:
@@ -143,6 +151,7 @@ class Comm:
 
     # ------------------------------------------------------------------ values
 
+    @meets
     def gather(self, value: Any) -> list[Any]:
         """The JSON-able values of all ranks, in rank order, on every rank."""
         data = json.dumps(value).encode()
@@ -154,6 +163,7 @@ class Comm:
             for size, part in zip(sizes, self.all_gather(buffer))
         ]
 
+    @meets
     def sum(self, *values: float) -> tuple[float, ...]:
         """Each value summed over ranks, in float64."""
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
@@ -170,30 +180,36 @@ class Comm:
             raise Preempted(STOPPED)
         return tuple(sums)
 
+    @meets
     def share(self, value: Any) -> Any:
         """Rank 0's JSON-able value, on every rank."""
         return value if self.world_size == 1 else self._share_from(0, value)
 
+    @meets
     def agree(self, error: Exception | None) -> None:
         """Raises on every rank if any rank brings an error, so that none is left waiting in a later
         collective.
 
         The error of the lowest rank that has one is raised there as it is, and elsewhere as a UserError with
-        its sentence.
+        its sentence; with the name of the rank, if the error is of a rank's own work and not all have one.
         """
         if self.world_size == 1:
             if error is not None:
                 raise error
             return
-        mine = torch.tensor(self.world_size if error is None else self.rank, device=self.device)
-        dist.all_reduce(mine, op=dist.ReduceOp.MIN)
-        first = int(mine)
+        mine = [self.world_size, 0] if error is None else [self.rank, 1]
+        least = torch.tensor(mine, device=self.device)
+        dist.all_reduce(least, op=dist.ReduceOp.MIN)
+        first, all_failed = least.tolist()
         if first == self.world_size:
             return
-        sentence = self._share_from(first, str(error) if first == self.rank else None)
+        of_one_rank = not all_failed and isinstance(error, Ending) and error.of_own_work
+        where = f"rank {first} on {socket.gethostname()}: " if of_one_rank else ""
+        sentence, of_one_rank = self._share_from(first, [f"{where}{error}", of_one_rank])
         if first != self.rank:
-            raise UserError(sentence, agreed=True)
+            error = UserError(sentence)
         error.agreed = True
+        error.of_one_rank = of_one_rank
         raise error
 
     def _share_from(self, source: int, value: Any) -> Any:

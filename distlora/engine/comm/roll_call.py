@@ -20,6 +20,8 @@ from distlora.sentences import first_line
 _LEFT = "left"
 #: Seconds that rank 0 then stays, so that the others hear of it: they ask once a second.
 _FAREWELL = 3.0
+#: Seconds for which rank 0 waits until the others have read that one of them does not come.
+REFUSAL_LINGER = 5.0
 
 
 class RollCall:
@@ -59,7 +61,7 @@ class RollCall:
         exchanged once. Who was missing once is not waited for again.
 
         seconds: how long a silent rank is waited for, where that is not the usual. Errors: TrainingError on a
-        rank that has lost the master.
+        rank that has lost the master; on all ranks, what one of them has said by `refuse`.
         """
         seconds = seconds or self._seconds
         try:
@@ -82,6 +84,32 @@ class RollCall:
         except dist.DistError as error:
             raise self._lost("has lost the master") from error
 
+    def refuse(self, sentence: str, mistake: bool) -> bool:
+        """Instead of an exchange: says why this rank does not come, and waits until all have read it, or as
+        long as this object waits for a silent rank. mistake: of the user, see `_end_if_refused`.
+
+        Returns whether rank 0 has read it, or does not come either.
+        """
+        try:
+            if not self.store.check(["refused"]):
+                said = f"rank {self._rank} on {socket.gethostname()}: {sentence}"
+                self.store.set("refused", json.dumps([said, mistake]))
+            self.store.set(f"refused/read/{self._rank}", "")
+            readers = self._expected if self._rank == 0 else [0]
+            return 0 in self._await("refused/read", readers, self._seconds, refusable=False)
+        except dist.DistError:
+            return False
+
+    def _end_if_refused(self) -> None:
+        """Raises on every rank what one of them has refused with, a UserError or a TrainingError."""
+        if not self.store.check(["refused"]):
+            return
+        sentence, mistake = json.loads(self.store.get("refused"))
+        self.store.set(f"refused/read/{self._rank}", "")
+        if self._rank == 0:  # the store may end with this process
+            self._await("refused/read", self._expected, REFUSAL_LINGER, refusable=False)
+        raise (UserError if mistake else TrainingError)(sentence, agreed=True)
+
     def board(self) -> "StoreBoard":
         """Where ranks write down what others may read, by a connection of its own: it can be used from
         another thread.
@@ -101,18 +129,21 @@ class RollCall:
                 self.store.wait([name], datetime.timedelta(seconds=1))
                 return
             except dist.DistStoreError:  # not yet there
+                self._end_if_refused()
                 self._leave_if_asked()
                 if time.monotonic() > deadline:
                     raise
 
-    def _await(self, topic: str, ranks: Iterable[int], seconds: float) -> list[int]:
-        """Those of the ranks that have spoken in time."""
+    def _await(self, topic: str, ranks: Iterable[int], seconds: float, refusable: bool = True) -> list[int]:
+        """Those of the ranks that have spoken in time. refusable: a rank may have refused to."""
         deadline = time.monotonic() + seconds
         missing, came = set(ranks), set()
         while missing and time.monotonic() < deadline:
             came |= {rank for rank in missing if self.store.check([f"{topic}/{rank}"])}
             missing -= came
             if missing:
+                if refusable:
+                    self._end_if_refused()
                 self._leave_if_asked()
                 time.sleep(0.02)
         return sorted(came)

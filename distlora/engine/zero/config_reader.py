@@ -4,8 +4,6 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from pydantic import BaseModel
-
 
 def read_config(config: dict) -> None:
     """Lets DeepSpeed read a config. Raises whatever DeepSpeed does."""
@@ -13,19 +11,6 @@ def read_config(config: dict) -> None:
         from deepspeed.runtime.config import DeepSpeedConfig  # late: a second or more
 
         DeepSpeedConfig(config)
-
-
-def deepspeed_section(title: str) -> type[BaseModel]:
-    """DeepSpeed's model of a section of its config, by the name of its class."""
-    from deepspeed.runtime.config_utils import DeepSpeedConfigModel
-
-    return next(model for model in _descendants(DeepSpeedConfigModel) if model.__name__ == title)
-
-
-def _descendants(cls: type[BaseModel]) -> Iterator[type[BaseModel]]:
-    for child in cls.__subclasses__():
-        yield child
-        yield from _descendants(child)
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from distlora.engine import boundary
 from distlora.engine.comm import Comm
+from distlora.engine.gradient_sums import fill_gradients, sum_in_float32
 from distlora.engine.optimizers import OptimizerSpec, set_rate, spec_of
 from distlora.engine.protocol import StepInfo, adapter_layers, left_factors, transforming
 from distlora.engine.rehearsal import Kept
@@ -31,6 +32,11 @@ COUNTERS = (
     "global_steps", "global_samples", "micro_steps", "skipped_steps", "_step_applied", "_global_grad_norm",
     "overflow", "micro_step_count", "global_step_count", "total_elapsed_time", "step_elapsed_time",
     "start_time",
+)  # fmt: skip
+
+#: Those of them that count whole steps; `micro_steps` must go on to the next one.
+CHANGED_BY_STEP = (
+    "global_steps", "global_samples", "skipped_steps", "_step_applied", "_global_grad_norm", "overflow",
 )  # fmt: skip
 
 #: DeepSpeed gathers some mixtures of experts as a whole, because ranks might call different experts. Here all
@@ -95,11 +101,11 @@ class ZeroEngine(ZeroGradients):
     # ------------------------------------------------------------------ coming to life
 
     @contextmanager
-    def loading(self, whole: bool = False) -> Iterator[None]:
+    def loading(self, whole: bool = False) -> Iterator[bool]:
         # from_pretrained looks the object up through a weak reference: partitioned loading lasts as long as
         # this variable.
         partitioned = HfDeepSpeedConfig(self._config) if self.stage == 3 and not whole else None
-        yield
+        yield partitioned is not None
         del partitioned
 
     def attaching(self) -> AbstractContextManager:
@@ -129,6 +135,8 @@ class ZeroEngine(ZeroGradients):
             model=_Runner(model), optimizer=built, config=without_monitors(config), dist_init_required=False
         )
         engine.monitor = start_monitors(self.comm, config)
+        if self.stage == 0:  # DeepSpeed has no float32 sums for weights in bfloat16 without ZeRO
+            sum_in_float32(trained.values())
         self._call = _through_runner
         _forget_first_step(engine)
         self._monitors = Monitors(engine)
@@ -147,14 +155,18 @@ class ZeroEngine(ZeroGradients):
         self._engine.train(on)
 
     def run(self, function: Callable, *arguments):
-        return self._call(self._engine, function, *arguments)
+        with self.comm.course.passing():
+            return self._call(self._engine, function, *arguments)
 
     def backward(self, loss: Tensor) -> None:
         # DeepSpeed divides by the accumulation steps and averages over ranks; both are undone, so that
         # gradients add up.
-        self._engine.backward(loss * (self._engine.gradient_accumulation_steps() * self.comm.world_size))
-        if not self._engine.is_gradient_accumulation_boundary():
-            self._engine.step()
+        with self.comm.course.passing():
+            if self.stage == 0 and self.at_boundary():  # the ranks' sums are joined after this pass
+                fill_gradients(self._trained.values())
+            self._engine.backward(loss * (self._engine.gradient_accumulation_steps() * self.comm.world_size))
+            if not self._engine.is_gradient_accumulation_boundary():
+                self._engine.step()
 
     def at_boundary(self) -> bool:
         return self._engine.is_gradient_accumulation_boundary()
@@ -162,9 +174,21 @@ class ZeroEngine(ZeroGradients):
     def step(self) -> StepInfo:
         # DeepSpeed reports no norm at stage 0 in float32.
         norm = self._plain_norm() if self.stage == 0 and self.dtype == torch.float32 else None
-        self._engine.step()
+        with self.comm.course.passing():
+            self._engine.step()
         norm = self._engine.get_global_grad_norm() if norm is None else norm
         return StepInfo(float(norm), skipped=not self._engine.was_step_applied())
+
+    def drop_step(self) -> None:
+        # Every wrapper keeps gradients elsewhere, and lets go of them in a step alone.
+        take_back = self._keep(CHANGED_BY_STEP, amid_run=True)
+        with self._monitors_silenced():
+            self._engine.step()
+        take_back()
+
+    def release(self) -> None:
+        self._engine.destroy()
+        get_accelerator().empty_cache()
 
     def _plain_norm(self) -> Tensor:
         return torch.nn.utils.get_total_norm([p.grad for p in self._trained.values() if p.grad is not None])
@@ -176,11 +200,18 @@ class ZeroEngine(ZeroGradients):
 
     @contextmanager
     def rehearsal(self) -> Iterator[Callable[[], None]]:
+        take_back = self._keep(COUNTERS)
+        with self._monitors_silenced():
+            yield take_back
+        take_back()
+
+    def _keep(self, counters: tuple[str, ...], amid_run: bool = False) -> Callable[[], None]:
+        """What takes back all that steps change from here on, with these counters. amid_run: see `Kept`."""
         engine = self._engine
         flats = {id(own.flat): own.flat for own in self._slices.values() if own is not None}
-        kept = Kept(self.comm.device, self._optimizer, flats.values())
+        kept = Kept(self.comm.device, self._optimizer, flats.values(), amid_run)
         for owner in (engine, engine.optimizer, engine.tput_timer):
-            kept.keep_attributes(owner, COUNTERS)
+            kept.keep_attributes(owner, counters)
         low = self._own_storage(name for name, p in self._trained.items() if id(p) not in flats)
 
         def take_back() -> None:
@@ -188,12 +219,17 @@ class ZeroEngine(ZeroGradients):
             self._put_back(low)
             boundary.after_step(self)
 
-        told, engine.monitor.enabled = engine.monitor.enabled, False  # DeepSpeed tells of steps by itself
+        return take_back
+
+    @contextmanager
+    def _monitors_silenced(self) -> Iterator[None]:
+        """DeepSpeed tells of steps by itself."""
+        monitor = self._engine.monitor
+        told, monitor.enabled = monitor.enabled, False
         try:
-            yield take_back
+            yield
         finally:
-            engine.monitor.enabled = told
-        take_back()
+            monitor.enabled = told
 
     # ------------------------------------------------------------------ passes that train nothing
 
@@ -218,7 +254,8 @@ class ZeroEngine(ZeroGradients):
                 )
 
     def run_probe(self, function: Callable, *arguments):
-        return self._call(self._engine.module, function, *arguments)
+        with self.comm.course.passing():
+            return self._call(self._engine.module, function, *arguments)
 
     @contextmanager
     def whole_model(self) -> Iterator[bool]:

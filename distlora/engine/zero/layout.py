@@ -4,13 +4,14 @@ What is relied upon, by stage and optimizer wrapper (DeepSpeed 0.19), each with 
 
     stage  dtype  wrapper                  low precision        master and moments         averaged gradient
     0      fp32   none                     the parameter        the parameter itself       parameter.grad
-    0      bf16   FP16_UnfusedOptimizer    the parameter        fp32_groups, one each      parameter.grad
-    1      bf16   BF16_Optimizer (1)       whole on every rank  own fragment: _hp_mapping  _hp_mapping
+    0      bf16   FP16_UnfusedOptimizer    the parameter        fp32_groups, one each      parameter.grad (1)
+    1      bf16   BF16_Optimizer (2)       whole on every rank  own fragment: _hp_mapping  _hp_mapping
     1, 2   any    DeepSpeedZeroOptimizer   whole on every rank  own fragment: _hp_mapping  _hp_mapping
     3      any    ..._Stage3               own shard: ds_tensor own shard: grad_position   safe_get_local_grad
 
-(1) with gradients summed in float32. A ZeRO-3 shard is flat and row-major: rank k owns elements
-[k·ps, (k+1)·ps) of ps = ceil(numel / world), the tail is padding.
+(1) in float32: see `distlora.engine.gradient_sums`. (2) with gradients summed in float32, as the program asks
+for, and without offload; a user's own engine may sum in bfloat16. A ZeRO-3 shard is flat and row-major:
+rank k owns elements [k·ps, (k+1)·ps) of ps = ceil(numel / world), the tail is padding.
 """
 
 from dataclasses import dataclass
@@ -72,6 +73,10 @@ def refuse_unknown_layout(engine: DeepSpeedEngine, world_size: int) -> None:
         )
     elif not engine.managed_gradient_accumulation():
         problem = "leaves accumulation to its caller; set managed_gradient_accumulation to true"
+    elif engine.bf16_master_weights_and_gradients():
+        problem = "keeps masters in bfloat16; remove bf16_master_weights_and_grads"
+    elif engine.zenflow:
+        problem = "leaves parts of the gradient to later steps; remove zenflow"
     elif _on_nvme(engine.zero_offload_optimizer()) or _on_nvme(engine.zero_offload_param()):
         problem = "keeps tensors on NVMe; set the device of its offload sections to cpu or none"
     elif engine.zero_quantized_weights() or engine.zero_quantized_nontrainable_weights():

@@ -8,10 +8,11 @@ from distlora.methods.capabilities.facts import (
     last_trained_factor,
     magnitude_of,
     probe_of,
-    problem_with_experts,
     recomposing,
+    start_of,
     writes_weight,
 )
+from distlora.methods.capabilities.from_adapter import StartsFromAdapter
 from distlora.methods.capabilities.from_weight import HoldsPretrained, TakesFromWeight
 from distlora.methods.capabilities.gradients import CorrectsGradients, TransformsGradients
 from distlora.methods.capabilities.magnitude import HasMagnitude
@@ -27,13 +28,14 @@ __all__ = [
     "ProbeSettings",
     "Recomposes",
     "Recomposition",
+    "StartsFromAdapter",
     "TakesFromWeight",
     "TrainsWeight",
     "TransformsGradients",
     "last_trained_factor",
     "magnitude_of",
     "probe_of",
-    "problem_with_experts",
     "recomposing",
+    "start_of",
     "writes_weight",
 ]

@@ -1,5 +1,6 @@
 """Questions that any method answers, by its capabilities and its settings."""
 
+from distlora.methods.capabilities.from_adapter import StartsFromAdapter
 from distlora.methods.capabilities.from_weight import TakesFromWeight
 from distlora.methods.capabilities.magnitude import HasMagnitude
 from distlora.methods.capabilities.probing import NeedsProbe, ProbeSettings
@@ -12,6 +13,11 @@ def probe_of(method: Method) -> ProbeSettings | None:
     return method.probe_settings() if isinstance(method, NeedsProbe) else None
 
 
+def start_of(method: Method) -> str | None:
+    """The directory of the adapter in PEFT's files that training starts from; None without one."""
+    return method.start if isinstance(method, StartsFromAdapter) else None
+
+
 def recomposing(method: Method) -> Recomposes | None:
     """The method itself if it replaces components, as it is set; else None."""
     return method if isinstance(method, Recomposes) and method.recomposes else None
@@ -20,18 +26,6 @@ def recomposing(method: Method) -> Recomposes | None:
 def writes_weight(method: Method) -> bool:
     """Whether frozen weights are ever written, at the start or later."""
     return isinstance(method, TakesFromWeight) or recomposing(method) is not None
-
-
-def problem_with_experts(method: Method) -> str | None:
-    """Why a stack of experts cannot be adapted, and what to set instead, as the end of a sentence; None if it
-    can be.
-    """
-    instead = "; leave experts out of targets, or choose a method such as lora, pissa or lora_sb"
-    if isinstance(method, HasMagnitude):
-        return f"trains norms of rows, which it has for single layers only{instead}"
-    if recomposing(method) is not None:
-        return f"replaces components while it trains, which it does in single layers only{instead}"
-    return None
 
 
 def magnitude_of(method: Method) -> str | None:

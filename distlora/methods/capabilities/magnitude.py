@@ -1,5 +1,6 @@
 """Methods that train the norm of every row of the adapted weight: `m ⊙ (W + s·B·A)/‖W + s·B·A‖_row`."""
 
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -15,6 +16,7 @@ class HasMagnitude(HoldsPretrained):
     """A trained factor (out,), beside the path, is the norm of every row of the adapted weight.
 
     It begins as the norms of the pretrained weight, which must be whole for the norms: `prepare` takes them.
+    Of a stack of weights `prepare` and `row_scale` take tensors with E before their shapes.
     """
 
     #: The name of that factor.
@@ -56,9 +58,11 @@ class HasMagnitude(HoldsPretrained):
         base: Linear = linear,
         along: Linear = linear,
         prepared: Factors | None = None,
+        spread: Callable[[Tensor], Tensor] = lambda values: values,
     ) -> Tensor:
         """`(x Wᵀ + s·(…(x Aᵀ)…)Bᵀ) ⊙ c + b`. prepared: what `prepare` answered for this weight and these
-        factors; None to ask it here.
+        factors; None to ask it here. spread: of a stack, makes (S, out) of c or b (E, out), for the S rows
+        of x.
 
         Where dropout acts, it drops the input of everything that differs from the pretrained layer: with the
         dropped input x̃ it is `x Wᵀ + b + (x̃ Wᵀ) ⊙ (c − 1) + s·(…(x̃ Aᵀ)…)Bᵀ ⊙ c`. So do the reference code
@@ -67,10 +71,10 @@ class HasMagnitude(HoldsPretrained):
         if prepared is None:
             with torch.no_grad():
                 prepared = self.prepare(weight, factors)
-        scale = self.row_scale(factors, prepared)
+        scale = spread(self.row_scale(factors, prepared))
         if training and self.dropout:
             u = self._dropped(x, training)
             change = rows_rescaled(base(u, weight, None), self._along_path(u, factors, along), scale)
             return base(x, weight, bias) + change
         y = base(x, weight, None) + self._update(x, factors, training, along)
-        return y * scale if bias is None else torch.addcmul(bias, y, scale)
+        return y * scale if bias is None else torch.addcmul(spread(bias), y, scale)

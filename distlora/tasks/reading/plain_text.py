@@ -7,6 +7,8 @@ _IN_BRACES = re.compile(
 )
 _REPEATING = re.compile(r"(?<![\d.,])(\d{1,9})\.(\d{0,9})\\(?:overline|bar)\s*\{\s*(\d{1,9})\s*\}", re.ASCII)
 _FRACTION = re.compile(r"\\[dtc]?frac(?![a-z])\s*")
+#: Characters between two braces.
+_LONGEST_GROUP = 4000
 _COMMANDS = {
     **dict.fromkeys(("times", "cdot", "ast"), "*"),
     **dict.fromkeys(("left", "right", "big", "Big", "displaystyle", "bf", "rm", "limits"), ""),
@@ -90,10 +92,10 @@ def first_line(text: str, with_a: str = r"\S") -> str:
 
 def braced(text: str, start: int) -> tuple[str, int]:
     """What stands between the brace at `start` and its partner, and the place behind that one; to the end of
-    the text where the partner is missing.
+    the text where the partner is missing, or further away than in any formula.
     """
     depth = 0
-    for place in range(start, len(text)):
+    for place in range(start, min(len(text), start + _LONGEST_GROUP)):
         if text[place - 1 : place] == "\\" and place > start:
             continue
         depth += {"{": 1, "}": -1}.get(text[place], 0)

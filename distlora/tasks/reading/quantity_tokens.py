@@ -27,6 +27,8 @@ _TIMES = re.compile(r"(?<=\d)\s*x\s*(?=[\d$(])")
 _LETTERS = frozenset("abcdefghijklmnopqrstuvwxyz")
 #: Signs of numbers that are no fractions.
 SYMBOLS = frozenset("√π∞")
+#: Signs, currencies and parentheses in front of a number.
+_MOST_SIGNS = 16
 #: Signs between a quantity and another one, or between sets.
 RELATIONS = frozenset("<>≤≥≠±∪∩")
 
@@ -80,7 +82,8 @@ class Cursor:
 
     def number_follows(self, ahead: int = 0) -> bool:
         """Whether a number begins there, perhaps with a sign, a currency or parentheses in front."""
-        while self.at(ahead).kind == "currency" or self.text(ahead) in ("(", "-", "+"):
+        last = ahead + _MOST_SIGNS
+        while ahead < last and (self.at(ahead).kind == "currency" or self.text(ahead) in ("(", "-", "+")):
             ahead += 1
         return self.at(ahead).kind == "number" or leading_number(self.words(ahead)) is not None
 

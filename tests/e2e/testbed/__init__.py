@@ -156,6 +156,10 @@ class Cluster:
         """Packets to and from the host are lost without a word."""
         self._script("cut", host)
 
+    def part(self) -> None:
+        """Packets between node1 and node2 are lost without a word; head reaches both."""
+        self._script("part")
+
     def slow(self, host: str, rate: str) -> None:
         """What is sent to the host passes at this rate, such as 4mbit."""
         self._script("slow", host, rate)

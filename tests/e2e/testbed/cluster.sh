@@ -12,6 +12,7 @@ usage: cluster.sh COMMAND
   exec HOST WORD…    runs a command there, in the current directory and environment
   pid HOST           prints the host's first process, as this machine counts
   cut HOST           takes its link away: packets to and from it are lost without a word
+  part               node1 and node2 lose all packets to each other; head still reaches both
   slow HOST RATE     what is sent to it passes at this rate, such as 4mbit
   heal HOST          gives the link back, as it was
   crash HOST         cuts the link and ends all its processes, as a power failure would
@@ -121,8 +122,14 @@ slow() {  # slow HOST RATE
     tc -n "$(namespace head)" qdisc replace dev "to-$1" root tbf rate "$2" burst 16kb latency 1s
 }
 
+part() {  # isolated ports of a bridge reach only those that are not
+    local host
+    for host in node1 node2; do in_network head link set "to-$host" type bridge_slave isolated on; done
+}
+
 heal() {
     link "$1" up
+    in_network head link set "to-$1" type bridge_slave isolated off
     tc -n "$(namespace head)" qdisc delete dev "to-$1" root 2>/dev/null || true  # there is none unless it was slow
 }
 
@@ -295,6 +302,7 @@ case $command in
     boot) boot "$1"; [[ $1 == head ]] || link "$1" up ;;
     crash) crash "$1" ;;
     cut) link "$1" down ;;
+    part) part ;;
     slow) slow "$1" "$2" ;;
     heal) heal "$1" ;;
     exec) run_on "$@" ;;
