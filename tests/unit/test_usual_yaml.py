@@ -85,7 +85,8 @@ def test_what_breaks_the_parser_is_told_with_what_to_do(load, old, new, place, a
          "x.yaml: train.optimizer.name: unknown key; write name as a key of optimizer, "
          "as in optimizer: {name: …}"),
         (RECIPE + "train:\n",
-         "x.yaml: train: found null, wanted a mapping (no key stands below it: remove it, or write its keys)"),
+         "x.yaml: train: found null, wanted a mapping "
+         "(no key stands below it: remove it, or write its keys)"),
         (RECIPE + "train: {clip: None}\n",
          'x.yaml: train.clip: found "None", wanted a number (None is written null)'),
         (RECIPE.encode("utf-16"), "x.yaml cannot be read as a recipe: line 1 is not utf-8; save it as UTF-8"),
