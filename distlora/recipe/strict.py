@@ -155,7 +155,7 @@ def _quotes(mistake: dict) -> str:
     value = mistake["input"]
     if value is None and isinstance(mistake["loc"][-1], int):
         return " (YAML reads null and ~ as null: put the word in quotes)"
-    return " (put it in quotes)" if isinstance(value, int | float) else ""
+    return " (put it in quotes)" if isinstance(value, int | float | dict) else ""
 
 
 def _path(mistake: dict, data: Any) -> tuple:

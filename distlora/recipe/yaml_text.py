@@ -34,13 +34,20 @@ _NO_TEXT = re.compile("[\0\ud800-\udfff]")
 
 #: By words of libyaml's or PyYAML's parser, what usually helps.
 _ADVICE = {
-    "expected alphabetic or numeric": "; put a text that begins with * or & in quotes",
-    "expected ':'": "; write a colon and a space behind a key",
-    "mapping values are not allowed": "; put a text that holds a colon and a space in quotes, "
-    "or indent keys below their section",
-    "hexdecimal|unknown escape": "; put a text with backslashes in single quotes",
-    "did not find expected key|expected <block end>": "; begin all keys of a section in the same column",
+    "expected alphabetic or numeric": "put a text that begins with * or & in quotes",
+    "expected ':'": "write a colon and a space behind a key",
+    "mapping values are not allowed": "put a text that holds a colon and a space in quotes, or indent keys "
+    "below their section",
+    "hexdecimal|unknown escape": "put a text with backslashes in single quotes",
+    "unexpected end of stream": "close the quotes that begin there",
+    "expected ',' or": "close the brackets, or put a text with brackets or commas in quotes",
+    "sequence entries are not allowed": "begin a list on a line of its own, or put a text that begins with - "
+    "in quotes",
 }
+#: Where a new key or entry was expected: at the beginning of a line, and behind something.
+_ELSEWHERE = "expected key|expected <block end>|expected '-' indicator"
+_IN_A_COLUMN = "begin all keys and entries of a section in the same column"
+_BEHIND = "put the whole text in quotes, and write a quote within single quotes twice"
 
 
 def parse_yaml(text: str, name: str) -> Any:
@@ -68,23 +75,24 @@ def _problem(error: Exception, text: str) -> str:
     mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
     if not mark or not problem:
         return first_line(error)
-    if "could not find expected ':'" in problem:  # found out behind the line that lacks it
+    if re.search("expected ':'|end of stream", problem):  # found out behind the place that is wrong
         mark = error.context_mark or mark
-    return f"{problem} at {_place(mark)}{_advice(problem, _sign_at(mark, text))}"
-
-
-def _sign_at(mark: yaml.Mark, text: str) -> str:
-    """The character at a place; a blank beyond the end of the line."""
     lines = text.splitlines()
-    return (lines[mark.line] if mark.line < len(lines) else "")[mark.column : mark.column + 1] or " "
+    line = lines[mark.line] if mark.line < len(lines) else ""
+    advice = _advice(problem, line[: mark.column], line[mark.column : mark.column + 1] or " ")
+    return f"{problem} at {_place(mark)}{'; ' + advice if advice else ''}"
 
 
-def _advice(problem: str, sign: str) -> str:
-    """What to do about a problem, as the end of the sentence; empty where the problem says it."""
+def _advice(problem: str, before: str, sign: str) -> str:
+    """What to do about a problem; empty where the problem says it. before: what stands before its place in
+    the line. sign: the character at its place.
+    """
     if sign == "\t" and re.search(r"cannot start any token|\btab\b", problem):
-        return ": it is a tab; write spaces"
+        return "it is a tab: write spaces"
     if "cannot start any token" in problem:
-        return f"; put a text that begins with {sign} in quotes"
+        return f"put a text that begins with {sign} in quotes"
+    if re.search(_ELSEWHERE, problem):
+        return _BEHIND if before.strip() else _IN_A_COLUMN
     return next((advice for words, advice in _ADVICE.items() if re.search(words, problem)), "")
 
 

@@ -48,8 +48,8 @@ def test_what_is_usual_is_read(load, text):
 @pytest.mark.parametrize(
     ("old", "new", "place", "advice"),
     [
-        ("model: {path", "model:\n\t{path", "line 2, column 1", ": it is a tab; write spaces"),
-        ("runs/x\n", "runs/x\n\t\n", "line 5, column 1", ": it is a tab; write spaces"),
+        ("model: {path", "model:\n\t{path", "line 2, column 1", "; it is a tab: write spaces"),
+        ("runs/x\n", "runs/x\n\t\n", "line 5, column 1", "; it is a tab: write spaces"),
         ("runs/x", "@x", "line 4, column 13", "; put a text that begins with @ in quotes"),
         ("runs/x", "`x`", "line 4, column 13", "; put a text that begins with ` in quotes"),
         ("runs/x", "%x", "line 4, column 13", "; put a text that begins with % in quotes"),
@@ -62,7 +62,18 @@ def test_what_is_usual_is_read(load, text):
         ("runs/x", "a: b", "line 4, column 14", "; put a text that holds a colon and a space in quotes, "
          "or indent keys below their section"),
         ("{path: some/model}", "\n  path: x\n dtype: y", "line 3, column 2",
-         "; begin all keys of a section in the same column"),
+         "; begin all keys and entries of a section in the same column"),
+        ("{path: some/model}", "\n- path: x\n  dtype: y\n a: b", "line 4, column 2",
+         "; begin all keys and entries of a section in the same column"),
+        ("runs/x", "{home} x", "line 4, column 20",
+         "; put the whole text in quotes, and write a quote within single quotes twice"),
+        ("runs/x", "'don't'", "line 4, column 18",
+         "; put the whole text in quotes, and write a quote within single quotes twice"),
+        ("runs/x", '"x', "line 4, column 13", "; close the quotes that begin there"),
+        ("lora, rank: 4}", "lora, rank: 4", "line 3, column 5",
+         "; close the brackets, or put a text with brackets or commas in quotes"),
+        ("runs/x", "- x", "line 4, column 13", "; begin a list on a line of its own, or put a text "
+         "that begins with - in quotes"),
     ],
 )  # fmt: skip
 def test_what_breaks_the_parser_is_told_with_what_to_do(load, old, new, place, advice):
@@ -92,6 +103,8 @@ def test_what_breaks_the_parser_is_told_with_what_to_do(load, old, new, place, a
         (RECIPE.encode("utf-16"), "x.yaml cannot be read as a recipe: line 1 is not utf-8; save it as UTF-8"),
         (RECIPE.replace("runs/x", "runs/é").encode("latin-1"),
          "x.yaml cannot be read as a recipe: line 4 is not utf-8; save it as UTF-8"),
+        (RECIPE.replace("arithmetic}", "arithmetic, template: {question}}"),
+         'x.yaml: data.template: found {"question": null}, wanted a text (put it in quotes)'),
         (RECIPE + "\x0c\n", "x.yaml is not YAML: it holds the character U+000C at line 5; remove it"),
     ],
 )  # fmt: skip
