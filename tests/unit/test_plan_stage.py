@@ -3,7 +3,6 @@
 import pytest
 
 from distlora.plan import plan_of
-from distlora.plan.shapes import shapes_of
 from distlora.plan.table import table
 from distlora.recipe.sections import Recipe
 from tests.tiny_models import tiny_config
@@ -29,5 +28,5 @@ def test_a_stage_in_the_place_of_the_configs_is_told(tmp_path, dtype, zero, said
         deepspeed={"zero_optimization": zero},
         output_dir="unused",
     )
-    plan = plan_of(recipe, shapes_of(recipe), world_size=2)
+    plan = plan_of(recipe, 1, 2)
     assert table([(1, plan)], 2, 80.0).splitlines()[2].startswith(said)
