@@ -34,6 +34,7 @@ OTHER_LAYOUT = "tests/distributed/test_resume.py::test_at_another_layout_the_sam
 RECOMPOSE, AGES = "distlora/recompose/recomposer.py", "distlora/recompose/ages.py"
 #: What both engines share cannot differ between them: it is held by tests of its own.
 UNIT = "tests/unit/test_recompose.py"
+USUAL = "tests/unit/test_usual_deepspeed_configs.py"
 SWAPS = "float32-method=srlora-target_rank=16-gamma=0_5-interval=2-clip=0_5"
 TRANSFORMED = "float32-method=lora_pro-alpha=2-clip=0_5-steps=4"
 SWAPPED = "tests/distributed/test_resume.py::test_after_swaps_at_the_same_layout_to_the_last_bit"
@@ -588,6 +589,58 @@ MUTATIONS = [
         "            pass\n",
         parity("searching-world2-stage2-float32-method=lora-targets=few-clip=0_5"),
     ),
+    # ------------------------------------------------------------------ what users write
+    Mutation(
+        "a key of a recipe that is given twice",
+        "distlora/recipe/yaml_text.py",
+        """    if event.value in mapping:
+        raise _Refused(f"key {event.value} is given twice", event)
+""",
+        "",
+        ("tests/unit/test_hostile_texts.py::test_what_is_made_to_break_the_parser_is_one_sentence",),
+    ),
+    Mutation(
+        "a DeepSpeed step at every micro-batch",
+        "distlora/recipe/deepspeed_keys.py",
+        '    ("managed_gradient_accumulation", (True,),\n',
+        '    ("managed_gradient_accumulation", (True, False),\n',
+        ("tests/unit/test_deepspeed_keys.py::test_what_would_break_a_promise_is_refused_in_one_sentence",),
+    ),
+    Mutation(
+        "a value in the place of a section of DeepSpeed's",
+        "distlora/recipe/deepspeed_check.py",
+        "    if value is not None and not isinstance(value, dict) and names_in(key) is not None:\n",
+        "    if False:\n",
+        (f"{USUAL}::test_what_is_no_section_is_refused_in_the_words_of_the_config",),
+    ),
+    Mutation(
+        "values under the names of DeepSpeed's fields lost",
+        "distlora/recipe/deepspeed_config.py",
+        '        r.set(key, value, "under its documented name")\n',
+        "",
+        (f"{USUAL}::test_names_of_deepspeeds_fields_are_written_as_the_documented_keys",),
+    ),
+    Mutation(
+        "sums in bfloat16 with an offloaded optimizer",
+        "distlora/recipe/deepspeed_config.py",
+        "    if r.get(stage) == 2 and accumulation > 1 and",
+        "    if False and",
+        ("tests/unit/test_plan_stage.py::test_a_stage_in_the_place_of_the_configs_is_told",),
+    ),
+    Mutation(
+        "gradients summed in the dtype of the weights",
+        "distlora/engine/gradient_sums.py",
+        "            parameter.grad_dtype = torch.float32\n",
+        "            pass\n",
+        ("tests/unit/test_gradient_sums.py::test_64_micro_batches_add_up_as_in_float64",),
+    ),
+    Mutation(
+        "a head of another size not seen",
+        "distlora/models/misfits.py",
+        "        if own.get(name, shape) != shape\n",
+        "        if name not in own\n",
+        ("tests/unit/test_misfits.py::test_misfits_are_named_with_their_tensors_and_left_out",),
+    ),
 ]
 
 
@@ -660,7 +713,7 @@ def _run(copy: Path, tests: Sequence[str], patience: float) -> tuple[str, str]:
 
 
 def _short(test: str) -> str:
-    return test[test.index("[") + 1 : -1]
+    return test.partition("[")[2][:-1] or test.rpartition("::")[2]
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ def subject_of(recipe: Path | None, run_dir: Path | None, build: bool) -> Subjec
         return Subject(str((run_dir or Path.cwd()).absolute()), operators=tuple(operators) if build else ())
     from distlora.data.local_files import place_of
     from distlora.methods import start_of
-    from distlora.recipe.deepspeed_config import look_up
+    from distlora.recipe.deepspeed_resolution import look_up
     from distlora.recipe.load import load_recipe
     from distlora.tasks import get_task
 

@@ -27,7 +27,9 @@ def read_user_text(
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path} cannot be read as {kind}: line {line} is not utf-8") from None
+        raise UserError(
+            f"{path} cannot be read as {kind}: line {line} is not utf-8; save it as UTF-8"
+        ) from None
 
 
 def read_user_bytes(
@@ -94,7 +96,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _refuse_constant(word: str) -> None:
-    raise _Refused(f"{word} is no number")
+    raise _Refused(f"{word} is no number; write one in digits")
 
 
 def _whole(text: str) -> int:

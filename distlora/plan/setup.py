@@ -14,7 +14,8 @@ from distlora.plan.gathering import Gathered, Limits, gather, training_order
 from distlora.plan.shapes import Shapes
 from distlora.recipe.combination import check_combination
 from distlora.recipe.deepspeed_check import checked_deepspeed
-from distlora.recipe.deepspeed_config import look_up, plan_batches
+from distlora.recipe.deepspeed_config import plan_batches
+from distlora.recipe.deepspeed_resolution import look_up
 from distlora.recipe.sections import Recipe
 from distlora.training.samples import probe_samples
 

@@ -8,7 +8,10 @@ from distlora.methods import probe_of
 from distlora.plan.advice import advice, fits
 from distlora.plan.columns import Plan
 from distlora.plan.memory import GIB
+from distlora.plan.setup import Setup
 from distlora.plan.traffic import Traffic, over_links
+from distlora.recipe.deepspeed_config import given_deepspeed
+from distlora.recipe.deepspeed_resolution import look_up
 
 #: Stands in the cells of a cluster on which the recipe cannot run.
 NONE = "-"
@@ -50,7 +53,7 @@ def table(columns: Columns, gpus: int, gpu_memory: float) -> str:
 def _headline(plan: Plan) -> list[str]:
     setup, shapes = plan.setup, plan.setup.shapes
     recipe, trained = setup.recipe, sum(shapes.trained.values())
-    engine = f"ZeRO stage {setup.stage}" if setup.config else "plain PyTorch"
+    engine = f"ZeRO stage {setup.stage}{_asked(setup)}" if setup.config else "plain PyTorch"
     moved = [what for what in ("param", "optimizer") if setup.offloads(what)]
     return [
         f"{recipe.model.path}: {shapes.elements - shapes.factors:,} parameters "
@@ -61,6 +64,12 @@ def _headline(plan: Plan) -> list[str]:
         f"{'' if setup.checkpointing else 'not '}checkpointed, {shapes.attention} attention",
         "in GiB, where no other unit is named",
     ]
+
+
+def _asked(setup: Setup) -> str:
+    """The stage that the config names, where the run takes another."""
+    asked = look_up(given_deepspeed(setup.recipe)[0], "zero_optimization.stage", 0)
+    return "" if asked == setup.stage else f" in the place of {asked}, to sum gradients in float32"
 
 
 def _packed(plan: Plan) -> str:

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from distlora.engine.zero.config_reader import read_config
 from distlora.errors import UserError
 from distlora.recipe.deepspeed_config import given_deepspeed, resolve_deepspeed
-from distlora.recipe.deepspeed_keys import RULES, names_in
+from distlora.recipe.deepspeed_keys import AUTO, RULES, SWITCHES, names_in
 from distlora.recipe.sections import Recipe
 from distlora.recipe.strict import dotted, sentence, show
 from distlora.sentences import first_line, nearest
@@ -36,16 +36,35 @@ def checked_deepspeed(recipe: Recipe, world_size: int, hidden_size: int | None) 
 
 
 def check_names(config: dict[Any, Any], source: str, sections: tuple[str, ...] = ()) -> None:
-    """Raises UserError for a key, at any depth, that is not in the table of keys, whatever its value is."""
+    """Raises UserError for a key, at any depth, that is not in the table of keys, whatever its value is; and
+    for what stands in the place of a section or of true and false.
+    """
     known = names_in(dotted(*sections))
     if known is None:
         return
     for key, value in config.items():
         if key not in known:
-            hint = nearest(str(key), known) or _elsewhere(str(key)) or "; remove it"
-            raise UserError(f"{source}: {dotted(*sections, key)}: unknown key{hint}")
+            raise UserError(f"{source}: {dotted(*sections, key)}: unknown key{_hint(str(key), known)}")
+        _check_kind(dotted(*sections, key), value, source)
         if isinstance(value, dict):
             check_names(value, source, (*sections, key))
+
+
+def _check_kind(key: str, value: Any, source: str) -> None:
+    wanted = None
+    if value is not None and not isinstance(value, dict) and names_in(key) is not None:
+        wanted = "a mapping"
+    elif key in SWITCHES and value not in (True, False, None, AUTO):
+        wanted = "true or false"
+    if wanted:
+        raise UserError(f"{source}: {key}: found {show(value)}, wanted {wanted}")
+
+
+def _hint(key: str, known: list[str]) -> str:
+    """The end of the sentence for an unknown key."""
+    if not key[:1].isalnum():
+        return "; remove it: a config has no comments"
+    return nearest(key, known) or _elsewhere(key) or "; remove it"
 
 
 def _elsewhere(name: str) -> str:
@@ -68,18 +87,36 @@ def _check_values(config: dict, source: str) -> None:
 
 def _refusal(error: Exception, config: dict, source: str) -> UserError:
     """The sentence for an error of DeepSpeed's. It names the key that causes the error alone, if one does."""
-    for key, value in config.items():
-        try:
-            read_config(_with_batch({key: value}))
-        except Exception as alone:
-            if str(alone) == str(error):
-                return UserError(_about(key, value, error, source))
-    return UserError(f"{source}: DeepSpeed refuses it: {first_line(error)}")
+    keys, value = (), config
+    while isinstance(value, dict):
+        found = next((key for key in value if _fails_alike((*keys, key), value[key], error)), None)
+        if found is None:
+            break
+        keys, value = (*keys, found), value[found]
+    if not keys:
+        return UserError(f"{source}: DeepSpeed refuses it: {first_line(error)}")
+    if isinstance(error, ValidationError):
+        return UserError(_about(keys[0], config[keys[0]], error, source))
+    why = f"which DeepSpeed refuses: {first_line(error)}"
+    if names_in(dotted(*keys)) is not None and not isinstance(value, dict):
+        why = "wanted a mapping"
+    elif isinstance(error, TypeError | AttributeError):  # words of Python on DeepSpeed's inside
+        why = "which is of another kind than DeepSpeed takes; correct it or remove it"
+    return UserError(f"{source}: {dotted(*keys)}: found {show(value)}, {why}")
 
 
-def _about(key: str, value: Any, error: Exception, source: str) -> str:
-    if not isinstance(error, ValidationError):
-        return f"{source}: {key}: found {show(value)}, which DeepSpeed refuses: {first_line(error)}"
+def _fails_alike(keys: tuple[str, ...], value: Any, error: Exception) -> bool:
+    """Whether DeepSpeed refuses a config of this key alone in the same words."""
+    for key in reversed(keys):
+        value = {key: value}
+    try:
+        read_config(_with_batch(value))
+    except Exception as alone:
+        return str(alone) == str(error)
+    return False
+
+
+def _about(key: str, value: Any, error: ValidationError, source: str) -> str:
     named = error.errors()[0]["loc"][:1] == (key,)  # some of DeepSpeed's models hold several sections
     return sentence(
         error, {key: value} if named else value, "" if named else key, lambda place: f"{source}: {place}"

@@ -13,14 +13,17 @@ from typing import Any
 from distlora.errors import UserError
 from distlora.methods import TransformsGradients
 from distlora.recipe.deepspeed_file import read_deepspeed
-from distlora.recipe.deepspeed_keys import AUTO, refused
+from distlora.recipe.deepspeed_keys import AUTO, FIELDS, refused
+from distlora.recipe.deepspeed_resolution import Resolution
 from distlora.recipe.sections import Recipe
 from distlora.recipe.strict import show
 
-#: Keys at which "auto" is DeepSpeed's own word and its default, so that leaving them out says the same.
+#: Keys that may be left out for "auto": it is DeepSpeed's own word and its default there, or accelerate fills
+#: it with what this library does not use.
 _NATIVE_AUTOS = (
     "data_types.keep_in_fp32_modules",
     "pipeline.stages",
+    "zero_optimization.stage3_gather_16bit_weights_on_model_save",
 )
 #: Parameters of an optimizer section, with the values that do not change what the recipe's optimizer
 #: computes.
@@ -89,10 +92,11 @@ def resolve_deepspeed(recipe: Recipe, world_size: int, hidden_size: int | None) 
     for an "auto" that means nothing here.
     """
     config, source = given_deepspeed(recipe)
-    r = _Resolution(copy.deepcopy(config), source)
+    r = Resolution(copy.deepcopy(config), source)
     for section in _MAPPINGS:
         if not isinstance(r.get(section, {}), dict):
             raise UserError(f"{section} in {source} is {json.dumps(r.get(section))}; a mapping is wanted")
+    _fields(r)
     for key, value, why in refused(r.config):
         raise UserError(f"{key}={show(value)} in {source} {why}")
     _batches(r, recipe, world_size)
@@ -106,67 +110,19 @@ def resolve_deepspeed(recipe: Recipe, world_size: int, hidden_size: int | None) 
     return r.config, r.lines
 
 
-def look_up(config: dict, key: str, default: Any = None) -> Any:
-    """The value of a dotted key. The default if there is none, or if one of its sections is no mapping."""
-    for part in key.split("."):
-        if not isinstance(config, dict) or part not in config:
-            return default
-        config = config[part]
-    return config
+def _fields(r: Resolution) -> None:
+    """Writes the documented keys in the place of the names of DeepSpeed's fields."""
+    for field, key in FIELDS.items():
+        value = r.get(field, r)
+        if value is r:
+            continue
+        if r.get(key, r) is not r:
+            raise UserError(f"{field} in {r.source} is another name of {key}, which is there too; remove it")
+        r.remove(field, f"another name of {key}")
+        r.set(key, value, "under its documented name")
 
 
-class _Resolution:
-    """A DeepSpeed config that is being completed. Keys are dotted; lines say what was done."""
-
-    def __init__(self, config: dict, source: str):
-        self.config, self.source, self.lines = config, source, []
-
-    def get(self, key: str, default: Any = None) -> Any:
-        return look_up(self.config, key, default)
-
-    def set(self, key: str, value: Any, why: str) -> None:
-        *sections, last = key.split(".")
-        node = self.config
-        for part in sections:
-            node = node.setdefault(part, {})
-        node[last] = value
-        self.lines.append(f"deepspeed.{key} = {json.dumps(value)} ({why})")
-
-    def remove(self, key: str, why: str) -> None:
-        *sections, last = key.split(".")
-        (self.get(".".join(sections)) if sections else self.config).pop(last)
-        self.lines.append(f"deepspeed.{key}: {why}")
-
-    def drop(self, key: str, why: str) -> None:
-        if self.get(key, self) is not self:
-            self.remove(key, why)
-
-    def settle(self, key: str, value: Any, recipe: str, add: bool = False) -> None:
-        """Replaces "auto" by the recipe's value, and refuses other values.
-
-        recipe: the place of the value, for the message. add: whether the value is added if there is none.
-        """
-        found = self.get(key)
-        if found == AUTO:
-            self.set(key, value, AUTO)
-        elif found is None:
-            if add:
-                self.set(key, value, "from the recipe")
-        elif found != value or isinstance(found, bool) != isinstance(value, bool):
-            raise self.contradiction(key, recipe)
-
-    def fill(self, key: str, value: Any) -> None:
-        if self.get(key) == AUTO:
-            self.set(key, value, AUTO)
-
-    def contradiction(self, key: str, recipe: str) -> UserError:
-        return UserError(
-            f"recipe {recipe} contradicts {key}={json.dumps(self.get(key))} in {self.source}; "
-            f"set the latter to auto or make them equal"
-        )
-
-
-def _batches(r: _Resolution, recipe: Recipe, world_size: int) -> None:
+def _batches(r: Resolution, recipe: Recipe, world_size: int) -> None:
     train = recipe.train
     accumulation = plan_batches(recipe, world_size)
     r.settle(
@@ -189,7 +145,7 @@ def _batches(r: _Resolution, recipe: Recipe, world_size: int) -> None:
         )
 
 
-def _precision(r: _Resolution, recipe: Recipe) -> None:
+def _precision(r: Resolution, recipe: Recipe) -> None:
     for section in ("fp16", "torch_autocast"):
         r.fill(f"{section}.enabled", False)
     if "bfloat16" in r.config:
@@ -203,7 +159,7 @@ def _precision(r: _Resolution, recipe: Recipe) -> None:
     r.drop("data_types.param_dtype", "removed, the precision is the recipe's")
 
 
-def _sums(r: _Resolution, recipe: Recipe, accumulation: int) -> None:
+def _sums(r: Resolution, recipe: Recipe, accumulation: int) -> None:
     """Gradients are summed in float32, over micro-batches and over ranks. DeepSpeed's own choice is the dtype
     of the weights."""
     if recipe.model.dtype == "float32":
@@ -219,7 +175,7 @@ def _sums(r: _Resolution, recipe: Recipe, accumulation: int) -> None:
         r.set("communication_data_type", "fp32", "so that ranks add up gradients in float32")
 
 
-def _zero(r: _Resolution, world_size: int, hidden_size: int | None) -> None:
+def _zero(r: Resolution, world_size: int, hidden_size: int | None) -> None:
     stage = r.get("zero_optimization.stage", 0)
     if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
         raise UserError(f"zero_optimization.stage in {r.source} is {json.dumps(stage)}; wanted 0, 1, 2 or 3")
@@ -242,7 +198,7 @@ def _zero(r: _Resolution, world_size: int, hidden_size: int | None) -> None:
         raise UserError(f"{key}={group} in {r.source} does not divide {world_size} ranks")
 
 
-def _optimizer(r: _Resolution, recipe: Recipe) -> None:
+def _optimizer(r: Resolution, recipe: Recipe) -> None:
     train, own = recipe.train, recipe.train.optimizer
     if "optimizer" in r.config:
         r.fill("optimizer.type", own.name)
@@ -267,7 +223,7 @@ def _optimizer(r: _Resolution, recipe: Recipe) -> None:
         _untested_optimizer(r, own.name)
 
 
-def _untested_optimizer(r: _Resolution, name: str) -> None:
+def _untested_optimizer(r: Resolution, name: str) -> None:
     """For optimizers other than AdamW, two keys must tell DeepSpeed that they are meant."""
     key, untested = "zero_allow_untested_optimizer", f"train.optimizer.name={name}"
     if r.get(key, AUTO) == AUTO:
@@ -282,25 +238,38 @@ def _untested_optimizer(r: _Resolution, name: str) -> None:
         )
 
 
-def _scheduler(r: _Resolution, recipe: Recipe) -> None:
-    """A scheduler section may say only what the recipe says: the schedule's type, and "auto" elsewhere."""
+def _scheduler(r: Resolution, recipe: Recipe) -> None:
+    """A scheduler section may say only what the recipe says: the schedule's type, its rates, and "auto"."""
     if "scheduler" not in r.config:
         return
-    own = f"train.schedule={recipe.train.schedule}"
-    r.settle("scheduler.type", _SCHEDULER_TYPES[recipe.train.schedule], own)
+    schedule = recipe.train.schedule
+    own = _SCHEDULER_TYPES[schedule]
+    r.fill("scheduler.type", own)
+    kind = r.get("scheduler.type")
+    if kind not in (None, own):
+        other = next((name for name, its in _SCHEDULER_TYPES.items() if its == kind), None)
+        either = f", or train.schedule to {other}" if other else ""
+        raise UserError(
+            f"recipe train.schedule={schedule} contradicts scheduler.type={json.dumps(kind)} in {r.source}; "
+            f"set the latter to auto or {own}{either}"
+        )
+    said = {"warmup_min_lr": 0, "warmup_max_lr": recipe.train.lr}
     for name, value in (r.get("scheduler.params") or {}).items():
-        if value != AUTO:
-            raise r.contradiction(f"scheduler.params.{name}", own)
+        if value != AUTO and (name not in said or isinstance(value, bool) or value != said[name]):
+            raise UserError(
+                f"scheduler.params.{name}={json.dumps(value)} in {r.source} contradicts the recipe, whose "
+                "train section decides it; set it to auto or remove it"
+            )
     r.remove("scheduler", "removed, the schedule is the recipe's")
 
 
-def _monitors(r: _Resolution, recipe: Recipe) -> None:
+def _monitors(r: Resolution, recipe: Recipe) -> None:
     for section in ("tensorboard", "csv_monitor"):
         r.fill(f"{section}.output_path", str(Path(recipe.output_dir) / section))
         r.fill(f"{section}.job_name", ".")
 
 
-def _rest(r: _Resolution, world_size: int) -> None:
+def _rest(r: Resolution, world_size: int) -> None:
     ranks = r.get("data_parallel_size", AUTO)
     if ranks not in (AUTO, world_size):
         raise UserError(

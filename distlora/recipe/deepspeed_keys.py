@@ -161,6 +161,13 @@ _HARMLESS = {
     "zero_optimization.offload_param": "buffer_count buffer_size max_in_cpu nvme_path",
 }
 
+#: Keys that are true or false and whose kind DeepSpeed does not check: any text would be true.
+SWITCHES = (
+    "dataloader_drop_last", "disable_allgather", "disable_python_gc", "dump_state", "memory_breakdown",
+    "use_data_before_expert_parallelism", "wall_clock_breakdown", "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+)  # fmt: skip
+
 #: Sections whose content DeepSpeed leaves to the user.
 _FREE = (
     "autotuning.arg_mappings",
@@ -280,14 +287,15 @@ _REMOVED = {
     "zero_optimization.zeropp_loco_param": "gradients are summed in float32",
 }
 
-#: Names of DeepSpeed's own fields that it takes beside the documented keys.
-_ZERO3 = (
-    "allgather_sequential gather_16bit_weights_on_model_save max_live_parameters max_reuse_distance "
-    "model_persistence_threshold module_granularity_threshold param_persistence_threshold "
-    "prefetch_bucket_size use_all_reduce_for_fetch_params"
-)
-
-_FIELD = "is the name of a field inside of DeepSpeed; write stage3_{}"
+#: Names of DeepSpeed's own fields that it takes beside the documented keys, and those keys.
+FIELDS = {
+    f"zero_optimization.{name}": f"zero_optimization.stage3_{name}"
+    for name in (
+        "allgather_sequential", "gather_16bit_weights_on_model_save", "max_live_parameters",
+        "max_reuse_distance", "model_persistence_threshold", "module_granularity_threshold",
+        "param_persistence_threshold", "prefetch_bucket_size", "use_all_reduce_for_fetch_params",
+    )
+}  # fmt: skip
 
 
 def _rules() -> Iterator[tuple[str, Rule]]:
@@ -299,8 +307,8 @@ def _rules() -> Iterator[tuple[str, Rule]]:
         yield key, Rule(Sort.REFUSED, values if callable(values) else values.__contains__, why)
     for key, instead in _REMOVED.items():
         yield key, Rule(Sort.REFUSED, _never, f"was removed from DeepSpeed; remove it: {instead}")
-    for name in _ZERO3.split():
-        yield f"zero_optimization.{name}", Rule(Sort.REFUSED, _never, _FIELD.format(name))
+    for field in FIELDS:
+        yield field, Rule(Sort.HONOURED)
 
 
 def _with_sections(rules: dict[str, Rule]) -> dict[str, Rule]:

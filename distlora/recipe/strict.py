@@ -44,8 +44,20 @@ def check_keys(cls: type[BaseModel], data: dict, prefix: str, place: Place) -> N
     for *sections, name in unknown_keys(cls, data)[:1]:
         for section in sections:
             cls = nested_model(cls.model_fields[section].annotation)
-        hint = nearest(str(name), cls.model_fields) or f"; known here: {', '.join(cls.model_fields)}"
+        hint = (
+            _nested(str(name), cls)
+            or nearest(str(name), cls.model_fields)
+            or f"; known here: {', '.join(cls.model_fields)}"
+        )
         raise UserError(f"{place(dotted(prefix, *sections, name))}: unknown key{hint}")
+
+
+def _nested(name: str, cls: type[BaseModel]) -> str:
+    """The hint for a dotted key, as overrides and sweeps write them, in the place of a section."""
+    section, _, key = name.partition(".")
+    if key and section in cls.model_fields and nested_model(cls.model_fields[section].annotation):
+        return f"; write {key} as a key of {section}, as in {section}: {{{key}: …}}"
+    return ""
 
 
 def nested_model(annotation: Any) -> type[BaseModel] | None:
@@ -131,6 +143,10 @@ def _wanted(mistake: dict) -> str:
         return mistake["msg"]
     if mistake["type"] == "string_type":
         text += _quotes(mistake)
+    elif mistake["input"] is None and mistake["type"] in ("model_type", "dict_type"):
+        text += " (no key stands below it: remove it, or write its keys)"
+    elif mistake["input"] == "None":
+        text += " (None is written null)"
     return text.format(**mistake.get("ctx", {})).replace("'", "")
 
 
@@ -139,7 +155,7 @@ def _quotes(mistake: dict) -> str:
     value = mistake["input"]
     if value is None and isinstance(mistake["loc"][-1], int):
         return " (YAML reads null and ~ as null: put the word in quotes)"
-    return " (put it in quotes)" if isinstance(value, int | float) else ""
+    return " (put it in quotes)" if isinstance(value, int | float | dict) else ""
 
 
 def _path(mistake: dict, data: Any) -> tuple:

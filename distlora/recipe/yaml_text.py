@@ -32,6 +32,23 @@ _NOT_FINITE = re.compile(r"(?P<sign>[-+]?)\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)")
 #: What no file name, no terminal and no tokenizer takes: NUL, and half of a character.
 _NO_TEXT = re.compile("[\0\ud800-\udfff]")
 
+#: By words of libyaml's or PyYAML's parser, what usually helps.
+_ADVICE = {
+    "expected alphabetic or numeric": "put a text that begins with * or & in quotes",
+    "expected ':'": "write a colon and a space behind a key",
+    "mapping values are not allowed": "put a text that holds a colon and a space in quotes, or indent keys "
+    "below their section",
+    "hexdecimal|unknown escape": "put a text with backslashes in single quotes",
+    "unexpected end of stream": "close the quotes that begin there",
+    "expected ',' or": "close the brackets, or put a text with brackets or commas in quotes",
+    "sequence entries are not allowed": "begin a list on a line of its own, or put a text that begins with - "
+    "in quotes",
+}
+#: Where a new key or entry was expected: at the beginning of a line, and behind something.
+_ELSEWHERE = "expected key|expected <block end>|expected '-' indicator"
+_IN_A_COLUMN = "begin all keys and entries of a section in the same column"
+_BEHIND = "put the whole text in quotes, and write a quote within single quotes twice"
+
 
 def parse_yaml(text: str, name: str) -> Any:
     """The content of a YAML text, in JSON's types. Raises UserError, which calls the text `name`, for
@@ -53,9 +70,30 @@ def _problem(error: Exception, text: str) -> str:
         return "it holds half of a character"
     if isinstance(error, yaml.reader.ReaderError):
         code = error.character if isinstance(error.character, int) else ord(error.character)
-        return f"it holds the character U+{code:04X} at line {text.count(chr(10), 0, error.position) + 1}"
-    mark = getattr(error, "problem_mark", None)
-    return f"{getattr(error, 'problem', None) or first_line(error)}{' at ' + _place(mark) if mark else ''}"
+        line = text.count(chr(10), 0, error.position) + 1
+        return f"it holds the character U+{code:04X} at line {line}; remove it"
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    if not mark or not problem:
+        return first_line(error)
+    if re.search("expected ':'|end of stream", problem):  # found out behind the place that is wrong
+        mark = error.context_mark or mark
+    lines = text.splitlines()
+    line = lines[mark.line] if mark.line < len(lines) else ""
+    advice = _advice(problem, line[: mark.column], line[mark.column : mark.column + 1] or " ")
+    return f"{problem} at {_place(mark)}{'; ' + advice if advice else ''}"
+
+
+def _advice(problem: str, before: str, sign: str) -> str:
+    """What to do about a problem; empty where the problem says it. before: what stands before its place in
+    the line. sign: the character at its place.
+    """
+    if sign == "\t" and re.search(r"cannot start any token|\btab\b", problem):
+        return "it is a tab: write spaces"
+    if "cannot start any token" in problem:
+        return f"put a text that begins with {sign} in quotes"
+    if re.search(_ELSEWHERE, problem):
+        return _BEHIND if before.strip() else _IN_A_COLUMN
+    return next((advice for words, advice in _ADVICE.items() if re.search(words, problem)), "")
 
 
 def _place(mark: yaml.Mark) -> str:
@@ -112,6 +150,8 @@ def _key(mapping: dict, event: yaml.NodeEvent) -> str:
         raise _Refused("a list or a mapping is no key; keys are texts", event)
     if not event.value:
         raise _Refused("a key is empty", event)
+    if event.value == "<<" and event.implicit[0]:
+        raise _Refused("<< merges a mapping that is elsewhere, which is not read; write its keys out", event)
     if event.value in mapping:
         raise _Refused(f"key {event.value} is given twice", event)
     return event.value

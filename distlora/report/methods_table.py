@@ -28,7 +28,7 @@ from distlora.methods import HasMagnitude, Method, TrainsWeight, recomposing, re
 from distlora.models.hub import without_weights
 from distlora.models.loading import bare_model
 from distlora.recipe.combination import check_base
-from distlora.recipe.deepspeed_config import look_up
+from distlora.recipe.deepspeed_resolution import look_up
 from distlora.recipe.load import load_recipe
 from distlora.recipe.sections import ModelSection, Recipe
 from distlora.recipe.strict import validate

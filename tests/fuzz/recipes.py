@@ -102,7 +102,10 @@ def _yaml_value(value, folder: Path):
 
 
 _TEXTS = st.one_of(damaged_text(SETTINGS, most=2), st.sampled_from(HOSTILE), st.text(max_size=20))
-_SECTIONS = [*DEEPSPEED, "fp16", "gradient_allreduce_op", "csv_monitor", "data_types"]
+_SECTIONS = [
+    *DEEPSPEED, "fp16", "gradient_allreduce_op", "csv_monitor", "data_types", "timers", "checkpoint", "aio",
+    "flops_profiler", "hybrid_engine", "wall_clock_breakdown", "activation_checkpointing", "comms_logger",
+]  # fmt: skip
 _PARAMETERS = ["", "stage", "params", "enabled", "type", "offload_param", "mics_shard_size", "lr", "job_name"]
 LOADERS = (
     Loader("recipe", damaged_text([RECIPE], (*KEYS, *SETTINGS)), _read, share=2),

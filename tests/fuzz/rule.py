@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import resource
 import shutil
 import tempfile
@@ -19,6 +20,12 @@ from distlora.errors import UserError
 SECONDS, MEMORY = 5.0, 1 << 30
 #: Characters of a sentence.
 LONGEST = 2000
+#: How Python complains of a value where another kind is meant.
+_PYTHON = re.compile(
+    r"object has no attribute|unsupported operand|is not (iterable|subscriptable|callable)"
+    r"|argument after \*\*|not all arguments converted|object cannot be interpreted"
+    r"|not supported between instances"
+)
 
 
 @dataclass(frozen=True)
@@ -57,6 +64,8 @@ def problem_with(sentence: str) -> str | None:
         return "has characters that no terminal shows, or several lines"
     if len(sentence) > LONGEST:
         return f"has {len(sentence)} characters"
+    if _PYTHON.search(sentence):
+        return "tells of Python's inside"
     if "Traceback" in sentence or sentence[-1] in " ,;:":
         return "is no whole sentence"
     return None

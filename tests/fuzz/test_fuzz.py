@@ -38,7 +38,19 @@ def test_what_eats_memory_or_time_is_seen(monkeypatch):
         outcome(Loader("any", None, lambda example, folder: sum(range(10**7))), "")
 
 
-@pytest.mark.parametrize("sentence", ["", " ", "a\nb", "a\x1b[2J", "x" * 5000, "Traceback (most", "it is:"])
+@pytest.mark.parametrize(
+    "sentence",
+    [
+        "",
+        " ",
+        "a\nb",
+        "a\x1b[2J",
+        "x" * 5000,
+        "Traceback (most",
+        "it is:",
+        "'str' object has no attribute 'get'",
+    ],
+)
 def test_what_is_no_sentence_is_seen(sentence):
     assert problem_with(sentence)
     if sentence == "it is:":

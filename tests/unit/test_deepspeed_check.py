@@ -243,7 +243,7 @@ def test_a_key_that_is_near_to_none(refusal):
         ({"communication_data_type": "fp8"},
          'zero.json: communication_data_type: found "fp8", which DeepSpeed refuses: '
          "Invalid communication_data_type"),
-        ({"checkpoint": 3}, "zero.json: checkpoint: found 3, which DeepSpeed refuses: "),
+        ({"checkpoint": 3}, "zero.json: checkpoint: found 3, wanted a mapping"),
         ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu", "ratio": 2}}},
          "zero_optimization.offload_optimizer.ratio=2 in zero.json keeps a part of the optimizer"),
     ],

@@ -191,7 +191,7 @@ def test_equal_values_are_no_contradiction():
             "type": "Adam",
             "params": {"lr": 1e-4, "betas": [0.9, 0.999], "weight_decay": 0, "torch_adam": True},
         },
-        "scheduler": {"type": "auto"},
+        "scheduler": {"type": "auto", "params": {"warmup_min_lr": 0, "warmup_max_lr": 1e-4}},
     }
     resolved, lines = resolve(config)
     kept = {key: value for key, value in config.items() if key not in ("optimizer", "scheduler")}
@@ -323,9 +323,17 @@ END = "in zero.json; set the latter to auto or make them equal"
         ({"optimizer": {"type": "SGD", "params": {"momentum": 0.9}}}, ["train.optimizer.name=sgd"],
          f"recipe train.optimizer.momentum=0.0 contradicts optimizer.params.momentum=0.9 {END}"),
         ({"scheduler": {"type": "WarmupLR"}}, [],
-         f'recipe train.schedule=cosine contradicts scheduler.type="WarmupLR" {END}'),
+         'recipe train.schedule=cosine contradicts scheduler.type="WarmupLR" in zero.json; '
+         "set the latter to auto or WarmupCosineLR, or train.schedule to constant"),
+        ({"scheduler": {"type": "OneCycle"}}, [],
+         'recipe train.schedule=cosine contradicts scheduler.type="OneCycle" in zero.json; '
+         "set the latter to auto or WarmupCosineLR"),
+        ({"scheduler": {"type": "WarmupCosineLR", "params": {"warmup_max_lr": 3e-5}}}, [],
+         "scheduler.params.warmup_max_lr=3e-05 in zero.json contradicts the recipe, whose train section "
+         "decides it; set it to auto or remove it"),
         ({"scheduler": {"type": "WarmupCosineLR", "params": {"warmup_num_steps": 10}}}, [],
-         f"recipe train.schedule=cosine contradicts scheduler.params.warmup_num_steps=10 {END}"),
+         "scheduler.params.warmup_num_steps=10 in zero.json contradicts the recipe, whose train section "
+         "decides it; set it to auto or remove it"),
     ],
 )  # fmt: skip
 def test_contradictions_name_both_places(config, overrides, expected):

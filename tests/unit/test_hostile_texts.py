@@ -87,7 +87,7 @@ BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9
         (BOMB, "line 1, column 5: &a0 names a value"),
         ("&a [*a]", "line 1, column 1: &a names a value"),
         ("a: *b", "line 1, column 4: .b stands for a value elsewhere"),
-        ("<<: *b", "stands for a value elsewhere"),
+        ("<<: *b", "<< merges a mapping that is elsewhere, which is not read; write its keys out"),
         ("!!timestamp x", "line 1, column 1: !!timestamp names a type"),
         ("a: !!int x", "line 1, column 4: !!int names a type"),
         ("!!map [1]", "!!map names a type"),
