@@ -641,6 +641,54 @@ MUTATIONS = [
         "        if name not in own\n",
         ("tests/unit/test_misfits.py::test_misfits_are_named_with_their_tensors_and_left_out",),
     ),
+    # ------------------------------------------------------------------ bad steps, and runs that stand still
+    *(
+        Mutation(name, file, old, new, (f"tests/unit/{test}",))
+        for name, file, old, new, test in (
+            (
+                "bad steps: a multiple of zero counts",
+                "distlora/training/bad_steps.py",
+                "        if not usual or loss <=",
+                "        if loss <=",
+                "test_bad_ends.py::test_nothing_is_a_multiple_of_a_median_of_zero",
+            ),
+            (
+                "bad steps: the files of the highest steps stay",
+                "distlora/training/bad_batches.py",
+                "sorted(files, key=_age)",
+                "sorted(files, key=_order)",
+                "test_bad_ends.py::test_the_file_of_an_earlier_step_stays_if_it_is_the_newest",
+            ),
+            (
+                "bad steps: a step made again ends a row",
+                "distlora/training/bad_steps.py",
+                "        self.losses = [*self.losses, loss][-WINDOW:]\n        if step >= self.latest:\n",
+                "        self.losses = [*self.losses, loss][-WINDOW:]\n        if step:\n",
+                "test_bad_steps.py::test_only_a_step_that_comes_further_ends_a_row",
+            ),
+            (
+                "bad steps: a mark holds for other files",
+                "distlora/checkpoints/soundness.py",
+                'found.get("manifest") == sha256_of(directory / MANIFEST)',
+                '"manifest" in found',
+                "test_bad_steps.py::test_a_mark_is_of_the_very_files_that_it_was_made_for",
+            ),
+            (
+                "progress: a stopped process has stood still",
+                "distlora/cluster/progress.py",
+                "            self._since += gap  # the whole process was stopped\n",
+                "            pass\n",
+                "test_progress.py::test_a_process_that_was_stopped_as_a_whole_has_not_stood_still",
+            ),
+            (
+                "progress: a child's work is not seen",
+                "distlora/cluster/progress.py",
+                ' + sum(map(_processor_seconds, _descendants("self")))',
+                "",
+                "test_progress.py::test_a_child_that_computes_is_seen",
+            ),
+        )
+    ),
 ]
 
 

@@ -86,8 +86,13 @@ def _write(folder: Path, content: dict[str, Any]) -> None:
     folder.mkdir(exist_ok=True)
     write_text(_place(folder, content), json.dumps(content, indent=1) + "\n")
     files = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)]
-    for path in sorted(files, key=_order)[:-FILES]:
+    for path in sorted(files, key=_age)[:-FILES]:
         path.unlink()
+
+
+def _age(path: Path) -> tuple[int, int, int]:
+    """By when it was written: after a rollback an earlier step may be the newer one."""
+    return path.stat().st_mtime_ns, *_order(path)
 
 
 def _order(path: Path) -> tuple[int, int]:

@@ -68,7 +68,7 @@ class BadSteps:
         if factor is None or len(self.losses) < FEWEST:
             return None
         usual = median(self.losses)
-        if loss <= factor * abs(usual):
+        if not usual or loss <= factor * abs(usual):  # of zero there are no multiples
             return None
         return f"the training loss is {loss:.6g}, above {factor:g} times its running median {usual:.6g}"
 

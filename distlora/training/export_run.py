@@ -2,13 +2,16 @@
 
 import logging
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from distlora.checkpoints.directory import Checkpoint, newest, of_step
+from distlora.checkpoints.soundness import soundness
 from distlora.data import ends_of_turn
 from distlora.errors import UserError
 from distlora.exports.card import Form, write_card
@@ -180,5 +183,32 @@ def _of_step(run_dir: Path, step: int, method: Method) -> Source:
 
 
 def _of_checkpoint(checkpoint: Checkpoint, method: Method) -> Source:
+    """What is not known to be good is looked at, because a run may have been stopped by its weights."""
     with file_errors_explained(checkpoint.path):
-        return CheckpointSource(checkpoint, method)
+        source = CheckpointSource(checkpoint, method)
+    if soundness(checkpoint.path) != "good":
+        _refuse_not_finite(source, checkpoint.path)
+        log.warning("%s: no loss of these weights has been seen finite yet", checkpoint.path)
+    return source
+
+
+def _refuse_not_finite(source: Source, place: Path) -> None:
+    """Raises UserError where one of the exported numbers is infinite or not a number."""
+    for name, tensor in _numbers(source):
+        if tensor is not None and not tensor.isfinite().all():
+            raise UserError(
+                f"{place}: {name} has numbers that are infinite or not a number; name another checkpoint by "
+                "--step"
+            )
+
+
+def _numbers(source: Source) -> Iterator[tuple[str, Tensor | None]]:
+    """All that an export is made of, with the names of layers and parameters."""
+    for layer in source.layers:
+        pair = source.low_rank(layer)
+        yield layer, pair and pair.left
+        yield layer, pair and pair.right
+    for layer in source.magnitudes:
+        yield layer, source.magnitude(layer)
+    for head in source.heads:
+        yield head, source.read(head)

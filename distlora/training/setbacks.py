@@ -53,7 +53,7 @@ class Setbacks:
                 problem = f"the norm of the gradient is {norm:g}"
         (found,) = self._engine.comm.sum(float(problem is not None))
         if found:
-            raise BadStep(problem or "another rank found the loss too high")
+            raise BadStep(problem or "another rank found its loss or gradient bad")
         return loss
 
     def meet(self, bad: BadStep, step: int) -> None:
