@@ -65,7 +65,7 @@ def newest(
 
 def last_good(run_dir: str | os.PathLike) -> Path | None:
     """Of the checkpoints that are marked good the newest complete one; their checksums are not verified."""
-    complete = (path for _, path in _candidates(Path(run_dir)) if problem_with(path, checksums=False) is None)
+    complete = (path for _, path in candidates(Path(run_dir)) if problem_with(path, checksums=False) is None)
     return next((path for path in complete if soundness(path) == "good"), None)
 
 
@@ -80,12 +80,13 @@ def share_checkpoint(comm: Comm, found: Checkpoint | None) -> Checkpoint | None:
     )
 
 
-def of_step(run_dir: str | os.PathLike, step: int) -> Checkpoint:
-    """That very checkpoint. Raises UserError if it is missing or broken."""
-    path = Path(run_dir) / f"checkpoint-{step}"
+def of_step(run_dir: str | os.PathLike, step: int, path: Path | None = None) -> Checkpoint:
+    """That very checkpoint. path: where it lies, if not under its usual name. Raises UserError if it is
+    missing or broken."""
+    path = path or Path(run_dir) / f"checkpoint-{step}"
     _refuse_unreadable(path)
     if not path.is_dir():
-        there = ", ".join(str(number) for number, _ in _candidates(Path(run_dir))) or "none"
+        there = ", ".join(str(number) for number, _ in candidates(Path(run_dir))) or "none"
         raise UserError(f"{run_dir} has no checkpoint of step {step}; there are: {there}")
     problem = problem_with(path)
     if problem:
@@ -94,7 +95,7 @@ def of_step(run_dir: str | os.PathLike, step: int) -> Checkpoint:
 
 
 def _newest(run_dir: Path, only_good: bool) -> Checkpoint | None:
-    for _, path in _candidates(run_dir):
+    for _, path in candidates(run_dir):
         _refuse_unreadable(path)
         verdict = soundness(path)
         if verdict == "bad":
@@ -121,7 +122,7 @@ def _refuse_unreadable(path: Path) -> None:
         raise UserError(f"{path} cannot be read: {problem}; make it readable, or move it away")
 
 
-def _candidates(run_dir: Path) -> list[tuple[int, Path]]:
+def candidates(run_dir: Path) -> list[tuple[int, Path]]:
     """(step, directory) of what may be a checkpoint, newest first; of one step the one in place comes
     first.
     """
@@ -183,7 +184,7 @@ def prune(final: Path, keep: int, claimed: bool = True) -> None:
     there. claimed: see `save`; else only what has our manifest is removed.
     """
     kept, has_good = 0, False
-    for step, path in _candidates(final.parent):
+    for step, path in candidates(final.parent):
         if step > _step_of(final) or not (claimed or _is_ours(path)):
             continue
         try:
@@ -200,7 +201,7 @@ def prune(final: Path, keep: int, claimed: bool = True) -> None:
 def give_up_later(run_dir: Path, step: int | None, why: str) -> None:
     """Marks the checkpoints of later steps bad, because the run has gone back to this one. step: None where
     it begins anew: then all are removed, since none is good. Raises OSError."""
-    for number, path in _candidates(run_dir):
+    for number, path in candidates(run_dir):
         if step is None:
             shutil.rmtree(path)
         elif number > step and problem_with(path, checksums=False) is None:
@@ -211,7 +212,7 @@ def refuse_others(final: Path) -> None:
     """UserError where `final` would take the place of something else, or stand before another run's."""
     if final.exists() and not _is_ours(final):
         raise UserError(f"{final} is no checkpoint of distlora, and is left alone; name another directory")
-    later = [step for step, path in _candidates(final.parent) if step > _step_of(final) and _is_ours(path)]
+    later = [step for step, path in candidates(final.parent) if step > _step_of(final) and _is_ours(path)]
     if later:
         raise UserError(
             f"{final.parent} holds a checkpoint of the later step {later[0]}, of another run; name another "

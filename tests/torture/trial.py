@@ -149,8 +149,11 @@ def _strike(ground: Ground, subject: Subject, start: Start, event: Event, run_di
             ground.disk.empty()
     if event.kind == STOP:
         start.signal(event.number, event.rank if event.moment < 0.5 else None)
-        # A signal that comes before the program has asked for it ends the rank, and thereby the others.
-        return _ends(start, {0, 1, 130, PREEMPTED, -event.number}, may_break=True)
+        time.sleep(1)
+        if -event.number in start.codes:  # before the program has asked for it: launchers end the others
+            start.end()
+            return []
+        return _ends(start, {0, 130, PREEMPTED}, may_break=True)
     assert event.kind in (CUT, FREEZE)
     if MET not in start.text():  # others would wait for a rank that may be late: launchers end them
         start.end()

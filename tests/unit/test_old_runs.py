@@ -3,7 +3,8 @@
 tests/data/runs_of_format_N holds run directories as a version wrote them: six steps, and the checkpoint after
 the third. Their paths are relative to the folder that they are copied into. The template of the run of
 format 2 ends without white space, so that format 3 makes other tokens of its rows. That of format 3 is the
-tokenizer's chat template, of which format 4 takes no space before the response.
+tokenizer's chat template, of which format 4 takes no space before the response. From format 4 on the exported
+adapter is kept, too.
 """
 
 import json
@@ -68,7 +69,8 @@ def recompositions(run_dir: Path) -> dict[int, dict]:
 
 def test_there_are_runs_of_earlier_formats():
     runs = {"runs_of_format_1/srlora", "runs_of_format_1/lora_sb", "runs_of_format_2/lora_sb"}
-    runs |= {"runs_of_format_3/lora_sb_chat"}
+    runs |= {"runs_of_format_3/lora_sb_chat", "runs_of_format_4/lora_sb", "runs_of_format_4/srlora"}
+    assert FORMAT == 4, "keep runs of the new format, too"
     assert {str(run) for run in RUNS} >= runs
 
 
@@ -103,3 +105,13 @@ def test_training_and_evaluation_read_the_data_in_the_format_of_the_run(kept, ru
     evaluate.evaluate(subject_of_run(run_dir, []), Topology(), Asked())
     train.train(given, Topology())
     assert given.format == FORMAT and seen == [load_run_recipe(DATA / kept / "recipe.yaml").format] * 2
+
+
+@pytest.mark.parametrize("kept", [run for run in RUNS if (DATA / run / "adapter").exists()], ids=str)
+def test_an_export_computes_what_its_run_computed(kept, run_dir):
+    """A run that starts from the adapter begins with the loss with which the run ended."""
+    ended = losses(run_dir, "eval/loss")[6]
+    start = [f"method={{name: lora, from: {run_dir}/adapter}}", "output_dir=runs/again", "train.steps=1"]
+    recipe = load_recipe(run_dir / "recipe.yaml", start)
+    train.check(recipe, Topology(), None)
+    assert train.train(recipe, Topology(), None).before["loss"] == pytest.approx(ended, rel=1e-5)

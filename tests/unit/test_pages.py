@@ -224,7 +224,7 @@ def test_every_script_is_shown():
 
 
 @pytest.mark.parametrize(
-    "verb", ["train", "eval", "export", "status", "plan", "report", "doctor", "methods", "sweep"]
+    "verb", ["train", "eval", "export", "status", "plan", "report", "doctor", "methods", "sweep", "verify"]
 )
 def test_no_option_is_kept_from_the_reader(verb, capsys):
     with pytest.raises(SystemExit):

@@ -8,7 +8,7 @@ signal must be caught before that, and a mistake in the command line needs none 
 import argparse
 from collections.abc import Callable
 
-from distlora.cli.verbs import doctor, evaluate, export, methods, plan, report, status, sweep, train
+from distlora.cli.verbs import doctor, evaluate, export, methods, plan, report, status, sweep, train, verify
 
 #: In the order in which `--help` shows them.
 VERBS = {
@@ -21,6 +21,7 @@ VERBS = {
     "doctor": doctor,
     "methods": methods,
     "sweep": sweep,
+    "verify": verify,
 }
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
