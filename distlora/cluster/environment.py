@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 import distlora
-from distlora.cluster.confidential import is_secret_name, without_login
 from distlora.engine.comm import Comm, Topology
 from distlora.files.atomic import write_text
+from distlora.files.confidential import is_secret_name, without_login
 from distlora.files.json_files import read_json
 from distlora.sentences import counted
 

@@ -4,8 +4,8 @@ ones, so that it sees what the ranks will see.
 
 from collections.abc import Mapping, Sequence
 
-from distlora.cluster.confidential import holds_secret
 from distlora.errors import UserError
+from distlora.files.confidential import holds_secret
 
 #: Variables that lead to the same Python and the same caches, and settings of transports and libraries. None
 #: that belongs to one machine or one process, such as CUDA_VISIBLE_DEVICES or RANK.

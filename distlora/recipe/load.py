@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from distlora.errors import UserError
+from distlora.files.confidential import without_secrets
 from distlora.files.user_texts import read_user_text
 from distlora.methods import Method, StartsFromAdapter, registry
 from distlora.recipe.deepspeed_file import read_deepspeed, refuse_words
@@ -198,11 +199,13 @@ class _Document:
 def dump_recipe(recipe: Recipe) -> str:
     """The recipe as YAML: its format, and every key with its value. The text is itself a recipe.
 
-    The DeepSpeed config is written out, with its "auto" as it is.
+    The DeepSpeed config is written out, with its "auto" as it is, and without the keys of monitors' accounts:
+    others may read a run directory.
     """
     content = {_FORMAT_KEY: recipe.format, **recipe.model_dump(mode="json")}
     if isinstance(recipe.deepspeed, str):
         content["deepspeed"] = read_deepspeed(recipe.deepspeed)[0]
+    content["deepspeed"] = without_secrets(content["deepspeed"])
     return dump_yaml(content)
 
 

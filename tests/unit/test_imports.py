@@ -29,7 +29,8 @@ HOMES = {
     "mpi4py": {"cluster/mpi.py"},
     "math_verify": {"tasks/reading/equivalence_worker.py"},
     "peft": set(),
-    "pickle": set(),
+    # What these read can execute code.
+    **dict.fromkeys(("pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"), set()),
 }
 
 #: The floors of the house, lowest first: folders, and modules that stand beside them. Each imports from lower
@@ -138,6 +139,18 @@ STATES = {
 }
 STATES_HOMES = {"engine/random_state.py"}
 
+#: They execute what they are given, or what they read.
+EXECUTING = {"torch.load", "eval", "exec", "os.system", "os.popen", "yaml.load", "yaml.unsafe_load"}
+#: Collectives and loaders that unpickle what others have sent or stored.
+PICKLING = {
+    *("all_gather_object", "gather_object", "broadcast_object_list", "scatter_object_list"),
+    *("send_object_list", "recv_object_list", "read_pickle", "unsafe_load"),
+}
+#: transformers' ways to make something of a directory or a config.
+LOADING = {"from_pretrained"}
+#: Keywords that allow code of others to run, and the only value that they have.
+DEMANDED = {"shell": False, "trust_remote_code": False, "allow_pickle": False, "use_safetensors": True}
+
 
 def _forbidden(tree: ast.AST, file: str) -> list[str]:
     """What is done in this file that the library never does, with the line."""
@@ -150,12 +163,21 @@ def _forbidden(tree: ast.AST, file: str) -> list[str]:
             found.append(f"{file}:{node.lineno} reseeds a global generator")
         if name == "print" and not file.startswith(PRINTING):
             found.append(f"{file}:{node.lineno} prints")
-        if name in ("torch.load", "eval", "exec", "os.system"):
+        if name in EXECUTING or (name or "").rpartition(".")[2] in PICKLING:
             found.append(f"{file}:{node.lineno} calls {name}")
+        given = {keyword.arg for keyword in node.keywords}
+        if name == "np.load" and "allow_pickle" not in given:
+            found.append(f"{file}:{node.lineno} reads arrays that may hold objects")
+        if (
+            isinstance(node.func, ast.Attribute)
+            and node.func.attr in LOADING
+            and "trust_remote_code" not in given
+        ):
+            found.append(f"{file}:{node.lineno} does not refuse code of a model")
         for keyword in node.keywords:
             value = getattr(keyword.value, "value", None)
             if (keyword.arg == "strict" and value is False and name != "zip") or (
-                keyword.arg in ("shell", "trust_remote_code") and value is True
+                keyword.arg in DEMANDED and value is not DEMANDED[keyword.arg]
             ):
                 found.append(f"{file}:{node.lineno} passes {keyword.arg}={value}")
     return found
@@ -335,6 +357,12 @@ def test_a_vendor_outside_its_home_is_seen(source):
         "model.load_state_dict(s, strict=False)",
         "subprocess.run(c, shell=True)",
         "AutoModel.from_pretrained(p, trust_remote_code=True)",
+        "yaml.load(text)",
+        "np.load(path)",
+        "np.load(path, allow_pickle=True)",
+        "dist.all_gather_object(found, value)",
+        "AutoModel.from_pretrained(path)",
+        "AutoModel.from_pretrained(path, trust_remote_code=asked)",
     ],
 )
 def test_what_is_forbidden_is_seen(source):

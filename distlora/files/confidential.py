@@ -1,6 +1,7 @@
 """What must not be shown: values whose names sound like secrets, and logins within addresses."""
 
 import re
+from typing import Any
 
 _SECRETS = ("TOKEN", "KEY", "SECRET", "PASSW", "CREDENTIAL", "JWT", "AUTH", "_PAT", "_PWD")
 #: Parts of names that contain a word from above and are not secret. (InfiniBand's partitions have a PKEY.)
@@ -25,3 +26,14 @@ def without_login(text: str) -> str:
 def holds_secret(name: str, value: str) -> bool:
     """Whether the value of a variable must not be shown: because of its name, or a password in an address."""
     return is_secret_name(name) or ("://" in value and without_login(value) != value)
+
+
+def without_secrets(content: Any) -> Any:
+    """A config without the texts under keys with a secret's name, at every depth."""
+    if isinstance(content, dict):
+        return {
+            key: without_secrets(value)
+            for key, value in content.items()
+            if not (isinstance(value, str) and is_secret_name(str(key)))
+        }
+    return [without_secrets(value) for value in content] if isinstance(content, list) else content
