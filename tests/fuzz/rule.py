@@ -31,12 +31,14 @@ _PYTHON = re.compile(
 @dataclass(frozen=True)
 class Loader:
     """Something that reads. read: gets an example and an empty folder; what it returns does not matter.
-    share: of the examples, beside the other loaders."""
+    share: of the examples, beside the other loaders. refuses: whether it refuses anything; what is read at
+    every start and only tells of others, such as a lease, counts as absent when it is damaged."""
 
     name: str
     examples: SearchStrategy[Any]
     read: Callable[[Any, Path], Any]
     share: float = 1.0
+    refuses: bool = True
 
 
 def outcome(loader: Loader, example: Any) -> str | None:

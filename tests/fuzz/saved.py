@@ -293,6 +293,10 @@ def _json_or_damaged(right: Any) -> st.SearchStrategy[bytes]:
     return st.one_of(edited(right).map(_as_json), damaged([_as_json(right)]))
 
 
+def _owner(path: Path) -> None:
+    living_owner(path.parent)
+
+
 LOADERS = (
     Loader("tensors", damaged([save(TENSORS, {"k": "v"})], HEADER_WORDS), _read_tensors),
     Loader("index of tensors", damaged([INDEX], INDEX_WORDS), _read_index),
@@ -300,9 +304,9 @@ LOADERS = (
     Loader("adapter", edited_adapters(), _read_adapter),
     Loader("export", damaged([ADAPTER], HEADER_WORDS), _read_export, 0.5),
     Loader("status", _json_or_damaged(HELD), _a_file(STATUS, _status), 0.5),
-    Loader("lease", _json_or_damaged(OWNER), _a_file(LEASE, lambda path: living_owner(path.parent)), 0.5),
+    Loader("lease", _json_or_damaged(OWNER), _a_file(LEASE, _owner), 0.5, False),
     Loader("seen data", _json_or_damaged(SEEN), _a_file("data.json", _seen_data), 0.5),
-    Loader("rate search", _json_or_damaged(RATES), _a_file("lr_search.json", _rates), 0.5),
+    Loader("rate search", _json_or_damaged(RATES), _a_file("lr_search.json", _rates), 0.5, False),
     Loader("metrics", damaged([METRICS]), _a_file("metrics.jsonl", _metrics), 0.5),
     Loader("model", edited_models(), _read_model, 0.5),
 )  # fmt: skip

@@ -11,7 +11,7 @@ from tests.fuzz.table import EXAMPLES, LOADERS, examples_of
 @pytest.mark.parametrize("loader", LOADERS, ids=lambda loader: loader.name)
 def test_any_input_gives_a_result_or_one_sentence(loader):
     found = hold(loader, examples_of(loader, EXAMPLES))
-    assert len(found) > 1, "the examples of this loader all end alike"
+    assert len(found) > 1 or not loader.refuses, "the examples of this loader all end alike"
 
 
 # ---------------------------------------------------------------------- the rule can fail

@@ -129,9 +129,11 @@ def test_where_there_is_no_room_for_the_reserve_nothing_is_left(tmp_path, failin
 
 
 @pytest.mark.parametrize("size", [10, 300])
-def test_a_log_that_cannot_be_written_says_nothing_on_the_terminal(tmp_path, size, capsys):
+def test_a_log_that_cannot_be_written_says_nothing_on_the_terminal(tmp_path, size, capsys, monkeypatch):
     """Logging would print a traceback for every line."""
     errors = WriteErrors()
+    # Those of other tests write to the terminal, which the limit would hit as well.
+    monkeypatch.setattr(logging.getLogger("distlora"), "handlers", [])
     logging.getLogger("distlora").setLevel("INFO")
     with limited_files(size), RankLog(0, errors) as log:
         log.open(tmp_path)

@@ -449,7 +449,11 @@ def test_the_command_says_what_was_compared_and_leaves_it_out_on_request(tmp_pat
     (tmp_path / "run" / "recipe.yaml").write_text(json.dumps(recipe))
     words = ["export", str(tmp_path / "run"), "--format", "merged", "--out"]
     assert cli.main([*words, str(tmp_path / "first")]) == 0
-    path, line = capsys.readouterr().out.splitlines()
-    assert path == str(tmp_path / "first") and line.startswith("compared with the run: logits differ by ")
+    path, size, line = capsys.readouterr().out.splitlines()
+    assert (
+        path == str(tmp_path / "first")
+        and size.endswith("KiB")
+        and line.startswith("compared with the run: logits differ by ")
+    )
     assert cli.main([*words, str(tmp_path / "second"), "--no-check"]) == 0
-    assert capsys.readouterr().out == f"{tmp_path / 'second'}\n"
+    assert capsys.readouterr().out.splitlines() == [str(tmp_path / "second"), size]

@@ -90,7 +90,7 @@ def test_what_others_have_put_beside_the_adapter_is_refused_before_the_first_ste
     run = Path(made.output_dir)
     train.train(made, Topology())
     train.check(made, Topology(), None)
-    for name in ("README.md", ".cache"):
+    for name in ("LICENSE.md", ".cache"):
         (run / "adapter" / name).mkdir()
         with pytest.raises(UserError, match=f"adapter is not an empty directory .holds {name}."):
             train.check(made, Topology(), None)

@@ -27,12 +27,12 @@ def engine(optimizer=OPTIMIZER, dp_world_size=2, **changes):
     """What is asked of a DeepSpeed engine: one that is welcome unless something is changed."""
     answers = {
         "fp16_enabled": False, "torch_autocast_enabled": False, "autotp_size": 0,
-        "managed_gradient_accumulation": True,
+        "managed_gradient_accumulation": True, "bf16_master_weights_and_gradients": False,
         "zero_offload_optimizer": None, "zero_offload_param": offload("cpu"),
         "zero_quantized_weights": False, "zero_quantized_nontrainable_weights": False,
     } | changes  # fmt: skip
     methods = {name: lambda answer=answer: answer for name, answer in answers.items()}
-    return SimpleNamespace(optimizer=optimizer, dp_world_size=dp_world_size, **methods)
+    return SimpleNamespace(optimizer=optimizer, dp_world_size=dp_world_size, zenflow=False, **methods)
 
 
 def test_an_engine_of_the_table_is_welcome():
