@@ -222,7 +222,7 @@ def test_adapters_that_do_not_fit_are_refused(finished, model, data, tmp_path):
     shallow = json.loads((Path(other) / "config.json").read_text())
     for change, expected in (
         ({"num_hidden_layers": 2}, "this one has no linear layer model.layers.2"),
-        ({"intermediate_size": 128}, "has the shape (60, 131), and this one's (60, 128)"),
+        ({"intermediate_size": 128}, "has the shape (131, 60), and this one's (128, 60)"),
     ):
         folder = shutil.copytree(other, tmp_path / "other", dirs_exist_ok=True)
         (folder / "config.json").write_text(json.dumps(shallow | change))
