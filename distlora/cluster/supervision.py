@@ -57,6 +57,8 @@ class Supervision:
         self._hosts: list[str] = []
         self._heartbeat: Heartbeat | None = None
         self._status: StatusFile | None = None
+        #: Set once the heartbeat's thread ends this process: it says why, whatever the main thread meets then.
+        self._ending = threading.Event()
         self._lease: Lease | None = None
 
     def __enter__(self) -> "Supervision":
@@ -154,6 +156,8 @@ class Supervision:
             self._comm.barrier()
             raise
         except BaseException as error:
+            if self._ending.is_set():  # what breaks now is a consequence
+                time.sleep(2 * EXIT_LIMIT)
             if isinstance(error, UserError) and status.outlasts_refusal:
                 self._write_on_main(status.put_back)
             elif status.begun or self._is_of_one_rank(error):
@@ -188,6 +192,7 @@ class Supervision:
 
     def _end(self, verdict: Verdict, alone: bool) -> None:
         """Ends this process from the heartbeat's thread. alone: rank 0 cannot be reached and cannot speak."""
+        self._ending.set()
         # Writing may block, because the file system may be gone with the silent host.
         deadline = threading.Timer(EXIT_LIMIT, os._exit, [verdict.code])
         deadline.daemon = True

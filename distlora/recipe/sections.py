@@ -14,6 +14,7 @@ from pydantic import (
     Field,
     PrivateAttr,
     SerializeAsAny,
+    field_validator,
     model_validator,
 )
 
@@ -209,6 +210,13 @@ class TrainSection(Section):
     def searches_lr(self) -> bool:
         """Whether the learning rate is found before the first step."""
         return self.lr == SEARCH
+
+    @field_validator("hang_timeout")
+    @classmethod
+    def _leaves_time_for_a_beat(cls, seconds: float | None) -> float | None:
+        if seconds is not None and seconds < 1:
+            raise ValueError(f"{seconds:g} seconds are too few: wanted at least 1, or 0 for no limit")
+        return seconds
 
     @model_validator(mode="after")
     def _has_a_length(self):

@@ -67,6 +67,10 @@ class Setbacks:
             self._engine.drop_step()
         keep_batch(self._engine, self._data, self._loss, self._writing, self._run_dir, about, not bad.taken)
         if settings.on_bad_step == "stop" or (bad.taken and settings.on_bad_step == "skip"):
+            log.warning(
+                "its batch is kept in %s; with train.on_bad_step=rollback the same command leaves it out",
+                self._run_dir / BAD_STEPS,
+            )
             raise bad
         self.memory.leave_out(step)
         self._writing.on_main(self._run_dir / BAD_STEPS, lambda: self.memory.write(self._run_dir))

@@ -38,7 +38,7 @@ def test_files(finished):
     told = {"data.json", "metrics.jsonl", "environment.json", "status.json", "summary.json", "logs"}
     assert found == {"recipe.yaml", "checkpoint-3", "checkpoint-6", "adapter"} | told
     kinds = {path.suffix for path in run_dir.rglob("*") if path.is_file()}
-    assert kinds == {".yaml", ".jsonl", ".json", ".safetensors", ".log"}
+    assert kinds == {".yaml", ".jsonl", ".json", ".safetensors", ".log", ".md"}
 
 
 def test_metrics(finished):
@@ -187,7 +187,7 @@ def test_methods_are_listed():
 def test_full_fine_tuning_has_no_adapter_and_exports_merged(recipe, tmp_path):
     outcome = succeed("train", recipe, "method.name=full", "train.lr=0.001", "train.steps=2")
     run_dir = tmp_path / "run"
-    assert not (run_dir / "adapter").exists() and "none: the weights themselves were trained" in outcome.out
+    assert not (run_dir / "adapter").exists() and "none: PEFT's format does not hold it" in outcome.out
     succeed("export", run_dir, "--format", "merged", "--out", tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
     assert mean_loss(merged, load_recipe(recipe)) == pytest.approx(curve(run_dir, "eval/loss")[2], rel=1e-5)

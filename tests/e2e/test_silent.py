@@ -54,24 +54,29 @@ def three(recipe: Path, own: dict[int, list[str]], stage: int) -> list:
         return [finish(process, PATIENCE) for process in processes]
 
 
-def expect_one_sentence(outcomes: list, run_dir: Path, rank: int, what: str) -> None:
-    """All ranks have ended as for a mistake of the user, and rank 0 has said it, and no other."""
+def expect_one_sentence(outcomes: list, run_dir: Path, rank: int, what: str, begun: bool = True) -> None:
+    """All ranks have ended as for a mistake of the user, and rank 0 has said it, and no other. begun: whether
+    the run had; a start that is refused before leaves nothing.
+    """
     assert [outcome.code for outcome in outcomes] == [2, 2, 2], [outcome.err[-1500:] for outcome in outcomes]
     (sentence,) = outcomes[0].sentences
     assert f"rank {rank} on " in sentence and what in sentence
     assert not any("Traceback" in outcome.err for outcome in outcomes)
+    if not begun:
+        assert not run_dir.exists()
+        return
     status = read_status(run_dir)
     assert (status.state, status.requeue) == ("failed", False) and what in status.message
 
 
-def test_a_rank_whose_weights_cannot_be_loaded_ends_all(recipe, model, tmp_path):
-    """In the midst of loading under ZeRO-3, where the others wait in collectives, and without a limit."""
+def test_a_rank_whose_weights_cannot_be_read_ends_all(recipe, model, tmp_path):
+    """Before any are loaded, and without a limit."""
     other = shutil.copytree(model, tmp_path / "other")
     index = {"metadata": {}, "weight_map": {"model.norm.weight": "model-00002.safetensors"}}
     shutil.move(other / "model.safetensors", other / "model-00001.safetensors")
     (other / "model.safetensors.index.json").write_text(json.dumps(index))
     outcomes = three(recipe, {1: [f"model.path={other}"]}, stage=3)
-    expect_one_sentence(outcomes, tmp_path / "run", 1, f"model.path={other}")
+    expect_one_sentence(outcomes, tmp_path / "run", 1, f"model.path={other}", begun=False)
 
 
 def test_a_rank_that_reads_other_data_ends_all(recipe, data, tmp_path):

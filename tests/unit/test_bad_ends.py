@@ -7,6 +7,7 @@ import pytest
 
 from distlora.checkpoints.soundness import soundness
 from distlora.errors import UserError
+from distlora.recipe.load import load_recipe
 from distlora.training import bad_batches, train
 from distlora.training.bad_batches import FILES
 from distlora.training.bad_steps import FEWEST, BadSteps
@@ -51,3 +52,10 @@ def test_ruined_weights_that_nothing_has_proven_are_not_exported(method, step, m
     with pytest.raises(UserError, match="^[^\n]*checkpoint-1: [^\n]*infinite or not a number[^\n]*--step$"):
         export_run(run_dir, "peft", out, checkpoint=step)
     assert not out.exists()
+
+
+def test_a_time_limit_that_no_rank_can_keep_is_refused():
+    for text in ("0.2", "1e-9"):
+        with pytest.raises(UserError, match="train.hang_timeout.*wanted at least 1, or 0 for no limit"):
+            load_recipe("configs/recipes/quickstart.yaml", [f"train.hang_timeout={text}"])
+    assert load_recipe("configs/recipes/quickstart.yaml", ["train.hang_timeout=0"]).train.hang_timeout is None

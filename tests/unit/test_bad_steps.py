@@ -176,6 +176,7 @@ def test_a_run_that_was_stopped_by_a_bad_batch_goes_on_without_it(recipe, poison
         f"the training loss is nan at step 5; the last good checkpoint: {run_dir / 'checkpoint-2'}"
     )
     assert read_status(run_dir).state == "failed" and soundness(run_dir / "checkpoint-4") == "unproven"
+    assert f"its batch is kept in {run_dir / 'bad_steps'}" in (run_dir / "logs" / "rank-0.log").read_text()
     kept = json.loads((run_dir / "bad_steps" / "step-5.json").read_text())
     assert kept["why"] == "the training loss is nan" and len(kept["rows"]) == 2
     for row in kept["rows"]:
