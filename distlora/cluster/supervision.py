@@ -57,7 +57,7 @@ class Supervision:
         self._hosts: list[str] = []
         self._heartbeat: Heartbeat | None = None
         self._status: StatusFile | None = None
-        #: Set once the heartbeat's thread ends this process: it says why, whatever the main thread meets then.
+        #: Set once the heartbeat's thread ends this process: it says why, whatever the main thread meets.
         self._ending = threading.Event()
         self._lease: Lease | None = None
 
