@@ -201,7 +201,10 @@ def load_model(
         config.get_text_config(decoder=True).pad_token_id = load_tokenizer(section).pad_token_id
     with explained(section.path), quiet():
         with torch.device("meta"):  # by its class, since from_config would partition it under ZeRO-3
-            bare = model_class_of(config, labels, images)(copy.deepcopy(config))
+            cls = model_class_of(config, labels, images)
+            # A wrapper's config may stand for its language model, as in transformers' own auto classes.
+            fits = isinstance(config, cls.config_class)
+            bare = cls(copy.deepcopy(config if fits else config.get_text_config()))
         other = misfits(directory, bare)
         if not other.keys() <= (head_parameters(bare) if labels else set()):
             raise UserError(f"model.path={section.path}: {MISFIT}")
