@@ -17,7 +17,7 @@ from distlora.adapter.linears import is_linear, shape_of
 from distlora.errors import UserError
 from distlora.exports.experts import ExpertEntry, expert_layer, from_peft
 from distlora.exports.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from distlora.exports.sources import MAGNITUDE, PREFIX
+from distlora.exports.sources import MAGNITUDE_STEM, PREFIX
 from distlora.files.atomic import sha256_of
 from distlora.files.json_files import checked, parse_json, read_json
 from distlora.files.tensors import TensorFiles
@@ -158,8 +158,8 @@ def read_peft(directory: Path) -> PeftFiles:
             layers[layer or module] = shape
             if layer:
                 experts[layer] = _experts(directory, config, layer, module, shapes)
-        elif MAGNITUDE in inner:
-            magnitudes[inner.partition(MAGNITUDE)[0]] = name
+        elif MAGNITUDE_STEM in inner:
+            magnitudes[inner.partition(MAGNITUDE_STEM)[0]] = name
         elif "lora_" in inner:
             raise UserError(f"{directory}: {name} belongs to no linear layer, which is not supported")
         elif inner not in copies:

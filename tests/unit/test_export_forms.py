@@ -7,13 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import distlora
 from distlora.errors import UserError
 from distlora.exports.card import About, Form, shown_data, write_card
 from distlora.exports.exported import AdapterSource
 from distlora.exports.peft import write_peft_adapter
+from distlora.exports.peft_files import read_peft
 from distlora.exports.precision import TOLERANCE, dtype_for, rounding_error
 from distlora.exports.sources import EngineSource
 from distlora.exports.vllm import RANKS, ForVLLM, rank_for_vllm
@@ -97,9 +99,14 @@ def test_ranks_above_vllms_are_to_be_merged_or_cut():
 # ---------------------------------------------------------------------- transformers
 
 
-def test_transformers_loads_the_adapter_by_itself(tmp_path):
+@pytest.mark.parametrize("method", ["lora", "rslora", "dora"])
+def test_transformers_loads_the_adapter_by_itself(method, tmp_path):
     base, out = zoo_model_dir("llama", tmp_path), tmp_path / "out"
-    adapted = _trained("llama")
+    adapted = _trained("llama", method=method)
+    with torch.no_grad():
+        for name, parameter in adapted.model.named_parameters():
+            if name.endswith(".m"):
+                parameter.mul_(1.3)
     distlora.export(adapted, out, base_model=base)
     model = type(zoo_model("llama")).from_pretrained(base, dtype=torch.float32)
     model.load_adapter(str(out))
@@ -242,3 +249,22 @@ def test_a_card_names_no_directory_of_the_machine(tmp_path, monkeypatch):
     assert shown_data("https://me:word@host/a/b.jsonl?token=secret") == ("b.jsonl of host", None)
     assert shown_data("openai/gsm8k:main") == ("openai/gsm8k (main)", "openai/gsm8k")
     assert shown_data(None)[1] is None and Path("rows.jsonl").exists()
+
+
+@pytest.mark.parametrize("ending", ["", ".weight"])
+def test_both_names_of_magnitudes_are_read(ending, tmp_path):
+    adapted = _trained("llama", method="dora", targets=["q_proj"])
+    distlora.export(adapted, tmp_path / "out", base_model="someone/model")
+    file = tmp_path / "out" / "adapter_model.safetensors"
+    with safe_open(file, "pt") as opened:
+        about, tensors = opened.metadata(), {name: opened.get_tensor(name) for name in opened.keys()}
+    stem = ".lora_magnitude_vector"
+    renamed = {f"{name.partition(stem)[0]}{stem}{ending}" if stem in name else name: value
+               for name, value in tensors.items()}  # fmt: skip
+    save_file(renamed, file, about)
+    ours, peft = AdapterSource(tmp_path / "out"), read_peft(tmp_path / "out")
+    assert ours.magnitudes == set(peft.magnitudes) == set(adapted.layers)
+    for name, layer in adapted.layers.items():
+        wanted = layer.factors()["m"].detach().float()
+        assert torch.equal(ours.magnitude(name), wanted) and torch.equal(peft.magnitude(name), wanted)
+    assert not ours.heads and not peft.heads
