@@ -277,7 +277,6 @@ def test_relative_paths_begin_where_the_run_was_started(tmp_path, monkeypatch):
         assert working_directory(run_dir) == Path()
 
 
-@pytest.mark.parametrize("ending", ["", ".weight"])
 def test_an_export_elsewhere_finds_the_model_that_the_run_has_found(tmp_path, monkeypatch):
     began, elsewhere, run_dir = (tmp_path / name for name in ("began", "elsewhere", "run"))
     for folder in (began / "models" / "llama", elsewhere / "models" / "llama", run_dir):
@@ -288,6 +287,7 @@ def test_an_export_elsewhere_finds_the_model_that_the_run_has_found(tmp_path, mo
     assert recipe_as_started(run_dir, tmp_path / "gone").model.path == "models/llama"
 
 
+@pytest.mark.parametrize("ending", ["", ".weight"])
 def test_both_names_of_magnitudes_are_read(ending, tmp_path):
     adapted = _trained("llama", method="dora", targets=["q_proj"])
     distlora.export(adapted, tmp_path / "out", base_model="someone/model")
