@@ -27,7 +27,7 @@ compares it with what it finds. Other classes of transformers may work as well.
 | all-linear | LoRA on `targets: all-linear` trains: all trained tensors have gradients, and the loss falls |
 | loss | the loss is that of the class's own forward pass, to 1e-5 |
 | ZeRO-3 | {STEPS} steps on two ranks have the losses of one process |
-| PEFT, merged | the export, loaded in PEFT or as a plain model, has the trained model's logits, to 1e-4 |
+| PEFT, merged | the export, loaded in PEFT or plainly, has the model's logits, to 1e-4 of the largest |
 
 The row "with its experts" trains `[all-linear, experts]`. A dash means: not tried, because something before
 it does not work.
