@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from distlora.errors import UserError
-from distlora.files.confidential import without_secrets
+from distlora.files.confidential import is_secret_name, shown_word, without_secrets
 from distlora.files.user_texts import read_user_text
 from distlora.methods import Method, StartsFromAdapter, registry
 from distlora.recipe.deepspeed_file import read_deepspeed, refuse_words
@@ -70,6 +70,12 @@ def _load(document: "_Document", overrides: Sequence[str], default_format: int) 
     recipe._notes = tuple(document.notes)
     recipe._deepspeed_source = document.deepspeed_source
     return recipe.in_format(document.format or default_format)
+
+
+def _name_of(key: str, text: str) -> str:
+    """What messages call an override, without a secret in it."""
+    shown = shown_word(f"{key}={text}")
+    return f"override {key}: {shown.removeprefix(f'{key}=')}"
 
 
 def _refuse_others_keys(cls: type[Method], section: dict, place: Place) -> None:
@@ -139,10 +145,10 @@ class _Document:
         key, equals, text = override.partition("=")
         key = key.strip()
         if not equals or not all(key.split(".")):
-            raise UserError(f"override {override}: wanted dotted.key=value, as in train.lr=1e-3")
+            raise UserError(f"override {shown_word(override)}: wanted dotted.key=value, as in train.lr=1e-3")
         if key.count(".") > DEEPEST:
             raise UserError(f"override {key[:40]}…: no key has more than {DEEPEST} dots")
-        value = parse_yaml(text, f"override {key}: {text}")
+        value = parse_yaml(text, _name_of(key, text), secret=is_secret_name(key))
         if key.startswith("deepspeed."):
             self.read_deepspeed()
         *sections, last = key.split(".")
@@ -156,7 +162,7 @@ class _Document:
                 node[part] = {"include": node[part]}
             node = node[part]
             if not isinstance(node, dict):
-                raise UserError(f"override {key}: {path} is {show(node)}, which has no keys")
+                raise UserError(f"override {key}: {path} is {show(node, path)}, which has no keys")
         node[last] = value
         self.given.append(key)
 
