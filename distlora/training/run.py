@@ -1,6 +1,7 @@
 """One run, stage by stage: from loading to the exported adapter."""
 
 import logging
+import math
 import time
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -226,11 +227,10 @@ class Run(Restoring):
         return self.objective.evaluate(self.built.engine, self.data.preprocessor, samples)
 
     def _evaluate(self) -> dict[str, float]:
-        """The scores, and what takes longer."""
-        scores = self._scores()
-        result = scores | self.objective.generate(
-            self.built.engine, self.data.preprocessor, self.data.held_out
-        )
+        """The scores, and, where the loss is finite, what takes longer."""
+        result, engine = self._scores(), self.built.engine
+        if math.isfinite(result["loss"]):
+            result |= self.objective.generate(engine, self.data.preprocessor, self.data.held_out)
         log.info("evaluation: %s", ", ".join(f"{key} {value:.4f}" for key, value in result.items()))
         return result
 
