@@ -70,8 +70,8 @@ def _check_finite(way: Way, records: Sequence[Record]) -> None:
         if record["output"] is None:
             prompt = way.questions.items[record["index"]].prompt
             raise TrainingError(
-                f"the logits for question {record['index'] + 1} of {way.task} ({prompt[:60]!r}) are infinite or "
-                "not a number, so that nothing can be chosen by them"
+                f"the logits for question {record['index'] + 1} of {way.task} ({prompt[:60]!r}) are infinite "
+                "or not a number, so that nothing can be chosen by them"
             )
 
 

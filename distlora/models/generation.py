@@ -4,7 +4,6 @@ import inspect
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 #: Under which names models take what they keep of the tokens so far: keys and values, or a state.

@@ -1,4 +1,4 @@
-"""Weights that are finite, and overflow in a forward pass: nothing that is made of them counts as a result."""
+"""Weights that are finite, and overflow in a forward pass: nothing that is made of them is a result."""
 
 import json
 from pathlib import Path
@@ -34,7 +34,8 @@ def model(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def overflowing(model, tmp_path_factory) -> Path:
     """A run with a checkpoint whose numbers are finite, and whose loss is not; nothing has proven it."""
-    made = short_recipe(model, tmp_path_factory.mktemp("run"))("method={name: lora, rank: 2}", "train.steps=1")
+    recipe = short_recipe(model, tmp_path_factory.mktemp("run"))
+    made = recipe("method={name: lora, rank: 2}", "train.steps=1")
     train.train(made, ALONE)
     run_dir = Path(made.output_dir)
     checkpoint = run_dir / "checkpoint-1"
@@ -70,7 +71,7 @@ def test_what_is_proven_is_not_computed_again(overflowing, tmp_path):
         (overflowing / "checkpoint-1" / MARK).unlink()
 
 
-def test_without_the_pretrained_model_an_adapter_is_exported_with_a_line(overflowing, tmp_path, caplog, model):
+def test_without_the_pretrained_model_a_line_says_so(overflowing, tmp_path, caplog, model):
     recipe = (overflowing / "recipe.yaml").read_text()
     caplog.set_level("INFO", "distlora")
     (overflowing / "recipe.yaml").write_text(recipe.replace(str(model), "some-owner/some-model"))
