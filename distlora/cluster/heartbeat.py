@@ -247,7 +247,13 @@ class Heartbeat:
         reports = [entry and Report(**entry) for entry in told]
         # What is on the board is up to one interval old, and read once in an interval.
         halt = halted(reports, self._patience - 2 * self._interval, self._patience_of_phases)
-        return halt and Verdict(f"{sentence(halt, reports, self._hosts)}; {_REMEDY_OF_LINKS}", True)
+        if halt is None:
+            return None
+        key = (
+            "DEEPSPEED_TIMEOUT (minutes)" if halt.after_patience else "train.hang_timeout (seconds; 0: none)"
+        )
+        told = f"{sentence(halt, reports, self._hosts)}; {_REMEDY_OF_LINKS}; {key} sets the limit"
+        return Verdict(told, True)
 
     def _limit(self) -> float:
         hurry = self._broken or (self._patience < math.inf and self._hurried())
@@ -265,5 +271,8 @@ def heart_interval(hang_timeout: float | None) -> float:
 
 
 _GOES_ON = "Started again, the run goes on from its newest checkpoint"
-_REMEDY = f"is its host down, its link cut, its process killed? {_GOES_ON}"
+_REMEDY = (
+    "is its host down, its link cut, its process killed, or stopped by a debugger (then set "
+    f"train.hang_timeout=0)? {_GOES_ON}"
+)
 _REMEDY_OF_LINKS = f"is a link between two of their hosts cut, or does a file system not answer? {_GOES_ON}"
