@@ -31,8 +31,8 @@ START_TIMEOUT = 600.0
 #: Seconds that ranks other than 0 wait before they end. Launchers end all ranks as soon as one has ended, so
 #: the rank that speaks must come first.
 EXIT_DELAY = 1.0
-#: Seconds, for each minute that a collective waits, in which a rank may wait for something outside of the run:
-#: fewer, so that the run ends with a sentence and not with the error of a collective.
+#: Seconds, for each minute that a collective waits, in which a rank may wait for something outside of the
+#: run: fewer, so that the run ends with a sentence and not with the error of a collective.
 PATIENCE = 54.0
 #: Seconds within which log and status must be written before a sudden end.
 EXIT_LIMIT = 15.0

@@ -109,8 +109,11 @@ def test_the_others_wait_longer_for_it_and_then_say_what_it_waits_for(reports):
 @pytest.mark.parametrize(
     ("reports", "told"),
     [
-        ([STUCK] * 2, "train.hang_timeout (seconds; 0: none) sets the limit"),
-        ([STUCK, replace(WRITES, still=PATIENCE + 1)], "DEEPSPEED_TIMEOUT (minutes) sets the limit"),
+        (
+            [STUCK] * 2,
+            "Started again, the run goes on from its newest checkpoint; train.hang_timeout sets the limit",
+        ),
+        ([STUCK, replace(WRITES, still=PATIENCE + 1)], "; DEEPSPEED_TIMEOUT, in minutes, sets the limit"),
     ],
 )
 def test_the_sentence_says_what_sets_the_limit(reports, told):
