@@ -1,6 +1,7 @@
 """One run, stage by stage: from loading to the exported adapter."""
 
 import logging
+import math
 import time
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -17,6 +18,7 @@ from distlora.engine.comm import Comm
 from distlora.engine.coordination import on_every_rank, on_main
 from distlora.engine.optimizers import Schedule
 from distlora.engine.random_state import random_states
+from distlora.errors import TrainingError
 from distlora.exports.peft import problem_with_peft, stacks_of
 from distlora.initialisation.factors import InitReport
 from distlora.recipe.combination import check_length
@@ -30,8 +32,9 @@ from distlora.training.export_run import base_name
 from distlora.training.loop import Loop
 from distlora.training.objective import objective_of
 from distlora.training.proofs import Proofs, refuse_bad_end
-from distlora.training.rate_search import RateSearch, find_rate, search_rate
+from distlora.training.rate_search import RateSearch, bad_rows, find_rate, search_rate, told_of_rows
 from distlora.training.restoring import Restoring
+from distlora.training.run_directory import BAD_STEPS
 from distlora.training.samples import RunSamples, fetch
 from distlora.training.seen_data import seen_by
 from distlora.training.setbacks import Setbacks
@@ -125,8 +128,9 @@ class Run(Restoring):
 
     def _begin(self) -> tuple[dict[str, Any], int]:
         """What is remembered of the run's beginning, and the step from which this start goes on."""
-        left_out = self.comm.share(on_main(self.comm, self.run_dir, lambda: read_left_out(self.run_dir)))
-        self.bad_steps.go_on_from(self.checkpoint.step if self.checkpoint else 0, left_out)
+        self.bad_steps.recall(
+            self.comm.share(on_main(self.comm, self.run_dir, lambda: read_left_out(self.run_dir)))
+        )
         if self.checkpoint is None:
             self._open_monitor()
             extra = self._initialise()
@@ -134,10 +138,14 @@ class Run(Restoring):
         else:
             extra = self._resume()
             self._open_monitor(extra)
+        step = self.checkpoint.step if self.checkpoint else 0
+        if len(self.bad_steps.row) >= self.recipe.train.bad_steps_limit:
+            self.bad_steps.meet_again(step)
+            self.writing.on_main(self.run_dir / BAD_STEPS, lambda: self.bad_steps.write(self.run_dir))
         if self.schedule is None:
             self.schedule = self._schedule(extra[FOUND_RATE])
         self._before = extra["before"]
-        return extra, self.checkpoint.step if self.checkpoint else 0
+        return extra, step
 
     def _train(self, extra: dict[str, Any]) -> float | None:
         """All steps, as often as it takes; returns the mean seconds of one."""
@@ -186,8 +194,14 @@ class Run(Restoring):
         self.comm.course.enter("the search for the learning rate")
 
         def search() -> RateSearch:
+            loss = self.objective.loss
             steps, held_back = self.data.trial(settings.steps, settings.samples)
-            return search_rate(engine, settings, steps, held_back, self.objective.loss)
+            try:
+                return search_rate(engine, settings, steps, held_back, loss)
+            except TrainingError as error:
+                rows = self.data.rows_of_trial(settings.steps, settings.samples)
+                told = told_of_rows(*bad_rows(engine, rows, loss), self.recipe.data.split)
+                raise TrainingError(f"{error}; {told}") from error
 
         found = find_rate(self.writing, self.run_dir, run_identity(self.recipe), search)
         self.monitor.tell_rates(found.scalars(), found.tried)
@@ -226,11 +240,10 @@ class Run(Restoring):
         return self.objective.evaluate(self.built.engine, self.data.preprocessor, samples)
 
     def _evaluate(self) -> dict[str, float]:
-        """The scores, and what takes longer."""
-        scores = self._scores()
-        result = scores | self.objective.generate(
-            self.built.engine, self.data.preprocessor, self.data.held_out
-        )
+        """The scores, and, where the loss is finite, what takes longer."""
+        result, engine = self._scores(), self.built.engine
+        if math.isfinite(result["loss"]):
+            result |= self.objective.generate(engine, self.data.preprocessor, self.data.held_out)
         log.info("evaluation: %s", ", ".join(f"{key} {value:.4f}" for key, value in result.items()))
         return result
 

@@ -98,14 +98,18 @@ class RunSamples:
         )
 
     def rows_of_step(self, step: int) -> list[tuple[int | None, Batch]]:
-        """This rank's samples of a step, each with its number and as a batch of its own; equally many on
+        """The rows of a step: see `rows`."""
+        return list(self.rows(self.order.indices(step)))
+
+    def rows(self, indices: list[int]) -> Iterator[tuple[int | None, Batch]]:
+        """This rank's share of these samples, each with its number and as a batch of its own; equally many on
         every rank, where one lacks a sample None and a batch of weight zero.
         """
-        indices, world = self.order.indices(step), self._comm.world_size
+        world = self._comm.world_size
         own: list[int | None] = indices[self._comm.rank :: world]
         own += [None] * (-(-len(indices) // world) - len(own))
         parts = [[] if number is None else [number] for number in own]
-        return list(zip(own, self._batches(self.training, parts)))
+        return zip(own, self._batches(self.training, parts))
 
     def _batches(self, samples: list, parts: list[list[int]]) -> Iterator[Batch]:
         for indices in parts:
@@ -116,16 +120,23 @@ class RunSamples:
         """This rank's micro-batches of `steps` global batches, and batches of `count` training samples that
         are in none of them, the same samples on any number of ranks: see `trial_indices`. Errors: UserError.
         """
-        whole, micro = self._recipe.train.global_batch_size, self._recipe.train.micro_batch_size
-        rank, world = self._comm.rank, self._comm.world_size
-        order = [i for step in range(self.order.steps_per_epoch) for i in self.order.indices(step)]
-        trained, held_back = trial_indices(order, steps, whole, count)
+        micro, rank, world = self._recipe.train.micro_batch_size, self._comm.rank, self._comm.world_size
+        trained, held_back = self._trial_indices(steps, count)
         shares = [micro_batches(part, rank, world, micro, self._accumulation) for part in trained]
         chosen = [self.training[i] for i in held_back]
         return (
             StepsOfBatches(shares, lambda share: list(self._batches(self.training, share))),
             list(self._batches(chosen, shard(len(chosen), rank, world, micro))),
         )
+
+    def rows_of_trial(self, steps: int, count: int) -> Iterator[tuple[int | None, Batch]]:
+        """All samples of a trial, as in `rows`."""
+        trained, held_back = self._trial_indices(steps, count)
+        return self.rows(sorted({*held_back, *itertools.chain(*trained)}))
+
+    def _trial_indices(self, steps: int, count: int) -> tuple[list[list[int]], list[int]]:
+        order = [i for step in range(self.order.steps_per_epoch) for i in self.order.indices(step)]
+        return trial_indices(order, steps, self._recipe.train.global_batch_size, count)
 
     def probe_data(self, settings: ProbeSettings, number: int = 0) -> Probe:
         """The same training samples for every world size, drawn by the recipe's seed; others for every number
