@@ -25,6 +25,8 @@ from distlora.recipe.yaml_text import DEEPEST, dump_yaml, parse_yaml
 
 #: The key of a resolved recipe that says its format. Not one of the recipe's keys.
 _FORMAT_KEY = "format"
+#: Sections that one value may stand for: their key for it.
+_SHORT = {"targets": "include", "model.quantization": "kind", "train.schedule": "name"}
 #: Keys of the train section that change neither what is trained nor how fast.
 LOOKING_ON = (
     "eval_every", "save_every", "keep_checkpoints", "eval_samples", "exact_match_samples", "hang_timeout",
@@ -152,8 +154,8 @@ class _Document:
             if node.get(part) is None:
                 node[part] = {}
                 self.given.append(path)
-            if path == "targets" and isinstance(node[part], str | list):  # the short form of a mapping
-                node[part] = {"include": node[part]}
+            if path in _SHORT and isinstance(node[part], str | list):  # the short form of a mapping
+                node[part] = {_SHORT[path]: node[part]}
             node = node[part]
             if not isinstance(node, dict):
                 raise UserError(f"override {key}: {path} is {show(node)}, which has no keys")

@@ -13,9 +13,9 @@ from distlora import api
 from distlora.checkpoints.directory import last_good
 from distlora.cluster.status import StatusFile
 from distlora.engine.coordination import on_main
-from distlora.engine.optimizers import Schedule
 from distlora.engine.protocol import Engine
 from distlora.engine.random_state import random_states, restore_random_states
+from distlora.engine.schedules import Schedule
 from distlora.errors import Preempted, TrainingError, UserError
 from distlora.models.router_loss import take_router_loss, wants_router_loss
 from distlora.models.targets import load_of

@@ -14,8 +14,8 @@ from distlora.checkpoints.soundness import soundness
 from distlora.cluster.status import StatusFile
 from distlora.engine.comm import Comm
 from distlora.engine.coordination import on_main
-from distlora.engine.optimizers import Schedule
 from distlora.engine.random_state import restore_random_states
+from distlora.engine.schedules import Schedule
 from distlora.errors import UserError
 from distlora.methods import NeedsProbe, ProbeSettings, Recomposes
 from distlora.recipe.sections import Recipe

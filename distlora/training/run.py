@@ -15,8 +15,8 @@ from distlora.checkpoints.directory import Checkpoint
 from distlora.cluster.status import StatusFile
 from distlora.engine.comm import Comm
 from distlora.engine.coordination import on_every_rank, on_main
-from distlora.engine.optimizers import Schedule
 from distlora.engine.random_state import random_states
+from distlora.engine.schedules import Schedule
 from distlora.exports.peft import problem_with_peft, stacks_of
 from distlora.initialisation.factors import InitReport
 from distlora.recipe.combination import check_length
@@ -97,7 +97,7 @@ class Run(Restoring):
 
     def _schedule(self, rate: float) -> Schedule:
         settings = self.recipe.train
-        return Schedule(settings.schedule, rate, self.steps, settings.warmup_ratio)
+        return settings.schedule.of_run(rate, self.steps, settings.warmup_ratio)
 
     # ------------------------------------------------------------------ the stages
 
