@@ -15,8 +15,8 @@ def _known_in_advance(name: Any) -> Any:
     if isinstance(name, str) and name in _FOLLOW:
         raise ValueError(
             f"the rates of {name} follow {_FOLLOW[name]}, and those of a run are fixed before its first "
-            "step; take cosine_with_min_lr or warmup_stable_decay, and train.early_stopping to end a run that no "
-            "longer improves"
+            "step; take cosine_with_min_lr or warmup_stable_decay, and train.early_stopping to end a run "
+            "that no longer improves"
         )
     return name
 

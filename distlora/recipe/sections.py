@@ -21,6 +21,7 @@ from distlora.adapter.targets import ALL_LINEAR, Targets
 from distlora.engine.optimizers import OptimizerName
 from distlora.errors import UserError
 from distlora.methods import Method, last_trained_factor, registry
+from distlora.recipe.improvement_sections import EarlyStoppingField, KeepBestField
 from distlora.recipe.schedule_section import ScheduleField, ScheduleSection
 from distlora.recipe.strict import Place, show
 from distlora.recipe.values import (
@@ -187,6 +188,8 @@ class TrainSection(Section):
     save_every: OffOrCount = Field(200, description="steps; 0 or null: only at the end")
     eval_samples: Count | None = Field(256, description="of the evaluation split; null: all")
     keep_checkpoints: Count = 2
+    early_stopping: EarlyStoppingField = None
+    keep_best: KeepBestField = None
     exact_match_samples: ZeroOrCount = Field(
         0, description="evaluation problems answered before and after training"
     )
@@ -212,6 +215,13 @@ class TrainSection(Section):
         if seconds is not None and seconds < 1:
             raise ValueError(f"{seconds:g} seconds are too few: wanted at least 1, or 0 for no limit")
         return seconds
+
+    @model_validator(mode="after")
+    def _evaluates(self):
+        for key in ("early_stopping", "keep_best"):
+            if getattr(self, key) is not None and self.eval_every is None:
+                raise ValueError(f"{key} follows the evaluations, and eval_every is off; set it to a number")
+        return self
 
     @model_validator(mode="after")
     def _has_a_length(self):
@@ -324,6 +334,9 @@ class Recipe(Section):
         if self.train.exact_match_samples and not self.data.eval_split:
             asked = f"train.exact_match_samples={self.train.exact_match_samples}"
             raise ValueError(f"{asked} needs data.eval_split; name the split or set it to 0")
+        for key in ("early_stopping", "keep_best"):
+            if getattr(self.train, key) is not None and not self.data.eval_split:
+                raise ValueError(f"train.{key} needs data.eval_split; name the split or set it to null")
         ratio = self.train.optimizer.lora_plus_ratio
         if ratio is not None and last_trained_factor(self.method) is None:
             raise ValueError(
