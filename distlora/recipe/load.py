@@ -25,13 +25,23 @@ from distlora.recipe.yaml_text import DEEPEST, dump_yaml, parse_yaml
 
 #: The key of a resolved recipe that says its format. Not one of the recipe's keys.
 _FORMAT_KEY = "format"
+#: Sections that one value may stand for: their key for it.
+_SHORT = {
+    "targets": "include",
+    "model.quantization": "kind",
+    "train.schedule": "name",
+    "train.keep_best": "metric",
+}
 #: Keys of the train section that change neither what is trained nor how fast.
 LOOKING_ON = (
-    "eval_every", "save_every", "keep_checkpoints", "eval_samples", "exact_match_samples", "hang_timeout",
+    "eval_every", "save_every", "keep_checkpoints", "keep_best", "eval_samples", "exact_match_samples",
+    "hang_timeout",
 )  # fmt: skip
 #: Those that say what happens after a step that trains nothing: a run that was ended by one may go on
 #: otherwise.
 ON_BAD_STEPS = ("on_bad_step", "bad_loss_factor", "bad_steps_limit")
+#: Those that say when a run ends before its last step: one that has ended may go on with more patience.
+ON_THE_END = ("early_stopping",)
 
 
 def load_recipe(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Recipe:
@@ -158,8 +168,8 @@ class _Document:
             if node.get(part) is None:
                 node[part] = {}
                 self.given.append(path)
-            if path == "targets" and isinstance(node[part], str | list):  # the short form of a mapping
-                node[part] = {"include": node[part]}
+            if path in _SHORT and isinstance(node[part], str | list):  # the short form of a mapping
+                node[part] = {_SHORT[path]: node[part]}
             node = node[part]
             if not isinstance(node, dict):
                 raise UserError(f"override {key}: {path} is {show(node, path)}, which has no keys")
@@ -229,7 +239,7 @@ def run_identity(recipe: Recipe) -> dict:
     ignored = {
         "model": ("gradient_checkpointing", "attention"),
         "data": ("max_new_tokens", "eval_split", "think_step_by_step", "chat_date"),
-        "train": ("micro_batch_size", *LOOKING_ON, *ON_BAD_STEPS),
+        "train": ("micro_batch_size", *LOOKING_ON, *ON_BAD_STEPS, *ON_THE_END),
     }  # fmt: skip
     if not recipe.train.searches_lr:
         ignored["train"] += ("lr_search",)

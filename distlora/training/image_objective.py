@@ -75,6 +75,9 @@ class ImageLabels(Objective):
     def head(self, model: nn.Module) -> set[str]:
         return head_parameters(model)
 
+    def score_names(self) -> tuple[str, ...]:
+        return ("loss", *get_task(self.recipe.data.task).metrics)
+
     def evaluate(self, engine: Engine, pixels: Pixels, samples: Sequence[ImageSample]) -> dict[str, float]:
         metrics = get_task(self.recipe.data.task).metrics
         return label_scores(

@@ -101,6 +101,9 @@ class Responses(Texts):
             "exact_match": exact_match(engine, tokenizer, data.task, self._questions, data.max_new_tokens)
         }
 
+    def score_names(self) -> tuple[str, ...]:
+        return ("loss", "exact_match") if self.recipe.train.exact_match_samples else ("loss",)
+
     def prepare(self, tokenizer) -> None:
         data, count = self.recipe.data, self.recipe.train.exact_match_samples
         if count:
@@ -125,6 +128,9 @@ class Completions(Responses):
     def told_of(self, encoded: EncodedDocuments) -> str:
         longest = self.recipe.data.max_length
         return f"pieces of {encoded.documents} texts ({encoded.cut} longer than {longest} tokens), "
+
+    def score_names(self) -> tuple[str, ...]:
+        return ("loss", "perplexity")
 
     def evaluate(self, engine: Engine, tokenizer, samples: Sequence) -> dict[str, float]:
         scores = super().evaluate(engine, tokenizer, samples)
@@ -165,6 +171,9 @@ class Labels(Texts):
 
     def head(self, model: nn.Module) -> set[str]:
         return head_parameters(model)
+
+    def score_names(self) -> tuple[str, ...]:
+        return ("loss", *get_task(self.recipe.data.task).metrics)
 
     def evaluate(self, engine: Engine, tokenizer, samples: Sequence) -> dict[str, float]:
         metrics = get_task(self.recipe.data.task).metrics

@@ -120,6 +120,10 @@ class Objective(ABC):
 
     # ------------------------------------------------------------------ looking on
 
+    def score_names(self) -> tuple[str, ...]:
+        """What `evaluate` and `generate` answer."""
+        return ("loss",)
+
     @abstractmethod
     def evaluate(self, engine: Engine, tokenizer, samples: Sequence) -> dict[str, float]:
         """The "loss" and whatever else one forward pass tells, on samples of `read`; collective."""
