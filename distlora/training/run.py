@@ -156,7 +156,8 @@ class Run(Restoring):
         )
         return Loop(
             built.engine, built.adapted, self.recipe, setbacks, self.proofs, self.schedule, self.steps,
-            self.status, self.monitor, self.writing, self._scores if self.data.held_out else None,
+            self.status, self.monitor, self.writing, self.objective.unit,
+            self._scores if self.data.held_out else None,
         )  # fmt: skip
 
     def _initialise(self, before: dict[str, float] | None = None) -> dict[str, Any]:
