@@ -229,16 +229,19 @@ def run_identity(recipe: Recipe) -> dict:
     """What two recipes must have in common for one to resume the other's run: all that decides the trained
     numbers.
 
-    Left out are where and how fast it runs (DeepSpeed, micro-batch, checkpointing, attention, output
-    directory), what changes no weight (evaluation and checkpoints), and the format and the day of chat
-    templates, which a resumed run takes over from its directory.
+    Left out are where and how fast it runs (DeepSpeed, micro-batch, packing and grouping by length, which
+    leave a step's samples and its loss as they are, checkpointing, attention, output directory), what changes
+    no weight (evaluation and checkpoints), and the format and the day of chat templates, which a resumed run
+    takes over from its directory.
     """
     content = recipe.model_dump(mode="json")
     for key in ("deepspeed", "output_dir"):
         del content[key]
     ignored = {
         "model": ("gradient_checkpointing", "attention"),
-        "data": ("max_new_tokens", "eval_split", "think_step_by_step", "chat_date"),
+        "data": (
+            "max_new_tokens", "eval_split", "think_step_by_step", "chat_date", "packing", "group_by_length",
+        ),
         "train": ("micro_batch_size", *LOOKING_ON, *ON_BAD_STEPS, *ON_THE_END),
     }  # fmt: skip
     if not recipe.train.searches_lr:

@@ -142,7 +142,22 @@ class DataSection(Section):
         None, description='questions end in "Let\'s think step by step."; null: as the template does it'
     )
     max_length: int = Field(512, ge=2, description="tokens of a text; longer ones are truncated, and counted")
+    packing: bool = Field(
+        False, description="rows of max_length hold as many whole samples as fit, each by itself"
+    )
+    group_by_length: bool = Field(
+        False, description="samples of like length make up the micro-batches of a step"
+    )
     max_new_tokens: Count = Field(8, description="tokens generated for an exact-match answer")
+
+    @model_validator(mode="after")
+    def _saves_padding_in_one_way(self):
+        if self.packing and self.group_by_length:
+            raise ValueError(
+                "packing and group_by_length are both true, and packed rows have no padding to save; "
+                "set one of them to false"
+            )
+        return self
 
 
 #: In the place of a learning rate: one that is found before the first step.
@@ -170,7 +185,9 @@ class RateSearchSection(Section):
 class TrainSection(Section):
     epochs: OffOrNumber = 1.0
     steps: OffOrCount = Field(None, description="optimizer steps; wins over epochs")
-    micro_batch_size: Count = Field(1, description="samples of one pass on one rank")
+    micro_batch_size: Count = Field(
+        1, description="samples of one pass on one rank; packed rows, where data.packing is true"
+    )
     global_batch_size: Count = Field(
         32, description="samples of one optimizer step, over all ranks and accumulation"
     )

@@ -18,7 +18,6 @@ from distlora.engine.random_state import random_states, restore_random_states
 from distlora.engine.schedules import Schedule
 from distlora.errors import Preempted, TrainingError, UserError
 from distlora.models.router_loss import take_router_loss, wants_router_loss
-from distlora.models.targets import load_of
 from distlora.recipe.load import run_identity
 from distlora.recipe.sections import Recipe
 from distlora.training.bad_steps import MEMORY, BadStep
@@ -49,8 +48,8 @@ class State:
 
 @dataclass
 class Loop:
-    """steps: of the whole run. score: scores of the live model on the evaluation samples; None without such
-    samples.
+    """steps: of the whole run. unit: what its speed counts, "tokens" or "images". score: scores of the live
+    model on the evaluation samples; None without such samples.
     """
 
     engine: Engine
@@ -64,6 +63,7 @@ class Loop:
     status: StatusFile
     monitor: Monitor
     writing: Writing
+    unit: str
     score: Callable[[], dict[str, float]] | None
 
     def run(self, extra: dict[str, Any], saved: Path | None) -> float | None:
@@ -142,12 +142,10 @@ class Loop:
         info = self.engine.step()
         norm = self.adapted.norm_before_transform
         norm = info.grad_norm if norm is None else norm
-        # Of all ranks, whose shares are alike up to one sample: exact enough for a speed, and no collective.
-        unit, _ = load_of(batches[0])
-        speed = progress.advance(
-            loss, rate, sum(load_of(batch)[1] for batch in batches) * self.engine.comm.world_size, unit
-        )
-        scalars = {"loss": loss, "learning_rate": rate, "grad_norm": norm, f"{unit}_per_second": speed}
+        amount, padding = self.setbacks.load(step)
+        speed = progress.advance(loss, rate, amount, self.unit, padding)
+        scalars = {"loss": loss, "learning_rate": rate, "grad_norm": norm, f"{self.unit}_per_second": speed}
+        scalars |= {} if padding is None else {"padding": padding}
         scalars |= self._router_loss()
         if self.setbacks.memory.left_out:
             scalars["bad_steps"] = self.setbacks.memory.before(step)

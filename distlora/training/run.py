@@ -171,7 +171,7 @@ class Run(Restoring):
         )
         return Loop(
             built.engine, built.adapted, self.recipe, setbacks, self.improvement, self.proofs, self.schedule,
-            self.steps, self.status, self.monitor, self.writing,
+            self.steps, self.status, self.monitor, self.writing, self.objective.unit,
             self._scores_on_the_way if self.data.held_out else None,
         )  # fmt: skip
 

@@ -73,7 +73,7 @@ def entries() -> list[Entry]:
         *_every_stage(), *_every_method(), *_bfloat16(), *_methods_and_settings(), *_norms(), *_transforms(),
         *_optimizers(),
         *_zero_options(), *_swaps(), *_classifiers(), *_packed(), *_traffic(),
-        *_searches(), *_dropped(), *_transposed(), *_experts(), *_other_classes(),
+        *_searches(), *_dropped(), *_transposed(), *_experts(), *_other_classes(), *_packed_rows(),
     ]  # fmt: skip
 
 
@@ -223,6 +223,16 @@ def _other_classes() -> list[Entry]:
         Entry(2, "curve", 3, setting=own, zero=never_persistent, arguments=steps, note="persist0"),
         Entry(2, "curve", 3, setting=wrapped, zero=never_persistent, arguments=steps, note="persist0"),
         Entry(2, "later_tokens", 3, setting=wrapped, zero=never_persistent, note="persist0"),
+    ]
+
+
+def _packed_rows() -> list[Entry]:
+    never_persistent = {"stage3_param_persistence_threshold": 0}
+    setting = {"micro_batch": 1, "clip": 0.5}
+    return [
+        *(Entry(2, "packed_rows", stage, setting=setting) for stage in (0, 1, 2)),
+        Entry(2, "packed_rows", 3, setting=setting, zero=never_persistent, note="persist0"),
+        Entry(2, "packed_rows", 2, setting=setting, zero=OFFLOAD, note="offload"),
     ]
 
 
