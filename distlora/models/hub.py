@@ -31,6 +31,9 @@ VOCABULARY_FILES = ("*.model", "*.model.v*", "*.spm", "*.tiktoken", "*.bpe", "bp
 #: The files that a run reads. Repositories also hold the weights in other formats, each of them as large.
 WANTED_FILES = ["*.json", "*.jinja", "*.txt", *VOCABULARY_FILES, "model*.safetensors"]
 
+#: Those of them that are small: all but the weights.
+WITHOUT_WEIGHTS = tuple(name for name in WANTED_FILES if not name.endswith(".safetensors"))
+
 #: Those that say what the shapes of a model and of its inputs are.
 SHAPE_FILES = ("config.json", "preprocessor_config.json")
 
@@ -82,11 +85,11 @@ def _readable(path: str, directory: Path) -> Path:
     return directory
 
 
-def without_weights(path: str) -> str:
-    """A `model.path` to read a model's shapes from. Of a repository on the hub, only the configs are fetched:
-    the model's, and for images that of what is made of them.
+def without_weights(path: str, wanted: tuple[str, ...] = SHAPE_FILES) -> str:
+    """A `model.path` to read a model's shapes from. Of a repository on the hub, only the `wanted` files are
+    fetched: the model's config, and for images that of what is made of them; or WITHOUT_WEIGHTS.
     """
-    return str(_download(path, SHAPE_FILES)) if on_the_hub(path) else path
+    return str(_download(path, wanted)) if on_the_hub(path) else path
 
 
 def may_download(path: str) -> bool:

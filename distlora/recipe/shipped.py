@@ -70,10 +70,8 @@ def shipped_file(name: str) -> Path:
     """
     known = {name: path for kind in reversed(_KINDS) for name, path in _by_name_or_path(kind).items()}
     if name not in known:
-        raise UserError(
-            f"no file that comes with distlora is called {name}{nearest(name, known)}; "
-            "`distlora recipes` lists them"
-        )
+        remedy = nearest(name, known) or "; `distlora recipes` lists them"
+        raise UserError(f"no file that comes with distlora is called {name}{remedy}")
     return known[name]
 
 
@@ -94,7 +92,7 @@ def description(path: Path) -> str:
     lines = itertools.takewhile(
         lambda line: line.startswith("#"), path.read_text(encoding="utf-8").split("\n")
     )
-    return re.split(r"[.:] ", " ".join(line.strip("# ") for line in lines))[0].rstrip(".")
+    return " ".join(line.strip("# ") for line in lines).split(". ")[0].rstrip(".")
 
 
 def copy_shipped(name: str, target: Path) -> list[Path]:
