@@ -4,6 +4,7 @@ The path is a directory, the name of a repository on the Hugging Face hub, or th
 """
 
 import importlib.util
+import logging
 import urllib.error
 import urllib.request
 from collections.abc import Callable
@@ -21,7 +22,10 @@ from huggingface_hub.errors import (
 from distlora.errors import UserError
 from distlora.files.problems import dangling_link, why_unreadable
 from distlora.files.user_paths import user_path
+from distlora.models.known_shapes import known_shapes
 from distlora.sentences import first_line
+
+log = logging.getLogger(__name__)
 
 #: Patterns of the files that hold a vocabulary and are neither JSON nor text: SentencePiece's under all its
 #: names (spm.model, spiece.model, sentencepiece.bpe.model, tokenizer.model.v3, source.spm), tiktoken's, and
@@ -85,11 +89,29 @@ def _readable(path: str, directory: Path) -> Path:
     return directory
 
 
-def without_weights(path: str, wanted: tuple[str, ...] = SHAPE_FILES) -> str:
-    """A `model.path` to read a model's shapes from. Of a repository on the hub, only the `wanted` files are
-    fetched: the model's config, and for images that of what is made of them; or WITHOUT_WEIGHTS.
+def without_weights(path: str) -> str:
+    """A `model.path` to read a model's shapes from. Of a repository on the hub, only the configs are fetched:
+    the model's, and for images that of what is made of them. Where they cannot be had, those of a well-known
+    model come with distlora.
     """
-    return str(_download(path, wanted)) if on_the_hub(path) else path
+    return str(_shapes(path)) if on_the_hub(path) else path
+
+
+@lru_cache
+def _shapes(repository: str) -> Path:
+    try:
+        return _download(repository, SHAPE_FILES)
+    except UserError as error:
+        known = known_shapes(repository)
+        if known is None:
+            raise
+        log.warning("%s; its sizes are taken from a config that comes with distlora", error)
+        return known
+
+
+def with_tokenizer(path: str) -> str:
+    """A `model.path` to read all from but the weights: of a repository on the hub, the rest is fetched."""
+    return str(_download(path, WITHOUT_WEIGHTS)) if on_the_hub(path) else path
 
 
 def may_download(path: str) -> bool:

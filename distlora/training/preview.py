@@ -9,7 +9,7 @@ from typing import Any
 
 from distlora.data import ImageSample, LabelledSample, Sample
 from distlora.data.special_tokens import added_tokens
-from distlora.models.hub import WITHOUT_WEIGHTS, without_weights
+from distlora.models.hub import with_tokenizer
 from distlora.models.targets import IGNORE
 from distlora.recipe.sections import Recipe
 from distlora.training.objective import objective_of
@@ -41,7 +41,7 @@ def preview(recipe: Recipe, count: int) -> list[Preview]:
 
     Reads and fetches no weights. Raises UserError for everything that is wrong with the data.
     """
-    path = without_weights(recipe.model.path, WITHOUT_WEIGHTS)
+    path = with_tokenizer(recipe.model.path)
     recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"path": path})})
     objective = objective_of(recipe)
     preprocessor = objective.load_preprocessor()
