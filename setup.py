@@ -52,7 +52,10 @@ setup(
     python_requires=">=3.11",
     cmdclass={"build_py": BuildWithShipped},
     packages=find_packages(include=["distlora", "distlora.*"]),
-    package_data={"distlora": ["py.typed"]},  # tells type checkers to read the annotations
+    package_data={
+        "distlora": ["py.typed"],  # tells type checkers to read the annotations
+        "distlora.models": ["known/*/*.json"],
+    },
     install_requires=[
         "torch>=2.13,<3",
         # 0.19.3: ZeRO-3 with a frozen base and non-reentrant activation checkpointing
