@@ -12,6 +12,7 @@ from distlora.files.user_texts import read_user_text
 from distlora.methods import Method, StartsFromAdapter, registry
 from distlora.recipe.deepspeed_file import read_deepspeed, refuse_words
 from distlora.recipe.sections import FORMAT, INLINE, Recipe, method_class
+from distlora.recipe.shipped import file_or_shipped, shipped_recipes, shipped_root
 from distlora.recipe.strict import (
     Place,
     check_keys,
@@ -22,6 +23,7 @@ from distlora.recipe.strict import (
     validate_values,
 )
 from distlora.recipe.yaml_text import DEEPEST, dump_yaml, parse_yaml
+from distlora.sentences import nearest
 
 #: The key of a resolved recipe that says its format. Not one of the recipe's keys.
 _FORMAT_KEY = "format"
@@ -47,12 +49,13 @@ ON_THE_END = ("early_stopping",)
 def load_recipe(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe in a YAML file, with overrides such as `train.lr=1e-3` (values are YAML), applied in order.
 
-    A path in `deepspeed` is looked up in the current folder, then in the recipe's and in those above it. An
-    override of `method.name` keeps the keys of the file's method section that the new method has, and drops
-    the others: see `Recipe.notes`. A file that does not say its format has the newest one.
+    path: of a file, or the name of a recipe that comes with distlora, see `shipped`. A path in `deepspeed` is
+    looked up in the current folder, then in the recipe's and in those above it, then among the shipped ones.
+    An override of `method.name` keeps the keys of the file's method section that the new method has, and
+    drops the others: see `Recipe.notes`. A file that does not say its format has the newest one.
     Raises UserError for everything that is wrong with the file, its values or an override.
     """
-    return _load(_Document(Path(path)), overrides, default_format=FORMAT)
+    return _load(_Document(file_or_shipped(path)), overrides, default_format=FORMAT)
 
 
 def recipe_of(content: dict, name: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -122,7 +125,8 @@ class _Document:
         self.deepspeed_source = INLINE
 
     def _read(self):
-        missing = f"{self.name}: no such recipe; give the path of a YAML file"
+        remedy = "; give the path of a YAML file, or a name that `distlora recipes` lists"
+        missing = f"{self.name}: no such recipe{nearest(self.name, shipped_recipes()) or remedy}"
         return parse_yaml(read_user_text(self.path, "a recipe", missing), self.name)
 
     def _take_format(self) -> int | None:
@@ -204,7 +208,7 @@ class _Document:
         """Put the file's content in the place of its path."""
         path = self.content.get("deepspeed")
         if isinstance(path, str):
-            folders = [Path(), *self.path.absolute().parents]
+            folders = [Path(), *self.path.absolute().parents, shipped_root()]
             self.content["deepspeed"], self.deepspeed_source = read_deepspeed(
                 path, folders, self.place("deepspeed")
             )

@@ -180,7 +180,7 @@ def _curve(losses: list[float], norms: list[float], *rest: float) -> Results:
     return {"losses": torch.tensor([*losses, *rest]), "norms": torch.tensor(norms)}
 
 
-def curve(setting: Setting, steps: int = 20) -> Results:
+def curve(setting: Setting, steps: int = 12) -> Results:
     """Training from factors that are not zero, past the first step, then an evaluation."""
     if setting.attached.layers:
         setting.start_from_random_factors()
