@@ -151,10 +151,19 @@ def record(
     """Adds this start to `environment.json`, a JSON list with one object for every start of the run.
 
     Called on rank 0 only. deepspeed: the resolved config. resumed_at: the step of the checkpoint from which
-    this start continues; None for a new run.
+    this start continues; None for a new run, and as long as nobody knows: see `note_resumed`.
     """
     path = run_dir / ENVIRONMENT
     write_text(path, json.dumps([*_earlier(path), report(topology, deepspeed, resumed_at)], indent=1) + "\n")
+
+
+def note_resumed(run_dir: Path, step: int) -> None:
+    """Writes to the entry of this start which checkpoint it has really gone on from: the newest may have been
+    refused. Called on rank 0 only."""
+    path = run_dir / ENVIRONMENT
+    *others, own = _earlier(path) or [{}]
+    if isinstance(own, dict):
+        write_text(path, json.dumps([*others, own | {"resumed_at": step}], indent=1) + "\n")
 
 
 def report(

@@ -242,16 +242,17 @@ def _scheduler(r: Resolution, recipe: Recipe) -> None:
     """A scheduler section may say only what the recipe says: the schedule's type, its rates, and "auto"."""
     if "scheduler" not in r.config:
         return
-    schedule = recipe.train.schedule
-    own = _SCHEDULER_TYPES[schedule]
-    r.fill("scheduler.type", own)
+    schedule = recipe.train.schedule.name
+    own = _SCHEDULER_TYPES.get(schedule)
+    if own is not None:
+        r.fill("scheduler.type", own)
     kind = r.get("scheduler.type")
-    if kind not in (None, own):
+    if kind not in (None, AUTO, own):
         other = next((name for name, its in _SCHEDULER_TYPES.items() if its == kind), None)
         either = f", or train.schedule to {other}" if other else ""
         raise UserError(
             f"recipe train.schedule={schedule} contradicts scheduler.type={json.dumps(kind)} in {r.source}; "
-            f"set the latter to auto or {own}{either}"
+            f"set the latter to {' or '.join(filter(None, ('auto', own)))}{either}"
         )
     said = {"warmup_min_lr": 0, "warmup_max_lr": recipe.train.lr}
     for name, value in (r.get("scheduler.params") or {}).items():
