@@ -220,7 +220,7 @@ NOTE = {"failed": "", "evaluated": {"tasks": "gsm8k"}, "predictions": {"gsm8k": 
 
 LOADERS = (
     Loader("run in a report", edited_runs(), _report),
-    Loader("environment", json_or_damaged([START, START]), a_file(ENVIRONMENT, _environment), 0.3, False),
+    Loader("starts", json_or_damaged([START, START]), a_file(ENVIRONMENT, _environment), 0.3, False),
     Loader("recompositions", damaged([DECISION]), a_file(RECOMPOSITIONS, _recompositions), 0.3),
     Loader(
         "what is left out",
