@@ -691,8 +691,8 @@ MUTATIONS = [
             (
                 "bad steps: what a checkpoint has passed is decided anew",
                 "distlora/training/bad_steps.py",
-                "        before = {batch for batch in stored.left_out if batch < passed}\n",
-                "        before = set()\n",
+                "        before = [batch for batch in known if batch < passed]\n",
+                "        before = []\n",
                 "test_bad_steps_again.py::test_a_checkpoint_knows_what_it_has_passed_and_the_file_what_comes",
             ),
             (

@@ -62,11 +62,12 @@ class Setbacks:
         """
         settings, batch = self._settings, self.memory.position(step)
         about = {"step": step + 1, "batch": batch, "why": str(bad)}
+        goes_back = settings.on_bad_step == "rollback"
         skips = settings.on_bad_step == "skip" and not bad.taken
         if skips:
             self._engine.drop_step()
         keep_batch(self._engine, self._data, self._loss, self._writing, self._run_dir, about, not bad.taken)
-        if settings.on_bad_step == "stop" or (bad.taken and settings.on_bad_step == "skip"):
+        if not (goes_back or skips):
             log.warning(
                 "its batch is kept in %s; with train.on_bad_step=rollback the same command leaves it out",
                 self._run_dir / BAD_STEPS,
@@ -81,5 +82,5 @@ class Setbacks:
                 "again, and goes on behind them with a higher limit"
             )
         log.warning("%s at step %d: batch %d is left out from here on", bad, step + 1, batch)
-        if not skips:
+        if goes_back:
             raise GoBack
