@@ -4,6 +4,7 @@ The path is a directory, the name of a repository on the Hugging Face hub, or th
 """
 
 import importlib.util
+import logging
 import urllib.error
 import urllib.request
 from collections.abc import Callable
@@ -21,7 +22,10 @@ from huggingface_hub.errors import (
 from distlora.errors import UserError
 from distlora.files.problems import dangling_link, why_unreadable
 from distlora.files.user_paths import user_path
+from distlora.models.known_shapes import known_shapes
 from distlora.sentences import first_line
+
+log = logging.getLogger(__name__)
 
 #: Patterns of the files that hold a vocabulary and are neither JSON nor text: SentencePiece's under all its
 #: names (spm.model, spiece.model, sentencepiece.bpe.model, tokenizer.model.v3, source.spm), tiktoken's, and
@@ -30,6 +34,9 @@ VOCABULARY_FILES = ("*.model", "*.model.v*", "*.spm", "*.tiktoken", "*.bpe", "bp
 
 #: The files that a run reads. Repositories also hold the weights in other formats, each of them as large.
 WANTED_FILES = ["*.json", "*.jinja", "*.txt", *VOCABULARY_FILES, "model*.safetensors"]
+
+#: Those of them that are small: all but the weights.
+WITHOUT_WEIGHTS = tuple(name for name in WANTED_FILES if not name.endswith(".safetensors"))
 
 #: Those that say what the shapes of a model and of its inputs are.
 SHAPE_FILES = ("config.json", "preprocessor_config.json")
@@ -84,9 +91,27 @@ def _readable(path: str, directory: Path) -> Path:
 
 def without_weights(path: str) -> str:
     """A `model.path` to read a model's shapes from. Of a repository on the hub, only the configs are fetched:
-    the model's, and for images that of what is made of them.
+    the model's, and for images that of what is made of them. Where they cannot be had, those of a well-known
+    model come with distlora.
     """
-    return str(_download(path, SHAPE_FILES)) if on_the_hub(path) else path
+    return str(_shapes(path)) if on_the_hub(path) else path
+
+
+@lru_cache
+def _shapes(repository: str) -> Path:
+    try:
+        return _download(repository, SHAPE_FILES)
+    except UserError as error:
+        known = known_shapes(repository)
+        if known is None:
+            raise
+        log.warning("%s; its sizes are taken from a config that comes with distlora", error)
+        return known
+
+
+def with_tokenizer(path: str) -> str:
+    """A `model.path` to read all from but the weights: of a repository on the hub, the rest is fetched."""
+    return str(_download(path, WITHOUT_WEIGHTS)) if on_the_hub(path) else path
 
 
 def may_download(path: str) -> bool:

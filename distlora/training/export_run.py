@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from distlora.checkpoints.best import best_of
 from distlora.checkpoints.directory import Checkpoint, newest, of_step
 from distlora.checkpoints.soundness import soundness
 from distlora.data import ends_of_turn
@@ -65,7 +66,7 @@ def export_run(
     run_dir: str | os.PathLike,
     format: Literal["peft", "merged"],
     out: str | os.PathLike,
-    checkpoint: int | None = None,
+    checkpoint: int | Literal["best"] | None = None,
     dtype: torch.dtype | None = None,
     compress_rank: int | None = None,
     max_error: float | None = None,
@@ -74,9 +75,9 @@ def export_run(
 ) -> Exported:
     """Writes what a run has trained to the new directory `out`. Works on files alone, without an engine.
 
-    checkpoint: the step; None for the last state that the run has left. dtype: None for the
-    run's ("peft": float32 where that would change an update by more than its precision explains) or that of
-    the pretrained weights ("merged": the sum is made in float32 and cast once).
+    checkpoint: the step, or the best one that the run has kept; None for the last state that it has left.
+    dtype: None for the run's ("peft": float32 where that would change an update by more than its precision
+    explains) or that of the pretrained weights ("merged": the sum is made in float32 and cast once).
     compress_rank: the most columns of a layer's pair. max_error: of a layer's update, relative, in the
     Frobenius norm; each layer has the smallest rank that meets it. Without both, what is exported is exact,
     except that a stack of updates is compressed where it is wider than the matrix, or is going to be rounded
@@ -103,7 +104,7 @@ def export_run(
         source, is_proven = (
             _last_state(run_dir, recipe.method)
             if checkpoint is None
-            else _of_checkpoint(of_step(run_dir, checkpoint), recipe.method)
+            else _of_step(run_dir, checkpoint, recipe.method)
         )
         about = about_run(recipe, scores_of(run_dir, source.step), source.step)
         if format == "merged":
@@ -180,6 +181,18 @@ def _last_state(run_dir: Path, method: Method) -> tuple[Source, bool]:
     if not sources:
         raise UserError(f"{run_dir} has no complete checkpoint and no adapter; train first")
     return max(sources, key=lambda found: found[0].step)
+
+
+def _of_step(run_dir: Path, step: int | Literal["best"], method: Method) -> tuple[Source, bool]:
+    if step == "best":
+        best = best_of(run_dir)
+        if best is None:
+            raise UserError(
+                f"{run_dir} has kept no best checkpoint, since its recipe has no train.keep_best; "
+                "leave --checkpoint out, or name one by --step"
+            )
+        step = best.step
+    return _of_checkpoint(of_step(run_dir, step), method)
 
 
 def _of_checkpoint(checkpoint: Checkpoint, method: Method) -> tuple[Source, bool]:

@@ -15,15 +15,16 @@ from distlora.cluster.environment import note_resumed
 from distlora.cluster.status import StatusFile
 from distlora.engine.comm import Comm
 from distlora.engine.coordination import on_main
-from distlora.engine.optimizers import Schedule
 from distlora.engine.random_state import restore_random_states
+from distlora.engine.schedules import Schedule
 from distlora.errors import UserError
 from distlora.methods import NeedsProbe, ProbeSettings, Recomposes
 from distlora.recipe.sections import Recipe
 from distlora.training.bad_steps import MEMORY, BadSteps
 from distlora.training.build import Built, build
 from distlora.training.continued import check_extra
-from distlora.training.loop import UNWRITTEN, goes_on
+from distlora.training.improvement import Improvement
+from distlora.training.loop import IMPROVEMENT, UNWRITTEN, goes_on
 from distlora.training.monitor import Monitor
 from distlora.training.objective import Objective
 from distlora.training.proofs import Proofs, has_finite_loss
@@ -51,6 +52,7 @@ class Restoring(ABC):
     built: Built
     monitor: Monitor
     proofs: Proofs
+    improvement: Improvement
     bad_steps: BadSteps
     _chosen: Chosen
     #: Scores of the pretrained model.
@@ -94,6 +96,7 @@ class Restoring(ABC):
         self.comm.course.enter("reading the checkpoint")
         state = api.load(self.built.adapted, self.built.engine, self.checkpoint, random_states=True, **plan)
         self.bad_steps.go_on_from(self.checkpoint.step, state["extra"].get(MEMORY))
+        self.improvement.go_on_from(state["extra"].pop(IMPROVEMENT, None))
         log.info("continuing from %s", self.checkpoint.path)
         return state["extra"]
 
@@ -141,6 +144,7 @@ class Restoring(ABC):
             return extra
         self._open_monitor()
         extra = self._initialise(self._before)
+        self.improvement.go_on_from(None)
         self.bad_steps.go_on_from(0, None)
         if self._first_random is not None:
             restore_random_states(self._first_random, self.comm.device)

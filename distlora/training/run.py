@@ -16,8 +16,8 @@ from distlora.checkpoints.directory import Checkpoint
 from distlora.cluster.status import StatusFile
 from distlora.engine.comm import Comm
 from distlora.engine.coordination import on_every_rank, on_main
-from distlora.engine.optimizers import Schedule
 from distlora.engine.random_state import random_states
+from distlora.engine.schedules import Schedule
 from distlora.errors import TrainingError
 from distlora.exports.peft import problem_with_peft, stacks_of
 from distlora.initialisation.factors import InitReport
@@ -29,6 +29,7 @@ from distlora.training.bad_steps import BadSteps, GoBack, read_left_out
 from distlora.training.build import Built, build
 from distlora.training.continued import check_extra
 from distlora.training.export_run import base_name
+from distlora.training.improvement import Improvement
 from distlora.training.loop import Loop
 from distlora.training.objective import objective_of
 from distlora.training.proofs import Proofs, refuse_bad_end
@@ -89,6 +90,7 @@ class Run(Restoring):
         on_every_rank(comm, lambda: check_length(fitted, self.steps))
         self._chosen, self.bad_steps = chosen, BadSteps()
         self.proofs = Proofs(self.writing, settings.keep_checkpoints)
+        self.improvement = Improvement(settings, self.writing, self.run_dir)
         comm.course.enter("loading the model")
         self.built = build(comm, recipe, self.objective, chosen)
         comm.sum_or_stop()
@@ -100,7 +102,7 @@ class Run(Restoring):
 
     def _schedule(self, rate: float) -> Schedule:
         settings = self.recipe.train
-        return Schedule(settings.schedule, rate, self.steps, settings.warmup_ratio)
+        return settings.schedule.of_run(rate, self.steps, settings.warmup_ratio)
 
     # ------------------------------------------------------------------ the stages
 
@@ -114,11 +116,16 @@ class Run(Restoring):
         summary.before, summary.init_seconds = extra["before"], extra["init_seconds"]
         summary.found_rate = extra.get(FOUND_RATE)
         summary.step_seconds = self._train(extra) or 0.0
+        summary.steps = self.built.adapted.steps
+        summary.stopped_early = summary.steps < self.steps
         self.comm.course.enter("the evaluation")
         if self.data.held_out:
             summary.after = self._evaluate()
-            self.monitor.write(self.steps, _as_evaluation(summary.after))
-        refuse_bad_end(self.proofs, summary.after, self.run_dir, self.steps, self._has_finite_loss)
+            self.monitor.write(summary.steps, _as_evaluation(summary.after))
+        refuse_bad_end(self.proofs, summary.after, self.run_dir, summary.steps, self._has_finite_loss)
+        if self.data.held_out and self.improvement.look(summary.after, summary.steps):
+            self.improvement.keep()
+        summary.best = self.improvement.best
         self.writing.agree()
         self.comm.course.enter("the export of the adapter")
         summary.adapter = self._export(summary)
@@ -163,8 +170,9 @@ class Run(Restoring):
             built.engine, self.data, self.objective.loss, settings, self.writing, self.run_dir, self.bad_steps
         )
         return Loop(
-            built.engine, built.adapted, self.recipe, setbacks, self.proofs, self.schedule, self.steps,
-            self.status, self.monitor, self.writing, self._scores if self.data.held_out else None,
+            built.engine, built.adapted, self.recipe, setbacks, self.improvement, self.proofs, self.schedule,
+            self.steps, self.status, self.monitor, self.writing, self.objective.unit,
+            self._scores_on_the_way if self.data.held_out else None,
         )  # fmt: skip
 
     def _initialise(self, before: dict[str, float] | None = None) -> dict[str, Any]:
@@ -213,7 +221,7 @@ class Run(Restoring):
             return None
         base = base_name(self.recipe.model.path)
         on_main(self.comm, self.run_dir, self.writing.check)
-        about = about_run(self.recipe, {"before": summary.before, "after": summary.after}, self.steps)
+        about = about_run(self.recipe, {"before": summary.before, "after": summary.after}, summary.steps)
         return api.export(self.built.adapted, self.run_dir / "adapter", base_model=base, about=about)
 
     # ------------------------------------------------------------------ what is told
@@ -239,11 +247,19 @@ class Run(Restoring):
         samples = self.data.held_out[: self.recipe.train.eval_samples]
         return self.objective.evaluate(self.built.engine, self.data.preprocessor, samples)
 
+    def _generated(self) -> dict[str, float]:
+        return self.objective.generate(self.built.engine, self.data.preprocessor, self.data.held_out)
+
+    def _scores_on_the_way(self) -> dict[str, float]:
+        """The scores, and what takes longer only where something follows it."""
+        scores = self._scores()
+        return scores if self.improvement.metrics <= scores.keys() else scores | self._generated()
+
     def _evaluate(self) -> dict[str, float]:
         """The scores, and, where the loss is finite, what takes longer."""
-        result, engine = self._scores(), self.built.engine
+        result = self._scores()
         if math.isfinite(result["loss"]):
-            result |= self.objective.generate(engine, self.data.preprocessor, self.data.held_out)
+            result |= self._generated()
         log.info("evaluation: %s", ", ".join(f"{key} {value:.4f}" for key, value in result.items()))
         return result
 

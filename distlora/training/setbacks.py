@@ -36,6 +36,10 @@ class Setbacks:
         """This rank's micro-batches of a step, counted from 0."""
         return self._data.of_step(self.memory.position(step))
 
+    def load(self, step: int) -> tuple[int, float | None]:
+        """Of all ranks' micro-batches of the step: see `RunSamples.load_of_step`."""
+        return self._data.load_of_step(self.memory.position(step))
+
     def gradients(self, batches: Sequence[Batch]) -> float:
         """Forward and backward over the batches; returns the loss. Raises BadStep before the optimizer has
         changed anything: because of the loss, and where the run is to go on, because of the gradient as well.

@@ -29,6 +29,7 @@ from distlora.recipe.packages import check_packages
 from distlora.recipe.sections import Recipe
 from distlora.training.adapter_start import with_start
 from distlora.training.build import check_targets
+from distlora.training.improvement import check_metrics
 from distlora.training.monitor import writers_silenced
 from distlora.training.objective import Objective, objective_of
 from distlora.training.run import Run
@@ -57,6 +58,7 @@ def check_run(recipe: Recipe, world_size: int, resume: bool | None) -> tuple[Rec
     recipe = fitted(recipe, objective)
     check_combination(recipe, config)
     check_packages(recipe, config)
+    check_metrics(recipe.train, objective)
     for split in filter(None, (recipe.data.split, recipe.data.eval_split)):
         objective.check_split(split)
     return recipe, objective
