@@ -253,7 +253,10 @@ class Run(Restoring):
     def _scores_on_the_way(self) -> dict[str, float]:
         """The scores, and what takes longer only where something follows it."""
         scores = self._scores()
-        return scores if self.improvement.metrics <= scores.keys() else scores | self._generated()
+        lacking = self.improvement.metrics - scores.keys()
+        if lacking and not math.isfinite(scores["loss"]):
+            return scores | dict.fromkeys(lacking, math.nan)
+        return scores | self._generated() if lacking else scores
 
     def _evaluate(self) -> dict[str, float]:
         """The scores, and, where the loss is finite, what takes longer."""

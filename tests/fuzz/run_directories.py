@@ -10,6 +10,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
+from distlora.checkpoints.best import BEST, best_of
 from distlora.checkpoints.directory import newest, of_step
 from distlora.checkpoints.soundness import MARK, soundness, why_bad
 from distlora.checkpoints.stored import MANIFEST
@@ -132,10 +133,12 @@ def _extra(content: Any, folder: Path) -> None:
     BadSteps().go_on_from(3, content.get("bad_steps"))
 
 
+BEST_SO_FAR = {"metric": "loss", "value": 2.0, "step": 2}
 EXTRA = {
     "before": {"loss": 3.0}, "init_seconds": 1.0, "evaluation_due": True, "found_rate": None,
     "unwritten": {"metrics.jsonl": '{"step": 1}\n'},
     "bad_steps": {"left_out": [1, 4], "row": [4], "latest": 5, "losses": [2.5, 2.0]},
+    "improvement": {"waiting": {"metric": "loss", "best": 2.0, "waited": 1}, "best": BEST_SO_FAR},
 }  # fmt: skip
 
 # ---------------------------------------------------------------------- a run that is verified
@@ -228,6 +231,7 @@ LOADERS = (
         a_file("bad_steps/left_out.json", _left_out),
         0.5,
     ),
+    Loader("best", json_or_damaged(BEST_SO_FAR), a_file(BEST, lambda path: best_of(path.parent)), 0.2, False),
     Loader("kept batch", json_or_damaged({"step": 7, "batch": 9, "rows": []}), _batch, 0.2, False),
     Loader("extra state", edited(EXTRA), _extra, 0.5),
     Loader("run to verify", damaged_kept_runs(), _verify),
