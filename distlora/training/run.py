@@ -22,11 +22,14 @@ from distlora.initialisation.factors import InitReport
 from distlora.recipe.combination import check_length
 from distlora.recipe.load import run_identity
 from distlora.recipe.sections import Recipe
+from distlora.training import pictures
 from distlora.training.about import about_run
 from distlora.training.bad_steps import BadSteps, GoBack, read_left_out
+from distlora.training.board import begin_table, end_table
 from distlora.training.build import Built, build
 from distlora.training.continued import check_extra
 from distlora.training.export_run import base_name
+from distlora.training.layer_looks import LayerLooks
 from distlora.training.loop import Loop
 from distlora.training.objective import objective_of
 from distlora.training.proofs import Proofs, refuse_bad_end
@@ -35,6 +38,7 @@ from distlora.training.restoring import Restoring
 from distlora.training.samples import RunSamples, fetch
 from distlora.training.seen_data import seen_by
 from distlora.training.setbacks import Setbacks
+from distlora.training.speed import speed_of
 from distlora.training.summary import Summary, record_summary
 from distlora.training.targets import choose_targets
 from distlora.training.writing import Writing
@@ -116,6 +120,7 @@ class Run(Restoring):
             summary.after = self._evaluate()
             self.monitor.write(self.steps, _as_evaluation(summary.after))
         refuse_bad_end(self.proofs, summary.after, self.run_dir, self.steps, self._has_finite_loss)
+        end_table(self.built.engine, self.recipe)
         self.writing.agree()
         self.comm.course.enter("the export of the adapter")
         summary.adapter = self._export(summary)
@@ -137,6 +142,7 @@ class Run(Restoring):
         if self.schedule is None:
             self.schedule = self._schedule(extra[FOUND_RATE])
         self._before = extra["before"]
+        begin_table(self.built.engine, self.recipe, self._before)
         return extra, self.checkpoint.step if self.checkpoint else 0
 
     def _train(self, extra: dict[str, Any]) -> float | None:
@@ -156,8 +162,14 @@ class Run(Restoring):
         )
         return Loop(
             built.engine, built.adapted, self.recipe, setbacks, self.proofs, self.schedule, self.steps,
-            self.status, self.monitor, self.writing, self._scores if self.data.held_out else None,
+            self.status, self.monitor, self.writing,
+            speed_of(built.engine, self.recipe, self.objective, self.data.training), self._looks(),
+            self._scores if self.data.held_out else None,
         )  # fmt: skip
+
+    def _looks(self) -> LayerLooks:
+        adapted = self.built.adapted
+        return LayerLooks(self.built.engine, adapted.method, adapted.layers, self.monitor, self.steps)
 
     def _initialise(self, before: dict[str, float] | None = None) -> dict[str, Any]:
         """Of a run that begins; returns what is remembered of its beginning. before: the scores of the
@@ -210,6 +222,10 @@ class Run(Restoring):
         log.info("initialised %d layers in %.1f s%s%s", layers, seconds, colon, numbers)
         scalars = {f"init/{key}": value for key, value in report.scalars.items()}
         self.monitor.write(0, scalars | {"init/seconds": seconds})
+        captured = report.layers.get("captured_energy")
+        if captured:
+            self.built.engine.on_board(lambda writer: pictures.add_captured_energy(writer, captured))
+        self._looks().look(0)
 
     def _tell_reserve(self) -> None:
         held = self.built.adapted.recomposer.reserve_bytes()

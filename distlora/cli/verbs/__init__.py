@@ -8,7 +8,19 @@ signal must be caught before that, and a mistake in the command line needs none 
 import argparse
 from collections.abc import Callable
 
-from distlora.cli.verbs import doctor, evaluate, export, methods, plan, report, status, sweep, train, verify
+from distlora.cli.verbs import (
+    doctor,
+    evaluate,
+    export,
+    methods,
+    monitor,
+    plan,
+    report,
+    status,
+    sweep,
+    train,
+    verify,
+)
 
 #: In the order in which `--help` shows them.
 VERBS = {
@@ -18,6 +30,7 @@ VERBS = {
     "status": status,
     "plan": plan,
     "report": report,
+    "monitor": monitor,
     "doctor": doctor,
     "methods": methods,
     "sweep": sweep,
