@@ -14,8 +14,12 @@ from distlora.recipe.load import run_identity
 from distlora.recipe.sections import Recipe
 from distlora.training.run_directory import RECIPE
 
-#: Sections of a recipe whose settings are hyperparameters, and single keys of other sections.
-SECTIONS, KEYS = ("method", "train"), ("model.path", "model.dtype", "data.task", "data.max_length", "targets")
+#: Settings that the table has in any case. Of the others that decide what a run learns it has those that are
+#: not at their defaults.
+ALWAYS = (
+    "method.name", "method.rank", "train.lr", "train.global_batch_size", "train.steps", "train.seed",
+    "model.path", "data.task",
+)  # fmt: skip
 
 
 def begin_board(engine: Engine, run_dir: Path, step: int) -> None:
@@ -82,11 +86,11 @@ def _hparams(recipe: Recipe, scores: Iterable[str]) -> tuple[Any, Any, Any]:
 
 def hyperparameters(recipe: Recipe) -> dict[str, bool | int | float | str]:
     """The settings of a run that decide what it learns, by dotted key."""
-    flat = dict(_flat(run_identity(recipe)))
+    changed = dict(_flat(recipe.model_dump(mode="json", exclude_defaults=True)))
     return {
         key: value
-        for key, value in flat.items()
-        if value is not None and (key.partition(".")[0] in SECTIONS or key in KEYS)
+        for key, value in _flat(run_identity(recipe))
+        if value is not None and (key in changed or key in ALWAYS)
     }
 
 

@@ -27,7 +27,6 @@ PANELS = {
     "delta_norm": "norm of the whole update of W0",
     "effective_rank": "effective rank of the whole update",
     "rounding_loss": "share of the update lost in rounding",
-    "reserve_left": "unused components left",
 }
 
 
@@ -56,7 +55,10 @@ def add_core(writer: Any, spectra: Tensor, step: int) -> None:
         largest = float(spectra.max())
         shown = spectra.clamp(min=max(largest, 1e-30) * 1e-6).log10().T
         image = axes.imshow(shown.numpy(), aspect="auto", cmap="viridis", interpolation="nearest")
-        axes.set(title="singular values of R", xlabel="layer, in the model's order", ylabel="number")
+        axes.set(
+            title="singular values of R", xlabel="layer, in the model's order", ylabel="from the largest on"
+        )
+        _whole_numbers(axes)
         figure.colorbar(image, ax=axes, label="log10 of the value")
 
     _add(writer, "method/core/spectra", step, draw)
@@ -69,10 +71,12 @@ def add_recomposition(writer: Any, report: RecompositionReport) -> None:
         writer, "method/recompose/importance", report.step, _framed(report, tiles)
     ):
         writer.add_image("method/recompose/importance", tiles.numpy(), report.step, dataformats="HWC")
-    known = {key: by for key, by in report.by_quantity().items() if key in PANELS}
+    known = {key: by for key, by in report.by_quantity().items() if key in PANELS and any(by.values())}
     if known:
-        panels = [(PANELS[key], "", by) for key, by in known.items()]
-        _add(writer, "method/recompose/layers", report.step, *(_depths(*panel) for panel in panels))
+        panels = [
+            _depths(PANELS[key], "", by, named=not place) for place, (key, by) in enumerate(known.items())
+        ]
+        _add(writer, "method/recompose/layers", report.step, *panels)
 
 
 def add_rates(writer: Any, chosen: float, tried: Sequence[tuple[float, float]]) -> None:
@@ -118,22 +122,23 @@ def _add(writer: Any, tag: str, step: int, *draws: Draw) -> bool:
     return True
 
 
-def _depths(title: str, label: str, values: dict[str, float]) -> Draw:
+def _depths(title: str, label: str, values: dict[str, float], named: bool = True) -> Draw:
     """A line for every kind of layer, over the number of its block; over the layer's place in the model where
     names have no numbers. Layers of one kind and block, as experts are, have one point: their mean.
+    named: whether the lines have a legend.
     """
 
     def draw(figure) -> None:
         kinds = _kinds(values)
-        axes = _axes(figure, right=0.74 if len(kinds) <= MOST else 0.96)
+        axes = _axes(figure, right=0.74 if named and len(kinds) <= MOST else 0.96)
         for place, (kind, points) in enumerate(kinds.items()):
             colour, style = f"C{place % 10}", "-" if place < 10 else "--"
             axes.plot(
                 list(points), list(points.values()), style, color=colour, marker="o", markersize=4, label=kind
             )
         axes.set(title=title, ylabel=label, xlabel="number of the block" if _numbered(values) else "layer")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        if len(kinds) <= MOST:
+        _whole_numbers(axes)
+        if named and len(kinds) <= MOST:
             axes.legend(fontsize="x-small", loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
         _plain(axes)
 
@@ -179,6 +184,11 @@ def _axes(figure, right: float = 0.96):
     """One panel in a figure, with room for its texts. right: its end, as a share of the width."""
     # Layouts that are computed draw everything several times.
     return figure.subplots(gridspec_kw={"left": 0.12, "right": right, "bottom": 0.15, "top": 0.88})
+
+
+def _whole_numbers(axes) -> None:
+    """Layers and blocks are counted."""
+    axes.xaxis.get_major_locator().set_params(integer=True)
 
 
 def _plain(axes) -> None:
