@@ -235,13 +235,20 @@ def _prove(source: Source, recipe: Recipe) -> None:
 
 
 def _refuse_not_finite(source: Source, place: Path) -> None:
-    """Raises UserError where one of the exported numbers is infinite or not a number."""
+    name = first_not_finite(source)
+    if name is not None:
+        raise UserError(
+            f"{place}: {name} has numbers that are infinite or not a number; name another checkpoint by "
+            "--step"
+        )
+
+
+def first_not_finite(source: Source) -> str | None:
+    """The name of a layer or parameter with numbers that are infinite or not a number; None without one."""
     for name, tensor in _numbers(source):
         if tensor is not None and not tensor.isfinite().all():
-            raise UserError(
-                f"{place}: {name} has numbers that are infinite or not a number; name another checkpoint by "
-                "--step"
-            )
+            return name
+    return None
 
 
 def _numbers(source: Source) -> Iterator[tuple[str, Tensor | None]]:

@@ -99,18 +99,17 @@ def refuse_bad_end(
     scores: of these weights; empty where there is nothing to evaluate on. has_finite_loss: asked where the
     scores do not tell; collective.
     """
-    loss = scores.get("loss", math.nan)
-    if math.isfinite(loss) or (not scores and proofs.is_settled):
+    ends_well = math.isfinite(scores["loss"]) if scores else proofs.is_settled
+    are_good = ends_well or has_finite_loss(step)
+    if are_good:
         proofs.finite(step)
-        return
-    if has_finite_loss(step):
-        proofs.finite(step)
-        if not scores:
-            return
     else:
         last = run_dir / f"checkpoint-{step}"
         proofs.mark_bad(last, "the loss of its weights, those after the last step, is not finite")
-    what = f"the loss of the last evaluation is {loss}" if scores else "the training loss is not finite"
+    if ends_well or (are_good and not scores):
+        return
+    loss = scores.get("loss")
+    what = "the training loss is not finite" if loss is None else f"the loss of the last evaluation is {loss}"
     there = last_good(run_dir) or "none"
     raise TrainingError(
         f"{what} after step {step}, so nothing is exported; the last good checkpoint: {there}"
