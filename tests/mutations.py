@@ -798,7 +798,7 @@ MUTATIONS = [
             (
                 "progress: who is brought tensors waits for its file system",
                 "distlora/cluster/progress.py",
-                '        if found and not (waits and what == "its file system"):\n',
+                "        if found and not (waits and what == FILES):\n",
                 "        if found:\n",
                 "test_progress_outside.py::test_who_writes_and_waits_for_the_tensors_of_others_waits_for_these",
             ),
