@@ -18,7 +18,14 @@ from distlora.engine.protocol import Engine
 from distlora.errors import UserError
 from distlora.evaluation.scoring import label_scores
 from distlora.models.image_processor import Pixels, check_pixels, load_image_processor
-from distlora.models.loading import attention_of, bare_model, head_parameters, load_config, load_model
+from distlora.models.loading import (
+    attention_of,
+    bare_model,
+    check_sizes,
+    head_parameters,
+    load_config,
+    load_model,
+)
 from distlora.models.losses import label_loss
 from distlora.models.targets import Batch
 from distlora.recipe.sections import Recipe
@@ -71,8 +78,11 @@ class ImageLabels(Objective):
         check_pixels(model, self.load_preprocessor(), blank_images(), self.recipe.model.path)
         return model
 
-    def load_model(self) -> tuple[nn.Module, set[str]]:
-        return load_model(self.recipe.model, self.labels, images=True)
+    def check_sizes(self) -> dict[str, list[str]]:
+        return check_sizes(self.recipe.model, self.labels, images=True)
+
+    def load_model(self, other_sizes: dict[str, list[str]]) -> tuple[nn.Module, set[str]]:
+        return load_model(self.recipe.model, self.labels, True, other_sizes)
 
     def attention(self) -> str:
         return attention_of(self.recipe.model, self.labels, images=True)

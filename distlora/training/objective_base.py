@@ -11,11 +11,10 @@ from distlora.data import Encoded, is_at_hand
 from distlora.engine.protocol import Engine
 from distlora.errors import UserError
 from distlora.models.dry_run import ordinary_text
-from distlora.models.foreign import check_weights
-from distlora.models.hub import resolve_path
 from distlora.models.loading import (
     attention_of,
     bare_model,
+    check_sizes,
     load_config,
     load_model,
     load_tokenizer,
@@ -95,14 +94,15 @@ class Objective(ABC):
         """Reads and checks what `generate` needs, before the model is loaded. Errors: UserError."""
         return
 
-    def check_weights(self) -> None:
-        """Raises UserError for weights that this rank cannot read; looks at what their files say of them."""
-        path = self.recipe.model.path
-        check_weights(path, resolve_path(path))
+    def check_sizes(self) -> dict[str, list[str]]:
+        """What `load_model` has to know of the weights' files. Raises UserError where this rank cannot read
+        them.
+        """
+        return check_sizes(self.recipe.model, self.labels)
 
-    def load_model(self) -> tuple[nn.Module, set[str]]:
+    def load_model(self, other_sizes: dict[str, list[str]]) -> tuple[nn.Module, set[str]]:
         """The model, and the names of the parameters that its weights lack."""
-        return load_model(self.recipe.model, self.labels)
+        return load_model(self.recipe.model, self.labels, other_sizes=other_sizes)
 
     def check_loaded(self, engine: Engine) -> None:
         """Raises UserError, on all ranks, for what only the model with its weights shows; collective."""

@@ -24,12 +24,15 @@ from distlora.initialisation.factors import InitReport
 from distlora.recipe.combination import check_length
 from distlora.recipe.load import run_identity
 from distlora.recipe.sections import Recipe
+from distlora.training import pictures
 from distlora.training.about import about_run
 from distlora.training.bad_steps import BadSteps, GoBack, read_left_out
+from distlora.training.board import begin_table, end_table
 from distlora.training.build import Built, build
 from distlora.training.continued import check_extra
 from distlora.training.export_run import base_name
 from distlora.training.improvement import Improvement
+from distlora.training.layer_looks import LayerLooks
 from distlora.training.loop import Loop
 from distlora.training.objective import objective_of
 from distlora.training.proofs import Proofs, refuse_bad_end
@@ -39,6 +42,7 @@ from distlora.training.run_directory import BAD_STEPS
 from distlora.training.samples import RunSamples, fetch
 from distlora.training.seen_data import seen_by
 from distlora.training.setbacks import Setbacks
+from distlora.training.speed import speed_of
 from distlora.training.summary import Summary, record_summary
 from distlora.training.targets import choose_targets
 from distlora.training.writing import Writing
@@ -126,6 +130,7 @@ class Run(Restoring):
         if self.data.held_out and self.improvement.look(summary.after, summary.steps):
             self.improvement.keep()
         summary.best = self.improvement.best
+        end_table(self.built.engine, self.recipe)
         self.writing.agree()
         self.comm.course.enter("the export of the adapter")
         summary.adapter = self._export(summary)
@@ -152,6 +157,7 @@ class Run(Restoring):
         if self.schedule is None:
             self.schedule = self._schedule(extra[FOUND_RATE])
         self._before = extra["before"]
+        begin_table(self.built.engine, self.recipe, self._before)
         return extra, step
 
     def _train(self, extra: dict[str, Any]) -> float | None:
@@ -172,8 +178,13 @@ class Run(Restoring):
         return Loop(
             built.engine, built.adapted, self.recipe, setbacks, self.improvement, self.proofs, self.schedule,
             self.steps, self.status, self.monitor, self.writing, self.objective.unit,
+            speed_of(built.engine, self.recipe, self.objective, self.data.training), self._looks(),
             self._scores_on_the_way if self.data.held_out else None,
         )  # fmt: skip
+
+    def _looks(self) -> LayerLooks:
+        adapted = self.built.adapted
+        return LayerLooks(self.built.engine, adapted.method, adapted.layers, self.monitor, self.steps)
 
     def _initialise(self, before: dict[str, float] | None = None) -> dict[str, Any]:
         """Of a run that begins; returns what is remembered of its beginning. before: the scores of the
@@ -232,6 +243,10 @@ class Run(Restoring):
         log.info("initialised %d layers in %.1f s%s%s", layers, seconds, colon, numbers)
         scalars = {f"init/{key}": value for key, value in report.scalars.items()}
         self.monitor.write(0, scalars | {"init/seconds": seconds})
+        captured = report.layers.get("captured_energy")
+        if captured:
+            self.built.engine.on_board(lambda writer: pictures.add_captured_energy(writer, captured))
+        self._looks().look(0)
 
     def _tell_reserve(self) -> None:
         held = self.built.adapted.recomposer.reserve_bytes()

@@ -1,7 +1,7 @@
 """Bad steps are found, told and answered as `train.on_bad_step` says: see `distlora.training.bad_steps`."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -40,14 +40,15 @@ class Setbacks:
         """Of all ranks' micro-batches of the step: see `RunSamples.load_of_step`."""
         return self._data.load_of_step(self.memory.position(step))
 
-    def gradients(self, batches: Sequence[Batch]) -> float:
+    def gradients(self, batches: Sequence[Batch], mark: Callable[[str], None]) -> float:
         """Forward and backward over the batches; returns the loss. Raises BadStep before the optimizer has
         changed anything: because of the loss, and where the run is to go on, because of the gradient as well.
-        (Where it ends, the norm that the optimizer's own step tells is early enough, and saves a pass.)
+        (Where it ends, the norm that the optimizer's own step tells is early enough, and saves a pass.) mark:
+        as for `accumulate`.
         """
         settings = self._settings
         try:
-            loss = accumulate(self._engine, batches, self._loss)
+            loss = accumulate(self._engine, batches, self._loss, mark)
         except TrainingError as error:
             raise BadStep(str(error)) from error
         problem = self.memory.problem_with(loss, settings.bad_loss_factor)
