@@ -274,9 +274,18 @@ def _hits(model: nn.Module, layers: Collection[str], target: str, key: str = "ta
             raise UserError(f"{key}: {type(model).__name__} has no experts; leave {target} out")
         last_parts = sorted({name.rsplit(".", 1)[-1] for name in layers})
         words = [] if excluded else [ALL_LINEAR]
-        hint = nearest(target, words + last_parts + list(layers)) or f"; it has {', '.join(last_parts)}"
+        hint = _hint(target, words, last_parts + list(layers)) or f"; it has {', '.join(last_parts)}"
         raise UserError(f"{key}: {target} matches no linear layer of {type(model).__name__}{hint}")
     return hits
+
+
+def _hint(target: str, words: list[str], names: list[str]) -> str:
+    """What somebody may have meant by a target that matches nothing. words: those that stand for layers."""
+    if "," in target:
+        return f"; write several names as a list: [{', '.join(target.replace(',', ' ').split())}]"
+    if words and target in ("all", "all_linear"):
+        return f", did you mean {ALL_LINEAR}?"
+    return nearest(target, words + names)
 
 
 def _is_named(name: str, target: str) -> bool:

@@ -270,7 +270,8 @@ def method_class(section: Any, place: Place) -> type[Method]:
     methods = registry()
     if not isinstance(section, dict):
         raise UserError(
-            f"{place('method')}: found {show(section)}, wanted a mapping with a name ({', '.join(methods)})"
+            f"{place('method')}: found {show(section)}, wanted a mapping with a name, as in "
+            f"method: {{name: {section if section in list(methods) else 'lora'}}} ({', '.join(methods)})"
         )
     if "name" not in section:
         raise UserError(f"{place('method.name')} is missing; methods: {', '.join(methods)}")
