@@ -18,10 +18,10 @@ from pydantic import (
 
 from distlora.adapter.experts import EXPERTS
 from distlora.adapter.targets import ALL_LINEAR, Targets
-from distlora.engine.optimizers import OptimizerName
 from distlora.errors import UserError
 from distlora.methods import Method, last_trained_factor, registry
 from distlora.recipe.improvement_sections import EarlyStoppingField, KeepBestField
+from distlora.recipe.optimizer_sections import SEARCH, OptimizerSection, RateSearchSection
 from distlora.recipe.schedule_section import ScheduleField, ScheduleSection
 from distlora.recipe.strict import Place, show
 from distlora.recipe.values import (
@@ -31,6 +31,7 @@ from distlora.recipe.values import (
     OffOrNumber,
     Positive,
     Section,
+    Share,
     Text,
     ZeroOrCount,
 )
@@ -73,28 +74,6 @@ class ModelSection(Section):
         Quantization | None,
         BeforeValidator(lambda value: {"kind": value} if isinstance(value, str) else value),
     ] = Field(None, description="null, nf4, int8, or a mapping with one of these as its kind")
-
-
-class OptimizerSection(Section):
-    name: OptimizerName = Field(
-        "adamw", description="those with 8bit or paged in their names are of bitsandbytes"
-    )
-    betas: tuple[NotNegative, NotNegative] = Field((0.9, 0.999), description="not for sgd")
-    eps: Positive = Field(1e-8, description="not for sgd")
-    momentum: NotNegative = Field(0.0, lt=1, description="sgd only")
-    lora_plus_ratio: Positive | None = Field(
-        None, description="LoRA+: learning rate of B over that of the rest; null: the same"
-    )
-
-    @model_validator(mode="after")
-    def _consistent(self):
-        if max(self.betas) >= 1:
-            raise ValueError(f"betas are {list(self.betas)}, wanted two numbers below 1")
-        if self.momentum and self.name != "sgd":
-            raise ValueError(
-                f"momentum is for sgd, and name is {self.name}; set momentum to 0 or name to sgd"
-            )
-        return self
 
 
 #: A name that is a whole number needs no quotes.
@@ -145,28 +124,6 @@ class DataSection(Section):
     max_new_tokens: Count = Field(8, description="tokens generated for an exact-match answer")
 
 
-#: In the place of a learning rate: one that is found before the first step.
-SEARCH = "search"
-
-
-class RateSearchSection(Section):
-    """How `train.lr: search` goes about it."""
-
-    lowest: Positive = Field(1e-5, description="learning rate")
-    highest: Positive = Field(3e-2, description="learning rate")
-    rates: int = Field(5, ge=2, description="tried from the lowest to the highest; two finer ones follow")
-    steps: Count = Field(6, description="optimizer steps with each rate")
-    samples: Count = Field(32, description="training samples, held back from those steps, that decide")
-
-    @model_validator(mode="after")
-    def _consistent(self):
-        if self.lowest >= self.highest:
-            raise ValueError(
-                f"lowest is {self.lowest:g}, wanted less than highest, which is {self.highest:g}"
-            )
-        return self
-
-
 class TrainSection(Section):
     epochs: OffOrNumber = 1.0
     steps: OffOrCount = Field(None, description="optimizer steps; wins over epochs")
@@ -183,6 +140,12 @@ class TrainSection(Section):
     warmup_ratio: NotNegative = Field(0.02, lt=1, description="share of the steps")
     weight_decay: NotNegative = 0.0
     clip: OffOrNumber = Field(1.0, description="norm of the global gradient; 0 or null: no clipping")
+    label_smoothing: Share = Field(
+        0.0, lt=1, description="share of each target that is spread over all tokens or labels, in training"
+    )
+    neftune_alpha: OffOrNumber = Field(
+        None, description="size of the noise on embeddings in training; 0 or null: none"
+    )
     seed: int = Field(42, ge=0, lt=2**63)
     eval_every: OffOrCount = Field(200, description="steps; 0 or null: only what the run does at its ends")
     save_every: OffOrCount = Field(200, description="steps; 0 or null: only at the end")

@@ -136,7 +136,7 @@ class Loop:
         rate = self.schedule.rate(step)
         self.engine.set_rate(rate)
         take_router_loss(self.engine.module)  # of passes that were no steps
-        loss = self.setbacks.gradients(batches)
+        loss = self.setbacks.gradients(batches, step)
         self.proofs.finite(step)
         self.adapted.before_step()
         info = self.engine.step()

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,8 +27,8 @@ from distlora.recipe.sections import Recipe
 class Objective(ABC):
     """What the kinds share. labels: the names that a classifier tells apart; empty for a language model.
 
-    loss: (model, batch, weights of the rows) to (sum over the targets, their number); see
-    `distlora.training.step`.
+    loss: (model, batch, weights of the rows) to (sum over the targets, their number), as evaluations take it;
+    see `distlora.training.step`.
     """
 
     labels: tuple[str, ...] = ()
@@ -35,6 +36,12 @@ class Objective(ABC):
 
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
+
+    @property
+    def training_loss(self) -> Callable[..., tuple[Tensor, int]]:
+        """What is trained: `loss`, smoothed if the recipe asks for it."""
+        smoothing = self.recipe.train.label_smoothing
+        return partial(self.loss, smoothing=smoothing) if smoothing else self.loss
 
     # ------------------------------------------------------------------ data
 

@@ -159,7 +159,13 @@ class Run(Restoring):
     def _loop(self) -> Loop:
         built, settings = self.built, self.recipe.train
         setbacks = Setbacks(
-            built.engine, self.data, self.objective.loss, settings, self.writing, self.run_dir, self.bad_steps
+            built.engine,
+            self.data,
+            self.objective.training_loss,
+            settings,
+            self.writing,
+            self.run_dir,
+            self.bad_steps,
         )
         return Loop(
             built.engine, built.adapted, self.recipe, setbacks, self.improvement, self.proofs, self.schedule,
@@ -195,7 +201,7 @@ class Run(Restoring):
 
         def search() -> RateSearch:
             steps, held_back = self.data.trial(settings.steps, settings.samples)
-            return search_rate(engine, settings, steps, held_back, self.objective.loss)
+            return search_rate(engine, settings, steps, held_back, self.objective.training_loss)
 
         found = find_rate(self.writing, self.run_dir, run_identity(self.recipe), search)
         self.monitor.tell_rates(found.scalars(), found.tried)

@@ -148,7 +148,7 @@ class RunSamples:
             lambda: batches(settings.micro_batch_size),
             lambda: batches(forward_size),
             count,
-            loss_of_samples(self._objective.loss),
+            loss_of_samples(self._objective.training_loss),
         )
 
 
