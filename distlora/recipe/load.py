@@ -232,7 +232,7 @@ def run_identity(recipe: Recipe) -> dict:
         del content[key]
     ignored = {
         "model": ("gradient_checkpointing", "attention"),
-        "data": ("max_new_tokens", "eval_split", "think_step_by_step", "chat_date"),
+        "data": ("max_new_tokens", "eval_split", "eval", "think_step_by_step", "chat_date"),
         "train": ("micro_batch_size", *LOOKING_ON, *ON_BAD_STEPS, *ON_THE_END),
     }  # fmt: skip
     if not recipe.train.searches_lr:

@@ -20,6 +20,8 @@ from distlora.adapter.experts import EXPERTS
 from distlora.adapter.targets import ALL_LINEAR, Targets
 from distlora.errors import UserError
 from distlora.methods import Method, last_trained_factor, registry
+from distlora.recipe.evaluation_sections import EvaluationSets
+from distlora.recipe.every import Every
 from distlora.recipe.improvement_sections import EarlyStoppingField, KeepBestField
 from distlora.recipe.optimizer_sections import SEARCH, OptimizerSection, RateSearchSection
 from distlora.recipe.schedule_section import ScheduleField, ScheduleSection
@@ -98,7 +100,8 @@ class DataSection(Section):
         None, description="a hub data set, a local file or folder; null: the task's own"
     )
     split: Text = Field("train", description='as in the datasets library: "train", "train[:1000]"')
-    eval_split: Text | None = Field(None, description="null: no evaluation")
+    eval_split: Text | None = Field(None, description="null: no evaluation, unless eval names sets")
+    eval: EvaluationSets = Field(None, description="in place of eval_split: several sets, by name")
     fields: dict[str, Text] | None = Field(
         None, description="the task's field name -> the column of the data"
     )
@@ -122,6 +125,28 @@ class DataSection(Section):
     )
     max_length: int = Field(512, ge=2, description="tokens of a text; longer ones are truncated, and counted")
     max_new_tokens: Count = Field(8, description="tokens generated for an exact-match answer")
+
+    @property
+    def evaluation_sections(self) -> dict[str, "DataSection"]:
+        """By name, what each evaluation set reads as its `eval_split`; that of `eval_split` is called ""."""
+        if self.eval is None:
+            return {"": self} if self.eval_split else {}
+        found = {}
+        for name, own in self.eval.items():
+            changes = {key: value for key, value in dict(own).items() if value is not None and key != "split"}
+            if own.task is not None and own.task != self.task:  # whose rows have other columns
+                changes = {"fields": None, "path": None} | changes
+            found[name] = self.model_copy(update={"eval": None, "eval_split": own.split, **changes})
+        return found
+
+    @model_validator(mode="after")
+    def _evaluates_once(self):
+        if self.eval is not None and self.eval_split is not None:
+            raise ValueError(
+                "eval names the evaluation sets, and eval_split names another one; set eval_split to null, "
+                "or add it to eval"
+            )
+        return self
 
 
 class TrainSection(Section):
@@ -147,8 +172,10 @@ class TrainSection(Section):
         None, description="size of the noise on embeddings in training; 0 or null: none"
     )
     seed: int = Field(42, ge=0, lt=2**63)
-    eval_every: OffOrCount = Field(200, description="steps; 0 or null: only what the run does at its ends")
-    save_every: OffOrCount = Field(200, description="steps; 0 or null: only at the end")
+    eval_every: Every = Field(
+        200, description="steps, or a share of an epoch; 0 or null: only what the run does at its ends"
+    )
+    save_every: Every = Field(200, description="the same; 0 or null: only at the end")
     eval_samples: Count | None = Field(256, description="of the evaluation split; null: all")
     keep_checkpoints: Count = 2
     early_stopping: EarlyStoppingField = None
@@ -294,11 +321,12 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _consistent(self):
-        if self.train.exact_match_samples and not self.data.eval_split:
+        evaluates = bool(self.data.evaluation_sections)
+        if self.train.exact_match_samples and not evaluates:
             asked = f"train.exact_match_samples={self.train.exact_match_samples}"
             raise ValueError(f"{asked} needs data.eval_split; name the split or set it to 0")
         for key in ("early_stopping", "keep_best"):
-            if getattr(self.train, key) is not None and not self.data.eval_split:
+            if getattr(self.train, key) is not None and not evaluates:
                 raise ValueError(f"train.{key} needs data.eval_split; name the split or set it to null")
         ratio = self.train.optimizer.lora_plus_ratio
         if ratio is not None and last_trained_factor(self.method) is None:

@@ -10,6 +10,7 @@ from distlora.checkpoints.soundness import mark
 from distlora.engine.protocol import Engine
 from distlora.errors import TrainingError
 from distlora.training.bad_steps import BadSteps
+from distlora.training.evaluation_sets import worst_loss
 from distlora.training.samples import RunSamples
 from distlora.training.step import LossSum, evaluation_loss
 from distlora.training.writing import Writing
@@ -99,7 +100,7 @@ def refuse_bad_end(
     scores: of these weights; empty where there is nothing to evaluate on. has_finite_loss: asked where the
     scores do not tell; collective.
     """
-    loss = scores.get("loss", math.nan)
+    loss = worst_loss(scores)
     if math.isfinite(loss) or (not scores and proofs.is_settled):
         proofs.finite(step)
         return

@@ -26,6 +26,7 @@ from distlora.training.about import about_run
 from distlora.training.bad_steps import BadSteps, GoBack, read_left_out
 from distlora.training.build import Built, build
 from distlora.training.continued import check_extra
+from distlora.training.evaluation_sets import generated_scores, scores_of_sets
 from distlora.training.export_run import base_name
 from distlora.training.improvement import Improvement
 from distlora.training.loop import Loop
@@ -78,7 +79,7 @@ class Run(Restoring):
         if checkpoint is not None:
             on_main(comm, self.run_dir, lambda: check_extra(checkpoint, recipe))
             on_main(comm, self.run_dir, lambda: self.seen.compare(self.run_dir, allow_changed_data))
-        on_every_rank(comm, lambda: self.objective.prepare(self.data.preprocessor))
+        on_every_rank(comm, self._prepare_evaluation)
         settings = recipe.train
         self.steps = settings.steps or max(1, round(settings.epochs * self.data.order.steps_per_epoch))
         if status is not None:
@@ -91,6 +92,10 @@ class Run(Restoring):
         comm.course.enter("loading the model")
         self.built = build(comm, recipe, self.objective, chosen)
         comm.sum_or_stop()
+
+    def _prepare_evaluation(self) -> None:
+        for each in self.data.evaluated:
+            each.objective.prepare(self.data.preprocessor)
 
     @property
     def deepspeed(self) -> dict[str, Any] | None:
@@ -116,11 +121,11 @@ class Run(Restoring):
         summary.steps = self.built.adapted.steps
         summary.stopped_early = summary.steps < self.steps
         self.comm.course.enter("the evaluation")
-        if self.data.held_out:
+        if self.data.evaluated:
             summary.after = self._evaluate()
             self.monitor.write(summary.steps, _as_evaluation(summary.after))
         refuse_bad_end(self.proofs, summary.after, self.run_dir, summary.steps, self._has_finite_loss)
-        if self.data.held_out and self.improvement.look(summary.after, summary.steps):
+        if self.data.evaluated and self.improvement.look(summary.after, summary.steps):
             self.improvement.keep()
         summary.best = self.improvement.best
         self.writing.agree()
@@ -169,8 +174,8 @@ class Run(Restoring):
         )
         return Loop(
             built.engine, built.adapted, self.recipe, setbacks, self.improvement, self.proofs, self.schedule,
-            self.steps, self.status, self.monitor, self.writing,
-            self._scores_on_the_way if self.data.held_out else None,
+            self.steps, self.data.order.steps_per_epoch, self.status, self.monitor, self.writing,
+            self._scores_on_the_way if self.data.evaluated else None,
         )  # fmt: skip
 
     def _initialise(self, before: dict[str, float] | None = None) -> dict[str, Any]:
@@ -179,7 +184,7 @@ class Run(Restoring):
         course, start = self.comm.course, self.built.adapted.start
         if before is None and start is None:
             course.enter("the evaluation of the pretrained model")
-            before = self._evaluate_pretrained() if self.data.held_out else {}
+            before = self._evaluate_pretrained() if self.data.evaluated else {}
         course.enter("the initialisation")
         began = time.perf_counter()
         report = api.initialise(self.built.adapted, self.built.engine, **self._plan())
@@ -188,7 +193,7 @@ class Run(Restoring):
         if start is not None:
             log.info("started from %s", start.files.directory)
         if before is None:
-            before = self._evaluate() if self.data.held_out else {}
+            before = self._evaluate() if self.data.evaluated else {}
         extra = {"before": before, "init_seconds": seconds}
         extra |= {FOUND_RATE: self._find_rate()} if self.recipe.train.searches_lr else {}
         self.monitor.write(0, _as_evaluation(before))
@@ -236,11 +241,11 @@ class Run(Restoring):
     # ------------------------------------------------------------------ evaluation
 
     def _scores(self) -> dict[str, float]:
-        samples = self.data.held_out[: self.recipe.train.eval_samples]
-        return self.objective.evaluate(self.built.engine, self.data.preprocessor, samples)
+        data, limit = self.data, self.recipe.train.eval_samples
+        return scores_of_sets(data.evaluated, self.built.engine, data.preprocessor, limit)
 
     def _generated(self) -> dict[str, float]:
-        return self.objective.generate(self.built.engine, self.data.preprocessor, self.data.held_out)
+        return generated_scores(self.data.evaluated, self.built.engine, self.data.preprocessor)
 
     def _scores_on_the_way(self) -> dict[str, float]:
         """The scores, and what takes longer only where something follows it."""
