@@ -65,7 +65,7 @@ def build(comm: Comm, recipe: Recipe, objective: Objective, chosen: Chosen) -> B
     with engine.loading(whole=quantized) as together:
         # Where ranks load together, one that fails must not wait for the others: its end tells them.
         model, new = objective.load_model() if together else on_every_rank(comm, objective.load_model)
-    heads = new | objective.head(model)
+    heads = new | objective.trained_whole(model)
     if quantized:
         _pack(model, heads, chosen.whole, recipe, comm.device)
     layers = [name for name in chosen.layers if f"{name}.weight" not in heads]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distlora.adapter.targets import trained_whole
 from distlora.data import Encoded, is_at_hand
 from distlora.engine.protocol import Engine
 from distlora.models.dry_run import ordinary_text
@@ -124,6 +125,10 @@ class Objective(ABC):
     def head(self, model: nn.Module) -> set[str]:
         """Names of the parameters that are trained whole even if the weights hold them."""
         return set()
+
+    def trained_whole(self, model: nn.Module) -> set[str]:
+        """Names of those, and of the parameters of `method.modules_to_save`. Raises UserError."""
+        return self.head(model) | trained_whole(model, self.recipe.method.modules_to_save)
 
     # ------------------------------------------------------------------ looking on
 
