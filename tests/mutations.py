@@ -102,8 +102,8 @@ MUTATIONS = [
     Mutation(
         "padding not cut off after a gather",
         TENSORS,
-        "        return torch.cat(shards)[: parameter.ds_numel].view(parameter.ds_shape)\n\n    def write(",
-        "        return torch.cat(shards)[-parameter.ds_numel :].view(parameter.ds_shape)\n\n    def write(",
+        "        return shards.view(-1)[: parameter.ds_numel]\n",
+        "        return shards.view(-1)[-parameter.ds_numel :]\n",
         parity("correcting-world2-stage3-float32"),
     ),
     Mutation(
@@ -367,8 +367,8 @@ MUTATIONS = [
     Mutation(
         "weight for the owner assembled from its own shard",
         TENSORS,
-        "        return layer.whole_weight(torch.cat(shards)[: weight.ds_numel])",
-        "        return layer.whole_weight(torch.cat(shards[:1] * len(shards))[: weight.ds_numel])",
+        "        joined = self._joined(weight)\n",
+        "        joined = weight.ds_tensor.detach().repeat(self.comm.world_size)[: weight.ds_numel]\n",
         parity("whole_run-world2-stage3-float32-method=lora_xs-clip=0_5-targets=few"),
     ),
     # ------------------------------------------------------------------ recomposition
@@ -799,7 +799,7 @@ MUTATIONS = [
             (
                 "progress: who is brought tensors waits for its file system",
                 "distlora/cluster/progress.py",
-                '        if found and not (waits and what == "its file system"):\n',
+                "        if found and not (waits and what == FILES):\n",
                 "        if found:\n",
                 "test_progress_outside.py::test_who_writes_and_waits_for_the_tensors_of_others_waits_for_these",
             ),

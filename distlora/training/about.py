@@ -30,7 +30,10 @@ def about_run(
         },
         {
             "task": data.task, "data set": shown, "split": data.split,
-            "split of the evaluation": data.eval_split,
+            "split of the evaluation": ", ".join(
+                section.eval_split for section in data.evaluation_sections.values()
+            )
+            or None,
         },
         (hub,) if hub else (),
         scores,

@@ -66,7 +66,7 @@ def build(comm: Comm, recipe: Recipe, objective: Objective, chosen: Chosen) -> B
         # Where ranks load together, one that fails must not wait for the others: its end tells them.
         load = partial(objective.load_model, other_sizes)
         model, new = load() if together else on_every_rank(comm, load)
-    heads = new | objective.head(model)
+    heads = new | objective.trained_whole(model)
     if quantized:
         _pack(model, heads, chosen.whole, recipe, comm.device)
     layers = [name for name in chosen.layers if f"{name}.weight" not in heads]

@@ -39,6 +39,7 @@ from distlora.recipe.sections import Recipe
 from distlora.tasks import ImageTask, ResponseTask, get_task
 from distlora.training.about import about_run, scores_of
 from distlora.training.objective import conventions_of
+from distlora.training.run_directory import why_no_run
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +98,7 @@ def export_run(
     check_compression(format, compress_rank, max_error)
     if not (run_dir / "recipe.yaml").is_file():
         link = dangling_link(run_dir / "recipe.yaml")
-        raise UserError(link or f"{run_dir} is no run directory: it has no recipe.yaml")
+        raise UserError(link or f"{run_dir} is no run directory: {why_no_run(run_dir)}")
     folder = working_directory(run_dir)
     recipe = recipe_as_started(run_dir, folder)
     if (compress_rank, max_error) != (None, None):

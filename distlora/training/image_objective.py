@@ -54,6 +54,10 @@ class ImageLabels(Objective):
             raise UserError(
                 f"train.exact_match_samples: the task {recipe.data.task} generates no answers; set it to 0"
             )
+        if recipe.train.neftune_alpha:
+            raise UserError(
+                "train.neftune_alpha is for embeddings of tokens, and images have none; set it to null"
+            )
 
     def _rows(self, split: str) -> ImageRows:
         return ImageRows(self.recipe.data, split)

@@ -18,9 +18,11 @@ from distlora.engine.random_state import random_states, restore_random_states
 from distlora.engine.schedules import Schedule
 from distlora.errors import Preempted, TrainingError, UserError
 from distlora.models.router_loss import take_router_loss, wants_router_loss
+from distlora.recipe.every import is_due
 from distlora.recipe.load import run_identity
 from distlora.recipe.sections import Recipe
 from distlora.training.bad_steps import MEMORY, BadStep
+from distlora.training.evaluation_sets import worst_loss
 from distlora.training.improvement import Improvement
 from distlora.training.layer_looks import LayerLooks
 from distlora.training.monitor import Monitor, Progress
@@ -64,6 +66,7 @@ class Loop:
     proofs: Proofs
     schedule: Schedule
     steps: int
+    steps_per_epoch: int
     status: StatusFile
     monitor: Monitor
     writing: Writing
@@ -120,9 +123,8 @@ class Loop:
     def _state(self, extra: dict[str, Any]) -> State:
         return State(self.adapted.steps, extra, random_states(self.engine.comm.device))
 
-    @staticmethod
-    def _is_due(every: int | None, step: int) -> bool:
-        return bool(every) and step % every == 0
+    def _is_due(self, every: int | str | None, step: int) -> bool:
+        return is_due(every, step, self.steps_per_epoch)
 
     def _step_or_skip(self, state: State, progress: Progress) -> bool:
         """One step after the state; False if it was a bad one, whose batch is left out now."""
@@ -146,7 +148,7 @@ class Loop:
         rate = self.schedule.rate(step)
         self.engine.set_rate(rate)
         take_router_loss(self.engine.module)  # of passes that were no steps
-        loss = self.setbacks.gradients(batches, clock.mark)
+        loss = self.setbacks.gradients(batches, step, clock.mark)
         self.proofs.finite(step)
         self.adapted.before_step()
         clock.mark("method")
@@ -186,7 +188,7 @@ class Loop:
         with self.engine.comm.course.during("an evaluation"):
             scores = self.score()
         self.monitor.write(state.step, {f"eval/{key}": value for key, value in scores.items()})
-        if math.isfinite(scores["loss"]):
+        if math.isfinite(worst_loss(scores)):
             self.proofs.finite(state.step)
         del state.extra[EVALUATION_DUE]
         return self.improvement.look(scores, state.step)

@@ -2,11 +2,13 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from distlora.adapter.targets import trained_whole
 from distlora.data import Encoded, is_at_hand
 from distlora.engine.protocol import Engine
 from distlora.errors import UserError
@@ -27,8 +29,8 @@ class Objective(ABC):
     """What the kinds share. labels: the names that a classifier tells apart; empty for a language model.
     unit: what their speed is counted in, "tokens" or "images".
 
-    loss: (model, batch, weights of the rows) to (sum over the targets, their number); see
-    `distlora.training.step`.
+    loss: (model, batch, weights of the rows) to (sum over the targets, their number), as evaluations take it;
+    see `distlora.training.step`.
     """
 
     labels: tuple[str, ...] = ()
@@ -37,6 +39,12 @@ class Objective(ABC):
 
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
+
+    @property
+    def training_loss(self) -> Callable[..., tuple[Tensor, int]]:
+        """What is trained: `loss`, smoothed if the recipe asks for it."""
+        smoothing = self.recipe.train.label_smoothing
+        return partial(self.loss, smoothing=smoothing) if smoothing else self.loss
 
     # ------------------------------------------------------------------ data
 
@@ -124,6 +132,10 @@ class Objective(ABC):
     def head(self, model: nn.Module) -> set[str]:
         """Names of the parameters that are trained whole even if the weights hold them."""
         return set()
+
+    def trained_whole(self, model: nn.Module) -> set[str]:
+        """Names of those, and of the parameters of `method.modules_to_save`. Raises UserError."""
+        return self.head(model) | trained_whole(model, self.recipe.method.modules_to_save)
 
     # ------------------------------------------------------------------ looking on
 

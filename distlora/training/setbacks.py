@@ -8,6 +8,7 @@ import torch
 
 from distlora.engine.protocol import Engine
 from distlora.errors import TrainingError
+from distlora.models.embedding_noise import EmbeddingNoise
 from distlora.models.targets import Batch
 from distlora.recipe.sections import TrainSection
 from distlora.training.bad_batches import keep_batch
@@ -31,6 +32,8 @@ class Setbacks:
     ):  # fmt: skip
         self._engine, self._data, self._loss = engine, data, loss
         self._settings, self._writing, self._run_dir, self.memory = settings, writing, run_dir, memory
+        alpha = settings.neftune_alpha
+        self._noise = alpha and EmbeddingNoise(alpha, settings.seed)
 
     def batches(self, step: int) -> list[Batch]:
         """This rank's micro-batches of a step, counted from 0."""
@@ -40,15 +43,23 @@ class Setbacks:
         """Of all ranks' micro-batches of the step: see `RunSamples.load_of_step`."""
         return self._data.load_of_step(self.memory.position(step))
 
-    def gradients(self, batches: Sequence[Batch], mark: Callable[[str], None]) -> float:
-        """Forward and backward over the batches; returns the loss. Raises BadStep before the optimizer has
-        changed anything: because of the loss, and where the run is to go on, because of the gradient as well.
-        (Where it ends, the norm that the optimizer's own step tells is early enough, and saves a pass.) mark:
-        as for `accumulate`.
+    def _loss_of_step(self, step: int) -> LossSum:
+        if not self._noise:
+            return self._loss
+        comm = self._engine.comm
+        return self._noise.of_step(
+            self._loss, step, comm.rank, comm.world_size, self._settings.micro_batch_size
+        )
+
+    def gradients(self, batches: Sequence[Batch], step: int, mark: Callable[[str], None]) -> float:
+        """Forward and backward over the batches of a step, counted from 0; returns the loss. Raises BadStep
+        before the optimizer has changed anything: because of the loss, and where the run is to go on, because
+        of the gradient as well. (Where it ends, the norm that the optimizer's own step tells is early enough,
+        and saves a pass.) mark: as for `accumulate`.
         """
         settings = self._settings
         try:
-            loss = accumulate(self._engine, batches, self._loss, mark)
+            loss = accumulate(self._engine, batches, self._loss_of_step(step), mark)
         except TrainingError as error:
             raise BadStep(str(error)) from error
         problem = self.memory.problem_with(loss, settings.bad_loss_factor)
