@@ -6,9 +6,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from distlora.checkpoints.directory import candidates, of_step, problem_with
+from distlora.checkpoints.directory import candidates, load, problem_with
 from distlora.checkpoints.soundness import soundness, why_bad
-from distlora.checkpoints.stored import MANIFEST, read_manifest
+from distlora.checkpoints.stored import MANIFEST
 from distlora.errors import UserError
 from distlora.exports.exported import AdapterSource
 from distlora.exports.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS
@@ -95,7 +95,7 @@ def _of_checkpoint(path: Path, method: Method | None = None) -> Finding:
         problem = problem_with(path)
         if problem:
             raise UserError(f"broken: {problem}")
-        checkpoint = of_step(path.parent, read_manifest(path).step, path)
+        checkpoint = load(path)
         source = CheckpointSource(checkpoint, method or _own_method(checkpoint.state))
         if soundness(path) == "bad":
             raise UserError(f"whole, and marked bad: {why_bad(path)}")
