@@ -771,8 +771,8 @@ MUTATIONS = [
             (
                 "verify: an adapter's numbers are not looked at",
                 "distlora/training/verified.py",
-                "        if not (pair.left.isfinite().all() and pair.right.isfinite().all()):\n",
-                "        if False:\n",
+                "        if not tensor.isfinite().all():\n            raise UserError(_NOT",
+                "        if False:\n            raise UserError(_NOT",
                 "test_verify.py::test_numbers_that_no_export_may_have_are_found[nan]",
             ),
             (
