@@ -3,6 +3,8 @@ hyperparameters with the final scores.
 """
 
 import json
+import os
+import socket
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,8 @@ def begin_board(engine: Engine, run_dir: Path, step: int) -> None:
 
 
 def _begin(writer: Any, run_dir: Path, step: int) -> None:
+    if step == 0:
+        _remove_earlier_runs(writer, run_dir)
     _forget_later_steps(writer, step)
     for tag, text in (("recipe", _recipe(run_dir)), ("environment", _environment(run_dir))):
         if text:
@@ -48,6 +52,18 @@ def end_table(engine: Engine, recipe: Recipe) -> None:
 
 def _add(writer: Any, summary: Any) -> None:
     writer.file_writer.add_summary(summary)
+
+
+def _remove_earlier_runs(writer: Any, run_dir: Path) -> None:
+    """The event files of other processes, of a run that begins anew. What lies outside of the run directory
+    stays: others may write there.
+    """
+    folder = Path(writer.log_dir)
+    if folder.resolve().is_relative_to(run_dir.resolve()):
+        own = f".{socket.gethostname()}.{os.getpid()}."
+        for path in folder.glob("events.out.tfevents.*"):
+            if own not in path.name:
+                path.unlink()
 
 
 def _forget_later_steps(writer: Any, step: int) -> None:
