@@ -11,13 +11,14 @@ from typing import Any
 
 from distlora.cluster.environment import ENVIRONMENT
 from distlora.engine.protocol import Engine
+from distlora.files.confidential import without_login
 from distlora.files.json_files import read_json
 from distlora.recipe.load import run_identity
 from distlora.recipe.sections import Recipe
 from distlora.training.run_directory import RECIPE
 
-#: Settings that the table has in any case. Of the others that decide what a run learns it has those that are
-#: not at their defaults.
+#: Settings that the table has in any case. Of the method and of training it has also those that decide what a
+#: run learns and are not at their defaults.
 ALWAYS = (
     "method.name", "method.rank", "train.lr", "train.global_batch_size", "train.steps", "train.seed",
     "model.path", "data.task",
@@ -104,9 +105,9 @@ def hyperparameters(recipe: Recipe) -> dict[str, bool | int | float | str]:
     """The settings of a run that decide what it learns, by dotted key."""
     changed = dict(_flat(recipe.model_dump(mode="json", exclude_defaults=True)))
     return {
-        key: value
+        key: without_login(value) if isinstance(value, str) else value
         for key, value in _flat(run_identity(recipe))
-        if value is not None and (key in changed or key in ALWAYS)
+        if value is not None and (key in ALWAYS or (key in changed and key.startswith(("method.", "train."))))
     }
 
 

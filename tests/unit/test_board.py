@@ -132,7 +132,9 @@ def test_hyperparameters_are_what_decides_the_numbers_of_a_run(recipe):
     found = hyperparameters(recipe())
     assert found["method.name"] == "lora_sb" and found["method.rank"] == 4 and found["train.lr"] == 0.01
     assert found["method.init.eta"] == 0.01 and found["data.task"] == "gsm8k"
-    assert not any(key.startswith(("output_dir", "deepspeed")) for key in found)
+    assert not any(key.startswith(("output_dir", "deepspeed", "data.path", "train.eval")) for key in found)
+    secret = hyperparameters(recipe("model.path=https://me:hunter2@host/model"))
+    assert secret["model.path"] == "https://***@host/model"
     assert all(isinstance(value, (bool, int, float, str)) for value in found.values())
 
 
