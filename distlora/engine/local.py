@@ -117,7 +117,7 @@ class LocalEngine:
 
     # ------------------------------------------------------------------ stepping
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, last: bool | None = None) -> None:
         loss.backward()
 
     def at_boundary(self) -> bool:

@@ -11,16 +11,20 @@ from transformers import PreTrainedModel
 from distlora.models.cross_entropy import cross_entropy, label_cross_entropy
 from distlora.models.dry_run import text_inputs
 from distlora.models.output import output_of
+from distlora.models.packing import in_one_row, is_packed, packed_masks, wants_one_row
 from distlora.models.router_loss import router_loss, with_router_loss
 from distlora.models.targets import IGNORE, Batch
 
 
-def response_loss(model: PreTrainedModel, batch: Batch, weights: Tensor | None = None) -> tuple[Tensor, int]:
+def response_loss(
+    model: PreTrainedModel, batch: Batch, weights: Tensor | None = None, smoothing: float = 0.0
+) -> tuple[Tensor, int]:
     """The sum of the cross-entropies of the response tokens, and the number of these tokens.
 
     batch: `input_ids`, `attention_mask` and `labels`, int64 (batch, length). Position t predicts the label at
     t + 1; where that is IGNORE, there is no loss. weights: (batch,), a factor for each row's loss; the count
-    ignores it. In training, without weights, the loss of a router is added: see `with_router_loss`.
+    ignores it. smoothing: see `cross_entropy`. In training, without weights, the loss of a router is added:
+    see `with_router_loss`. A packed batch has `position_ids` as well: see `distlora.models.packing`.
 
     Returns a float32 scalar and an int. The scalar is connected to every layer even if no token has a loss:
     the gradients are zero then.
@@ -33,7 +37,7 @@ def response_loss(model: PreTrainedModel, batch: Batch, weights: Tensor | None =
         factors = torch.ones(len(rows), device=passed.states.device)
     else:
         factors = weights.to(passed.states.device).float()[rows]
-    loss = cross_entropy(passed.head, passed.states, targets, factors, passed.softcap)
+    loss = cross_entropy(passed.head, passed.states, targets, factors, passed.softcap, smoothing)
     if weights is None:
         loss = with_router_loss(model, loss, passed.router, len(rows))
     return loss, len(rows)
@@ -63,7 +67,11 @@ class _Passed:
 
 
 def _pass(model: PreTrainedModel, batch: Batch, rows: Tensor, columns: Tensor) -> _Passed:
+    if is_packed(batch) and wants_one_row(model):
+        batch, rows, columns = in_one_row(batch, rows, columns)
     inputs, output = text_inputs(model, batch), output_of(model)
+    if is_packed(batch):
+        inputs["attention_mask"] = packed_masks(model, batch)
     if output is None:
         outputs = model(**inputs, use_cache=False)
         states, head, softcap = outputs.logits[rows, columns], nn.Identity(), None
@@ -87,14 +95,17 @@ def label_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
     return model(**text_inputs(model, batch)).logits
 
 
-def label_loss(model: PreTrainedModel, batch: Batch, weights: Tensor | None = None) -> tuple[Tensor, int]:
+def label_loss(
+    model: PreTrainedModel, batch: Batch, weights: Tensor | None = None, smoothing: float = 0.0
+) -> tuple[Tensor, int]:
     """The sum of the cross-entropies of the rows with a label, and the number of these rows.
 
     batch: as for `label_logits`, with `labels` int64 (batch,), IGNORE for a row without one. The rest is as
     in `response_loss`.
     """
     labels = batch["labels"]
-    return label_cross_entropy(label_logits(model, batch), labels, weights), int((labels != IGNORE).sum())
+    loss = label_cross_entropy(label_logits(model, batch), labels, weights, smoothing)
+    return loss, int((labels != IGNORE).sum())
 
 
 def squared_error(scores: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from distlora.errors import UserError
+from distlora.files.confidential import HIDDEN, is_secret_name, redacted
 from distlora.sentences import nearest
 
 Place = Callable[[str], str]
@@ -31,8 +32,13 @@ def unknown_keys(cls: type[BaseModel], data: dict) -> list[tuple]:
     for key, value in data.items():
         if key not in cls.model_fields:
             unknown.append((key,))
-        elif isinstance(value, dict) and (nested := nested_model(cls.model_fields[key].annotation)):
-            unknown += [(key, *path) for path in unknown_keys(nested, value)]
+        elif isinstance(value, dict) and (
+            nested := nested_model(annotation := cls.model_fields[key].annotation)
+        ):
+            parts = {(name,): part for name, part in value.items()} if by_name(annotation) else {(): value}
+            for name, part in parts.items():
+                if isinstance(part, dict):
+                    unknown += [(key, *name, *path) for path in unknown_keys(nested, part)]
     return unknown
 
 
@@ -42,8 +48,13 @@ def check_keys(cls: type[BaseModel], data: dict, prefix: str, place: Place) -> N
     prefix: the dotted key under which `data` stands.
     """
     for *sections, name in unknown_keys(cls, data)[:1]:
+        is_name = False
         for section in sections:
-            cls = nested_model(cls.model_fields[section].annotation)
+            if is_name:
+                is_name = False
+                continue
+            annotation = cls.model_fields[section].annotation
+            cls, is_name = nested_model(annotation), by_name(annotation)
         hint = (
             _nested(str(name), cls)
             or nearest(str(name), cls.model_fields)
@@ -65,6 +76,13 @@ def nested_model(annotation: Any) -> type[BaseModel] | None:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     return next(filter(None, map(nested_model, typing.get_args(annotation))), None)
+
+
+def by_name(annotation: Any) -> bool:
+    """Whether an annotation is of a mapping from names, which are no keys, to pydantic models."""
+    if typing.get_origin(annotation) is dict:
+        return nested_model(annotation) is not None
+    return any(map(by_name, typing.get_args(annotation)))
 
 
 # ---------------------------------------------------------------------- values
@@ -116,9 +134,11 @@ def validate_values(cls: type[Model], data: dict, prefix: str, place: Place) -> 
         raise UserError(sentence(error, data, prefix, place)) from None
 
 
-def show(value: Any) -> str:
-    """A value as it stands in a recipe, shortened."""
-    text = json.dumps(value, ensure_ascii=False, default=str)
+def show(value: Any, key: str = "") -> str:
+    """A value as it stands in a recipe, shortened and without secrets. key: the dotted key that has it."""
+    if is_secret_name(key):
+        return HIDDEN
+    text = json.dumps(redacted(value), ensure_ascii=False, default=str)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
@@ -129,12 +149,14 @@ def sentence(error: ValidationError, data: Any, prefix: str, place: Place) -> st
     # Each alternative of a union fails by itself. The one that got deepest into the value tells most.
     path = max((path for path, _ in mistakes if path[: len(first)] == first), key=len)
     same = [mistake for other, mistake in mistakes if other == path]
-    where = place(dotted(prefix, *path))
+    key = dotted(prefix, *path)
+    where = place(key)
     if same[0]["type"] == "missing":
         return f"{where} is missing"
     if same[0]["type"] == "value_error":
         return f"{where}: {same[0]['ctx']['error']}"
-    return f"{where}: found {show(same[0]['input'])}, wanted {' or '.join(dict.fromkeys(map(_wanted, same)))}"
+    wanted = " or ".join(dict.fromkeys(map(_wanted, same)))
+    return f"{where}: found {show(same[0]['input'], key)}, wanted {wanted}"
 
 
 def _wanted(mistake: dict) -> str:

@@ -46,7 +46,7 @@ def inference_cost(recipe: Recipe) -> InferenceCost:
         inputs = objective.meta_sample(model, TOKENS if limit is None else min(TOKENS, limit))
         merged = pass_cost(model, inputs)
         targets = chosen_in(model, recipe, objective).layers
-        attach(model, recipe.method, targets, objective.head(model))
+        attach(model, recipe.method, targets, objective.trained_whole(model))
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         trains_weight = isinstance(recipe.method, TrainsWeight)
         adapted = None if trains_weight else pass_cost(model, inputs)

@@ -34,10 +34,10 @@ def accumulate(
     """
     (targets,) = engine.comm.sum(sum(map(count_targets, batches)))
     total = 0.0
-    for batch in batches:
+    for number, batch in enumerate(batches, start=1):
         loss, _ = engine.run(loss_sum, batch)
         mark("forward")
-        engine.backward(loss / targets)
+        engine.backward(loss / targets, last=number == len(batches))
         total += engine.comm.sum_or_stop(float(loss.detach()))[0]
         mark("backward")
     value = total / targets

@@ -18,6 +18,7 @@ from torch.distributed.run import parse_args as torchrun_arguments
 from distlora.cli.arguments import size, whole_number, whole_numbers
 from distlora.cli.main import main
 from distlora.cli.parser import parse
+from distlora.cli.verbs import VERBS
 from distlora.methods import Method, registry
 from distlora.recipe.load import load_recipe, run_identity
 from distlora.recipe.sections import Recipe
@@ -223,15 +224,14 @@ def test_every_script_is_shown():
     assert shown == BEYOND_ARGUMENTS.keys()
 
 
-@pytest.mark.parametrize(
-    "verb", ["train", "eval", "export", "status", "plan", "report", "doctor", "methods", "sweep", "verify"]
-)
+@pytest.mark.parametrize("verb", VERBS)
 def test_no_option_is_kept_from_the_reader(verb, capsys):
     with pytest.raises(SystemExit):
         main([verb, "--help"])
     unshown = {"--help", "--build", "--line"}  # the last one is for slurm.sbatch
     options = set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out)) - unshown
     assert {option for option in options if option not in TEXT} == set()
+    assert f"`{verb}`" in PAGES["docs/commands.md"]
 
 
 def test_no_variable_is_kept_from_the_reader():
@@ -275,7 +275,7 @@ def test_the_fragment_is_the_recipe_that_the_commands_run(tmp_path):
 
 def test_the_fragment_has_every_key():
     assert "train.optimizer.momentum" in keys_of(Recipe) and "model.quantization.double" in keys_of(Recipe)
-    in_a_comment = r"(quantization: null|targets: all-linear) +# or .*?(\{.*?\})"
+    in_a_comment = r"(\w+: (?:null|all-linear|cosine)) +# or .*?(\{.*?\})"
     shown = yaml.safe_load(re.sub(in_a_comment, _with_the_mapping, FRAGMENTS[0]))
     assert keys_of(Recipe) - keys_in(shown) == set()
 

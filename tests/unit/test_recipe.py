@@ -223,7 +223,10 @@ def test_a_whole_method_can_be_given():
         ("train.warmup_ratio=1", "override train.warmup_ratio: found 1, wanted a number below 1"),
         ("train.clip=-1", "override train.clip: found -1, wanted a number of at least 0"),
         ("train.eval_samples=0", "override train.eval_samples: found 0, wanted a number of at least 1"),
-        ("train.schedule=cosin", 'override train.schedule: found "cosin", wanted cosine, linear or constant'),
+        ("train.schedule=cosin",
+         'override train.schedule: found "cosin", wanted cosine, linear, constant, constant_with_warmup, '
+         "cosine_with_restarts, cosine_with_min_lr, cosine_warmup_with_min_lr, polynomial, inverse_sqrt or "
+         "warmup_stable_decay"),
         ("train.optimizer.betas=[0.9, x]", 'override train.optimizer.betas.1: found "x", wanted a number'),
         ("train.optimizer.betas=[0.9]", "override train.optimizer.betas.1 is missing"),
         ("train.optimizer.betas=[0.9, 0.99, 1]",
@@ -277,7 +280,8 @@ def test_a_whole_method_can_be_given():
         ("method.init.eta=serch",
          'override method.init.eta: found "serch", wanted a number or search or schedule'),
         ("method.init=5", "override method.init: found 5, wanted a mapping"),
-        ("deepspeed=5", "override deepspeed: found 5, wanted a text (put it in quotes) or a mapping"),
+        ("deepspeed=5", "override deepspeed: found 5, wanted the path of a DeepSpeed config, "
+         "such as configs/zero/zero3.json, its content, or null"),
         ("deepspeed=no.json",
          "override deepspeed: no file no.json in the current folder, the recipe's or one above it; "
          "give a JSON file"),
@@ -321,7 +325,8 @@ def test_a_bad_override(override, expected):
         (MINIMAL.replace("name: lora_sb, ", ""), "x.yaml: method.name is missing; methods: dora, full, "),
         (MINIMAL.replace("samples: 32", "smaples: 32"),
          "x.yaml: method.init.smaples: unknown key, did you mean samples?"),
-        ("method: lora\n", 'x.yaml: method: found "lora", wanted a mapping with a name (dora, full, '),
+        ("method: lora\n",
+         'x.yaml: method: found "lora", wanted a mapping with a name, as in method: {name: lora} ('),
         ("output_dir: x\n", "x.yaml: model is missing"),
         ("",
          "x.yaml is no recipe: wanted a mapping with the keys model, method, targets, data, train, "
@@ -347,7 +352,9 @@ def test_an_unknown_method(method, hint):
 
 
 def test_no_such_recipe(folder):
-    with pytest.raises(UserError, match="^nowhere.yaml: no such recipe; give the path of a YAML file$"):
+    with pytest.raises(
+        UserError, match="^nowhere.yaml: no such recipe; give the path of a YAML file, or a name"
+    ):
         load_recipe("nowhere.yaml")
     with pytest.raises(UserError, match="cannot be read as a recipe: .*directory"):
         load_recipe(folder)

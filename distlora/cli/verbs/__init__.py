@@ -9,15 +9,18 @@ import argparse
 from collections.abc import Callable
 
 from distlora.cli.verbs import (
+    copy,
     doctor,
     evaluate,
     export,
     methods,
     monitor,
     plan,
+    recipes,
     report,
     status,
     sweep,
+    tasks,
     train,
     verify,
 )
@@ -33,6 +36,9 @@ VERBS = {
     "monitor": monitor,
     "doctor": doctor,
     "methods": methods,
+    "tasks": tasks,
+    "recipes": recipes,
+    "copy": copy,
     "sweep": sweep,
     "verify": verify,
 }

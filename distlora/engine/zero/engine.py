@@ -157,7 +157,9 @@ class ZeroEngine(ZeroGradients):
         with self.comm.course.passing():
             return self._call(self._engine, function, *arguments)
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, last: bool | None = None) -> None:
+        if last is not None:  # else DeepSpeed counts
+            self._engine.set_gradient_accumulation_boundary(last)
         # DeepSpeed divides by the accumulation steps and averages over ranks; both are undone, so that
         # gradients add up.
         with self.comm.course.passing():
@@ -174,15 +176,19 @@ class ZeroEngine(ZeroGradients):
         # DeepSpeed reports no norm at stage 0 in float32.
         norm = self._plain_norm() if self.stage == 0 and self.dtype == torch.float32 else None
         with self.comm.course.passing():
-            self._engine.step()
+            self._step_engine()
         norm = self._engine.get_global_grad_norm() if norm is None else norm
         return StepInfo(float(norm), skipped=not self._engine.was_step_applied())
 
     def drop_step(self) -> None:
         # Every wrapper keeps gradients elsewhere, and lets go of them in a step alone.
         take_back = self._keep(CHANGED_BY_STEP, amid_run=True)
-        self._engine.step()
+        self._step_engine()
         take_back()
+
+    def _step_engine(self) -> None:
+        self._engine.step()
+        self._engine.set_gradient_accumulation_boundary(None)  # what `backward` has said was of this step
 
     def release(self) -> None:
         self._engine.destroy()
