@@ -11,7 +11,7 @@ from typing import Any
 
 from distlora.cluster.environment import ENVIRONMENT
 from distlora.engine.protocol import Engine
-from distlora.files.confidential import without_login
+from distlora.files.confidential import hidden
 from distlora.files.json_files import read_json
 from distlora.recipe.load import run_identity
 from distlora.recipe.sections import Recipe
@@ -105,7 +105,7 @@ def hyperparameters(recipe: Recipe) -> dict[str, bool | int | float | str]:
     """The settings of a run that decide what it learns, by dotted key."""
     changed = dict(_flat(recipe.model_dump(mode="json", exclude_defaults=True)))
     return {
-        key: without_login(value) if isinstance(value, str) else value
+        key: hidden(value) if isinstance(value, str) else value
         for key, value in _flat(run_identity(recipe))
         if value is not None and (key in ALWAYS or (key in changed and key.startswith(("method.", "train."))))
     }
