@@ -13,6 +13,7 @@ from distlora.cli.verbs import (
     doctor,
     evaluate,
     export,
+    init,
     methods,
     plan,
     recipes,
@@ -26,6 +27,7 @@ from distlora.cli.verbs import (
 
 #: In the order in which `--help` shows them.
 VERBS = {
+    "init": init,
     "train": train,
     "eval": evaluate,
     "export": export,
