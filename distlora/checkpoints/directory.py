@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from distlora.checkpoints.best import best_of
 from distlora.checkpoints.soundness import mark, soundness, why_bad
 from distlora.checkpoints.stored import MANIFEST, STATE, NewerFormat, read_manifest, read_state
 from distlora.engine.comm import Comm
@@ -180,10 +181,10 @@ def put_checkpoint_in_place(partial: Path, final: Path) -> None:
 
 def prune(final: Path, keep: int, claimed: bool = True) -> None:
     """Removes older checkpoints once `final` is complete: of those up to its step stay the newest `keep` that
-    are not bad, and the last good one in any case. Later steps are left alone: only broken or bad ones can be
-    there. claimed: see `save`; else only what has our manifest is removed.
+    are not bad, and the last good one and the best one in any case. Later steps are left alone: only broken
+    or bad ones can be there. claimed: see `save`; else only what has our manifest is removed.
     """
-    kept, has_good = 0, False
+    kept, has_good, best = 0, False, best_of(final.parent)
     for step, path in candidates(final.parent):
         if step > _step_of(final) or not (claimed or _is_ours(path)):
             continue
@@ -194,7 +195,8 @@ def prune(final: Path, keep: int, claimed: bool = True) -> None:
         verdict = soundness(path) if whole else "bad"
         is_last_good = verdict == "good" and not has_good
         kept, has_good = kept + (verdict != "bad"), has_good or is_last_good
-        if verdict == "bad" or not (kept <= max(keep, 1) or is_last_good):
+        stays = kept <= max(keep, 1) or is_last_good or (best is not None and step == best.step)
+        if verdict == "bad" or not stays:
             shutil.rmtree(path, ignore_errors=True)  # what stays of it is broken, and goes next time
 
 

@@ -24,11 +24,16 @@ def summary_table(summary) -> str:
     lora = f"({ratio} LoRA's {summary.lora_trained:,} at rank {summary.rank})" if summary.lora_trained else ""
     rate = summary.found_rate
     found = [("learning rate", f"{rate:.3g}, found by the search")] if rate else []
+    best = summary.best
+    export = f"distlora export {summary.run_dir} --checkpoint best"
+    kept = [("best", f"step {best.step}: {best.metric} {best.value:.4f}; see {export}")] if best else []
     facts = [
         ("trained parameters", f"{summary.trained:,} {lora}"),
         ("initialisation", f"{summary.init_seconds:.1f} s"),
         *found,
         ("a step", f"{summary.step_seconds:.2f} s (mean of {summary.steps})"),
+        *([("stopped early", f"after step {summary.steps}")] if summary.stopped_early else []),
+        *kept,
         ("adapter", _adapter(summary.adapter)),
         (
             "TensorBoard log",

@@ -116,7 +116,7 @@ class LocalEngine:
 
     # ------------------------------------------------------------------ stepping
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, last: bool | None = None) -> None:
         loss.backward()
 
     def at_boundary(self) -> bool:

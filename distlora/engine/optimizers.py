@@ -1,6 +1,5 @@
-"""The optimizer and the learning-rate schedule: ours, and handed to whatever engine runs the model."""
+"""The optimizer: ours, and handed to whatever engine runs the model."""
 
-import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -148,35 +147,6 @@ def spec_of(optimizer: torch.optim.Optimizer) -> OptimizerSpec:
         f"the optimizer {name} keeps a state that is not known here; use AdamW, Adam without amsgrad, or SGD",
         agreed=True,
     )
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """Learning rate by step: linear warm-up, then constant, linear or cosine decay to zero.
-
-    peak: the rate after warm-up. steps: length of the run. warmup_ratio: share of the steps that warm up,
-    rounded up.
-    """
-
-    kind: Literal["constant", "linear", "cosine"]
-    peak: float
-    steps: int
-    warmup_ratio: float = 0.0
-
-    @property
-    def warmup_steps(self) -> int:
-        return math.ceil(self.warmup_ratio * self.steps)
-
-    def rate(self, step: int) -> float:
-        """Rate of the optimizer step `step`, 0 … steps−1. No step of a warm-up has rate zero: the first has
-        peak / w.
-        """
-        if step < self.warmup_steps:
-            return self.peak * (step + 1) / self.warmup_steps
-        if self.kind == "constant":
-            return self.peak
-        done = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
-        return self.peak * (1 - done if self.kind == "linear" else 0.5 * (1 + math.cos(math.pi * done)))
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

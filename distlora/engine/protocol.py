@@ -93,8 +93,10 @@ class Engine(Protocol):
     def run_probe(self, function: Callable, *arguments):
         """The same inside `probe_pass`, with any backward pass called on the result by hand."""
 
-    def backward(self, loss: Tensor) -> None:
-        """Adds d(loss) to the gradients. Exactly `accumulation` calls come between two steps."""
+    def backward(self, loss: Tensor, last: bool | None = None) -> None:
+        """Adds d(loss) to the gradients. last: whether it is the last call before a step; None: exactly
+        `accumulation` calls come between two steps.
+        """
 
     def at_boundary(self) -> bool:
         """After a backward pass: whether the gradients of a whole step have been added up."""

@@ -13,6 +13,7 @@ import yaml
 
 from distlora.exports.vllm import rank_for_vllm
 from distlora.files.atomic import write_text
+from distlora.files.confidential import hidden
 
 if TYPE_CHECKING:  # late elsewhere: it brings the hub's library to users of `distlora.api`
     from distlora.models.base_names import BaseName
@@ -57,7 +58,7 @@ def write_card(draft: Path, base: "BaseName", about: About, form: Form) -> None:
     """Writes the card into the directory of an export."""
     head = yaml.safe_dump(_metadata(base, about, form), sort_keys=False, allow_unicode=True)
     parts = [f"---\n{head}---\n", _title(base, about, form), *_sections(base, about, form)]
-    write_text(draft / CARD, "\n".join(parts))
+    write_text(draft / CARD, hidden("\n".join(parts)))
 
 
 def shown_data(path: str | None) -> tuple[str, str | None]:

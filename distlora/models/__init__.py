@@ -1,6 +1,6 @@
 """Models: found, loaded, and asked for a loss, for label logits or for answers. The home of `transformers`.
 
-    hub (smollm2) ─► loading ─► losses (cross_entropy, targets, router_loss), generation,
+    hub (smollm2) ─► loading ─► losses (cross_entropy, targets, router_loss, packing), generation,
                                     image_processor, stored_names ─► reload
     dry_run ─► output ─► losses
 

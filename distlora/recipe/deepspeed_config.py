@@ -98,7 +98,7 @@ def resolve_deepspeed(recipe: Recipe, world_size: int, hidden_size: int | None) 
             raise UserError(f"{section} in {source} is {json.dumps(r.get(section))}; a mapping is wanted")
     _fields(r)
     for key, value, why in refused(r.config):
-        raise UserError(f"{key}={show(value)} in {source} {why}")
+        raise UserError(f"{key}={show(value, key)} in {source} {why}")
     _batches(r, recipe, world_size)
     _precision(r, recipe)
     _zero(r, world_size, hidden_size)
@@ -242,16 +242,17 @@ def _scheduler(r: Resolution, recipe: Recipe) -> None:
     """A scheduler section may say only what the recipe says: the schedule's type, its rates, and "auto"."""
     if "scheduler" not in r.config:
         return
-    schedule = recipe.train.schedule
-    own = _SCHEDULER_TYPES[schedule]
-    r.fill("scheduler.type", own)
+    schedule = recipe.train.schedule.name
+    own = _SCHEDULER_TYPES.get(schedule)
+    if own is not None:
+        r.fill("scheduler.type", own)
     kind = r.get("scheduler.type")
-    if kind not in (None, own):
+    if kind not in (None, AUTO, own):
         other = next((name for name, its in _SCHEDULER_TYPES.items() if its == kind), None)
         either = f", or train.schedule to {other}" if other else ""
         raise UserError(
             f"recipe train.schedule={schedule} contradicts scheduler.type={json.dumps(kind)} in {r.source}; "
-            f"set the latter to auto or {own}{either}"
+            f"set the latter to {' or '.join(filter(None, ('auto', own)))}{either}"
         )
     said = {"warmup_min_lr": 0, "warmup_max_lr": recipe.train.lr}
     for name, value in (r.get("scheduler.params") or {}).items():

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from distlora.errors import UserError
-from distlora.files.confidential import without_secrets
+from distlora.files.confidential import is_secret_name, shown_word, without_secrets
 from distlora.files.user_texts import read_user_text
 from distlora.methods import Method, StartsFromAdapter, registry
 from distlora.recipe.deepspeed_file import read_deepspeed, refuse_words
@@ -27,13 +27,23 @@ from distlora.sentences import nearest
 
 #: The key of a resolved recipe that says its format. Not one of the recipe's keys.
 _FORMAT_KEY = "format"
+#: Sections that one value may stand for: their key for it.
+_SHORT = {
+    "targets": "include",
+    "model.quantization": "kind",
+    "train.schedule": "name",
+    "train.keep_best": "metric",
+}
 #: Keys of the train section that change neither what is trained nor how fast.
 LOOKING_ON = (
-    "eval_every", "save_every", "keep_checkpoints", "eval_samples", "exact_match_samples", "hang_timeout",
+    "eval_every", "save_every", "keep_checkpoints", "keep_best", "eval_samples", "exact_match_samples",
+    "hang_timeout",
 )  # fmt: skip
 #: Those that say what happens after a step that trains nothing: a run that was ended by one may go on
 #: otherwise.
 ON_BAD_STEPS = ("on_bad_step", "bad_loss_factor", "bad_steps_limit")
+#: Those that say when a run ends before its last step: one that has ended may go on with more patience.
+ON_THE_END = ("early_stopping",)
 
 
 def load_recipe(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Recipe:
@@ -73,6 +83,12 @@ def _load(document: "_Document", overrides: Sequence[str], default_format: int) 
     recipe._notes = tuple(document.notes)
     recipe._deepspeed_source = document.deepspeed_source
     return recipe.in_format(document.format or default_format)
+
+
+def _name_of(key: str, text: str) -> str:
+    """What messages call an override, without a secret in it."""
+    shown = shown_word(f"{key}={text}")
+    return f"override {key}: {shown.removeprefix(f'{key}=')}"
 
 
 def _refuse_others_keys(cls: type[Method], section: dict, place: Place) -> None:
@@ -143,10 +159,10 @@ class _Document:
         key, equals, text = override.partition("=")
         key = key.strip()
         if not equals or not all(key.split(".")):
-            raise UserError(f"override {override}: wanted dotted.key=value, as in train.lr=1e-3")
+            raise UserError(f"override {shown_word(override)}: wanted dotted.key=value, as in train.lr=1e-3")
         if key.count(".") > DEEPEST:
             raise UserError(f"override {key[:40]}…: no key has more than {DEEPEST} dots")
-        value = parse_yaml(text, f"override {key}: {text}")
+        value = parse_yaml(text, _name_of(key, text), secret=is_secret_name(key))
         if key.startswith("deepspeed."):
             self.read_deepspeed()
         *sections, last = key.split(".")
@@ -156,11 +172,11 @@ class _Document:
             if node.get(part) is None:
                 node[part] = {}
                 self.given.append(path)
-            if path == "targets" and isinstance(node[part], str | list):  # the short form of a mapping
-                node[part] = {"include": node[part]}
+            if path in _SHORT and isinstance(node[part], str | list):  # the short form of a mapping
+                node[part] = {_SHORT[path]: node[part]}
             node = node[part]
             if not isinstance(node, dict):
-                raise UserError(f"override {key}: {path} is {show(node)}, which has no keys")
+                raise UserError(f"override {key}: {path} is {show(node, path)}, which has no keys")
         node[last] = value
         self.given.append(key)
 
@@ -217,17 +233,20 @@ def run_identity(recipe: Recipe) -> dict:
     """What two recipes must have in common for one to resume the other's run: all that decides the trained
     numbers.
 
-    Left out are where and how fast it runs (DeepSpeed, micro-batch, checkpointing, attention, output
-    directory), what changes no weight (evaluation and checkpoints), and the format and the day of chat
-    templates, which a resumed run takes over from its directory.
+    Left out are where and how fast it runs (DeepSpeed, micro-batch, packing and grouping by length, which
+    leave a step's samples and its loss as they are, checkpointing, attention, output directory), what changes
+    no weight (evaluation and checkpoints), and the format and the day of chat templates, which a resumed run
+    takes over from its directory.
     """
     content = recipe.model_dump(mode="json")
     for key in ("deepspeed", "output_dir"):
         del content[key]
     ignored = {
         "model": ("gradient_checkpointing", "attention"),
-        "data": ("max_new_tokens", "eval_split", "think_step_by_step", "chat_date"),
-        "train": ("micro_batch_size", *LOOKING_ON, *ON_BAD_STEPS),
+        "data": (
+            "max_new_tokens", "eval_split", "think_step_by_step", "chat_date", "packing", "group_by_length",
+        ),
+        "train": ("micro_batch_size", *LOOKING_ON, *ON_BAD_STEPS, *ON_THE_END),
     }  # fmt: skip
     if not recipe.train.searches_lr:
         ignored["train"] += ("lr_search",)

@@ -8,9 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     PrivateAttr,
     SerializeAsAny,
@@ -23,18 +21,20 @@ from distlora.adapter.targets import ALL_LINEAR, Targets
 from distlora.engine.optimizers import OptimizerName
 from distlora.errors import UserError
 from distlora.methods import Method, last_trained_factor, registry
+from distlora.recipe.improvement_sections import EarlyStoppingField, KeepBestField
+from distlora.recipe.schedule_section import ScheduleField, ScheduleSection
 from distlora.recipe.strict import Place, show
+from distlora.recipe.values import (
+    Count,
+    NotNegative,
+    OffOrCount,
+    OffOrNumber,
+    Positive,
+    Section,
+    Text,
+    ZeroOrCount,
+)
 from distlora.sentences import nearest
-
-Text = Annotated[str, Field(min_length=1)]
-Count = Annotated[int, Field(ge=1)]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-# In the next three, 0 and null mean the same: "off".
-OffOrCount = Annotated[Annotated[int, Field(ge=0)] | None, AfterValidator(lambda value: value or None)]
-#: Stored as 0, the other two as None.
-ZeroOrCount = Annotated[Annotated[int, Field(ge=0)] | None, AfterValidator(lambda value: value or 0)]
-OffOrNumber = Annotated[NotNegative | None, AfterValidator(lambda value: value or None)]
 
 #: The newest format of a recipe. It grows when the same keys come to mean other numbers, such as other tokens
 #: for the same rows. A run keeps the format that it was begun with. Format 1: a run from before the number
@@ -48,10 +48,6 @@ CHAT = "chat"
 
 #: What messages call a DeepSpeed config that stands in the recipe itself.
 INLINE = "the recipe's deepspeed section"
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class Quantization(Section):
@@ -146,7 +142,22 @@ class DataSection(Section):
         None, description='questions end in "Let\'s think step by step."; null: as the template does it'
     )
     max_length: int = Field(512, ge=2, description="tokens of a text; longer ones are truncated, and counted")
+    packing: bool = Field(
+        False, description="rows of max_length hold as many whole samples as fit, each by itself"
+    )
+    group_by_length: bool = Field(
+        False, description="samples of like length make up the micro-batches of a step"
+    )
     max_new_tokens: Count = Field(8, description="tokens generated for an exact-match answer")
+
+    @model_validator(mode="after")
+    def _saves_padding_in_one_way(self):
+        if self.packing and self.group_by_length:
+            raise ValueError(
+                "packing and group_by_length are both true, and packed rows have no padding to save; "
+                "set one of them to false"
+            )
+        return self
 
 
 #: In the place of a learning rate: one that is found before the first step.
@@ -174,7 +185,9 @@ class RateSearchSection(Section):
 class TrainSection(Section):
     epochs: OffOrNumber = 1.0
     steps: OffOrCount = Field(None, description="optimizer steps; wins over epochs")
-    micro_batch_size: Count = Field(1, description="samples of one pass on one rank")
+    micro_batch_size: Count = Field(
+        1, description="samples of one pass on one rank; packed rows, where data.packing is true"
+    )
     global_batch_size: Count = Field(
         32, description="samples of one optimizer step, over all ranks and accumulation"
     )
@@ -183,7 +196,7 @@ class TrainSection(Section):
         1e-4, description="of the schedule's peak; or search, from the initialised state"
     )
     lr_search: RateSearchSection = RateSearchSection()
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    schedule: ScheduleField = ScheduleSection()
     warmup_ratio: NotNegative = Field(0.02, lt=1, description="share of the steps")
     weight_decay: NotNegative = 0.0
     clip: OffOrNumber = Field(1.0, description="norm of the global gradient; 0 or null: no clipping")
@@ -192,6 +205,8 @@ class TrainSection(Section):
     save_every: OffOrCount = Field(200, description="steps; 0 or null: only at the end")
     eval_samples: Count | None = Field(256, description="of the evaluation split; null: all")
     keep_checkpoints: Count = 2
+    early_stopping: EarlyStoppingField = None
+    keep_best: KeepBestField = None
     exact_match_samples: ZeroOrCount = Field(
         0, description="evaluation problems answered before and after training"
     )
@@ -219,9 +234,26 @@ class TrainSection(Section):
         return seconds
 
     @model_validator(mode="after")
+    def _evaluates(self):
+        for key in ("early_stopping", "keep_best"):
+            if getattr(self, key) is not None and self.eval_every is None:
+                raise ValueError(f"{key} follows the evaluations, and eval_every is off; set it to a number")
+        return self
+
+    @model_validator(mode="after")
     def _has_a_length(self):
         if self.epochs is None and self.steps is None:
             raise ValueError("epochs and steps are both off; set one of them to a number above 0")
+        return self
+
+    @model_validator(mode="after")
+    def _decays_after_the_warm_up(self):
+        decay = self.schedule.decay_ratio
+        if self.schedule.name == "warmup_stable_decay" and self.warmup_ratio + decay > 1:
+            raise ValueError(
+                f"warmup_ratio is {self.warmup_ratio:g} and schedule.decay_ratio {decay:g}, "
+                "which is more than the whole run; lower one of them"
+            )
         return self
 
     @model_validator(mode="after")
@@ -319,6 +351,9 @@ class Recipe(Section):
         if self.train.exact_match_samples and not self.data.eval_split:
             asked = f"train.exact_match_samples={self.train.exact_match_samples}"
             raise ValueError(f"{asked} needs data.eval_split; name the split or set it to 0")
+        for key in ("early_stopping", "keep_best"):
+            if getattr(self.train, key) is not None and not self.data.eval_split:
+                raise ValueError(f"train.{key} needs data.eval_split; name the split or set it to null")
         ratio = self.train.optimizer.lora_plus_ratio
         if ratio is not None and last_trained_factor(self.method) is None:
             raise ValueError(

@@ -13,6 +13,7 @@ from distlora.engine.coordination import on_every_rank
 from distlora.engine.device import device_of
 from distlora.engine.random_state import own_random_state
 from distlora.errors import Preempted, UserError, before_ranks_meet
+from distlora.evaluation.scoring import check_scores
 from distlora.recipe.combination import check_combination
 from distlora.recipe.packages import check_packages
 from distlora.recipe.sections import Recipe
@@ -74,8 +75,9 @@ def evaluate(
 
     Predictions and scores of tasks are written to `eval/` in the directory of the run, or in `asked.out`; an
     evaluation that was cut short goes on from there, on any number of ranks. Raises UserError for mistakes
-    that only weights or data show, and for predictions of another evaluation that lie in the way; Preempted
-    once an evaluation that was asked to stop has stopped.
+    that only weights or data show, and for predictions of another evaluation that lie in the way;
+    TrainingError for a score that is not finite; Preempted once an evaluation that was asked to stop has
+    stopped.
     """
     recipe = _of_model(subject, fitted_to_ranks(subject.recipe, topology.world_size), asked)
     with (
@@ -120,4 +122,5 @@ def _own_split(evaluated: Evaluated) -> dict[str, Scores]:
     samples = on_every_rank(comm, lambda: read_samples(objective, recipe.data.eval_split, preprocessor))
     engine = evaluated.engine()
     scores = objective.evaluate(engine, preprocessor, samples[: recipe.train.eval_samples])
+    check_scores(scores, evaluated.place, f"data.eval_split={recipe.data.eval_split}")
     return {OWN_SPLIT: scores | objective.generate(engine, preprocessor, samples)}

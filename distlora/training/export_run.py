@@ -10,12 +10,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from distlora.checkpoints.best import best_of
 from distlora.checkpoints.directory import Checkpoint, newest, of_step
 from distlora.checkpoints.soundness import soundness
 from distlora.data import ends_of_turn
 from distlora.errors import UserError
 from distlora.exports.card import Form, write_card
-from distlora.exports.check import check_merged
+from distlora.exports.check import check_finite, check_merged
 from distlora.exports.companions import RunTokens
 from distlora.exports.draft import bring_back_earlier, new_directory
 from distlora.exports.exported import AdapterSource
@@ -29,7 +30,7 @@ from distlora.files.problems import dangling_link, file_errors_explained
 from distlora.files.user_paths import user_path
 from distlora.methods import HasMagnitude, Method
 from distlora.models.base_names import base_name_of
-from distlora.models.hub import resolve_path, without_weights
+from distlora.models.hub import may_download, resolve_path, without_weights
 from distlora.models.loading import load_tokenizer
 from distlora.models.stored_names import bare_of_class
 from distlora.recipe.load import load_run_recipe
@@ -65,7 +66,7 @@ def export_run(
     run_dir: str | os.PathLike,
     format: Literal["peft", "merged"],
     out: str | os.PathLike,
-    checkpoint: int | None = None,
+    checkpoint: int | Literal["best"] | None = None,
     dtype: torch.dtype | None = None,
     compress_rank: int | None = None,
     max_error: float | None = None,
@@ -74,17 +75,18 @@ def export_run(
 ) -> Exported:
     """Writes what a run has trained to the new directory `out`. Works on files alone, without an engine.
 
-    checkpoint: the step; None for the last state that the run has left. dtype: None for the
-    run's ("peft": float32 where that would change an update by more than its precision explains) or that of
-    the pretrained weights ("merged": the sum is made in float32 and cast once).
+    checkpoint: the step, or the best one that the run has kept; None for the last state that it has left.
+    dtype: None for the run's ("peft": float32 where that would change an update by more than its precision
+    explains) or that of the pretrained weights ("merged": the sum is made in float32 and cast once).
     compress_rank: the most columns of a layer's pair. max_error: of a layer's update, relative, in the
     Frobenius norm; each layer has the smallest rank that meets it. Without both, what is exported is exact,
     except that a stack of updates is compressed where it is wider than the matrix, or is going to be rounded
-    to `dtype`. server: "vllm" for an adapter in the form that vLLM loads. check: whether the merged model is
-    loaded, and compared with the run on one batch.
+    to `dtype`. server: "vllm" for an adapter in the form that vLLM loads. check: whether a merged model is
+    loaded, and compared with the run on one batch; and for an adapter, whether weights of which no loss has
+    been seen finite are given one batch.
     Errors: UserError for a directory that is no run, one without a complete checkpoint, an `out` that is not
-    empty, a format that the method cannot have, a compression that makes no sense, and a merged model that
-    computes something else than the run.
+    empty, a format that the method cannot have, a compression that makes no sense, weights whose logits are
+    not finite, and a merged model that computes something else than the run.
     """
     run_dir, out = Path(run_dir), Path(out).absolute()
     if format not in ("peft", "merged"):
@@ -99,7 +101,7 @@ def export_run(
     if (compress_rank, max_error) != (None, None):
         _refuse_compression(recipe.method, "--max-error" if compress_rank is None else "--compress-rank")
     with file_errors_explained(out), new_directory(out) as draft:
-        source = (
+        source, is_proven = (
             _last_state(run_dir, recipe.method)
             if checkpoint is None
             else _of_step(run_dir, checkpoint, recipe.method)
@@ -113,6 +115,8 @@ def export_run(
             write_card(draft, base_name_of(base_name(recipe.model.path)), about, form)
             return Exported(out, difference=difference)
         refuse_peft(recipe.method, experts_of(source))
+        if check and not is_proven:
+            _prove(source, recipe)
         if dtype is None:  # of an update that may be off by so much, no more is rounded away
             exact = max_error is not None
             dtype = torch.float32 if exact else dtype_for(source, getattr(torch, recipe.model.dtype))
@@ -165,31 +169,51 @@ def _refuse_compression(method: Method, option: str) -> None:
         )
 
 
-def _last_state(run_dir: Path, method: Method) -> Source:
-    """The newest checkpoint, or the adapter that training wrote at its end if that is of a later step."""
+def _last_state(run_dir: Path, method: Method) -> tuple[Source, bool]:
+    """The newest checkpoint, or the adapter that training wrote at its end if that is of a later step; and
+    whether a loss of these weights has been seen finite."""
     found, finished = newest(run_dir), run_dir / "adapter"
     bring_back_earlier(finished)
-    sources: list[Source] = [] if found is None else [_of_checkpoint(found, method)]
+    sources = [] if found is None else [_of_checkpoint(found, method)]
     if (finished / ADAPTER_WEIGHTS).is_file():
         with file_errors_explained(finished):
-            sources.append(AdapterSource(finished))
+            sources.append((AdapterSource(finished), True))  # a run that ends otherwise writes none
     if not sources:
         raise UserError(f"{run_dir} has no complete checkpoint and no adapter; train first")
-    return max(sources, key=lambda source: source.step)
+    return max(sources, key=lambda found: found[0].step)
 
 
-def _of_step(run_dir: Path, step: int, method: Method) -> Source:
+def _of_step(run_dir: Path, step: int | Literal["best"], method: Method) -> tuple[Source, bool]:
+    if step == "best":
+        best = best_of(run_dir)
+        if best is None:
+            raise UserError(
+                f"{run_dir} has kept no best checkpoint, since its recipe has no train.keep_best; "
+                "leave --checkpoint out, or name one by --step"
+            )
+        step = best.step
     return _of_checkpoint(of_step(run_dir, step), method)
 
 
-def _of_checkpoint(checkpoint: Checkpoint, method: Method) -> Source:
+def _of_checkpoint(checkpoint: Checkpoint, method: Method) -> tuple[Source, bool]:
     """What is not known to be good is looked at, because a run may have been stopped by its weights."""
     with file_errors_explained(checkpoint.path):
         source = CheckpointSource(checkpoint, method)
-    if soundness(checkpoint.path) != "good":
+    is_proven = soundness(checkpoint.path) == "good"
+    if not is_proven:
         _refuse_not_finite(source, checkpoint.path)
         log.warning("%s: no loss of these weights has been seen finite yet", checkpoint.path)
-    return source
+    return source, is_proven
+
+
+def _prove(source: Source, recipe: Recipe) -> None:
+    """Raises UserError where the weights give logits that are not finite, if the pretrained model is at
+    hand."""
+    if may_download(recipe.model.path):
+        log.info("what the run's weights compute was not checked: %s is not at hand", recipe.model.path)
+        return
+    tokens = _tokens(recipe)
+    check_finite(resolve_path(recipe.model.path), source, tokens and tokens.pad_id)
 
 
 def _refuse_not_finite(source: Source, place: Path) -> None:

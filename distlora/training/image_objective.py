@@ -23,7 +23,7 @@ from distlora.models.losses import label_loss
 from distlora.models.targets import Batch
 from distlora.recipe.sections import Recipe
 from distlora.tasks import get_task
-from distlora.training.objective_base import Objective
+from distlora.training.objective_base import Objective, refuse_packing
 
 
 class ImageLabels(Objective):
@@ -31,11 +31,18 @@ class ImageLabels(Objective):
     the model's image processor makes them.
     """
 
+    unit = "images"
     loss = staticmethod(label_loss)
 
     def __init__(self, recipe: Recipe):
         super().__init__(recipe)
         self.labels = image_labels(recipe.data)
+        refuse_packing(recipe)
+        if recipe.data.group_by_length:
+            raise UserError(
+                f"data.group_by_length: all images of the task {recipe.data.task} are of one size; set it to "
+                "false"
+            )
         if recipe.train.exact_match_samples:
             raise UserError(
                 f"train.exact_match_samples: the task {recipe.data.task} generates no answers; set it to 0"
@@ -52,6 +59,9 @@ class ImageLabels(Objective):
 
     def batch(self, samples: Sequence[ImageSample], pixels: Pixels, device: torch.device) -> Batch:
         return collate_images(samples, pixels, device, getattr(torch, self.recipe.model.dtype))
+
+    def size(self, sample: ImageSample) -> int:
+        return 1
 
     def load_config(self):
         return load_config(self.recipe.model, self.labels, images=True)
@@ -74,6 +84,9 @@ class ImageLabels(Objective):
 
     def head(self, model: nn.Module) -> set[str]:
         return head_parameters(model)
+
+    def score_names(self) -> tuple[str, ...]:
+        return ("loss", *get_task(self.recipe.data.task).metrics)
 
     def evaluate(self, engine: Engine, pixels: Pixels, samples: Sequence[ImageSample]) -> dict[str, float]:
         metrics = get_task(self.recipe.data.task).metrics

@@ -13,15 +13,15 @@ from distlora import api
 from distlora.checkpoints.directory import last_good
 from distlora.cluster.status import StatusFile
 from distlora.engine.coordination import on_main
-from distlora.engine.optimizers import Schedule
 from distlora.engine.protocol import Engine
 from distlora.engine.random_state import random_states, restore_random_states
+from distlora.engine.schedules import Schedule
 from distlora.errors import Preempted, TrainingError, UserError
 from distlora.models.router_loss import take_router_loss, wants_router_loss
-from distlora.models.targets import load_of
 from distlora.recipe.load import run_identity
 from distlora.recipe.sections import Recipe
 from distlora.training.bad_steps import MEMORY, BadStep
+from distlora.training.improvement import Improvement
 from distlora.training.monitor import Monitor, Progress
 from distlora.training.proofs import Proofs
 from distlora.training.setbacks import Setbacks
@@ -29,6 +29,8 @@ from distlora.training.writing import Writing
 
 #: In a checkpoint's extra state: the evaluation after its step was cut short.
 EVALUATION_DUE = "evaluation_due"
+#: There too: what is known of the evaluations so far.
+IMPROVEMENT = "improvement"
 #: There too: ends of files for which there was no room.
 UNWRITTEN = "unwritten"
 
@@ -46,24 +48,27 @@ class State:
 
 @dataclass
 class Loop:
-    """steps: of the whole run. score: scores of the live model on the evaluation samples; None without such
-    samples.
+    """steps: of the whole run. unit: what its speed counts, "tokens" or "images". score: scores of the live
+    model on the evaluation samples; None without such samples.
     """
 
     engine: Engine
     adapted: api.Adapted
     recipe: Recipe
     setbacks: Setbacks
+    improvement: Improvement
     proofs: Proofs
     schedule: Schedule
     steps: int
     status: StatusFile
     monitor: Monitor
     writing: Writing
+    unit: str
     score: Callable[[], dict[str, float]] | None
 
     def run(self, extra: dict[str, Any], saved: Path | None) -> float | None:
-        """From the adapter's step to the last one; returns the mean seconds of a step.
+        """From the adapter's step to the last one, or until evaluations no longer improve; returns the mean
+        seconds of a step.
 
         extra: of the state that is gone on from. saved: its checkpoint. Errors: Preempted once what was
         reached is saved; TrainingError with the last good checkpoint in its sentence; GoBack; UserError where
@@ -75,9 +80,9 @@ class Loop:
         seconds, state = 0.0, self._state(extra)
         self.writing.agree()
         try:
-            if extra.pop(EVALUATION_DUE, False):
-                self._look(state)
-            while self.adapted.steps < self.steps:
+            if extra.pop(EVALUATION_DUE, False) and self._look(state):
+                self.improvement.keep()
+            while self.adapted.steps < self.steps and not self.improvement.is_over:
                 began = time.perf_counter()
                 made = self._step_or_skip(state, progress)
                 seconds += time.perf_counter() - began
@@ -87,10 +92,14 @@ class Loop:
                 self._stop_if_unwritable(state, saved)
                 if not made:
                     continue
-                if state.step < self.steps and self._is_due(self.recipe.train.eval_every, state.step):
-                    self._look(state)
-                if state.step == self.steps or self._is_due(self.recipe.train.save_every, state.step):
+                is_last, is_best = state.step == self.steps, False
+                if not is_last and self._is_due(self.recipe.train.eval_every, state.step):
+                    is_best = self._look(state)
+                    is_last = self.improvement.is_over
+                if is_last or is_best or self._is_due(self.recipe.train.save_every, state.step):
                     saved = self._save_or_tell(state, saved)
+                if is_best:
+                    self.improvement.keep()
         except Preempted:
             raise Preempted(self._leave(state, saved)) from None
         except TrainingError as error:
@@ -98,7 +107,8 @@ class Loop:
             raise TrainingError(f"{error}; the last good checkpoint: {there}") from error
         finally:
             progress.close()
-        return seconds / (self.steps - first) if first < self.steps else None
+        made = self.adapted.steps - first
+        return seconds / made if made else None
 
     def _state(self, extra: dict[str, Any]) -> State:
         return State(self.adapted.steps, extra, random_states(self.engine.comm.device))
@@ -132,12 +142,10 @@ class Loop:
         info = self.engine.step()
         norm = self.adapted.norm_before_transform
         norm = info.grad_norm if norm is None else norm
-        # Of all ranks, whose shares are alike up to one sample: exact enough for a speed, and no collective.
-        unit, _ = load_of(batches[0])
-        speed = progress.advance(
-            loss, rate, sum(load_of(batch)[1] for batch in batches) * self.engine.comm.world_size, unit
-        )
-        scalars = {"loss": loss, "learning_rate": rate, "grad_norm": norm, f"{unit}_per_second": speed}
+        amount, padding = self.setbacks.load(step)
+        speed = progress.advance(loss, rate, amount, self.unit, padding)
+        scalars = {"loss": loss, "learning_rate": rate, "grad_norm": norm, f"{self.unit}_per_second": speed}
+        scalars |= {} if padding is None else {"padding": padding}
         scalars |= self._router_loss()
         if self.setbacks.memory.left_out:
             scalars["bad_steps"] = self.setbacks.memory.before(step)
@@ -156,10 +164,11 @@ class Loop:
         total, targets = self.engine.comm.sum(*take_router_loss(self.engine.module))
         return {"aux_loss": total / targets} if targets else {}
 
-    def _look(self, state: State) -> None:
-        """An evaluation on the way. One that is cut short is owed by whoever goes on from here."""
+    def _look(self, state: State) -> bool:
+        """An evaluation on the way; whether it is the best so far, and its checkpoint to be kept. One that is
+        cut short is owed by whoever goes on from here."""
         if self.score is None:
-            return
+            return False
         state.extra = state.extra | {EVALUATION_DUE: True}
         with self.engine.comm.course.during("an evaluation"):
             scores = self.score()
@@ -167,6 +176,7 @@ class Loop:
         if math.isfinite(scores["loss"]):
             self.proofs.finite(state.step)
         del state.extra[EVALUATION_DUE]
+        return self.improvement.look(scores, state.step)
 
     def _stop_if_unwritable(self, state: State, saved: Path | None) -> None:
         """Ends the run, with its last step saved where that can be, if a rank cannot write. Collective."""
@@ -200,7 +210,7 @@ class Loop:
         """Metrics that could not be written go with it."""
         settings, run_dir = self.recipe.train, Path(self.recipe.output_dir)
         unwritten = self.monitor.unwritten()
-        extra = state.extra | {MEMORY: self.setbacks.memory.state()}
+        extra = state.extra | {MEMORY: self.setbacks.memory.state(), IMPROVEMENT: self.improvement.state()}
         extra |= {UNWRITTEN: unwritten} if unwritten else {}
         with self.engine.comm.course.during("the saving of a checkpoint"):
             saved = api.save(

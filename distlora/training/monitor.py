@@ -182,19 +182,25 @@ def progress_bar(name: str, unit: str, total: int, done: int, shown: bool) -> tq
 
 
 class Progress:
-    """A progress bar on rank 0 with loss, learning rate, tokens or images a second and time left; nothing on
-    the others.
+    """A progress bar on rank 0 with loss, learning rate, tokens or images a second, the share of padding
+    and the time left; nothing on the others.
     """
 
     def __init__(self, steps: int, start: int, shown: bool):
         self._bar = progress_bar("training", "step", steps, start, shown)
         self._done, self._since = 0, time.perf_counter()
 
-    def advance(self, loss: float, rate: float, amount: int, unit: str = "tokens") -> float:
-        """One finished step; returns how much of the unit a second there was since the run began."""
+    def advance(
+        self, loss: float, rate: float, amount: int, unit: str = "tokens", padding: float | None = None
+    ) -> float:
+        """One finished step; returns how much of the unit a second there was since the run began. padding:
+        its share in the step's rows; None where there can be none.
+        """
         self._done += amount
         speed = self._done / (time.perf_counter() - self._since)
-        self._bar.set_postfix_str(f"loss {loss:.4f}, lr {rate:.2e}, {speed:.0f} {unit}/s", refresh=False)
+        told = f"loss {loss:.4f}, lr {rate:.2e}, {speed:.0f} {unit}/s"
+        told += "" if padding is None else f", {padding:.0%} padding"
+        self._bar.set_postfix_str(told, refresh=False)
         self._bar.update()
         return speed
 

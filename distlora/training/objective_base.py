@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from distlora.data import Encoded, is_at_hand
 from distlora.engine.protocol import Engine
+from distlora.errors import UserError
 from distlora.models.dry_run import ordinary_text
 from distlora.models.foreign import check_weights
 from distlora.models.hub import resolve_path
@@ -25,12 +26,14 @@ from distlora.recipe.sections import Recipe
 
 class Objective(ABC):
     """What the kinds share. labels: the names that a classifier tells apart; empty for a language model.
+    unit: what their speed is counted in, "tokens" or "images".
 
     loss: (model, batch, weights of the rows) to (sum over the targets, their number); see
     `distlora.training.step`.
     """
 
     labels: tuple[str, ...] = ()
+    unit: str = "tokens"
     loss: Callable[..., tuple[Tensor, int]]
 
     def __init__(self, recipe: Recipe):
@@ -70,6 +73,10 @@ class Objective(ABC):
     @abstractmethod
     def batch(self, samples: Sequence, tokenizer, device: torch.device) -> Batch:
         """Samples of `read` as a batch for `loss`; none as one of weight zero."""
+
+    def size(self, sample: Any) -> int:
+        """How much of the unit a sample of `read` is."""
+        return len(sample.input_ids)
 
     # ------------------------------------------------------------------ model
 
@@ -120,6 +127,10 @@ class Objective(ABC):
 
     # ------------------------------------------------------------------ looking on
 
+    def score_names(self) -> tuple[str, ...]:
+        """What `evaluate` and `generate` answer."""
+        return ("loss",)
+
     @abstractmethod
     def evaluate(self, engine: Engine, tokenizer, samples: Sequence) -> dict[str, float]:
         """The "loss" and whatever else one forward pass tells, on samples of `read`; collective."""
@@ -127,3 +138,12 @@ class Objective(ABC):
     def generate(self, engine: Engine, tokenizer, samples: Sequence) -> dict[str, float]:
         """What needs generated answers, where the recipe asks for it; collective."""
         return {}
+
+
+def refuse_packing(recipe: Recipe) -> None:
+    """Raises UserError for the tasks whose samples have one label each."""
+    if recipe.data.packing:
+        raise UserError(
+            f"data.packing: of the task {recipe.data.task} every row has a label, and is one sample; set it "
+            "to false"
+        )

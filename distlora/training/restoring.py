@@ -11,17 +11,20 @@ from torch import Tensor
 from distlora import api
 from distlora.checkpoints.directory import Checkpoint, give_up_later, newest
 from distlora.checkpoints.soundness import soundness
+from distlora.cluster.environment import note_resumed
 from distlora.cluster.status import StatusFile
 from distlora.engine.comm import Comm
 from distlora.engine.coordination import on_main
-from distlora.engine.optimizers import Schedule
 from distlora.engine.random_state import restore_random_states
+from distlora.engine.schedules import Schedule
 from distlora.errors import UserError
 from distlora.methods import NeedsProbe, ProbeSettings, Recomposes
 from distlora.recipe.sections import Recipe
 from distlora.training.bad_steps import MEMORY, BadSteps
 from distlora.training.build import Built, build
-from distlora.training.loop import UNWRITTEN, goes_on
+from distlora.training.continued import check_extra
+from distlora.training.improvement import Improvement
+from distlora.training.loop import IMPROVEMENT, UNWRITTEN, goes_on
 from distlora.training.monitor import Monitor
 from distlora.training.objective import Objective
 from distlora.training.proofs import Proofs, has_finite_loss
@@ -49,6 +52,7 @@ class Restoring(ABC):
     built: Built
     monitor: Monitor
     proofs: Proofs
+    improvement: Improvement
     bad_steps: BadSteps
     _chosen: Chosen
     #: Scores of the pretrained model.
@@ -87,24 +91,27 @@ class Restoring(ABC):
 
     def _restore(self) -> dict[str, Any]:
         """Of a run that goes on; returns what is remembered of its beginning."""
+        on_main(self.comm, self.run_dir, lambda: check_extra(self.checkpoint, self.recipe))
         plan = self._plan()
         self.comm.course.enter("reading the checkpoint")
         state = api.load(self.built.adapted, self.built.engine, self.checkpoint, random_states=True, **plan)
         self.bad_steps.go_on_from(self.checkpoint.step, state["extra"].get(MEMORY))
+        self.improvement.go_on_from(state["extra"].pop(IMPROVEMENT, None))
         log.info("continuing from %s", self.checkpoint.path)
         return state["extra"]
 
     def _resume(self) -> dict[str, Any]:
         """From the newest checkpoint whose weights are good; see `_restore`. Collective. Raises UserError
         where none is left."""
-        while True:
-            extra = self._restore()
-            if self._is_good(self.checkpoint):
-                return extra
+        extra = self._restore()
+        while not self._is_good(self.checkpoint):
             self.checkpoint = newest(self.run_dir, self.comm)
             if self.checkpoint is None:
                 on_main(self.comm, self.run_dir, lambda: refuse_without_checkpoint(self.run_dir))
             self._make_again()
+            extra = self._restore()
+        self.writing.on_main(self.run_dir, lambda: note_resumed(self.run_dir, self.checkpoint.step))
+        return extra
 
     def _is_good(self, checkpoint: Checkpoint) -> bool:
         """Whether the weights that were restored are good. They are proven here where nothing has done so."""
@@ -137,6 +144,7 @@ class Restoring(ABC):
             return extra
         self._open_monitor()
         extra = self._initialise(self._before)
+        self.improvement.go_on_from(None)
         self.bad_steps.go_on_from(0, None)
         if self._first_random is not None:
             restore_random_states(self._first_random, self.comm.device)

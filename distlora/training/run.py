@@ -1,6 +1,7 @@
 """One run, stage by stage: from loading to the exported adapter."""
 
 import logging
+import math
 import time
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -15,8 +16,9 @@ from distlora.checkpoints.directory import Checkpoint
 from distlora.cluster.status import StatusFile
 from distlora.engine.comm import Comm
 from distlora.engine.coordination import on_every_rank, on_main
-from distlora.engine.optimizers import Schedule
 from distlora.engine.random_state import random_states
+from distlora.engine.schedules import Schedule
+from distlora.errors import TrainingError
 from distlora.exports.peft import problem_with_peft, stacks_of
 from distlora.initialisation.factors import InitReport
 from distlora.recipe.combination import check_length
@@ -27,11 +29,13 @@ from distlora.training.bad_steps import BadSteps, GoBack, read_left_out
 from distlora.training.build import Built, build
 from distlora.training.continued import check_extra
 from distlora.training.export_run import base_name
+from distlora.training.improvement import Improvement
 from distlora.training.loop import Loop
 from distlora.training.objective import objective_of
 from distlora.training.proofs import Proofs, refuse_bad_end
-from distlora.training.rate_search import RateSearch, find_rate, search_rate
+from distlora.training.rate_search import RateSearch, bad_rows, find_rate, search_rate, told_of_rows
 from distlora.training.restoring import Restoring
+from distlora.training.run_directory import BAD_STEPS
 from distlora.training.samples import RunSamples, fetch
 from distlora.training.seen_data import seen_by
 from distlora.training.setbacks import Setbacks
@@ -86,6 +90,7 @@ class Run(Restoring):
         on_every_rank(comm, lambda: check_length(fitted, self.steps))
         self._chosen, self.bad_steps = chosen, BadSteps()
         self.proofs = Proofs(self.writing, settings.keep_checkpoints)
+        self.improvement = Improvement(settings, self.writing, self.run_dir)
         comm.course.enter("loading the model")
         self.built = build(comm, recipe, self.objective, chosen)
         comm.sum_or_stop()
@@ -97,7 +102,7 @@ class Run(Restoring):
 
     def _schedule(self, rate: float) -> Schedule:
         settings = self.recipe.train
-        return Schedule(settings.schedule, rate, self.steps, settings.warmup_ratio)
+        return settings.schedule.of_run(rate, self.steps, settings.warmup_ratio)
 
     # ------------------------------------------------------------------ the stages
 
@@ -111,11 +116,16 @@ class Run(Restoring):
         summary.before, summary.init_seconds = extra["before"], extra["init_seconds"]
         summary.found_rate = extra.get(FOUND_RATE)
         summary.step_seconds = self._train(extra) or 0.0
+        summary.steps = self.built.adapted.steps
+        summary.stopped_early = summary.steps < self.steps
         self.comm.course.enter("the evaluation")
         if self.data.held_out:
             summary.after = self._evaluate()
-            self.monitor.write(self.steps, _as_evaluation(summary.after))
-        refuse_bad_end(self.proofs, summary.after, self.run_dir, self.steps, self._has_finite_loss)
+            self.monitor.write(summary.steps, _as_evaluation(summary.after))
+        refuse_bad_end(self.proofs, summary.after, self.run_dir, summary.steps, self._has_finite_loss)
+        if self.data.held_out and self.improvement.look(summary.after, summary.steps):
+            self.improvement.keep()
+        summary.best = self.improvement.best
         self.writing.agree()
         self.comm.course.enter("the export of the adapter")
         summary.adapter = self._export(summary)
@@ -125,8 +135,9 @@ class Run(Restoring):
 
     def _begin(self) -> tuple[dict[str, Any], int]:
         """What is remembered of the run's beginning, and the step from which this start goes on."""
-        left_out = self.comm.share(on_main(self.comm, self.run_dir, lambda: read_left_out(self.run_dir)))
-        self.bad_steps.go_on_from(self.checkpoint.step if self.checkpoint else 0, left_out)
+        self.bad_steps.recall(
+            self.comm.share(on_main(self.comm, self.run_dir, lambda: read_left_out(self.run_dir)))
+        )
         if self.checkpoint is None:
             self._open_monitor()
             extra = self._initialise()
@@ -134,10 +145,14 @@ class Run(Restoring):
         else:
             extra = self._resume()
             self._open_monitor(extra)
+        step = self.checkpoint.step if self.checkpoint else 0
+        if len(self.bad_steps.row) >= self.recipe.train.bad_steps_limit:
+            self.bad_steps.meet_again(step)
+            self.writing.on_main(self.run_dir / BAD_STEPS, lambda: self.bad_steps.write(self.run_dir))
         if self.schedule is None:
             self.schedule = self._schedule(extra[FOUND_RATE])
         self._before = extra["before"]
-        return extra, self.checkpoint.step if self.checkpoint else 0
+        return extra, step
 
     def _train(self, extra: dict[str, Any]) -> float | None:
         """All steps, as often as it takes; returns the mean seconds of one."""
@@ -155,8 +170,9 @@ class Run(Restoring):
             built.engine, self.data, self.objective.loss, settings, self.writing, self.run_dir, self.bad_steps
         )
         return Loop(
-            built.engine, built.adapted, self.recipe, setbacks, self.proofs, self.schedule, self.steps,
-            self.status, self.monitor, self.writing, self._scores if self.data.held_out else None,
+            built.engine, built.adapted, self.recipe, setbacks, self.improvement, self.proofs, self.schedule,
+            self.steps, self.status, self.monitor, self.writing, self.objective.unit,
+            self._scores_on_the_way if self.data.held_out else None,
         )  # fmt: skip
 
     def _initialise(self, before: dict[str, float] | None = None) -> dict[str, Any]:
@@ -186,8 +202,14 @@ class Run(Restoring):
         self.comm.course.enter("the search for the learning rate")
 
         def search() -> RateSearch:
+            loss = self.objective.loss
             steps, held_back = self.data.trial(settings.steps, settings.samples)
-            return search_rate(engine, settings, steps, held_back, self.objective.loss)
+            try:
+                return search_rate(engine, settings, steps, held_back, loss)
+            except TrainingError as error:
+                rows = self.data.rows_of_trial(settings.steps, settings.samples)
+                told = told_of_rows(*bad_rows(engine, rows, loss), self.recipe.data.split)
+                raise TrainingError(f"{error}; {told}") from error
 
         found = find_rate(self.writing, self.run_dir, run_identity(self.recipe), search)
         self.monitor.tell_rates(found.scalars(), found.tried)
@@ -199,7 +221,7 @@ class Run(Restoring):
             return None
         base = base_name(self.recipe.model.path)
         on_main(self.comm, self.run_dir, self.writing.check)
-        about = about_run(self.recipe, {"before": summary.before, "after": summary.after}, self.steps)
+        about = about_run(self.recipe, {"before": summary.before, "after": summary.after}, summary.steps)
         return api.export(self.built.adapted, self.run_dir / "adapter", base_model=base, about=about)
 
     # ------------------------------------------------------------------ what is told
@@ -225,12 +247,19 @@ class Run(Restoring):
         samples = self.data.held_out[: self.recipe.train.eval_samples]
         return self.objective.evaluate(self.built.engine, self.data.preprocessor, samples)
 
-    def _evaluate(self) -> dict[str, float]:
-        """The scores, and what takes longer."""
+    def _generated(self) -> dict[str, float]:
+        return self.objective.generate(self.built.engine, self.data.preprocessor, self.data.held_out)
+
+    def _scores_on_the_way(self) -> dict[str, float]:
+        """The scores, and what takes longer only where something follows it."""
         scores = self._scores()
-        result = scores | self.objective.generate(
-            self.built.engine, self.data.preprocessor, self.data.held_out
-        )
+        return scores if self.improvement.metrics <= scores.keys() else scores | self._generated()
+
+    def _evaluate(self) -> dict[str, float]:
+        """The scores, and, where the loss is finite, what takes longer."""
+        result = self._scores()
+        if math.isfinite(result["loss"]):
+            result |= self._generated()
         log.info("evaluation: %s", ", ".join(f"{key} {value:.4f}" for key, value in result.items()))
         return result
 

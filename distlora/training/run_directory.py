@@ -6,6 +6,7 @@ from datetime import date as Date
 from pathlib import Path
 from typing import Any
 
+from distlora.checkpoints.best import BEST
 from distlora.checkpoints.directory import Checkpoint, newest
 from distlora.checkpoints.soundness import MARK, soundness
 from distlora.cluster.environment import ENVIRONMENT
@@ -129,7 +130,8 @@ def claim_run_dir(recipe: Recipe, resume: bool | None) -> None:
 
 def _clear_drafts(run_dir: Path) -> None:
     """Removes what a kill has left amid the writing of a file; of checkpoints the next save does."""
-    for name in (RECIPE, METRICS, RECOMPOSITIONS, RATE_SEARCH, SUMMARY, ENVIRONMENT, f"{STATUS}.*", ADAPTER):
+    texts = (RECIPE, METRICS, RECOMPOSITIONS, RATE_SEARCH, SUMMARY, ENVIRONMENT, BEST)
+    for name in (*texts, f"{STATUS}.*", ADAPTER):
         for draft in run_dir.glob(f".{name}.partial"):
             remove(draft)
     clear_drafts(run_dir)
@@ -144,7 +146,7 @@ def _forget(run_dir: Path) -> None:
     # Predictions and scores are of the checkpoints that are removed.
     for name in (ADAPTER, LOGS, EVALUATIONS, BAD_STEPS):
         shutil.rmtree(run_dir / name, ignore_errors=True)
-    for name in (METRICS, RECOMPOSITIONS, RATE_SEARCH, SUMMARY, ENVIRONMENT, STATUS, DATA):
+    for name in (METRICS, RECOMPOSITIONS, RATE_SEARCH, SUMMARY, ENVIRONMENT, STATUS, DATA, BEST):
         (run_dir / name).unlink(missing_ok=True)
 
 

@@ -36,6 +36,10 @@ class Setbacks:
         """This rank's micro-batches of a step, counted from 0."""
         return self._data.of_step(self.memory.position(step))
 
+    def load(self, step: int) -> tuple[int, float | None]:
+        """Of all ranks' micro-batches of the step: see `RunSamples.load_of_step`."""
+        return self._data.load_of_step(self.memory.position(step))
+
     def gradients(self, batches: Sequence[Batch]) -> float:
         """Forward and backward over the batches; returns the loss. Raises BadStep before the optimizer has
         changed anything: because of the loss, and where the run is to go on, because of the gradient as well.
@@ -74,10 +78,11 @@ class Setbacks:
             raise bad
         self.memory.leave_out(step)
         self._writing.on_main(self._run_dir / BAD_STEPS, lambda: self.memory.write(self._run_dir))
-        if self.memory.in_row >= settings.bad_steps_limit:
+        if len(self.memory.row) >= settings.bad_steps_limit:
             raise TrainingError(
-                f"{bad} at step {step + 1}, and that was bad step {self.memory.in_row} in a row "
-                f"(train.bad_steps_limit={settings.bad_steps_limit})"
+                f"{bad} at step {step + 1}, and that was bad step {len(self.memory.row)} in a row "
+                f"(train.bad_steps_limit={settings.bad_steps_limit}): the same command meets these batches "
+                "again, and goes on behind them with a higher limit"
             )
         log.warning("%s at step %d: batch %d is left out from here on", bad, step + 1, batch)
         if not skips:

@@ -28,9 +28,9 @@ def accumulate(engine: Engine, batches: Sequence[Batch], loss_sum: LossSum) -> f
     """
     (targets,) = engine.comm.sum(sum(map(count_targets, batches)))
     total = 0.0
-    for batch in batches:
+    for number, batch in enumerate(batches, start=1):
         loss, _ = engine.run(loss_sum, batch)
-        engine.backward(loss / targets)
+        engine.backward(loss / targets, last=number == len(batches))
         total += engine.comm.sum_or_stop(float(loss.detach()))[0]
     value = total / targets
     if not math.isfinite(value):

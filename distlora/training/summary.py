@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from distlora.checkpoints.best import Best
 from distlora.engine.comm import Comm
 from distlora.engine.coordination import on_main
 from distlora.files.atomic import write_text
@@ -19,13 +20,14 @@ from distlora.training.run_directory import METRICS, SUMMARY
 UNITS = ("tokens", "images")
 SPEEDS = tuple(f"{unit}_per_second" for unit in UNITS)
 #: Of a run's `Summary`, what is written as it is.
-FACTS = ("trained", "lora_trained", "rank", "steps", "init_seconds")
+FACTS = ("trained", "lora_trained", "rank", "steps", "stopped_early", "best", "init_seconds")
 
 
 @dataclass
 class Summary:
     """What a run came to. before, after, on the evaluation set: "loss", a classifier's metrics, and
-    "exact_match" (0 … 1) where it was asked for. found_rate: the learning rate, where it was searched.
+    "exact_match" (0 … 1) where it was asked for. found_rate: the learning rate, where it was searched. steps:
+    those that were made. best: the best evaluation, where its checkpoint is kept.
     """
 
     run_dir: Path
@@ -39,6 +41,8 @@ class Summary:
     init_seconds: float = 0.0
     step_seconds: float = 0.0
     found_rate: float | None = None
+    stopped_early: bool = False
+    best: Best | None = None
     tensorboard: str | None = None
 
 

@@ -29,6 +29,7 @@ from distlora.recipe.packages import check_packages
 from distlora.recipe.sections import Recipe
 from distlora.training.adapter_start import with_start
 from distlora.training.build import check_targets
+from distlora.training.improvement import check_metrics
 from distlora.training.monitor import writers_silenced
 from distlora.training.objective import Objective, objective_of
 from distlora.training.run import Run
@@ -57,6 +58,7 @@ def check_run(recipe: Recipe, world_size: int, resume: bool | None) -> tuple[Rec
     recipe = fitted(recipe, objective)
     check_combination(recipe, config)
     check_packages(recipe, config)
+    check_metrics(recipe.train, objective)
     for split in filter(None, (recipe.data.split, recipe.data.eval_split)):
         objective.check_split(split)
     return recipe, objective
@@ -134,8 +136,7 @@ def train(
                 writing.on_main(run_dir, lambda: run.seen.write(run_dir))
                 on_main(comm, run_dir, writing.check)
                 on_every_rank(comm, lambda: rank_log.open(run_dir))
-                resumed_at, deepspeed = checkpoint and checkpoint.step, run.deepspeed
-                writing.on_main(run_dir, lambda: environment.record(run_dir, where, deepspeed, resumed_at))
+                writing.on_main(run_dir, lambda: environment.record(run_dir, where, run.deepspeed, None))
                 return run.finish()
 
 

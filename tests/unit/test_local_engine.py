@@ -9,8 +9,9 @@ import torch
 from distlora.adapter.attach import attach
 from distlora.engine.comm import Comm, Topology
 from distlora.engine.local import LocalEngine
-from distlora.engine.optimizers import OptimizerSpec, Schedule
+from distlora.engine.optimizers import OptimizerSpec
 from distlora.engine.protocol import clip_factor
+from distlora.engine.schedules import Schedule
 from distlora.maths.low_rank import LowRank
 from distlora.maths.rounding import rounding_key
 from distlora.methods.lora import LoRA

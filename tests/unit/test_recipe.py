@@ -223,7 +223,10 @@ def test_a_whole_method_can_be_given():
         ("train.warmup_ratio=1", "override train.warmup_ratio: found 1, wanted a number below 1"),
         ("train.clip=-1", "override train.clip: found -1, wanted a number of at least 0"),
         ("train.eval_samples=0", "override train.eval_samples: found 0, wanted a number of at least 1"),
-        ("train.schedule=cosin", 'override train.schedule: found "cosin", wanted cosine, linear or constant'),
+        ("train.schedule=cosin",
+         'override train.schedule: found "cosin", wanted cosine, linear, constant, constant_with_warmup, '
+         "cosine_with_restarts, cosine_with_min_lr, cosine_warmup_with_min_lr, polynomial, inverse_sqrt or "
+         "warmup_stable_decay"),
         ("train.optimizer.betas=[0.9, x]", 'override train.optimizer.betas.1: found "x", wanted a number'),
         ("train.optimizer.betas=[0.9]", "override train.optimizer.betas.1 is missing"),
         ("train.optimizer.betas=[0.9, 0.99, 1]",

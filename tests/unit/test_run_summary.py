@@ -19,6 +19,8 @@ def outcome(run_dir, **changes) -> dict:
         "lora_trained": 30,
         "rank": 2,
         "steps": 10,
+        "stopped_early": False,
+        "best": None,
         "init_seconds": 1.5,
         "step_seconds": 0.25,
     }

@@ -17,7 +17,9 @@ def add(verbs) -> None:
         "--for", dest="server", choices=("vllm",), help="peft: in the form that this server loads"
     )
     parser.add_argument("--out", type=Path, required=True, help="a directory that does not exist yet")
-    parser.add_argument("--step", type=whole, help="of the checkpoint; default: the newest")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--step", type=whole, help="of the checkpoint; default: the newest")
+    which.add_argument("--checkpoint", choices=("best", "newest"), help="best: see train.keep_best")
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),
@@ -40,7 +42,8 @@ def add(verbs) -> None:
     parser.add_argument(
         "--no-check",
         action="store_true",
-        help="merged: do not load the result to compare it with the run on one batch",
+        help="merged: do not load the result to compare it with the run on one batch; peft: do not compute a "
+        "batch with weights of which no loss has been seen finite",
     )
     parser.add_argument("--push", metavar="OWNER/NAME", help="also send it to this repository of the hub")
     parser.add_argument("--private", action="store_true", help="--push: a new repository is private")
@@ -65,7 +68,7 @@ def run(options: argparse.Namespace) -> None:
         options.run_dir,
         options.format or "peft",
         options.out,
-        options.step,
+        "best" if options.checkpoint == "best" else options.step,
         options.dtype and getattr(torch, options.dtype),
         options.compress_rank,
         options.max_error,

@@ -158,7 +158,9 @@ class ZeroEngine(ZeroGradients):
         with self.comm.course.passing():
             return self._call(self._engine, function, *arguments)
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, last: bool | None = None) -> None:
+        if last is not None:  # else DeepSpeed counts
+            self._engine.set_gradient_accumulation_boundary(last)
         # DeepSpeed divides by the accumulation steps and averages over ranks; both are undone, so that
         # gradients add up.
         with self.comm.course.passing():
