@@ -44,7 +44,7 @@ def fetch(comm: Comm, recipe: Recipe, wanted: Sequence[tuple[DataSection, str]] 
         wanted = [(recipe.data, split) for split in splits]
 
     def bring() -> None:
-        resolve_path(recipe.model.path, progress=log.info)
+        resolve_path(recipe.model.path, tell=log.info)
         for section, split in wanted:
             download(section, split)
 
@@ -196,6 +196,7 @@ class RunSamples:
             lambda: batches(forward_size),
             count,
             loss_of_samples(self._objective.loss),
+            len(shard(count, self._comm.rank, self._comm.world_size, settings.micro_batch_size)),
         )
 
 
