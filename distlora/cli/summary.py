@@ -18,7 +18,7 @@ def summary_table(summary) -> str:
     )
     rows = [("", "before", "after")] if summary.after else []
     for key, value in summary.after.items():
-        form = "{:.1%}" if key in PERCENTAGES else "{:.4f}"
+        form = "{:.1%}" if key.rpartition("/")[2] in PERCENTAGES else "{:.4f}"
         before = form.format(summary.before[key]) if key in summary.before else "-"
         rows.append((key.replace("_", " "), before, form.format(value)))
     lines = [f"  {name:<24}{before:>10}{after:>10}" for name, before, after in rows]
@@ -53,13 +53,12 @@ def next_steps(summary) -> list[tuple[str, str]]:
     run, merged = shlex.quote(str(summary.run_dir)), shlex.quote(f"{summary.run_dir}-merged")
     score = [("score it on tasks", f"distlora eval {run} --tasks gsm8k")]
     again = [("score it again", f"distlora eval {run}")] if summary.after else []
-    watch = shlex.quote(str(summary.tensorboard))
     return [
         *again,
         *score,
         ("one merged model", f"distlora export {run} --format merged --out {merged}"),
         ("compare with others", f"distlora report {shlex.quote(str(summary.run_dir.parent))} --out report"),
-        *([("curves", f"tensorboard --logdir {watch}")] if summary.tensorboard else []),
+        *([("curves", f"distlora monitor {run}")] if summary.tensorboard else []),
     ]
 
 

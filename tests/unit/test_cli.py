@@ -262,10 +262,10 @@ def test_the_next_commands_are_ones_that_the_program_takes(run):
     verbs = {words[1]: parse(words[1:]) for words in commands if words[0] == "distlora"}
     assert {"eval", "export", "report"} <= verbs.keys()
     assert verbs["eval"].run_dir == verbs["export"].run_dir == Path(run)
-    assert ["tensorboard", "--logdir", f"{run}/tensorboard"] in commands
+    assert ["distlora", "monitor", run] in commands
     without = next_steps(summary(run_dir=Path(run)))
     assert not any(
-        command.startswith("tensorboard") or command == f"distlora eval {run}" for _, command in without
+        command.startswith("distlora monitor") or command == f"distlora eval {run}" for _, command in without
     )
 
 

@@ -9,12 +9,15 @@ import argparse
 from collections.abc import Callable
 
 from distlora.cli.verbs import (
+    completion,
     copy,
     doctor,
     evaluate,
     export,
+    fetch,
     init,
     methods,
+    monitor,
     plan,
     recipes,
     report,
@@ -34,11 +37,14 @@ VERBS = {
     "status": status,
     "plan": plan,
     "report": report,
+    "monitor": monitor,
     "doctor": doctor,
     "methods": methods,
     "tasks": tasks,
     "recipes": recipes,
     "copy": copy,
+    "fetch": fetch,
+    "completion": completion,
     "sweep": sweep,
     "verify": verify,
 }
