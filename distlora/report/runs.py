@@ -205,7 +205,7 @@ def find_runs(paths: Sequence[Path]) -> list[RunRecord]:
 
 def _directories(path: Path) -> list[Path]:
     if not path.is_dir():
-        what = "it is a file" if path.is_file() else "there is no such directory"
+        what = "it is a file; name a run's directory" if path.is_file() else "there is no such directory"
         raise UserError(dangling_link(path) or f"{path} is no run directory: {what}")
     if (path / RECIPE).is_file():
         return [path]
