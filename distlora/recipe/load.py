@@ -256,7 +256,8 @@ def run_identity(recipe: Recipe) -> dict:
     ignored = {
         "model": ("gradient_checkpointing", "attention"),
         "data": (
-            "max_new_tokens", "eval_split", "think_step_by_step", "chat_date", "packing", "group_by_length",
+            "max_new_tokens", "eval_split", "eval", "think_step_by_step", "chat_date", "packing",
+            "group_by_length",
         ),
         "train": ("micro_batch_size", *LOOKING_ON, *ON_BAD_STEPS, *ON_THE_END),
     }  # fmt: skip
