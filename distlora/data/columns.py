@@ -34,7 +34,7 @@ def require_column(rows: Sequence[Row], column: str, where: str, origin: str) ->
     """Raises UserError if there is no such column. where: what asks for it."""
     if not has_column(rows, column):
         available = columns_of(rows)
-        hint = nearest(column, map(str, available)) or ", name another in data.fields"
+        hint = nearest(column, map(str, available)) or "; name another in data.fields"
         raise UserError(f"{where}: {origin} has no column {column!r}{hint} (it has {listed(available)})")
 
 
@@ -56,7 +56,7 @@ def cell_text(row: Row, column: str, position: int, origin: str) -> str:
     except UnicodeEncodeError as error:  # JSON can name half of a surrogate pair, and no text can hold it
         raise UserError(
             f"data: {row_name(position, origin)} has an unpaired surrogate ({text[error.start]!a}) in column "
-            f"{column!r}, correct it"
+            f"{column!r}; correct it"
         ) from None
     return text
 

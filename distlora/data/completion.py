@@ -53,7 +53,7 @@ class CompletionRows:
         columns = get_task(section.task).columns
         if section.template is not None:
             raise UserError(
-                f"data.template: the task {section.task} learns texts as they are, remove the template"
+                f"data.template: the task {section.task} learns texts as they are; remove the template"
             )
         for role in section.fields or {}:
             if role not in columns:
@@ -95,7 +95,7 @@ def load_completion(
             encoded.cut += len(pieces) > 1
             encoded.samples += [Piece(piece, [IGNORE, *piece[1:]], []) for piece in pieces]
     if not encoded.samples:
-        raise UserError(f"data: no row of {rows.origin} has a text, choose another split")
+        raise UserError(f"data: no row of {rows.origin} has a text; choose another split")
     return encoded
 
 

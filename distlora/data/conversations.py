@@ -86,12 +86,12 @@ class ChatExamples:
                 yield self._example(row)
             except Wrong as wrong:
                 row = row_name(position, self.origin)
-                raise UserError(f"data: {row} has {wrong}, correct it") from None
+                raise UserError(f"data: {row} has {wrong}; correct it") from None
 
     def _assign_columns(self, fields: dict[str, str]) -> dict[str, str]:
         for role, column in fields.items():
             if role not in ROLES:
-                hint = nearest(role, ROLES) or f", choose from {', '.join(ROLES)}"
+                hint = nearest(role, ROLES) or f"; choose from {', '.join(ROLES)}"
                 raise UserError(f"data.fields: unknown name {role!r}{hint}")
             examples.require_column(self.rows, column, f"data.fields: {role}", self.origin)
         columns = dict(fields)

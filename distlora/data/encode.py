@@ -92,11 +92,11 @@ def load_split(section: DataSection, split: str, tokenizer, conventions: Convent
     else:
         encoded = encode_chats(examples, chat, section)
     if encoded.unanswered == len(examples):
-        raise UserError(f"data: no row of {examples.origin} has an answer, choose another split")
+        raise UserError(f"data: no row of {examples.origin} has an answer; choose another split")
     if not encoded.samples:
         raise UserError(
             f"data.max_length: none of the {len(examples)} samples of {examples.origin} has a response token "
-            f"within {section.max_length} tokens, raise it"
+            f"within {section.max_length} tokens; raise it"
         )
     return encoded
 

@@ -87,7 +87,7 @@ def load_rows(section: DataSection, split: str) -> Sequence[Row]:
     else:
         rows = sources.load_rows(_path(section), split, task.header, task.local_splits)
     if len(rows) == 0:
-        raise UserError(f"data: {origin(section, split)} has no rows, choose another split or another file")
+        raise UserError(f"data: {origin(section, split)} has no rows; choose another split or another file")
     return rows
 
 
@@ -101,7 +101,7 @@ def _path(section: DataSection) -> str:
     path = section.path or get_task(section.task).path
     if path is None:
         raise UserError(
-            f"data.path: the task {section.task} needs one, name a file, a directory or a data set of the hub"
+            f"data.path: the task {section.task} needs one; name a file, a directory or a data set of the hub"
         )
     for folder in filter(None, (get_task(section.task).folder, section.task)):
         if (user_path(path, "data.path") / folder).is_dir():  # those of several tasks lie in one
@@ -174,7 +174,7 @@ class Examples:
             ", ".join(columns) for columns in (own, *(layout.columns for layout in self._task.layouts))
         )
         raise UserError(
-            f"task {self._section.task}: {self.origin} has neither the columns {known}, name others in "
+            f"task {self._section.task}: {self.origin} has neither the columns {known}; name others in "
             f"data.fields (it has {listed(columns_of(self.rows))})"
         )
 
@@ -182,13 +182,13 @@ class Examples:
         """The column of each role that has one."""
         for role, column in fields.items():
             if role not in ROLES:
-                hint = nearest(role, ROLES) or f", choose from {', '.join(ROLES)}"
+                hint = nearest(role, ROLES) or f"; choose from {', '.join(ROLES)}"
                 raise UserError(f"data.fields: unknown name {role!r}{hint}")
             self._require(column, f"data.fields: {role}")
         defaults = {role: column for role, column in self._task.columns.items() if role not in fields}
         if "response" not in fields | defaults:
             raise UserError(
-                "data.fields: no column for response, set it, as in {prompt: question, response: answer}"
+                "data.fields: no column for response; set it, as in {prompt: question, response: answer}"
             )
         if "response" in defaults:
             self._require(defaults["response"], f"response of the task {self._section.task}")
@@ -208,12 +208,12 @@ class Examples:
         ]
         if column in secret:
             raise UserError(
-                f"data.template: {{{name}}} would show the answer, remove it "
+                f"data.template: {{{name}}} would show the answer; remove it "
                 "(the response is added by itself)"
             )
         if name == "prompt" and name not in self._columns:
             raise UserError(
-                "data.fields: no column for prompt, set it, as in {prompt: question, response: answer}"
+                "data.fields: no column for prompt; set it, as in {prompt: question, response: answer}"
             )
         explicit = self._section.template not in (None, CHAT, PAPER)
         self._require(
@@ -265,14 +265,14 @@ class Examples:
         for column in layout.columns:
             if row.get(column) is None or is_not_finite(row[column]):
                 found = found_in(row.get(column))
-                raise UserError(f"{where} has {found} in column {column!r}, correct it")
+                raise UserError(f"{where} has {found} in column {column!r}; correct it")
         try:
             return {**row, **layout.read(row)}
         except ValueError as error:
-            raise UserError(f"{where} has {error}, correct it") from None
+            raise UserError(f"{where} has {error}; correct it") from None
         except (KeyError, TypeError, IndexError):
             form = f"rows of the task {self._section.task} ({', '.join(layout.columns)})"
-            raise UserError(f"{where} has another form than {form}, correct it") from None
+            raise UserError(f"{where} has another form than {form}; correct it") from None
 
     def _text(self, row: Row, column: str | None, position: int, optional: bool = False) -> str:
         """A cell as text. An optional one may be missing or null; its text is then empty."""

@@ -95,7 +95,7 @@ def _hub_problem(path: str, split: str, error: Exception) -> str:
     reason = first_line(error)
     if "Unknown split" in str(error):
         known = re.findall(r"'([\w.\-]+)'", reason.partition("Should be one of")[2])
-        hint = nearest(split, known) or ", choose another"
+        hint = nearest(split, known) or "; choose another"
         return f"data: {path} has no split {split!r}{hint} (it has {', '.join(known)})"
     if "onfig name is missing" in str(error) or "BuilderConfig" in str(error):
         # `datasets` lists the configurations on the lines after the first.

@@ -78,9 +78,9 @@ def _splits_of_file(path: Path) -> Splits | None:
     if path.suffix == ".npz":
         return {"train": partial(_read_npz, path)}
     if path.suffix == ".bin" or _IDX.fullmatch(path.name) or "labels-idx1" in path.name:
-        raise UserError(f"data.path: {path} is one of several files of a data set, name their folder")
+        raise UserError(f"data.path: {path} is one of several files of a data set; name their folder")
     if path.suffix in (".tar", ".tgz", ".zip") or path.name.endswith(".tar.gz"):
-        raise UserError(f"data.path: {path} is packed, unpack it and name the folder")
+        raise UserError(f"data.path: {path} is packed; unpack it and name the folder")
     return None
 
 
@@ -90,7 +90,7 @@ def _bytes(file: Path) -> bytes:
         with opened_bytes(file) as stream:
             return stream.read()
     except MemoryError:
-        raise UserError(f"data.path: {file} needs more memory than there is, take a part of it") from None
+        raise UserError(f"data.path: {file} needs more memory than there is; take a part of it") from None
 
 
 # ---------------------------------------------------------------------- MNIST
@@ -262,7 +262,7 @@ def _read_classes(path: Path) -> list[Row]:
         files = [file for file in sorted(folder.iterdir()) if file.suffix.lower() in endings]
         table = next(filter(is_read, sorted(folder.iterdir())), None)
         if not files and table is not None:
-            raise UserError(f"data.path: {folder} holds {table.name}, name that folder in data.path")
+            raise UserError(f"data.path: {folder} holds {table.name}; name that folder in data.path")
         if not files:
             raise UserError(
                 f"data.path: {folder} holds no image; images lie in folders of their classes, "

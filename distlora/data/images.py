@@ -93,7 +93,7 @@ class ImageRows(LabelledRows):
             return examples.load_rows(section, split)
         rows = sources.select(sources.parse_split(split), partial(read_split, found, path=path))
         if not rows:
-            raise UserError(f"data: {examples.origin(section, split)} has no rows, choose another split")
+            raise UserError(f"data: {examples.origin(section, split)} has no rows; choose another split")
         return rows
 
     def __iter__(self) -> Iterator[int | None]:
@@ -173,7 +173,7 @@ def _seen(value: Any) -> list:
 
 def _check_depth(image: Image.Image) -> None:
     if image.mode.startswith(("I", "F")):
-        raise ValueError(f"its mode {image.mode} has more than 8 bits, convert it")
+        raise ValueError(f"its mode {image.mode} has more than 8 bits; convert it")
 
 
 @dataclass(frozen=True)
@@ -209,7 +209,7 @@ def load_images(section: DataSection, split: str) -> Encoded:
         else:
             encoded.samples.append(ImageSample(rows, position, label))
     if not encoded.samples:
-        raise UserError(f"data: no row of {rows.origin} has a label, choose another split")
+        raise UserError(f"data: no row of {rows.origin} has a label; choose another split")
     return encoded
 
 

@@ -69,12 +69,12 @@ def label_names(section: DataSection) -> tuple[str, ...]:
     task, given = get_task(section.task), section.labels
     if isinstance(task, ScoreTask):
         if given is not None:
-            raise UserError(f"data.labels: the task {section.task} predicts a score, remove the labels")
+            raise UserError(f"data.labels: the task {section.task} predicts a score; remove the labels")
         return SCORE
     own = task.labels
     if own and given is not None:
         raise UserError(
-            f"data.labels: the task {section.task} has its own labels ({', '.join(own)}), remove these"
+            f"data.labels: the task {section.task} has its own labels ({', '.join(own)}); remove these"
         )
     if not own and not given:
         raise UserError(
@@ -82,7 +82,7 @@ def label_names(section: DataSection) -> tuple[str, ...]:
         )
     if given and (len(given) < 2 or len({whole_number(name) or name for name in given}) < len(given)):
         raise UserError(
-            f"data.labels: {', '.join(given)} are not at least two different names, correct the list"
+            f"data.labels: {', '.join(given)} are not at least two different names; correct the list"
         )
     return own or tuple(given)
 
@@ -127,7 +127,7 @@ class LabelledRows:
         """The column of each role: the recipe's, else the first of the task's names that the data set has."""
         for role, column in fields.items():
             if role not in self.roles:
-                hint = nearest(role, self.roles) or f", choose from {', '.join(self.roles)}"
+                hint = nearest(role, self.roles) or f"; choose from {', '.join(self.roles)}"
                 raise UserError(f"data.fields: unknown name {role!r}{hint}")
             require_column(self.rows, column, f"data.fields: {role}", self.origin)
         available, columns = columns_of(self.rows), dict(fields)
@@ -138,7 +138,7 @@ class LabelledRows:
         for role in (self.roles[0], "label"):
             if role not in columns:
                 raise UserError(
-                    f"data.fields: no column for {role}, set it, as in {{text: sentence, label: label}}"
+                    f"data.fields: no column for {role}; set it, as in {{text: sentence, label: label}}"
                 )
         return columns
 
@@ -190,7 +190,7 @@ class LabelledRows:
         advice = f"write it as {value.strip().replace(',', '.', 1)}" if comma else "correct it"
         raise UserError(
             f"data: {row_name(position, self.origin)} has the score {shown(value)}, "
-            f"which is no number from {lowest:g} to {highest:g}, {advice}"
+            f"which is no number from {lowest:g} to {highest:g}; {advice}"
         )
 
 
@@ -211,7 +211,7 @@ def load_labelled(section: DataSection, split: str, tokenizer, conventions: Conv
             with of_row(rows.origin, numbers):
                 _encode(encoded, [row for row in chunk if row[2] is not None], section.max_length, texts)
     if not encoded.samples:
-        raise UserError(f"data: no row of {rows.origin} has a label, choose another split")
+        raise UserError(f"data: no row of {rows.origin} has a label; choose another split")
     return encoded
 
 

@@ -50,7 +50,7 @@ def _files(path: Path, split: str, local_names: Mapping[str, str]) -> list[Path]
     if not path.exists():
         siblings = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
         raise UserError(
-            f"data.path: {path} does not exist{nearest(path.name, siblings) or ', check the path'}"
+            f"data.path: {path} does not exist{nearest(path.name, siblings) or '; check the path'}"
         )
     if path.is_file():
         if split != "train":
@@ -61,7 +61,7 @@ def _files(path: Path, split: str, local_names: Mapping[str, str]) -> list[Path]
             )
         return [path]
     if not path.is_dir():
-        raise UserError(f"data.path: {path} is neither a file nor a directory, name one of these")
+        raise UserError(f"data.path: {path} is neither a file nor a directory; name one of these")
     found = _by_split(path)
     name = split if split in found else local_names.get(split, split)
     if name not in found:
@@ -135,7 +135,7 @@ def _no_file(split: str, path: Path, found: Iterable[str]) -> str:
         )
     folder = next((folder for folder in _folders(path) if split in _by_split(folder)), None)
     if folder is not None:
-        return f"{wanted}; its files lie in {folder}, name that folder in data.path"
+        return f"{wanted}; its files lie in {folder}; name that folder in data.path"
     have = f"it has {listed(found)}" if found else f"it has no {', '.join(FORMATS)} file"
     near = nearest(split, found)
     remedy = "; name one of these as the split" if found and not near else ""

@@ -89,11 +89,11 @@ def load_questions(
         if len(item.prompt_ids) <= section.max_length:
             items.append(item)
     if not has_answers:
-        raise UserError(f"data: no row of {examples.origin} has an answer, choose another split")
+        raise UserError(f"data: no row of {examples.origin} has an answer; choose another split")
     if not items:
         raise UserError(
             f"data.max_length: none of the {len(examples)} prompts of {examples.origin} has at most "
-            f"{section.max_length} tokens, raise it"
+            f"{section.max_length} tokens; raise it"
         )
     dropped = seen - len(items)
     return Questions(items, examples.stops, examples.origin, dropped, _digest(items), frozenset(ends))
@@ -108,7 +108,7 @@ def _check_number(example: Example, where: str, task: str) -> None:
         )
     if not re.search(r"\d", example.answer):
         raise UserError(
-            f"data: {where} has no number as its answer, which the task {task} wants, correct it or choose "
+            f"data: {where} has no number as its answer, which the task {task} wants; correct it or choose "
             "another task"
         )
 
@@ -148,7 +148,7 @@ def _right_option(example: Example, examples: Examples, position: int) -> int:
     if example.answer not in names:
         raise UserError(
             f"data: {row_name(position, examples.origin)} has the answer {example.answer!r}, "
-            f"which is none of {', '.join(names)}, correct it"
+            f"which is none of {', '.join(names)}; correct it"
         )
     return names.index(example.answer)
 

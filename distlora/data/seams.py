@@ -51,7 +51,7 @@ def tokens_of(section: TemplateSection, tokenizer, conventions: Conventions = NE
 def end_of_text(tokenizer) -> int:
     """The token that ends a text. Raises UserError if the tokenizer has none."""
     if tokenizer.eos_token_id is None:
-        raise UserError("model.path: the tokenizer has no token to end a response with, set its eos_token")
+        raise UserError("model.path: the tokenizer has no token to end a response with; set its eos_token")
     return tokenizer.eos_token_id
 
 
@@ -59,7 +59,7 @@ def require_chat_template(tokenizer) -> None:
     """Raises UserError if the tokenizer has no chat template."""
     if not getattr(tokenizer, "chat_template", None):
         raise UserError(
-            "data.template: the tokenizer has no chat template, write a template or leave data.template out"
+            "data.template: the tokenizer has no chat template; write a template or leave data.template out"
         )
 
 

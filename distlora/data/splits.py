@@ -46,14 +46,14 @@ def parse_split(expression: str) -> list[SplitPart]:
     """The parts of a split expression. Raises UserError if the text is none."""
     parts = []
     if expression.count("+") >= _MOST:
-        raise UserError(f"data: split {expression[:100]!r} joins more than {_MOST} splits, name fewer")
+        raise UserError(f"data: split {expression[:100]!r} joins more than {_MOST} splits; name fewer")
     for text in expression.split("+"):
         part = _PART.fullmatch(text.strip())
         has_slice = part is not None and part["slice"] is not None
         bounds = _SLICE.fullmatch(re.sub(r"[\s_]", "", part["slice"])) if has_slice else None
         if part is None or (has_slice and bounds is None):
             raise UserError(
-                f"data: split {expression[:100]!r} cannot be read, write it like train[:50000] or "
+                f"data: split {expression[:100]!r} cannot be read; write it like train[:50000] or "
                 "train[10%:20%]"
             )
         parts.append(SplitPart(part["name"], *(bounds.group("start", "stop") if bounds else ())))

@@ -48,9 +48,9 @@ def _judge(name: str) -> Judge:
 
 def _check_target(source: Path, target: Path) -> None:
     if os.path.realpath(target) == os.path.realpath(source):
-        raise UserError(f"{target} is the file with the predictions, name another one for the result")
+        raise UserError(f"{target} is the file with the predictions; name another one for the result")
     if target.exists() or target.is_symlink():
-        raise UserError(f"{target} exists already, name another file or remove it")
+        raise UserError(f"{target} exists already; name another file or remove it")
     if not target.parent.is_dir():
         raise UserError(f"{target} cannot be written: there is no folder {target.parent}")
 

@@ -35,6 +35,7 @@ _NO_TEXT = re.compile("[\0\ud800-\udfff]")
 
 #: By words of libyaml's or PyYAML's parser, what usually helps.
 _ADVICE = {
+    "expected <document start>": "give a YAML file",
     "expected alphabetic or numeric": "put a text that begins with * or & in quotes",
     "expected ':'": "write a colon and a space behind a key",
     "mapping values are not allowed": "put a text that holds a colon and a space in quotes, or indent keys "

@@ -208,7 +208,7 @@ def run_directories(path: Path) -> list[Path]:
     is none.
     """
     if not path.is_dir():
-        what = "it is a file" if path.is_file() else "there is no such directory"
+        what = "it is a file; name a run's directory" if path.is_file() else "there is no such directory"
         raise UserError(dangling_link(path) or f"{path} is no run directory: {what}")
     if (path / RECIPE).is_file():
         return [path]

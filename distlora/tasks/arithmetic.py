@@ -101,7 +101,7 @@ def rows(split: str, seed: int = 0) -> list[dict[str, str]]:
     split.
     """
     if split not in SIZES:
-        raise UserError(f"data: the arithmetic task has no split {split!r}, choose train or test")
+        raise UserError(f"data: the arithmetic task has no split {split!r}; choose train or test")
     problems = (problem(split, index, seed) for index in range(SIZES[split]))
     return [{"question": each.question, "answer": each.answer} for each in problems]
 

@@ -53,7 +53,7 @@ def scored_tasks(names: Sequence[str]) -> list[str]:
     found: dict[str, None] = {}
     for name in names:
         if name not in SUITES | TASKS:
-            hint = nearest(name, SUITES | TASKS) or f", choose from {', '.join(SUITES | TASKS)}"
+            hint = nearest(name, SUITES | TASKS) or f"; choose from {', '.join(SUITES | TASKS)}"
             raise UserError(f"unknown task {name!r}{hint}")
         found |= dict.fromkeys(SUITES.get(name, (name,)))
     return list(found)
@@ -62,7 +62,7 @@ def scored_tasks(names: Sequence[str]) -> list[str]:
 def get_task(name: str) -> Task:
     """The task with this name. Raises UserError, which names the nearest one, if there is none."""
     if name not in TASKS:
-        hint = nearest(name, TASKS) or f", choose one of {', '.join(TASKS)}"
+        hint = nearest(name, TASKS) or f"; choose one of {', '.join(TASKS)}"
         raise UserError(f"data.task: unknown task {name!r}{hint}")
     return TASKS[name]
 

@@ -101,7 +101,7 @@ WRONG = [
     ("piqa", {"sol1": None}, "row 1 of .* has no value in column 'sol1'"),
     ("siqa", {"label": "0"}, "row 1 of .* has the answer '0', which is none of 1, 2, 3"),
     ("hellaswag", {"label": "4"}, "row 1 of .* has the answer '4', which is none of 0, 1, 2, 3"),
-    ("hellaswag", {"endings": 7}, "row 1 of .* has options that are no list of texts: 7, correct it"),
+    ("hellaswag", {"endings": 7}, "row 1 of .* has options that are no list of texts: 7; correct it"),
     ("hellaswag", {"endings": "['a' 'b']"}, "row 1 of .* has options that are no list of texts: "),
     ("hellaswag", {"endings": ["a", None]}, "row 1 of .* has None as its option 2, which is no text"),
     ("piqa", {"sol2": ["a"]}, r"row 1 of .* has \['a'\] as its option 2, which is no text"),
@@ -142,7 +142,7 @@ def test_rows_without_an_answer_are_left_out_and_counted(tmp_path, tokenizer, ta
     assert (len(questions.items), questions.dropped) == (len(encoded.samples), encoded.dropped) == (1, 1)
     assert "no answer" in encoded.why_dropped
     for load in (load_questions, load_split):
-        with pytest.raises(UserError, match="no row of .* has an answer, choose another split"):
+        with pytest.raises(UserError, match="no row of .* has an answer; choose another split"):
             load(section(tmp_path, task, row | change), "test", tokenizer)
 
 

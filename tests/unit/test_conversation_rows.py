@@ -40,7 +40,7 @@ def tokenizer():
     ],
 )
 def test_tools_in_another_form_are_refused_in_one_sentence(tmp_path, tools, what):
-    with pytest.raises(UserError, match=f"^data: row 0 of .* has {what}.* column 'tools'.*, correct it$"):
+    with pytest.raises(UserError, match=f"^data: row 0 of .* has {what}.* column 'tools'.*; correct it$"):
         load(tmp_path, tokenizer_of(TOOLS), {"messages": messages_of(), "tools": tools})
 
 
@@ -56,7 +56,7 @@ def test_tools_in_another_form_are_refused_in_one_sentence(tmp_path, tools, what
     ],
 )  # fmt: skip
 def test_a_cell_that_holds_no_text_is_named(tmp_path, tokenizer, row, what):
-    with pytest.raises(UserError, match=f"^data: row 0 of .*, counted from 0, has {what}.*, correct it$"):
+    with pytest.raises(UserError, match=f"^data: row 0 of .*, counted from 0, has {what}.*; correct it$"):
         load(tmp_path, tokenizer, row)
 
 

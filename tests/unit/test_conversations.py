@@ -231,7 +231,7 @@ BAD = [
 @pytest.mark.parametrize("row, what", BAD)
 def test_a_row_that_is_no_conversation_is_named(tmp_path, tokenizer, row, what):
     good = {key: messages_of() for key in row if key != "tools"}
-    with pytest.raises(UserError, match=f"^data: row 1 of .* has {what}.*, correct it$"):
+    with pytest.raises(UserError, match=f"^data: row 1 of .* has {what}.*; correct it$"):
         load(tmp_path, tokenizer, good, row)
 
 

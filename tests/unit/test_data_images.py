@@ -287,7 +287,7 @@ MISTAKES = {
     ),
     "role": (
         lambda folder: write_npz(folder / "train.npz", 2), {"task": "cifar10", "fields": {"text": "image"}},
-        "unknown name 'text', choose from image, label",
+        "unknown name 'text'; choose from image, label",
     ),
     "nothing": (lambda folder: None, {"task": "cifar10"}, "no file for split 'train'"),
     "empty slice": (
@@ -310,7 +310,7 @@ def test_a_mistake_is_one_sentence_that_names_its_place(tmp_path, name):
     [
         ("train.bin", "is one of several files"),
         ("train-images-idx3-ubyte.gz", "is one of several files"),
-        ("cifar-10-binary.tar.gz", "is packed, unpack it"),
+        ("cifar-10-binary.tar.gz", "is packed; unpack it"),
     ],
 )
 def test_a_file_that_is_not_the_data_set_is_refused(tmp_path, name, expected):

@@ -110,7 +110,7 @@ def test_one_object_with_texts_is_one_row(tmp_path):
         ("a.csv", "q;a\n1;2\n", "only one column, called 'q;a'; commas divide the cells of a CSV file"),
         ("a.csv", "q\ta\n1\t2\n", "commas divide the cells of a CSV file"),
         ("a.tsv", "q,a\n1,2\n", "only one column, called 'q,a'; tabs divide the cells of a TSV file"),
-        ("a.jsonl", '{"a": 1,}\n', r"line 1 of .* is not valid JSON \(.*\), correct it"),
+        ("a.jsonl", '{"a": 1,}\n', r"line 1 of .* is not valid JSON \(.*\); correct it"),
         ("a.jsonl", '{"a": ' + "[" * 100_000, "line 1 of .* nested too deeply"),
         ("a.json", "[" * 100_000, "line 1: .*nested too deeply"),
         ("a.jsonl", '{"a": 1}\n{"a": ' + "1" * 5000 + "}\n", "line 2 of .*a number has too many digits"),

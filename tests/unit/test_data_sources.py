@@ -83,7 +83,7 @@ def test_slices_mean_what_they_mean_to_datasets(split, count):
     "split", ["", "train[", "train[5]", "train[a:b]", "train[:5%%]", "train[1.5%:]", "train[::2]"]
 )
 def test_unreadable_split_is_named(split):
-    with pytest.raises(UserError, match="cannot be read, write it like"):
+    with pytest.raises(UserError, match="cannot be read; write it like"):
         parse_split(split)
 
 
@@ -98,7 +98,7 @@ def error(path, split="train"):
 def test_missing_file_names_the_nearest(tmp_path):
     write(tmp_path / "train.jsonl")
     assert "does not exist, did you mean train.jsonl?" in error(tmp_path / "tain.jsonl")
-    assert "does not exist, check the path" in error(tmp_path / "no" / "such.json")
+    assert "does not exist; check the path" in error(tmp_path / "no" / "such.json")
     assert "does not exist" in error("nothing-here.jsonl"), "a known suffix is never looked up on the hub"
 
 

@@ -80,7 +80,7 @@ def test_the_real_files_are_read_to_the_last_row(split, count):
 def test_what_is_no_score_is_named(tmp_path, score, shown):
     good = {"sentence1": "a", "sentence2": "b", "label": 2.5}
     file = rows_file(tmp_path, good, good | {"label": score})
-    said = f"row 1 of .* has the score {shown}, which is no number from 0 to 5, correct it"
+    said = f"row 1 of .* has the score {shown}, which is no number from 0 to 5; correct it"
     with pytest.raises(UserError, match=said):
         list(LabelledRows(section(file), "train"))
 
@@ -241,7 +241,7 @@ def test_a_regression_is_checked_and_planned(recipe):
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("data.labels=[a, b]", "data.labels: the task stsb predicts a score, remove the labels"),
+        ("data.labels=[a, b]", "data.labels: the task stsb predicts a score; remove the labels"),
         ("data.template=chat", "data.template: the task stsb shows texts as they are"),
         ("data.think_step_by_step=true", "data.think_step_by_step: the task stsb asks nothing"),
         ("train.exact_match_samples=3", "train.exact_match_samples: the task stsb generates no answers"),

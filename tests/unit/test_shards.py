@@ -73,7 +73,7 @@ def test_shards_that_are_missing_or_double_are_named(tmp_path, names, told):
 def test_folder_below_with_the_files_of_the_split_is_named(tmp_path):
     folder_of(tmp_path / "data", "train-00000-of-00001.json", "test-00000-of-00001.json")
     folder_of(tmp_path / "docs", "other.json")
-    assert f"its files lie in {tmp_path / 'data'}, name that folder in data.path" in refused(tmp_path)
+    assert f"its files lie in {tmp_path / 'data'}; name that folder in data.path" in refused(tmp_path)
     assert refused(tmp_path, "dev").endswith("(it has no .jsonl, .json, .csv, .tsv, .parquet file)")
 
 
@@ -95,6 +95,6 @@ def test_folder_below_with_tables_of_images_is_named(tmp_path):
         max_length=9,
     )
     with pytest.raises(
-        UserError, match=r"data holds .*train-00000-of-00001.json, name that folder in data.p"
+        UserError, match=r"data holds .*train-00000-of-00001.json; name that folder in data.p"
     ):
         load_images(section, "train")

@@ -62,6 +62,12 @@ def test_another_file_of_a_run_is_named(text, said):
     assert f"x.yaml {said}" in refused(text)
 
 
+def test_a_directory_and_a_program_are_no_recipes(folder):
+    with pytest.raises(UserError, match="is a directory; give a recipe's file"):
+        load_recipe(folder)
+    assert refused('"""Trains."""\nimport torch\n').endswith("; give a YAML file")
+
+
 def test_a_recipe_is_no_sweep(folder):
     (folder / "x.yaml").write_text(RECIPE)
     with pytest.raises(UserError, match="x.yaml is a recipe and no sweep; give it to `distlora train`"):

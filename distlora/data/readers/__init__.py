@@ -66,11 +66,11 @@ def read_file(file: Path, header: Sequence[str] | None = None, key: str | None =
     """
     if not is_read(file):
         raise UserError(
-            f"data.path: {file} is none of {', '.join(FORMATS)}, unpack it or convert it to one of these"
+            f"data.path: {file} is none of {', '.join(FORMATS)}; unpack it or convert it to one of these"
         )
     reader = _READERS[_unpacked(file).suffix.lower()]
     more = {read_tsv: (header,), read_json: (key,)}.get(reader, ())
     try:
         return reader(file, *more)
     except MemoryError:
-        raise UserError(f"data.path: {file} needs more memory than there is, take a part of it") from None
+        raise UserError(f"data.path: {file} needs more memory than there is; take a part of it") from None

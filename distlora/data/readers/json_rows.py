@@ -62,7 +62,7 @@ def _row_of_line(line: str, number: int, file: Path, first: bool) -> Row:
         row = _DECODER.decode(line)
     except _REFUSED as error:
         is_begun = first and line.strip()[0] in "[{" and getattr(error, "pos", 0) >= len(line.rstrip())
-        advice = _SPREAD if is_begun else ", correct it"
+        advice = _SPREAD if is_begun else "; correct it"
         raise UserError(
             f"data.path: line {number} of {file} is not valid JSON ({_problem(error)}){advice}"
         ) from None
@@ -96,7 +96,7 @@ def read_json(file: Path, key: str | None = None) -> list[Row]:
         if not isinstance(row, dict):
             raise UserError(
                 f"data.path: entry {position} of {file}, counted from 0, is {kind_of(row)} and not an "
-                "object, write a list of objects"
+                "object; write a list of objects"
             )
     return rows
 
@@ -112,7 +112,7 @@ def _values(text: str, file: Path) -> list[Any]:
             known = isinstance(error, json.JSONDecodeError)
             where = f"line {line}" if known else f"in what begins on line {line}"
             raise UserError(
-                f"data.path: {file} is not valid JSON ({where}: {_problem(error)}), correct it"
+                f"data.path: {file} is not valid JSON ({where}: {_problem(error)}); correct it"
             ) from None
         values.append(value)
         place = _after_space(text, place)

@@ -27,10 +27,10 @@ def read_npz(file: Path, wanted: Collection[str]) -> dict[str, np.ndarray]:
     except UserError:
         raise
     except MemoryError:
-        raise UserError(f"data.path: {file} needs more memory than there is, take a part of it") from None
+        raise UserError(f"data.path: {file} needs more memory than there is; take a part of it") from None
     except Exception as error:  # damage shows in exceptions of zipfile, zlib, ast and NumPy
         raise UserError(
-            f"data.path: {file} cannot be read as a NumPy archive ({first_line(error)}), check the file"
+            f"data.path: {file} cannot be read as a NumPy archive ({first_line(error)}); check the file"
         ) from None
 
 

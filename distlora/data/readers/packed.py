@@ -51,7 +51,7 @@ def opened_bytes(file: Path) -> Iterator[BinaryIO]:
         raise UserError(f"data.path: {file} is damaged ({first_line(error)}), fetch it again") from None
     except OSError as error:
         raise UserError(
-            f"data.path: {file} cannot be read ({error.strerror or error}), check the file"
+            f"data.path: {file} cannot be read ({error.strerror or error}); check the file"
         ) from error
 
 

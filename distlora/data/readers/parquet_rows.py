@@ -23,7 +23,7 @@ def read_parquet(file: Path) -> Rows:
         raise
     except Exception as error:  # damage shows in any of pyarrow's exceptions, and in some of Python's
         if isinstance(error, OSError) and error.errno is not None:
-            raise UserError(f"data.path: {file} cannot be read ({error.strerror}), check the file") from error
+            raise UserError(f"data.path: {file} cannot be read ({error.strerror}); check the file") from error
         raise UserError(
             f"data.path: {file} is not a parquet file, or is damaged ({first_line(error)})"
         ) from None

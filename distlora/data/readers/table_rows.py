@@ -66,7 +66,7 @@ def _read(file: Path, header: Sequence[str] | None, layout: dict, name: str) -> 
             return _rows(table, file, header, name)
         except csv.Error as error:
             raise UserError(
-                f"data.path: {file} is not valid {name} (line {table.line_num}: {error}), correct it"
+                f"data.path: {file} is not valid {name} (line {table.line_num}: {error}); correct it"
             ) from None
 
 
@@ -92,7 +92,7 @@ def _refuse_other_marks(columns: Sequence[str], file: Path, name: str) -> None:
     if len(columns) == 1 and any(mark in columns[0] for mark in others):
         raise UserError(
             f"data.path: {file} has only one column, called {columns[0]!r}; {own} divide the cells of a "
-            f"{name} file, write it with these"
+            f"{name} file; write it with these"
         )
 
 
@@ -108,6 +108,6 @@ def _row(columns: Sequence[str], cells: list[str], position: int, line: int, fil
     if len(cells) != len(columns):
         raise UserError(
             f"data.path: row {position} of {file} has not as many cells as the header "
-            f"({counted(len(cells), 'cell')} and {counted(len(columns), 'column')}, line {line}), correct it"
+            f"({counted(len(cells), 'cell')} and {counted(len(columns), 'column')}, line {line}); correct it"
         )
     return dict(zip(columns, cells))

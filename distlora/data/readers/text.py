@@ -36,7 +36,7 @@ def opened_text(file: Path, newline: str | None = None) -> Iterator[TextIO]:
         with opened_bytes(file) as raw, io.TextIOWrapper(raw, encoding, newline=newline) as stream:
             yield stream
     except UnicodeError:
-        raise UserError(f"data.path: {file} is not UTF-8 text{_where(file)}, convert it to UTF-8") from None
+        raise UserError(f"data.path: {file} is not UTF-8 text{_where(file)}; convert it to UTF-8") from None
 
 
 def _where(file: Path) -> str:
