@@ -51,7 +51,8 @@ def summary_table(summary) -> str:
 def next_steps(summary) -> list[tuple[str, str]]:
     """What can be done with the run: a word for it, and the command with the run's own name."""
     run, merged = shlex.quote(str(summary.run_dir)), shlex.quote(f"{summary.run_dir}-merged")
-    score = [("score it on tasks", f"distlora eval {run} --tasks gsm8k")]
+    labels = summary.after.keys() & {"accuracy", "pearson"}  # of a classifier, which answers nothing
+    score = [] if labels else [("score it on tasks", f"distlora eval {run} --tasks gsm8k")]
     again = [("score it again", f"distlora eval {run}")] if summary.after else []
     return [
         *again,
