@@ -34,6 +34,7 @@ OTHER_LAYOUT = "tests/distributed/test_resume.py::test_at_another_layout_the_sam
 RECOMPOSE, AGES = "distlora/recompose/recomposer.py", "distlora/recompose/ages.py"
 #: What both engines share cannot differ between them: it is held by tests of its own.
 UNIT = "tests/unit/test_recompose.py"
+PACKING = "tests/unit/test_packing.py"
 USUAL = "tests/unit/test_usual_deepspeed_configs.py"
 SWAPS = "float32-method=srlora-target_rank=16-gamma=0_5-interval=2-clip=0_5"
 TRANSFORMED = "float32-method=lora_pro-alpha=2-clip=0_5-steps=4"
@@ -68,6 +69,28 @@ def parity(*keys: str) -> tuple[str, ...]:
 
 
 MUTATIONS = [
+    # ------------------------------------------------------------------ packed rows
+    Mutation(
+        "DeepSpeed counts micro-batches of packed rows",
+        ZERO,
+        "        if last is not None:  # else DeepSpeed counts\n",
+        "        if False:\n",
+        parity("packed_rows-world2-stage2-float32-micro_batch=1-clip=0_5"),
+    ),
+    Mutation(
+        "a class makes the masks of packed rows itself",
+        "distlora/models/losses.py",
+        '        inputs["attention_mask"] = packed_masks(model, batch)\n',
+        '        inputs["attention_mask"] = None\n',
+        (f"{PACKING}::test_packed_rows_have_the_loss_and_gradients_of_single_samples[gpt_oss-eager]",),
+    ),
+    Mutation(
+        "positions go on through a packed row",
+        "distlora/data/batches.py",
+        "        positions = [[place for size in row for place in range(size)] for row in sizes]\n",
+        "        positions = [list(range(sum(row))) for row in sizes]\n",
+        (f"{PACKING}::test_packed_rows_have_the_loss_and_gradients_of_single_samples[gpt2-sdpa]",),
+    ),
     # ------------------------------------------------------------------ writing: every copy
     Mutation(
         "low-precision copy not written",
