@@ -37,9 +37,9 @@ args = TrainingArguments(  # before the model: with deepspeed= every rank then l
     save_steps=50,
     use_cpu=not torch.cuda.is_available(),
 )
-tokenizer = AutoTokenizer.from_pretrained(options.model)
+tokenizer = AutoTokenizer.from_pretrained(options.model, trust_remote_code=False)
 tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
+model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32, trust_remote_code=False)
 adapted = distlora.attach(model, "lora_sb", rank=4, init={"eta": 0.01})
 
 

@@ -36,12 +36,12 @@ args = SFTConfig(  # before the model: with deepspeed= every rank then loads its
     use_cpu=not torch.cuda.is_available(),
     bf16=torch.cuda.is_available(),
 )
-model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
+model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32, trust_remote_code=False)
 adapted = distlora.attach(model, "srlora", rank=4, target_rank=8)
 trainer = AdapterSFTTrainer(
     args=args,
     train_dataset=load_dataset("json", data_files=options.rows, split="train"),
-    processing_class=AutoTokenizer.from_pretrained(options.model),
+    processing_class=AutoTokenizer.from_pretrained(options.model, trust_remote_code=False),
     adapted=adapted,
 )
 trainer.train()

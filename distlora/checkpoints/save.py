@@ -157,7 +157,7 @@ def _verified(directory: Path, digests: dict[str, str]) -> dict[str, dict]:
 def _gather_random_states(comm: Comm) -> dict[str, list[str]] | None:
     """On rank 0 the states of all ranks' global generators, which dropout draws from, in base64."""
     gathered = {
-        kind: comm.gather_to(state.to(comm.device), 0) for kind, state in random_states(comm.device).items()
+        kind: comm.all_gather(state.to(comm.device)) for kind, state in random_states(comm.device).items()
     }
     if not comm.is_main:
         return None

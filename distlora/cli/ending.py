@@ -4,9 +4,12 @@ import os
 import socket
 import sys
 import time
+import traceback
+from types import TracebackType
 
 from distlora.cluster.rendezvous import own_local_rank, own_rank
 from distlora.errors import Ending
+from distlora.files.confidential import hidden
 
 TRAINING_ERROR, USER_ERROR, INTERRUPTED = 1, 2, 130
 #: Of a program that SIGPIPE has ended, as a shell tells it.
@@ -24,7 +27,7 @@ def end(error: Ending, code: int, wait: bool = True) -> int:
     """
     rank, first_on_node = rank_and_first_on_node()
     if rank == 0:
-        print(f"distlora: {error}", file=sys.stderr, flush=True)
+        print(f"distlora: {hidden(str(error))}", file=sys.stderr, flush=True)
         if error.parting is not None:
             error.parting()
         return code
@@ -32,8 +35,14 @@ def end(error: Ending, code: int, wait: bool = True) -> int:
     if wait:
         time.sleep(PATIENCE)
     if not (said or error.agreed or (error.early and not first_on_node)):
-        print(f"distlora (rank {rank} on {socket.gethostname()}): {error}", file=sys.stderr, flush=True)
+        who = f"rank {rank} on {socket.gethostname()}"
+        print(f"distlora ({who}): {hidden(str(error))}", file=sys.stderr, flush=True)
     return code
+
+
+def show_crash(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Python's own last words of a program that breaks, without secrets. For `sys.excepthook`."""
+    print(hidden("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
 
 
 def rank_and_first_on_node() -> tuple[int, bool]:

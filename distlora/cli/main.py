@@ -2,9 +2,10 @@
 
 import argparse
 import errno
+import sys
 from collections.abc import Sequence
 
-from distlora.cli.ending import INTERRUPTED, TRAINING_ERROR, UNREAD, USER_ERROR, end
+from distlora.cli.ending import INTERRUPTED, TRAINING_ERROR, UNREAD, USER_ERROR, end, show_crash
 from distlora.cli.output import lasting_output
 from distlora.cli.parser import parse
 from distlora.cli.verbs import COMMANDS
@@ -12,7 +13,7 @@ from distlora.errors import TrainingError, UserError
 from distlora.files.problems import is_of_the_disk, sentence_on
 
 #: Verbs whose only work is what they print. The others are done when their work is, whoever reads of it.
-PRINTING = ("methods", "plan")
+PRINTING = ("methods", "plan", "recipes", "tasks")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -22,6 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     full or broken, told in one sentence. 75: the run was asked to stop, and the same command continues it.
     130: interrupted. 141: nobody reads what a verb prints whose only work that is.
     """
+    sys.excepthook = show_crash
     with lasting_output() as output:
         options = parse(arguments)
         code = _run(options)

@@ -1,5 +1,5 @@
 """Standard output and error that may be closed, full, a pipe which nobody reads any more, or in an encoding
-that lacks a character.
+that lacks a character. No secret is written there, whoever writes.
 
 None of these ends the program: a run that has cost days goes on without its terminal. Whether the output
 itself was the work is for the command line to judge, see `Output.error`.
@@ -12,19 +12,23 @@ import sys
 from collections.abc import Iterator
 from typing import Any, TextIO
 
+from distlora.files.confidential import hidden
+
 #: A pipe that nobody reads, a terminal that is gone. A full disk may have room again.
 _GONE = (errno.EPIPE, errno.EIO, errno.EBADF)
 
 
 class Output:
-    """A text stream on which writing never fails. error: the first that was passed over."""
+    """A text stream on which writing never fails, and that shows no secret. error: the first that was passed
+    over.
+    """
 
     def __init__(self, stream: TextIO):
         self._stream, self.error = stream, None
 
     def write(self, text: str) -> int:
         with self._kept():
-            self._stream.write(text)
+            self._stream.write(hidden(text))
         return len(text)
 
     def writelines(self, lines) -> None:

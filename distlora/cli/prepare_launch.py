@@ -13,6 +13,7 @@ from pathlib import Path
 
 from distlora.cluster.launching import prepare
 from distlora.errors import UserError
+from distlora.files.confidential import hidden, refuse_secrets
 
 #: What a run leaves in its directory first, see `distlora.training.run_directory`.
 _RECIPE = "recipe.yaml"
@@ -22,11 +23,12 @@ def main(words: Sequence[str]) -> int:
     options = _parse(words)
     try:
         folder, (verb, subject, *words) = Path(options.folder), options.arguments
+        refuse_secrets(words)
         options.file = os.path.join(subject, _RECIPE) if verb == "eval" else subject
         prepare(options, folder)
         (folder / "run").write_text("" if verb == "eval" else _run_directory(subject, words))
     except UserError as error:
-        sys.stderr.write(f"{options.script}: {error}\n")
+        sys.stderr.write(f"{options.script}: {hidden(str(error))}\n")
         return 2
     return 0
 

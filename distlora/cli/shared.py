@@ -32,12 +32,14 @@ def this_topology():
     return topology
 
 
-def log_to_terminal(shown: bool) -> None:
-    """Shows the log on the terminal: all of it if `shown` (rank 0), else only errors (the other ranks)."""
+def log_to_terminal(shown: bool, least: int = logging.INFO) -> None:
+    """Shows the log on the terminal: from the level `least` on if `shown` (rank 0), else only errors (the
+    other ranks).
+    """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
     # The level is the handler's, not the logger's, because every rank has a log file as well.
-    handler.setLevel(logging.INFO if shown else logging.ERROR)
+    handler.setLevel(least if shown else logging.ERROR)
     logger = logging.getLogger("distlora")
     logger.handlers[:] = [handler]
     logger.setLevel(logging.INFO)

@@ -17,7 +17,7 @@ import torch
 import distlora
 from distlora.engine.comm import Comm, Topology
 from distlora.files.atomic import write_text
-from distlora.files.confidential import is_secret_name, without_login
+from distlora.files.confidential import is_secret_name, redacted, shown_word
 from distlora.files.json_files import read_json
 from distlora.sentences import counted
 
@@ -38,7 +38,6 @@ RELEVANT = (
     *("LOCAL_SIZE", "LD_LIBRARY_PATH", "LD_PRELOAD", "VIRTUAL_ENV", "XDG_CACHE_HOME"),
 )  # fmt: skip
 _EXACTLY = ("CC", "CXX")
-HIDDEN = "***"
 #: The revision in a container whose build was not given one.
 _UNKNOWN = "unknown"
 
@@ -71,24 +70,6 @@ def relevant_variables(environment: Mapping[str, str]) -> dict[str, str]:
         name: value for name, value in environment.items() if name.startswith(RELEVANT) or name in _EXACTLY
     }
     return {name: value for name, value in sorted(chosen.items()) if not is_secret_name(name)}
-
-
-def redacted(value: Any) -> Any:
-    """A config without its secrets: texts under keys with a secret's name, and logins in addresses."""
-    if isinstance(value, Mapping):
-        return {
-            key: HIDDEN if is_secret_name(str(key)) and isinstance(item, str) else redacted(item)
-            for key, item in value.items()
-        }
-    if isinstance(value, (list, tuple)):
-        return [redacted(item) for item in value]
-    return without_login(value) if isinstance(value, str) else value
-
-
-def _redacted_word(word: str) -> str:
-    """A word of the command line without its secrets. In key=value a secret value is hidden."""
-    key, equals, _ = word.partition("=")
-    return f"{key}={HIDDEN}" if equals and is_secret_name(key.rpartition(".")[2]) else without_login(word)
 
 
 def git_revision(folder: Path) -> dict[str, Any] | None:
@@ -170,20 +151,31 @@ def record(
     """Adds this start to `environment.json`, a JSON list with one object for every start of the run.
 
     Called on rank 0 only. deepspeed: the resolved config. resumed_at: the step of the checkpoint from which
-    this start continues; None for a new run.
+    this start continues; None for a new run, and as long as nobody knows: see `note_resumed`.
     """
     path = run_dir / ENVIRONMENT
     write_text(path, json.dumps([*_earlier(path), report(topology, deepspeed, resumed_at)], indent=1) + "\n")
 
 
+def note_resumed(run_dir: Path, step: int) -> None:
+    """Writes to the entry of this start which checkpoint it has really gone on from: the newest may have been
+    refused. Called on rank 0 only."""
+    path = run_dir / ENVIRONMENT
+    *others, own = _earlier(path) or [{}]
+    if isinstance(own, dict):
+        write_text(path, json.dumps([*others, own | {"resumed_at": step}], indent=1) + "\n")
+
+
 def report(
     topology: Mapping[str, Any], deepspeed: Mapping[str, Any] | None, resumed_at: int | None
 ) -> dict[str, Any]:
-    """The object for one start: when, with which command, where, with which versions. JSON types only."""
-    return {
+    """The object for one start: when, with which command, where, with which versions. JSON types only, and no
+    secret.
+    """
+    about = {
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "resumed_at": resumed_at,
-        "command": [_redacted_word(word) for word in (sys.executable, *sys.argv)],
+        "command": [shown_word(word) for word in (sys.executable, *sys.argv)],
         "working_directory": os.getcwd(),
         "git": git_revision(Path.cwd()),
         "source": source_revision(),
@@ -191,9 +183,19 @@ def report(
         "platform": platform.platform(),
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "topology": dict(topology),
-        "deepspeed": redacted(deepspeed),
-        "variables": {name: without_login(value) for name, value in relevant_variables(os.environ).items()},
+        "deepspeed": deepspeed,
+        "variables": relevant_variables(os.environ),
     }
+    return redacted(about)
+
+
+def working_directory(run_dir: Path) -> Path:
+    """Where the newest start of a run was made, from which the relative paths of its recipe begin; the
+    current directory where that is not known.
+    """
+    starts = _earlier(run_dir / ENVIRONMENT)
+    found = starts[-1].get("working_directory") if starts and isinstance(starts[-1], dict) else None
+    return Path(found) if isinstance(found, str) and "\0" not in found else Path()
 
 
 def _earlier(path: Path) -> list[Any]:

@@ -247,16 +247,19 @@ class Heartbeat:
         reports = [entry and Report(**entry) for entry in told]
         # What is on the board is up to one interval old, and read once in an interval.
         halt = halted(reports, self._patience - 2 * self._interval, self._patience_of_phases)
-        return halt and Verdict(f"{sentence(halt, reports, self._hosts)}; {_REMEDY_OF_LINKS}", True)
+        if halt is None:
+            return None
+        limit = "DEEPSPEED_TIMEOUT, in minutes," if halt.after_patience else "train.hang_timeout"
+        told = f"{sentence(halt, reports, self._hosts)}; {_REMEDY_OF_LINKS}; {limit} sets the limit"
+        return Verdict(told, True)
 
     def _limit(self) -> float:
         hurry = self._broken or (self._patience < math.inf and self._hurried())
         return min(self._patience, BEATS_WHEN_BROKEN * self._interval) if hurry else self._patience
 
     def _silent(self, ranks: Sequence[int], seconds: float) -> Verdict:
-        return Verdict(
-            f"{ranks_on_hosts(ranks, self._hosts, ' and ')} went silent for {seconds:.0f} s; {_REMEDY}", True
-        )
+        who = ranks_on_hosts(ranks, self._hosts, " and ")
+        return Verdict(f"{who} went silent for {seconds:.0f} s; {_REMEDY_OF_SILENCE}", True)
 
 
 def heart_interval(hang_timeout: float | None) -> float:
@@ -266,4 +269,5 @@ def heart_interval(hang_timeout: float | None) -> float:
 
 _GOES_ON = "Started again, the run goes on from its newest checkpoint"
 _REMEDY = f"is its host down, its link cut, its process killed? {_GOES_ON}"
+_REMEDY_OF_SILENCE = f"{_REMEDY}; under a debugger, which stops a process, set train.hang_timeout=0"
 _REMEDY_OF_LINKS = f"is a link between two of their hosts cut, or does a file system not answer? {_GOES_ON}"

@@ -10,11 +10,19 @@ from pathlib import Path
 from types import TracebackType
 
 from distlora.errors import Ending
+from distlora.files.confidential import hidden
 from distlora.files.problems import WriteErrors
 
 LOGS = "logs"
 
 _FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+
+class _Formatter(logging.Formatter):
+    """Shows no secret, also not in tracebacks."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return hidden(super().format(record))
 
 
 class _File(logging.FileHandler):
@@ -79,7 +87,7 @@ class RankLog:
         folder = run_dir / LOGS
         folder.mkdir(parents=True, exist_ok=True)
         self._file = _File(folder / f"rank-{self._rank}.log", self._errors)
-        self._file.setFormatter(logging.Formatter(_FORMAT))
+        self._file.setFormatter(_Formatter(_FORMAT))
         self._memory.setTarget(self._file)
         self._memory.flush()
         self._logger.removeHandler(self._memory)

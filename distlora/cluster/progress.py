@@ -6,6 +6,9 @@ for how long it has stood still, and anything counts as a move: another place in
 collective that begins or ends, and, where it does not wait for others, the use of a processor, of files or of
 a child process. Only when nothing has moved on any rank, and one waits for others, has the run come to a
 halt; where none waits, only after that half an hour.
+
+That long is also given to a rank that waits for something outside of the run, during which the others wait
+for it: a file system that takes its time to flush a checkpoint, or a person at a debugger.
 """
 
 import contextlib
@@ -27,12 +30,19 @@ LEAST_PROCESSOR, LEAST_BYTES = 0.03, 2**18
 #: Where code lies in which a rank waits for others: anywhere, and in a pass.
 OF_COLLECTIVES = tuple(f"{os.sep}{place}{os.sep}" for place in ("torch/distributed", "deepspeed/comm"))
 OF_PASSES = (f"{os.sep}deepspeed/runtime{os.sep}",)
+#: What a rank may wait for outside of the run, and where code lies, anywhere in the stack, of one that does.
+DEBUGGER, FILES = "a debugger", "its file system"
+OUTSIDE = {
+    DEBUGGER: ("/pdb.py", "/bdb.py", "/pydevd", "/debugpy/", "/ipdb/"),
+    FILES: ("/distlora/files/", "/safetensors/", "/pathlib.py", "/shutil.py"),
+}
 
 
 @dataclass(frozen=True)
 class Report:
     """What one rank tells of itself. still: seconds since it moved. waits: whether it waits for others, as
-    far as can be told. The rest as in `Course`.
+    far as can be told. outside: what else it waits for, a key of OUTSIDE; "" for nothing. patient: also where
+    it does. The rest as in `Course`.
     """
 
     phase: str
@@ -43,16 +53,18 @@ class Report:
     waits: bool
     still: float
     patient: bool = False
+    outside: str = ""
 
 
 @dataclass(frozen=True)
 class Halt:
     """A run that gets nowhere. behind: the ranks that the others wait for; none where all wait at one place.
-    seconds: for which nothing has moved on any rank.
+    seconds: for which nothing has moved on any rank. after_patience: whether it was given the longer limit.
     """
 
     behind: list[int]
     seconds: float
+    after_patience: bool = False
 
 
 def halted(reports: Sequence[Report | None], limit: float, patience: float) -> Halt | None:
@@ -69,7 +81,7 @@ def halted(reports: Sequence[Report | None], limit: float, patience: float) -> H
     positions = [(report.met, report.begun, report.ended) for report in reports]
     alone = [rank for rank, report in enumerate(reports) if waited_for and not report.waits]
     last = [rank for rank, position in enumerate(positions) if position < max(positions)]
-    return Halt(alone or last, min(report.still for report in reports))
+    return Halt(alone or last, min(report.still for report in reports), max(limits) > limit)
 
 
 def sentence(halt: Halt, reports: Sequence[Report], hosts: Sequence[str]) -> str:
@@ -78,7 +90,9 @@ def sentence(halt: Halt, reports: Sequence[Report], hosts: Sequence[str]) -> str
     if halt.behind:
         phase, verb = reports[halt.behind[0]].phase, "is" if len(halt.behind) == 1 else "are"
         names = ranks_on_hosts(halt.behind, hosts, " and ")
-        who = f"{names} {verb} behind ({_passes(reports, halt.behind)}) and the others wait"
+        outside = sorted({reports[rank].outside for rank in halt.behind} - {""})
+        waits = f", waiting for {' and '.join(outside)}" if outside else ""
+        who = f"{names} {verb} behind ({_passes(reports, halt.behind)}){waits}, and the others wait"
     else:
         phase, everybody = reports[0].phase, list(range(len(reports)))
         who = f"all {len(reports)} ranks are at the same place ({_passes(reports, everybody)})"
@@ -111,6 +125,7 @@ class Movement:
         frames = _frames(self._main)
         waits = course.in_call > 0 or _is_in(OF_COLLECTIVES, frames)
         waits = waits or (course.in_pass > 0 and (self._spins or _is_in(OF_PASSES, frames)))
+        outside = _outside(frames, waits)
         position = course.begun, course.ended, course.met, course.step, course.phase
         place = hash((*map(_point, frames), *position))
         used, before = _use(), self._used
@@ -118,8 +133,8 @@ class Movement:
             self._since = now
         self._place, self._used, self._looked = place, used, now
         return Report(
-            course.phase, course.step, course.begun, course.ended, course.met, waits, now - self._since,
-            course.patient,
+            course.phase, course.step, course.begun, course.ended, course.met,
+            waits and not outside, now - self._since, course.patient or bool(outside), outside,
         )  # fmt: skip
 
 
@@ -151,6 +166,16 @@ def _point(frame: FrameType) -> tuple[int, int]:
 def _is_in(places: Sequence[str], frames: Sequence[FrameType]) -> bool:
     """Whether the innermost code lies at one of these places."""
     return bool(frames) and any(place in frames[0].f_code.co_filename for place in places)
+
+
+def _outside(frames: Sequence[FrameType], waits: bool) -> str:
+    """What the main thread waits for outside of the run, see OUTSIDE; "" for nothing. waits: for other ranks,
+    as writers of files do while they are brought tensors, and debuggers do not."""
+    for what, places in OUTSIDE.items():
+        found = any(place in frame.f_code.co_filename for frame in frames for place in places)
+        if found and not (waits and what == FILES):
+            return what
+    return ""
 
 
 # ---------------------------------------------------------------------- what the process uses

@@ -18,6 +18,7 @@ from pydantic import AfterValidator
 from distlora.cluster.lease import is_others
 from distlora.errors import UserError
 from distlora.files.atomic import write_text
+from distlora.files.confidential import hidden
 from distlora.files.json_files import checked, read_json
 from distlora.files.problems import FULL
 
@@ -146,7 +147,7 @@ class StatusFile:
         if state == "failed" and requeue and self._failed_here_before():
             requeue = False
             message += "; not again, because the start before failed too, and nothing has been saved since"
-        status = Status(state, self.step, self.steps, requeue, message, self._start, now, self.saved)
+        status = Status(state, self.step, self.steps, requeue, hidden(message), self._start, now, self.saved)
         try:
             self._replace(status)
         except OSError as error:

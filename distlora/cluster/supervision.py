@@ -31,6 +31,9 @@ START_TIMEOUT = 600.0
 #: Seconds that ranks other than 0 wait before they end. Launchers end all ranks as soon as one has ended, so
 #: the rank that speaks must come first.
 EXIT_DELAY = 1.0
+#: Seconds, for each minute that a collective waits, in which a rank may wait for something outside of the
+#: run: fewer, so that the run ends with a sentence and not with the error of a collective.
+PATIENCE = 54.0
 #: Seconds within which log and status must be written before a sudden end.
 EXIT_LIMIT = 15.0
 #: Exit code for a mistake of the user.
@@ -97,7 +100,7 @@ class Supervision:
         movement = Movement(self._comm.course, heart_interval(self._hang_timeout), spins, time.monotonic())
         return Heartbeat(
             roll.board(), self._topology.rank, self._hosts, self._hang_timeout, self._end,
-            hurried=asked_to_stop, look=movement.look, patience=60 * self._topology.patience,
+            hurried=asked_to_stop, look=movement.look, patience=PATIENCE * self._topology.patience,
         )  # fmt: skip
 
     def _meet(self, asked_to_stop: Callable[[], bool]) -> RollCall:

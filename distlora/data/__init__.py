@@ -7,11 +7,12 @@
             ├► labelled                             texts and labels
             └► images (image_files)                 images and labels
 
-`fingerprint` tells whether samples are those of before. Other folders use the names below. `distlora.tasks`
-says what is made of a row and how an answer is judged.
+`arrangement` says which samples of a step go together, `fingerprint` whether samples are those of before.
+Other folders use the names below. `distlora.tasks` says what is made of a row and how an answer is judged.
 """
 
-from distlora.data.batches import TrainOrder, collate, micro_batches, shard
+from distlora.data.arrangement import Arrangement, by_length, one_by_one, packed
+from distlora.data.batches import TrainOrder, collate, in_a_row, micro_batches, shard
 from distlora.data.chat import ends_of_turn
 from distlora.data.completion import CompletionRows, EncodedDocuments, load_completion
 from distlora.data.conventions import Conventions
@@ -31,6 +32,7 @@ from distlora.data.labelled import LabelledRows, LabelledSample, collate_labelle
 from distlora.data.questions import Question, Questions, load_questions
 
 __all__ = [
+    "Arrangement",
     "ChatExamples",
     "CompletionRows",
     "Conventions",
@@ -47,6 +49,7 @@ __all__ = [
     "Sample",
     "TrainOrder",
     "blank_images",
+    "by_length",
     "collate",
     "collate_images",
     "collate_labelled",
@@ -55,6 +58,7 @@ __all__ = [
     "examples_of",
     "fingerprint_of",
     "image_labels",
+    "in_a_row",
     "is_at_hand",
     "label_names",
     "load_completion",
@@ -63,5 +67,7 @@ __all__ = [
     "load_questions",
     "load_split",
     "micro_batches",
+    "one_by_one",
+    "packed",
     "shard",
 ]

@@ -6,6 +6,7 @@ same number of passes: under ZeRO-3 each of them is a collective.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,6 +14,21 @@ from torch import Tensor
 
 from distlora.data.encode import Sample
 from distlora.models.targets import IGNORE
+
+
+@dataclass(frozen=True)
+class PackedRow(Sample):
+    """Several samples one after the other, none of which is to see another. sizes: their numbers of
+    tokens."""
+
+    sizes: tuple[int, ...] = ()
+
+
+def in_a_row(samples: Sequence[Sample]) -> PackedRow:
+    """The first token of each sample has no loss already, so that none is learned from the sample before."""
+    ids = [token for sample in samples for token in sample.input_ids]
+    labels = [label for sample in samples for label in sample.labels]
+    return PackedRow(ids, labels, [], sizes=tuple(len(sample.input_ids) for sample in samples))
 
 
 class TrainOrder:
@@ -68,7 +84,8 @@ def shard(n: int, rank: int, world_size: int, batch_size: int = 1) -> list[list[
 
 def collate(samples: Sequence[Sample], pad_id: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
     """Right-padded `input_ids`, `attention_mask` and `labels`, int64 (batch, longest), for training and
-    evaluation.
+    evaluation. Of packed rows also `position_ids`, which begin anew with every sample, and with the padding
+    behind the last one: that is how a model is told where samples end.
 
     No samples give a 1 × 2 batch of padding without a loss, for a pass of weight zero. Its attention mask is
     1: a row that may attend to nothing has a softmax over nothing, which is NaN in some kernels.
@@ -81,11 +98,17 @@ def collate(samples: Sequence[Sample], pad_id: int, device: torch.device | str =
             "labels": torch.full_like(ids, IGNORE),
         }
     ids = [sample.input_ids for sample in samples]
-    return {
+    batch = {
         "input_ids": pad_rows(ids, pad_id, device),
         "attention_mask": pad_rows([[1] * len(row) for row in ids], 0, device),
         "labels": pad_rows([sample.labels for sample in samples], IGNORE, device),
     }
+    if isinstance(samples[0], PackedRow):
+        longest = max(map(len, ids))
+        sizes = [(*row.sizes, longest - len(row.input_ids)) for row in samples]
+        positions = [[place for size in row for place in range(size)] for row in sizes]
+        batch["position_ids"] = pad_rows(positions, 0, device)
+    return batch
 
 
 def pad_rows(rows: list[list[int]], value: int, device: torch.device | str) -> Tensor:

@@ -1,5 +1,6 @@
 """The ways to answer questions: what one rank does with one batch, and what the answers are worth."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -37,7 +38,8 @@ class Way(ABC):
 
     @abstractmethod
     def record(self, index: int, said: Any) -> Record:
-        """The prediction for a question, judged; JSON. said: of `answer`."""
+        """The prediction for a question, judged; JSON. said: of `answer`. Its "output" is None where the
+        model has computed numbers that are not finite."""
 
     @abstractmethod
     def scores(self, records: Sequence[Record]) -> dict[str, float]:
@@ -58,7 +60,7 @@ class Generation(Way):
     def length(self, question: Question) -> int:
         return len(question.prompt_ids) + self._limit
 
-    def answer(self, indices: Sequence[int], agree: Agree | None) -> list[list[int]]:
+    def answer(self, indices: Sequence[int], agree: Agree | None) -> list[list[int] | None]:
         """The tokens of each answer."""
         pad = self.tokenizer.pad_token_id
         prompts = [self.questions.items[index].prompt_ids or [pad] for index in indices]
@@ -69,7 +71,9 @@ class Generation(Way):
         text = self.tokenizer.decode(tokens[-self._tail :])
         return any(stop in text for stop in self.questions.stops)
 
-    def record(self, index: int, said: list[int]) -> Record:
+    def record(self, index: int, said: list[int] | None) -> Record:
+        if said is None:
+            return {"index": index, "output": None}
         text = self.tokenizer.decode(said, skip_special_tokens=True)
         for stop in self.questions.stops:
             text = text.partition(stop)[0]
@@ -107,6 +111,8 @@ class Likelihood(Way):
         return [[next(found) for _ in question.options] for question in questions]
 
     def record(self, index: int, said: list[float]) -> Record:
+        if not all(map(math.isfinite, said)):
+            return {"index": index, "output": None}
         question = self.questions.items[index]
         means = [total / max(len(option), 1) for total, option in zip(said, question.options)]
         chosen, by_token = said.index(max(said)), means.index(max(means))

@@ -1,7 +1,7 @@
 """Scores on held-out samples: of answers, and of a classifier's labels."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 
 from distlora.data import Questions, shard
 from distlora.engine.protocol import Engine
+from distlora.errors import TrainingError
 from distlora.evaluation.answering import Generation, Record, Way
 from distlora.evaluation.folding import folded
 from distlora.evaluation.spreading import batch_limit, rounds
@@ -50,15 +51,35 @@ def answer_questions(
     """Answers the questions of these numbers, in batches of at most `batch_size` rows. Collective.
 
     take: is given the records of all ranks after each round; on every rank. agree: of `ready_to_answer`.
-    Raises Preempted between two rounds.
+    Raises Preempted between two rounds; TrainingError where the model computes numbers that are not finite.
     """
     comm, items = way.engine.comm, way.questions.items
     lengths = {index: way.length(items[index]) for index in todo}
     for shares in rounds(lengths, comm.world_size, batch_limit(comm, way.engine.module, batch_size)):
         indices = shares[comm.rank]
         records = _judged(way, indices, way.answer(indices, agree))
-        take([record for own in comm.gather(records) for record in own])
+        found = [record for own in comm.gather(records) for record in own]
+        _check_finite(way, found)
+        take(found)
         comm.sum_or_stop()
+
+
+def _check_finite(way: Way, records: Sequence[Record]) -> None:
+    """Raises TrainingError, on all ranks alike, where a question has no output."""
+    for record in records:
+        if record["output"] is None:
+            prompt = way.questions.items[record["index"]].prompt
+            raise TrainingError(
+                f"the logits for question {record['index'] + 1} of {way.task} ({prompt[:60]!r}) are infinite "
+                "or not a number, so that nothing can be chosen by them"
+            )
+
+
+def check_scores(scores: Mapping[str, float], model: str, data: str) -> None:
+    """Raises TrainingError for a score that is infinite or not a number. model, data: for the sentence."""
+    for name, value in scores.items():
+        if not math.isfinite(value):
+            raise TrainingError(f"{model}: the {name} on {data} is {value:g}, which is no score")
 
 
 def _judged(way: Way, indices: Sequence[int], answers: Sequence[Any]) -> list[Record]:

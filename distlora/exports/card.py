@@ -13,6 +13,7 @@ import yaml
 
 from distlora.exports.vllm import rank_for_vllm
 from distlora.files.atomic import write_text
+from distlora.files.confidential import hidden
 
 if TYPE_CHECKING:  # late elsewhere: it brings the hub's library to users of `distlora.api`
     from distlora.models.base_names import BaseName
@@ -57,18 +58,20 @@ def write_card(draft: Path, base: "BaseName", about: About, form: Form) -> None:
     """Writes the card into the directory of an export."""
     head = yaml.safe_dump(_metadata(base, about, form), sort_keys=False, allow_unicode=True)
     parts = [f"---\n{head}---\n", _title(base, about, form), *_sections(base, about, form)]
-    write_text(draft / CARD, "\n".join(parts))
+    write_text(draft / CARD, hidden("\n".join(parts)))
 
 
-def shown_data(path: str | None) -> tuple[str, str | None]:
-    """How a card calls a data set, and its name on the hub, if it is one there. path: as in `data.path`."""
+def shown_data(path: str | None, is_local: bool) -> tuple[str, str | None]:
+    """How a card calls a data set, and its name on the hub, if it is one there. path: as in `data.path`.
+    is_local: whether it means files of the machine that it was read on.
+    """
     if path is None:
         return "the task's own data set", None
     if "://" in path:  # an address may hold a password
         parts = urlsplit(path)
         return f"{PurePosixPath(parts.path).name or 'a file'} of {parts.hostname}", None
     name, _, configuration = path.partition(":")
-    if path.startswith((".", "/", "~")) or path.count("/") > 1 or Path(path).exists() or Path(name).exists():
+    if is_local:
         return f"{PurePosixPath(name).name} (local)", None
     return f"{name} ({configuration})" if configuration else name, name
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from distlora.engine.host_memory import free_host_memory
 from distlora.errors import UserError
 from distlora.exports.merged import Merged
+from distlora.exports.placing import Placing
 from distlora.exports.sources import Source
 from distlora.files.tensors import TensorFiles
 from distlora.maths.linalg import with_row_norms
@@ -29,21 +30,16 @@ def check_merged(draft: Path, merged: Merged, pad_token_id: int | None = None) -
 
     None, with a line in the log, where it cannot be told: the model does not fit into this machine's memory,
     is of a class of the user's, or takes other inputs, or this process trains under ZeRO-3. Raises UserError
-    where the difference is beyond rounding, or the merged model cannot be loaded.
+    where the difference is beyond rounding, where the run's logits are not finite, and where the merged model
+    cannot be loaded.
     """
-    from distlora.models.reload import can_reload, logits_of, reloaded
+    from distlora.models.reload import logits_of, reloaded
 
-    source = merged.source
-    if not can_reload(source.model["class"]):
-        return _left_out("that needs a class of transformers and no ZeRO-3 in this process")
-    dtype = _dtype_that_fits(draft, merged)
-    if dtype is None:
-        return _left_out("this machine has too little memory")
-    log.info("comparing the merged model with the run: two models are loaded, one after the other")
-    try:
-        inputs, expected = _logits_of_run(merged, dtype, pad_token_id)
-    except Exception as error:  # whatever a class may want of its inputs
-        return _left_out(f"{source.model['class']} takes other inputs ({first_line(error)})")
+    source, dtype = merged.source, _dtype_to_load(draft, merged)
+    found = dtype and _logits_or_none(merged, dtype, pad_token_id)
+    if found is None:
+        return None
+    inputs, expected = found
     again = "; with --no-check it is written all the same, or export with --format peft"
     try:
         model, missing = reloaded(draft, source.model["class"], dtype)
@@ -62,8 +58,49 @@ def check_merged(draft: Path, merged: Merged, pad_token_id: int | None = None) -
     return difference
 
 
+def check_finite(base: Path, source: Source, pad_token_id: int | None = None) -> None:
+    """Raises UserError where the logits of the pretrained model in `base` with the updates are not finite. A
+    line in the log where that cannot be told: see `check_merged`."""
+    try:
+        merged = Merged(base, source, Placing(base, source), None)
+    except (UserError, OSError) as error:
+        return _left_out(first_line(error))
+    dtype = _dtype_to_load(base, merged)
+    if dtype is not None:
+        _logits_or_none(merged, dtype, pad_token_id)
+
+
+def _dtype_to_load(directory: Path, merged: Merged) -> torch.dtype | None:
+    """That in which the models are loaded; None, with a line in the log, where they cannot be. directory: of
+    weights that have to fit beside the pretrained ones."""
+    from distlora.models.reload import can_reload
+
+    if not can_reload(merged.source.model["class"]):
+        return _left_out("that needs a class of transformers and no ZeRO-3 in this process")
+    dtype = _dtype_that_fits(directory, merged)
+    return _left_out("this machine has too little memory") if dtype is None else dtype
+
+
+def _logits_or_none(
+    merged: Merged, dtype: torch.dtype, pad_token_id: int | None
+) -> tuple[dict[str, Tensor], Tensor] | None:
+    """See `_logits_of_run`; None, with a line in the log, for a model that takes other inputs."""
+    from distlora.models.reload import NotFinite
+
+    log.info("computing the logits of the run's weights for one batch: the pretrained model is loaded")
+    try:
+        return _logits_of_run(merged, dtype, pad_token_id)
+    except NotFinite:
+        raise UserError(
+            f"the weights after step {merged.source.step} give logits that are infinite or not a number, so "
+            "nothing is exported; name another checkpoint by --step, or give --no-check"
+        ) from None
+    except Exception as error:  # whatever a class may want of its inputs
+        return _left_out(f"{merged.source.model['class']} takes other inputs ({first_line(error)})")
+
+
 def _left_out(why: str) -> None:
-    log.info("the merged model was not compared with the run: %s", why)
+    log.info("what the run's weights compute was not checked: %s", why)
 
 
 def _dtype_that_fits(draft: Path, merged: Merged) -> torch.dtype | None:

@@ -27,18 +27,26 @@ def sees_later_tokens(model: PreTrainedModel) -> Tensor:
     states, _, _ = hidden_states(model, batch, rows.to(ids.device), columns.to(ids.device))
     one, other = states.float().chunk(2)
     differences = (one - other).norm(dim=-1) / one.norm(dim=-1)
-    return differences.max() > (HALF_ROUNDING if states.dtype.itemsize < 4 else ROUNDING)
+    return differences.max() > rounding_of(states)
+
+
+def rounding_of(states: Tensor) -> float:
+    """By how much equal states may differ, relative to their norm."""
+    return HALF_ROUNDING if states.dtype.itemsize < 4 else ROUNDING
 
 
 def _two_texts(model: PreTrainedModel) -> Tensor:
-    """(2, TOKENS) int64, of ordinary tokens. They are from all over the vocabulary: those that it holds in
-    reserve lie together, and are alike.
-    """
-    vocabulary = model.config.get_text_config(decoder=True).vocab_size
-    special, step = special_tokens(model.config), vocabulary // (TOKENS + 2)
-    *before, one, other = (
-        next(token for token in range(start, vocabulary) if token not in special)
-        for start in range(step, vocabulary, step)[: TOKENS + 1]
-    )
+    """(2, TOKENS) int64."""
+    *before, one, other = ordinary_tokens(model, TOKENS + 1)
     device = model.get_input_embeddings().weight.device
     return torch.tensor([[*before, one], [*before, other]], device=device)
+
+
+def ordinary_tokens(model: PreTrainedModel, count: int) -> list[int]:
+    """Tokens from all over the vocabulary: those that it holds in reserve lie together, and are alike."""
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    special, step = special_tokens(model.config), vocabulary // (count + 1)
+    return [
+        next(token for token in range(start, vocabulary) if token not in special)
+        for start in range(step, vocabulary, step)[:count]
+    ]

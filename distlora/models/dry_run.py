@@ -80,13 +80,18 @@ def _with_parts(config: PreTrainedConfig) -> Iterator[tuple[str, object]]:
             yield key, value
 
 
+def class_and_config(model: PreTrainedModel) -> tuple[type, str]:
+    """What decides how a model without weights behaves, as a key."""
+    return type(model), model.config.to_json_string(use_diff=False)
+
+
 def asked_once(question: Callable[[PreTrainedModel], Answer]) -> Callable[[PreTrainedModel], Answer]:
     """The same question, whose answer follows from a model's class and config, and is kept for equal ones."""
     answers: dict[tuple[type, str], Answer] = {}
 
     @wraps(question)
     def ask(model: PreTrainedModel) -> Answer:
-        key = (type(model), model.config.to_json_string(use_diff=False))
+        key = class_and_config(model)
         if key not in answers:
             answers[key] = question(model)
         return answers[key]

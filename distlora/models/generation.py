@@ -4,7 +4,6 @@ import inspect
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 #: Under which names models take what they keep of the tokens so far: keys and values, or a state.
@@ -33,8 +32,9 @@ def generate(
     pad_id: int,
     stopped: Callable[[list[int]], bool] | None = None,
     agree: Agree | None = None,
-) -> list[list[int]]:
-    """Greedy answers: one list of token ids for each prompt, without the end token.
+) -> list[list[int] | None]:
+    """Greedy answers: one list of token ids for each prompt, without the end token; None where the largest
+    logit of one of its tokens is infinite or not a number.
 
     prompts: token ids; none of them is empty. ends: the tokens that end an answer. stopped: whether the
     tokens of an answer so far hold a text that ends it; they are kept. agree: given where every token takes a
@@ -68,6 +68,7 @@ class _Greedy:
         self.model, self.pad_id, self.ends = model, pad_id, ends
         self.limit, self.stopped = max_new_tokens, stopped or (lambda tokens: False)
         self.answers: list[list[int]] = [[] for _ in prompts]
+        self.failed = set[int]()
         self.device = model.get_input_embeddings().weight.device
         self.takes = set(inspect.signature(model.forward).parameters)
         self.cache_name = cache_name(model)
@@ -98,18 +99,18 @@ class _Greedy:
         self.padded = any(padding)
         self.cache = DynamicCache(config=self.model.config)
 
-    def run(self, agree: Agree | None) -> list[list[int]]:
+    def run(self, agree: Agree | None) -> list[list[int] | None]:
         while True:
             goes_on = bool(self.rows)
             if not (goes_on if agree is None else agree(goes_on)):
-                return self.answers
+                return [None if row in self.failed else answer for row, answer in enumerate(self.answers)]
             if goes_on:
                 self._advance(self._next_tokens())
             else:  # the other ranks need this one's part of the weights
                 self.model(input_ids=torch.full((1, 1), self.pad_id, device=self.device), use_cache=False)
 
-    def _next_tokens(self) -> Tensor:
-        """(rows,) int64."""
+    def _next_tokens(self) -> list[int | None]:
+        """One for each row; None where its logits are no numbers to choose by."""
         inputs = {"attention_mask": self.mask, "position_ids": self.positions, "logits_to_keep": 1}
         inputs["output_router_logits"] = False  # whose loss wants a mask of the new tokens alone
         taken = {name: value for name, value in inputs.items() if name in self.takes}
@@ -120,13 +121,18 @@ class _Greedy:
             if self.cache_name == "cache_params" and self.tokens.shape[1] < self.mask.shape[1]:
                 del taken["attention_mask"]  # a state has no padding
             outputs = self.model(input_ids=self.tokens, use_cache=True, **taken)
-        return outputs.logits[:, -1].argmax(-1)
+        logits = outputs.logits[:, -1]
+        tokens = logits.argmax(-1, keepdim=True)  # for which NaN is the largest number
+        usable = logits.gather(-1, tokens).isfinite()
+        return [
+            token if is_usable else None for (token,), (is_usable,) in zip(tokens.tolist(), usable.tolist())
+        ]
 
-    def _advance(self, following: Tensor) -> None:
+    def _advance(self, following: list[int | None]) -> None:
         left = [
             place
-            for place, (row, token) in enumerate(zip(self.rows, following.tolist()))
-            if self._continues(self.answers[row], token)
+            for place, (row, token) in enumerate(zip(self.rows, following))
+            if self._continues(row, token)
         ]
         if len(left) < len(self.rows):
             self.rows = [self.rows[place] for place in left]
@@ -134,20 +140,23 @@ class _Greedy:
                 self._begin()
                 return
             kept = torch.tensor(left, device=self.device)
-            following, self.mask, self.positions = following[kept], self.mask[kept], self.positions[kept]
-            self.tokens = self.tokens[kept]
+            self.mask, self.positions, self.tokens = self.mask[kept], self.positions[kept], self.tokens[kept]
             self.cache.reorder_cache(kept)  # which all kinds of caches can
+        tokens = torch.tensor([[following[place]] for place in left], device=self.device)
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.rows), 1)], 1)
         if self.cache_name is None:
-            self.tokens = torch.cat([self.tokens, following[:, None]], 1)
+            self.tokens = torch.cat([self.tokens, tokens], 1)
             self.positions = torch.cat([self.positions, self.positions[:, -1:] + 1], 1)
         else:
-            self.tokens, self.positions = following[:, None], self.positions[:, -1:] + 1
+            self.tokens, self.positions = tokens, self.positions[:, -1:] + 1
 
-    def _continues(self, answer: list[int], token: int) -> bool:
+    def _continues(self, row: int, token: int | None) -> bool:
         """Notes a row's new token, and says whether there will be more."""
-        if token in self.ends:
+        if token is None:
+            self.failed.add(row)
+        if token is None or token in self.ends:
             return False
+        answer = self.answers[row]
         answer.append(token)
         return len(answer) < self.limit and not self.stopped(answer)
 

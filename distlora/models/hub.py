@@ -4,6 +4,7 @@ The path is a directory, the name of a repository on the Hugging Face hub, or th
 """
 
 import importlib.util
+import logging
 import urllib.error
 import urllib.request
 from collections.abc import Callable
@@ -21,7 +22,10 @@ from huggingface_hub.errors import (
 from distlora.errors import UserError
 from distlora.files.problems import dangling_link, why_unreadable
 from distlora.files.user_paths import user_path
+from distlora.models.known_shapes import known_shapes
 from distlora.sentences import first_line
+
+log = logging.getLogger(__name__)
 
 #: Patterns of the files that hold a vocabulary and are neither JSON nor text: SentencePiece's under all its
 #: names (spm.model, spiece.model, sentencepiece.bpe.model, tokenizer.model.v3, source.spm), tiktoken's, and
@@ -30,6 +34,9 @@ VOCABULARY_FILES = ("*.model", "*.model.v*", "*.spm", "*.tiktoken", "*.bpe", "bp
 
 #: The files that a run reads. Repositories also hold the weights in other formats, each of them as large.
 WANTED_FILES = ["*.json", "*.jinja", "*.txt", *VOCABULARY_FILES, "model*.safetensors"]
+
+#: Those of them that are small: all but the weights.
+WITHOUT_WEIGHTS = tuple(name for name in WANTED_FILES if not name.endswith(".safetensors"))
 
 #: Those that say what the shapes of a model and of its inputs are.
 SHAPE_FILES = ("config.json", "preprocessor_config.json")
@@ -62,13 +69,14 @@ def resolve_path(path: str, progress: Callable[[str], None] | None = None) -> Pa
     if (directory / "config.json").is_file():
         return _readable(path, directory)
     if directory.is_dir():
-        raise UserError(
-            f"model.path={path}: the directory has no config.json; give that of a transformers model"
-        )
+        raise UserError(f"model.path={path}: {_no_model(directory)}")
     if directory.exists():
         raise UserError(f"model.path={path} is a file; give the directory of a transformers model")
+    if "://" in path:
+        name = "/".join(path.split("/")[3:5]) or "OWNER/NAME"
+        raise UserError(f"model.path={path} is an address; give the name of the repository, {name}")
     if path.startswith((".", "/", "~")) or path.count("/") > 1:
-        raise UserError(f"model.path={path}: there is no such directory")
+        raise UserError(f"model.path={path}: there is no such directory; check the path")
     return _readable(path, _download(path))
 
 
@@ -84,9 +92,27 @@ def _readable(path: str, directory: Path) -> Path:
 
 def without_weights(path: str) -> str:
     """A `model.path` to read a model's shapes from. Of a repository on the hub, only the configs are fetched:
-    the model's, and for images that of what is made of them.
+    the model's, and for images that of what is made of them. Where they cannot be had, those of a well-known
+    model come with distlora.
     """
-    return str(_download(path, SHAPE_FILES)) if on_the_hub(path) else path
+    return str(_shapes(path)) if on_the_hub(path) else path
+
+
+@lru_cache
+def _shapes(repository: str) -> Path:
+    try:
+        return _download(repository, SHAPE_FILES)
+    except UserError as error:
+        known = known_shapes(repository)
+        if known is None:
+            raise
+        log.warning("%s; its sizes are taken from a config that comes with distlora", error)
+        return known
+
+
+def with_tokenizer(path: str) -> str:
+    """A `model.path` to read all from but the weights: of a repository on the hub, the rest is fetched."""
+    return str(_download(path, WITHOUT_WEIGHTS)) if on_the_hub(path) else path
 
 
 def may_download(path: str) -> bool:
@@ -101,6 +127,20 @@ def on_the_hub(path: str) -> bool:
     """Whether a `model.path` means a repository on the hub, and not something on this machine."""
     looks_local = path.startswith(("pypi:", ".", "/", "~")) or path.count("/") > 1
     return not (looks_local or user_path(path, "model.path").exists())
+
+
+def _no_model(directory: Path) -> str:
+    """What a directory without a config.json is, and what to give in its place."""
+    if (directory / "adapter_config.json").is_file():
+        return (
+            "it holds an adapter and no model; give the adapter's base model, and the adapter in method.from "
+            "to start from it"
+        )
+    if (directory / "recipe.yaml").is_file() or (directory / "manifest.json").is_file():
+        return "it is of a run, and no model; `distlora export RUN --format merged --out DIR` makes one"
+    if any(directory.glob("*.gguf")):
+        return "GGUF files are not read; give the directory of the original transformers model"
+    return "the directory has no config.json; give that of a transformers model"
 
 
 def _from_package(path: str, progress: Callable[[str], None] | None) -> Path:

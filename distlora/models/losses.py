@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from distlora.models.cross_entropy import cross_entropy, label_cross_entropy
 from distlora.models.dry_run import text_inputs
 from distlora.models.output import output_of
+from distlora.models.packing import in_one_row, is_packed, packed_masks, wants_one_row
 from distlora.models.router_loss import router_loss, with_router_loss
 from distlora.models.targets import IGNORE, Batch
 
@@ -23,7 +24,7 @@ def response_loss(
     batch: `input_ids`, `attention_mask` and `labels`, int64 (batch, length). Position t predicts the label at
     t + 1; where that is IGNORE, there is no loss. weights: (batch,), a factor for each row's loss; the count
     ignores it. smoothing: see `cross_entropy`. In training, without weights, the loss of a router is added:
-    see `with_router_loss`.
+    see `with_router_loss`. A packed batch has `position_ids` as well: see `distlora.models.packing`.
 
     Returns a float32 scalar and an int. The scalar is connected to every layer even if no token has a loss:
     the gradients are zero then.
@@ -66,7 +67,11 @@ class _Passed:
 
 
 def _pass(model: PreTrainedModel, batch: Batch, rows: Tensor, columns: Tensor) -> _Passed:
+    if is_packed(batch) and wants_one_row(model):
+        batch, rows, columns = in_one_row(batch, rows, columns)
     inputs, output = text_inputs(model, batch), output_of(model)
+    if is_packed(batch):
+        inputs["attention_mask"] = packed_masks(model, batch)
     if output is None:
         outputs = model(**inputs, use_cache=False)
         states, head, softcap = outputs.logits[rows, columns], nn.Identity(), None

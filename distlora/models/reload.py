@@ -16,6 +16,11 @@ from distlora.errors import UserError
 from distlora.models.foreign import explained, quiet
 from distlora.models.stored_names import config_of_class, transformers_class
 
+
+class NotFinite(UserError):
+    """A model's logits are infinite or not a number."""
+
+
 #: Tokens of the two rows of a batch; the shorter one is padded.
 _LENGTHS = (8, 5)
 
@@ -61,14 +66,14 @@ def fixed_inputs(model: PreTrainedModel, pad_token_id: int | None = None) -> dic
 
 @torch.no_grad()
 def logits_of(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
-    """The model's logits, float32, without those of padding. Raises UserError where they are not finite."""
+    """The model's logits, float32, without those of padding. Raises NotFinite where they are not finite."""
     with explained(str(model.config.name_or_path)):
         logits = model(**inputs).logits.float()
     mask = inputs.get("attention_mask")
     if mask is not None and logits.ndim == 3 and logits.shape[:2] == mask.shape:
         logits = logits[mask.bool()]
     if not logits.isfinite().all():
-        raise UserError(f"{model.config.name_or_path}: the logits are not finite")
+        raise NotFinite(f"{model.config.name_or_path}: the logits are infinite or not a number")
     return logits
 
 

@@ -27,15 +27,6 @@ def count_targets(batch: Batch) -> int:
     return int(targets_per_row(batch).sum())
 
 
-def load_of(batch: Batch) -> tuple[str, int]:
-    """What a batch makes a model work on, as a unit and a number: "tokens" that are attended to, or "images"
-    with a label.
-    """
-    if "pixel_values" in batch:
-        return "images", count_targets(batch)
-    return "tokens", int(batch["attention_mask"].sum())
-
-
 def sample_weights(batch: Batch) -> Tensor:
     """(batch,) float32: 1 / number of targets of each row, and 0 for a row without any.
 

@@ -157,4 +157,6 @@ def _remarks(columns: Columns, gpu_memory: float) -> list[str]:
             "The size of the training set is not known here: a probe of a share of it counts 25 samples; "
             "--samples N says it."
         )
+    if setup.recipe.data.packing:
+        lines.append("Packed rows hold several samples: a step has as many micro-batches as this at most.")
     return lines + [f"{line[0].upper()}{line[1:]}." for line in setup.shapes.remarks]

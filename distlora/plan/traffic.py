@@ -27,9 +27,9 @@ from distlora.plan.setup import FLOAT32, Setup
 #: Bytes by kind of collective.
 Traffic = Counter[str]
 ALL_REDUCE, REDUCE_SCATTER, ALL_GATHER = "all-reduce", "reduce-scatter", "all-gather"
-BROADCAST, REDUCE, GATHER = "broadcast", "reduce", "gather"
-#: Bytes of the number by which ranks learn that one of them failed.
-FLAG = 8
+BROADCAST, REDUCE = "broadcast", "reduce"
+#: Bytes of the two numbers by which ranks learn that one of them failed.
+FLAG = 16
 #: An all-gather within a group of ranks that together hold all frozen weights (hpZ).
 GROUP_GATHER = "all-gather in groups"
 
@@ -102,7 +102,7 @@ def init_traffic(setup: Setup) -> Traffic:
         # weight is read from its file.
         rest = isinstance(method, TakesFromWeight) and name in setup.shapes.packings
         if setup.stage == 3 and (rest or method.source_matrix() == "weight"):
-            traffic[GATHER] += setup.shapes.width * setup.padded(setup.shapes.sizes[f"{name}.weight"])
+            traffic[ALL_GATHER] += setup.shapes.width * setup.padded(setup.shapes.sizes[f"{name}.weight"])
         if rest:
             traffic[BROADCAST] += renewed(setup.shapes.packings[name])
     for shape in setup.layers.values():
@@ -211,8 +211,7 @@ def over_links(traffic: Traffic, nodes: int, gpus: int, group: int = 1) -> Links
     node.
 
     On n ranks, an all-gather or reduce-scatter of S bytes sends S·(n−1)/n over every edge, and an all-reduce
-    sends twice that. A broadcast or reduce sends S, a gather half of it on average. group: ranks of an
-    `all-gather in groups`.
+    sends twice that. A broadcast or reduce sends S. group: ranks of an `all-gather in groups`.
     """
     world_size = nodes * gpus
     inter = intra = 0.0
@@ -227,8 +226,6 @@ def over_links(traffic: Traffic, nodes: int, gpus: int, group: int = 1) -> Links
 def _share_of_an_edge(kind: str, ranks: int) -> float:
     if kind in (BROADCAST, REDUCE):
         return 1.0
-    if kind == GATHER:
-        return 0.5
     return (2 if kind == ALL_REDUCE else 1) * (ranks - 1) / ranks
 
 

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from distlora.engine.zero.config_reader import read_config
 from distlora.errors import UserError
+from distlora.files.confidential import is_secret_name
 from distlora.recipe.deepspeed_config import given_deepspeed, resolve_deepspeed
 from distlora.recipe.deepspeed_keys import AUTO, RULES, SWITCHES, names_in
 from distlora.recipe.sections import Recipe
@@ -57,7 +58,7 @@ def _check_kind(key: str, value: Any, source: str) -> None:
     elif key in SWITCHES and value not in (True, False, None, AUTO):
         wanted = "true or false"
     if wanted:
-        raise UserError(f"{source}: {key}: found {show(value)}, wanted {wanted}")
+        raise UserError(f"{source}: {key}: found {show(value, key)}, wanted {wanted}")
 
 
 def _hint(key: str, known: list[str]) -> str:
@@ -97,12 +98,13 @@ def _refusal(error: Exception, config: dict, source: str) -> UserError:
         return UserError(f"{source}: DeepSpeed refuses it: {first_line(error)}")
     if isinstance(error, ValidationError):
         return UserError(_about(keys[0], config[keys[0]], error, source))
-    why = f"which DeepSpeed refuses: {first_line(error)}"
-    if names_in(dotted(*keys)) is not None and not isinstance(value, dict):
+    key = dotted(*keys)
+    why = "which DeepSpeed refuses" + ("" if is_secret_name(key) else f": {first_line(error)}")
+    if names_in(key) is not None and not isinstance(value, dict):
         why = "wanted a mapping"
     elif isinstance(error, TypeError | AttributeError):  # words of Python on DeepSpeed's inside
         why = "which is of another kind than DeepSpeed takes; correct it or remove it"
-    return UserError(f"{source}: {dotted(*keys)}: found {show(value)}, {why}")
+    return UserError(f"{source}: {key}: found {show(value, key)}, {why}")
 
 
 def _fails_alike(keys: tuple[str, ...], value: Any, error: Exception) -> bool:

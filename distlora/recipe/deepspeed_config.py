@@ -98,7 +98,7 @@ def resolve_deepspeed(recipe: Recipe, world_size: int, hidden_size: int | None) 
             raise UserError(f"{section} in {source} is {json.dumps(r.get(section))}; a mapping is wanted")
     _fields(r)
     for key, value, why in refused(r.config):
-        raise UserError(f"{key}={show(value)} in {source} {why}")
+        raise UserError(f"{key}={show(value, key)} in {source} {why}")
     _batches(r, recipe, world_size)
     _precision(r, recipe)
     _zero(r, world_size, hidden_size)

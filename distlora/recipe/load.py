@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from distlora.errors import UserError
-from distlora.files.confidential import without_secrets
+from distlora.files.confidential import is_secret_name, shown_word, without_secrets
 from distlora.files.user_texts import read_user_text
 from distlora.methods import Method, StartsFromAdapter, registry
 from distlora.recipe.deepspeed_file import read_deepspeed, refuse_words
+from distlora.recipe.misplaced import refuse_misplaced, refuse_other_files, refuse_variables
 from distlora.recipe.sections import FORMAT, INLINE, Recipe, method_class
+from distlora.recipe.shipped import file_or_shipped, shipped_recipes, shipped_root
 from distlora.recipe.strict import (
     Place,
     check_keys,
@@ -22,6 +24,7 @@ from distlora.recipe.strict import (
     validate_values,
 )
 from distlora.recipe.yaml_text import DEEPEST, dump_yaml, parse_yaml
+from distlora.sentences import nearest
 
 #: The key of a resolved recipe that says its format. Not one of the recipe's keys.
 _FORMAT_KEY = "format"
@@ -47,12 +50,13 @@ ON_THE_END = ("early_stopping",)
 def load_recipe(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe in a YAML file, with overrides such as `train.lr=1e-3` (values are YAML), applied in order.
 
-    A path in `deepspeed` is looked up in the current folder, then in the recipe's and in those above it. An
-    override of `method.name` keeps the keys of the file's method section that the new method has, and drops
-    the others: see `Recipe.notes`. A file that does not say its format has the newest one.
+    path: of a file, or the name of a recipe that comes with distlora, see `shipped`. A path in `deepspeed` is
+    looked up in the current folder, then in the recipe's and in those above it, then among the shipped ones.
+    An override of `method.name` keeps the keys of the file's method section that the new method has, and
+    drops the others: see `Recipe.notes`. A file that does not say its format has the newest one.
     Raises UserError for everything that is wrong with the file, its values or an override.
     """
-    return _load(_Document(Path(path)), overrides, default_format=FORMAT)
+    return _load(_Document(file_or_shipped(path)), overrides, default_format=FORMAT)
 
 
 def recipe_of(content: dict, name: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -71,15 +75,25 @@ def _load(document: "_Document", overrides: Sequence[str], default_format: int) 
     document.fit_method()
     document.read_deepspeed()
     content, place = document.content, document.place
+    refuse_other_files(content, document.name)
+    refuse_misplaced(content, place)
     check_keys(Recipe, {key: None if key == "method" else value for key, value in content.items()}, "", place)
     if "method" in content:  # first, so that its errors are those of its own class
         cls = method_class(content["method"], place)
         _refuse_others_keys(cls, content["method"], place)
         validate(cls, content["method"], "method", place)
     recipe = validate_values(Recipe, content, "", place)
+    if document.format is None:  # written by a person
+        refuse_variables(recipe, place)
     recipe._notes = tuple(document.notes)
     recipe._deepspeed_source = document.deepspeed_source
     return recipe.in_format(document.format or default_format)
+
+
+def _name_of(key: str, text: str) -> str:
+    """What messages call an override, without a secret in it."""
+    shown = shown_word(f"{key}={text}")
+    return f"override {key}: {shown.removeprefix(f'{key}=')}"
 
 
 def _refuse_others_keys(cls: type[Method], section: dict, place: Place) -> None:
@@ -116,7 +130,8 @@ class _Document:
         self.deepspeed_source = INLINE
 
     def _read(self):
-        missing = f"{self.name}: no such recipe; give the path of a YAML file"
+        remedy = "; give the path of a YAML file, or a name that `distlora recipes` lists"
+        missing = f"{self.name}: no such recipe{nearest(self.name, shipped_recipes()) or remedy}"
         return parse_yaml(read_user_text(self.path, "a recipe", missing), self.name)
 
     def _take_format(self) -> int | None:
@@ -149,10 +164,10 @@ class _Document:
         key, equals, text = override.partition("=")
         key = key.strip()
         if not equals or not all(key.split(".")):
-            raise UserError(f"override {override}: wanted dotted.key=value, as in train.lr=1e-3")
+            raise UserError(f"override {shown_word(override)}: wanted dotted.key=value, as in train.lr=1e-3")
         if key.count(".") > DEEPEST:
             raise UserError(f"override {key[:40]}…: no key has more than {DEEPEST} dots")
-        value = parse_yaml(text, f"override {key}: {text}")
+        value = parse_yaml(text, _name_of(key, text), secret=is_secret_name(key))
         if key.startswith("deepspeed."):
             self.read_deepspeed()
         *sections, last = key.split(".")
@@ -166,7 +181,7 @@ class _Document:
                 node[part] = {_SHORT[path]: node[part]}
             node = node[part]
             if not isinstance(node, dict):
-                raise UserError(f"override {key}: {path} is {show(node)}, which has no keys")
+                raise UserError(f"override {key}: {path} is {show(node, path)}, which has no keys")
         node[last] = value
         self.given.append(key)
 
@@ -198,12 +213,17 @@ class _Document:
         """Put the file's content in the place of its path."""
         path = self.content.get("deepspeed")
         if isinstance(path, str):
-            folders = [Path(), *self.path.absolute().parents]
+            folders = [Path(), *self.path.absolute().parents, shipped_root()]
             self.content["deepspeed"], self.deepspeed_source = read_deepspeed(
                 path, folders, self.place("deepspeed")
             )
         elif isinstance(path, dict):
             refuse_words(path, "deepspeed", self.place)
+        elif path is not None:
+            raise UserError(
+                f"{self.place('deepspeed')}: found {show(path)}, wanted the path of a DeepSpeed config, "
+                "such as configs/zero/zero3.json, its content, or null"
+            )
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -223,16 +243,20 @@ def run_identity(recipe: Recipe) -> dict:
     """What two recipes must have in common for one to resume the other's run: all that decides the trained
     numbers.
 
-    Left out are where and how fast it runs (DeepSpeed, micro-batch, checkpointing, attention, output
-    directory), what changes no weight (evaluation and checkpoints), and the format and the day of chat
-    templates, which a resumed run takes over from its directory.
+    Left out are where and how fast it runs (DeepSpeed, micro-batch, packing and grouping by length, which
+    leave a step's samples and its loss as they are, checkpointing, attention, output directory), what changes
+    no weight (evaluation and checkpoints), and the format and the day of chat templates, which a resumed run
+    takes over from its directory.
     """
     content = recipe.model_dump(mode="json")
     for key in ("deepspeed", "output_dir"):
         del content[key]
     ignored = {
         "model": ("gradient_checkpointing", "attention"),
-        "data": ("max_new_tokens", "eval_split", "eval", "think_step_by_step", "chat_date"),
+        "data": (
+            "max_new_tokens", "eval_split", "eval", "think_step_by_step", "chat_date", "packing",
+            "group_by_length",
+        ),
         "train": ("micro_batch_size", *LOOKING_ON, *ON_BAD_STEPS, *ON_THE_END),
     }  # fmt: skip
     if not recipe.train.searches_lr:

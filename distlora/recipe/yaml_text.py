@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from distlora.errors import UserError
+from distlora.files.confidential import is_secret_name
 from distlora.sentences import first_line
 
 #: Characters of a text, values within values (and dots of a key), and characters of a number.
@@ -50,14 +51,14 @@ _IN_A_COLUMN = "begin all keys and entries of a section in the same column"
 _BEHIND = "put the whole text in quotes, and write a quote within single quotes twice"
 
 
-def parse_yaml(text: str, name: str) -> Any:
+def parse_yaml(text: str, name: str, secret: bool = False) -> Any:
     """The content of a YAML text, in JSON's types. Raises UserError, which calls the text `name`, for
-    anything that is not such a text.
+    anything that is not such a text. secret: whether no message may repeat a part of it.
     """
     if len(text) > LONGEST:
         raise UserError(f"{name[:100]} has more than {LONGEST:,} characters; leave out what is not needed")
     try:
-        return _content(yaml.parse(text, Loader=_PARSER))
+        return _content(yaml.parse(text, Loader=_PARSER), secret)
     except _Refused as refused:
         raise UserError(f"{name}: {refused}") from None
     except (yaml.YAMLError, ValueError) as error:
@@ -110,8 +111,10 @@ class _Refused(Exception):
 # ---------------------------------------------------------------------- content
 
 
-def _content(events: Iterable[yaml.Event]) -> Any:
-    """The value of the only document. No function here calls itself, however deep the values lie."""
+def _content(events: Iterable[yaml.Event], secret: bool) -> Any:
+    """The value of the only document. No function here calls itself, however deep the values lie. secret: as
+    for `parse_yaml`.
+    """
     root = _Open([])
     open_values = [root]
     for event in events:
@@ -120,7 +123,12 @@ def _content(events: Iterable[yaml.Event]) -> Any:
         if isinstance(event, yaml.CollectionEndEvent):
             open_values.pop()
         elif isinstance(event, yaml.NodeEvent):
-            value = _value(event)
+            try:
+                value = _value(event)
+            except _Refused:
+                if secret or any(is_secret_name(outer.key or "") for outer in open_values):
+                    raise _Refused("the value is no plain text; put it in quotes", event) from None
+                raise
             open_values[-1].put(value, event)
             if isinstance(event, yaml.CollectionStartEvent):
                 open_values.append(_Open(value))

@@ -42,7 +42,7 @@ class Reserve:
     def bytes_at_most(self) -> int:
         """Host memory of the rank that holds most. Collective."""
         own = sum(pair.left.nbytes + pair.right.nbytes for pair in self._pairs.values())
-        return int(max(self._comm.all_gather(torch.tensor(own, device=self._comm.device))))
+        return int(self._comm.all_gather(torch.tensor(own, device=self._comm.device)).max())
 
     def take(self, layer: str, count: int) -> LowRank | None:
         """Removes the next `count` components and returns them; None on ranks that do not own the layer. All

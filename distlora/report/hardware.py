@@ -4,6 +4,7 @@ import shlex
 from pathlib import Path, PurePath
 from typing import Any
 
+from distlora.files.confidential import shown_word
 from distlora.report.runs import RunRecord
 from distlora.sentences import counted
 
@@ -30,7 +31,8 @@ def command_of(run: RunRecord) -> str:
     words = run.starts[0].get("command") if run.starts else None
     if not isinstance(words, list) or len(words) < 2:
         return ""
-    _, program, *arguments = map(str, words)
+    # Those of older versions may hold what this one hides.
+    _, program, *arguments = map(shown_word, map(str, words))
     # DeepSpeed's launcher gives every rank a number of its own.
     arguments = [word for word in arguments if not word.startswith(("--local_rank=", "--local-rank="))]
     name = PurePath(program).name

@@ -25,6 +25,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from distlora.errors import UserError
 from distlora.files.user_paths import is_file, user_path
 from distlora.files.user_texts import read_user_text
+from distlora.recipe.shipped import file_or_shipped
 from distlora.recipe.strict import show, validate
 from distlora.recipe.yaml_text import DEEPEST, parse_yaml
 from distlora.sweeps.points import Point, override_of, point_of
@@ -115,10 +116,11 @@ def read_sweep_file(
 ) -> Sweep:
     """The sweep in a YAML file.
 
-    overrides: of all points, after the file's `common`. launcher: replaces the file's. Raises UserError for a
-    file that is none, for a mistake in its keys, and for points that contradict each other.
+    path: of a file, or the name of a sweep that comes with distlora. overrides: of all points, after the
+    file's `common`. launcher: replaces the file's. Raises UserError for a file that is none, for a mistake in
+    its keys, and for points that contradict each other.
     """
-    path = Path(path)
+    path = file_or_shipped(path, "sweeps")
     content = _content(path)
     file = validate(SweepFile, content, "", lambda key: f"{path}: {key}" if key else str(path))
     if file.name and not re.fullmatch(r"[\w+-][\w.+-]*", file.name, re.ASCII):
@@ -134,6 +136,8 @@ def read_sweep_file(
 
 def _content(path: Path) -> dict:
     content = parse_yaml(read_user_text(path, "a sweep"), str(path))
+    if isinstance(content, dict) and "recipe" not in content and {"model", "method"} & content.keys():
+        raise UserError(f"{path} is a recipe and no sweep; give it to `distlora train`")
     if not isinstance(content, dict):
         raise UserError(
             f"{path} is no sweep: wanted a mapping with the keys {', '.join(SweepFile.model_fields)}"
@@ -145,6 +149,9 @@ def _recipe(name: str, path: Path) -> Path:
     for folder in (Path(), *path.absolute().parents):
         if is_file(folder / name):
             return folder / name
+    shipped = file_or_shipped(name)
+    if is_file(shipped):
+        return shipped
     raise UserError(f"{path}: recipe: no file {name} here, beside the sweep or in a folder above it")
 
 

@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 
 from distlora.errors import UserError
+from distlora.files.confidential import shown_word
 from distlora.files.user_texts import read_user_text
 from distlora.recipe.yaml_text import parse_yaml
 from distlora.sweeps.quoting import words_of
@@ -29,7 +30,8 @@ def _words(line: str, name: str) -> list[str]:
     stray = next((word for word in words if "=" not in word or word.startswith("-")), None)
     if stray is not None:
         raise UserError(
-            f"{name}: '{stray}' is no dotted.key=value; put the whole override in quotes where it has spaces"
+            f"{name}: '{shown_word(stray)}' is no dotted.key=value; put the whole override in quotes "
+            "where it has spaces"
         )
     return words
 

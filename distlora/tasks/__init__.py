@@ -14,7 +14,7 @@ from distlora.tasks.base import ROLES, LabelTask, Layout, ResponseTask, ScoreTas
 from distlora.tasks.chat import ChatTask
 from distlora.tasks.completion import CompletionTask
 from distlora.tasks.images import ImageTask
-from distlora.tasks.registry import SUITES, TASKS, get_task, is_correct, scored_tasks, try_judge
+from distlora.tasks.registry import SUITES, TASKS, families, get_task, is_correct, scored_tasks, try_judge
 
 __all__ = [
     "ROLES",
@@ -29,6 +29,7 @@ __all__ = [
     "ScoreTask",
     "Task",
     "TextTask",
+    "families",
     "get_task",
     "is_correct",
     "scored_tasks",

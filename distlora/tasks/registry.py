@@ -4,7 +4,8 @@ that are scored together have a dict `SUITES`, from a name to the names of tasks
 
 import importlib
 import pkgutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from types import ModuleType
 from typing import Any
 
 from distlora import tasks
@@ -16,14 +17,28 @@ from distlora.tasks.base import ResponseTask, Task
 _NO_FAMILIES = ("metrics", "registry")
 
 
+def _files() -> Iterator[ModuleType]:
+    for module in pkgutil.iter_modules(tasks.__path__):
+        if module.name not in _NO_FAMILIES:
+            yield importlib.import_module(f"{tasks.__name__}.{module.name}")
+
+
 def find(kind: str) -> dict[str, Any]:
     """What all files in this folder have under this name, in one dict."""
     found: dict[str, Any] = {}
-    for module in pkgutil.iter_modules(tasks.__path__):
-        if module.name not in _NO_FAMILIES:
-            family = importlib.import_module(f"{tasks.__name__}.{module.name}")
-            found |= getattr(family, kind, {})
+    for family in _files():
+        found |= getattr(family, kind, {})
     return found
+
+
+def families() -> dict[str, dict[str, Task]]:
+    """The tasks of each file of this folder, under the first sentence of the file's docstring."""
+    told = {}
+    for family in _files():
+        if hasattr(family, "TASKS"):
+            paragraph = " ".join((family.__doc__ or "").partition("\n\n")[0].split())
+            told[paragraph.partition(". ")[0].removesuffix(".")] = family.TASKS
+    return told
 
 
 TASKS: dict[str, Task] = find("TASKS")

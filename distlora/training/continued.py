@@ -6,6 +6,7 @@ from distlora.checkpoints.directory import Checkpoint
 from distlora.errors import UserError
 from distlora.files.json_files import checked
 from distlora.recipe.sections import Recipe
+from distlora.training.bad_steps import Stored
 from distlora.training.improvement import Improved
 
 
@@ -13,7 +14,8 @@ from distlora.training.improvement import Improved
 class Extra:
     """The extra state. before: scores of the pretrained model. found_rate: of `train.lr: search`.
     evaluation_due: the evaluation after the step was cut short. unwritten: ends of files for which there was
-    no room, by the file's name. improvement: of the evaluations so far.
+    no room, by the file's name. bad_steps: what is remembered of them. improvement: of the evaluations so
+    far.
     """
 
     before: dict[str, float]
@@ -21,6 +23,7 @@ class Extra:
     found_rate: float | None = None
     evaluation_due: bool = False
     unwritten: dict[str, str] = field(default_factory=dict)
+    bad_steps: Stored | None = None
     improvement: Improved | None = None
 
 

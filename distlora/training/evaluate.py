@@ -13,6 +13,7 @@ from distlora.engine.coordination import on_every_rank
 from distlora.engine.device import device_of
 from distlora.engine.random_state import own_random_state
 from distlora.errors import Preempted, UserError, before_ranks_meet
+from distlora.evaluation.scoring import check_scores
 from distlora.recipe.combination import check_combination
 from distlora.recipe.packages import check_packages
 from distlora.recipe.sections import Recipe
@@ -77,8 +78,9 @@ def evaluate(
 
     Predictions and scores of tasks are written to `eval/` in the directory of the run, or in `asked.out`; an
     evaluation that was cut short goes on from there, on any number of ranks. Raises UserError for mistakes
-    that only weights or data show, and for predictions of another evaluation that lie in the way; Preempted
-    once an evaluation that was asked to stop has stopped.
+    that only weights or data show, and for predictions of another evaluation that lie in the way;
+    TrainingError for a score that is not finite; Preempted once an evaluation that was asked to stop has
+    stopped.
     """
     recipe = _of_model(subject, fitted_to_ranks(subject.recipe, topology.world_size), asked)
     with (
@@ -123,4 +125,6 @@ def _own_split(evaluated: Evaluated) -> dict[str, Scores]:
     sets = on_every_rank(comm, lambda: read_sets(recipe, objective, preprocessor))
     engine = evaluated.engine()
     scores = scores_of_sets(sets, engine, preprocessor, recipe.train.eval_samples)
+    splits = ", ".join(each.objective.recipe.data.eval_split for each in sets)
+    check_scores(scores, evaluated.place, f"data.eval_split={splits}")
     return {OWN_SPLIT: scores | generated_scores(sets, engine, preprocessor)}

@@ -9,7 +9,7 @@ from distlora.engine.coordination import on_every_rank, on_main
 from distlora.engine.protocol import Engine
 from distlora.evaluation.answering import WAYS, Record, Way
 from distlora.evaluation.folding import refuse_packed
-from distlora.evaluation.scoring import answer_questions, ready_to_answer
+from distlora.evaluation.scoring import answer_questions, check_scores, ready_to_answer
 from distlora.models.generation import Agree
 from distlora.recipe.sections import DataSection
 from distlora.tasks import SUITES, get_task
@@ -120,6 +120,7 @@ class _Work:
 
     def _finish(self, job: Job, scores: Scores, seconds: float) -> None:
         section = job.section
+        check_scores(scores, self.evaluated.place, job.name)
         job.summary = {
             "task": job.name, "step": self.evaluated.step, "by": job.by, "samples": job.count,
             "scores": scores, "data": section.path or get_task(job.name).path or job.name,

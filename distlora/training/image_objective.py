@@ -18,12 +18,19 @@ from distlora.engine.protocol import Engine
 from distlora.errors import UserError
 from distlora.evaluation.scoring import label_scores
 from distlora.models.image_processor import Pixels, check_pixels, load_image_processor
-from distlora.models.loading import attention_of, bare_model, head_parameters, load_config, load_model
+from distlora.models.loading import (
+    attention_of,
+    bare_model,
+    check_sizes,
+    head_parameters,
+    load_config,
+    load_model,
+)
 from distlora.models.losses import label_loss
 from distlora.models.targets import Batch
 from distlora.recipe.sections import Recipe
 from distlora.tasks import get_task
-from distlora.training.objective_base import Objective
+from distlora.training.objective_base import Objective, refuse_packing
 
 
 class ImageLabels(Objective):
@@ -31,11 +38,18 @@ class ImageLabels(Objective):
     the model's image processor makes them.
     """
 
+    unit = "images"
     loss = staticmethod(label_loss)
 
     def __init__(self, recipe: Recipe):
         super().__init__(recipe)
         self.labels = image_labels(recipe.data)
+        refuse_packing(recipe)
+        if recipe.data.group_by_length:
+            raise UserError(
+                f"data.group_by_length: all images of the task {recipe.data.task} are of one size; set it to "
+                "false"
+            )
         if recipe.train.exact_match_samples:
             raise UserError(
                 f"train.exact_match_samples: the task {recipe.data.task} generates no answers; set it to 0"
@@ -57,6 +71,9 @@ class ImageLabels(Objective):
     def batch(self, samples: Sequence[ImageSample], pixels: Pixels, device: torch.device) -> Batch:
         return collate_images(samples, pixels, device, getattr(torch, self.recipe.model.dtype))
 
+    def size(self, sample: ImageSample) -> int:
+        return 1
+
     def load_config(self):
         return load_config(self.recipe.model, self.labels, images=True)
 
@@ -65,8 +82,11 @@ class ImageLabels(Objective):
         check_pixels(model, self.load_preprocessor(), blank_images(), self.recipe.model.path)
         return model
 
-    def load_model(self) -> tuple[nn.Module, set[str]]:
-        return load_model(self.recipe.model, self.labels, images=True)
+    def check_sizes(self) -> dict[str, list[str]]:
+        return check_sizes(self.recipe.model, self.labels, images=True)
+
+    def load_model(self, other_sizes: dict[str, list[str]]) -> tuple[nn.Module, set[str]]:
+        return load_model(self.recipe.model, self.labels, True, other_sizes)
 
     def attention(self) -> str:
         return attention_of(self.recipe.model, self.labels, images=True)

@@ -18,16 +18,18 @@ from distlora.engine.random_state import random_states, restore_random_states
 from distlora.engine.schedules import Schedule
 from distlora.errors import Preempted, TrainingError, UserError
 from distlora.models.router_loss import take_router_loss, wants_router_loss
-from distlora.models.targets import load_of
 from distlora.recipe.every import is_due
 from distlora.recipe.load import run_identity
 from distlora.recipe.sections import Recipe
 from distlora.training.bad_steps import MEMORY, BadStep
 from distlora.training.evaluation_sets import worst_loss
 from distlora.training.improvement import Improvement
+from distlora.training.layer_looks import LayerLooks
 from distlora.training.monitor import Monitor, Progress
 from distlora.training.proofs import Proofs
 from distlora.training.setbacks import Setbacks
+from distlora.training.speed import Speed
+from distlora.training.step_clock import StepClock
 from distlora.training.writing import Writing
 
 #: In a checkpoint's extra state: the evaluation after its step was cut short.
@@ -51,8 +53,9 @@ class State:
 
 @dataclass
 class Loop:
-    """steps: of the whole run. score: scores of the live model on the evaluation samples; None without such
-    samples.
+    """steps: of the whole run. unit: what its speed counts, "tokens" or "images". speed, looks: what monitors
+    are told of each step, and of each layer. score: scores of the live model on the evaluation samples; None
+    without such samples.
     """
 
     engine: Engine
@@ -67,6 +70,9 @@ class Loop:
     status: StatusFile
     monitor: Monitor
     writing: Writing
+    unit: str
+    speed: Speed
+    looks: LayerLooks
     score: Callable[[], dict[str, float]] | None
 
     def run(self, extra: dict[str, Any], saved: Path | None) -> float | None:
@@ -95,6 +101,7 @@ class Loop:
                 self._stop_if_unwritable(state, saved)
                 if not made:
                     continue
+                self.looks.after_step(state.step)
                 is_last, is_best = state.step == self.steps, False
                 if not is_last and self._is_due(self.recipe.train.eval_every, state.step):
                     is_best = self._look(state)
@@ -134,26 +141,30 @@ class Loop:
         return True
 
     def _step(self, step: int, progress: Progress) -> None:
+        clock = StepClock(self.engine.comm.device)
+        clock.start()
         batches = self.setbacks.batches(step)
+        clock.mark("data")
         rate = self.schedule.rate(step)
         self.engine.set_rate(rate)
         take_router_loss(self.engine.module)  # of passes that were no steps
-        loss = self.setbacks.gradients(batches, step)
+        loss = self.setbacks.gradients(batches, step, clock.mark)
         self.proofs.finite(step)
         self.adapted.before_step()
+        clock.mark("method")
         info = self.engine.step()
+        clock.mark("step")
         norm = self.adapted.norm_before_transform
         norm = info.grad_norm if norm is None else norm
-        # Of all ranks, whose shares are alike up to one sample: exact enough for a speed, and no collective.
-        unit, _ = load_of(batches[0])
-        speed = progress.advance(
-            loss, rate, sum(load_of(batch)[1] for batch in batches) * self.engine.comm.world_size, unit
-        )
-        scalars = {"loss": loss, "learning_rate": rate, "grad_norm": norm, f"{unit}_per_second": speed}
+        amount, padding = self.setbacks.load(step)
+        speed = progress.advance(loss, rate, amount, self.unit, padding)
+        scalars = {"loss": loss, "learning_rate": rate, "grad_norm": norm, f"{self.unit}_per_second": speed}
+        scalars |= {} if padding is None else {"padding": padding}
         scalars |= self._router_loss()
         if self.setbacks.memory.left_out:
             scalars["bad_steps"] = self.setbacks.memory.before(step)
-        self.monitor.write(step + 1, {f"train/{key}": value for key, value in scalars.items()})
+        told = {f"train/{key}": value for key, value in scalars.items()}
+        self.monitor.write(step + 1, told | self.speed.scalars(clock.seconds(), amount, self.unit))
         if info.skipped or not math.isfinite(norm):
             raise BadStep(f"the optimizer refused step {step + 1}: its gradient is not finite", taken=True)
         self.setbacks.memory.remember_good(step + 1, loss)

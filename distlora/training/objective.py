@@ -2,12 +2,12 @@
 images in `image_objective`. The kind of the recipe's task is looked at only here.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import date as Date
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from distlora.data import (
     ChatExamples,
@@ -35,11 +35,13 @@ from distlora.evaluation.scoring import exact_match, label_scores, perplexity
 from distlora.models.causality import sees_later_tokens
 from distlora.models.loading import head_parameters
 from distlora.models.losses import label_loss, response_loss, score_loss
+from distlora.models.packing import mixing, refuse_unpackable
+from distlora.models.packing_check import mixes_packed_samples
 from distlora.models.targets import Batch
 from distlora.recipe.sections import Recipe
 from distlora.tasks import CompletionTask, ImageTask, LabelTask, ResponseTask, ScoreTask, Task, get_task
 from distlora.training.image_objective import ImageLabels
-from distlora.training.objective_base import Objective
+from distlora.training.objective_base import Objective, refuse_packing
 from distlora.training.step import evaluation_loss
 from distlora.training.text_objective import Texts
 
@@ -72,17 +74,23 @@ class Responses(Texts):
     def batch(self, samples: Sequence, tokenizer, device: torch.device) -> Batch:
         return collate(samples, tokenizer.pad_token_id, device)
 
+    def bare_model(self) -> nn.Module:
+        model = super().bare_model()
+        if self.recipe.data.packing:
+            refuse_unpackable(model, self.recipe.model.path)
+        return model
+
     def check_loaded(self, engine: Engine) -> None:
-        engine.train_mode(False)
-        (seen,) = engine.comm.sum(float(engine.run(sees_later_tokens)))
-        engine.train_mode(True)
-        if seen == engine.comm.world_size:
+        path = self.recipe.model.path
+        if _ranks_with(engine, sees_later_tokens) == engine.comm.world_size:
             raise UserError(
-                f"model.path={self.recipe.model.path}: in {type(engine.module).__name__} as configured "
+                f"model.path={path}: in {type(engine.module).__name__} as configured "
                 "tokens see those that follow them, so that it would read the response that it is to learn; "
                 "give a causal language model",
                 agreed=True,
             )
+        if self.recipe.data.packing and _ranks_with(engine, mixes_packed_samples):
+            raise UserError(mixing(engine.module, path), agreed=True)
 
     def evaluate(self, engine: Engine, tokenizer, samples: Sequence) -> dict[str, float]:
         parts = shard(
@@ -110,6 +118,14 @@ class Responses(Texts):
             questions = load_questions(data, data.eval_split, tokenizer, conventions_of(self.recipe))
             self._questions = replace(questions, items=questions.items[:count])
             self.check_questions(self._questions, tokenizer, data.max_new_tokens)
+
+
+def _ranks_with(engine: Engine, finding: Callable[[nn.Module], Tensor]) -> int:
+    """On how many ranks it is found of the model in evaluation mode. Collective."""
+    engine.train_mode(False)
+    (found,) = engine.comm.sum(float(engine.run(finding)))
+    engine.train_mode(True)
+    return round(found)
 
 
 class Completions(Responses):
@@ -156,6 +172,7 @@ class Labels(Texts):
         super().__init__(recipe)
         self.labels = label_names(recipe.data)
         _refuse_questions(recipe)
+        refuse_packing(recipe)
 
     def _rows(self, split: str) -> LabelledRows:
         return LabelledRows(self.recipe.data, split)

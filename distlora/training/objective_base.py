@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distlora.adapter.targets import trained_whole
+from distlora.adapter.whole import trained_whole
 from distlora.data import Encoded, is_at_hand
 from distlora.engine.protocol import Engine
+from distlora.errors import UserError
 from distlora.models.dry_run import ordinary_text
-from distlora.models.foreign import check_weights
-from distlora.models.hub import resolve_path
 from distlora.models.loading import (
     attention_of,
     bare_model,
+    check_sizes,
     load_config,
     load_model,
     load_tokenizer,
@@ -27,12 +27,14 @@ from distlora.recipe.sections import Recipe
 
 class Objective(ABC):
     """What the kinds share. labels: the names that a classifier tells apart; empty for a language model.
+    unit: what their speed is counted in, "tokens" or "images".
 
     loss: (model, batch, weights of the rows) to (sum over the targets, their number), as evaluations take it;
     see `distlora.training.step`.
     """
 
     labels: tuple[str, ...] = ()
+    unit: str = "tokens"
     loss: Callable[..., tuple[Tensor, int]]
 
     def __init__(self, recipe: Recipe):
@@ -79,6 +81,10 @@ class Objective(ABC):
     def batch(self, samples: Sequence, tokenizer, device: torch.device) -> Batch:
         """Samples of `read` as a batch for `loss`; none as one of weight zero."""
 
+    def size(self, sample: Any) -> int:
+        """How much of the unit a sample of `read` is."""
+        return len(sample.input_ids)
+
     # ------------------------------------------------------------------ model
 
     def load_config(self):
@@ -96,14 +102,15 @@ class Objective(ABC):
         """Reads and checks what `generate` needs, before the model is loaded. Errors: UserError."""
         return
 
-    def check_weights(self) -> None:
-        """Raises UserError for weights that this rank cannot read; looks at what their files say of them."""
-        path = self.recipe.model.path
-        check_weights(path, resolve_path(path))
+    def check_sizes(self) -> dict[str, list[str]]:
+        """What `load_model` has to know of the weights' files. Raises UserError where this rank cannot read
+        them.
+        """
+        return check_sizes(self.recipe.model, self.labels)
 
-    def load_model(self) -> tuple[nn.Module, set[str]]:
+    def load_model(self, other_sizes: dict[str, list[str]]) -> tuple[nn.Module, set[str]]:
         """The model, and the names of the parameters that its weights lack."""
-        return load_model(self.recipe.model, self.labels)
+        return load_model(self.recipe.model, self.labels, other_sizes=other_sizes)
 
     def check_loaded(self, engine: Engine) -> None:
         """Raises UserError, on all ranks, for what only the model with its weights shows; collective."""
@@ -143,3 +150,12 @@ class Objective(ABC):
     def generate(self, engine: Engine, tokenizer, samples: Sequence) -> dict[str, float]:
         """What needs generated answers, where the recipe asks for it; collective."""
         return {}
+
+
+def refuse_packing(recipe: Recipe) -> None:
+    """Raises UserError for the tasks whose samples have one label each."""
+    if recipe.data.packing:
+        raise UserError(
+            f"data.packing: of the task {recipe.data.task} every row has a label, and is one sample; set it "
+            "to false"
+        )

@@ -100,17 +100,16 @@ def refuse_bad_end(
     scores: of these weights; empty where there is nothing to evaluate on. has_finite_loss: asked where the
     scores do not tell; collective.
     """
-    loss = worst_loss(scores)
-    if math.isfinite(loss) or (not scores and proofs.is_settled):
+    ends_well = math.isfinite(worst_loss(scores)) if scores else proofs.is_settled
+    are_good = ends_well or has_finite_loss(step)
+    if are_good:
         proofs.finite(step)
-        return
-    if has_finite_loss(step):
-        proofs.finite(step)
-        if not scores:
-            return
     else:
         last = run_dir / f"checkpoint-{step}"
         proofs.mark_bad(last, "the loss of its weights, those after the last step, is not finite")
+    if ends_well or (are_good and not scores):
+        return
+    loss = worst_loss(scores)
     what = f"the loss of the last evaluation is {loss}" if scores else "the training loss is not finite"
     there = last_good(run_dir) or "none"
     raise TrainingError(

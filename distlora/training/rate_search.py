@@ -9,9 +9,11 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+import torch
 
 from distlora.engine import boundary
 from distlora.engine.coordination import on_main
@@ -82,7 +84,7 @@ def search_rate(
         engine.train_mode(True)
         before = _agreed(engine, evaluation_loss(engine, held_back, loss_sum))
         if not math.isfinite(before):
-            raise TrainingError("train.lr=search: the loss is not finite before the first step")
+            raise TrainingError("train.lr=search: the loss is not finite before the first step, at no rate")
 
         def attempt(rate: float) -> None:
             take_back()
@@ -91,15 +93,50 @@ def search_rate(
 
         for rate in spread(settings):
             attempt(rate)
-        for rate in finer(settings, choose(tried, before)):
-            attempt(rate)
-    chosen = choose(tried, before)
+        if math.isfinite(min(tried.values())):
+            for rate in finer(settings, choose(tried, before)):
+                attempt(rate)
+    chosen = choose(tried, before)  # an error leaves the state as it was, too
     if tried[chosen] >= before:
         log.warning(
             "no learning rate from %.3g to %.3g lowered the loss (%.4f) within %d steps; see train.lr_search",
             min(tried), max(tried), before, len(steps),
         )  # fmt: skip
     return RateSearch(chosen, before, sorted(tried.items()), time.perf_counter() - began)
+
+
+def bad_rows(
+    engine: Engine, rows: Iterable[tuple[int | None, Batch]], loss_sum: LossSum
+) -> tuple[list[int], int]:
+    """The numbers of the rows whose loss is not finite in the present state, and how many rows there are.
+    Collective; equal on all ranks. rows: this rank's, each a batch of its own, see `RunSamples.rows`."""
+    found, count = list[int](), 0
+    engine.train_mode(False)
+    for number, batch in rows:
+        with torch.no_grad():
+            loss, _ = engine.run(loss_sum, batch)
+        if number is not None:
+            count += 1
+            found += [] if math.isfinite(float(loss)) else [number]
+    engine.train_mode(True)
+    gathered = engine.comm.gather(found)
+    return sorted(number for own in gathered for number in own), int(engine.comm.sum(count)[0])
+
+
+def told_of_rows(found: Sequence[int], count: int, split: str) -> str:
+    """What `bad_rows` means for the user. split: of the training data."""
+    if not found:
+        return f"each of the {count} rows of {split} that it reads has a finite loss before the first step"
+    if len(found) == count:
+        return (
+            f"the loss of all {count} rows of {split} that it reads is not finite: look at the model's dtype"
+        )
+    shown = ", ".join(map(str, found[:5])) + (f" and {len(found) - 5} others" if len(found) > 5 else "")
+    verb = "row {} is" if len(found) == 1 else "rows {} are"
+    return (
+        f"in {split}, counted from 0, {verb.format(shown)} to blame, whose loss is not finite before the "
+        "first step: correct the data, or choose another split"
+    )
 
 
 def _loss_after(

@@ -11,6 +11,7 @@ from torch import Tensor
 from distlora import api
 from distlora.checkpoints.directory import Checkpoint, give_up_later, newest
 from distlora.checkpoints.soundness import soundness
+from distlora.cluster.environment import note_resumed
 from distlora.cluster.status import StatusFile
 from distlora.engine.comm import Comm
 from distlora.engine.coordination import on_main
@@ -20,7 +21,9 @@ from distlora.errors import UserError
 from distlora.methods import NeedsProbe, ProbeSettings, Recomposes
 from distlora.recipe.sections import Recipe
 from distlora.training.bad_steps import MEMORY, BadSteps
+from distlora.training.board import begin_board
 from distlora.training.build import Built, build
+from distlora.training.continued import check_extra
 from distlora.training.improvement import Improvement
 from distlora.training.loop import IMPROVEMENT, UNWRITTEN, goes_on
 from distlora.training.monitor import Monitor
@@ -82,6 +85,7 @@ class Restoring(ABC):
     def _open_monitor(self, extra: dict[str, Any] | None = None) -> None:
         """For the steps after the checkpoint. extra: of that."""
         step = self.checkpoint.step if self.checkpoint else 0
+        begin_board(self.built.engine, self.run_dir, step)
         self.monitor = Monitor(self.built.engine, self.run_dir, step, self.writing)
         self.monitor.make_up((extra or {}).pop(UNWRITTEN, {}))
         if self.status is not None:
@@ -89,6 +93,7 @@ class Restoring(ABC):
 
     def _restore(self) -> dict[str, Any]:
         """Of a run that goes on; returns what is remembered of its beginning."""
+        on_main(self.comm, self.run_dir, lambda: check_extra(self.checkpoint, self.recipe))
         plan = self._plan()
         self.comm.course.enter("reading the checkpoint")
         state = api.load(self.built.adapted, self.built.engine, self.checkpoint, random_states=True, **plan)
@@ -100,14 +105,15 @@ class Restoring(ABC):
     def _resume(self) -> dict[str, Any]:
         """From the newest checkpoint whose weights are good; see `_restore`. Collective. Raises UserError
         where none is left."""
-        while True:
-            extra = self._restore()
-            if self._is_good(self.checkpoint):
-                return extra
+        extra = self._restore()
+        while not self._is_good(self.checkpoint):
             self.checkpoint = newest(self.run_dir, self.comm)
             if self.checkpoint is None:
                 on_main(self.comm, self.run_dir, lambda: refuse_without_checkpoint(self.run_dir))
             self._make_again()
+            extra = self._restore()
+        self.writing.on_main(self.run_dir, lambda: note_resumed(self.run_dir, self.checkpoint.step))
+        return extra
 
     def _is_good(self, checkpoint: Checkpoint) -> bool:
         """Whether the weights that were restored are good. They are proven here where nothing has done so."""

@@ -1,6 +1,7 @@
 """One run, stage by stage: from loading to the exported adapter."""
 
 import logging
+import math
 import time
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -17,26 +18,32 @@ from distlora.engine.comm import Comm
 from distlora.engine.coordination import on_every_rank, on_main
 from distlora.engine.random_state import random_states
 from distlora.engine.schedules import Schedule
+from distlora.errors import TrainingError
 from distlora.exports.peft import problem_with_peft, stacks_of
 from distlora.initialisation.factors import InitReport
 from distlora.recipe.combination import check_length
 from distlora.recipe.load import run_identity
 from distlora.recipe.sections import Recipe
+from distlora.training import pictures
 from distlora.training.about import about_run
 from distlora.training.bad_steps import BadSteps, GoBack, read_left_out
+from distlora.training.board import begin_table, end_table
 from distlora.training.build import Built, build
 from distlora.training.continued import check_extra
-from distlora.training.evaluation_sets import generated_scores, scores_of_sets
+from distlora.training.evaluation_sets import generated_scores, scores_of_sets, worst_loss
 from distlora.training.export_run import base_name
 from distlora.training.improvement import Improvement
+from distlora.training.layer_looks import LayerLooks
 from distlora.training.loop import Loop
 from distlora.training.objective import objective_of
 from distlora.training.proofs import Proofs, refuse_bad_end
-from distlora.training.rate_search import RateSearch, find_rate, search_rate
+from distlora.training.rate_search import RateSearch, bad_rows, find_rate, search_rate, told_of_rows
 from distlora.training.restoring import Restoring
+from distlora.training.run_directory import BAD_STEPS
 from distlora.training.samples import RunSamples, fetch
 from distlora.training.seen_data import seen_by
 from distlora.training.setbacks import Setbacks
+from distlora.training.speed import speed_of
 from distlora.training.summary import Summary, record_summary
 from distlora.training.targets import choose_targets
 from distlora.training.writing import Writing
@@ -128,6 +135,7 @@ class Run(Restoring):
         if self.data.evaluated and self.improvement.look(summary.after, summary.steps):
             self.improvement.keep()
         summary.best = self.improvement.best
+        end_table(self.built.engine, self.recipe)
         self.writing.agree()
         self.comm.course.enter("the export of the adapter")
         summary.adapter = self._export(summary)
@@ -137,8 +145,9 @@ class Run(Restoring):
 
     def _begin(self) -> tuple[dict[str, Any], int]:
         """What is remembered of the run's beginning, and the step from which this start goes on."""
-        left_out = self.comm.share(on_main(self.comm, self.run_dir, lambda: read_left_out(self.run_dir)))
-        self.bad_steps.go_on_from(self.checkpoint.step if self.checkpoint else 0, left_out)
+        self.bad_steps.recall(
+            self.comm.share(on_main(self.comm, self.run_dir, lambda: read_left_out(self.run_dir)))
+        )
         if self.checkpoint is None:
             self._open_monitor()
             extra = self._initialise()
@@ -146,10 +155,15 @@ class Run(Restoring):
         else:
             extra = self._resume()
             self._open_monitor(extra)
+        step = self.checkpoint.step if self.checkpoint else 0
+        if len(self.bad_steps.row) >= self.recipe.train.bad_steps_limit:
+            self.bad_steps.meet_again(step)
+            self.writing.on_main(self.run_dir / BAD_STEPS, lambda: self.bad_steps.write(self.run_dir))
         if self.schedule is None:
             self.schedule = self._schedule(extra[FOUND_RATE])
         self._before = extra["before"]
-        return extra, self.checkpoint.step if self.checkpoint else 0
+        begin_table(self.built.engine, self.recipe, self._before)
+        return extra, step
 
     def _train(self, extra: dict[str, Any]) -> float | None:
         """All steps, as often as it takes; returns the mean seconds of one."""
@@ -175,8 +189,13 @@ class Run(Restoring):
         return Loop(
             built.engine, built.adapted, self.recipe, setbacks, self.improvement, self.proofs, self.schedule,
             self.steps, self.data.order.steps_per_epoch, self.status, self.monitor, self.writing,
-            self._scores_on_the_way if self.data.evaluated else None,
+            self.objective.unit, speed_of(built.engine, self.recipe, self.objective, self.data.training),
+            self._looks(), self._scores_on_the_way if self.data.evaluated else None,
         )  # fmt: skip
+
+    def _looks(self) -> LayerLooks:
+        adapted = self.built.adapted
+        return LayerLooks(self.built.engine, adapted.method, adapted.layers, self.monitor, self.steps)
 
     def _initialise(self, before: dict[str, float] | None = None) -> dict[str, Any]:
         """Of a run that begins; returns what is remembered of its beginning. before: the scores of the
@@ -205,8 +224,14 @@ class Run(Restoring):
         self.comm.course.enter("the search for the learning rate")
 
         def search() -> RateSearch:
+            loss = self.objective.training_loss
             steps, held_back = self.data.trial(settings.steps, settings.samples)
-            return search_rate(engine, settings, steps, held_back, self.objective.training_loss)
+            try:
+                return search_rate(engine, settings, steps, held_back, loss)
+            except TrainingError as error:
+                rows = self.data.rows_of_trial(settings.steps, settings.samples)
+                told = told_of_rows(*bad_rows(engine, rows, loss), self.recipe.data.split)
+                raise TrainingError(f"{error}; {told}") from error
 
         found = find_rate(self.writing, self.run_dir, run_identity(self.recipe), search)
         self.monitor.tell_rates(found.scalars(), found.tried)
@@ -229,6 +254,10 @@ class Run(Restoring):
         log.info("initialised %d layers in %.1f s%s%s", layers, seconds, colon, numbers)
         scalars = {f"init/{key}": value for key, value in report.scalars.items()}
         self.monitor.write(0, scalars | {"init/seconds": seconds})
+        captured = report.layers.get("captured_energy")
+        if captured:
+            self.built.engine.on_board(lambda writer: pictures.add_captured_energy(writer, captured))
+        self._looks().look(0)
 
     def _tell_reserve(self) -> None:
         held = self.built.adapted.recomposer.reserve_bytes()
@@ -250,11 +279,16 @@ class Run(Restoring):
     def _scores_on_the_way(self) -> dict[str, float]:
         """The scores, and what takes longer only where something follows it."""
         scores = self._scores()
-        return scores if self.improvement.metrics <= scores.keys() else scores | self._generated()
+        lacking = self.improvement.metrics - scores.keys()
+        if lacking and not math.isfinite(worst_loss(scores)):
+            return scores | dict.fromkeys(lacking, math.nan)
+        return scores | self._generated() if lacking else scores
 
     def _evaluate(self) -> dict[str, float]:
-        """The scores, and what takes longer."""
-        result = self._scores() | self._generated()
+        """The scores, and, where the loss is finite, what takes longer."""
+        result = self._scores()
+        if math.isfinite(worst_loss(result)):
+            result |= self._generated()
         log.info("evaluation: %s", ", ".join(f"{key} {value:.4f}" for key, value in result.items()))
         return result
 

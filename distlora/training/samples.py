@@ -7,7 +7,18 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from huggingface_hub import is_offline_mode
 
-from distlora.data import Encoded, TrainOrder, download, is_at_hand, micro_batches, shard
+from distlora.data import (
+    Arrangement,
+    Encoded,
+    TrainOrder,
+    by_length,
+    download,
+    in_a_row,
+    is_at_hand,
+    one_by_one,
+    packed,
+    shard,
+)
 from distlora.engine.comm import Comm
 from distlora.engine.coordination import on_every_rank
 from distlora.errors import UserError
@@ -94,24 +105,58 @@ class RunSamples:
 
     def of_step(self, step: int) -> list[Batch]:
         """This rank's micro-batches of a step, counted from 0; equally many on every rank."""
-        micro = self._recipe.train.micro_batch_size
-        indices = self.order.indices(step)
-        return list(
-            self._batches(
-                self.training,
-                micro_batches(indices, self._comm.rank, self._comm.world_size, micro, self._accumulation),
-            )
-        )
+        return self._micro_batches(self.order.indices(step))
+
+    def places_of_step(self, step: int) -> list[list[int]]:
+        """For each micro-batch of `of_step` the places of its rows in the global batch; without packing."""
+        passes = self._arranged(self._sizes(self.order.indices(step))).ranks[self._comm.rank]
+        return [[place for row in rows for place in row] for rows in passes]
+
+    def load_of_step(self, step: int) -> tuple[int, float | None]:
+        """Of all ranks' micro-batches of a step: tokens or images, as the objective counts, and the share of
+        padding in their rows, None for images.
+        """
+        sizes = self._sizes(self.order.indices(step))
+        padded = self._objective.unit == "tokens"
+        return sum(sizes), self._arranged(sizes).padding(sizes) if padded else None
+
+    def _sizes(self, indices: Sequence[int]) -> list[int]:
+        return [self._objective.size(self.training[i]) for i in indices]
+
+    def _arranged(self, sizes: Sequence[int]) -> Arrangement:
+        """How samples of these sizes, which make up a global batch, become micro-batches."""
+        data, micro, world = self._recipe.data, self._recipe.train.micro_batch_size, self._comm.world_size
+        if data.packing:
+            return packed(sizes, data.max_length, world, micro)
+        if data.group_by_length:
+            return by_length(sizes, world, micro)
+        return one_by_one(len(sizes), world, micro, self._accumulation)
+
+    def _micro_batches(self, indices: Sequence[int]) -> list[Batch]:
+        """This rank's part of the training samples that make up a global batch."""
+        passes = self._arranged(self._sizes(indices)).ranks[self._comm.rank]
+        return [
+            self._batch([[self.training[indices[place]] for place in row] for row in rows]) for rows in passes
+        ]
+
+    def _batch(self, rows: list[list]) -> Batch:
+        packs = self._recipe.data.packing
+        samples = [in_a_row(row) for row in rows] if packs else [sample for row in rows for sample in row]
+        return self._objective.batch(samples, self.preprocessor, self._comm.device)
 
     def rows_of_step(self, step: int) -> list[tuple[int | None, Batch]]:
-        """This rank's samples of a step, each with its number and as a batch of its own; equally many on
+        """The rows of a step: see `rows`."""
+        return list(self.rows(self.order.indices(step)))
+
+    def rows(self, indices: list[int]) -> Iterator[tuple[int | None, Batch]]:
+        """This rank's share of these samples, each with its number and as a batch of its own; equally many on
         every rank, where one lacks a sample None and a batch of weight zero.
         """
-        indices, world = self.order.indices(step), self._comm.world_size
+        world = self._comm.world_size
         own: list[int | None] = indices[self._comm.rank :: world]
         own += [None] * (-(-len(indices) // world) - len(own))
         parts = [[] if number is None else [number] for number in own]
-        return list(zip(own, self._batches(self.training, parts)))
+        return zip(own, self._batches(self.training, parts))
 
     def _batches(self, samples: list, parts: list[list[int]]) -> Iterator[Batch]:
         for indices in parts:
@@ -122,16 +167,23 @@ class RunSamples:
         """This rank's micro-batches of `steps` global batches, and batches of `count` training samples that
         are in none of them, the same samples on any number of ranks: see `trial_indices`. Errors: UserError.
         """
-        whole, micro = self._recipe.train.global_batch_size, self._recipe.train.micro_batch_size
         rank, world = self._comm.rank, self._comm.world_size
-        order = [i for step in range(self.order.steps_per_epoch) for i in self.order.indices(step)]
-        trained, held_back = trial_indices(order, steps, whole, count)
-        shares = [micro_batches(part, rank, world, micro, self._accumulation) for part in trained]
+        micro = self._recipe.train.micro_batch_size
+        trained, held_back = self._trial_indices(steps, count)
         chosen = [self.training[i] for i in held_back]
         return (
-            StepsOfBatches(shares, lambda share: list(self._batches(self.training, share))),
+            StepsOfBatches(trained, self._micro_batches),
             list(self._batches(chosen, shard(len(chosen), rank, world, micro))),
         )
+
+    def rows_of_trial(self, steps: int, count: int) -> Iterator[tuple[int | None, Batch]]:
+        """All samples of a trial, as in `rows`."""
+        trained, held_back = self._trial_indices(steps, count)
+        return self.rows(sorted({*held_back, *itertools.chain(*trained)}))
+
+    def _trial_indices(self, steps: int, count: int) -> tuple[list[list[int]], list[int]]:
+        order = [i for step in range(self.order.steps_per_epoch) for i in self.order.indices(step)]
+        return trial_indices(order, steps, self._recipe.train.global_batch_size, count)
 
     def probe_data(self, settings: ProbeSettings, number: int = 0) -> Probe:
         """The same training samples for every world size, drawn by the recipe's seed; others for every number
@@ -161,17 +213,15 @@ class RunSamples:
 class StepsOfBatches(Sequence):
     """The micro-batches of several steps, made for one step at a time: a device may have no room for all."""
 
-    def __init__(
-        self, shares: Sequence[list[list[int]]], batches_of: Callable[[list[list[int]]], list[Batch]]
-    ):
-        """shares: for each step the samples of its micro-batches."""
-        self._shares, self._batches_of = shares, batches_of
+    def __init__(self, steps: Sequence[list[int]], batches_of: Callable[[list[int]], list[Batch]]):
+        """steps: for each step the samples of its global batch."""
+        self._steps, self._batches_of = steps, batches_of
 
     def __len__(self) -> int:
-        return len(self._shares)
+        return len(self._steps)
 
     def __getitem__(self, step: int) -> list[Batch]:
-        return self._batches_of(self._shares[step])
+        return self._batches_of(self._steps[step])
 
 
 def trial_indices(

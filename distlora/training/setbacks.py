@@ -1,7 +1,7 @@
 """Bad steps are found, told and answered as `train.on_bad_step` says: see `distlora.training.bad_steps`."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -39,23 +39,25 @@ class Setbacks:
         """This rank's micro-batches of a step, counted from 0."""
         return self._data.of_step(self.memory.position(step))
 
+    def load(self, step: int) -> tuple[int, float | None]:
+        """Of all ranks' micro-batches of the step: see `RunSamples.load_of_step`."""
+        return self._data.load_of_step(self.memory.position(step))
+
     def _loss_of_step(self, step: int) -> LossSum:
         if not self._noise:
             return self._loss
-        comm = self._engine.comm
-        return self._noise.of_step(
-            self._loss, step, comm.rank, comm.world_size, self._settings.micro_batch_size
-        )
+        places = self._data.places_of_step(self.memory.position(step))
+        return self._noise.of_step(self._loss, step, places)
 
-    def gradients(self, batches: Sequence[Batch], step: int) -> float:
+    def gradients(self, batches: Sequence[Batch], step: int, mark: Callable[[str], None]) -> float:
         """Forward and backward over the batches of a step, counted from 0; returns the loss. Raises BadStep
         before the optimizer has changed anything: because of the loss, and where the run is to go on, because
-        of the gradient as well.
-        (Where it ends, the norm that the optimizer's own step tells is early enough, and saves a pass.)
+        of the gradient as well. (Where it ends, the norm that the optimizer's own step tells is early enough,
+        and saves a pass.) mark: as for `accumulate`.
         """
         settings = self._settings
         try:
-            loss = accumulate(self._engine, batches, self._loss_of_step(step))
+            loss = accumulate(self._engine, batches, self._loss_of_step(step), mark)
         except TrainingError as error:
             raise BadStep(str(error)) from error
         problem = self.memory.problem_with(loss, settings.bad_loss_factor)
@@ -74,11 +76,12 @@ class Setbacks:
         """
         settings, batch = self._settings, self.memory.position(step)
         about = {"step": step + 1, "batch": batch, "why": str(bad)}
+        goes_back = settings.on_bad_step == "rollback"
         skips = settings.on_bad_step == "skip" and not bad.taken
         if skips:
             self._engine.drop_step()
         keep_batch(self._engine, self._data, self._loss, self._writing, self._run_dir, about, not bad.taken)
-        if settings.on_bad_step == "stop" or (bad.taken and settings.on_bad_step == "skip"):
+        if not (goes_back or skips):
             log.warning(
                 "its batch is kept in %s; with train.on_bad_step=rollback the same command leaves it out",
                 self._run_dir / BAD_STEPS,
@@ -86,11 +89,12 @@ class Setbacks:
             raise bad
         self.memory.leave_out(step)
         self._writing.on_main(self._run_dir / BAD_STEPS, lambda: self.memory.write(self._run_dir))
-        if self.memory.in_row >= settings.bad_steps_limit:
+        if len(self.memory.row) >= settings.bad_steps_limit:
             raise TrainingError(
-                f"{bad} at step {step + 1}, and that was bad step {self.memory.in_row} in a row "
-                f"(train.bad_steps_limit={settings.bad_steps_limit})"
+                f"{bad} at step {step + 1}, and that was bad step {len(self.memory.row)} in a row "
+                f"(train.bad_steps_limit={settings.bad_steps_limit}): the same command meets these batches "
+                "again, and goes on behind them with a higher limit"
             )
         log.warning("%s at step %d: batch %d is left out from here on", bad, step + 1, batch)
-        if not skips:
+        if goes_back:
             raise GoBack

@@ -55,6 +55,11 @@ class Evaluated:
             model = on_every_rank(comm, objective.bare_model)
             on_every_rank(comm, lambda: adapter.refuse_other_model(model, recipe.model.path))
 
+    @property
+    def place(self) -> str:
+        """What was evaluated, for the user."""
+        return str(self.checkpoint.path) if self.checkpoint else self.subject.name
+
     def identity(self) -> dict[str, Any]:
         """What tells this state of the model from others; JSON. For rank 0: it reads files."""
         model = self.recipe.model

@@ -1,7 +1,7 @@
 """The layers that a recipe's `targets` choose in its model, found without weights."""
 
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Hashable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,7 @@ from distlora.adapter.reach import Reach, reach_of
 from distlora.adapter.targets import Choice, choose
 from distlora.exports.starting import start_from
 from distlora.methods import Method, TrainsWeight
+from distlora.models.dry_run import class_and_config
 from distlora.models.targets import Batch
 from distlora.recipe.sections import Recipe
 from distlora.training.objective_base import Objective
@@ -58,23 +59,38 @@ def told(model: nn.Module, choice: Choice, new_parameters: Collection[str]) -> l
     return [coverage(model, choice.names, new_parameters, verb), *choice.lines()]
 
 
+#: What was found, by class and config of the model and the shapes of its input: a sweep asks for each of its
+#: points.
+_REACHES: dict[Hashable, Reach | None] = {}
+
+
 def reach_in(model: nn.Module, objective: Objective) -> Reach | None:
     """Which layers of a bare model an input of the task reaches. None where the model cannot be run without
     its weights; a line says so.
     """
-    sample, training = objective.meta_sample(model), model.training
+    sample, labelled = objective.meta_sample(model), bool(objective.labels)
+    shapes = tuple((name, value.shape, value.dtype) for name, value in sample.items())
+    key = (class_and_config(model), labelled, shapes)
+    if key not in _REACHES:
+        _REACHES[key] = _observed(model, _forms(sample, labelled))
+    if _REACHES[key] is None:
+        log.info(
+            "%s cannot be run without its weights, so that all of its layers are taken to be called",
+            type(model).__name__,
+        )
+    return _REACHES[key]
+
+
+def _observed(model: nn.Module, forms: Iterable[Batch]) -> Reach | None:
+    training = model.training
     model.eval()
     try:
-        for given in _forms(sample, bool(objective.labels)):
+        for given in forms:
             found = reach_of(model, lambda given=given: _total(model(**given)))
             if found is not None:
                 return found
     finally:
         model.train(training)
-    log.info(
-        "%s cannot be run without its weights, so that all of its layers are taken to be called",
-        type(model).__name__,
-    )
     return None
 
 

@@ -139,8 +139,7 @@ def train(
                 writing.on_main(run_dir, lambda: run.seen.write(run_dir))
                 on_main(comm, run_dir, writing.check)
                 on_every_rank(comm, lambda: rank_log.open(run_dir))
-                resumed_at, deepspeed = checkpoint and checkpoint.step, run.deepspeed
-                writing.on_main(run_dir, lambda: environment.record(run_dir, where, deepspeed, resumed_at))
+                writing.on_main(run_dir, lambda: environment.record(run_dir, where, run.deepspeed, None))
                 return run.finish()
 
 

@@ -171,7 +171,7 @@ class OneRankOfZero3:
     def probe_pass(self) -> Iterator[None]:
         yield
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, last: bool | None = None) -> None:
         loss.backward()
 
     def step(self) -> StepInfo:

@@ -35,6 +35,7 @@ from distlora.models.losses import label_loss, response_loss
 from distlora.models.targets import loss_of_samples
 from distlora.training.step import accumulate, evaluation_loss
 from tests.distributed.dropped_step_cases import dropping
+from tests.distributed.packing_cases import packed_rows
 from tests.distributed.plan import GLOBAL_BATCH
 from tests.distributed.rate_search_cases import searching
 from tests.distributed.recomposition_cases import (
@@ -179,7 +180,7 @@ def _curve(losses: list[float], norms: list[float], *rest: float) -> Results:
     return {"losses": torch.tensor([*losses, *rest]), "norms": torch.tensor(norms)}
 
 
-def curve(setting: Setting, steps: int = 20) -> Results:
+def curve(setting: Setting, steps: int = 12) -> Results:
     """Training from factors that are not zero, past the first step, then an evaluation."""
     if setting.attached.layers:
         setting.start_from_random_factors()
@@ -571,10 +572,10 @@ def merging(setting: Setting, steps: int = 2) -> Results:
 CASES: dict[str, Callable[..., Results]] = {
     case.__name__: case
     for case in (
-        curve, short_batch, writing, norming, replacing_gradients, initialising, probing, generating,
-        answering, naming_silent_tensors, summing, transform_traffic, correcting, storing, classifying,
-        classifying_images, saving, resuming, swapping, swap_traffic, swap_saving, swap_resuming, whole_run,
-        sent_in_a_step, sent_at_the_start, searching, merging, later_tokens, dropping,
+        curve, packed_rows, short_batch, writing, norming, replacing_gradients, initialising, probing,
+        generating, answering, naming_silent_tensors, summing, transform_traffic, correcting, storing,
+        classifying, classifying_images, saving, resuming, swapping, swap_traffic, swap_saving, swap_resuming,
+        whole_run, sent_in_a_step, sent_at_the_start, searching, merging, later_tokens, dropping,
     )
 }  # fmt: skip
 

@@ -13,6 +13,14 @@ NOTHING: dict = {}
 #: stage.
 NEEDED = {"srlora": {"target_rank": 16, "interval": 2}, "lora_sb": {"init": {"eta": 1e-3}}}
 
+#: The whole runs below stage 3, where every method has one, that are always tried.
+WHOLE_RUNS = {
+    *(("full", 0), ("pissa", 0), ("full", 1), ("lora_pro", 1)),
+    *(("lora", 2), ("lora_sb", 2), ("srlora", 2), ("full", 2)),
+}
+#: What is always tried at stage 1 on two ranks: gradients are cut up as at stage 2.
+AT_STAGE_1 = ("curve", "replacing_gradients")
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -41,6 +49,17 @@ class Entry:
             [self.note] if self.note else []
         )
         return "-".join([name, *extras]).replace("/", "_").replace(" ", "").replace(".", "_")
+
+    @property
+    def is_long(self) -> bool:
+        """Whether only runs with `-m long` have this case: a method at a stage, where each method and each
+        stage is tried without it.
+        """
+        if self.case == "whole_run":
+            return self.stage != 3 and (self.setting["method"], self.stage) not in WHOLE_RUNS
+        return (self.world, self.stage, self.dtype, self.zero) == (2, 1, FP32, {}) and (
+            self.case not in AT_STAGE_1
+        )
 
     @property
     def group(self) -> tuple[int, str]:
@@ -73,7 +92,7 @@ def entries() -> list[Entry]:
         *_every_stage(), *_every_method(), *_bfloat16(), *_methods_and_settings(), *_norms(), *_transforms(),
         *_optimizers(),
         *_zero_options(), *_swaps(), *_classifiers(), *_packed(), *_traffic(),
-        *_searches(), *_dropped(), *_transposed(), *_experts(), *_other_classes(),
+        *_searches(), *_dropped(), *_transposed(), *_experts(), *_other_classes(), *_packed_rows(),
     ]  # fmt: skip
 
 
@@ -226,6 +245,16 @@ def _other_classes() -> list[Entry]:
     ]
 
 
+def _packed_rows() -> list[Entry]:
+    never_persistent = {"stage3_param_persistence_threshold": 0}
+    setting = {"micro_batch": 1, "clip": 0.5}
+    return [
+        *(Entry(2, "packed_rows", stage, setting=setting) for stage in (0, 1, 2)),
+        Entry(2, "packed_rows", 3, setting=setting, zero=never_persistent, note="persist0"),
+        Entry(2, "packed_rows", 2, setting=setting, zero=OFFLOAD, note="offload"),
+    ]
+
+
 def _norms() -> list[Entry]:
     """DoRA: a trained vector a layer, and norms that need the weight whole."""
     dora = {"method": "dora", "alpha": 10}
@@ -344,7 +373,7 @@ def _classifiers() -> list[Entry]:
     plan = [Entry(2, "classifying", stage, setting=setting) for stage in (0, 1, 2, 3)]
     for stage in (0, 3):
         plan.append(
-            Entry(2, "classifying", stage, BF16, setting=setting, loss=2e-2, first_loss=1e-2, tensors=0.3)
+            Entry(2, "classifying", stage, BF16, setting=setting, loss=3e-2, first_loss=1e-2, tensors=0.3)
         )
     # Heads in the files that do not fit: of another number of labels, and without their bias.
     for family in ("five_labels", "no_bias"):
@@ -479,7 +508,7 @@ def _dropped() -> list[Entry]:
     return [
         *(drop(stage) for stage in (0, 1, 2, 3)),
         drop(0, BF16),
-        drop(1, BF16, {"grad_accum_dtype": "fp32"}, "fp32grads"),
+        drop(1, BF16),
         drop(2, zero=OFFLOAD, note="offload"),
         drop(3, BF16, {**OFFLOAD, "offload_param": {"device": "cpu"}}, "offloadall"),
         drop(3, spec="adamw8bit"),

@@ -1,12 +1,34 @@
 """docs/models.md says of every class of models what a tiny one of it does."""
 
+import re
+
 import pytest
 
 from tests.model_matrix.columns import COLUMNS, YES, trains
 from tests.model_matrix.ranks import cell
 from tests.model_matrix.table import COMMAND, DOCUMENT, matrix, page
 
+#: Classes that differ in how they are adapted: a wrapper, experts, transposed weights, a weight that is read
+#: without a call, an encoder, images.
+DIFFERENT = ("llama", "gemma3", "mixtral+experts", "gpt2", "mamba", "deberta", "vit")
 
+
+def rows_of(text: str) -> dict[str, list[str]]:
+    """The cells of every row by the model's name, with the notes in place of their numbers."""
+    notes = dict(re.findall(r"^(\d+)\. (.+)$", text, re.MULTILINE))
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    return {
+        name: [re.sub(r"\d+", lambda found: notes[found[0]], cell) for cell in cells]
+        for name, _, *cells in rows
+    }
+
+
+def test_rows_of_different_classes_say_what_is_found():
+    found, said = rows_of(page(matrix(DIFFERENT))), rows_of(DOCUMENT.read_text())
+    assert len(found) == 1 + len(DIFFERENT) and found == {name: said[name] for name in found}
+
+
+@pytest.mark.long
 def test_the_table_of_models_says_what_is_found(tmp_path):
     found = page(matrix())
     (tmp_path / "models.md").write_text(found)

@@ -59,7 +59,11 @@ def reference(model, tmp_path_factory):
     return results
 
 
-@pytest.mark.parametrize("entry", PLAN, ids=lambda entry: entry.key)
+def _marked(entry: Entry):
+    return pytest.param(entry, id=entry.key, marks=pytest.mark.long if entry.is_long else ())
+
+
+@pytest.mark.parametrize("entry", map(_marked, PLAN))
 def test_zero_gives_what_the_plain_engine_gives(entry, worlds, reference):
     there, here = worlds(entry), reference(entry)
     assert there.keys() == here.keys()

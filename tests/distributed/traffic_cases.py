@@ -16,7 +16,6 @@ from distlora.plan.traffic import (
     ALL_GATHER,
     ALL_REDUCE,
     BROADCAST,
-    GATHER,
     REDUCE,
     REDUCE_SCATTER,
     init_traffic,
@@ -26,11 +25,9 @@ from distlora.recipe.sections import Recipe
 
 SEED = 3
 KINDS = {
-    "allreduce_": ALL_REDUCE, "broadcast_": BROADCAST, "reduce_": REDUCE, "gather_": GATHER,
+    "allreduce_": ALL_REDUCE, "broadcast_": BROADCAST, "reduce_": REDUCE,
     "allgather_": ALL_GATHER, "_allgather_base_": ALL_GATHER, "_reduce_scatter_base_": REDUCE_SCATTER,
 }  # fmt: skip
-#: Their result is as large as all ranks' parts together, and is not there on every rank.
-OF_PARTS = (GATHER, ALL_GATHER)
 
 
 class Collectives(TorchDispatchMode):
@@ -51,7 +48,7 @@ class Collectives(TorchDispatchMode):
         sizes = [t.nbytes for t in tensors if t.dtype in (torch.float32, torch.bfloat16) and t.numel() > 1]
         if sizes:
             kind = KINDS[operation]
-            self.bytes[kind] += self._world_size * min(sizes) if kind in OF_PARTS else max(sizes)
+            self.bytes[kind] += self._world_size * min(sizes) if kind == ALL_GATHER else max(sizes)
 
 
 def _tensors(argument):

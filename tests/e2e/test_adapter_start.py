@@ -1,23 +1,30 @@
 """A run that starts from the adapter of another, by the command line."""
 
-import json
 import shutil
 
 import pytest
 import yaml
 
-from tests.e2e.program import call, curve, free_port, run, succeed
+from tests.e2e.program import call, curve, free_port, recipe_of, run, succeed, write_recipe
 from tests.e2e.program import metrics as numbers
 
 SHORT = ["train.steps=2", "train.save_every=1", "train.exact_match_samples=0", "train.eval_every=0"]
 
 
-@pytest.fixture
-def first(recipe, tmp_path):
-    """The adapter of a finished run of lora, and the run's last loss on the evaluation set."""
+@pytest.fixture(scope="module")
+def finished_first(model, data, tmp_path_factory):
+    """The directory of a finished run of lora; not to be changed."""
+    folder = tmp_path_factory.mktemp("first")
+    recipe = write_recipe(folder / "recipe.yaml", recipe_of(model, data, folder / "run"))
     own = ["method={name: lora, rank: 3, alpha: 6}", "targets=[q_proj, v_proj]"]
-    succeed("train", recipe, *own, *SHORT, f"output_dir={tmp_path / 'first'}")
-    return tmp_path / "first" / "adapter", json.loads((tmp_path / "first" / "summary.json").read_text())
+    succeed("train", recipe, *own, *SHORT)
+    return folder / "run"
+
+
+@pytest.fixture
+def first(finished_first, tmp_path):
+    """The same, as this test's own: its adapter may be moved."""
+    return shutil.copytree(finished_first, tmp_path / "first") / "adapter"
 
 
 def _before(run_dir):
@@ -25,7 +32,7 @@ def _before(run_dir):
 
 
 def test_a_run_starts_where_another_ended(first, recipe, tmp_path):
-    adapter, _ = first
+    adapter = first
     start, run_dir = [f"method={{name: lora, from: '{adapter}'}}", *SHORT], tmp_path / "run"
     text = recipe.read_text()
     recipe.write_text(yaml.safe_dump({k: v for k, v in yaml.safe_load(text).items() if k != "targets"}))
@@ -72,9 +79,8 @@ def test_a_run_starts_where_another_ended(first, recipe, tmp_path):
     ],
 )
 def test_what_a_start_does_not_fit_is_one_sentence(method, more, said, first, recipe, tmp_path):
-    adapter, _ = first
     for verb in ("train", "plan"):
-        own = [f"method={{name: {method}, from: '{adapter}'}}", "targets=[q_proj, v_proj]", *more]
+        own = [f"method={{name: {method}, from: '{first}'}}", "targets=[q_proj, v_proj]", *more]
         refused = call(verb, recipe, *own, *SHORT)
         assert refused.code == 2 and said in refused.sentences[0] and len(refused.sentences) == 1
     assert not (tmp_path / "run").exists()

@@ -68,7 +68,8 @@ def test_mistakes_in_the_file_are_named_with_the_file(recipe):
     recipe.write_text("")
     assert refused("train", recipe).startswith(f"{recipe} is no recipe")
     missing = recipe.parent / "none.yaml"
-    assert refused("train", missing) == f"{missing}: no such recipe; give the path of a YAML file"
+    said = f"{missing}: no such recipe; give the path of a YAML file"
+    assert refused("train", missing) == f"{said}, or a name that `distlora recipes` lists"
     assert refused("train", recipe.parent).startswith(f"{recipe.parent} cannot be read as a recipe")
 
 

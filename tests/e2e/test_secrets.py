@@ -61,7 +61,9 @@ def test_nothing_of_them_is_in_what_a_run_leaves_and_says(recipe, tmp_path):
         ("doctor", "--no-build"),
         ("plan", recipe, "--nodes", "1", "--gpus-per-node", "1", "--gpu-memory", "80"),
     ]
-    trained = run(*python("train", recipe, f"deepspeed.comet.api_key={PLANTED}21"))
+    inline = f"{{enabled: false, api_key: {PLANTED}21, workspace: 'http://user:{PLANTED}22@host'}}"
+    trained = run(*python("train", recipe, f"deepspeed.comet={inline}", "data.max_new_tokens=3"))
+    assert "data.max_new_tokens=3" in (run_dir / "environment.json").read_text()
     assert trained.code == 0 and PLANTED not in trained.out + trained.err, trained.err
     for words in verbs:
         outcome = call(*words)
@@ -74,6 +76,46 @@ def test_a_run_that_breaks_tells_none_of_them(recipe, tmp_path):
     outcome = call("train", recipe, "train.lr=1e30", "deepspeed=null")
     assert outcome.code == 1 and PLANTED not in outcome.out + outcome.err
     assert (tmp_path / "run" / "logs").is_dir() and leaks(tmp_path, recipe) == []
+
+
+LOGIN = f"https://user:{PLANTED}30@host/x"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("train", "RECIPE", f"model.path={LOGIN}"),
+        ("train", "RECIPE", f"model.path=https://host/x?token={PLANTED}31"),
+        ("train", "RECIPE", f"data.path={LOGIN}"),
+        ("train", "RECIPE", "targets=null", f"method={{name: lora, from: '{LOGIN}'}}"),
+        ("train", "RECIPE", f"deepspeed.comet.api_key=[{PLANTED}32"),
+        ("train", "RECIPE", f"deepspeed.comet.api_key=[{PLANTED}32, 1]"),
+        ("train", "RECIPE", f"deepspeed={LOGIN}"),
+        ("train", LOGIN),
+        ("plan", "RECIPE", f"model.path={LOGIN}"),
+        ("eval", "--model", LOGIN, "--tasks", "gsm8k"),
+        ("export", LOGIN, "--format", "peft", "--out", "out"),
+        ("doctor", "--no-build", "--recipe", LOGIN),
+    ],
+    ids=lambda words: " ".join(words).replace(PLANTED, ""),
+)
+def test_a_mistake_is_told_without_them_and_leaves_none(words, recipe, tmp_path):
+    outcome = call(*(recipe if word == "RECIPE" else word for word in words))
+    said = outcome.out + outcome.err
+    assert outcome.code in (1, 2) and len(said) > 40 and PLANTED not in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_crash_tells_none_of_them(recipe, tmp_path, monkeypatch):
+    def break_off(*arguments, **settings):
+        raise RuntimeError(f"GET {LOGIN} failed")
+
+    monkeypatch.setattr("distlora.training.loop.run_identity", break_off)
+    with pytest.raises(RuntimeError):
+        call("train", recipe, "deepspeed=null")
+    log = (tmp_path / "run" / "logs" / "rank-0.log").read_text()
+    assert "RuntimeError: GET https://***@host/x failed" in log
+    assert leaks(tmp_path, recipe) == []
 
 
 def test_none_of_them_is_sent_to_other_hosts():

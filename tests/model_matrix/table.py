@@ -10,21 +10,27 @@ from tests.tiny_zoo import CLASSIFIERS, ZOO
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "models.md"
 COMMAND = "python -m tests.model_matrix"
+ASK = "distlora methods --model mistralai/Mistral-7B-v0.1"
 NOT_TRIED = "–"
 
 _HEAD = f"""# Classes of models
 
-What was tried with a tiny model of each class, in float32 on CPUs. `{COMMAND}` writes this page,
-and a test holds it to what it finds.
+```bash
+{ASK}    # which layers of a model would be trained; reads no weights
+```
 
-- *all-linear*: LoRA on `targets: all-linear` trains: all trained tensors have gradients, and the loss falls.
-  The row that says so trains `[all-linear, experts]`.
-- *loss*: the loss is that of the class's own forward pass, to 1e-5.
-- *ZeRO-3*: {STEPS} steps on two ranks have the losses of one process.
-- *PEFT*, *merged*: the export, loaded by PEFT or as a plain model, has the logits of the trained model,
-  to 1e-4 of the largest.
+A tiny model of each class was trained in float32 on CPUs. `{COMMAND}` writes this page, and a test
+compares it with what it finds. Other classes of transformers may work as well.
 
-A dash: not tried, because something before it does not work.
+| column | what a yes means |
+|---|---|
+| all-linear | LoRA on `targets: all-linear` trains: all trained tensors have gradients, and the loss falls |
+| loss | the loss is that of the class's own forward pass, to 1e-5 |
+| ZeRO-3 | {STEPS} steps on two ranks have the losses of one process |
+| PEFT, merged | the export, loaded in PEFT or plainly, has the model's logits, to 1e-4 of the largest |
+
+The row "with its experts" trains `[all-linear, experts]`. A dash means: not tried, because something before
+it does not work.
 
 """
 

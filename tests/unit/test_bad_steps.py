@@ -184,6 +184,7 @@ def test_a_run_that_was_stopped_by_a_bad_batch_goes_on_without_it(recipe, poison
         assert len(row["input_ids"]) == len(row["labels"])
     again = recipe(*SIX, *METHODS["lora_xs"], "train.on_bad_step=skip")
     assert run(again) == wanted
+    assert json.loads((run_dir / "environment.json").read_text())[-1]["resumed_at"] == 4
 
 
 def test_what_is_left_out_survives_a_stop_right_after_the_rollback(recipe, poison, without_it, monkeypatch):
@@ -222,7 +223,8 @@ def test_bad_steps_in_a_row_end_the_run(what, recipe, tmp_path):
     with pytest.raises(TrainingError) as ended:
         train.train(made, ALONE)
     assert str(ended.value) == (
-        "the training loss is nan at step 2, and that was bad step 2 in a row (train.bad_steps_limit=2); "
+        "the training loss is nan at step 2, and that was bad step 2 in a row (train.bad_steps_limit=2): "
+        "the same command meets these batches again, and goes on behind them with a higher limit; "
         "the last good checkpoint: none"
     )
     run_dir = Path(made.output_dir)
@@ -365,7 +367,7 @@ def test_the_data_order_leads_past_what_is_left_out():
     assert [memory.position(step) for step in range(7)] == [1, 2, 5, 6, 7, 8, 10]
     assert [memory.before(step) for step in (0, 2, 6)] == [1, 3, 4]
     memory.leave_out(1)  # the batch in the place of step 1
-    assert memory.left_out == [0, 2, 3, 4, 9] and (memory.in_row, memory.latest) == (1, 2)
+    assert memory.left_out == [0, 2, 3, 4, 9] and (memory.row, memory.latest) == ([2], 2)
 
 
 def test_only_a_step_that_comes_further_ends_a_row():
@@ -374,9 +376,9 @@ def test_only_a_step_that_comes_further_ends_a_row():
     memory.leave_out(12)
     memory.remember_good(12, 1.0)
     memory.leave_out(12)
-    assert memory.in_row == 2
+    assert memory.row == [12, 13]
     memory.remember_good(13, 1.0)
-    assert memory.in_row == 0
+    assert memory.row == []
 
 
 def test_a_loss_is_held_against_the_median_of_the_last_good_ones():
@@ -402,11 +404,11 @@ def test_the_memory_goes_through_a_checkpoint_and_the_file_knows_the_newest(tmp_
     memory.leave_out(4)
     memory.write(tmp_path)
     again = BadSteps()
-    again.go_on_from(3, read_left_out(tmp_path))
+    again.recall(read_left_out(tmp_path))
     again.go_on_from(3, state)
-    assert again == memory
-    again.go_on_from(5, state)
-    assert again.in_row == 0 and again.left_out == [4, 5]
+    assert again == memory and memory.row == [4, 5]
+    again.go_on_from(5, state)  # so it has trained on batch 5
+    assert again.row == [] and again.left_out == [4]
 
 
 @pytest.mark.parametrize(

@@ -85,10 +85,12 @@ def test_variables_without_secrets(monkeypatch):
         "RANK",
         "TOKENIZERS_PARALLELISM",
     ]
-    monkeypatch.setenv("HF_ENDPOINT", "https://ann:secret@hub.example/x")
-    monkeypatch.setattr("sys.argv", ["distlora", "train", "r.yaml", "data.path=https://ann:secret@x.example"])
+    monkeypatch.setenv("HF_ENDPOINT", "https://ann:pl4nted@hub.example/x")
+    monkeypatch.setattr(
+        "sys.argv", ["distlora", "train", "r.yaml", "data.path=https://ann:pl4nted@x.example"]
+    )
     text = json.dumps(environment.report(WHERE, None, None))
-    assert "secret" not in text and "https://***@hub.example/x" in text
+    assert "pl4nted" not in text and "https://***@hub.example/x" in text
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from distlora.models.image_processor import check_pixels, load_image_processor
 from distlora.models.loading import bare_model, head_parameters, load_model
 from distlora.models.losses import label_loss
 from distlora.models.stored_names import renamed
-from distlora.models.targets import IGNORE, load_of, loss_of_samples
+from distlora.models.targets import IGNORE, loss_of_samples
 from distlora.plan import plan_of
 from distlora.recipe.load import load_recipe
 from distlora.recipe.sections import ModelSection
@@ -169,12 +169,6 @@ def test_the_loss_of_a_global_batch_does_not_depend_on_how_it_is_cut(models, siz
     (whole,) = batches(7)
     expected = F.cross_entropy(engine.module(whole["pixel_values"]).logits, whole["labels"]).item()
     assert accumulate(engine, [*batches(size), EMPTY], label_loss) == pytest.approx(expected, rel=1e-5)
-
-
-def test_a_speed_is_in_images_or_in_tokens():
-    assert [load_of(batch) for batch in (*batches(7), EMPTY)] == [("images", 7), ("images", 0)]
-    tokens = {"attention_mask": torch.tensor([[1, 1, 0]]), "labels": torch.tensor([0])}
-    assert load_of(tokens) == ("tokens", 2)
 
 
 # ---------------------------------------------------------------------- recipes

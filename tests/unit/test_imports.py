@@ -8,6 +8,7 @@ import pytest
 from distlora import errors
 
 PACKAGE = Path(errors.__file__).parent
+EXAMPLES = PACKAGE.parent / "examples"
 MODULES = {
     ".".join(("distlora", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__"): path
     for path in sorted(PACKAGE.rglob("*.py"))
@@ -21,16 +22,19 @@ HOMES = {
     "accelerate": {"integrations/"},
     "trl": {"integrations/trl.py"},
     "datasets": {"data/"},
-    "tensorboard": {"training/monitor.py"},
-    "torch.utils.tensorboard": {"training/monitor.py"},
+    "tensorboard": {"training/board.py", "report/board.py"},
+    "torch.utils.tensorboard": {"training/board.py"},
     "bitsandbytes": {"engine/bitsandbytes_adamw.py", "adapter/packed.py"},
-    "matplotlib": {"plan/picture.py", "report/drawing.py"},
+    "matplotlib": {"plan/picture.py", "report/drawing.py", "training/pictures.py"},
     "PIL": {"data/"},
     "mpi4py": {"cluster/mpi.py"},
     "math_verify": {"tasks/reading/equivalence_worker.py"},
     "peft": set(),
     # What these read can execute code.
     **dict.fromkeys(("pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"), set()),
+    # They pickle what they send to their processes.
+    **dict.fromkeys(("multiprocessing", "torch.multiprocessing"), set()),
+    "concurrent.futures.ProcessPoolExecutor": set(),
 }
 
 #: The floors of the house, lowest first: folders, and modules that stand beside them. Each imports from lower
@@ -124,7 +128,7 @@ def _vendor_breaches(tree: ast.AST, file: str) -> list[str]:
 
 
 #: The files of the command line that print. Everything else logs, or returns what is to be shown.
-PRINTING = ("cli/verbs/", "cli/ending.py")
+PRINTING = ("cli/verbs/", "cli/ending.py", "examples/")
 SEEDING = {
     *("torch.manual_seed", "torch.seed", "torch.random.manual_seed", "random.seed"),
     *("torch.cuda.manual_seed", "torch.cuda.manual_seed_all", "np.random.seed", "numpy.random.seed"),
@@ -140,25 +144,50 @@ STATES = {
 STATES_HOMES = {"engine/random_state.py"}
 
 #: They execute what they are given, or what they read.
-EXECUTING = {"torch.load", "eval", "exec", "os.system", "os.popen", "yaml.load", "yaml.unsafe_load"}
+EXECUTING = {
+    *("torch.load", "torch.jit.load", "torch.hub.load", "torch.package.PackageImporter"),
+    *("eval", "exec", "os.system", "os.popen", "runpy.run_path"),
+    *("yaml.load", "yaml.load_all", "yaml.unsafe_load", "yaml.unsafe_load_all"),
+    *("yaml.full_load", "yaml.full_load_all"),
+}
 #: Collectives and loaders that unpickle what others have sent or stored.
 PICKLING = {
     *("all_gather_object", "gather_object", "broadcast_object_list", "scatter_object_list"),
     *("send_object_list", "recv_object_list", "read_pickle", "unsafe_load"),
 }
 #: transformers' ways to make something of a directory or a config.
-LOADING = {"from_pretrained"}
+LOADING = {"from_pretrained", "from_config"}
+#: What is made of a directory without weights. Weights must be demanded as safetensors, or come from a GGUF
+#: file.
+WEIGHTLESS = ("Config", "Tokenizer", "Processor", "Extractor")
 #: Keywords that allow code of others to run, and the only value that they have.
 DEMANDED = {"shell": False, "trust_remote_code": False, "allow_pickle": False, "use_safetensors": True}
+
+
+def _aliases(tree: ast.AST) -> dict[str, str]:
+    """What the names that are imported here, perhaps under others, are called in full."""
+    found = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.asname: alias.name for alias in node.names if alias.asname}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def _full_name(node: ast.AST, aliases: dict[str, str]) -> str | None:
+    first, dot, rest = (_dotted(node) or "").partition(".")
+    return f"{aliases.get(first, first)}{dot}{rest}" or None
 
 
 def _forbidden(tree: ast.AST, file: str) -> list[str]:
     """What is done in this file that the library never does, with the line."""
     found = []
+    aliases = _aliases(tree)
     for node in ast.walk(tree):
         if not isinstance(node, ast.Call):
             continue
-        name = _dotted(node.func)
+        name = _full_name(node.func, aliases)
         if name in SEEDING or (name in STATES and file not in STATES_HOMES):
             found.append(f"{file}:{node.lineno} reseeds a global generator")
         if name == "print" and not file.startswith(PRINTING):
@@ -166,7 +195,7 @@ def _forbidden(tree: ast.AST, file: str) -> list[str]:
         if name in EXECUTING or (name or "").rpartition(".")[2] in PICKLING:
             found.append(f"{file}:{node.lineno} calls {name}")
         given = {keyword.arg for keyword in node.keywords}
-        if name == "np.load" and "allow_pickle" not in given:
+        if name in ("np.load", "numpy.load") and "allow_pickle" not in given:
             found.append(f"{file}:{node.lineno} reads arrays that may hold objects")
         if (
             isinstance(node.func, ast.Attribute)
@@ -174,6 +203,14 @@ def _forbidden(tree: ast.AST, file: str) -> list[str]:
             and "trust_remote_code" not in given
         ):
             found.append(f"{file}:{node.lineno} does not refuse code of a model")
+        if (
+            isinstance(node.func, ast.Attribute)
+            and node.func.attr == "from_pretrained"
+            and not (_dotted(node.func.value) or "").endswith(WEIGHTLESS)
+            and given.isdisjoint(("use_safetensors", "gguf_file"))
+            and not file.startswith("examples/")  # short ones: torch reads weights only
+        ):
+            found.append(f"{file}:{node.lineno} does not refuse pickled weights")
         for keyword in node.keywords:
             value = getattr(keyword.value, "value", None)
             if (keyword.arg == "strict" and value is False and name != "zip") or (
@@ -250,6 +287,14 @@ def test_of_transformers_the_zero_engine_takes_only_its_deepspeed_config():
 @every_module
 def test_the_library_does_nothing_forbidden(module):
     assert _forbidden(_tree(module), str(MODULES[module].relative_to(PACKAGE))) == []
+
+
+@pytest.mark.parametrize("example", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
+def test_nor_do_the_examples(example):
+    tree, file = ast.parse(example.read_text(encoding="utf-8")), f"examples/{example.name}"
+    assert _forbidden(tree, file) == []
+    dangerous = [vendor for vendor, homes in HOMES.items() if not homes and vendor != "peft"]
+    assert not [name for name in _imports(tree) if any(_within(name, vendor) for vendor in dangerous)]
 
 
 @every_module
@@ -339,6 +384,12 @@ def test_there_are_no_circles():
         "from torch.utils.tensorboard import SummaryWriter",
         "import bitsandbytes as bnb",
         "import pickle",
+        "import pickle as p",
+        "from pickle import loads as read",
+        "from multiprocessing import Pool",
+        "import torch.multiprocessing as mp",
+        "from torch import multiprocessing",
+        "from concurrent.futures import ProcessPoolExecutor",
     ],
 )
 def test_a_vendor_outside_its_home_is_seen(source):
@@ -356,13 +407,25 @@ def test_a_vendor_outside_its_home_is_seen(source):
         "torch.load(path)",
         "model.load_state_dict(s, strict=False)",
         "subprocess.run(c, shell=True)",
-        "AutoModel.from_pretrained(p, trust_remote_code=True)",
+        "AutoModel.from_pretrained(p, trust_remote_code=True, use_safetensors=True)",
         "yaml.load(text)",
         "np.load(path)",
         "np.load(path, allow_pickle=True)",
         "dist.all_gather_object(found, value)",
-        "AutoModel.from_pretrained(path)",
-        "AutoModel.from_pretrained(path, trust_remote_code=asked)",
+        "AutoModel.from_pretrained(path, use_safetensors=True)",
+        "AutoModel.from_pretrained(path, trust_remote_code=asked, use_safetensors=True)",
+        "AutoModel.from_pretrained(path, trust_remote_code=False)",
+        "AutoModel.from_pretrained(path, trust_remote_code=False, use_safetensors=False)",
+        "AutoTokenizer.from_pretrained(path)",
+        "AutoModel.from_config(config)",
+        "AutoModel.from_config(config, trust_remote_code=True)",
+        "from torch import load\nload(path)",
+        "import torch as t\nt.load(path)",
+        "from yaml import full_load as read\nread(text)",
+        "yaml.unsafe_load_all(text)",
+        "from numpy import load\nload(path)",
+        "from os import system\nsystem(word)",
+        "from transformers import set_seed as s\ns(1)",
     ],
 )
 def test_what_is_forbidden_is_seen(source):
@@ -375,6 +438,11 @@ def test_what_is_forbidden_is_seen(source):
         "torch.Generator().manual_seed(1)",
         "zip(a, b, strict=False)",
         "subprocess.run(c, shell=False)",
+        "AutoConfig.from_pretrained(p, trust_remote_code=False)",
+        "AutoModel.from_pretrained(p, trust_remote_code=False, use_safetensors=True)",
+        "AutoModel.from_pretrained(p, trust_remote_code=False, gguf_file=name)",
+        "from safetensors.torch import load\nload(data)",
+        "from json import load\nload(file)",
         "log.info('x')",
     ],
 )

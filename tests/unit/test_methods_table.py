@@ -193,7 +193,11 @@ def test_what_one_method_cannot_do_is_said_in_its_line(model):
     ("arguments", "expected"),
     [
         ({"model": "/none/model"}, "model.path=/none/model: there is no such directory"),
-        ({"recipe_path": "none.yaml"}, "none.yaml: no such recipe; give the path of a YAML file"),
+        (
+            {"recipe_path": "none.yaml"},
+            "none.yaml: no such recipe; give the path of a YAML file, "
+            "or a name that `distlora recipes` lists",
+        ),
         ({"recipe_path": "train.lr=1"}, "override train.lr=1 changes a recipe: name its file first"),
         ({"rank": 0}, "--rank=0: wanted a whole number of at least 1"),
     ],

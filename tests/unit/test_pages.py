@@ -18,6 +18,7 @@ from torch.distributed.run import parse_args as torchrun_arguments
 from distlora.cli.arguments import size, whole_number, whole_numbers
 from distlora.cli.main import main
 from distlora.cli.parser import parse
+from distlora.cli.verbs import VERBS
 from distlora.methods import Method, registry
 from distlora.recipe.load import load_recipe, run_identity
 from distlora.recipe.sections import Recipe
@@ -223,15 +224,14 @@ def test_every_script_is_shown():
     assert shown == BEYOND_ARGUMENTS.keys()
 
 
-@pytest.mark.parametrize(
-    "verb", ["train", "eval", "export", "status", "plan", "report", "doctor", "methods", "sweep", "verify"]
-)
+@pytest.mark.parametrize("verb", VERBS)
 def test_no_option_is_kept_from_the_reader(verb, capsys):
     with pytest.raises(SystemExit):
         main([verb, "--help"])
     unshown = {"--help", "--build", "--line"}  # the last one is for slurm.sbatch
     options = set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out)) - unshown
     assert {option for option in options if option not in TEXT} == set()
+    assert f"`{verb}`" in PAGES["docs/commands.md"]
 
 
 def test_no_variable_is_kept_from_the_reader():

@@ -50,9 +50,9 @@ def test_who_may_still_get_somewhere_is_left_alone(what, reports):
         ([STUCK, replace(STUCK, begun=8, ended=8), STUCK], Halt([1], 25.0)),
         ([STUCK, STUCK, replace(ELSEWHERE, still=21.0)], Halt([2], 21.0)),
         ([replace(STUCK, met=31), STUCK, ELSEWHERE], Halt([2], 25.0)),
-        ([replace(STUCK, still=PATIENCE + 1, patient=True)] * 2, Halt([], PATIENCE + 1)),
-        ([replace(ELSEWHERE, still=PATIENCE + 2)] * 3, Halt([], PATIENCE + 2)),
-        ([STUCK] * 2 + [replace(STUCK, still=PATIENCE + 9, patient=True)], Halt([], 25.0)),
+        ([replace(STUCK, still=PATIENCE + 1, patient=True)] * 2, Halt([], PATIENCE + 1, True)),
+        ([replace(ELSEWHERE, still=PATIENCE + 2)] * 3, Halt([], PATIENCE + 2, True)),
+        ([STUCK] * 2 + [replace(STUCK, still=PATIENCE + 9, patient=True)], Halt([], 25.0, True)),
     ],
     ids=[
         "at one place",
@@ -83,7 +83,7 @@ def test_the_sentence_names_phase_step_and_who_is_behind():
     said = sentence(halted(reports, LIMIT, PATIENCE), reports, ["a", "b", "c"])
     assert said == (
         "nothing has moved on any rank for 25 s in training after step 4: rank 1 on b and rank 2 on c are "
-        "behind (8 passes begun, 8 ended) and the others wait"
+        "behind (8 passes begun, 8 ended), and the others wait"
     )
     said = sentence(halted([STUCK] * 2, LIMIT, PATIENCE), [replace(STUCK, step=0)] * 2, ["a", "b"])
     assert said == (

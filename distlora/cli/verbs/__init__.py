@@ -8,7 +8,22 @@ signal must be caught before that, and a mistake in the command line needs none 
 import argparse
 from collections.abc import Callable
 
-from distlora.cli.verbs import doctor, evaluate, export, methods, plan, report, status, sweep, train, verify
+from distlora.cli.verbs import (
+    copy,
+    doctor,
+    evaluate,
+    export,
+    methods,
+    monitor,
+    plan,
+    recipes,
+    report,
+    status,
+    sweep,
+    tasks,
+    train,
+    verify,
+)
 
 #: In the order in which `--help` shows them.
 VERBS = {
@@ -18,8 +33,12 @@ VERBS = {
     "status": status,
     "plan": plan,
     "report": report,
+    "monitor": monitor,
     "doctor": doctor,
     "methods": methods,
+    "tasks": tasks,
+    "recipes": recipes,
+    "copy": copy,
     "sweep": sweep,
     "verify": verify,
 }

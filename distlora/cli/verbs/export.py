@@ -42,7 +42,8 @@ def add(verbs) -> None:
     parser.add_argument(
         "--no-check",
         action="store_true",
-        help="merged: do not load the result to compare it with the run on one batch",
+        help="merged: do not load the result to compare it with the run on one batch; peft: do not compute a "
+        "batch with weights of which no loss has been seen finite",
     )
     parser.add_argument("--push", metavar="OWNER/NAME", help="also send it to this repository of the hub")
     parser.add_argument("--private", action="store_true", help="--push: a new repository is private")
@@ -62,7 +63,7 @@ def run(options: argparse.Namespace) -> None:
     if options.push is not None:  # before the work, and not only after it
         from distlora.models.hub_upload import check_upload
 
-        check_upload(options.push)
+        check_upload(options.push, options.private)
     done = export_run(
         options.run_dir,
         options.format or "peft",

@@ -1,8 +1,10 @@
 """`distlora methods`."""
 
 import argparse
+import logging
 
 from distlora.cli.arguments import whole
+from distlora.cli.shared import log_to_terminal
 
 
 def add(verbs) -> None:
@@ -23,6 +25,7 @@ def add(verbs) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Prints a table of all methods."""
+    log_to_terminal(shown=True, least=logging.WARNING)
     from distlora.report.methods_table import methods_table
 
     print(methods_table(options.recipe, options.overrides, options.rank, options.model))

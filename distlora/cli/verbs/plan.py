@@ -1,6 +1,7 @@
 """`distlora plan`."""
 
 import argparse
+import logging
 from pathlib import Path
 
 from distlora.cli.arguments import size, whole_number, whole_numbers
@@ -11,7 +12,7 @@ def add(verbs) -> None:
     parser = verbs.add_parser(
         "plan", help="memory and traffic of a recipe on a cluster, before anything is loaded or started"
     )
-    parser.add_argument("recipe", help="a YAML file, see configs/recipes")
+    parser.add_argument("recipe", help="a YAML file, or a name that `distlora recipes` lists")
     parser.add_argument("overrides", nargs="*", metavar="dotted.key=value")
     parser.add_argument("--nodes", default="1,2,4,8,16,32,64,128", metavar="N[,N…]", help="default: 1 to 128")
     parser.add_argument("--gpus-per-node", default="8", metavar="G", help="default: 8")
@@ -26,7 +27,7 @@ def add(verbs) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Prints memory and traffic of a recipe on clusters of several sizes."""
-    log_to_terminal(shown=False)
+    log_to_terminal(shown=True, least=logging.WARNING)
     nodes = whole_numbers("--nodes", options.nodes)
     gpus = whole_number("--gpus-per-node", options.gpus_per_node)
     gpu_memory = size("--gpu-memory", options.gpu_memory)

@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 
 from distlora.cli.arguments import whole_number
+from distlora.files.confidential import shown_word
 
 
 def add(verbs) -> None:
@@ -52,4 +53,4 @@ def _command(options: argparse.Namespace) -> str:
         words += ["--smooth", options.smooth]
     for task in options.task:
         words += ["--task", task]
-    return shlex.join(words)
+    return shlex.join(map(shown_word, words))

@@ -9,6 +9,7 @@ from distlora.cli.ending import end
 from distlora.cli.shared import log_to_terminal
 from distlora.cluster.status import START_AGAIN
 from distlora.errors import Preempted, TrainingError, UserError
+from distlora.files.confidential import refuse_secrets, shown_word
 
 
 def add(verbs) -> None:
@@ -70,6 +71,8 @@ def _show_lines(options: argparse.Namespace) -> int:
     if not recipe or ("=" in recipe and not Path(recipe).exists()):
         raise UserError(f"which recipe do the lines of {options.file} change? distlora sweep FILE RECIPE")
     lines = read_sweep(options.file)
+    for words in (common, *lines):
+        refuse_secrets(words)
     chosen = None if options.line is None else line_of(options.file, options.line, lines)
     check_directories(options.file, lines, recipe, common)
     if chosen is not None:
@@ -89,8 +92,12 @@ def _run_file(options: argparse.Namespace) -> int:
 
     stray = next((word for word in options.overrides if "=" not in word), None)
     if stray is not None:
-        raise UserError(f"{stray}: wanted dotted.key=value; {options.file} names its recipe itself")
+        raise UserError(
+            f"{shown_word(stray)}: wanted dotted.key=value; {options.file} names its recipe itself"
+        )
     sweep = read_sweep_file(options.file, options.overrides, options.launcher)
+    for point in sweep.points:
+        refuse_secrets(point.overrides)
     points = [_numbered(sweep, number) for number in (options.point, options.line) if number is not None]
     if options.line is not None:
         _print_words(points[-1].overrides)

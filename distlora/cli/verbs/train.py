@@ -2,16 +2,22 @@
 
 import argparse
 import logging
+import sys
 
+from distlora.cli import dry_run
 from distlora.cli.arguments import whole
 from distlora.cli.shared import read_recipe, this_topology, until_asked_to_stop
 from distlora.cli.summary import summary_table
 from distlora.cluster.stopping import StopSignals
+from distlora.errors import before_ranks_meet
+
+#: Samples of a dry run.
+SHOWN = 2
 
 
 def add(verbs) -> None:
     parser = verbs.add_parser("train", help="run a recipe")
-    parser.add_argument("recipe", help="a YAML file, see configs/recipes")
+    parser.add_argument("recipe", help="a YAML file, or a name that `distlora recipes` lists")
     parser.add_argument(
         "overrides",
         nargs="*",
@@ -33,11 +39,19 @@ def add(verbs) -> None:
         action="store_true",
         help="continue although the samples are not those that the run was begun with",
     )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="show the complete recipe, the plan and the first two samples with their loss mask; "
+        "load no weights, write nothing",
+    )
     parser.add_argument("--local_rank", "--local-rank", type=whole, help=argparse.SUPPRESS)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Runs a recipe, and prints a table of its outcome."""
+    """Runs a recipe, and prints a table of its outcome; or shows what it would do."""
+    if options.dry_run:
+        return _show(options)
     return until_asked_to_stop(lambda signals: _run(options, signals))
 
 
@@ -57,4 +71,29 @@ def _run(options: argparse.Namespace, signals: StopSignals) -> int:
     )
     if topology.rank == 0:
         print(summary_table(summary))
+    return 0
+
+
+def _show(options: argparse.Namespace) -> int:
+    topology = this_topology()
+    if topology.rank > 0:
+        return 0
+    with before_ranks_meet():
+        recipe = read_recipe(options.recipe, options.overrides)
+        from distlora.training import train as training
+        from distlora.training.preview import preview
+
+        recipe, _ = training.check_run(recipe, topology.world_size, options.resume)
+    coloured, encoding = dry_run.in_colour(sys.stdout), sys.stdout.encoding
+    for note in recipe.notes:
+        print(note)
+    print(dry_run.title("recipe", coloured), dry_run.recipe_text(recipe, topology.world_size), sep="\n")
+    print("", dry_run.title("plan", coloured), dry_run.plan_text(recipe, topology.world_size), sep="\n")
+    print("", dry_run.title("first samples", coloured), sep="\n")
+    samples = preview(recipe, SHOWN)
+    if any(sample.label is None for sample in samples):
+        print(dry_run.legend(coloured, encoding))
+    for number, sample in enumerate(samples, 1):
+        print("", dry_run.sample_text(number, sample, coloured, encoding), sep="\n")
+    print("\nno weights were read, nothing was written; the same command without --dry-run trains")
     return 0

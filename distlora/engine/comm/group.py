@@ -132,21 +132,16 @@ class Comm:
         return tensor
 
     @meets
-    def gather_to(self, tensor: Tensor, owner: int) -> list[Tensor] | None:
-        """Equal-sized tensors of all ranks, in rank order, on the owner; None elsewhere."""
-        if self.world_size == 1:
-            return [tensor]
-        parts = [torch.empty_like(tensor) for _ in range(self.world_size)] if self.rank == owner else None
-        dist.gather(tensor, parts, dst=owner)
-        return parts
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        """Equal-sized tensors of all ranks, in rank order: (world_size, *shape), on every rank.
 
-    @meets
-    def all_gather(self, tensor: Tensor) -> list[Tensor]:
-        """Equal-sized tensors of all ranks, in rank order."""
+        Also for what one rank alone needs: a gather to that rank would open a connection from each of the
+        others to it, and with other owners in the end between any two ranks.
+        """
         if self.world_size == 1:
-            return [tensor]
-        parts = [torch.empty_like(tensor) for _ in range(self.world_size)]
-        dist.all_gather(parts, tensor)
+            return tensor[None]
+        parts = tensor.new_empty(self.world_size, *tensor.shape)
+        dist.all_gather_into_tensor(parts.view(-1), tensor.reshape(-1))
         return parts
 
     # ------------------------------------------------------------------ values
@@ -155,12 +150,12 @@ class Comm:
     def gather(self, value: Any) -> list[Any]:
         """The JSON-able values of all ranks, in rank order, on every rank."""
         data = json.dumps(value).encode()
-        sizes = [int(size) for size in self.all_gather(torch.tensor(len(data), device=self.device))]
+        sizes = self.all_gather(torch.tensor(len(data), device=self.device)).tolist()
         buffer = torch.zeros(max(sizes), dtype=torch.uint8, device=self.device)
         buffer[: len(data)].copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
         return [
-            json.loads(bytes(part[:size].cpu().tolist()))
-            for size, part in zip(sizes, self.all_gather(buffer))
+            json.loads(part[:size].numpy().tobytes())
+            for size, part in zip(sizes, self.all_gather(buffer).cpu())
         ]
 
     @meets

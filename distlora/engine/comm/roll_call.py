@@ -68,13 +68,13 @@ class RollCall:
             self.store.set(f"{topic}/{self._rank}", json.dumps(value))
             if self._rank == 0:
                 self._expected = self._await(topic, self._expected, seconds)
-                self.store.set(f"{topic}/came", json.dumps(self._expected))
+                # One value for all: with every rank reading every other's, the requests grow as the square.
+                said = self.store.multi_get([f"{topic}/{rank}" for rank in self._expected])
+                came = {rank: json.loads(text) for rank, text in zip(self._expected, said)}
+                self.store.set(f"{topic}/came", json.dumps(list(came.items())))
             # The master may have waited for somebody until its last second.
             self._wait(f"{topic}/came", 2 * seconds)
-            values = {
-                rank: json.loads(self.store.get(f"{topic}/{rank}"))
-                for rank in json.loads(self.store.get(f"{topic}/came"))
-            }
+            values = dict(json.loads(self.store.get(f"{topic}/came")))
             self.store.set(f"{topic}/read/{self._rank}", "")
             if self._rank == 0:
                 self._await(
@@ -137,16 +137,18 @@ class RollCall:
     def _await(self, topic: str, ranks: Iterable[int], seconds: float, refusable: bool = True) -> list[int]:
         """Those of the ranks that have spoken in time. refusable: a rank may have refused to."""
         deadline = time.monotonic() + seconds
-        missing, came = set(ranks), set()
-        while missing and time.monotonic() < deadline:
-            came |= {rank for rank in missing if self.store.check([f"{topic}/{rank}"])}
-            missing -= came
-            if missing:
-                if refusable:
-                    self._end_if_refused()
-                self._leave_if_asked()
-                time.sleep(0.02)
-        return sorted(came)
+        names = {rank: f"{topic}/{rank}" for rank in ranks}
+        if not names:
+            return []
+        # One question about all of them; who is missing is asked for only when the time is over.
+        while not self.store.check(list(names.values())):
+            if refusable:
+                self._end_if_refused()
+            self._leave_if_asked()
+            if time.monotonic() > deadline:
+                return sorted(rank for rank, name in names.items() if self.store.check([name]))
+            time.sleep(0.02)
+        return sorted(names)
 
     def _leave_if_asked(self) -> None:
         """Raises Preempted where this rank, or another one that has come, was asked to stop."""

@@ -63,8 +63,12 @@ class ZeroTensors:
             return self.comm.all_reduce(flat).view(self._shape(name))
         if self.stage < 3:
             return parameter.detach().clone()
+        return self._joined(parameter).view(parameter.ds_shape)
+
+    def _joined(self, parameter: nn.Parameter) -> Tensor:
+        """A parameter of stage 3, flat and without padding, on every rank."""
         shards = self.comm.all_gather(parameter.ds_tensor.detach().to(self.comm.device))
-        return torch.cat(shards)[: parameter.ds_numel].view(parameter.ds_shape)
+        return shards.view(-1)[: parameter.ds_numel]
 
     def write(self, layer: AdapterLinear, factors: Factors) -> None:
         for factor, value in factors.items():
@@ -139,8 +143,8 @@ class ZeroTensors:
         weight = layer.weight
         if self.stage < 3:
             return layer.whole_weight() if self.comm.rank == owner else None
-        shards = self.comm.gather_to(weight.ds_tensor.detach().to(self.comm.device), owner)
-        return layer.whole_weight(torch.cat(shards)[: weight.ds_numel]) if self.comm.rank == owner else None
+        joined = self._joined(weight)
+        return layer.whole_weight(joined) if self.comm.rank == owner else None
 
     def weight_checksum(self, layer: AdapterLinear) -> int:
         weight = layer.weight
@@ -216,12 +220,8 @@ class ZeroTensors:
         parameter = self._parameters[name]
         if self.stage < 3:
             return parameter.detach().cpu() if self.comm.is_main else None
-        shards = self.comm.gather_to(parameter.ds_tensor.detach().to(self.comm.device), 0)
-        return (
-            torch.cat(shards)[: parameter.ds_numel].view(parameter.ds_shape).cpu()
-            if self.comm.is_main
-            else None
-        )
+        joined = self._joined(parameter).view(parameter.ds_shape)
+        return joined.cpu() if self.comm.is_main else None
 
     @torch.no_grad()
     def write_parameter(self, name: str, value: Tensor | None) -> None:
