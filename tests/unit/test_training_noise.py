@@ -61,7 +61,7 @@ def test_smoothed_labels_are_torchs_and_rows_without_one_have_no_loss():
 def test_what_is_trained_is_smoothed_and_what_is_evaluated_is_not(model, tmp_path):
     make = short_recipe(model, tmp_path)
     objective = objective_of(make("train.label_smoothing=0.3"))
-    loaded, _ = objective.load_model()
+    loaded, _ = objective.load_model({})
     ids = torch.arange(5, 17)[None]
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
     logits = loaded(ids).logits[0, :-1]
