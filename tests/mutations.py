@@ -759,7 +759,7 @@ MUTATIONS = [
             (
                 "proofs: the score of a model is not looked at",
                 "distlora/training/evaluate.py",
-                "    check_scores(scores, evaluated.place, data)\n",
+                '    check_scores(scores, evaluated.place, f"data.eval_split={splits}")\n',
                 "",
                 "test_not_finite.py::test_the_loss_of_a_run_that_is_no_number_ends_its_evaluation",
             ),

@@ -289,7 +289,7 @@ def _hint(target: str, words: list[str], names: list[str]) -> str:
 
 
 def is_named(name: str, target: str) -> bool:
-    """Whether the target is the name, or the last parts of it."""
+    """Whether the target is the name, or the last part of it."""
     return name == target or name.endswith("." + target)
 
 

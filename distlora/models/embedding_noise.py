@@ -1,6 +1,5 @@
 """NEFTune (arXiv 2310.05914): uniform noise on the token embeddings of training passes."""
 
-import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,17 +26,13 @@ class EmbeddingNoise:
     def __init__(self, alpha: float, seed: int):
         self._alpha, self._seed = alpha, seed
 
-    def of_step(
-        self, loss_sum: LossSum, step: int, rank: int, world_size: int, micro_batch_size: int
-    ) -> LossSum:
-        """The loss with noise, for this rank's passes of one step, in their order; see
-        `distlora.data.micro_batches`."""
-        passes = itertools.count()
+    def of_step(self, loss_sum: LossSum, step: int, places: Sequence[Sequence[int]]) -> LossSum:
+        """The loss with noise, for this rank's passes of one step, in their order. places: of each pass's
+        rows in the global batch; a pass of weight zero has none."""
+        passes = iter(places)
 
         def noisy(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
-            first, rows = micro_batch_size * next(passes), len(batch["input_ids"])
-            places = [rank + world_size * (first + row) for row in range(rows)]
-            with self._added(model, batch["attention_mask"] != 0, step, places):
+            with self._added(model, batch["attention_mask"] != 0, step, next(passes)):
                 return loss_sum(model, batch)
 
         return noisy
@@ -61,9 +56,9 @@ class EmbeddingNoise:
 
     def noise(self, mask: Tensor, width: int, step: int, places: Sequence[int]) -> Tensor:
         """(batch, length, width) float32. mask: (batch, length), where there are tokens. places: of the rows
-        in the global batch."""
+        in the global batch; rows beyond these have no noise."""
         found = torch.zeros(*mask.shape, width, device=mask.device)
-        for row, (place, count) in enumerate(zip(places, mask.sum(1).tolist(), strict=True)):
+        for row, (place, count) in enumerate(zip(places, mask.sum(1).tolist())):
             generator = torch.Generator(mask.device).manual_seed(
                 seed_of(self._seed, f"embedding noise {step} {place}")
             )

@@ -5,7 +5,8 @@ from collections.abc import Iterator, Sequence
 from distlora.errors import UserError
 from distlora.plan.columns import Plan, plan_of
 from distlora.plan.memory import GIB
-from distlora.recipe.sections import Quantization, Recipe
+from distlora.recipe.model_section import Quantization
+from distlora.recipe.sections import Recipe
 
 #: Share of a GPU's memory that is left for CUDA, for workspaces of kernels and for what the allocator cannot
 #: use.

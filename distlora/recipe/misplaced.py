@@ -41,6 +41,11 @@ _OTHER_NAMES = {
         "train.schedule": "lr_scheduler lr_scheduler_type",
         "train.clip": "max_grad_norm gradient_clipping",
         "train.save_every": "save_steps",
+        "train.label_smoothing": "label_smoothing_factor",
+        "train.neftune_alpha": "neftune_noise_alpha noisy_embedding_alpha",
+        "train.early_stopping": "early_stopping_patience",
+        "train.keep_best": "metric_for_best_model load_best_model_at_end",
+        "method.modules_to_save": "additional_target lora_modules_to_save",
         "train.eval_every": "eval_steps",
     }.items()
 }

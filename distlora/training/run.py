@@ -225,7 +225,7 @@ class Run(Restoring):
         self.comm.course.enter("the search for the learning rate")
 
         def search() -> RateSearch:
-            loss = self.objective.loss
+            loss = self.objective.training_loss
             steps, held_back = self.data.trial(settings.steps, settings.samples)
             try:
                 return search_rate(engine, settings, steps, held_back, self.objective.training_loss)

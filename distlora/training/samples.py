@@ -111,6 +111,11 @@ class RunSamples:
         """This rank's micro-batches of a step, counted from 0; equally many on every rank."""
         return self._micro_batches(self.order.indices(step))
 
+    def places_of_step(self, step: int) -> list[list[int]]:
+        """For each micro-batch of `of_step` the places of its rows in the global batch; without packing."""
+        passes = self._arranged(self._sizes(self.order.indices(step))).ranks[self._comm.rank]
+        return [[place for row in rows for place in row] for rows in passes]
+
     def load_of_step(self, step: int) -> tuple[int, float | None]:
         """Of all ranks' micro-batches of a step: tokens or images, as the objective counts, and the share of
         padding in their rows, None for images.

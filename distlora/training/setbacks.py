@@ -46,10 +46,8 @@ class Setbacks:
     def _loss_of_step(self, step: int) -> LossSum:
         if not self._noise:
             return self._loss
-        comm = self._engine.comm
-        return self._noise.of_step(
-            self._loss, step, comm.rank, comm.world_size, self._settings.micro_batch_size
-        )
+        places = self._data.places_of_step(self.memory.position(step))
+        return self._noise.of_step(self._loss, step, places)
 
     def gradients(self, batches: Sequence[Batch], step: int, mark: Callable[[str], None]) -> float:
         """Forward and backward over the batches of a step, counted from 0; returns the loss. Raises BadStep

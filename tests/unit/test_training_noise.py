@@ -15,7 +15,6 @@ from distlora.errors import Preempted, UserError
 from distlora.models.cross_entropy import OutputHead, cross_entropy, label_cross_entropy
 from distlora.models.embedding_noise import EmbeddingNoise
 from distlora.models.targets import IGNORE
-from distlora.recipe.combination import check_combination
 from distlora.training import train
 from distlora.training.objective import objective_of
 from tests.tiny_models import tiny_model_dir
@@ -107,7 +106,9 @@ def test_the_noise_of_a_text_is_the_same_on_any_ranks_and_in_any_passes(world, m
     for rank in range(world):
         passes = micro_batches(range(6), rank, world, micro, -(-6 // (world * micro)))
         noisy = EmbeddingNoise(5.0, 1).of_step(
-            lambda model, batch: (model.get_input_embeddings()(batch["input_ids"]), 0), 7, rank, world, micro
+            lambda model, batch: (model.get_input_embeddings()(batch["input_ids"]), 0),
+            7,
+            list(filter(None, passes)),
         )
         for indices in filter(None, passes):
             ids = torch.zeros(len(indices), 5, dtype=torch.int64)
@@ -141,6 +142,7 @@ def test_a_resumed_run_with_noise_ends_with_the_same_bytes_and_another_run_does_
     [
         (["train.label_smoothing=1"], "label_smoothing: found 1, wanted a number below 1"),
         (["train.label_smoothing=-0.1"], "wanted a number of at least 0"),
+        (["train.neftune_alpha=5", "data.packing=true"], "has no noise for packed rows"),
         (["train.neftune_alpha=-1"], "neftune_alpha: found -1, wanted a number of at least 0"),
         (["data.task=stsb", "train.label_smoothing=0.1"], "the task stsb has scores; set it to 0"),
         (["data.task=mnist", "data.max_length=512", "train.neftune_alpha=5"], "images have none"),
@@ -151,10 +153,3 @@ def test_mistakes_end_in_a_sentence(model, tmp_path, overrides, says):
     with pytest.raises(UserError) as refused:
         objective_of(make("data.template=null", *overrides))
     assert says in str(refused.value) and "\n" not in str(refused.value)
-
-
-def test_noise_and_packed_rows_exclude_each_other(model, tmp_path):
-    make = short_recipe(model, tmp_path)
-    check_combination(make("train.neftune_alpha=5"), {})
-    with pytest.raises(UserError, match="data.packing puts several texts into a row"):
-        check_combination(make("train.neftune_alpha=5", "data.packing=true"), {})
