@@ -15,8 +15,8 @@ SHIPPED = (
 
 
 class BuildWithShipped(build_py):
-    """Builds the package with `SHIPPED`, which `distlora.recipe.shipped` finds there. An editable installation
-    finds them in the repository.
+    """Builds the package with `SHIPPED`, which `distlora.recipe.shipped` finds there. An editable
+    installation finds them in the repository.
     """
 
     def run(self):

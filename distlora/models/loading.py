@@ -15,6 +15,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.modeling_utils import set_zero3_state
 from transformers.utils import is_flash_attn_2_available
 
 from distlora.errors import UserError
@@ -200,7 +201,9 @@ def load_model(
         # It must know how texts are padded here.
         config.get_text_config(decoder=True).pad_token_id = load_tokenizer(section).pad_token_id
     with explained(section.path), quiet():
-        with torch.device("meta"):  # by its class, since from_config would partition it under ZeRO-3
+        # By its class, since from_config would partition it under ZeRO-3; so would that of a tower within, if
+        # transformers did not take it for partitioned.
+        with torch.device("meta"), set_zero3_state():
             cls = model_class_of(config, labels, images)
             # A wrapper's config may stand for its language model, as in transformers' own auto classes.
             fits = isinstance(config, cls.config_class)

@@ -18,7 +18,7 @@ def rows_of(text: str) -> dict[str, list[str]]:
     notes = dict(re.findall(r"^(\d+)\. (.+)$", text, re.MULTILINE))
     rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
     return {
-        name: [re.sub(r"\d+", lambda found: notes[found[0]], cell) for cell in cells]
+        name: [re.sub(r"(?<=\()\d+(?=\))", lambda found: notes[found[0]], cell) for cell in cells]
         for name, _, *cells in rows
     }
 

@@ -86,7 +86,9 @@ def test_variables_without_secrets(monkeypatch):
         "TOKENIZERS_PARALLELISM",
     ]
     monkeypatch.setenv("HF_ENDPOINT", "https://ann:pl4nted@hub.example/x")
-    monkeypatch.setattr("sys.argv", ["distlora", "train", "r.yaml", "data.path=https://ann:pl4nted@x.example"])
+    monkeypatch.setattr(
+        "sys.argv", ["distlora", "train", "r.yaml", "data.path=https://ann:pl4nted@x.example"]
+    )
     text = json.dumps(environment.report(WHERE, None, None))
     assert "pl4nted" not in text and "https://***@hub.example/x" in text
 
