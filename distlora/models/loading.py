@@ -15,7 +15,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.modeling_utils import set_zero3_state
 from transformers.utils import is_flash_attn_2_available
 
 from distlora.errors import UserError
@@ -201,9 +200,7 @@ def load_model(
         # It must know how texts are padded here.
         config.get_text_config(decoder=True).pad_token_id = load_tokenizer(section).pad_token_id
     with explained(section.path), quiet():
-        # By its class, since from_config would partition it under ZeRO-3; so would that of a tower within, if
-        # transformers did not take it for partitioned.
-        with torch.device("meta"), set_zero3_state():
+        with torch.device("meta"):  # by its class, since from_config would partition it under ZeRO-3
             cls = model_class_of(config, labels, images)
             # A wrapper's config may stand for its language model, as in transformers' own auto classes.
             fits = isinstance(config, cls.config_class)

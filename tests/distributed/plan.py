@@ -18,8 +18,12 @@ WHOLE_RUNS = {
     *(("full", 0), ("pissa", 0), ("full", 1), ("lora_pro", 1)),
     *(("lora", 2), ("lora_sb", 2), ("srlora", 2), ("full", 2)),
 }
-#: What is always tried at stage 1 on two ranks: gradients are cut up as at stage 2.
-AT_STAGE_1 = ("curve", "replacing_gradients")
+#: What is always tried in float32 on two ranks where nothing is cut up, and where gradients are cut up as at
+#: stage 2.
+BELOW_STAGE_2 = {
+    0: ("curve", "replacing_gradients", "writing", "swapping", "dropping"),
+    1: ("curve", "replacing_gradients"),
+}
 
 
 @dataclass(frozen=True)
@@ -57,9 +61,10 @@ class Entry:
         """
         if self.case == "whole_run":
             return self.stage != 3 and (self.setting["method"], self.stage) not in WHOLE_RUNS
-        return (self.world, self.stage, self.dtype, self.zero) == (2, 1, FP32, {}) and (
-            self.case not in AT_STAGE_1
-        )
+        if self.world == 3 and self.stage < 2:
+            return True
+        plain = self.world == 2 and self.stage < 2 and self.dtype == FP32 and not self.zero
+        return plain and self.case not in BELOW_STAGE_2[self.stage]
 
     @property
     def group(self) -> tuple[int, str]:
@@ -373,7 +378,7 @@ def _classifiers() -> list[Entry]:
     plan = [Entry(2, "classifying", stage, setting=setting) for stage in (0, 1, 2, 3)]
     for stage in (0, 3):
         plan.append(
-            Entry(2, "classifying", stage, BF16, setting=setting, loss=4e-2, first_loss=1e-2, tensors=0.3)
+            Entry(2, "classifying", stage, BF16, setting=setting, loss=2e-2, first_loss=1e-2, tensors=0.3)
         )
     # Heads in the files that do not fit: of another number of labels, and without their bias.
     for family in ("five_labels", "no_bias"):
@@ -508,7 +513,7 @@ def _dropped() -> list[Entry]:
     return [
         *(drop(stage) for stage in (0, 1, 2, 3)),
         drop(0, BF16),
-        drop(1, BF16),
+        drop(1, BF16, {"grad_accum_dtype": "fp32"}, "fp32grads"),
         drop(2, zero=OFFLOAD, note="offload"),
         drop(3, BF16, {**OFFLOAD, "offload_param": {"device": "cpu"}}, "offloadall"),
         drop(3, spec="adamw8bit"),
