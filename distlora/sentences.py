@@ -16,7 +16,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
     if len(name) > _LONGEST_NAME:
         return ""
     short = [other for other in islice(known, _MOST_NAMES) if len(other) <= _LONGEST_NAME]
-    near = difflib.get_close_matches(name, short, n=1)
+    same = [other for other in short if other.casefold() == name.casefold()]
+    near = same or difflib.get_close_matches(name, short, n=1)
     return f", did you mean {near[0]}?" if near else ""
 
 

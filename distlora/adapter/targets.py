@@ -175,6 +175,26 @@ def choose(
     return Choice(modules, fitted, left_out, [experts[name] for name in chosen if name in experts])
 
 
+def trained_whole(model: nn.Module, modules: Collection[str]) -> set[str]:
+    """Names of the parameters of these modules, `Method.modules_to_save`; each is a name, or the last part of
+    names. A parameter that modules share is trained in all of them. Raises UserError for a module that the
+    model does not have, and for one without parameters.
+    """
+    known = [name for name, _ in model.named_modules() if name]
+    chosen = set[int]()
+    for module in modules:
+        meant = [name for name in known if _is_named(name, module)]
+        if not meant:
+            last_parts = dict.fromkeys(name.rsplit(".", 1)[-1] for name in known)
+            hint = nearest(module, [*last_parts, *known]) or "; give a name such as embed_tokens"
+            raise UserError(f"method.modules_to_save: {type(model).__name__} has no module {module}{hint}")
+        found = [parameter for name in meant for parameter in model.get_submodule(name).parameters()]
+        if not found:
+            raise UserError(f"method.modules_to_save: {module} has no parameters to train; leave it out")
+        chosen |= set(map(id, found))
+    return {name for name, parameter in model.named_parameters() if id(parameter) in chosen}
+
+
 def _shape(layer: nn.Module | ExpertWeight) -> tuple[int, int]:
     return layer.shape if isinstance(layer, ExpertWeight) else shape_of(layer)
 
@@ -274,9 +294,18 @@ def _hits(model: nn.Module, layers: Collection[str], target: str, key: str = "ta
             raise UserError(f"{key}: {type(model).__name__} has no experts; leave {target} out")
         last_parts = sorted({name.rsplit(".", 1)[-1] for name in layers})
         words = [] if excluded else [ALL_LINEAR]
-        hint = nearest(target, words + last_parts + list(layers)) or f"; it has {', '.join(last_parts)}"
+        hint = _hint(target, words, last_parts + list(layers)) or f"; it has {', '.join(last_parts)}"
         raise UserError(f"{key}: {target} matches no linear layer of {type(model).__name__}{hint}")
     return hits
+
+
+def _hint(target: str, words: list[str], names: list[str]) -> str:
+    """What somebody may have meant by a target that matches nothing. words: those that stand for layers."""
+    if "," in target:
+        return f"; write several names as a list: [{', '.join(target.replace(',', ' ').split())}]"
+    if words and target in ("all", "all_linear"):
+        return f", did you mean {ALL_LINEAR}?"
+    return nearest(target, words + names)
 
 
 def _is_named(name: str, target: str) -> bool:

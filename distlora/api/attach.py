@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from distlora.adapter.attach import attach as attach_method
-from distlora.adapter.targets import ALL_LINEAR, Targets
+from distlora.adapter.targets import ALL_LINEAR, Targets, trained_whole
 from distlora.api.adapted import Adapted
 from distlora.errors import UserError
 from distlora.exports.starting import start_from
@@ -35,6 +35,7 @@ def attach(
     enough, but output embeddings), names, last parts of names (`q_proj`) and patterns, one or a list, or a
     mapping `{"include": …, "exclude": […], "layers": "10-20"}`; by default "all-linear".
     also_train: names of parameters that are trained whole, such as a new head's; their layers are no targets.
+    So are the parameters of the modules in the method's `modules_to_save`.
     start: for lora, rslora and dora, the directory of a LoRA in PEFT's files, whose factors `initialise`
     takes over; rank, alpha and targets are the adapter's, and must be the same where they are given.
     The model may be partitioned by `deepspeed.zero.Init` already. Call it before `deepspeed.initialize` and
@@ -43,6 +44,9 @@ def attach(
     if start is not None:
         settings["from"] = os.fspath(start)
     chosen = _method(method, settings)
+    whole = trained_whole(model, chosen.modules_to_save)
+    if whole:
+        also_train = {*also_train, *whole}
     begin = start_from(chosen)
     if begin is not None:
         chosen = begin.fitted(chosen)

@@ -29,7 +29,7 @@ def whole_numbers(option: str, text: str) -> list[int]:
 def size(option: str, text: str) -> float:
     """A number above 0 that may have decimals."""
     number = float(text) if _DECIMAL.fullmatch(text.strip()) else 0.0
-    return number or _refused(option, text, "a number above 0")
+    return number or _refused(option, text, "a number above 0, without a unit")
 
 
 def whole(text: str) -> int:

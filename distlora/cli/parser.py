@@ -32,10 +32,16 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = _parser()
     options, left = parser.parse_known_args(arguments)
     if left and (not hasattr(options, "overrides") or any(word.startswith("-") for word in left)):
-        parser.error(f"unrecognized arguments: {' '.join(left)}")
+        parser.error(f"unrecognized arguments: {' '.join(left)}{_without_dashes(left)}")
     if left:
         options.overrides = [*options.overrides, *left]
     return options
+
+
+def _without_dashes(words: Sequence[str]) -> str:
+    """The hint for an override that is written like an option."""
+    keys = [word for word in words if word.startswith("--") and "." in word.partition("=")[0]]
+    return f"; write overrides without dashes, as in {keys[0].lstrip('-')}" if keys else ""
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -17,7 +17,7 @@ def summary_table(summary) -> str:
     )
     rows = [("", "before", "after")] if summary.after else []
     for key, value in summary.after.items():
-        form = "{:.1%}" if key in PERCENTAGES else "{:.4f}"
+        form = "{:.1%}" if key.rpartition("/")[2] in PERCENTAGES else "{:.4f}"
         before = form.format(summary.before[key]) if key in summary.before else "-"
         rows.append((key.replace("_", " "), before, form.format(value)))
     lines = [f"  {name:<24}{before:>10}{after:>10}" for name, before, after in rows]

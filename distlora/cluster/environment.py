@@ -189,6 +189,15 @@ def report(
     return redacted(about)
 
 
+def working_directory(run_dir: Path) -> Path:
+    """Where the newest start of a run was made, from which the relative paths of its recipe begin; the
+    current directory where that is not known.
+    """
+    starts = _earlier(run_dir / ENVIRONMENT)
+    found = starts[-1].get("working_directory") if starts and isinstance(starts[-1], dict) else None
+    return Path(found) if isinstance(found, str) and "\0" not in found else Path()
+
+
 def _earlier(path: Path) -> list[Any]:
     """What earlier starts wrote. A damaged file does not stop a run: it is replaced."""
     try:

@@ -30,10 +30,11 @@ LEAST_PROCESSOR, LEAST_BYTES = 0.03, 2**18
 #: Where code lies in which a rank waits for others: anywhere, and in a pass.
 OF_COLLECTIVES = tuple(f"{os.sep}{place}{os.sep}" for place in ("torch/distributed", "deepspeed/comm"))
 OF_PASSES = (f"{os.sep}deepspeed/runtime{os.sep}",)
-#: Where code lies, anywhere in the stack, of a rank that waits for something outside of the run.
+#: What a rank may wait for outside of the run, and where code lies, anywhere in the stack, of one that does.
+DEBUGGER, FILES = "a debugger", "its file system"
 OUTSIDE = {
-    "a debugger": (*("/pdb.py", "/bdb.py"), *("/pydevd", "/debugpy/", "/ipdb/")),
-    "its file system": (*("/distlora/files/", "/safetensors/"), *("/pathlib.py", "/shutil.py")),
+    DEBUGGER: ("/pdb.py", "/bdb.py", "/pydevd", "/debugpy/", "/ipdb/"),
+    FILES: ("/distlora/files/", "/safetensors/", "/pathlib.py", "/shutil.py"),
 }
 
 
@@ -172,7 +173,7 @@ def _outside(frames: Sequence[FrameType], waits: bool) -> str:
     as writers of files do while they are brought tensors, and debuggers do not."""
     for what, places in OUTSIDE.items():
         found = any(place in frame.f_code.co_filename for frame in frames for place in places)
-        if found and not (waits and what == "its file system"):
+        if found and not (waits and what == FILES):
             return what
     return ""
 

@@ -137,7 +137,9 @@ def _no_file(split: str, path: Path, found: Iterable[str]) -> str:
     if folder is not None:
         return f"{wanted}; its files lie in {folder}, name that folder in data.path"
     have = f"it has {listed(found)}" if found else f"it has no {', '.join(FORMATS)} file"
-    return f"{wanted}{nearest(split, found) or ''} ({have})"
+    near = nearest(split, found)
+    remedy = "; name one of these as the split" if found and not near else ""
+    return f"{wanted}{near} ({have}){remedy}"
 
 
 def _folders(path: Path) -> list[Path]:

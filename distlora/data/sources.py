@@ -8,6 +8,7 @@ A row is a mapping from column to value; `distlora.data.splits` says what a spli
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 
 from distlora.data.hub import hub_split, select_from_hub
 from distlora.data.local_files import of_split, place_of
@@ -50,11 +51,12 @@ def load_rows(
     return select_from_hub(path, parts)
 
 
-def is_local(path: str) -> bool:
+def is_local(path: str, folder: Path = Path()) -> bool:
     """Whether a path means files on this machine: they exist, or no data set of the hub can have that
-    name, or they would lie in a folder that exists.
+    name, or they would lie in a folder that exists. folder: where a relative path begins.
     """
     file, key = place_of(path)
+    file = folder / file
     looks_local = path.startswith((".", "~", "/")) or path.count("/") > 1 or is_read(file)
     in_a_folder = "/" in path and ":" not in path and file.parent.is_dir()
     return looks_local or key is not None or path.endswith("/") or in_a_folder or file.exists()

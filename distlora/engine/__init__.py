@@ -2,6 +2,7 @@
 
 `protocol` says what an engine answers. `local` is the one in plain PyTorch, which defines the meaning, and
 `zero` the one on DeepSpeed ZeRO. `boundary` is what belongs around an optimizer step, `comm` the process
-group, `ledger` and `owners` what is kept of frozen weights and by whom, `optimizers` the optimizers, and
-`schedules` their learning rates. Nothing here knows a recipe, or asks the environment.
+group, `ledger` and `owners` what is kept of frozen weights and by whom, `optimizers` the optimizers,
+`schedules` their learning rates, and `peaks` what GPUs can compute at most. Nothing here knows a recipe, or
+asks the environment.
 """

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -212,13 +213,14 @@ class LocalEngine:
     def whole_model(self) -> Iterator[bool]:
         yield True
 
+    #: The plain engine has no monitor beyond the run's own metrics file.
+    monitored = False
+
     def write_events(self, events: list[tuple[str, float, int]]) -> None:
-        """The plain engine has no monitor beyond the run's own metrics file."""
+        """See `monitored`."""
 
-    write_details = write_events
-
-    def write_image(self, tag: str, image: Tensor, step: int) -> None:
-        """See `write_events`."""
+    def on_board(self, action: Callable[[Any], object]) -> None:
+        """See `monitored`."""
 
     # ------------------------------------------------------------------ reading and writing
 

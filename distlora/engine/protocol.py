@@ -8,7 +8,7 @@ batch; gradients add up over micro-batches and ranks, and nothing is divided aft
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -122,7 +122,7 @@ class Engine(Protocol):
         Yields what takes them back: parameters, masters, the optimizer's state, generators and counters are
         what they were when the context was entered, to the bit. It is called between whole steps, and at the
         end by itself; an exception passes through as it is. Nothing but steps and evaluations belongs inside.
-        Monitors of the engine are silent. Every rank keeps its own part, in host memory.
+        Every rank keeps its own part, in host memory.
         """
 
     def silent_tensors(self) -> dict[str, str]:
@@ -161,16 +161,17 @@ class Engine(Protocol):
         make the same passes. Nothing may be written inside.
         """
 
+    @property
+    def monitored(self) -> bool:
+        """Whether the engine was told to have any monitor; the same on all ranks."""
+
     def write_events(self, events: list[tuple[str, float, int]]) -> None:
         """(tag, value, step) to the engine's monitors; rank 0's are kept. What fails there raises nothing."""
 
-    def write_details(self, events: list[tuple[str, float, int]]) -> None:
-        """The same for a tag of every layer, to TensorBoard alone: other monitors keep a file or a chart for
-        each tag.
+    def on_board(self, action: Callable[[Any], object]) -> None:
+        """Calls `action` with TensorBoard's `SummaryWriter` where the engine has one, which is on rank 0
+        alone. What fails there raises nothing.
         """
-
-    def write_image(self, tag: str, image: Tensor, step: int) -> None:
-        """image: (height, width, 3) uint8, to the engine's monitors that take pictures; rank 0's is kept."""
 
     def read(self, layer: AdapterLinear) -> Factors:
         """All factors, whole, on every rank: float32 masters of the trained ones, the others as the forward

@@ -61,15 +61,17 @@ def write_card(draft: Path, base: "BaseName", about: About, form: Form) -> None:
     write_text(draft / CARD, hidden("\n".join(parts)))
 
 
-def shown_data(path: str | None) -> tuple[str, str | None]:
-    """How a card calls a data set, and its name on the hub, if it is one there. path: as in `data.path`."""
+def shown_data(path: str | None, is_local: bool) -> tuple[str, str | None]:
+    """How a card calls a data set, and its name on the hub, if it is one there. path: as in `data.path`.
+    is_local: whether it means files of the machine that it was read on.
+    """
     if path is None:
         return "the task's own data set", None
     if "://" in path:  # an address may hold a password
         parts = urlsplit(path)
         return f"{PurePosixPath(parts.path).name or 'a file'} of {parts.hostname}", None
     name, _, configuration = path.partition(":")
-    if path.startswith((".", "/", "~")) or path.count("/") > 1 or Path(path).exists() or Path(name).exists():
+    if is_local:
         return f"{PurePosixPath(name).name} (local)", None
     return f"{name} ({configuration})" if configuration else name, name
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from distlora.checkpoints.stored import Count, StoredModel
 from distlora.errors import UserError
 from distlora.exports.experts import from_peft, peft_module
-from distlora.exports.sources import MAGNITUDE, PREFIX
+from distlora.exports.sources import MAGNITUDE_STEM, PREFIX
 from distlora.files.json_files import first_problem, parse_json
 from distlora.files.tensors import TensorFiles
 from distlora.maths.low_rank import LowRank
@@ -50,14 +50,15 @@ class AdapterSource:
         self._files = TensorFiles(directory, WEIGHTS.removesuffix(".safetensors"), {WEIGHTS})
         about = _about(directory, self._files.metadata(WEIGHTS))
         self.step, self.model, self.stacked = about["step"], about["model"], set(about.get("stacked", ()))
-        self.layers, self.heads, self.magnitudes = {}, {}, set()
+        self.layers, self.heads = {}, {}
+        self._norms: dict[str, str] = {}
         self._experts: dict[str, int] = about.get("experts", {})
         modules = {peft_module(layer, self._experts): layer for layer in self._experts}
         self._module = {layer: module for module, layer in modules.items()}
         for name in self._files.names:
             layer, ending = name.removeprefix(PREFIX), ".lora_A.weight"
-            if layer.endswith(MAGNITUDE):
-                self.magnitudes.add(layer.removesuffix(MAGNITUDE))
+            if MAGNITUDE_STEM in layer:
+                self._norms[layer.partition(MAGNITUDE_STEM)[0]] = name
             elif layer.endswith(ending):
                 module = layer.removesuffix(ending)
                 layer = modules.get(module, module)
@@ -67,7 +68,7 @@ class AdapterSource:
         for others in self.model.get("tied", {}).values():  # the same tensors under their other names
             for other in others:
                 self.heads.pop(other, None)
-        self.targets = list(self.layers)
+        self.targets, self.magnitudes = list(self.layers), set(self._norms)
 
     def _pair_shape(self, directory: Path, module: str, experts: int | None) -> tuple[int, ...]:
         a, b = (self._files.shape(f"{PREFIX}{module}.lora_{side}.weight") for side in "AB")
@@ -82,7 +83,7 @@ class AdapterSource:
         return from_peft(pair, self._experts[layer]) if layer in self._experts else pair
 
     def magnitude(self, layer: str) -> Tensor:
-        return self._files.read(f"{PREFIX}{layer}{MAGNITUDE}").float()
+        return self._files.read(self._norms[layer]).float()
 
     def read(self, head: str) -> Tensor:
         return self._files.read(PREFIX + head)

@@ -16,8 +16,9 @@ from distlora.adapter.expert_layers import expert_weights
 from distlora.adapter.linears import is_linear, shape_of
 from distlora.errors import UserError
 from distlora.exports.experts import ExpertEntry, expert_layer, from_peft
+from distlora.exports.no_adapter import why_no_adapter
 from distlora.exports.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from distlora.exports.sources import MAGNITUDE, PREFIX
+from distlora.exports.sources import MAGNITUDE_STEM, PREFIX
 from distlora.files.atomic import sha256_of
 from distlora.files.json_files import checked, parse_json, read_json
 from distlora.files.tensors import TensorFiles
@@ -30,6 +31,8 @@ LARGEST_CONFIG = 16 << 20
 #: Characters of a pattern, and parts of it that may be repeated without end.
 LONGEST_PATTERN, MOST_REPEATS = 500, 3
 _A, _B = ".lora_A.weight", ".lora_B.weight"
+#: Names with an adapter's own name in them, such as `lora_A.default.weight`.
+_OF_STATE_DICT = re.compile(r"\.lora_[AB]\.[^.]+\.weight$|\.(?:modules_to_save|original_module)\.")
 
 
 @dataclass(frozen=True)
@@ -120,7 +123,13 @@ class PeftFiles:
             here = shape_of(module)
             if here != shape:
                 raise UserError(f"{other}: its layer {layer} has the shape {shape}, and this one's {here}")
+        shared = dict(model.named_parameters(remove_duplicate=False)).keys() - parameters.keys()
         for name, shape in self.heads.items():
+            if name in shared:
+                raise UserError(
+                    f"{self.directory}: modules_to_save holds {name}, which {path} shares with another "
+                    "module, and PEFT has trained a copy of it; merge the adapter into the model first"
+                )
             there = parameters.get(name)  # under ZeRO-3 its own shape is that of a part
             found = None if there is None else tuple(getattr(there, "ds_shape", there.shape))
             if found != shape:
@@ -130,6 +139,9 @@ class PeftFiles:
 
 def read_peft(directory: Path) -> PeftFiles:
     """Raises UserError for files that are missing, broken, half written, or no LoRA."""
+    problem = why_no_adapter(str(directory), directory)
+    if problem is not None:
+        raise UserError(f"{directory}{problem}")
     config = _config(directory)
     if not (directory / ADAPTER_WEIGHTS).is_file():
         pickled = directory / "adapter_model.bin"
@@ -158,8 +170,18 @@ def read_peft(directory: Path) -> PeftFiles:
             layers[layer or module] = shape
             if layer:
                 experts[layer] = _experts(directory, config, layer, module, shapes)
-        elif MAGNITUDE in inner:
-            magnitudes[inner.partition(MAGNITUDE)[0]] = name
+        elif MAGNITUDE_STEM in inner:
+            magnitudes[inner.partition(MAGNITUDE_STEM)[0]] = name
+        elif _OF_STATE_DICT.search(inner):
+            raise UserError(
+                f"{directory}: {name} is called as in a model's state_dict; write the adapter with PEFT's "
+                "save_pretrained, which leaves the adapter's own name out"
+            )
+        elif ".base_layer." in inner:
+            raise UserError(
+                f"{directory}: {name} is the model's own weight under the adapter, which PEFT writes where a "
+                "vocabulary was resized; write it with save_embedding_layers=False, or merge the adapter"
+            )
         elif "lora_" in inner:
             raise UserError(f"{directory}: {name} belongs to no linear layer, which is not supported")
         elif inner not in copies:
@@ -226,8 +248,6 @@ def _config(directory: Path) -> dict[str, Any]:
     path = directory / ADAPTER_CONFIG
     try:
         config = read_json(path, LARGEST_CONFIG, unique=False)
-    except FileNotFoundError:
-        raise UserError(f"{directory} is no adapter, or half written: it has no {ADAPTER_CONFIG}") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is no JSON ({error}); export the adapter again") from None
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":

@@ -23,8 +23,11 @@ from distlora.methods import Method, TrainsWeight, magnitude_of
 
 #: What every name in PEFT's files begins with.
 PREFIX = "base_model.model."
-#: What follows a layer's name there, for the norms of the layer's rows.
-MAGNITUDE = ".lora_magnitude_vector"
+#: What follows a layer's name there, for the norms of the layer's rows. PEFT itself leaves `.weight` out and
+#: reads both; transformers' `load_adapter` finds only what is called as the parameter is.
+MAGNITUDE = ".lora_magnitude_vector.weight"
+#: The same without that ending.
+MAGNITUDE_STEM = MAGNITUDE.removesuffix(".weight")
 
 _log = logging.getLogger(__name__)
 

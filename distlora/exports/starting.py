@@ -10,6 +10,7 @@ from torch import nn
 
 from distlora.adapter.targets import in_short
 from distlora.errors import UserError
+from distlora.exports.no_adapter import why_no_adapter
 from distlora.exports.peft import ADAPTER_CONFIG
 from distlora.exports.peft_files import PeftFiles, read_peft
 from distlora.files.user_paths import user_path
@@ -32,10 +33,9 @@ class Start:
 
     def __init__(self, directory: str):
         place = user_path(directory, "method.from")
-        if not place.is_dir():
-            raise UserError(
-                f"method.from={directory}: there is no such directory; give that of an adapter of PEFT's"
-            )
+        problem = why_no_adapter(directory, place)
+        if problem is not None:
+            raise UserError(f"method.from={directory}{problem}")
         self.files: PeftFiles = read_peft(place)
         self._config = place / ADAPTER_CONFIG
         self._refuse_other_forms()

@@ -23,6 +23,8 @@ BITS = {
     "F64": 64, "C64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
 }  # fmt: skip
 _METADATA = "__metadata__"
+#: How the small file begins that stands for a large one in a repository of git.
+_GIT_LFS = b"version "
 _LENGTH_BYTES = 8
 #: No file holds a tensor with a longer side, or with more of them.
 _LONGEST, _MOST_SIDES = 1 << 48, 32
@@ -63,6 +65,8 @@ def read_header(path: Path) -> Header:
 def _length(start: bytes, size: int) -> int:
     if len(start) < _LENGTH_BYTES:
         raise ValueError(f"header too small: the file has {size} bytes")
+    if start == _GIT_LFS:
+        raise ValueError("it is a pointer of Git LFS and not the file itself")
     length, room = int.from_bytes(start, "little"), size - _LENGTH_BYTES
     if length > min(room, LARGEST_HEADER):
         raise ValueError(f"its header would have {length} bytes, and the file has {room} more")

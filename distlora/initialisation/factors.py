@@ -40,11 +40,13 @@ Given = Callable[[str], Factors]
 
 @dataclass
 class InitReport:
-    """What initialisation did. scalars: for logging under `init/`. search: (eta, probe loss) in the order of
-    the attempts. reserves: components for later, of the layers that this rank owns.
+    """What initialisation did. scalars: for logging under `init/`. layers: what the method reported of each
+    layer, by quantity and layer. search: (eta, probe loss) in the order of the attempts. reserves: components
+    for later, of the layers that this rank owns.
     """
 
     scalars: dict[str, float] = field(default_factory=dict)
+    layers: dict[str, dict[str, float]] = field(default_factory=dict)
     search: list[tuple[float, float]] = field(default_factory=list)
     reserves: dict[str, LowRank] = field(default_factory=dict)
 
@@ -89,7 +91,7 @@ def initialise(
     draw_seed, starting = _draw_seed(seed, number), number == 0
     report.scalars |= factorise_all(
         engine, attached, owners, gradients, draw_seed, 1.0 if eta is None else eta, report.reserves,
-        stoppable=starting, given=given,
+        stoppable=starting, given=given, by_layer=report.layers,
     )  # fmt: skip
     if not takes_step:
         return report
@@ -134,13 +136,14 @@ def factorise_all(
     reserves: dict[str, LowRank] | None = None,
     stoppable: bool = False,
     given: Given | None = None,
+    by_layer: dict[str, dict[str, float]] | None = None,
 ) -> dict[str, float]:
     """Writes the factors of every layer, made of its weight or gradient, into the engine. Returns means and
     least values of what the method reported.
 
     gradients: of the layers that this rank owns, where the method asks for them; each one is removed when it
     is used. reserves: is given the reserves of the layers that this rank owns. stoppable: whether Preempted
-    may be raised between layers.
+    may be raised between layers. by_layer: is given what the method reported, by quantity and layer.
     """
     layers = attached.layers
     scalars: dict[str, dict[str, float]] = {}
@@ -158,7 +161,10 @@ def factorise_all(
         if reserves is not None:
             reserves |= {name: init.reserve for name, init in found.items() if init.reserve is not None}
     dead_starts.tell(engine.comm)
-    return _means(engine.comm, scalars, list(layers)) | losses.report(engine.comm)
+    found = _by_quantity(engine.comm, scalars, list(layers))
+    if by_layer is not None:
+        by_layer |= found
+    return _means(found) | losses.report(engine.comm)
 
 
 @dataclass
@@ -310,8 +316,12 @@ def _broadcast(comm: Comm, layer: AdapterLinear, owner: int, init: Init | None) 
     return factors
 
 
-def _means(comm: Comm, scalars: dict[str, dict[str, float]], names: list[str]) -> dict[str, float]:
-    """Mean and least value over all layers of each reported number. One collective."""
+def _by_quantity(
+    comm: Comm, scalars: dict[str, dict[str, float]], names: list[str]
+) -> dict[str, dict[str, float]]:
+    """Each reported number of all layers, by its key and then by layer, on every rank. One collective.
+    scalars: of the layers that this rank owns.
+    """
     keys = comm.share(
         sorted({key for report in scalars.values() for key in report}) if comm.is_main else None
     )
@@ -320,8 +330,13 @@ def _means(comm: Comm, scalars: dict[str, dict[str, float]], names: list[str]) -
         for column, key in enumerate(keys):
             table[row, column] = scalars.get(name, {}).get(key, 0.0)
     comm.all_reduce(table)
+    return {key: dict(zip(names, table[:, column].tolist())) for column, key in enumerate(keys)}
+
+
+def _means(found: dict[str, dict[str, float]]) -> dict[str, float]:
+    """Mean and least value over all layers of each number."""
     result = {}
-    for column, key in enumerate(keys):
-        result[key] = float(table[:, column].mean())
-        result[f"{key}_min"] = float(table[:, column].min())
+    for key, by_layer in found.items():
+        values = torch.tensor(list(by_layer.values()), dtype=torch.float64)
+        result[key], result[f"{key}_min"] = float(values.mean()), float(values.min())
     return result

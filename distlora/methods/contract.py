@@ -19,10 +19,10 @@ What only some methods can do is not in here: `distlora.methods.capabilities` ha
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from torch import Tensor
 
 from distlora.maths.functional import linear
@@ -69,6 +69,11 @@ class Init:
     reserve: LowRank | None = None
 
 
+def _names(value: Any) -> Any:
+    """One name stands for a list of it. A tuple, because methods are keys of caches."""
+    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+
+
 class Method(BaseModel):
     """Base of all methods. A subclass with a default for `name` is registered under that name.
 
@@ -85,6 +90,11 @@ class Method(BaseModel):
     )
     dropout: float = Field(
         0.0, ge=0, lt=1, description="probability of dropping an element of the adapter's input"
+    )
+    modules_to_save: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_names)] = (
+        Field(
+            (), description="modules that are trained whole beside the adapter, by name or last part of names"
+        )
     )
 
     #: The factors that are multiplied, in the order in which they are applied to the input; () for no

@@ -17,6 +17,8 @@ PACKAGED_NAMES = {
 #: A commit in the cache of the hub: `models--ORGANISATION--NAME/snapshots/COMMIT`.
 _SNAPSHOT = re.compile(r"(?:^|/)models--(?P<name>[^/]+)/snapshots/(?P<commit>[^/]+)/?$")
 _COMMIT = re.compile(r"[0-9a-f]{40}$")
+#: Endings of files of models. No repository is called so.
+_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".json")
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,9 @@ class BaseName:
         return self.name if self.on_the_hub else Path(self.name).name
 
 
-def base_name_of(path: str) -> BaseName:
+def base_name_of(path: str, folder: Path = Path()) -> BaseName:
     """path: as in `model.path`: a name on the hub, a directory (perhaps in the hub's cache), or a package.
+    folder: where a relative path begins.
 
     The name is found without asking the hub. An empty path has an empty name.
     """
@@ -44,12 +47,23 @@ def base_name_of(path: str) -> BaseName:
     if package != path:
         known = PACKAGED_NAMES.get(package)
         return BaseName(known or path, on_the_hub=known is not None)
-    directory = user_path(path, "model.path") if path else Path()
-    if path and directory.is_dir():
-        return _of_directory(directory)
-    if not path or path.startswith((".", "/", "~")) or path.count("/") > 1:
+    if not path:
         return BaseName(path, on_the_hub=False)
-    return BaseName(path, _cached_commit(path))
+    directory = folder / user_path(path, "model.path")
+    if directory.is_dir():
+        return _of_directory(directory)
+    commit = _cached_commit(path)
+    if commit is None and _looks_local(path, directory):
+        return BaseName(str(directory.absolute()), on_the_hub=False)
+    return BaseName(path, commit)
+
+
+def _looks_local(path: str, directory: Path) -> bool:
+    """Whether a path that leads nowhere was one of this machine: its folder is there, or no repository can
+    have this name.
+    """
+    odd = path.startswith((".", "/", "~")) or path.count("/") > 1 or path.endswith(_FILES)
+    return odd or ("/" in path and directory.parent.is_dir())
 
 
 def _of_directory(directory: Path) -> BaseName:

@@ -17,7 +17,7 @@ from distlora.files.json_files import read_json
 from distlora.files.tensors import TensorFiles
 from distlora.sentences import first_line
 
-NO_TOKENIZER = "no usable tokenizer files; tokenizer.json is missing"
+NO_TOKENIZER = "no usable tokenizer files: tokenizer.json is missing; copy it from where the model is from"
 MISFIT = "the sizes of the weights are not those of config.json; fetch it again"
 
 #: Weights in formats that can execute code when they are loaded.
@@ -86,7 +86,8 @@ def check_weights(path: str, directory: Path, model: nn.Module | None = None) ->
     """
     if not any(directory.glob("*.safetensors")):
         others = sorted(found.name for ending in _EXECUTABLE for found in directory.glob(ending))
-        hint = f"; {others[0]} is in a format that can execute code when it is loaded" if others else ""
+        executable = "is in a format that can execute code when it is loaded; convert it to safetensors"
+        hint = f"; {others[0]} {executable}" if others else ""
         raise UserError(
             f"model.path={path}: no *.safetensors in {directory}; only this format is loaded{hint}"
         )

@@ -69,13 +69,14 @@ def resolve_path(path: str, progress: Callable[[str], None] | None = None) -> Pa
     if (directory / "config.json").is_file():
         return _readable(path, directory)
     if directory.is_dir():
-        raise UserError(
-            f"model.path={path}: the directory has no config.json; give that of a transformers model"
-        )
+        raise UserError(f"model.path={path}: {_no_model(directory)}")
     if directory.exists():
         raise UserError(f"model.path={path} is a file; give the directory of a transformers model")
+    if "://" in path:
+        name = "/".join(path.split("/")[3:5]) or "OWNER/NAME"
+        raise UserError(f"model.path={path} is an address; give the name of the repository, {name}")
     if path.startswith((".", "/", "~")) or path.count("/") > 1:
-        raise UserError(f"model.path={path}: there is no such directory")
+        raise UserError(f"model.path={path}: there is no such directory; check the path")
     return _readable(path, _download(path))
 
 
@@ -126,6 +127,20 @@ def on_the_hub(path: str) -> bool:
     """Whether a `model.path` means a repository on the hub, and not something on this machine."""
     looks_local = path.startswith(("pypi:", ".", "/", "~")) or path.count("/") > 1
     return not (looks_local or user_path(path, "model.path").exists())
+
+
+def _no_model(directory: Path) -> str:
+    """What a directory without a config.json is, and what to give in its place."""
+    if (directory / "adapter_config.json").is_file():
+        return (
+            "it holds an adapter and no model; give the adapter's base model, and the adapter in method.from "
+            "to start from it"
+        )
+    if (directory / "recipe.yaml").is_file() or (directory / "manifest.json").is_file():
+        return "it is of a run, and no model; `distlora export RUN --format merged --out DIR` makes one"
+    if any(directory.glob("*.gguf")):
+        return "GGUF files are not read; give the directory of the original transformers model"
+    return "the directory has no config.json; give that of a transformers model"
 
 
 def _from_package(path: str, progress: Callable[[str], None] | None) -> Path:

@@ -180,34 +180,53 @@ def head_parameters(model: PreTrainedModel) -> set[str]:
     return {name for name, parameter in model.named_parameters() if id(parameter) not in base}
 
 
-def load_model(
+def check_sizes(
     section: ModelChoice, labels: Sequence[str] = (), images: bool = False
+) -> dict[str, list[str]]:
+    """The parameters of a classifier's head that the files hold in another size, as `misfits` gives them.
+
+    Not inside `engine.loading()`: under ZeRO-3 transformers partitions the parts of a wrapper even where a
+    model without weights is made. Raises UserError for files that are missing or damaged, or hold any other
+    parameter in another size.
+    """
+    config = load_config(section, labels, images)
+    directory = resolve_path(section.path)
+    check_weights(section.path, directory)
+    with explained(section.path), quiet():
+        with torch.device("meta"):
+            cls = model_class_of(config, labels, images)
+            # A wrapper's config may stand for its language model, as in transformers' own auto classes.
+            fits = isinstance(config, cls.config_class)
+            bare = cls(copy.deepcopy(config if fits else config.get_text_config()))
+        other = misfits(directory, bare)
+    if not other.keys() <= (head_parameters(bare) if labels else set()):
+        raise UserError(f"model.path={section.path}: {MISFIT}")
+    return other
+
+
+def load_model(
+    section: ModelChoice,
+    labels: Sequence[str] = (),
+    images: bool = False,
+    other_sizes: dict[str, list[str]] | None = None,
 ) -> tuple[PreTrainedModel, set[str]]:
     """The model in evaluation mode, and the names of its new parameters.
 
     The weights are in `section.dtype`; rotary and other buffers keep their own dtype. Under ZeRO-3 call this
-    inside `engine.loading()`: every rank then gets only its own part.
+    inside `engine.loading()`: every rank then gets only its own part. other_sizes: what `check_sizes` has
+    found, which must be asked for before that; None where nothing is partitioned.
 
     New parameters are those that the files lack, so that they start random. A parameter that is tied to one
     in the files is not new. A classifier's head is new also if the files hold one for another number of
     labels. Raises UserError for files that are missing, damaged or of other sizes: on every rank, from the
     headers of the files, because under ZeRO-3 rank 0 alone reads tensors.
     """
-    config = load_config(section, labels, images)
-    directory = resolve_path(section.path)
-    check_weights(section.path, directory)
+    other = check_sizes(section, labels, images) if other_sizes is None else other_sizes
+    config, directory = load_config(section, labels, images), resolve_path(section.path)
     if labels and not images and reads_the_last_token(config, labels):
         # It must know how texts are padded here.
         config.get_text_config(decoder=True).pad_token_id = load_tokenizer(section).pad_token_id
     with explained(section.path), quiet():
-        with torch.device("meta"):  # by its class, since from_config would partition it under ZeRO-3
-            cls = model_class_of(config, labels, images)
-            # A wrapper's config may stand for its language model, as in transformers' own auto classes.
-            fits = isinstance(config, cls.config_class)
-            bare = cls(copy.deepcopy(config if fits else config.get_text_config()))
-        other = misfits(directory, bare)
-        if not other.keys() <= (head_parameters(bare) if labels else set()):
-            raise UserError(f"model.path={section.path}: {MISFIT}")
         model, info = auto_class(config, labels, images).from_pretrained(
             directory,
             config=config,

@@ -16,13 +16,15 @@ from distlora.models.router_loss import router_loss, with_router_loss
 from distlora.models.targets import IGNORE, Batch
 
 
-def response_loss(model: PreTrainedModel, batch: Batch, weights: Tensor | None = None) -> tuple[Tensor, int]:
+def response_loss(
+    model: PreTrainedModel, batch: Batch, weights: Tensor | None = None, smoothing: float = 0.0
+) -> tuple[Tensor, int]:
     """The sum of the cross-entropies of the response tokens, and the number of these tokens.
 
     batch: `input_ids`, `attention_mask` and `labels`, int64 (batch, length). Position t predicts the label at
     t + 1; where that is IGNORE, there is no loss. weights: (batch,), a factor for each row's loss; the count
-    ignores it. In training, without weights, the loss of a router is added: see `with_router_loss`. A packed
-    batch has `position_ids` as well: see `distlora.models.packing`.
+    ignores it. smoothing: see `cross_entropy`. In training, without weights, the loss of a router is added:
+    see `with_router_loss`. A packed batch has `position_ids` as well: see `distlora.models.packing`.
 
     Returns a float32 scalar and an int. The scalar is connected to every layer even if no token has a loss:
     the gradients are zero then.
@@ -35,7 +37,7 @@ def response_loss(model: PreTrainedModel, batch: Batch, weights: Tensor | None =
         factors = torch.ones(len(rows), device=passed.states.device)
     else:
         factors = weights.to(passed.states.device).float()[rows]
-    loss = cross_entropy(passed.head, passed.states, targets, factors, passed.softcap)
+    loss = cross_entropy(passed.head, passed.states, targets, factors, passed.softcap, smoothing)
     if weights is None:
         loss = with_router_loss(model, loss, passed.router, len(rows))
     return loss, len(rows)
@@ -93,14 +95,17 @@ def label_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
     return model(**text_inputs(model, batch)).logits
 
 
-def label_loss(model: PreTrainedModel, batch: Batch, weights: Tensor | None = None) -> tuple[Tensor, int]:
+def label_loss(
+    model: PreTrainedModel, batch: Batch, weights: Tensor | None = None, smoothing: float = 0.0
+) -> tuple[Tensor, int]:
     """The sum of the cross-entropies of the rows with a label, and the number of these rows.
 
     batch: as for `label_logits`, with `labels` int64 (batch,), IGNORE for a row without one. The rest is as
     in `response_loss`.
     """
     labels = batch["labels"]
-    return label_cross_entropy(label_logits(model, batch), labels, weights), int((labels != IGNORE).sum())
+    loss = label_cross_entropy(label_logits(model, batch), labels, weights, smoothing)
+    return loss, int((labels != IGNORE).sum())
 
 
 def squared_error(scores: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:

@@ -50,7 +50,9 @@ def plan_of(
     """
     recipe, world_size = with_start(recipe), nodes * gpus
     if recipe.deepspeed is None and world_size > 1:
-        raise UserError(f"{world_size} ranks need DeepSpeed; set deepspeed: to a ZeRO config")
+        raise UserError(
+            f"{world_size} ranks need DeepSpeed; set deepspeed=configs/zero/zero3.json, or another config"
+        )
     setup = setup_of(recipe, shapes or shapes_of(recipe), world_size, samples)
     return Plan(
         setup,

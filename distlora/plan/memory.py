@@ -178,7 +178,7 @@ def _answers(setup: Setup) -> int:
     Under ZeRO-3 the model is gathered for them only where it fits beside them, so it is not counted here.
     """
     train, data, config = setup.recipe.train, setup.recipe.data, setup.shapes.config
-    if not train.exact_match_samples or not setup.recipe.data.eval_split:
+    if not train.exact_match_samples or not data.evaluation_sections:
         return 0
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -114,11 +114,11 @@ def shapes_of(recipe: Recipe) -> Shapes:
             "widths, whose memory and traffic this plan does not know"
         )
     chosen = chosen_in(model, recipe, objective)
-    packings = _packings(recipe, model, objective.head(model), chosen.whole)
+    packings = _packings(recipe, model, objective.trained_whole(model), chosen.whole)
     linears = {name: shape_of(layer) for name, layer in linears_of(model).items()}
     experts = {name: weight.shape for name, weight in expert_weights(model).items()}
     stored = {f"{name}.weight": packing.elements for name, packing in packings.items()}
-    attached = attach(model, recipe.method, chosen.layers, objective.head(model))
+    attached = attach(model, recipe.method, chosen.layers, objective.trained_whole(model))
     named = dict(model.named_modules())
     number_of = {id(module): number for number, module in enumerate(named.values())}
     first_names: dict[int, str] = {}

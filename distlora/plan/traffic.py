@@ -28,8 +28,8 @@ from distlora.plan.setup import FLOAT32, Setup
 Traffic = Counter[str]
 ALL_REDUCE, REDUCE_SCATTER, ALL_GATHER = "all-reduce", "reduce-scatter", "all-gather"
 BROADCAST, REDUCE = "broadcast", "reduce"
-#: Bytes of the number by which ranks learn that one of them failed.
-FLAG = 8
+#: Bytes of the two numbers by which ranks learn that one of them failed.
+FLAG = 16
 #: An all-gather within a group of ranks that together hold all frozen weights (hpZ).
 GROUP_GATHER = "all-gather in groups"
 

@@ -18,6 +18,11 @@ def check_combination(recipe: Recipe, config: dict[str, Any]) -> None:
     _refuse(problem_with_decay(recipe.method, recipe.train.weight_decay))
     if recipe.train.searches_lr:
         _refuse(problem_with_search(recipe.method))
+    if recipe.data.packing and recipe.train.neftune_alpha:
+        raise UserError(
+            "data.packing puts several texts into a row, and train.neftune_alpha draws its noise for a row; "
+            "set one of them to null or false"
+        )
     if recipe.train.steps:
         check_length(recipe, recipe.train.steps)
     check_base(recipe, partitioned=config.get("zero_optimization", {}).get("stage") == 3)

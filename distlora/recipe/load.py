@@ -11,6 +11,7 @@ from distlora.files.confidential import is_secret_name, shown_word, without_secr
 from distlora.files.user_texts import read_user_text
 from distlora.methods import Method, StartsFromAdapter, registry
 from distlora.recipe.deepspeed_file import read_deepspeed, refuse_words
+from distlora.recipe.misplaced import refuse_misplaced, refuse_other_files, refuse_variables
 from distlora.recipe.sections import FORMAT, INLINE, Recipe, method_class
 from distlora.recipe.shipped import file_or_shipped, shipped_recipes, shipped_root
 from distlora.recipe.strict import (
@@ -74,12 +75,16 @@ def _load(document: "_Document", overrides: Sequence[str], default_format: int) 
     document.fit_method()
     document.read_deepspeed()
     content, place = document.content, document.place
+    refuse_other_files(content, document.name)
+    refuse_misplaced(content, place)
     check_keys(Recipe, {key: None if key == "method" else value for key, value in content.items()}, "", place)
     if "method" in content:  # first, so that its errors are those of its own class
         cls = method_class(content["method"], place)
         _refuse_others_keys(cls, content["method"], place)
         validate(cls, content["method"], "method", place)
     recipe = validate_values(Recipe, content, "", place)
+    if document.format is None:  # written by a person
+        refuse_variables(recipe, place)
     recipe._notes = tuple(document.notes)
     recipe._deepspeed_source = document.deepspeed_source
     return recipe.in_format(document.format or default_format)
@@ -214,6 +219,11 @@ class _Document:
             )
         elif isinstance(path, dict):
             refuse_words(path, "deepspeed", self.place)
+        elif path is not None:
+            raise UserError(
+                f"{self.place('deepspeed')}: found {show(path)}, wanted the path of a DeepSpeed config, "
+                "such as configs/zero/zero3.json, its content, or null"
+            )
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -244,7 +254,8 @@ def run_identity(recipe: Recipe) -> dict:
     ignored = {
         "model": ("gradient_checkpointing", "attention"),
         "data": (
-            "max_new_tokens", "eval_split", "think_step_by_step", "chat_date", "packing", "group_by_length",
+            "max_new_tokens", "eval_split", "eval", "think_step_by_step", "chat_date", "packing",
+            "group_by_length",
         ),
         "train": ("micro_batch_size", *LOOKING_ON, *ON_BAD_STEPS, *ON_THE_END),
     }  # fmt: skip

@@ -18,10 +18,12 @@ from pydantic import (
 
 from distlora.adapter.experts import EXPERTS
 from distlora.adapter.targets import ALL_LINEAR, Targets
-from distlora.engine.optimizers import OptimizerName
 from distlora.errors import UserError
 from distlora.methods import Method, last_trained_factor, registry
+from distlora.recipe.evaluation_sections import EvaluationSets
+from distlora.recipe.every import Every
 from distlora.recipe.improvement_sections import EarlyStoppingField, KeepBestField
+from distlora.recipe.optimizer_sections import SEARCH, OptimizerSection, RateSearchSection
 from distlora.recipe.schedule_section import ScheduleField, ScheduleSection
 from distlora.recipe.strict import Place, show
 from distlora.recipe.values import (
@@ -31,6 +33,7 @@ from distlora.recipe.values import (
     OffOrNumber,
     Positive,
     Section,
+    Share,
     Text,
     ZeroOrCount,
 )
@@ -75,28 +78,6 @@ class ModelSection(Section):
     ] = Field(None, description="null, nf4, int8, or a mapping with one of these as its kind")
 
 
-class OptimizerSection(Section):
-    name: OptimizerName = Field(
-        "adamw", description="those with 8bit or paged in their names are of bitsandbytes"
-    )
-    betas: tuple[NotNegative, NotNegative] = Field((0.9, 0.999), description="not for sgd")
-    eps: Positive = Field(1e-8, description="not for sgd")
-    momentum: NotNegative = Field(0.0, lt=1, description="sgd only")
-    lora_plus_ratio: Positive | None = Field(
-        None, description="LoRA+: learning rate of B over that of the rest; null: the same"
-    )
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if max(self.betas) >= 1:
-            raise ValueError(f"betas are {list(self.betas)}, wanted two numbers below 1")
-        if self.momentum and self.name != "sgd":
-            raise ValueError(
-                f"momentum is for sgd, and name is {self.name}; set momentum to 0 or name to sgd"
-            )
-        return self
-
-
 #: A name that is a whole number needs no quotes.
 Label = Annotated[Text, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
 
@@ -119,7 +100,8 @@ class DataSection(Section):
         None, description="a hub data set, a local file or folder; null: the task's own"
     )
     split: Text = Field("train", description='as in the datasets library: "train", "train[:1000]"')
-    eval_split: Text | None = Field(None, description="null: no evaluation")
+    eval_split: Text | None = Field(None, description="null: no evaluation, unless eval names sets")
+    eval: EvaluationSets = Field(None, description="in place of eval_split: several sets, by name")
     fields: dict[str, Text] | None = Field(
         None, description="the task's field name -> the column of the data"
     )
@@ -142,42 +124,35 @@ class DataSection(Section):
         None, description='questions end in "Let\'s think step by step."; null: as the template does it'
     )
     max_length: int = Field(512, ge=2, description="tokens of a text; longer ones are truncated, and counted")
-    packing: bool = Field(
-        False, description="rows of max_length hold as many whole samples as fit, each by itself"
-    )
-    group_by_length: bool = Field(
-        False, description="samples of like length make up the micro-batches of a step"
-    )
+    packing: bool = Field(False, description="rows of max_length hold several whole samples, each by itself")
+    group_by_length: bool = Field(False, description="a step's micro-batches have samples of like length")
     max_new_tokens: Count = Field(8, description="tokens generated for an exact-match answer")
 
     @model_validator(mode="after")
     def _saves_padding_in_one_way(self) -> Self:
         if self.packing and self.group_by_length:
-            raise ValueError(
-                "packing and group_by_length are both true, and packed rows have no padding to save; "
-                "set one of them to false"
-            )
+            raise ValueError("packing and group_by_length are both true; set one of them to false")
         return self
 
-
-#: In the place of a learning rate: one that is found before the first step.
-SEARCH = "search"
-
-
-class RateSearchSection(Section):
-    """How `train.lr: search` goes about it."""
-
-    lowest: Positive = Field(1e-5, description="learning rate")
-    highest: Positive = Field(3e-2, description="learning rate")
-    rates: int = Field(5, ge=2, description="tried from the lowest to the highest; two finer ones follow")
-    steps: Count = Field(6, description="optimizer steps with each rate")
-    samples: Count = Field(32, description="training samples, held back from those steps, that decide")
+    @property
+    def evaluation_sections(self) -> dict[str, "DataSection"]:
+        """By name, what each evaluation set reads as its `eval_split`; that of `eval_split` is called ""."""
+        if self.eval is None:
+            return {"": self} if self.eval_split else {}
+        found = {}
+        for name, own in self.eval.items():
+            changes = {key: value for key, value in dict(own).items() if value is not None and key != "split"}
+            if own.task is not None and own.task != self.task:  # whose rows have other columns
+                changes = {"fields": None, "path": None} | changes
+            found[name] = self.model_copy(update={"eval": None, "eval_split": own.split, **changes})
+        return found
 
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if self.lowest >= self.highest:
+    def _evaluates_once(self):
+        if self.eval is not None and self.eval_split is not None:
             raise ValueError(
-                f"lowest is {self.lowest:g}, wanted less than highest, which is {self.highest:g}"
+                "eval names the evaluation sets, and eval_split names another one; set eval_split to null, "
+                "or add it to eval"
             )
         return self
 
@@ -200,9 +175,17 @@ class TrainSection(Section):
     warmup_ratio: NotNegative = Field(0.02, lt=1, description="share of the steps")
     weight_decay: NotNegative = 0.0
     clip: OffOrNumber = Field(1.0, description="norm of the global gradient; 0 or null: no clipping")
+    label_smoothing: Share = Field(
+        0.0, lt=1, description="share of each target that is spread over all tokens or labels, in training"
+    )
+    neftune_alpha: OffOrNumber = Field(
+        None, description="size of the noise on embeddings in training; 0 or null: none"
+    )
     seed: int = Field(42, ge=0, lt=2**63)
-    eval_every: OffOrCount = Field(200, description="steps; 0 or null: only what the run does at its ends")
-    save_every: OffOrCount = Field(200, description="steps; 0 or null: only at the end")
+    eval_every: Every = Field(
+        200, description="steps, or a share of an epoch; 0 or null: only what the run does at its ends"
+    )
+    save_every: Every = Field(200, description="the same; 0 or null: only at the end")
     eval_samples: Count | None = Field(256, description="of the evaluation split; null: all")
     keep_checkpoints: Count = 2
     early_stopping: EarlyStoppingField = None
@@ -270,7 +253,8 @@ def method_class(section: Any, place: Place) -> type[Method]:
     methods = registry()
     if not isinstance(section, dict):
         raise UserError(
-            f"{place('method')}: found {show(section)}, wanted a mapping with a name ({', '.join(methods)})"
+            f"{place('method')}: found {show(section)}, wanted a mapping with a name, as in "
+            f"method: {{name: {section if section in list(methods) else 'lora'}}} ({', '.join(methods)})"
         )
     if "name" not in section:
         raise UserError(f"{place('method.name')} is missing; methods: {', '.join(methods)}")
@@ -347,12 +331,13 @@ class Recipe(Section):
         )
 
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if self.train.exact_match_samples and not self.data.eval_split:
+    def _consistent(self):
+        evaluates = bool(self.data.evaluation_sections)
+        if self.train.exact_match_samples and not evaluates:
             asked = f"train.exact_match_samples={self.train.exact_match_samples}"
             raise ValueError(f"{asked} needs data.eval_split; name the split or set it to 0")
         for key in ("early_stopping", "keep_best"):
-            if getattr(self.train, key) is not None and not self.data.eval_split:
+            if getattr(self.train, key) is not None and not evaluates:
                 raise ValueError(f"train.{key} needs data.eval_split; name the split or set it to null")
         ratio = self.train.optimizer.lora_plus_ratio
         if ratio is not None and last_trained_factor(self.method) is None:

@@ -32,8 +32,13 @@ def unknown_keys(cls: type[BaseModel], data: dict) -> list[tuple]:
     for key, value in data.items():
         if key not in cls.model_fields:
             unknown.append((key,))
-        elif isinstance(value, dict) and (nested := nested_model(cls.model_fields[key].annotation)):
-            unknown += [(key, *path) for path in unknown_keys(nested, value)]
+        elif isinstance(value, dict) and (
+            nested := nested_model(annotation := cls.model_fields[key].annotation)
+        ):
+            parts = {(name,): part for name, part in value.items()} if by_name(annotation) else {(): value}
+            for name, part in parts.items():
+                if isinstance(part, dict):
+                    unknown += [(key, *name, *path) for path in unknown_keys(nested, part)]
     return unknown
 
 
@@ -43,8 +48,13 @@ def check_keys(cls: type[BaseModel], data: dict, prefix: str, place: Place) -> N
     prefix: the dotted key under which `data` stands.
     """
     for *sections, name in unknown_keys(cls, data)[:1]:
+        is_name = False
         for section in sections:
-            cls = nested_model(cls.model_fields[section].annotation)
+            if is_name:
+                is_name = False
+                continue
+            annotation = cls.model_fields[section].annotation
+            cls, is_name = nested_model(annotation), by_name(annotation)
         hint = (
             _nested(str(name), cls)
             or nearest(str(name), cls.model_fields)
@@ -66,6 +76,13 @@ def nested_model(annotation: Any) -> type[BaseModel] | None:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     return next(filter(None, map(nested_model, typing.get_args(annotation))), None)
+
+
+def by_name(annotation: Any) -> bool:
+    """Whether an annotation is of a mapping from names, which are no keys, to pydantic models."""
+    if typing.get_origin(annotation) is dict:
+        return nested_model(annotation) is not None
+    return any(map(by_name, typing.get_args(annotation)))
 
 
 # ---------------------------------------------------------------------- values

@@ -99,19 +99,11 @@ class RecompositionReport:
         found = {f"recompose/{key}": value for key, value in self.scalars.items()}
         found["recompose/swapped"] = float(self.recomposed)
         return found | {
-            f"recompose/{key}": sum(by.values()) / len(by) for key, by in self._quantities().items()
+            f"recompose/{key}": sum(by.values()) / len(by) for key, by in self.by_quantity().items()
         }
 
-    def by_layer(self) -> dict[str, float]:
-        """By tag, `recompose/<quantity>/<layer>`."""
-        return {
-            f"recompose/{key}/{name}": value
-            for key, by in self._quantities().items()
-            for name, value in by.items()
-        }
-
-    def _quantities(self) -> dict[str, dict[str, float]]:
-        """The known numbers by quantity and layer."""
+    def by_quantity(self) -> dict[str, dict[str, float]]:
+        """The known numbers of single layers: by quantity, and then by layer."""
         found = {key: {name: getattr(layer, key) for name, layer in self.layers.items()} for key in SHOWN}
         found["sigma"] = {name: max(layer.sigma, default=None) for name, layer in self.layers.items()}
         known = {

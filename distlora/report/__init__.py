@@ -4,7 +4,8 @@
 
 `methods_table.methods_table` is what `distlora methods` prints. `build.write_report` is `distlora report`:
 it reads run directories (`runs`), puts those together that can be compared (`compare`), and writes one page
-(`page`) as Markdown and as HTML. `inference_cost` counts parameters, MACs and FLOPs.
+(`page`) as Markdown and as HTML. `inference_cost` counts parameters, MACs and FLOPs. `board` shows runs in
+TensorBoard.
 
-Other folders use these two functions.
+Other folders use these two functions and those of `board`.
 """

@@ -4,39 +4,19 @@ Counted by torch on the model without weights, so nothing is computed.
 
 from dataclasses import dataclass
 
-import torch
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
-
 from distlora.adapter.attach import attach
-from distlora.errors import UserError
 from distlora.maths.known_values import known_values
 from distlora.methods import TrainsWeight
 from distlora.models.dry_run import position_limit
 from distlora.models.hub import without_weights
+from distlora.models.pass_cost import PassCost, pass_cost
 from distlora.models.targets import Batch
 from distlora.recipe.sections import Recipe
-from distlora.sentences import first_line
 from distlora.training.objective import objective_of
 from distlora.training.targets import chosen_in
 
 #: Tokens of the one text that is counted, fewer where the model has fewer positions.
 TOKENS = 256
-
-
-@dataclass(frozen=True)
-class PassCost:
-    """Of one forward pass over one sample. flops: two for each multiplication and addition of a matrix
-    product; sums, norms and activations are not counted.
-    """
-
-    parameters: int
-    flops: int
-
-    @property
-    def macs(self) -> int:
-        """Multiply-accumulate operations."""
-        return self.flops // 2
 
 
 @dataclass(frozen=True)
@@ -66,7 +46,7 @@ def inference_cost(recipe: Recipe) -> InferenceCost:
         inputs = objective.meta_sample(model, TOKENS if limit is None else min(TOKENS, limit))
         merged = pass_cost(model, inputs)
         targets = chosen_in(model, recipe, objective).layers
-        attach(model, recipe.method, targets, objective.head(model))
+        attach(model, recipe.method, targets, objective.trained_whole(model))
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         trains_weight = isinstance(recipe.method, TrainsWeight)
         adapted = None if trains_weight else pass_cost(model, inputs)
@@ -78,19 +58,3 @@ def _in_words(inputs: Batch) -> str:
         height, width = inputs["pixel_values"].shape[-2:]
         return f"image of {height} × {width} pixels"
     return f"sequence of {inputs['input_ids'].shape[-1]} tokens"
-
-
-@torch.no_grad()
-def pass_cost(model: nn.Module, inputs: Batch) -> PassCost:
-    """Of a transformers model on the meta device, over the inputs of one sample, there too. Raises UserError
-    for a model whose course depends on values, which meta tensors have not.
-    """
-    try:
-        model(**inputs)  # what a layer prepares once and keeps is no part of a pass
-        with FlopCounterMode(display=False) as counter:
-            model(**inputs)
-    except RuntimeError as error:  # NotImplementedError is one
-        name = type(model).__name__
-        raise UserError(f"{name} cannot be run without its weights ({first_line(error)})") from None
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    return PassCost(parameters, counter.get_total_flops())

@@ -146,7 +146,7 @@ def _subject(recipe: Recipe | None, path: str | None) -> Subject | None:
     section = recipe.model.model_copy(update={"path": place})
     objective = objective_of(recipe.model_copy(update={"model": section}))
     model = objective.bare_model()
-    reach, heads = reach_in(model, objective), objective.head(model)
+    reach, heads = reach_in(model, objective), objective.trained_whole(model)
     choose(model, ANY, recipe.targets, heads, reach)
     return Subject(path, model, recipe.targets, heads, reach, recipe.method)
 

@@ -194,18 +194,22 @@ def find_runs(paths: Sequence[Path]) -> list[RunRecord]:
     for path in paths:
         found += [
             place
-            for place in _directories(path)
+            for place in run_directories(path)
             if os.path.realpath(place) not in {os.path.realpath(f) for f in found}
         ]
     runs = [read_run(directory) for directory in found]
-    for run, name in zip(runs, _names(found)):
+    for run, name in zip(runs, names_of(found)):
         run.name, run.known_costs = name, runs[0].known_costs
     return runs
 
 
-def _directories(path: Path) -> list[Path]:
+def run_directories(path: Path) -> list[Path]:
+    """The directory itself where it is a run's, else those of the runs below it. Raises UserError where there
+    is none.
+    """
     if not path.is_dir():
-        raise UserError(dangling_link(path) or f"{path} is no run directory: there is no such directory")
+        what = "it is a file" if path.is_file() else "there is no such directory"
+        raise UserError(dangling_link(path) or f"{path} is no run directory: {what}")
     if (path / RECIPE).is_file():
         return [path]
     below = _below(path)
@@ -229,7 +233,7 @@ def _below(folder: Path) -> list[Path]:
     return found
 
 
-def _names(directories: Sequence[Path]) -> list[str]:
+def names_of(directories: Sequence[Path]) -> list[str]:
     """As few of the last parts of each path as tell all of them apart."""
     full = [Path(os.path.realpath(directory)).parts for directory in directories]
     for count in range(1, max(map(len, full)) + 1):

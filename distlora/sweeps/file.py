@@ -136,6 +136,8 @@ def read_sweep_file(
 
 def _content(path: Path) -> dict[str, Any]:
     content = parse_yaml(read_user_text(path, "a sweep"), str(path))
+    if isinstance(content, dict) and "recipe" not in content and {"model", "method"} & content.keys():
+        raise UserError(f"{path} is a recipe and no sweep; give it to `distlora train`")
     if not isinstance(content, dict):
         raise UserError(
             f"{path} is no sweep: wanted a mapping with the keys {', '.join(SweepFile.model_fields)}"

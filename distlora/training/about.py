@@ -5,18 +5,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from distlora.data.sources import is_local
 from distlora.exports.card import About, shown_data
 from distlora.recipe.sections import Recipe
 from distlora.tasks import get_task
 from distlora.training.run_directory import SUMMARY
 
 
-def about_run(recipe: Recipe, scores: Mapping[str, Mapping[str, float]], steps: int | None) -> About:
+def about_run(
+    recipe: Recipe, scores: Mapping[str, Mapping[str, float]], steps: int | None, folder: Path = Path()
+) -> About:
     """scores: "before" and "after" training, by metric; empty where they are of another state of the run.
-    steps: of the run, if that is known.
+    steps: of the run, if that is known. folder: where relative paths of the recipe begin.
     """
     data, method, train = recipe.data, recipe.method, recipe.train
-    shown, hub = shown_data(data.path or get_task(data.task).path)
+    path = data.path or get_task(data.task).path
+    shown, hub = shown_data(path, path is not None and is_local(path, folder))
     return About(
         method.name,
         {
@@ -26,7 +30,10 @@ def about_run(recipe: Recipe, scores: Mapping[str, Mapping[str, float]], steps: 
         },
         {
             "task": data.task, "data set": shown, "split": data.split,
-            "split of the evaluation": data.eval_split,
+            "split of the evaluation": ", ".join(
+                section.eval_split for section in data.evaluation_sections.values()
+            )
+            or None,
         },
         (hub,) if hub else (),
         scores,

@@ -132,13 +132,13 @@ class BadSteps:
         """Continues from a checkpoint after this many steps. state: as it was given; None in one of before it
         was written down, and without a checkpoint. Raises ValueError for a state that is none."""
         stored = checked(Stored, state) if state else Stored([], 0)
-        passed = _passed(sorted(stored.left_out), step)
+        known = sorted(set(stored.left_out))
+        passed = _passed(known, step)
         # What the weights have passed is as the checkpoint says, what comes is as it was decided last.
-        before = {batch for batch in stored.left_out if batch < passed}
-        self.left_out = sorted(before.union(batch for batch in self.left_out if batch >= passed))
+        before = [batch for batch in known if batch < passed]
+        self.left_out = before + [batch for batch in self.left_out if batch >= passed]
+        self.row = [] if step >= self.latest else [batch for batch in self.row if batch in self.left_out]
         self.losses = list(stored.losses)
-        if step >= self.latest:
-            self.row = []
 
     def write(self, run_dir: Path) -> None:
         """On rank 0. Raises OSError."""

@@ -61,11 +61,12 @@ def build(comm: Comm, recipe: Recipe, objective: Objective, chosen: Chosen) -> B
     config = on_every_rank(comm, objective.load_config)
     engine, tensorboard, resolved = on_every_rank(comm, lambda: _make_engine(comm, recipe, config))
     settings, quantized = recipe.train, recipe.model.quantization is not None
-    on_every_rank(comm, objective.check_weights)
+    other_sizes = on_every_rank(comm, objective.check_sizes)
     with engine.loading(whole=quantized) as together:
         # Where ranks load together, one that fails must not wait for the others: its end tells them.
-        model, new = objective.load_model() if together else on_every_rank(comm, objective.load_model)
-    heads = new | objective.head(model)
+        load = partial(objective.load_model, other_sizes)
+        model, new = load() if together else on_every_rank(comm, load)
+    heads = new | objective.trained_whole(model)
     if quantized:
         _pack(model, heads, chosen.whole, recipe, comm.device)
     layers = [name for name in chosen.layers if f"{name}.weight" not in heads]

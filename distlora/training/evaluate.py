@@ -21,8 +21,9 @@ from distlora.tasks import try_judge
 from distlora.training.evaluated import Asked, Subject, fitted_to_ranks, sections_of
 from distlora.training.evaluation_jobs import objective_for
 from distlora.training.evaluation_scores import Scores, scores_of_tasks
+from distlora.training.evaluation_sets import generated_scores, scores_of_sets, sets_of
 from distlora.training.objective import Objective, objective_of
-from distlora.training.samples import fetch, read_samples
+from distlora.training.samples import fetch, read_sets
 from distlora.training.subject import Evaluated, refuse_other_base
 from distlora.training.train import check_settings, fitted
 
@@ -45,9 +46,11 @@ def check(subject: Subject, topology: Topology, asked: Asked) -> None:
         check_combination(recipe, config)
         check_packages(recipe, config)
         if not asked.tasks:
-            if recipe.data.eval_split is None:
+            sets = sets_of(recipe, objective)
+            if not sets:
                 raise UserError("data.eval_split is null, so there is nothing to evaluate on; name a split")
-            objective.check_split(recipe.data.eval_split)
+            for each in sets.values():
+                each.check_split(each.recipe.data.eval_split)
             if recipe.train.exact_match_samples:
                 try_judge(recipe.data.task)
         check_tasks(subject, recipe, asked, objective)
@@ -89,7 +92,7 @@ def evaluate(
         if subject.run and checkpoint is None:
             raise UserError(f"{recipe.output_dir} holds no complete checkpoint; train first", agreed=True)
         sections = sections_of(subject, asked)
-        wanted = sections.values() if asked.tasks else [recipe.data]
+        wanted = sections.values() if asked.tasks else recipe.data.evaluation_sections.values()
         comm.course.enter("fetching the model and the data", patient=True)
         fetch(comm, recipe, [(section, section.eval_split) for section in wanted])
         comm.course.enter("the evaluation")
@@ -119,8 +122,8 @@ def _of_model(subject: Subject, recipe: Recipe, asked: Asked) -> Recipe:
 def _own_split(evaluated: Evaluated) -> dict[str, Scores]:
     comm, recipe, objective = evaluated.comm, evaluated.recipe, evaluated.objective
     preprocessor = on_every_rank(comm, objective.load_preprocessor)
-    samples = on_every_rank(comm, lambda: read_samples(objective, recipe.data.eval_split, preprocessor))
+    sets = on_every_rank(comm, lambda: read_sets(recipe, objective, preprocessor))
     engine = evaluated.engine()
-    scores = objective.evaluate(engine, preprocessor, samples[: recipe.train.eval_samples])
-    check_scores(scores, evaluated.place, f"data.eval_split={recipe.data.eval_split}")
-    return {OWN_SPLIT: scores | objective.generate(engine, preprocessor, samples)}
+    scores = scores_of_sets(sets, engine, preprocessor, recipe.train.eval_samples)
+    check_scores(scores, evaluated.place, "the evaluation data of the recipe")
+    return {OWN_SPLIT: scores | generated_scores(sets, engine, preprocessor)}

@@ -19,7 +19,7 @@ from distlora.recipe.deepspeed_config import given_deepspeed
 from distlora.recipe.load import load_recipe, load_run_recipe, recipe_of
 from distlora.recipe.sections import DataSection, Recipe
 from distlora.tasks import SUITES, ChatTask, ResponseTask, get_task, scored_tasks
-from distlora.training.run_directory import RECIPE, first_difference
+from distlora.training.run_directory import RECIPE, first_difference, why_no_run
 
 #: What an evaluation may change of a run: where the questions come from, and how fast they are answered.
 CHANGEABLE = (
@@ -84,7 +84,7 @@ def subject_of_run(run_dir: Path, overrides: Sequence[str]) -> Subject:
     """Raises UserError for what is no run, and for overrides that would make another run of it."""
     path = run_dir / RECIPE
     if not path.exists():
-        raise UserError(dangling_link(path) or f"{run_dir} holds no run: it has no {RECIPE}")
+        raise UserError(dangling_link(path) or f"{run_dir} holds no run: {why_no_run(run_dir)}")
     own = load_run_recipe(path)
     name = str(run_dir).replace("'", "''")  # quoted, so that YAML reads it as a text
     recipe = load_recipe(path, [*overrides, f"output_dir='{name}'"]).in_format(own.format)

@@ -13,6 +13,7 @@ from torch import Tensor
 from distlora.checkpoints.best import best_of
 from distlora.checkpoints.directory import Checkpoint, newest, of_step
 from distlora.checkpoints.soundness import soundness
+from distlora.cluster.environment import working_directory
 from distlora.data import ends_of_turn
 from distlora.errors import UserError
 from distlora.exports.card import Form, write_card
@@ -38,6 +39,7 @@ from distlora.recipe.sections import Recipe
 from distlora.tasks import ImageTask, ResponseTask, get_task
 from distlora.training.about import about_run, scores_of
 from distlora.training.objective import conventions_of
+from distlora.training.run_directory import why_no_run
 
 log = logging.getLogger(__name__)
 
@@ -96,8 +98,9 @@ def export_run(
     check_compression(format, compress_rank, max_error)
     if not (run_dir / "recipe.yaml").is_file():
         link = dangling_link(run_dir / "recipe.yaml")
-        raise UserError(link or f"{run_dir} is no run directory: it has no recipe.yaml")
-    recipe = load_run_recipe(run_dir / "recipe.yaml")
+        raise UserError(link or f"{run_dir} is no run directory: {why_no_run(run_dir)}")
+    folder = working_directory(run_dir)
+    recipe = recipe_as_started(run_dir, folder)
     if (compress_rank, max_error) != (None, None):
         _refuse_compression(recipe.method, "--max-error" if compress_rank is None else "--compress-rank")
     with file_errors_explained(out), new_directory(out) as draft:
@@ -106,13 +109,13 @@ def export_run(
             if checkpoint is None
             else _of_step(run_dir, checkpoint, recipe.method)
         )
-        about = about_run(recipe, scores_of(run_dir, source.step), source.step)
+        about = about_run(recipe, scores_of(run_dir, source.step), source.step, folder)
         if format == "merged":
             tokens = _tokens(recipe)
             merged = write_merged(draft, resolve_path(recipe.model.path), source, dtype, tokens)
             difference = check_merged(draft, merged, tokens and tokens.pad_id) if check else None
             form = Form("merged", source.model["class"], dtype=merged.usual_dtype)
-            write_card(draft, base_name_of(base_name(recipe.model.path)), about, form)
+            write_card(draft, base_name_of(base_name(recipe.model.path, folder)), about, form)
             return Exported(out, difference=difference)
         refuse_peft(recipe.method, experts_of(source))
         if check and not is_proven:
@@ -121,15 +124,31 @@ def export_run(
             exact = max_error is not None
             dtype = torch.float32 if exact else dtype_for(source, getattr(torch, recipe.model.dtype))
         compressed = Compressed(source, dtype, compress_rank, max_error)
-        base, names = base_name(recipe.model.path), _names(recipe.model.path, source.model["class"])
+        base, names = base_name(recipe.model.path, folder), _names(recipe.model.path, source.model["class"])
         written = compressed if server is None else ForVLLM(compressed)
         write_peft_adapter(draft, written, base, recipe.method.dropout, dtype, names, about)
     return Exported(out, compressed.errors, compressed.compression(), dtype=dtype)
 
 
-def base_name(path: str) -> str:
-    """The base model's path for `base_name_of`: a directory without what depends on the current one."""
-    return str(resolve_path(path).absolute()) if user_path(path, "model.path").is_dir() else path
+def base_name(path: str, folder: Path = Path()) -> str:
+    """The base model's path for `base_name_of`, where it is one of this machine as an absolute one. folder:
+    where a relative path begins.
+    """
+    if user_path(path, "model.path").is_dir():
+        return str(resolve_path(path).absolute())
+    found = base_name_of(path, folder)
+    return path if found.on_the_hub else found.name
+
+
+def recipe_as_started(run_dir: Path, folder: Path) -> Recipe:
+    """The recipe of a run. The model is found where the run has found it, wherever it is exported."""
+    recipe = load_run_recipe(run_dir / "recipe.yaml")
+    there = folder / user_path(recipe.model.path, "model.path")
+    if not there.is_dir():
+        return recipe
+    return recipe.model_copy(
+        update={"model": recipe.model.model_copy(update={"path": str(there.absolute())})}
+    )
 
 
 def _names(path: str, model_class: str | None) -> Names | None:
@@ -217,13 +236,20 @@ def _prove(source: Source, recipe: Recipe) -> None:
 
 
 def _refuse_not_finite(source: Source, place: Path) -> None:
-    """Raises UserError where one of the exported numbers is infinite or not a number."""
+    name = first_not_finite(source)
+    if name is not None:
+        raise UserError(
+            f"{place}: {name} has numbers that are infinite or not a number; name another checkpoint by "
+            "--step"
+        )
+
+
+def first_not_finite(source: Source) -> str | None:
+    """The name of a layer or parameter with numbers that are infinite or not a number; None without one."""
     for name, tensor in _numbers(source):
         if tensor is not None and not tensor.isfinite().all():
-            raise UserError(
-                f"{place}: {name} has numbers that are infinite or not a number; name another checkpoint by "
-                "--step"
-            )
+            return name
+    return None
 
 
 def _numbers(source: Source) -> Iterator[tuple[str, Tensor | None]]:

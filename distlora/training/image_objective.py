@@ -18,7 +18,14 @@ from distlora.engine.protocol import Engine
 from distlora.errors import UserError
 from distlora.evaluation.scoring import label_scores
 from distlora.models.image_processor import Pixels, check_pixels, load_image_processor
-from distlora.models.loading import attention_of, bare_model, head_parameters, load_config, load_model
+from distlora.models.loading import (
+    attention_of,
+    bare_model,
+    check_sizes,
+    head_parameters,
+    load_config,
+    load_model,
+)
 from distlora.models.losses import label_loss
 from distlora.models.targets import Batch
 from distlora.recipe.sections import Recipe
@@ -47,6 +54,10 @@ class ImageLabels(Objective):
             raise UserError(
                 f"train.exact_match_samples: the task {recipe.data.task} generates no answers; set it to 0"
             )
+        if recipe.train.neftune_alpha:
+            raise UserError(
+                "train.neftune_alpha is for embeddings of tokens, and images have none; set it to null"
+            )
 
     def _rows(self, split: str) -> ImageRows:
         return ImageRows(self.recipe.data, split)
@@ -71,8 +82,11 @@ class ImageLabels(Objective):
         check_pixels(model, self.load_preprocessor(), blank_images(), self.recipe.model.path)
         return model
 
-    def load_model(self) -> tuple[nn.Module, set[str]]:
-        return load_model(self.recipe.model, self.labels, images=True)
+    def check_sizes(self) -> dict[str, list[str]]:
+        return check_sizes(self.recipe.model, self.labels, images=True)
+
+    def load_model(self, other_sizes: dict[str, list[str]]) -> tuple[nn.Module, set[str]]:
+        return load_model(self.recipe.model, self.labels, True, other_sizes)
 
     def attention(self) -> str:
         return attention_of(self.recipe.model, self.labels, images=True)

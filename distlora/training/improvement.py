@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +12,6 @@ from distlora.checkpoints.directory import problem_with
 from distlora.engine.coordination import on_main
 from distlora.errors import UserError
 from distlora.recipe.sections import TrainSection
-from distlora.training.objective_base import Objective
 from distlora.training.writing import Writing
 
 #: Scores that improve when they fall; all others improve when they rise.
@@ -136,9 +135,8 @@ def _mode(followed) -> Literal["max", "min"]:
     return followed.mode or ("min" if followed.metric.rpartition("/")[2] in FALLING else "max")
 
 
-def check_metrics(settings: TrainSection, objective: Objective) -> None:
-    """Raises UserError for a metric that no evaluation of the run has."""
-    there = objective.score_names()
+def check_metrics(settings: TrainSection, there: Sequence[str]) -> None:
+    """Raises UserError for a metric that no evaluation of the run has. there: those that it has."""
     for key in ("early_stopping", "keep_best"):
         followed = getattr(settings, key)
         if followed is not None and followed.metric not in there:

@@ -18,13 +18,18 @@ from distlora.engine.random_state import random_states, restore_random_states
 from distlora.engine.schedules import Schedule
 from distlora.errors import Preempted, TrainingError, UserError
 from distlora.models.router_loss import take_router_loss, wants_router_loss
+from distlora.recipe.every import is_due
 from distlora.recipe.load import run_identity
 from distlora.recipe.sections import Recipe
 from distlora.training.bad_steps import MEMORY, BadStep
+from distlora.training.evaluation_sets import worst_loss
 from distlora.training.improvement import Improvement
+from distlora.training.layer_looks import LayerLooks
 from distlora.training.monitor import Monitor, Progress
 from distlora.training.proofs import Proofs
 from distlora.training.setbacks import Setbacks
+from distlora.training.speed import Speed
+from distlora.training.step_clock import StepClock
 from distlora.training.writing import Writing
 
 #: In a checkpoint's extra state: the evaluation after its step was cut short.
@@ -48,8 +53,9 @@ class State:
 
 @dataclass
 class Loop:
-    """steps: of the whole run. unit: what its speed counts, "tokens" or "images". score: scores of the live
-    model on the evaluation samples; None without such samples.
+    """steps: of the whole run. unit: what its speed counts, "tokens" or "images". speed, looks: what monitors
+    are told of each step, and of each layer. score: scores of the live model on the evaluation samples; None
+    without such samples.
     """
 
     engine: Engine
@@ -60,10 +66,13 @@ class Loop:
     proofs: Proofs
     schedule: Schedule
     steps: int
+    steps_per_epoch: int
     status: StatusFile
     monitor: Monitor
     writing: Writing
     unit: str
+    speed: Speed
+    looks: LayerLooks
     score: Callable[[], dict[str, float]] | None
 
     def run(self, extra: dict[str, Any], saved: Path | None) -> float | None:
@@ -92,6 +101,7 @@ class Loop:
                 self._stop_if_unwritable(state, saved)
                 if not made:
                     continue
+                self.looks.after_step(state.step)
                 is_last, is_best = state.step == self.steps, False
                 if not is_last and self._is_due(self.recipe.train.eval_every, state.step):
                     is_best = self._look(state)
@@ -113,9 +123,8 @@ class Loop:
     def _state(self, extra: dict[str, Any]) -> State:
         return State(self.adapted.steps, extra, random_states(self.engine.comm.device))
 
-    @staticmethod
-    def _is_due(every: int | None, step: int) -> bool:
-        return bool(every) and step % every == 0
+    def _is_due(self, every: int | str | None, step: int) -> bool:
+        return is_due(every, step, self.steps_per_epoch)
 
     def _step_or_skip(self, state: State, progress: Progress) -> bool:
         """One step after the state; False if it was a bad one, whose batch is left out now."""
@@ -132,14 +141,19 @@ class Loop:
         return True
 
     def _step(self, step: int, progress: Progress) -> None:
+        clock = StepClock(self.engine.comm.device)
+        clock.start()
         batches = self.setbacks.batches(step)
+        clock.mark("data")
         rate = self.schedule.rate(step)
         self.engine.set_rate(rate)
         take_router_loss(self.engine.module)  # of passes that were no steps
-        loss = self.setbacks.gradients(batches)
+        loss = self.setbacks.gradients(batches, step, clock.mark)
         self.proofs.finite(step)
         self.adapted.before_step()
+        clock.mark("method")
         info = self.engine.step()
+        clock.mark("step")
         norm = self.adapted.norm_before_transform
         norm = info.grad_norm if norm is None else norm
         amount, padding = self.setbacks.load(step)
@@ -149,7 +163,8 @@ class Loop:
         scalars |= self._router_loss()
         if self.setbacks.memory.left_out:
             scalars["bad_steps"] = self.setbacks.memory.before(step)
-        self.monitor.write(step + 1, {f"train/{key}": value for key, value in scalars.items()})
+        told = {f"train/{key}": value for key, value in scalars.items()}
+        self.monitor.write(step + 1, told | self.speed.scalars(clock.seconds(), amount, self.unit))
         if info.skipped or not math.isfinite(norm):
             raise BadStep(f"the optimizer refused step {step + 1}: its gradient is not finite", taken=True)
         self.setbacks.memory.remember_good(step + 1, loss)
@@ -173,7 +188,7 @@ class Loop:
         with self.engine.comm.course.during("an evaluation"):
             scores = self.score()
         self.monitor.write(state.step, {f"eval/{key}": value for key, value in scores.items()})
-        if math.isfinite(scores["loss"]):
+        if math.isfinite(worst_loss(scores)):
             self.proofs.finite(state.step)
         del state.extra[EVALUATION_DUE]
         return self.improvement.look(scores, state.step)

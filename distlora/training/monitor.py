@@ -1,4 +1,6 @@
-"""What a run tells: `metrics.jsonl`, the monitors of the DeepSpeed config, and a progress bar."""
+"""What a run tells: `metrics.jsonl`, the monitors of the DeepSpeed config, and a progress bar. What
+TensorBoard has beside scalars is in `board`, `layer_looks` and `pictures`.
+"""
 
 import json
 import logging
@@ -18,10 +20,18 @@ from distlora.files.atomic import append_text, write_text
 from distlora.files.json_files import is_number, is_whole, parse_json
 from distlora.recompose.report import RecompositionReport
 from distlora.sentences import counted
+from distlora.training import pictures
 from distlora.training.run_directory import METRICS, RECOMPOSITIONS
 from distlora.training.writing import Writing
 
 log = logging.getLogger(__name__)
+
+
+#: Scalars of the file of metrics that monitors do not get: means over the whole start, of which they have
+#: each step's own value under `system/`.
+RECORDED_ONLY = ("train/tokens_per_second", "train/images_per_second")
+#: Beginnings of tags in the file of metrics, and the group of the monitors that they belong to.
+GROUPS = {"recompose/": "method/", "lr_search/": "init/"}
 
 
 class Monitor:
@@ -49,16 +59,16 @@ class Monitor:
             return
         line = {"step": step, **{tag: jsonable(value) for tag, value in scalars.items()}}
         self._append(self._path, line)
-        self._engine.write_events([(tag, value, step) for tag, value in scalars.items()])
+        self._engine.write_events(
+            [(shown_as(tag), value, step) for tag, value in scalars.items() if tag not in RECORDED_ONLY]
+        )
 
     def tell_recomposition(self, report: RecompositionReport) -> None:
-        """A decision about recomposition: means, every layer's own numbers and the importances as a picture
-        where they are easy to look at, and all of it in `recompositions.jsonl`."""
+        """A decision about recomposition: means for all monitors, pictures of the layers for TensorBoard, and
+        all of it in `recompositions.jsonl`.
+        """
         self.write(report.step, report.means())
-        picture = report.picture()
-        self._engine.write_details([(tag, value, report.step) for tag, value in report.by_layer().items()])
-        if picture is not None:
-            self._engine.write_image("recompose/importance", picture, report.step)
+        self._engine.on_board(lambda writer: pictures.add_recomposition(writer, report))
         if self._engine.comm.is_main:
             self._append(self._path.with_name(RECOMPOSITIONS), report.record())
 
@@ -84,13 +94,16 @@ class Monitor:
                 self._append(self._path.with_name(RECOMPOSITIONS), record)
 
     def tell_rates(self, scalars: dict[str, float], tried: list[tuple[float, float]]) -> None:
-        """What a search for the learning rate has found, and to TensorBoard its curve, of which the steps are
-        the numbers of the rates. tried: (rate, loss) by rate."""
+        """What a search for the learning rate has found, and to TensorBoard its curve. tried: (rate, loss) by
+        rate."""
         self.write(0, scalars)
-        for number, (rate, loss) in enumerate(tried):
-            self._engine.write_details(
-                [("lr_search/tried_rate", rate, number), ("lr_search/tried_loss", loss, number)]
-            )
+        self._engine.on_board(lambda writer: pictures.add_rates(writer, scalars["lr_search/rate"], tried))
+
+
+def shown_as(tag: str) -> str:
+    """The tag of a scalar of the file of metrics, in monitors."""
+    group = next((group for beginning, group in GROUPS.items() if tag.startswith(beginning)), "")
+    return f"{group}{tag}"
 
 
 @contextmanager

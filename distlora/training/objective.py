@@ -205,6 +205,14 @@ class Scores(Labels):
 
     loss = staticmethod(score_loss)
 
+    def __init__(self, recipe: Recipe):
+        super().__init__(recipe)
+        if recipe.train.label_smoothing:
+            raise UserError(
+                f"train.label_smoothing is for targets to choose from, and the task {recipe.data.task} has "
+                "scores; set it to 0"
+            )
+
 
 #: By the kind of task.
 _OBJECTIVES: dict[type[Task], type[Objective]] = {

@@ -2,20 +2,21 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from distlora.adapter.targets import trained_whole
 from distlora.data import Encoded, is_at_hand
 from distlora.engine.protocol import Engine
 from distlora.errors import UserError
 from distlora.models.dry_run import ordinary_text
-from distlora.models.foreign import check_weights
-from distlora.models.hub import resolve_path
 from distlora.models.loading import (
     attention_of,
     bare_model,
+    check_sizes,
     load_config,
     load_model,
     load_tokenizer,
@@ -28,8 +29,8 @@ class Objective(ABC):
     """What the kinds share. labels: the names that a classifier tells apart; empty for a language model.
     unit: what their speed is counted in, "tokens" or "images".
 
-    loss: (model, batch, weights of the rows) to (sum over the targets, their number); see
-    `distlora.training.step`.
+    loss: (model, batch, weights of the rows) to (sum over the targets, their number), as evaluations take it;
+    see `distlora.training.step`.
     """
 
     labels: tuple[str, ...] = ()
@@ -38,6 +39,12 @@ class Objective(ABC):
 
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
+
+    @property
+    def training_loss(self) -> Callable[..., tuple[Tensor, int]]:
+        """What is trained: `loss`, smoothed if the recipe asks for it."""
+        smoothing = self.recipe.train.label_smoothing
+        return partial(self.loss, smoothing=smoothing) if smoothing else self.loss
 
     # ------------------------------------------------------------------ data
 
@@ -95,14 +102,15 @@ class Objective(ABC):
         """Reads and checks what `generate` needs, before the model is loaded. Errors: UserError."""
         return
 
-    def check_weights(self) -> None:
-        """Raises UserError for weights that this rank cannot read; looks at what their files say of them."""
-        path = self.recipe.model.path
-        check_weights(path, resolve_path(path))
+    def check_sizes(self) -> dict[str, list[str]]:
+        """What `load_model` has to know of the weights' files. Raises UserError where this rank cannot read
+        them.
+        """
+        return check_sizes(self.recipe.model, self.labels)
 
-    def load_model(self) -> tuple[nn.Module, set[str]]:
+    def load_model(self, other_sizes: dict[str, list[str]]) -> tuple[nn.Module, set[str]]:
         """The model, and the names of the parameters that its weights lack."""
-        return load_model(self.recipe.model, self.labels)
+        return load_model(self.recipe.model, self.labels, other_sizes=other_sizes)
 
     def check_loaded(self, engine: Engine) -> None:
         """Raises UserError, on all ranks, for what only the model with its weights shows; collective."""
@@ -124,6 +132,10 @@ class Objective(ABC):
     def head(self, model: nn.Module) -> set[str]:
         """Names of the parameters that are trained whole even if the weights hold them."""
         return set()
+
+    def trained_whole(self, model: nn.Module) -> set[str]:
+        """Names of those, and of the parameters of `method.modules_to_save`. Raises UserError."""
+        return self.head(model) | trained_whole(model, self.recipe.method.modules_to_save)
 
     # ------------------------------------------------------------------ looking on
 

@@ -10,6 +10,7 @@ from distlora.checkpoints.soundness import mark
 from distlora.engine.protocol import Engine
 from distlora.errors import TrainingError
 from distlora.training.bad_steps import BadSteps
+from distlora.training.evaluation_sets import worst_loss
 from distlora.training.samples import RunSamples
 from distlora.training.step import LossSum, evaluation_loss
 from distlora.training.writing import Writing
@@ -99,17 +100,16 @@ def refuse_bad_end(
     scores: of these weights; empty where there is nothing to evaluate on. has_finite_loss: asked where the
     scores do not tell; collective.
     """
-    loss = scores.get("loss", math.nan)
-    if math.isfinite(loss) or (not scores and proofs.is_settled):
+    loss = worst_loss(scores)
+    ends_well = math.isfinite(loss) if scores else proofs.is_settled
+    are_good = ends_well or has_finite_loss(step)
+    if are_good:
         proofs.finite(step)
-        return
-    if has_finite_loss(step):
-        proofs.finite(step)
-        if not scores:
-            return
     else:
         last = run_dir / f"checkpoint-{step}"
         proofs.mark_bad(last, "the loss of its weights, those after the last step, is not finite")
+    if ends_well or (are_good and not scores):
+        return
     what = f"the loss of the last evaluation is {loss}" if scores else "the training loss is not finite"
     there = last_good(run_dir) or "none"
     raise TrainingError(

@@ -21,6 +21,7 @@ from distlora.errors import UserError
 from distlora.methods import NeedsProbe, ProbeSettings, Recomposes
 from distlora.recipe.sections import Recipe
 from distlora.training.bad_steps import MEMORY, BadSteps
+from distlora.training.board import begin_board
 from distlora.training.build import Built, build
 from distlora.training.continued import check_extra
 from distlora.training.improvement import Improvement
@@ -84,6 +85,7 @@ class Restoring(ABC):
     def _open_monitor(self, extra: dict[str, Any] | None = None) -> None:
         """For the steps after the checkpoint. extra: of that."""
         step = self.checkpoint.step if self.checkpoint else 0
+        begin_board(self.built.engine, self.run_dir, step)
         self.monitor = Monitor(self.built.engine, self.run_dir, step, self.writing)
         self.monitor.make_up((extra or {}).pop(UNWRITTEN, {}))
         if self.status is not None:

@@ -24,12 +24,16 @@ from distlora.initialisation.factors import InitReport
 from distlora.recipe.combination import check_length
 from distlora.recipe.load import run_identity
 from distlora.recipe.sections import Recipe
+from distlora.training import pictures
 from distlora.training.about import about_run
 from distlora.training.bad_steps import BadSteps, GoBack, read_left_out
+from distlora.training.board import begin_table, end_table
 from distlora.training.build import Built, build
 from distlora.training.continued import check_extra
+from distlora.training.evaluation_sets import generated_scores, scores_of_sets, worst_loss
 from distlora.training.export_run import base_name
 from distlora.training.improvement import Improvement
+from distlora.training.layer_looks import LayerLooks
 from distlora.training.loop import Loop
 from distlora.training.objective import objective_of
 from distlora.training.proofs import Proofs, refuse_bad_end
@@ -39,6 +43,7 @@ from distlora.training.run_directory import BAD_STEPS
 from distlora.training.samples import RunSamples, fetch
 from distlora.training.seen_data import seen_by
 from distlora.training.setbacks import Setbacks
+from distlora.training.speed import speed_of
 from distlora.training.summary import Summary, record_summary
 from distlora.training.targets import choose_targets
 from distlora.training.writing import Writing
@@ -81,7 +86,7 @@ class Run(Restoring):
         if checkpoint is not None:
             on_main(comm, self.run_dir, lambda: check_extra(checkpoint, recipe))
             on_main(comm, self.run_dir, lambda: self.seen.compare(self.run_dir, allow_changed_data))
-        on_every_rank(comm, lambda: self.objective.prepare(self.data.preprocessor))
+        on_every_rank(comm, self._prepare_evaluation)
         settings = recipe.train
         self.steps = settings.steps or max(1, round(settings.epochs * self.data.order.steps_per_epoch))
         if status is not None:
@@ -94,6 +99,10 @@ class Run(Restoring):
         comm.course.enter("loading the model")
         self.built = build(comm, recipe, self.objective, chosen)
         comm.sum_or_stop()
+
+    def _prepare_evaluation(self) -> None:
+        for each in self.data.evaluated:
+            each.objective.prepare(self.data.preprocessor)
 
     @property
     def deepspeed(self) -> dict[str, Any] | None:
@@ -119,13 +128,14 @@ class Run(Restoring):
         summary.steps = self.built.adapted.steps
         summary.stopped_early = summary.steps < self.steps
         self.comm.course.enter("the evaluation")
-        if self.data.held_out:
+        if self.data.evaluated:
             summary.after = self._evaluate()
             self.monitor.write(summary.steps, _as_evaluation(summary.after))
         refuse_bad_end(self.proofs, summary.after, self.run_dir, summary.steps, self._has_finite_loss)
-        if self.data.held_out and self.improvement.look(summary.after, summary.steps):
+        if self.data.evaluated and self.improvement.look(summary.after, summary.steps):
             self.improvement.keep()
         summary.best = self.improvement.best
+        end_table(self.built.engine, self.recipe)
         self.writing.agree()
         self.comm.course.enter("the export of the adapter")
         summary.adapter = self._export(summary)
@@ -152,6 +162,7 @@ class Run(Restoring):
         if self.schedule is None:
             self.schedule = self._schedule(extra[FOUND_RATE])
         self._before = extra["before"]
+        begin_table(self.built.engine, self.recipe, self._before)
         return extra, step
 
     def _train(self, extra: dict[str, Any]) -> float | None:
@@ -167,13 +178,24 @@ class Run(Restoring):
     def _loop(self) -> Loop:
         built, settings = self.built, self.recipe.train
         setbacks = Setbacks(
-            built.engine, self.data, self.objective.loss, settings, self.writing, self.run_dir, self.bad_steps
+            built.engine,
+            self.data,
+            self.objective.training_loss,
+            settings,
+            self.writing,
+            self.run_dir,
+            self.bad_steps,
         )
         return Loop(
             built.engine, built.adapted, self.recipe, setbacks, self.improvement, self.proofs, self.schedule,
-            self.steps, self.status, self.monitor, self.writing, self.objective.unit,
-            self._scores_on_the_way if self.data.held_out else None,
+            self.steps, self.data.order.steps_per_epoch, self.status, self.monitor, self.writing,
+            self.objective.unit, speed_of(built.engine, self.recipe, self.objective, self.data.training),
+            self._looks(), self._scores_on_the_way if self.data.evaluated else None,
         )  # fmt: skip
+
+    def _looks(self) -> LayerLooks:
+        adapted = self.built.adapted
+        return LayerLooks(self.built.engine, adapted.method, adapted.layers, self.monitor, self.steps)
 
     def _initialise(self, before: dict[str, float] | None = None) -> dict[str, Any]:
         """Of a run that begins; returns what is remembered of its beginning. before: the scores of the
@@ -181,7 +203,7 @@ class Run(Restoring):
         course, start = self.comm.course, self.built.adapted.start
         if before is None and start is None:
             course.enter("the evaluation of the pretrained model")
-            before = self._evaluate_pretrained() if self.data.held_out else {}
+            before = self._evaluate_pretrained() if self.data.evaluated else {}
         course.enter("the initialisation")
         began = time.perf_counter()
         report = api.initialise(self.built.adapted, self.built.engine, **self._plan())
@@ -190,7 +212,7 @@ class Run(Restoring):
         if start is not None:
             log.info("started from %s", start.files.directory)
         if before is None:
-            before = self._evaluate() if self.data.held_out else {}
+            before = self._evaluate() if self.data.evaluated else {}
         extra = {"before": before, "init_seconds": seconds}
         extra |= {FOUND_RATE: self._find_rate()} if self.recipe.train.searches_lr else {}
         self.monitor.write(0, _as_evaluation(before))
@@ -205,7 +227,7 @@ class Run(Restoring):
             loss = self.objective.loss
             steps, held_back = self.data.trial(settings.steps, settings.samples)
             try:
-                return search_rate(engine, settings, steps, held_back, loss)
+                return search_rate(engine, settings, steps, held_back, self.objective.training_loss)
             except TrainingError as error:
                 rows = self.data.rows_of_trial(settings.steps, settings.samples)
                 told = told_of_rows(*bad_rows(engine, rows, loss), self.recipe.data.split)
@@ -232,6 +254,10 @@ class Run(Restoring):
         log.info("initialised %d layers in %.1f s%s%s", layers, seconds, colon, numbers)
         scalars = {f"init/{key}": value for key, value in report.scalars.items()}
         self.monitor.write(0, scalars | {"init/seconds": seconds})
+        captured = report.layers.get("captured_energy")
+        if captured:
+            self.built.engine.on_board(lambda writer: pictures.add_captured_energy(writer, captured))
+        self._looks().look(0)
 
     def _tell_reserve(self) -> None:
         held = self.built.adapted.recomposer.reserve_bytes()
@@ -244,21 +270,24 @@ class Run(Restoring):
     # ------------------------------------------------------------------ evaluation
 
     def _scores(self) -> dict[str, float]:
-        samples = self.data.held_out[: self.recipe.train.eval_samples]
-        return self.objective.evaluate(self.built.engine, self.data.preprocessor, samples)
+        data, limit = self.data, self.recipe.train.eval_samples
+        return scores_of_sets(data.evaluated, self.built.engine, data.preprocessor, limit)
 
     def _generated(self) -> dict[str, float]:
-        return self.objective.generate(self.built.engine, self.data.preprocessor, self.data.held_out)
+        return generated_scores(self.data.evaluated, self.built.engine, self.data.preprocessor)
 
     def _scores_on_the_way(self) -> dict[str, float]:
         """The scores, and what takes longer only where something follows it."""
         scores = self._scores()
-        return scores if self.improvement.metrics <= scores.keys() else scores | self._generated()
+        lacking = self.improvement.metrics - scores.keys()
+        if lacking and not math.isfinite(worst_loss(scores)):
+            return scores | dict.fromkeys(lacking, math.nan)
+        return scores | self._generated() if lacking else scores
 
     def _evaluate(self) -> dict[str, float]:
         """The scores, and, where the loss is finite, what takes longer."""
         result = self._scores()
-        if math.isfinite(result["loss"]):
+        if math.isfinite(worst_loss(result)):
             result |= self._generated()
         log.info("evaluation: %s", ", ".join(f"{key} {value:.4f}" for key, value in result.items()))
         return result

@@ -9,13 +9,14 @@ from typing import Any
 from distlora.checkpoints.best import BEST
 from distlora.checkpoints.directory import Checkpoint, newest
 from distlora.checkpoints.soundness import MARK, soundness
+from distlora.checkpoints.stored import MANIFEST
 from distlora.cluster.environment import ENVIRONMENT
 from distlora.cluster.lease import clear_drafts, make_run_dir
 from distlora.cluster.logs import LOGS
 from distlora.cluster.status import STATUS
 from distlora.errors import UserError
 from distlora.exports.draft import refuse_others
-from distlora.exports.peft import ADAPTER_FILES
+from distlora.exports.peft import ADAPTER_CONFIG, ADAPTER_FILES
 from distlora.files.atomic import remove, write_text
 from distlora.files.problems import dangling_link
 from distlora.methods import TrainsWeight
@@ -135,6 +136,17 @@ def _clear_drafts(run_dir: Path) -> None:
         for draft in run_dir.glob(f".{name}.partial"):
             remove(draft)
     clear_drafts(run_dir)
+
+
+def why_no_run(path: Path) -> str:
+    """What a path without a run's recipe is, as the end of a sentence that says what to give instead."""
+    if not path.is_dir():
+        return "it is a file; name a run's directory" if path.exists() else "there is no such directory"
+    if (path / MANIFEST).is_file():
+        return f"it is a checkpoint; name the directory of its run, {path.absolute().parent}"
+    if (path / ADAPTER_CONFIG).is_file():
+        return f"it has no {RECIPE}; it is an adapter, which `distlora eval --model BASE --adapter DIR` takes"
+    return f"it has no {RECIPE}"
 
 
 def _forget(run_dir: Path) -> None:

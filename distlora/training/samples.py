@@ -28,6 +28,7 @@ from distlora.models.hub import may_download, resolve_path
 from distlora.models.targets import Batch, loss_of_samples
 from distlora.recipe.deepspeed_config import plan_batches
 from distlora.recipe.sections import DataSection, Recipe
+from distlora.training.evaluation_sets import SetOfSamples, sets_of
 from distlora.training.objective import Objective
 
 log = logging.getLogger(__name__)
@@ -40,8 +41,8 @@ def fetch(comm: Comm, recipe: Recipe, wanted: Sequence[tuple[DataSection, str]] 
     wanted: splits of data sections; None for what training reads.
     """
     if wanted is None:
-        splits = filter(None, (recipe.data.split, recipe.data.eval_split))
-        wanted = [(recipe.data, split) for split in splits]
+        sets = recipe.data.evaluation_sections.values()
+        wanted = [(recipe.data, recipe.data.split), *((section, section.eval_split) for section in sets)]
 
     def bring() -> None:
         resolve_path(recipe.model.path, progress=log.info)
@@ -77,25 +78,30 @@ def read_samples(objective: Objective, split: str, preprocessor) -> list:
     return encoded.samples
 
 
+def read_sets(recipe: Recipe, objective: Objective, preprocessor) -> list[SetOfSamples]:
+    """What a run is evaluated on. objective: the run's. Raises UserError."""
+    return [
+        SetOfSamples(name, each, read_samples(each, each.recipe.data.eval_split, preprocessor))
+        for name, each in sets_of(recipe, objective).items()
+    ]
+
+
 class RunSamples:
     """preprocessor: the tokenizer, or what else comes with the model and makes numbers of its inputs.
-    training, held_out: the samples of both splits, the second empty without one. order: which of the first
-    make up a step.
+    training: its samples. evaluated: the sets of the evaluation, none without such. order: which of the
+    training samples make up a step.
     """
 
     def __init__(self, comm: Comm, recipe: Recipe, objective: Objective):
         """Collective. Raises UserError, on all ranks, for what is wrong with the data."""
         self._comm, self._recipe, self._objective = comm, recipe, objective
         self.preprocessor = on_every_rank(comm, objective.load_preprocessor)
-        self.training = on_every_rank(comm, lambda: self._read(recipe.data.split))
-        self.held_out = (
-            on_every_rank(comm, lambda: self._read(recipe.data.eval_split)) if recipe.data.eval_split else []
+        self.training = on_every_rank(
+            comm, lambda: read_samples(objective, recipe.data.split, self.preprocessor)
         )
+        self.evaluated = on_every_rank(comm, lambda: read_sets(recipe, objective, self.preprocessor))
         self.order = TrainOrder(len(self.training), recipe.train.global_batch_size, recipe.train.seed)
         self._accumulation = plan_batches(recipe, comm.world_size)
-
-    def _read(self, split: str) -> list:
-        return read_samples(self._objective, split, self.preprocessor)
 
     def of_step(self, step: int) -> list[Batch]:
         """This rank's micro-batches of a step, counted from 0; equally many on every rank."""
@@ -195,7 +201,7 @@ class RunSamples:
             lambda: batches(settings.micro_batch_size),
             lambda: batches(forward_size),
             count,
-            loss_of_samples(self._objective.loss),
+            loss_of_samples(self._objective.training_loss),
         )
 
 

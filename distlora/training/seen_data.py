@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class SeenData:
-    """For "training" and "evaluation", if there is one: the split and the fingerprint of its samples."""
+    """For "training" and each evaluation set: the split and the fingerprint of its samples."""
 
     parts: Mapping[str, Mapping[str, Any]]
 
@@ -75,8 +75,9 @@ def _read(run_dir: Path) -> dict[str, Any]:
 def seen_by(comm: Comm, recipe: Recipe, data: RunSamples) -> SeenData:
     """What this run reads. Collective. Raises UserError, on all ranks, if they do not all read the same."""
     read = {"training": (recipe.data.split, data.training)}
-    if recipe.data.eval_split:
-        read["evaluation"] = (recipe.data.eval_split, data.held_out)
+    for each in data.evaluated:
+        name = f"evaluation ({each.name})" if each.name else "evaluation"
+        read[name] = (each.objective.recipe.data.eval_split, each.samples)
     parts = on_every_rank(comm, lambda: {name: _part(*what) for name, what in read.items()})
     main = comm.share(parts)
 

@@ -83,11 +83,12 @@ def peak_memory(comm: Comm) -> int:
     """The most bytes that any rank has held so far: of tensors on its GPU, or of its whole process in main
     memory where it computes on the CPU. Collective.
     """
-    if comm.device.type == "cuda":
-        own = torch.cuda.max_memory_allocated(comm.device)
-    else:
-        own = _peak_of_process()
-    return max(comm.gather(own))
+    return max(comm.gather(peak_memory_here(comm.device)))
+
+
+def peak_memory_here(device: torch.device) -> int:
+    """The same of this rank alone. Not collective."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _peak_of_process()
 
 
 def _peak_of_process() -> int:

@@ -41,7 +41,7 @@ def choose_targets(recipe: Recipe, objective: Objective) -> Chosen:
 
 def chosen_in(model: nn.Module, recipe: Recipe, objective: Objective) -> Chosen:
     """The same in the bare model that is at hand."""
-    heads = objective.head(model)
+    heads = objective.trained_whole(model)
     start = start_from(recipe.method)
     if start is not None:
         start.check_model(model, recipe.model.path)

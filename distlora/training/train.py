@@ -29,6 +29,7 @@ from distlora.recipe.packages import check_packages
 from distlora.recipe.sections import Recipe
 from distlora.training.adapter_start import with_start
 from distlora.training.build import check_targets
+from distlora.training.evaluation_sets import score_names, sets_of
 from distlora.training.improvement import check_metrics
 from distlora.training.monitor import writers_silenced
 from distlora.training.objective import Objective, objective_of
@@ -58,9 +59,11 @@ def check_run(recipe: Recipe, world_size: int, resume: bool | None) -> tuple[Rec
     recipe = fitted(recipe, objective)
     check_combination(recipe, config)
     check_packages(recipe, config)
-    check_metrics(recipe.train, objective)
-    for split in filter(None, (recipe.data.split, recipe.data.eval_split)):
-        objective.check_split(split)
+    objective.check_split(recipe.data.split)
+    sets = sets_of(recipe, objective)
+    for each in sets.values():
+        each.check_split(each.recipe.data.eval_split)
+    check_metrics(recipe.train, score_names(sets))
     return recipe, objective
 
 

@@ -11,15 +11,17 @@ from distlora.errors import UserError
 from distlora.exports.exported import AdapterSource
 from distlora.exports.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from distlora.exports.peft_files import read_peft
-from distlora.exports.sources import CheckpointSource
+from distlora.exports.sources import CheckpointSource, Source
 from distlora.files.problems import dangling_link, file_errors_explained, first_unreadable
 from distlora.methods import Method, registry
 from distlora.models.foreign import check_configs, check_weights
 from distlora.recipe.load import load_run_recipe
+from distlora.training.export_run import first_not_finite
 from distlora.training.run_directory import ADAPTER, RECIPE
 
 #: What can be done with a checkpoint that is whole.
 RESUMED, EXPORTED, EVALUATED = "resumed", "exported", "evaluated"
+_NOT_FINITE = "whole, but {} has numbers that are infinite or not a number"
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ def verify(path: Path) -> list[Finding]:
         recipe = path.parent / RECIPE
         return [_of_checkpoint(path, load_run_recipe(recipe).method if recipe.exists() else None)]
     if (path / ADAPTER_CONFIG).exists() or (path / ADAPTER_WEIGHTS).exists():
-        return [_finding(path, path.name, (EVALUATED,), lambda: read_peft(path))]
+        return [_finding(path, path.name, (EVALUATED,), lambda: _check_peft(path))]
     if (path / "config.json").exists():
         return [_finding(path, path.name, (EVALUATED,), lambda: _check_model(path))]
     raise UserError(
@@ -75,7 +77,7 @@ def _of_run(run_dir: Path) -> list[Finding]:
 
         def check() -> None:
             read_peft(adapter)
-            AdapterSource(adapter)
+            _refuse_not_finite(AdapterSource(adapter))
 
         found.append(_finding(adapter, ADAPTER, (EXPORTED, EVALUATED), check))
     return found or [Finding(run_dir.name, problem="has no checkpoint and no adapter; train first")]
@@ -92,9 +94,11 @@ def _of_checkpoint(path: Path, method: Method | None = None) -> Finding:
         if problem:
             raise UserError(f"broken: {problem}")
         checkpoint = of_step(path.parent, read_manifest(path).step, path)
-        CheckpointSource(checkpoint, method or _own_method(checkpoint.state))
+        source = CheckpointSource(checkpoint, method or _own_method(checkpoint.state))
         if soundness(path) == "bad":
             raise UserError(f"whole, and marked bad: {why_bad(path)}")
+        if soundness(path) == "unproven":
+            _refuse_not_finite(source)
 
     found = _finding(path, path.name, (RESUMED, EXPORTED, EVALUATED), check)
     return found if found.problem else replace(found, soundness=soundness(path))
@@ -108,6 +112,20 @@ def _own_method(state: dict) -> Method:
         return known[state["method"]].model_validate(settings)
     except ValueError:
         raise UserError(f"its settings of {state['method']} are not those of this version") from None
+
+
+def _refuse_not_finite(source: Source) -> None:
+    name = first_not_finite(source)
+    if name is not None:
+        raise UserError(_NOT_FINITE.format(name))
+
+
+def _check_peft(path: Path) -> None:
+    files = read_peft(path)
+    for layer in files.layers:
+        pair = files.pair(layer)
+        if not (pair.left.isfinite().all() and pair.right.isfinite().all()):
+            raise UserError(_NOT_FINITE.format(layer))
 
 
 def _check_model(path: Path) -> None:

@@ -31,7 +31,7 @@ from distlora.initialisation.factors import initialise
 from distlora.initialisation.pretrained import PretrainedFiles
 from distlora.methods import probe_of
 from distlora.models.hub import resolve_path
-from distlora.models.loading import load_model
+from distlora.models.loading import check_sizes, load_model
 from distlora.models.losses import response_loss
 from distlora.models.targets import IGNORE
 from distlora.plan import plan_of
@@ -74,8 +74,9 @@ def measure(recipe: Recipe, comm: Comm) -> dict[str, int]:
     with LiveBytes() as counter:
         config, _ = resolve_deepspeed(recipe, comm.world_size, hidden_size=576)
         engine, asked = ZeroEngine(comm, config), recipe.model.quantization
+        other_sizes = check_sizes(recipe.model)
         with engine.loading(whole=asked is not None):
-            model, _ = load_model(recipe.model)
+            model, _ = load_model(recipe.model, other_sizes=other_sizes)
         counter.watch(
             p
             for parameter in model.parameters()

@@ -378,7 +378,7 @@ def _classifiers() -> list[Entry]:
     plan = [Entry(2, "classifying", stage, setting=setting) for stage in (0, 1, 2, 3)]
     for stage in (0, 3):
         plan.append(
-            Entry(2, "classifying", stage, BF16, setting=setting, loss=2e-2, first_loss=1e-2, tensors=0.3)
+            Entry(2, "classifying", stage, BF16, setting=setting, loss=3e-2, first_loss=1e-2, tensors=0.3)
         )
     # Heads in the files that do not fit: of another number of labels, and without their bias.
     for family in ("five_labels", "no_bias"):
@@ -513,7 +513,7 @@ def _dropped() -> list[Entry]:
     return [
         *(drop(stage) for stage in (0, 1, 2, 3)),
         drop(0, BF16),
-        drop(1, BF16, {"grad_accum_dtype": "fp32"}, "fp32grads"),
+        drop(1, BF16),
         drop(2, zero=OFFLOAD, note="offload"),
         drop(3, BF16, {**OFFLOAD, "offload_param": {"device": "cpu"}}, "offloadall"),
         drop(3, spec="adamw8bit"),

@@ -162,7 +162,7 @@ def swap_traffic(setting, steps: int = 3) -> dict[str, Tensor]:
     expected = {
         # Scores of every matrix; the factors; at the end whether an owner failed, the rounding error and four
         # norms of every layer.
-        "allreduce_": method.rank * rows + 4 * method.rank * sides + 8 + 5 * table,
+        "allreduce_": method.rank * rows + 4 * method.rank * sides + 16 + 5 * table,
         "broadcast_": 4 * method.replaced_at_once * sides + table,  # new components, and how many there are
     }
     alone = setting.comm.world_size == 1

@@ -32,7 +32,7 @@ from distlora.engine.protocol import Engine
 from distlora.initialisation.heads import draw_heads
 from distlora.initialisation.pretrained import PretrainedFiles
 from distlora.methods import magnitude_of, registry
-from distlora.models.loading import head_parameters, load_model
+from distlora.models.loading import check_sizes, head_parameters, load_model
 from distlora.recipe.sections import ModelSection
 from tests.tiny_zoo import zoo_model
 
@@ -212,8 +212,10 @@ def build(
         dtype=str(engine.dtype).removeprefix("torch."),
         gradient_checkpointing=checkpointing,
     )
+    names = [f"label {number}" for number in range(labels)]
+    other_sizes = check_sizes(section, names, images)
     with engine.loading(whole=quantization is not None):
-        model, new = load_model(section, [f"label {number}" for number in range(labels)], images)
+        model, new = load_model(section, names, images, other_sizes)
     when_loaded(model)
     if quantization:
         heads = new | head_parameters(model) if labels else new

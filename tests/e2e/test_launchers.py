@@ -76,6 +76,10 @@ def test_deepspeed_and_its_monitors(bench):
     for tag in ("train/loss", "train/learning_rate", "train/grad_norm", "eval/loss", "init/seconds"):
         written = {event.step: event.value for event in events.Scalars(tag)}
         assert written == pytest.approx(curve(run_dir, tag), rel=1e-6), tag
+    shown = [tag for kind in ("scalars", "images", "histograms") for tag in events.Tags()[kind]]
+    assert {tag.partition("/")[0] for tag in shown} == {"train", "eval", "init", "method", "system"}, (
+        "none of DeepSpeed's own"
+    )
     (table,) = (run_dir / "csv_monitor").rglob("*train_loss.csv")
     assert len(table.read_text().splitlines()) == 7, "a header and six steps"
 

@@ -29,7 +29,8 @@ from distlora.exports.sources import CheckpointSource
 from distlora.files.atomic import sha256_of
 from distlora.files.problems import file_errors_explained
 from distlora.files.tensors import TensorFiles
-from distlora.models.loading import bare_model, load_tokenizer
+from distlora.models.generation import end_tokens
+from distlora.models.loading import bare_model, load_model, load_tokenizer
 from distlora.recipe.sections import ModelSection
 from distlora.report.records import metrics_problem, read_lines
 from distlora.training.monitor import records
@@ -75,7 +76,8 @@ def _edited(draw, value: Any) -> Any:
     return draw(st.one_of(st.sampled_from(near), values()))
 
 
-def _as_json(value: Any) -> bytes:
+def as_json(value: Any) -> bytes:
+    """The content of a file."""
     return json.dumps(value).encode()
 
 
@@ -111,7 +113,7 @@ def _read_index(content: bytes, folder: Path) -> None:
             files.read(name)
 
 
-INDEX = _as_json({"weight_map": dict.fromkeys(TENSORS, "model-00001-of-00002.safetensors")})
+INDEX = as_json({"weight_map": dict.fromkeys(TENSORS, "model-00001-of-00002.safetensors")})
 INDEX_WORDS = (b"/etc/passwd", b"../model.safetensors", b"model.safetensors", b"weight_map", b'"a"')
 
 # ---------------------------------------------------------------------- checkpoints
@@ -140,7 +142,7 @@ def edited_checkpoints(draw) -> tuple[str, str, bytes]:
     file = draw(st.sampled_from((STATE, STATE, MANIFEST, *files)))
     right = (_checkpoint(name) / file).read_bytes()
     if file.endswith(".json") and draw(st.integers(0, 4)):
-        return name, file, _as_json(draw(edited(json.loads(right))))
+        return name, file, as_json(draw(edited(json.loads(right))))
     return name, file, draw(damaged([right], HEADER_WORDS, 2))
 
 
@@ -151,7 +153,7 @@ def _resume(example: tuple[str, str, bytes], folder: Path) -> None:
     if file != MANIFEST:
         manifest = json.loads((copy / MANIFEST).read_bytes())
         manifest["files"][file] = {"bytes": len(content), "sha256": sha256_of(copy / file)}
-        (copy / MANIFEST).write_bytes(_as_json(manifest))
+        (copy / MANIFEST).write_bytes(as_json(manifest))
     newest(folder)
     found = of_step(folder, 6)
     with own_random_state(2, CPU):
@@ -185,9 +187,9 @@ ADAPTER = save(
 def edited_adapters(draw) -> tuple[bytes, bytes]:
     """A config and weights, of which one is not right."""
     if draw(st.booleans()):
-        config = draw(st.one_of(edited(CONFIG).map(_as_json), damaged([_as_json(CONFIG)], (), 3)))
+        config = draw(st.one_of(edited(CONFIG).map(as_json), damaged([as_json(CONFIG)], (), 3)))
         return config, ADAPTER
-    return _as_json(CONFIG), draw(damaged([ADAPTER], HEADER_WORDS, 3))
+    return as_json(CONFIG), draw(damaged([ADAPTER], HEADER_WORDS, 3))
 
 
 def _read_adapter(example: tuple[bytes, bytes], folder: Path) -> None:
@@ -234,7 +236,9 @@ SEEN = {"training": {"split": "train", "count": 3, "ordered": "a", "unordered": 
 METRICS = b'{"step": 1, "train/loss": 2.5}\n{"step": 2, "train/loss": "nan"}\n'
 
 
-def _a_file(name: str, read: Callable[[Path], Any]) -> Callable[[bytes, Path], None]:
+def a_file(name: str, read: Callable[[Path], Any]) -> Callable[[bytes, Path], None]:
+    """For a Loader: writes the example under this name, and reads the file."""
+
     def look(content: bytes, folder: Path) -> None:
         read(written(folder, content, name))
 
@@ -263,18 +267,26 @@ def _metrics(path: Path) -> None:
 # ---------------------------------------------------------------------- models
 
 
+OTHERS = ("tokenizer_config.json", "tokenizer.json", "generation_config.json")
+
+
 @functools.cache
 def _tiny_dir() -> Path:
-    return tiny_model_dir("llama", Path(tempfile.mkdtemp(prefix="fuzz-kept-")))
+    place = tiny_model_dir("llama", Path(tempfile.mkdtemp(prefix="fuzz-kept-")))
+    if not (place / "generation_config.json").exists():
+        written(
+            place, json.dumps({"eos_token_id": [1, 2], "do_sample": True, "temperature": 0.6}), OTHERS[-1]
+        )
+    return place
 
 
 @st.composite
 def edited_models(draw) -> tuple[str, bytes]:
     """Another content of one of a model's JSON files."""
-    name = draw(st.sampled_from(("config.json", "config.json", "tokenizer_config.json", "tokenizer.json")))
+    name = draw(st.sampled_from(("config.json", "config.json", *OTHERS)))
     right = (_tiny_dir() / name).read_bytes()
     if name != "tokenizer.json" and draw(st.integers(0, 3)):
-        return name, _as_json(draw(edited(json.loads(right), 2)))
+        return name, as_json(draw(edited(json.loads(right), 2)))
     return name, draw(damaged([right], (), 3))
 
 
@@ -285,12 +297,17 @@ def _read_model(example: tuple[str, bytes], folder: Path) -> None:
         (copy / path.name).symlink_to(path)
     (copy / example[0]).unlink()
     written(copy, example[1], example[0])
-    bare_model(ModelSection(path=str(copy)))
-    load_tokenizer(ModelSection(path=str(copy)))
+    section = ModelSection(path=str(copy))
+    bare_model(section)
+    tokenizer = load_tokenizer(section)
+    if example[0] == "generation_config.json":
+        model, _ = load_model(section)
+        assert all(type(token) is int for token in end_tokens(model, tokenizer))
 
 
-def _json_or_damaged(right: Any) -> st.SearchStrategy[bytes]:
-    return st.one_of(edited(right).map(_as_json), damaged([_as_json(right)]))
+def json_or_damaged(right: Any) -> st.SearchStrategy[bytes]:
+    """A JSON file whose value was edited, or whose text was damaged."""
+    return st.one_of(edited(right).map(as_json), damaged([as_json(right)]))
 
 
 def _owner(path: Path) -> None:
@@ -303,10 +320,10 @@ LOADERS = (
     Loader("checkpoint", edited_checkpoints(), _resume),
     Loader("adapter", edited_adapters(), _read_adapter),
     Loader("export", damaged([ADAPTER], HEADER_WORDS), _read_export, 0.5),
-    Loader("status", _json_or_damaged(HELD), _a_file(STATUS, _status), 0.5),
-    Loader("lease", _json_or_damaged(OWNER), _a_file(LEASE, _owner), 0.5, False),
-    Loader("seen data", _json_or_damaged(SEEN), _a_file("data.json", _seen_data), 0.5),
-    Loader("rate search", _json_or_damaged(RATES), _a_file("lr_search.json", _rates), 0.5, False),
-    Loader("metrics", damaged([METRICS]), _a_file("metrics.jsonl", _metrics), 0.5),
+    Loader("status", json_or_damaged(HELD), a_file(STATUS, _status), 0.5),
+    Loader("lease", json_or_damaged(OWNER), a_file(LEASE, _owner), 0.5, False),
+    Loader("seen data", json_or_damaged(SEEN), a_file("data.json", _seen_data), 0.5),
+    Loader("rate search", json_or_damaged(RATES), a_file("lr_search.json", _rates), 0.5, False),
+    Loader("metrics", damaged([METRICS]), a_file("metrics.jsonl", _metrics), 0.5),
     Loader("model", edited_models(), _read_model, 0.5),
 )  # fmt: skip

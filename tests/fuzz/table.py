@@ -1,9 +1,9 @@
 """The table of all loaders."""
 
-from tests.fuzz import cluster, data, images, recipes, saved, words
+from tests.fuzz import cluster, data, images, recipes, run_directories, saved, words
 from tests.fuzz.rule import Loader
 
-SUBJECTS = (recipes, cluster, data, images, words, saved)
+SUBJECTS = (recipes, cluster, data, images, words, saved, run_directories)
 LOADERS: tuple[Loader, ...] = tuple(loader for subject in SUBJECTS for loader in subject.LOADERS)
 BY_NAME = {loader.name: loader for loader in LOADERS}
 #: Of all loaders, in the test suite.

@@ -5,13 +5,17 @@ import pytest
 from distlora.errors import UserError
 from tests.fuzz.rule import Loader, outcome, problem_with
 from tests.fuzz.run import hold
-from tests.fuzz.table import EXAMPLES, LOADERS, examples_of
+from tests.fuzz.table import BY_NAME, EXAMPLES, LOADERS, examples_of
 
 
 @pytest.mark.parametrize("loader", LOADERS, ids=lambda loader: loader.name)
 def test_any_input_gives_a_result_or_one_sentence(loader):
     found = hold(loader, examples_of(loader, EXAMPLES))
     assert len(found) > 1 or not loader.refuses, "the examples of this loader all end alike"
+
+
+def test_every_loader_has_a_name_of_its_own():
+    assert len(BY_NAME) == len(LOADERS)
 
 
 # ---------------------------------------------------------------------- the rule can fail

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import distlora
 from distlora.errors import UserError
+from distlora.exports.peft_files import read_peft
 from distlora.exports.starting import Start
 from tests.tiny_zoo import zoo_model
 
@@ -188,6 +189,60 @@ def test_only_safetensors_are_read(tmp_path):
     (tmp_path / WEIGHTS).rename(tmp_path / "adapter_model.bin")
     with pytest.raises(UserError, match=re.escape("adapter_model.bin may hold programs, and is not loaded")):
         Start(str(tmp_path))
-    for missing in ("no_such_directory", CONFIG):
-        with pytest.raises(UserError, match="there is no such directory"):
-            Start(str(tmp_path / missing))
+
+
+def test_what_is_no_adapter_is_called_what_it_is(tmp_path, monkeypatch):
+    run, bare, model = tmp_path / "run", tmp_path / "bare", tmp_path / "model"
+    for file in (
+        run / "recipe.yaml", run / "adapter" / CONFIG, bare / "recipe.yaml", model / "config.json",
+        bare / "checkpoint-3" / "manifest.json", tmp_path / "several" / "mine" / CONFIG,
+        tmp_path / "empty" / "x", tmp_path / "file",
+    ):  # fmt: skip
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("{}")
+    for name, said in {
+        "nothing": ": there is no such directory; give that of an adapter",
+        "file": " is a file; give the directory that it is in",
+        f"run/adapter/{CONFIG}": " is a file; give the directory that it is in",
+        "run": f" is the directory of a run; its adapter is {run / 'adapter'}",
+        "bare": f" is the directory of a run without an adapter; write one by distlora export {bare}",
+        "bare/checkpoint-3": f" is a checkpoint; export it by distlora export {bare} --step N --format peft",
+        "model": " is a model and no adapter",
+        "several": f" holds adapters in folders of its own; name one, such as {tmp_path}/several/mine",
+        "empty": " is no adapter, or half written: it has no adapter_config.json",
+    }.items():
+        place = tmp_path / name
+        for begin, read in ((f"method.from={place}", Start), (str(place), read_peft)):
+            with pytest.raises(UserError) as caught:
+                read(str(place) if read is Start else place)
+            assert str(caught.value).startswith(begin + said)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="download an adapter of the hub first: hf download me/one"):
+        Start("me/one")
+
+
+def _state_dict(tensors):
+    return {name.replace(".weight", ".default.weight"): value for name, value in tensors.items()}
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "said"),
+    [
+        ("llama", _state_dict, "lora_A.default.weight is called as in a model's state_dict"),
+        (
+            "llama",
+            _as("lm_head.modules_to_save.default.weight", torch.zeros(300, 60)),
+            "is called as in a model's state_dict",
+        ),
+        ("llama", _as("lm_head.base_layer.weight", torch.zeros(300, 60)), "the model's own weight under"),
+        ("tied", _as("lm_head.weight", torch.zeros(300, 60)), "holds lm_head.weight, which .* shares with"),
+    ],
+)
+def test_tensors_that_cannot_be_taken_over_are_told(kind, change, said, tmp_path):
+    _saved("llama", tmp_path, target_modules=["q_proj", "v_proj"])
+    _other_tensors(tmp_path, change)
+    model = zoo_model("llama")
+    if kind == "tied":
+        model.lm_head.weight = model.model.embed_tokens.weight
+    with pytest.raises(UserError, match=said):
+        distlora.attach(model, "lora", start=tmp_path)

@@ -184,6 +184,7 @@ def test_a_run_that_was_stopped_by_a_bad_batch_goes_on_without_it(recipe, poison
         assert len(row["input_ids"]) == len(row["labels"])
     again = recipe(*SIX, *METHODS["lora_xs"], "train.on_bad_step=skip")
     assert run(again) == wanted
+    assert json.loads((run_dir / "environment.json").read_text())[-1]["resumed_at"] == 4
 
 
 def test_what_is_left_out_survives_a_stop_right_after_the_rollback(recipe, poison, without_it, monkeypatch):

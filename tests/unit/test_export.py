@@ -579,7 +579,7 @@ def test_magnitudes_are_the_optimizers_own_and_never_rounded(tmp_path, bases):
     tensors = load_file(out / "adapter_model.safetensors")
     for name in run.attached.layers:
         exact = pretrained[f"{name}.weight"].double().norm(dim=1)
-        magnitude = tensors[f"base_model.model.{name}.lora_magnitude_vector"]
+        magnitude = tensors[f"base_model.model.{name}.lora_magnitude_vector.weight"]
         assert (
             magnitude.dtype == torch.float32
             and tensors[f"base_model.model.{name}.lora_A.weight"].dtype == torch.bfloat16

@@ -7,18 +7,24 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import distlora
+from distlora.cluster.environment import working_directory
+from distlora.data.sources import is_local
 from distlora.errors import UserError
 from distlora.exports.card import About, Form, shown_data, write_card
 from distlora.exports.exported import AdapterSource
 from distlora.exports.peft import write_peft_adapter
+from distlora.exports.peft_files import read_peft
 from distlora.exports.precision import TOLERANCE, dtype_for, rounding_error
 from distlora.exports.sources import EngineSource
 from distlora.exports.vllm import RANKS, ForVLLM, rank_for_vllm
 from distlora.maths.low_rank import LowRank
 from distlora.models.base_names import base_name_of
+from distlora.training.export_run import recipe_as_started
+from tests.e2e.program import recipe_of, write_recipe
 from tests.tiny_zoo import zoo_model, zoo_model_dir
 
 IDS = torch.randint(5, 300, (2, 9), generator=torch.Generator().manual_seed(3))
@@ -97,9 +103,14 @@ def test_ranks_above_vllms_are_to_be_merged_or_cut():
 # ---------------------------------------------------------------------- transformers
 
 
-def test_transformers_loads_the_adapter_by_itself(tmp_path):
+@pytest.mark.parametrize("method", ["lora", "rslora", "dora"])
+def test_transformers_loads_the_adapter_by_itself(method, tmp_path):
     base, out = zoo_model_dir("llama", tmp_path), tmp_path / "out"
-    adapted = _trained("llama")
+    adapted = _trained("llama", method=method)
+    with torch.no_grad():
+        for name, parameter in adapted.model.named_parameters():
+            if name.endswith(".m"):
+                parameter.mul_(1.3)
     distlora.export(adapted, out, base_model=base)
     model = type(zoo_model("llama")).from_pretrained(base, dtype=torch.float32)
     model.load_adapter(str(out))
@@ -229,16 +240,67 @@ def test_a_card_of_a_merged_model_and_one_that_vllm_does_not_load(tmp_path):
     assert "vLLM has no DoRA" in body and "vllm serve" not in body
 
 
-def test_a_card_names_no_directory_of_the_machine(tmp_path, monkeypatch):
+def test_a_card_names_no_directory_of_the_machine(tmp_path):
     folder = tmp_path / "private" / "model"
     folder.mkdir(parents=True)
     head, body = _card(tmp_path, base_name_of(str(folder)), About(), Form("adapter", "LlamaForCausalLM", 8))
     assert "base_model" not in head and str(tmp_path) not in body and "private" not in body
     data = tmp_path / "private" / "rows.jsonl"
     data.write_text("{}")
-    assert shown_data(str(data)) == shown_data(f"{data}:data") == ("rows.jsonl (local)", None)
-    monkeypatch.chdir(data.parent)
-    assert shown_data("rows.jsonl")[1] is None and shown_data("~/x/y.json") == ("y.json (local)", None)
-    assert shown_data("https://me:word@host/a/b.jsonl?token=secret") == ("b.jsonl of host", None)
-    assert shown_data("openai/gsm8k:main") == ("openai/gsm8k (main)", "openai/gsm8k")
-    assert shown_data(None)[1] is None and Path("rows.jsonl").exists()
+    assert shown_data(str(data), True) == shown_data(f"{data}:data", True) == ("rows.jsonl (local)", None)
+    assert shown_data("https://me:word@host/a/b.jsonl?token=secret", True) == ("b.jsonl of host", None)
+    assert shown_data("openai/gsm8k:main", False) == ("openai/gsm8k (main)", "openai/gsm8k")
+    assert shown_data(None, False)[1] is None
+
+
+def test_relative_paths_begin_where_the_run_was_started(tmp_path, monkeypatch):
+    began = tmp_path / "began"
+    (began / "models" / "llama").mkdir(parents=True)
+    (began / "rows").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for path in ("models/llama", "models/gone", "models/x.gguf", "./x", "a/b/c"):
+        found = base_name_of(path, began)
+        assert not found.on_the_hub and found.name.startswith(str(began)) and "/" not in found.shown
+    assert base_name_of("models/llama").on_the_hub  # nothing is there
+    assert base_name_of("Qwen/Qwen2.5-0.5B", began).on_the_hub
+    for path in ("rows", "rows/gone", "rows.jsonl", "x/rows.jsonl", "~/y.json", "/a/b"):
+        assert is_local(path, began)
+    assert not is_local("openai/gsm8k:main", began) and not is_local("rows/gone")
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    assert working_directory(run_dir) == Path()
+    starts = [{"working_directory": "/old"}, {"working_directory": str(began)}]
+    (run_dir / "environment.json").write_text(json.dumps(starts))
+    assert working_directory(run_dir) == began
+    for odd in (starts[:1] + [{}], [{"working_directory": 3}], [3], {}):
+        (run_dir / "environment.json").write_text(json.dumps(odd))
+        assert working_directory(run_dir) == Path()
+
+
+def test_an_export_elsewhere_finds_the_model_that_the_run_has_found(tmp_path, monkeypatch):
+    began, elsewhere, run_dir = (tmp_path / name for name in ("began", "elsewhere", "run"))
+    for folder in (began / "models" / "llama", elsewhere / "models" / "llama", run_dir):
+        folder.mkdir(parents=True)
+    monkeypatch.chdir(elsewhere)
+    write_recipe(run_dir / "recipe.yaml", recipe_of(Path("models/llama"), Path("rows"), run_dir))
+    assert recipe_as_started(run_dir, began).model.path == str(began / "models" / "llama")
+    assert recipe_as_started(run_dir, tmp_path / "gone").model.path == "models/llama"
+
+
+@pytest.mark.parametrize("ending", ["", ".weight"])
+def test_both_names_of_magnitudes_are_read(ending, tmp_path):
+    adapted = _trained("llama", method="dora", targets=["q_proj"])
+    distlora.export(adapted, tmp_path / "out", base_model="someone/model")
+    file = tmp_path / "out" / "adapter_model.safetensors"
+    with safe_open(file, "pt") as opened:
+        about, tensors = opened.metadata(), {name: opened.get_tensor(name) for name in opened.keys()}
+    stem = ".lora_magnitude_vector"
+    renamed = {f"{name.partition(stem)[0]}{stem}{ending}" if stem in name else name: value
+               for name, value in tensors.items()}  # fmt: skip
+    save_file(renamed, file, about)
+    ours, peft = AdapterSource(tmp_path / "out"), read_peft(tmp_path / "out")
+    assert ours.magnitudes == set(peft.magnitudes) == set(adapted.layers)
+    for name, layer in adapted.layers.items():
+        wanted = layer.factors()["m"].detach().float()
+        assert torch.equal(ours.magnitude(name), wanted) and torch.equal(peft.magnitude(name), wanted)
+    assert not ours.heads and not peft.heads

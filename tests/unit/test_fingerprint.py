@@ -130,7 +130,8 @@ class _Rank1:
 
 def test_ranks_that_read_different_rows_are_refused():
     recipe = SimpleNamespace(data=SimpleNamespace(split="train", eval_split="test"))
-    data = SimpleNamespace(training=RESPONSES, held_out=LABELS)
+    of_set = SimpleNamespace(name="", objective=SimpleNamespace(recipe=recipe), samples=LABELS)
+    data = SimpleNamespace(training=RESPONSES, evaluated=[of_set])
     same = seen(RESPONSES, LABELS)
     assert seen_by(_Rank1(same.parts), recipe, data) == same
     for other, name in ((seen(RESPONSES[1:], LABELS), "training"), (seen(RESPONSES, SCORES), "evaluation")):

@@ -20,7 +20,13 @@ class Hub(BaseHTTPRequestHandler):
         """Nothing: the test's output is its own."""
 
     def do_GET(self):
-        self._answer(200, {"id": "me/adapter", "siblings": [], "sha": "0" * 40})
+        """Of a repository, where the hub has it."""
+        private = self.server.there
+        if private is None:
+            self._answer(404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
+        else:
+            found = {"id": "me/adapter", "private": private, "siblings": [], "sha": "0" * 40}
+            self._answer(200, found)
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
@@ -40,9 +46,11 @@ class Hub(BaseHTTPRequestHandler):
         else:
             self._answer(200, {})
 
-    def _answer(self, status, content):
+    def _answer(self, status, content, headers=None):
         body = json.dumps(content).encode()
         self.send_response(status)
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
@@ -52,7 +60,7 @@ class Hub(BaseHTTPRequestHandler):
 @pytest.fixture
 def hub(monkeypatch):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.asked, server.status = [], 200
+    server.asked, server.status, server.there = [], 200, None
     server.address = f"http://127.0.0.1:{server.server_port}"
     threading.Thread(target=server.serve_forever, daemon=True).start()
     _at(monkeypatch, server.address)
@@ -69,6 +77,13 @@ def _at(monkeypatch, address):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
 
 
+def _sent(hub) -> dict[str, bytes]:
+    """The files of the only commit."""
+    (commit,) = (body for path, _, body in hub.asked if "/commit/" in path)
+    files = [line["value"] for line in map(json.loads, commit.splitlines()) if line["key"] == "file"]
+    return {file["path"]: base64.b64decode(file["content"]) for file in files}
+
+
 @pytest.fixture
 def export(tmp_path) -> Path:
     folder = tmp_path / "export"
@@ -78,8 +93,9 @@ def export(tmp_path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("private", [False, True])
-def test_all_files_are_sent(hub, export, private):
+@pytest.mark.parametrize(("private", "there"), [(False, None), (False, False), (True, None), (True, True)])
+def test_all_files_are_sent(hub, export, private, there):
+    hub.there = there
     assert upload(export, "me/adapter", private).endswith("/me/adapter")
     (_, token, made), *_ = hub.asked
     assert token == "Bearer hf_" + "x" * 30
@@ -88,11 +104,36 @@ def test_all_files_are_sent(hub, export, private):
         asked["name"] == "adapter"
         and bool(asked.get("private") or asked.get("visibility") == "private") == private
     )
-    commit = next(body for path, _, body in hub.asked if "/commit/" in path)
-    lines = [json.loads(line) for line in commit.splitlines()]
-    sent = {line["value"]["path"]: line["value"]["content"] for line in lines if line["key"] == "file"}
-    assert sent.keys() == {"README.md", "adapter_config.json"}
-    assert base64.b64decode(sent["adapter_config.json"]) == b"{}"
+    sent = _sent(hub)
+    assert sent.keys() == {"README.md", "adapter_config.json"} and sent["adapter_config.json"] == b"{}"
+
+
+def test_what_shall_be_private_does_not_become_public(hub, export):
+    hub.there = False
+    with pytest.raises(UserError, match="me/adapter --private: this repository exists and is public"):
+        upload(export, "me/adapter", private=True)
+    assert not hub.asked
+
+
+@pytest.mark.parametrize(
+    ("base", "sent"),
+    [
+        ("/home/me/models/llama", "llama"),
+        ("../models/llama/", "llama"),
+        ("me/llama", "me/llama"),
+        (None, None),
+    ],
+)
+def test_no_directory_of_this_machine_is_sent(hub, export, base, sent):
+    config = export / "adapter_config.json"
+    config.write_text(json.dumps({"base_model_name_or_path": base, "r": 8}))
+    (export / "deep").mkdir()
+    (export / "deep" / "file.txt").write_text("x")
+    before = config.read_bytes()
+    upload(export, "me/adapter")
+    files = _sent(hub)
+    assert json.loads(files["adapter_config.json"]) == {"base_model_name_or_path": sent, "r": 8}
+    assert files["deep/file.txt"] == b"x" and config.read_bytes() == before
 
 
 @pytest.mark.parametrize(

@@ -8,21 +8,13 @@ import torch
 
 from distlora.engine.comm import Comm, Topology
 from distlora.training.monitor import Monitor, Progress
+from tests.boards import Watched
 
 
-class Engine:
-    """The part of an engine that a monitor talks to."""
-
-    def __init__(self, rank=0):
-        self.comm = Comm(Topology(), torch.device("cpu"), distributed=False)
-        self.comm.rank = rank
-        self.events, self.details = [], []
-
-    def write_events(self, events):
-        self.events += events
-
-    def write_details(self, events):
-        self.details += events
+def engine_of(rank=0):
+    comm = Comm(Topology(), torch.device("cpu"), distributed=False)
+    comm.rank = rank
+    return Watched(comm)
 
 
 def lines(directory):
@@ -30,7 +22,7 @@ def lines(directory):
 
 
 def test_one_object_a_line_with_step_and_tags(tmp_path):
-    engine = Engine()
+    engine = engine_of()
     monitor = Monitor(engine, tmp_path)
     monitor.write(0, {"init/eta": 1e-4})
     monitor.write(1, {"train/loss": 2.5, "train/learning_rate": 1e-3})
@@ -41,22 +33,40 @@ def test_one_object_a_line_with_step_and_tags(tmp_path):
     assert engine.events == [("init/eta", 1e-4, 0), ("train/loss", 2.5, 1), ("train/learning_rate", 1e-3, 1)]
 
 
-def test_the_curve_of_a_search_is_for_tensorboard_and_its_outcome_for_all(tmp_path):
-    engine = Engine()
-    Monitor(engine, tmp_path).tell_rates({"lr_search/rate": 1e-3}, [(1e-4, 1.9), (1e-3, 1.5)])
+def test_the_curve_of_a_search_is_a_picture_and_its_outcome_for_all(tmp_path):
+    engine = engine_of()
+    Monitor(engine, tmp_path).tell_rates({"lr_search/rate": 1e-3}, [(1e-4, 1.9), (1e-3, 1.5), (1, math.inf)])
     assert lines(tmp_path) == [{"step": 0, "lr_search/rate": 1e-3}]
-    assert engine.events == [("lr_search/rate", 1e-3, 0)]
-    assert engine.details == [
-        ("lr_search/tried_rate", 1e-4, 0),
-        ("lr_search/tried_loss", 1.9, 0),
-        ("lr_search/tried_rate", 1e-3, 1),
-        ("lr_search/tried_loss", 1.5, 1),
-    ]
+    assert engine.events == [("init/lr_search/rate", 1e-3, 0)]
+    assert [(tag, step) for tag, step, _ in engine.board.images] == [("init/lr_search/losses", 0)]
+
+
+@pytest.mark.parametrize(
+    ("tag", "shown"),
+    [
+        ("train/loss", "train/loss"),
+        ("recompose/sigma", "method/recompose/sigma"),
+        ("recompose/init/eta", "method/recompose/init/eta"),
+        ("lr_search/rate", "init/lr_search/rate"),
+    ],
+)
+def test_monitors_have_groups_that_the_file_of_metrics_has_not(tag, shown, tmp_path):
+    engine = engine_of()
+    Monitor(engine, tmp_path).write(1, {tag: 2.0})
+    assert lines(tmp_path) == [{"step": 1, tag: 2.0}] and engine.events == [(shown, 2.0, 1)]
+
+
+@pytest.mark.parametrize("unit", ["tokens", "images"])
+def test_the_mean_speed_is_for_the_file_alone(unit, tmp_path):
+    engine = engine_of()
+    Monitor(engine, tmp_path).write(1, {f"train/{unit}_per_second": 9.0, f"system/{unit}_per_second": 11.0})
+    assert lines(tmp_path)[0][f"train/{unit}_per_second"] == 9.0
+    assert engine.events == [(f"system/{unit}_per_second", 11.0, 1)]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_what_json_does_not_know_is_a_string(value, tmp_path):
-    engine = Engine()
+    engine = engine_of()
     Monitor(engine, tmp_path).write(3, {"train/loss": value, "train/grad_norm": 1.0})
     text = (tmp_path / "metrics.jsonl").read_text()
     strict = json.loads(text, parse_constant=pytest.fail)  # NaN and Infinity are no JSON
@@ -65,23 +75,23 @@ def test_what_json_does_not_know_is_a_string(value, tmp_path):
 
 
 def test_other_ranks_write_nothing(tmp_path):
-    engine = Engine(rank=1)
+    engine = engine_of(rank=1)
     Monitor(engine, tmp_path).write(1, {"train/loss": 2.5})
     assert not (tmp_path / "metrics.jsonl").exists() and engine.events == []
 
 
 def test_other_ranks_forget_nothing(tmp_path):
-    Monitor(Engine(), tmp_path).write(1, {"train/loss": 2.5})
-    Monitor(Engine(rank=1), tmp_path)
+    Monitor(engine_of(), tmp_path).write(1, {"train/loss": 2.5})
+    Monitor(engine_of(rank=1), tmp_path)
     assert len(lines(tmp_path)) == 1
 
 
 def test_a_resumed_run_forgets_what_it_makes_again(tmp_path):
-    monitor = Monitor(Engine(), tmp_path)
+    monitor = Monitor(engine_of(), tmp_path)
     for step in range(6):
         monitor.write(step, {"train/loss": float(step)})
     monitor.write(4, {"eval/loss": 9.0})
-    again = Monitor(Engine(), tmp_path, resumed_at=4)
+    again = Monitor(engine_of(), tmp_path, resumed_at=4)
     assert [line["step"] for line in lines(tmp_path)] == [0, 1, 2, 3, 4, 4]
     again.write(5, {"train/loss": 50.0})
     assert lines(tmp_path)[-1] == {"step": 5, "train/loss": 50.0}
@@ -90,20 +100,20 @@ def test_a_resumed_run_forgets_what_it_makes_again(tmp_path):
 
 @pytest.mark.parametrize("length", [1, 10, 29])
 def test_a_line_that_a_crash_cut_is_forgotten(length, tmp_path):
-    monitor = Monitor(Engine(), tmp_path)
+    monitor = Monitor(engine_of(), tmp_path)
     for step in (1, 2, 3):
         monitor.write(step, {"train/loss": float(step)})
     path = tmp_path / "metrics.jsonl"
     *whole, last = path.read_text().splitlines(keepends=True)
     path.write_text("".join(whole) + last[:length])
-    resumed = Monitor(Engine(), tmp_path, resumed_at=2)
+    resumed = Monitor(engine_of(), tmp_path, resumed_at=2)
     resumed.write(3, {"train/loss": 30.0})
     assert lines(tmp_path) == [{"step": n, "train/loss": loss} for n, loss in ((1, 1.0), (2, 2.0), (3, 30.0))]
 
 
 def test_a_run_that_begins_anew_begins_a_new_file(tmp_path):
-    Monitor(Engine(), tmp_path).write(0, {"init/eta": 1.0})
-    Monitor(Engine(), tmp_path).write(0, {"init/eta": 2.0})
+    Monitor(engine_of(), tmp_path).write(0, {"init/eta": 1.0})
+    Monitor(engine_of(), tmp_path).write(0, {"init/eta": 2.0})
     assert lines(tmp_path) == [{"step": 0, "init/eta": 2.0}]
 
 

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from distlora.training import train
 from distlora.training.build import build
 from distlora.training.export_run import export_run
 from distlora.training.objective import objective_of
+from distlora.training.run import Run
 from distlora.training.targets import choose_targets
 from tests.distributed.cases import solo
 from tests.e2e.program import call, files_of
@@ -153,3 +155,15 @@ def test_every_score_is_looked_at(name, value):
     check_scores({"loss": 1.0, "f1": 0.0}, "runs/x", "sst2")
     with pytest.raises(TrainingError, match=f"^runs/x: the {name} on sst2 is {value:g}, which is no score$"):
         check_scores({"f1": 0.5, name: value}, "runs/x", "sst2")
+
+
+@pytest.mark.parametrize("evaluate", [Run._evaluate, Run._scores_on_the_way])
+@pytest.mark.parametrize("loss", [1.0, float("nan"), float("inf")])
+def test_nothing_is_generated_with_weights_whose_loss_is_not_finite(evaluate, loss):
+    """Their run goes on as train.on_bad_step says, or ends as one with no finite loss."""
+    made = SimpleNamespace(
+        _scores=lambda: {"loss": loss},
+        _generated=lambda: {"exact_match": 0.5},
+        improvement=SimpleNamespace(metrics={"exact_match"}),
+    )
+    assert (evaluate(made).get("exact_match") == 0.5) == (loss == 1.0)

@@ -3,12 +3,13 @@
 import importlib.metadata
 import importlib.util
 import logging
+import re
 from types import ModuleType, SimpleNamespace
 
 import pytest
 
 from distlora.engine.zero import monitors
-from distlora.engine.zero.monitors import Monitors, start_monitors, without_monitors
+from distlora.engine.zero.monitors import Monitors, legal_tag, start_monitors, without_monitors
 from distlora.errors import UserError
 from distlora.files.packages import is_installed
 from distlora.recipe.load import recipe_of
@@ -145,17 +146,32 @@ def test_monitors_are_started_after_all_ranks_have_an_engine(tmp_path, monkeypat
 def test_monitors_that_fail_are_off_and_told_once(caplog, monkeypatch):
     calls = []
 
-    def fail(events):
-        calls.append(events)
+    def fail(told):
+        calls.append(told)
         raise OSError(28, "No space left on device")
 
-    board = SimpleNamespace(write_events=fail)
-    master = SimpleNamespace(enabled=True, write_events=fail, tb_monitor=board)
-    guarded = Monitors(SimpleNamespace(monitor=master))
+    board = SimpleNamespace(summary_writer=None, flush=lambda: None)
+    guarded = Monitors(SimpleNamespace(enabled=True, write_events=fail, tb_monitor=board))
     monkeypatch.setattr(logging.getLogger("distlora"), "propagate", True)
     with caplog.at_level(logging.WARNING, "distlora"):
         guarded.write([("a", 1.0, 1)])
         guarded.write([("a", 2.0, 2)])
-        guarded.write_to_board([("b", 1.0, 1)])
+        guarded.on_board(fail)
     assert len(calls) == 1, "the others are not tried"
     assert len({record.created for record in caplog.records if "are off from" in record.message}) == 1
+    assert guarded.configured, "the other ranks do not know that it failed, and go on to the same collectives"
+
+
+@pytest.mark.parametrize("tag", ["eval/my set/loss", "eval/a:b*?/loss", "eval/ö/loss", "eval/" + "x" * 400])
+def test_a_tag_is_a_name_for_every_monitor(tag):
+    told = []
+    master = SimpleNamespace(enabled=True, write_events=told.extend, tb_monitor=None)
+    Monitors(master).write([(tag, 1.0, 3)])
+    ((legal, value, step),) = told
+    assert re.fullmatch(r"eval/[A-Za-z0-9_./-]+", legal) and len(f"{legal}.csv") <= 255
+    assert (value, step) == (1.0, 3)
+
+
+def test_the_usual_tags_stay_as_they_are():
+    for tag in ("train/loss", "method/recompose/low_half_share", "eval/exact_match"):
+        assert legal_tag(tag) == tag

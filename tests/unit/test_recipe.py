@@ -280,7 +280,8 @@ def test_a_whole_method_can_be_given():
         ("method.init.eta=serch",
          'override method.init.eta: found "serch", wanted a number or search or schedule'),
         ("method.init=5", "override method.init: found 5, wanted a mapping"),
-        ("deepspeed=5", "override deepspeed: found 5, wanted a text (put it in quotes) or a mapping"),
+        ("deepspeed=5", "override deepspeed: found 5, wanted the path of a DeepSpeed config, "
+         "such as configs/zero/zero3.json, its content, or null"),
         ("deepspeed=no.json",
          "override deepspeed: no file no.json in the current folder, the recipe's or one above it; "
          "give a JSON file"),
@@ -324,7 +325,8 @@ def test_a_bad_override(override, expected):
         (MINIMAL.replace("name: lora_sb, ", ""), "x.yaml: method.name is missing; methods: dora, full, "),
         (MINIMAL.replace("samples: 32", "smaples: 32"),
          "x.yaml: method.init.smaples: unknown key, did you mean samples?"),
-        ("method: lora\n", 'x.yaml: method: found "lora", wanted a mapping with a name (dora, full, '),
+        ("method: lora\n",
+         'x.yaml: method: found "lora", wanted a mapping with a name, as in method: {name: lora} ('),
         ("output_dir: x\n", "x.yaml: model is missing"),
         ("",
          "x.yaml is no recipe: wanted a mapping with the keys model, method, targets, data, train, "

@@ -16,6 +16,7 @@ from distlora.recompose.report import (
     complete,
 )
 from distlora.training.monitor import Monitor
+from tests.boards import Watched
 from tests.tiny_runs import BF16, SRLORA, Run
 
 NAMES = ["block.0.q", "block.0.v", "block.1.q"]
@@ -102,22 +103,23 @@ def test_without_scores_there_is_no_picture():
 
 
 def test_scalars_are_means_and_every_layers_own():
-    means, own = _report().means(), _report().by_layer()
+    means, own = _report().means(), _report().by_quantity()
     assert means["recompose/swapped"] == 1.0
     assert means["recompose/low_half_share"] == pytest.approx(0.2)
-    assert own["recompose/low_half_share/block.1.q"] == pytest.approx(0.3)
+    assert own["low_half_share"]["block.1.q"] == pytest.approx(0.3)
     assert means["recompose/effective_rank"] == pytest.approx(4.5)
-    assert means["recompose/sigma"] == pytest.approx(2.0) and own["recompose/sigma/block.0.q"] == 3.0
+    assert means["recompose/sigma"] == pytest.approx(2.0) and own["sigma"]["block.0.q"] == 3.0
     assert means["recompose/reserve_left"] == 4.0
     for quantity in ("rounding_loss", "rounding_loss_of_learned", "delta_norm"):
-        assert f"recompose/{quantity}/block.0.v" in own
-    assert all(isinstance(value, float) for value in [*means.values(), *own.values()])
-    assert own.keys() == {f"{tag}/{name}" for tag in means.keys() - {"recompose/swapped"} for name in NAMES}
+        assert "block.0.v" in own[quantity]
+    assert all(isinstance(value, float) for value in means.values())
+    assert {f"recompose/{quantity}" for quantity in own} == means.keys() - {"recompose/swapped"}
+    assert all(list(by_layer) == NAMES for by_layer in own.values())
 
 
 def test_a_decision_against_a_recomposition_has_one_scalar_and_a_picture():
     report = RecompositionReport(40, False, "keep", SCORES, NAMES)
-    assert report.means() == {"recompose/swapped": 0.0} and report.by_layer() == {}
+    assert report.means() == {"recompose/swapped": 0.0} and report.by_quantity() == {}
     assert report.picture() is not None and report.record()["layers"] == {}
 
 
@@ -127,7 +129,7 @@ def test_what_is_not_known_is_left_out():
     )
     found = report.means()
     assert "recompose/low_half_share" not in found and "recompose/sigma" not in found
-    assert not any("sigma" in tag for tag in report.by_layer())
+    assert "sigma" not in report.by_quantity()
     assert found["recompose/init/eta"] == 0.5
 
 
@@ -159,31 +161,15 @@ def test_nothing_learned_is_no_division_by_zero():
 # ---------------------------------------------------------------------- of a real run
 
 
-class Watching:
-    """An engine's side of the monitor, which notes what it is given."""
-
-    def __init__(self, comm):
-        self.comm, self.images, self.events, self.details = comm, [], [], []
-
-    def write_image(self, tag, image, step):
-        self.images.append((tag, tuple(image.shape), step))
-
-    def write_events(self, events):
-        self.events += events
-
-    def write_details(self, events):
-        self.details += events
-
-
 def test_every_decision_of_a_run_is_written_down(tmp_path):
     run = Run(SRLORA, BF16)
-    engine = Watching(run.engine.comm)
+    engine = Watched(run.engine.comm)
     monitor = Monitor(engine, tmp_path)
     reports = run.train()[1]
     for report in reports:
         monitor.tell_recomposition(report)
-    assert engine.images == [
-        ("recompose/importance", (4 * PIXELS, 2 * PIXELS, 3), step) for step in (4, 8, 12, 16)
+    assert [(tag, step) for tag, step, _ in engine.board.images] == [
+        (f"method/recompose/{name}", step) for step in (4, 8, 12, 16) for name in ("importance", "layers")
     ]
     lines = [json.loads(line) for line in (tmp_path / "recompositions.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [4, 8, 12, 16]
@@ -198,13 +184,9 @@ def test_every_decision_of_a_run_is_written_down(tmp_path):
     assert all(math.isfinite(value) for line in metrics for value in line.values())
     assert 0 < metrics[-1]["recompose/rounding_loss"] < metrics[-1]["recompose/rounding_loss_of_learned"]
     assert metrics[-1]["recompose/effective_rank"] > metrics[0]["recompose/effective_rank"]
-    # A recomposition of a large model has a thousand numbers of single layers: not for monitors with a file
-    # or a chart a tag.
-    tags, details = {tag for tag, _, _ in engine.events}, {tag for tag, _, _ in engine.details}
-    assert tags == set().union(*metrics) - {"step"} and {"recompose/sigma", "recompose/seconds"} < tags
+    # A recomposition of a large model has a thousand numbers of single layers, which are for the file and the
+    # pictures: a monitor has a file or a chart for each tag.
+    tags = {tag for tag, _, _ in engine.events}
+    assert tags == {f"method/{tag}" for tag in set().union(*metrics) - {"step"}}
+    assert {"method/recompose/sigma", "method/recompose/seconds"} < tags
     assert not any(tag.endswith(("/first", "/second")) for tag in tags)
-    assert (
-        all(tag.endswith(("/first", "/second")) for tag in details)
-        and "recompose/low_half_share/first" in details
-    )
-    assert {step for _, _, step in engine.details} == {4, 8, 12, 16}

@@ -289,11 +289,11 @@ def test_the_last_good_checkpoint_stays_while_only_unproven_ones_are_newer(recip
     """Of the one checkpoint that is to be kept, nobody knows yet whether its weights are good."""
     losses = iter([1.0, 1.0, math.nan])
 
-    def accumulate(engine, batches, loss_sum):
+    def accumulate(engine, batches, loss_sum, mark):
         value = next(losses)
         if math.isnan(value):
             raise TrainingError("the training loss is nan")
-        return plain(engine, batches, loss_sum)
+        return plain(engine, batches, loss_sum, mark)
 
     plain = setbacks.accumulate
     monkeypatch.setattr(setbacks, "accumulate", accumulate)

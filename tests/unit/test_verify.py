@@ -5,6 +5,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from distlora.checkpoints.soundness import mark
 from distlora.files.atomic import sha256_of
@@ -71,6 +73,45 @@ def test_what_is_missing_cut_or_marked_bad_is_found(run_dir):
     assert "marked bad: its loss was not finite" in refusal(run_dir)
     (run_dir / "checkpoint-3" / "ledger.safetensors").unlink()
     assert "ledger.safetensors is missing" in refusal(run_dir / "checkpoint-3")
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_file_that_the_adapter_lacks_is_named(name, run_dir):
+    (run_dir / "adapter" / name).unlink()
+    for path in (run_dir, run_dir / "adapter"):
+        said = refusal(path)
+        assert "such as adapter: " in said and name in said
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_numbers_that_no_export_may_have_are_found(value, run_dir):
+    """In an adapter, which has no checksums, and in a checkpoint whose loss nobody has seen."""
+    for file in ("checkpoint-3/adapter.safetensors", "adapter/adapter_model.safetensors"):
+        tensors = load_file(run_dir / file)
+        with safe_open(run_dir / file, "pt") as opened:
+            about = opened.metadata()
+        first = next(name for name in tensors if tensors[name].is_floating_point())
+        tensors[first].view(-1)[0] = value
+        save_file(tensors, run_dir / file, about)
+    fit_manifest(run_dir / "checkpoint-3")
+    said = call("verify", run_dir).out + " ".join(call("verify", run_dir).sentences)
+    for name in ("checkpoint-3", "adapter"):
+        assert f"{name}: whole, but model.layers.0." in said
+    assert "infinite or not a number" in refusal(run_dir / "adapter")
+
+
+def fit_manifest(checkpoint: Path) -> None:
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    file = checkpoint / "adapter.safetensors"
+    manifest["files"][file.name] = {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_a_run_without_checkpoints_says_so(run_dir):
+    shutil.rmtree(run_dir / "checkpoint-3")
+    assert succeed("verify", run_dir).out.startswith("adapter: whole")
+    shutil.rmtree(run_dir / "adapter")
+    assert refusal(run_dir).endswith("such as run: has no checkpoint and no adapter; train first")
 
 
 def test_a_newer_format_is_refused_by_name(run_dir):

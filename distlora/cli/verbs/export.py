@@ -63,7 +63,7 @@ def run(options: argparse.Namespace) -> None:
     if options.push is not None:  # before the work, and not only after it
         from distlora.models.hub_upload import check_upload
 
-        check_upload(options.push)
+        check_upload(options.push, options.private)
     done = export_run(
         options.run_dir,
         options.format or "peft",

@@ -134,12 +134,11 @@ class ZeroEngine(ZeroGradients):
         engine, *_ = deepspeed.initialize(
             model=_Runner(model), optimizer=built, config=without_monitors(config), dist_init_required=False
         )
-        engine.monitor = start_monitors(self.comm, config)
+        self._monitors = Monitors(start_monitors(self.comm, config))
         if self.stage == 0:  # DeepSpeed has no float32 sums for weights in bfloat16 without ZeRO
             sum_in_float32(trained.values())
         self._call = _through_runner
         _forget_first_step(engine)
-        self._monitors = Monitors(engine)
         self._take_over(engine, model, optimizer)
 
     def _build(self, spec: OptimizerSpec, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
@@ -177,16 +176,19 @@ class ZeroEngine(ZeroGradients):
         # DeepSpeed reports no norm at stage 0 in float32.
         norm = self._plain_norm() if self.stage == 0 and self.dtype == torch.float32 else None
         with self.comm.course.passing():
-            self._engine.step()
+            self._step_engine()
         norm = self._engine.get_global_grad_norm() if norm is None else norm
         return StepInfo(float(norm), skipped=not self._engine.was_step_applied())
 
     def drop_step(self) -> None:
         # Every wrapper keeps gradients elsewhere, and lets go of them in a step alone.
         take_back = self._keep(CHANGED_BY_STEP, amid_run=True)
-        with self._monitors_silenced():
-            self._engine.step()
+        self._step_engine()
         take_back()
+
+    def _step_engine(self) -> None:
+        self._engine.step()
+        self._engine.set_gradient_accumulation_boundary(None)  # what `backward` has said was of this step
 
     def release(self) -> None:
         self._engine.destroy()
@@ -203,8 +205,7 @@ class ZeroEngine(ZeroGradients):
     @contextmanager
     def rehearsal(self) -> Iterator[Callable[[], None]]:
         take_back = self._keep(COUNTERS)
-        with self._monitors_silenced():
-            yield take_back
+        yield take_back
         take_back()
 
     def _keep(self, counters: tuple[str, ...], amid_run: bool = False) -> Callable[[], None]:
@@ -222,16 +223,6 @@ class ZeroEngine(ZeroGradients):
             boundary.after_step(self)
 
         return take_back
-
-    @contextmanager
-    def _monitors_silenced(self) -> Iterator[None]:
-        """DeepSpeed tells of steps by itself."""
-        monitor = self._engine.monitor
-        told, monitor.enabled = monitor.enabled, False
-        try:
-            yield
-        finally:
-            monitor.enabled = told
 
     # ------------------------------------------------------------------ passes that train nothing
 
@@ -286,15 +277,15 @@ class ZeroEngine(ZeroGradients):
 
     # ------------------------------------------------------------------ monitors
 
+    @property
+    def monitored(self) -> bool:
+        return self._monitors.configured
+
     def write_events(self, events: list[tuple[str, float, int]]) -> None:
-        """(tag, value, step) to whatever monitors the DeepSpeed config turns on."""
         self._monitors.write(events)
 
-    def write_details(self, events: list[tuple[str, float, int]]) -> None:
-        self._monitors.write_to_board(events)
-
-    def write_image(self, tag: str, image: Tensor, step: int) -> None:
-        self._monitors.draw(tag, image, step)
+    def on_board(self, action: Callable[[Any], object]) -> None:
+        self._monitors.on_board(action)
 
 
 def _through_runner(module: nn.Module, function: Callable, *arguments):

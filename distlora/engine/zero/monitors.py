@@ -1,14 +1,13 @@
 """DeepSpeed's monitors (TensorBoard, W&B, Comet, CSV files): others' code, that must not end a run."""
 
 import logging
+import re
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
-from deepspeed import DeepSpeedEngine
 from deepspeed.monitor.config import get_monitor_config
 from deepspeed.monitor.monitor import MonitorMaster
-from torch import Tensor
 
 from distlora.engine.comm import Comm
 from distlora.errors import UserError
@@ -17,12 +16,16 @@ from distlora.sentences import first_line
 _MODULE = "deepspeed.monitor."
 #: Their sections of the config, and their modules.
 _MONITORS = ("tensorboard", "wandb", "csv_monitor", "comet")
+#: A file's name has 255 bytes at most, of which ".csv" are four.
+LONGEST_TAG = 240
 
 log = logging.getLogger(__name__)
 
 
 def without_monitors(config: dict[str, Any]) -> dict[str, Any]:
-    """The DeepSpeed config with all of them off, for a start in which nothing can fail on rank 0 alone."""
+    """The DeepSpeed config with all of them off: a start in which nothing can fail on rank 0 alone, and an
+    engine that writes no scalars of its own (`Train/Samples/…`) beside the run's.
+    """
     return {key: value for key, value in config.items() if key not in _MONITORS}
 
 
@@ -55,32 +58,29 @@ def _monitor_in(traceback: TracebackType | None) -> str:
 
 
 class Monitors:
-    """Those of an engine, on rank 0. After an error they are off: the run has its own file of metrics."""
+    """Those that were started. After an error they are off: the run has its own file of metrics."""
 
-    def __init__(self, engine: DeepSpeedEngine):
-        self._engine, self._failed = engine, False
+    def __init__(self, master: MonitorMaster):
+        self._master, self._failed = master, False
+
+    @property
+    def configured(self) -> bool:
+        """Whether the config turns any on. The same on all ranks, whatever fails on rank 0."""
+        return self._master.enabled
 
     def write(self, events: list[tuple[str, float, int]]) -> None:
         """(tag, value, step) to all that are on."""
-        if self._engine.monitor.enabled:
-            self._guard(lambda: self._engine.monitor.write_events(events))
+        if self.configured:
+            legal = [(legal_tag(tag), value, step) for tag, value, step in events]
+            self._guard(lambda: self._master.write_events(legal))
 
-    def write_to_board(self, events: list[tuple[str, float, int]]) -> None:
-        """The same to TensorBoard alone."""
-        board = self._engine.monitor.tb_monitor  # None where it is off, and on other ranks
+    def on_board(self, action: Callable[[Any], object]) -> None:
+        """Calls `action` with TensorBoard's `SummaryWriter`, where there is one; on other ranks there is
+        none.
+        """
+        board = self._master.tb_monitor
         if board is not None:
-            self._guard(lambda: board.write_events(events))
-
-    def draw(self, tag: str, image: Tensor, step: int) -> None:
-        """image: (height, width, 3) uint8, to TensorBoard."""
-        board = self._engine.monitor.tb_monitor
-        if board is not None:
-            self._guard(lambda: self._draw(board, tag, image, step))
-
-    @staticmethod
-    def _draw(board, tag: str, image: Tensor, step: int) -> None:
-        board.summary_writer.add_image(tag, image.numpy(), step, dataformats="HWC")
-        board.flush()
+            self._guard(lambda: (action(board.summary_writer), board.flush()))
 
     def _guard(self, action: Callable[[], object]) -> None:
         if self._failed:
@@ -93,3 +93,8 @@ class Monitors:
                 "the monitors of the DeepSpeed config are off from here on (%s); metrics.jsonl goes on",
                 first_line(error),
             )
+
+
+def legal_tag(tag: str) -> str:
+    """The tag as every monitor takes it: the one that writes CSV makes a file's name of it."""
+    return re.sub(r"[^\w/.-]", "_", tag, flags=re.ASCII)[:LONGEST_TAG]

@@ -5,6 +5,7 @@ what a method does as it is set, for any method.
 """
 
 from distlora.methods.capabilities.facts import (
+    core_of,
     last_trained_factor,
     magnitude_of,
     probe_of,
@@ -32,6 +33,7 @@ __all__ = [
     "TakesFromWeight",
     "TrainsWeight",
     "TransformsGradients",
+    "core_of",
     "last_trained_factor",
     "magnitude_of",
     "probe_of",

@@ -37,3 +37,9 @@ def last_trained_factor(method: Method) -> str | None:
     """The last factor of the path if it is trained, else None. LoRA+ gives it a learning rate of its own."""
     last = method.path[-1] if method.path else None
     return last if last in method.trains else None
+
+
+def core_of(method: Method) -> str | None:
+    """The trained factor (r, r) between the others on the path; None without one."""
+    inner = method.path[1:-1]
+    return inner[0] if len(inner) == 1 and inner[0] in method.trains else None
