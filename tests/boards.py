@@ -4,9 +4,12 @@ from types import SimpleNamespace
 
 
 class Writer:
-    """images, texts, histograms: (tag, step, content). records: what goes past the writer's own methods."""
+    """images, texts, histograms: (tag, step, content). records: what goes past the writer's own methods.
+    log_dir: where there would be files.
+    """
 
     def __init__(self):
+        self.log_dir = "none"
         self.images, self.texts, self.histograms, self.records = [], [], [], []
         self.file_writer = SimpleNamespace(add_event=self.records.append, add_summary=self.records.append)
 

@@ -41,6 +41,7 @@ SWAPPED = "tests/distributed/test_resume.py::test_after_swaps_at_the_same_layout
 _KEY = "world2-stage3-bfloat16-srlora-20-0_5-2-0_5-few-stochastic-at8"
 KEPT = f"{_KEY}-from-{_KEY}"
 TO_ONE = "tests/distributed/test_resume.py::test_on_the_plain_engine_the_same_curve"
+CONFIDENTIAL, SECRETS = "distlora/files/confidential.py", "tests/unit/test_confidential.py"
 #: Seconds after which ranks that wait for each other for ever are given up, and those of any other run.
 PATIENCE, LIMIT = 120, 1800
 #: How a run that ended only by a time limit says so.
@@ -735,7 +736,7 @@ MUTATIONS = [
             (
                 "proofs: the score of a model is not looked at",
                 "distlora/training/evaluate.py",
-                '    check_scores(scores, evaluated.place, "the evaluation data of the recipe")\n',
+                "    check_scores(scores, evaluated.place, data)\n",
                 "",
                 "test_not_finite.py::test_the_loss_of_a_run_that_is_no_number_ends_its_evaluation",
             ),
@@ -770,8 +771,8 @@ MUTATIONS = [
             (
                 "verify: an adapter's numbers are not looked at",
                 "distlora/training/verified.py",
-                "        if not (pair.left.isfinite().all() and pair.right.isfinite().all()):\n",
-                "        if False:\n",
+                "        if not tensor.isfinite().all():\n            raise UserError(_NOT",
+                "        if False:\n            raise UserError(_NOT",
                 "test_verify.py::test_numbers_that_no_export_may_have_are_found[nan]",
             ),
             (
@@ -817,6 +818,88 @@ MUTATIONS = [
                 "test_progress.py::test_a_child_that_computes_is_seen",
             ),
         )
+    ),
+    # ------------------------------------------------------------------ secrets
+    Mutation(
+        "secrets: a login with a slash in its password shown",
+        CONFIDENTIAL,
+        r"(?:[^\s/:@\[]*:(?!\d{1,5}/)(?:(?!://)[^\s\0])*|[^\s\0/]*)@",
+        r"[^\s\0/]*@",
+        (f"{SECRETS}::test_no_text_shows_a_secret[https://user:pa/pl4nted@host:80/x]",),
+    ),
+    Mutation(
+        "secrets: only texts hidden",
+        CONFIDENTIAL,
+        "    if value is None or isinstance(value, bool):\n        return value\n",
+        "    if not isinstance(value, str | dict | list):\n        return value\n",
+        (f"{SECRETS}::test_configs_lose_their_secrets_of_any_type_at_any_depth",),
+    ),
+    Mutation(
+        "secrets: mappings within a word not searched",
+        CONFIDENTIAL,
+        """return f"{inner['name']} in {key}" if equals else inner["name"]""",
+        "return None",
+        (
+            f"{SECRETS}::test_launch_scripts_refuse_a_secret_on_their_command_line"
+            "[deepspeed={comet: {api_key: pl4nted}}]",
+        ),
+    ),
+    Mutation(
+        "secrets: tracebacks in logs shown as they are",
+        "distlora/cluster/logs.py",
+        "return hidden(super().format(record))",
+        "return super().format(record)",
+        (f"{SECRETS}::test_logs_show_no_secret_nor_do_the_tracebacks_in_them",),
+    ),
+    Mutation(
+        "secrets: a value repeated that YAML refuses",
+        "distlora/recipe/yaml_text.py",
+        'if secret or any(is_secret_name(outer.key or "") for outer in open_values):',
+        "if secret:",
+        (f"{SECRETS}::test_a_mistake_in_a_secret_of_the_file_does_not_repeat_it",),
+    ),
+    # ------------------------------------------------------------------ exports
+    Mutation(
+        "exports: magnitudes under PEFT's old name",
+        "distlora/exports/sources.py",
+        'MAGNITUDE = ".lora_magnitude_vector.weight"',
+        'MAGNITUDE = ".lora_magnitude_vector"',
+        ("tests/unit/test_export_forms.py::test_transformers_loads_the_adapter_by_itself[dora]",),
+    ),
+    Mutation(
+        "exports: a folder that is there taken for an owner on the hub",
+        "distlora/models/base_names.py",
+        'return odd or ("/" in path and directory.parent.is_dir())',
+        "return odd",
+        ("tests/unit/test_export_forms.py::test_relative_paths_begin_where_the_run_was_started",),
+    ),
+    Mutation(
+        "exports: a public repository taken for a private one",
+        "distlora/models/hub_upload.py",
+        "    check_upload(name, private)\n",
+        "    check_upload(name)\n",
+        ("tests/unit/test_hub_upload.py::test_what_shall_be_private_does_not_become_public",),
+    ),
+    Mutation(
+        "exports: vLLM's rank cut in place of filled",
+        "distlora/exports/vllm.py",
+        "next(allowed for allowed in RANKS if allowed >= rank)",
+        "max(allowed for allowed in RANKS if allowed <= rank)",
+        ("tests/unit/test_export_forms.py::test_the_next_rank_of_vllm_is_taken[96-128]",),
+    ),
+    Mutation(
+        "exports: an ending that also means other layers",
+        "distlora/exports/suffixes.py",
+        "set(names) - set(wanted)",
+        "set[str]()",
+        ("tests/unit/test_peft_suffixes.py::test_the_fewest_entries_mean_the_wanted_names_alone",),
+    ),
+    Mutation(
+        "exports: a rank of the recipe beside the adapter's",
+        "distlora/exports/starting.py",
+        "if key in given and asked is not None and asked != own:",
+        "if False:",
+        ("tests/unit/test_adapter_start.py::test_what_is_given_must_be_the_same",),
     ),
 ]
 

@@ -175,26 +175,6 @@ def choose(
     return Choice(modules, fitted, left_out, [experts[name] for name in chosen if name in experts])
 
 
-def trained_whole(model: nn.Module, modules: Collection[str]) -> set[str]:
-    """Names of the parameters of these modules, `Method.modules_to_save`; each is a name, or the last part of
-    names. A parameter that modules share is trained in all of them. Raises UserError for a module that the
-    model does not have, and for one without parameters.
-    """
-    known = [name for name, _ in model.named_modules() if name]
-    chosen = set[int]()
-    for module in modules:
-        meant = [name for name in known if _is_named(name, module)]
-        if not meant:
-            last_parts = dict.fromkeys(name.rsplit(".", 1)[-1] for name in known)
-            hint = nearest(module, [*last_parts, *known]) or "; give a name such as embed_tokens"
-            raise UserError(f"method.modules_to_save: {type(model).__name__} has no module {module}{hint}")
-        found = [parameter for name in meant for parameter in model.get_submodule(name).parameters()]
-        if not found:
-            raise UserError(f"method.modules_to_save: {module} has no parameters to train; leave it out")
-        chosen |= set(map(id, found))
-    return {name for name, parameter in model.named_parameters() if id(parameter) in chosen}
-
-
 def _shape(layer: nn.Module | ExpertWeight) -> tuple[int, int]:
     return layer.shape if isinstance(layer, ExpertWeight) else shape_of(layer)
 
@@ -308,7 +288,8 @@ def _hint(target: str, words: list[str], names: list[str]) -> str:
     return nearest(target, words + names)
 
 
-def _is_named(name: str, target: str) -> bool:
+def is_named(name: str, target: str) -> bool:
+    """Whether the target is the name, or the last parts of it."""
     return name == target or name.endswith("." + target)
 
 
@@ -316,7 +297,7 @@ def _matches(name: str, target: str) -> bool:
     """By name, last part, pattern, or as a part of what is called so: `mlp` is `model.layers.0.mlp.up_proj`,
     too.
     """
-    return _is_named(name, target) or f".{target}." in f".{name}" or fnmatch.fnmatchcase(name, target)
+    return is_named(name, target) or f".{target}." in f".{name}" or fnmatch.fnmatchcase(name, target)
 
 
 def _in_blocks(model: nn.Module, layers: Collection[str], names: set[str], numbers: set[int]) -> set[str]:

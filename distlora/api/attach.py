@@ -9,7 +9,8 @@ from pydantic import ValidationError
 from torch import nn
 
 from distlora.adapter.attach import attach as attach_method
-from distlora.adapter.targets import ALL_LINEAR, Targets, trained_whole
+from distlora.adapter.targets import ALL_LINEAR, Targets
+from distlora.adapter.trained_whole import trained_whole
 from distlora.api.adapted import Adapted
 from distlora.errors import UserError
 from distlora.exports.starting import start_from

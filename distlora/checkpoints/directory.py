@@ -92,7 +92,7 @@ def of_step(run_dir: str | os.PathLike[str], step: int, path: Path | None = None
     problem = problem_with(path)
     if problem:
         raise UserError(f"{path} is broken: {problem}; take another one")
-    return _load(path)
+    return load(path)
 
 
 def _newest(run_dir: Path, only_good: bool) -> Checkpoint | None:
@@ -105,7 +105,7 @@ def _newest(run_dir: Path, only_good: bool) -> Checkpoint | None:
             continue
         problem = problem_with(path)
         if problem is None:
-            return _load(path)
+            return load(path)
         _log.warning("%s is broken and skipped: %s", path, problem)
     return None
 
@@ -163,8 +163,8 @@ def problem_with(path: Path, checksums: bool = True) -> str | None:
     return None
 
 
-def _load(path: Path) -> Checkpoint:
-    """Of a checkpoint without a problem."""
+def load(path: Path) -> Checkpoint:
+    """Of a checkpoint in which `problem_with` finds nothing."""
     manifest = read_manifest(path)
     state = read_state(path, manifest)
     rest = {key: value for key, value in state.items() if key != "rng"}

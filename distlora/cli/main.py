@@ -13,7 +13,7 @@ from distlora.errors import TrainingError, UserError
 from distlora.files.problems import is_of_the_disk, sentence_on
 
 #: Verbs whose only work is what they print. The others are done when their work is, whoever reads of it.
-PRINTING = ("methods", "plan", "recipes", "tasks")
+PRINTING = ("completion", "methods", "plan", "recipes", "tasks")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -21,14 +21,14 @@ def read_recipe(path: str | Path, overrides: Sequence[str]):
         return load_recipe(path, overrides)
 
 
-def this_topology():
-    """The topology of this process, with the terminal prepared for its rank."""
+def this_topology(quiet: bool = False):
+    """The topology of this process, with the terminal prepared for its rank. quiet: warnings only."""
     from distlora.cluster.topology import topology_from_environment
 
     topology = topology_from_environment()
     # DeepSpeed calls collectives by names that torch has replaced since, and every rank would warn of it.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    log_to_terminal(shown=topology.rank == 0)
+    log_to_terminal(topology.rank == 0, logging.WARNING if quiet else logging.INFO)
     return topology
 
 
@@ -36,7 +36,7 @@ def log_to_terminal(shown: bool, least: int = logging.INFO) -> None:
     """Shows the log on the terminal: from the level `least` on if `shown` (rank 0), else only errors (the
     other ranks).
     """
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _Terminal()
     handler.setFormatter(logging.Formatter("%(message)s"))
     # The level is the handler's, not the logger's, because every rank has a log file as well.
     handler.setLevel(least if shown else logging.ERROR)
@@ -44,6 +44,22 @@ def log_to_terminal(shown: bool, least: int = logging.INFO) -> None:
     logger.handlers[:] = [handler]
     logger.setLevel(logging.INFO)
     logger.propagate = False
+
+
+class _Terminal(logging.StreamHandler):
+    """Writes to what standard error is at the time: above the bars, while there are some."""
+
+    @property
+    def stream(self):
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, stream) -> None:
+        pass
+
+
+def add_quiet(parser) -> None:
+    parser.add_argument("--quiet", action="store_true", help="show neither progress nor log, only warnings")
 
 
 def until_asked_to_stop(action: Callable[[StopSignals], int]) -> int:

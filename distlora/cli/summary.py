@@ -1,5 +1,6 @@
 """The outcome of a training run as text for the terminal."""
 
+import shlex
 from pathlib import Path
 
 from distlora.sentences import size_text
@@ -41,7 +42,24 @@ def summary_table(summary) -> str:
         ),
         ("metrics", str(summary.run_dir / "metrics.jsonl")),
     ]
-    return "\n".join(["", *lines, *(f"  {name:<24}{value}" for name, value in facts), ""])
+    told = [f"  {name:<24}{value}" for name, value in facts]
+    return "\n".join(
+        ["", *lines, *told, "", *(f"  {name:<24}{command}" for name, command in next_steps(summary)), ""]
+    )
+
+
+def next_steps(summary) -> list[tuple[str, str]]:
+    """What can be done with the run: a word for it, and the command with the run's own name."""
+    run, merged = shlex.quote(str(summary.run_dir)), shlex.quote(f"{summary.run_dir}-merged")
+    score = [("score it on tasks", f"distlora eval {run} --tasks gsm8k")]
+    again = [("score it again", f"distlora eval {run}")] if summary.after else []
+    return [
+        *again,
+        *score,
+        ("one merged model", f"distlora export {run} --format merged --out {merged}"),
+        ("compare with others", f"distlora report {shlex.quote(str(summary.run_dir.parent))} --out report"),
+        *([("curves", f"distlora monitor {run}")] if summary.tensorboard else []),
+    ]
 
 
 def _adapter(directory: Path | None) -> str:

@@ -19,6 +19,7 @@ from distlora.data.encode import Encoded, Sample, Shared, chunks, of_row
 from distlora.data.seams import tokens_of
 from distlora.errors import UserError
 from distlora.models.targets import IGNORE
+from distlora.progress import each
 from distlora.sentences import nearest
 from distlora.tasks import get_task
 
@@ -83,7 +84,7 @@ def load_completion(
     rows, tokens = CompletionRows(section, split), tokens_of(section, tokenizer, conventions)
     encoded = EncodedDocuments([], truncated=None, dropped=0, why_dropped="they are empty")
     shared = Shared()
-    for chunk in chunks(enumerate(rows)):
+    for chunk in each(chunks(enumerate(rows)), "tokenising", "texts", len(rows), len):
         kept = [(number, text) for number, text in chunk if text.strip()]
         encoded.dropped += len(chunk) - len(kept)
         with of_row(rows.origin, [number for number, _ in kept]):

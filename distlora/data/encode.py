@@ -26,6 +26,7 @@ from distlora.data.special_tokens import Unreadable
 from distlora.data.templates import CHAT
 from distlora.errors import UserError
 from distlora.models.targets import IGNORE
+from distlora.progress import each
 from distlora.tasks import ChatTask, get_task
 
 log = logging.getLogger(__name__)
@@ -219,7 +220,7 @@ def answered_chunks(
 ) -> Iterator[tuple[list[int], list[Example]]]:
     """The examples with a response, in lists with their numbers; the others are counted as dropped."""
     number = 0
-    for chunk in chunks(examples):
+    for chunk in each(chunks(examples), "tokenising", "rows", len(examples), len):
         answered = [(number + i, each) for i, each in enumerate(chunk) if each.response is not None]
         number += len(chunk)
         encoded.unanswered += len(chunk) - len(answered)

@@ -1,13 +1,15 @@
 """Rows of a data set of the Hugging Face hub, through the `datasets` library."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 from distlora.data.readers import Row
 from distlora.data.splits import SplitPart
 from distlora.errors import UserError
 from distlora.files.problems import is_of_the_disk, sentence_on
+from distlora.progress import phase
 from distlora.sentences import first_line, nearest
 
 
@@ -37,7 +39,8 @@ def hub_split(path: str, split: str):
 
     name, _, configuration = path.partition(":")
     try:
-        return datasets.load_dataset(name, configuration or None, split=split)
+        with phase(f"reading {path}, split {split}"), _without_bars(datasets):
+            return datasets.load_dataset(name, configuration or None, split=split)
     except datasets.exceptions.DatasetNotFoundError as error:
         if "gated" in str(error):
             raise UserError(
@@ -64,6 +67,18 @@ def hub_split(path: str, split: str):
                 f"data.path: {path} cannot be brought from the hub: {sentence_on(full)}"
             ) from error
         raise UserError(_hub_problem(path, split, error)) from error
+
+
+@contextmanager
+def _without_bars(datasets) -> Iterator[None]:
+    """The library draws its own, on every rank."""
+    shown = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
 
 
 def _disk_error(error: BaseException | None) -> OSError | None:

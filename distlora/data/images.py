@@ -26,6 +26,7 @@ from distlora.errors import UserError
 from distlora.files.problems import file_errors_explained
 from distlora.files.user_paths import user_path
 from distlora.models.targets import IGNORE
+from distlora.progress import each
 from distlora.sentences import first_line
 from distlora.tasks import get_task
 
@@ -202,7 +203,7 @@ def load_images(section: DataSection, split: str) -> Encoded:
     """
     rows = ImageRows(section, split)
     encoded = Encoded([], truncated=None, dropped=0, why_dropped="they have no label")
-    for position, label in enumerate(rows):
+    for position, label in enumerate(each(rows, "looking at images", "images", len(rows))):
         if label is None:
             encoded.dropped += 1
         else:

@@ -22,6 +22,7 @@ from distlora.data.labels import LabelNames, is_unlabelled, number_in, shown, st
 from distlora.data.sources import Row
 from distlora.errors import UserError
 from distlora.models.targets import IGNORE
+from distlora.progress import each
 from distlora.sentences import listed, nearest
 from distlora.tasks import ScoreTask, TextTask, get_task
 
@@ -202,7 +203,7 @@ def load_labelled(section: DataSection, split: str, tokenizer, conventions: Conv
     rows, number = LabelledRows(section, split), 0
     encoded = Encoded([], truncated=0, dropped=0, why_dropped="they have no label")
     texts = LabelledTexts(tokenizer, conventions.plain)
-    for chunk in chunks(rows):
+    for chunk in each(chunks(rows), "tokenising", "rows", len(rows), len):
         numbers = [number + place for place, row in enumerate(chunk) if row[2] is not None]
         number += len(chunk)
         encoded.dropped += len(chunk) - len(numbers)

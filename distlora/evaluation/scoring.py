@@ -17,6 +17,7 @@ from distlora.models.cross_entropy import label_cross_entropy
 from distlora.models.generation import Agree
 from distlora.models.losses import label_logits, squared_error
 from distlora.models.targets import Batch
+from distlora.progress import each, phase
 from distlora.tasks.metrics import METRICS
 
 
@@ -106,8 +107,14 @@ def exact_match(
     Collective: each rank answers its share of the questions. Raises Preempted between two batches.
     """
     way, found = Generation(engine, tokenizer, task, questions, max_new_tokens), []
-    with ready_to_answer(engine) as agree:
-        answer_questions(way, range(len(questions.items)), agree, found.extend, batch_size)
+    count = len(questions.items)
+    with phase("answering", "questions", count) as task, ready_to_answer(engine) as agree:
+
+        def take(records: list[Record]) -> None:
+            found.extend(records)
+            task.advance(len(records))
+
+        answer_questions(way, range(count), agree, take, batch_size)
     return way.scores(found)["exact_match"]
 
 
@@ -133,7 +140,8 @@ def label_scores(
     error = squared_error if is_score else label_cross_entropy
     predicted = torch.zeros(len(samples), dtype=expected.dtype, device=comm.device)
     engine.train_mode(False)
-    for indices in shard(len(samples), comm.rank, comm.world_size, batch_size):
+    parts = shard(len(samples), comm.rank, comm.world_size, batch_size)
+    for indices in each(parts, "evaluating", "batches", len(parts)):
         batch = batch_of([samples[i] for i in indices])
         logits = engine.run(label_logits, batch)
         loss += comm.sum_or_stop(float(error(logits, batch["labels"])))[0]

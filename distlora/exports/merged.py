@@ -17,6 +17,7 @@ from distlora.exports.placing import Placing
 from distlora.exports.sources import Collected, EngineSource, Source
 from distlora.files.atomic import write_json
 from distlora.files.tensors import TensorWriter
+from distlora.progress import each
 
 INDEX = "model.safetensors.index.json"
 
@@ -87,7 +88,7 @@ def write_merged(
     shards = placing.files.files()
     shards[list(shards)[-1]].extend(placing.new)
     total_bytes = 0
-    for shard, names in shards.items():
+    for shard, names in each(shards.items(), "writing the merged model", "files", len(shards)):
         plan = {name: (placing.dtype(name, dtype), placing.shape(name)) for name in names}
         with TensorWriter(draft / shard, plan, placing.files.metadata(shard)) as writer:
             for name in writer.order:

@@ -165,6 +165,7 @@ def _without_values(pattern: re.Pattern[str], text: str) -> str:
         name, sign = ("name", "sign") if found["name"] else ("bare", "colon")
         last = found[name].strip().rpartition(".")[2]
         secret = last.lower() != "key" and is_secret_name(last)  # "wanted dotted.key=value"
+        secret = secret and text[found.end(sign) : found.end()].strip(",;.") not in _NOTHING
         parts += (text[place : found.end(sign)], HIDDEN if secret else "")
         place = found.end() if secret else found.end(sign)
     return "".join([*parts, text[place:]])

@@ -30,6 +30,7 @@ from distlora.methods import (
     TakesFromWeight,
     probe_of,
 )
+from distlora.progress import each
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +82,13 @@ def initialise(
     if settings is not None:
         log.info("probing the full gradients of %d layers on %d samples", len(layers), data.samples)
         gradients = mean_gradients(
-            engine, layers, owners, data.batches(), data.samples, data.loss, settings.sums
+            engine,
+            layers,
+            owners,
+            each(data.batches(), "probing", "passes", data.passes),
+            data.samples,
+            data.loss,
+            settings.sums,
         )
         report.scalars["samples"] = data.samples
 
@@ -148,7 +155,8 @@ def factorise_all(
     layers = attached.layers
     scalars: dict[str, dict[str, float]] = {}
     losses, dead_starts = _Losses(), DeadStarts(attached.method)
-    for turn in turns(layers, owners):
+    rounds = list(turns(layers, owners))
+    for turn in each(rounds, "initialising", "rounds of layers", len(rounds)):
         if given is not None:
             found = _take(engine, turn, owners, given)
         else:

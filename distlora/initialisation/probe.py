@@ -33,13 +33,14 @@ class Probe:
 
     batches: this rank's, for backward passes; equally many on every rank. forward_batches: the same samples
     in larger batches, for passes without gradients. samples: their number over all ranks, by which the sum of
-    their losses is divided.
+    their losses is divided. passes: how many there are in `batches`; None where nobody has counted them.
     """
 
     batches: Callable[[], Iterator[Any]]
     forward_batches: Callable[[], Iterator[Any]]
     samples: int
     loss: Loss
+    passes: int | None = None
 
 
 def probe_samples(setting: float, available: int | None) -> int:

@@ -8,6 +8,7 @@ import torch
 from distlora.adapter.layer import AdapterLinear
 from distlora.engine.protocol import Engine
 from distlora.initialisation.probe import Probe, modes_kept
+from distlora.progress import phase
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +89,8 @@ def _loss_with(
     """The probe loss with the factor multiplied by `scale`. The layers stay in that pass."""
     for layer in layers.values():
         layer.try_scale(factor, scale)
-    return _probe_loss(engine, data)
+    with phase("trying a size of the first step"):
+        return _probe_loss(engine, data)
 
 
 @torch.no_grad()

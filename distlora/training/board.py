@@ -3,19 +3,22 @@ hyperparameters with the final scores.
 """
 
 import json
+import os
+import socket
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from distlora.cluster.environment import ENVIRONMENT
 from distlora.engine.protocol import Engine
+from distlora.files.confidential import hidden
 from distlora.files.json_files import read_json
 from distlora.recipe.load import run_identity
 from distlora.recipe.sections import Recipe
 from distlora.training.run_directory import RECIPE
 
-#: Settings that the table has in any case. Of the others that decide what a run learns it has those that are
-#: not at their defaults.
+#: Settings that the table has in any case. Of the method and of training it has also those that decide what a
+#: run learns and are not at their defaults.
 ALWAYS = (
     "method.name", "method.rank", "train.lr", "train.global_batch_size", "train.steps", "train.seed",
     "model.path", "data.task",
@@ -28,6 +31,8 @@ def begin_board(engine: Engine, run_dir: Path, step: int) -> None:
 
 
 def _begin(writer: Any, run_dir: Path, step: int) -> None:
+    if step == 0:
+        _remove_earlier_runs(writer, run_dir)
     _forget_later_steps(writer, step)
     for tag, text in (("recipe", _recipe(run_dir)), ("environment", _environment(run_dir))):
         if text:
@@ -48,6 +53,18 @@ def end_table(engine: Engine, recipe: Recipe) -> None:
 
 def _add(writer: Any, summary: Any) -> None:
     writer.file_writer.add_summary(summary)
+
+
+def _remove_earlier_runs(writer: Any, run_dir: Path) -> None:
+    """The event files of other processes, of a run that begins anew. What lies outside of the run directory
+    stays: others may write there.
+    """
+    folder = Path(writer.log_dir)
+    if folder.resolve().is_relative_to(run_dir.resolve()):
+        own = f".{socket.gethostname()}.{os.getpid()}."
+        for path in folder.glob("events.out.tfevents.*"):
+            if own not in path.name:
+                path.unlink()
 
 
 def _forget_later_steps(writer: Any, step: int) -> None:
@@ -88,9 +105,9 @@ def hyperparameters(recipe: Recipe) -> dict[str, bool | int | float | str]:
     """The settings of a run that decide what it learns, by dotted key."""
     changed = dict(_flat(recipe.model_dump(mode="json", exclude_defaults=True)))
     return {
-        key: value
+        key: hidden(value) if isinstance(value, str) else value
         for key, value in _flat(run_identity(recipe))
-        if value is not None and (key in changed or key in ALWAYS)
+        if value is not None and (key in ALWAYS or (key in changed and key.startswith(("method.", "train."))))
     }
 
 

@@ -25,6 +25,7 @@ from distlora.initialisation.pretrained import PretrainedFiles
 from distlora.methods import TakesFromWeight
 from distlora.models.hub import resolve_path
 from distlora.models.stored_names import renamed
+from distlora.progress import phase
 from distlora.recipe.deepspeed_config import resolve_deepspeed
 from distlora.recipe.sections import Recipe
 from distlora.sentences import listed
@@ -65,7 +66,8 @@ def build(comm: Comm, recipe: Recipe, objective: Objective, chosen: Chosen) -> B
     with engine.loading(whole=quantized) as together:
         # Where ranks load together, one that fails must not wait for the others: its end tells them.
         load = partial(objective.load_model, other_sizes)
-        model, new = load() if together else on_every_rank(comm, load)
+        with phase("loading the model"):
+            model, new = load() if together else on_every_rank(comm, load)
     heads = new | objective.trained_whole(model)
     if quantized:
         _pack(model, heads, chosen.whole, recipe, comm.device)

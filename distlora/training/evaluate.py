@@ -125,5 +125,6 @@ def _own_split(evaluated: Evaluated) -> dict[str, Scores]:
     sets = on_every_rank(comm, lambda: read_sets(recipe, objective, preprocessor))
     engine = evaluated.engine()
     scores = scores_of_sets(sets, engine, preprocessor, recipe.train.eval_samples)
-    check_scores(scores, evaluated.place, "the evaluation data of the recipe")
+    data = f"data.eval_split={recipe.data.eval_split}" if recipe.data.eval is None else "data.eval"
+    check_scores(scores, evaluated.place, data)
     return {OWN_SPLIT: scores | generated_scores(sets, engine, preprocessor)}

@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Sequence
 
+from distlora import progress
 from distlora.data import Questions
 from distlora.engine.coordination import on_every_rank, on_main
 from distlora.engine.protocol import Engine
@@ -15,7 +16,6 @@ from distlora.recipe.sections import DataSection
 from distlora.tasks import SUITES, get_task
 from distlora.training.evaluated import Asked
 from distlora.training.evaluation_jobs import LABELS, Job, jobs_of
-from distlora.training.monitor import progress_bar
 from distlora.training.subject import Evaluated
 
 log = logging.getLogger(__name__)
@@ -84,20 +84,20 @@ class _Work:
         began, found = time.perf_counter(), list[Record]()
         if job.predictions is not None:
             found += on_main(self.comm, job.predictions.lines, lambda: self._begin(job)) or []
-        bar = progress_bar(job.name, "question", job.count, len(job.done), self.comm.is_main)
+        task = progress.begin(job.name, "questions", job.count, len(job.done))
 
         def take(records: list[Record]) -> None:
             found.extend(records)
             if job.predictions is not None:
                 lines = [_line(record, job.items) for record in records]
                 on_main(self.comm, job.predictions.lines, lambda: job.predictions.add(lines))
-            bar.update(len(records))
+            task.advance(len(records))
 
         todo = [index for index in range(job.count) if index not in job.done]
         try:
             answer_questions(way, todo, agree, take, self.asked.batch_size)
         finally:
-            bar.close()
+            task.close()
         scores = self.comm.share(on_main(self.comm, job.name, lambda: way.scores(found)))
         self._finish(job, scores, time.perf_counter() - began)
 

@@ -18,6 +18,7 @@ from distlora.engine.random_state import random_states, restore_random_states
 from distlora.engine.schedules import Schedule
 from distlora.errors import Preempted, TrainingError, UserError
 from distlora.models.router_loss import take_router_loss, wants_router_loss
+from distlora.progress import phase
 from distlora.recipe.every import is_due
 from distlora.recipe.load import run_identity
 from distlora.recipe.sections import Recipe
@@ -84,7 +85,7 @@ class Loop:
         metrics and logs cannot be written any more, once what was reached is saved if it can be.
         """
         first = self.adapted.steps
-        progress = Progress(self.steps, first, self.engine.comm.is_main)
+        progress = Progress(self.steps, first)
         self.engine.train_mode(True)
         seconds, state = 0.0, self._state(extra)
         self.writing.agree()
@@ -227,7 +228,7 @@ class Loop:
         unwritten = self.monitor.unwritten()
         extra = state.extra | {MEMORY: self.setbacks.memory.state(), IMPROVEMENT: self.improvement.state()}
         extra |= {UNWRITTEN: unwritten} if unwritten else {}
-        with self.engine.comm.course.during("the saving of a checkpoint"):
+        with self.engine.comm.course.during("the saving of a checkpoint"), phase("saving a checkpoint"):
             saved = api.save(
                 self.adapted, run_dir, step=state.step, identity=run_identity(self.recipe), extra=extra,
                 keep=settings.keep_checkpoints, claimed=True, check=self.writing.check,

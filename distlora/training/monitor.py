@@ -1,20 +1,18 @@
-"""What a run tells: `metrics.jsonl`, the monitors of the DeepSpeed config, and a progress bar. What
+"""What a run tells: `metrics.jsonl`, the monitors of the DeepSpeed config, and its progress. What
 TensorBoard has beside scalars is in `board`, `layer_looks` and `pictures`.
 """
 
 import json
 import logging
 import math
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from tqdm import tqdm
-
+from distlora import progress
 from distlora.engine.protocol import Engine
 from distlora.files.atomic import append_text, write_text
 from distlora.files.json_files import is_number, is_whole, parse_json
@@ -168,39 +166,13 @@ def jsonable(value: float) -> float | str:
     return value if math.isfinite(value) else str(value)
 
 
-class _Lines:
-    """A stream on which a bar is not drawn over itself: launchers pass on, and label, whole lines."""
-
-    def __init__(self, stream: TextIO):
-        self._stream = stream
-
-    def write(self, text: str) -> None:
-        text = text.strip("\r\n ")
-        if text:
-            self._stream.write(f"{text}\n")
-
-    def flush(self) -> None:
-        self._stream.flush()
-
-
-def progress_bar(name: str, unit: str, total: int, done: int, shown: bool) -> tqdm:
-    """A bar with the time left, if it is shown. done: of `total`, before it begins."""
-    # Where nobody watches a terminal, a line every ten seconds is enough for a log file.
-    watched = sys.stderr.isatty()
-    return tqdm(
-        total=total, initial=done, desc=name, unit=unit, disable=not shown,
-        mininterval=0.5 if watched else 10, file=sys.stderr if watched else _Lines(sys.stderr),
-        dynamic_ncols=watched,
-    )  # fmt: skip
-
-
 class Progress:
-    """A progress bar on rank 0 with loss, learning rate, tokens or images a second, the share of padding
-    and the time left; nothing on the others.
+    """The progress of the steps, with loss, learning rate, tokens or images a second, and the share of
+    padding.
     """
 
-    def __init__(self, steps: int, start: int, shown: bool):
-        self._bar = progress_bar("training", "step", steps, start, shown)
+    def __init__(self, steps: int, start: int):
+        self._task = progress.begin("training", "steps", steps, start)
         self._done, self._since = 0, time.perf_counter()
 
     def advance(
@@ -213,9 +185,8 @@ class Progress:
         speed = self._done / (time.perf_counter() - self._since)
         told = f"loss {loss:.4f}, lr {rate:.2e}, {speed:.0f} {unit}/s"
         told += "" if padding is None else f", {padding:.0%} padding"
-        self._bar.set_postfix_str(told, refresh=False)
-        self._bar.update()
+        self._task.advance(1, told)
         return speed
 
     def close(self) -> None:
-        self._bar.close()
+        self._task.close()

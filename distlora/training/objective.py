@@ -38,6 +38,7 @@ from distlora.models.losses import label_loss, response_loss, score_loss
 from distlora.models.packing import mixing, refuse_unpackable
 from distlora.models.packing_check import mixes_packed_samples
 from distlora.models.targets import Batch
+from distlora.progress import each
 from distlora.recipe.sections import Recipe
 from distlora.tasks import CompletionTask, ImageTask, LabelTask, ResponseTask, ScoreTask, Task, get_task
 from distlora.training.image_objective import ImageLabels
@@ -96,7 +97,10 @@ class Responses(Texts):
         parts = shard(
             len(samples), engine.comm.rank, engine.comm.world_size, self.recipe.train.micro_batch_size
         )
-        batches = (self.batch([samples[i] for i in part], tokenizer, engine.comm.device) for part in parts)
+        batches = (
+            self.batch([samples[i] for i in part], tokenizer, engine.comm.device)
+            for part in each(parts, "evaluating", "batches", len(parts))
+        )
         return {"loss": evaluation_loss(engine, batches, self.loss)}
 
     def generate(self, engine: Engine, tokenizer, samples: Sequence) -> dict[str, float]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distlora.adapter.targets import trained_whole
+from distlora.adapter.trained_whole import trained_whole
 from distlora.data import Encoded, is_at_hand
 from distlora.engine.protocol import Engine
 from distlora.errors import UserError

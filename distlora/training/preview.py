@@ -13,7 +13,7 @@ from distlora.models.hub import with_tokenizer
 from distlora.models.targets import IGNORE
 from distlora.recipe.sections import Recipe
 from distlora.training.objective import objective_of
-from distlora.training.samples import read_samples
+from distlora.training.samples import read_samples, read_sets
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Preview:
 
 
 def preview(recipe: Recipe, count: int) -> list[Preview]:
-    """The first samples of the training set, which is read and checked whole, and so is the evaluation set.
+    """The first samples of the training set, which is read and checked whole, and so are the evaluation sets.
 
     Reads and fetches no weights. Raises UserError for everything that is wrong with the data.
     """
@@ -46,10 +46,9 @@ def preview(recipe: Recipe, count: int) -> list[Preview]:
     objective = objective_of(recipe)
     preprocessor = objective.load_preprocessor()
     samples = read_samples(objective, recipe.data.split, preprocessor)
-    if recipe.data.eval_split:
-        read_samples(objective, recipe.data.eval_split, preprocessor)
     objective.check_length()
-    objective.prepare(preprocessor)
+    for each in read_sets(recipe, objective, preprocessor):
+        each.objective.prepare(preprocessor)
     return [shown(sample, preprocessor, objective.labels) for sample in islice(samples, count)]
 
 

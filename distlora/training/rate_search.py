@@ -23,6 +23,7 @@ from distlora.files.atomic import write_text
 from distlora.files.json_files import checked, read_json
 from distlora.initialisation.probe import modes_kept
 from distlora.models.targets import Batch
+from distlora.progress import phase
 from distlora.recipe.sections import RateSearchSection
 from distlora.training.run_directory import RATE_SEARCH
 from distlora.training.step import LossSum, accumulate, evaluation_loss
@@ -80,7 +81,11 @@ def search_rate(
     every rate diverges.
     """
     began, tried = time.perf_counter(), dict[float, float]()
-    with modes_kept(engine.module), engine.rehearsal() as take_back:
+    with (
+        modes_kept(engine.module),
+        engine.rehearsal() as take_back,
+        phase("searching for the learning rate", "rates", settings.rates + 2) as search,
+    ):
         engine.train_mode(True)
         before = _agreed(engine, evaluation_loss(engine, held_back, loss_sum))
         if not math.isfinite(before):
@@ -89,6 +94,7 @@ def search_rate(
         def attempt(rate: float) -> None:
             take_back()
             tried[rate] = _loss_after(engine, rate, steps, held_back, loss_sum)
+            search.advance()
             log.info("learning rate %.3g: loss %.4f after %d steps", rate, tried[rate], len(steps))
 
         for rate in spread(settings):

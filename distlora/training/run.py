@@ -21,6 +21,7 @@ from distlora.engine.schedules import Schedule
 from distlora.errors import TrainingError
 from distlora.exports.peft import problem_with_peft, stacks_of
 from distlora.initialisation.factors import InitReport
+from distlora.progress import phase
 from distlora.recipe.combination import check_length
 from distlora.recipe.load import run_identity
 from distlora.recipe.sections import Recipe
@@ -244,7 +245,8 @@ class Run(Restoring):
         base = base_name(self.recipe.model.path)
         on_main(self.comm, self.run_dir, self.writing.check)
         about = about_run(self.recipe, {"before": summary.before, "after": summary.after}, summary.steps)
-        return api.export(self.built.adapted, self.run_dir / "adapter", base_model=base, about=about)
+        with phase("exporting the adapter"):
+            return api.export(self.built.adapted, self.run_dir / "adapter", base_model=base, about=about)
 
     # ------------------------------------------------------------------ what is told
 

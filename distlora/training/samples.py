@@ -34,18 +34,22 @@ from distlora.training.objective import Objective
 log = logging.getLogger(__name__)
 
 
+def splits_read(recipe: Recipe) -> list[tuple[DataSection, str]]:
+    """What training reads: the training split, and those of all evaluation sets."""
+    sets = recipe.data.evaluation_sections.values()
+    return [(recipe.data, recipe.data.split), *((section, section.eval_split) for section in sets)]
+
+
 def fetch(comm: Comm, recipe: Recipe, wanted: Sequence[tuple[DataSection, str]] | None = None) -> None:
     """Model and data into the local caches: one process a node brings them, the others wait. Collective.
     Where that may be a download, every rank says so; of a data set nobody knows before the hub is asked.
 
     wanted: splits of data sections; None for what training reads.
     """
-    if wanted is None:
-        sets = recipe.data.evaluation_sections.values()
-        wanted = [(recipe.data, recipe.data.split), *((section, section.eval_split) for section in sets)]
+    wanted = splits_read(recipe) if wanted is None else wanted
 
     def bring() -> None:
-        resolve_path(recipe.model.path, progress=log.info)
+        resolve_path(recipe.model.path, tell=log.info)
         for section, split in wanted:
             download(section, split)
 
@@ -202,6 +206,7 @@ class RunSamples:
             lambda: batches(forward_size),
             count,
             loss_of_samples(self._objective.training_loss),
+            len(shard(count, self._comm.rank, self._comm.world_size, settings.micro_batch_size)),
         )
 
 

@@ -1,16 +1,18 @@
 """Whether what lies in a run directory, a checkpoint or an export is whole, and what can be done with it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from distlora.checkpoints.directory import candidates, of_step, problem_with
+from torch import Tensor
+
+from distlora.checkpoints.directory import candidates, load, problem_with
 from distlora.checkpoints.soundness import soundness, why_bad
-from distlora.checkpoints.stored import MANIFEST, read_manifest
+from distlora.checkpoints.stored import MANIFEST
 from distlora.errors import UserError
 from distlora.exports.exported import AdapterSource
 from distlora.exports.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from distlora.exports.peft_files import read_peft
+from distlora.exports.peft_files import PeftFiles, read_peft
 from distlora.exports.sources import CheckpointSource, Source
 from distlora.files.problems import dangling_link, file_errors_explained, first_unreadable
 from distlora.methods import Method, registry
@@ -93,7 +95,7 @@ def _of_checkpoint(path: Path, method: Method | None = None) -> Finding:
         problem = problem_with(path)
         if problem:
             raise UserError(f"broken: {problem}")
-        checkpoint = of_step(path.parent, read_manifest(path).step, path)
+        checkpoint = load(path)
         source = CheckpointSource(checkpoint, method or _own_method(checkpoint.state))
         if soundness(path) == "bad":
             raise UserError(f"whole, and marked bad: {why_bad(path)}")
@@ -121,11 +123,20 @@ def _refuse_not_finite(source: Source) -> None:
 
 
 def _check_peft(path: Path) -> None:
-    files = read_peft(path)
+    for name, tensor in _numbers_of(read_peft(path)):
+        if not tensor.isfinite().all():
+            raise UserError(_NOT_FINITE.format(name))
+
+
+def _numbers_of(files: PeftFiles) -> Iterator[tuple[str, Tensor]]:
     for layer in files.layers:
         pair = files.pair(layer)
-        if not (pair.left.isfinite().all() and pair.right.isfinite().all()):
-            raise UserError(_NOT_FINITE.format(layer))
+        yield layer, pair.left
+        yield layer, pair.right
+    for layer in files.magnitudes:
+        yield layer, files.magnitude(layer)
+    for head in files.heads:
+        yield head, files.head(head)
 
 
 def _check_model(path: Path) -> None:

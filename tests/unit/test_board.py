@@ -132,7 +132,9 @@ def test_hyperparameters_are_what_decides_the_numbers_of_a_run(recipe):
     found = hyperparameters(recipe())
     assert found["method.name"] == "lora_sb" and found["method.rank"] == 4 and found["train.lr"] == 0.01
     assert found["method.init.eta"] == 0.01 and found["data.task"] == "gsm8k"
-    assert not any(key.startswith(("output_dir", "deepspeed")) for key in found)
+    assert not any(key.startswith(("output_dir", "deepspeed", "data.path", "train.eval")) for key in found)
+    secret = hyperparameters(recipe("model.path=https://me:hunter2@host/model"))
+    assert secret["model.path"] == "https://***@host/model"
     assert all(isinstance(value, (bool, int, float, str)) for value in found.values())
 
 
@@ -225,3 +227,18 @@ def test_a_directory_without_a_recipe_or_an_environment_has_a_board_too(tmp_path
     begin_board(engine, tmp_path, 0)
     assert engine.board.texts == [] and len(engine.board.records) == 1
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("step", [0, 7])
+def test_only_a_run_that_begins_anew_removes_event_files_and_only_its_own(step, tmp_path):
+    engine = Watched(Run({"name": "lora", "rank": 2}).engine.comm)
+    inside, outside = tmp_path / "run" / "tensorboard", tmp_path / "shared"
+    for folder in (inside, outside):
+        folder.mkdir(parents=True)
+        (folder / "events.out.tfevents.1.elsewhere.2.0").touch()
+        (folder / "notes.txt").touch()
+        engine.board.log_dir = folder
+        begin_board(engine, tmp_path / "run", step)
+    kept = ["events.out.tfevents.1.elsewhere.2.0", "notes.txt"]
+    assert sorted(os.listdir(inside)) == (kept if step else ["notes.txt"])
+    assert sorted(os.listdir(outside)) == kept

@@ -55,7 +55,7 @@ def test_writing_never_fails_and_the_first_error_is_known(how):
 def test_a_progress_bar_goes_on_where_nobody_reads_it(streams, how):
     streams(err=how)
     with lasting_output():
-        progress = Progress(steps=3, start=0, shown=True)
+        progress = Progress(steps=3, start=0)
         assert all(progress.advance(1.0, 1e-3, 10) > 0 for _ in range(3))
         progress.close()
 

@@ -4,6 +4,7 @@ table.
 
 import logging
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from distlora.cli import ending, shared, verbs
 from distlora.cli.main import main
 from distlora.cli.parser import parse
-from distlora.cli.summary import summary_table
+from distlora.cli.summary import next_steps, summary_table
 from distlora.errors import TrainingError, UserError
 from distlora.training.train import Summary
 
@@ -250,11 +251,22 @@ def test_table_of_a_run_with_everything():
     ]
     assert "100 (15.0 times fewer than LoRA's 1,500 at rank 4)" in text
     assert "3.2 s" in text and "0.46 s (mean of 7)" in text
-    assert [line.split()[-1] for line in text.splitlines()[-3:]] == [
-        "runs/x/adapter",
-        "tb",
-        "runs/x/metrics.jsonl",
-    ]
+    facts = text.rpartition("\n\n")[0].splitlines()
+    assert [line.split()[-1] for line in facts[-3:]] == ["runs/x/adapter", "tb", "runs/x/metrics.jsonl"]
+
+
+@pytest.mark.parametrize("run", ["runs/x", "runs/a run's"])
+def test_the_next_commands_are_ones_that_the_program_takes(run):
+    told = summary(run_dir=Path(run), after={"loss": 1.0}, tensorboard=f"{run}/tensorboard")
+    commands = [shlex.split(command) for _, command in next_steps(told)]
+    verbs = {words[1]: parse(words[1:]) for words in commands if words[0] == "distlora"}
+    assert {"eval", "export", "report"} <= verbs.keys()
+    assert verbs["eval"].run_dir == verbs["export"].run_dir == Path(run)
+    assert ["distlora", "monitor", run] in commands
+    without = next_steps(summary(run_dir=Path(run)))
+    assert not any(
+        command.startswith("distlora monitor") or command == f"distlora eval {run}" for _, command in without
+    )
 
 
 def test_table_of_a_run_without_evaluation_or_adapter():

@@ -101,6 +101,7 @@ def test_no_text_shows_a_secret(text):
         "hf_transformers and models/hf_llama2_7b",
         "me@host, tcp://[::1]:29500",
         "{'pad_token': '<pad>', 'num_key_value_heads': 2}",
+        '{"share_att_key": true, "token": null}, use_auth=false, api_key=',
     ],
 )
 def test_nothing_else_is_hidden(text):

@@ -43,7 +43,7 @@ HOMES = {
 #: floors only; those of one floor do not know each other. Within a folder modules may use each other, but
 #: never in a circle.
 FLOORS = [
-    {"errors", "sentences"},
+    {"errors", "progress", "sentences"},
     {"files", "maths"},
     {"methods"},
     {"adapter"},

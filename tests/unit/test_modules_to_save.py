@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from distlora import api
-from distlora.adapter.targets import trained_whole
+from distlora.adapter.trained_whole import trained_whole
 from distlora.engine.comm import Topology
 from distlora.errors import UserError
 from distlora.training import train

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from distlora.engine.comm import Comm, Topology
+from distlora.progress import told_to
 from distlora.training.monitor import Monitor, Progress
 from tests.boards import Watched
 
@@ -117,31 +118,42 @@ def test_a_run_that_begins_anew_begins_a_new_file(tmp_path):
     assert lines(tmp_path) == [{"step": 0, "init/eta": 2.0}]
 
 
-# ---------------------------------------------------------------------- the progress bar
+# ---------------------------------------------------------------------- progress
 
 
-def test_the_bar_shows_loss_rate_speed_and_time_left(capsys):
-    progress = Progress(steps=4, start=1, shown=True)
-    speeds = [progress.advance(loss, 2e-3, amount=100) for loss in (1.5, 1.25, 1.125)]
-    progress.close()
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert "\r" not in captured.err, "whole lines, where nobody watches"
-    last = captured.err.splitlines()[-1]
-    assert "4/4" in last and "loss 1.1250" in last and "lr 2.00e-03" in last and "tokens/s" in last
+def test_loss_rate_and_speed_are_told_of_each_step():
+    told = []
+
+    class Audience:
+        def begin(self, *about):
+            told.append(about)
+            return self
+
+        def advance(self, count=1, said=""):
+            told.append(said)
+
+        def close(self):
+            told.append("over")
+
+    with told_to(Audience()):
+        progress = Progress(steps=4, start=1)
+        speeds = [progress.advance(loss, 2e-3, amount=100) for loss in (1.5, 1.25, 1.125)]
+        progress.close()
+    assert told[0] == ("training", "steps", 4, 1) and told[-1] == "over" and len(told) == 5
+    assert "loss 1.1250" in told[3] and "lr 2.00e-03" in told[3] and "tokens/s" in told[3]
     assert all(speed > 0 for speed in speeds)
 
 
 def test_speed_is_tokens_over_the_time_since_the_start(monkeypatch):
     clock = iter([10.0, 12.0, 15.0])
     monkeypatch.setattr("distlora.training.monitor.time.perf_counter", lambda: next(clock))
-    progress = Progress(steps=2, start=0, shown=False)
+    progress = Progress(steps=2, start=0)
     assert progress.advance(1.0, 1e-3, 100) == 50.0
     assert progress.advance(1.0, 1e-3, 300) == 80.0
 
 
-def test_other_ranks_show_nothing(capsys):
-    progress = Progress(steps=2, start=0, shown=False)
+def test_without_an_audience_nothing_is_shown(capsys):
+    progress = Progress(steps=2, start=0)
     assert progress.advance(1.0, 1e-3, 10) > 0
     progress.close()
     captured = capsys.readouterr()

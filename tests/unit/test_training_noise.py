@@ -62,7 +62,7 @@ def test_smoothed_labels_are_torchs_and_rows_without_one_have_no_loss():
 def test_what_is_trained_is_smoothed_and_what_is_evaluated_is_not(model, tmp_path):
     make = short_recipe(model, tmp_path)
     objective = objective_of(make("train.label_smoothing=0.3"))
-    loaded, _ = objective.load_model()
+    loaded, _ = objective.load_model(objective.check_sizes())
     ids = torch.arange(5, 17)[None]
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
     logits = loaded(ids).logits[0, :-1]
@@ -154,8 +154,7 @@ def test_mistakes_end_in_a_sentence(model, tmp_path, overrides, says):
 
 
 def test_noise_and_packed_rows_exclude_each_other(model, tmp_path):
-    recipe = short_recipe(model, tmp_path / "run", neftune_alpha=5.0)
-    packed = recipe.model_copy(update={"data": recipe.data.model_copy(update={"packing": True})})
-    check_combination(recipe, {})
+    make = short_recipe(model, tmp_path)
+    check_combination(make("train.neftune_alpha=5"), {})
     with pytest.raises(UserError, match="data.packing puts several texts into a row"):
-        check_combination(packed, {})
+        check_combination(make("train.neftune_alpha=5", "data.packing=true"), {})

@@ -9,10 +9,13 @@ import argparse
 from collections.abc import Callable
 
 from distlora.cli.verbs import (
+    completion,
     copy,
     doctor,
     evaluate,
     export,
+    fetch,
+    init,
     methods,
     monitor,
     plan,
@@ -27,6 +30,7 @@ from distlora.cli.verbs import (
 
 #: In the order in which `--help` shows them.
 VERBS = {
+    "init": init,
     "train": train,
     "eval": evaluate,
     "export": export,
@@ -39,6 +43,8 @@ VERBS = {
     "tasks": tasks,
     "recipes": recipes,
     "copy": copy,
+    "fetch": fetch,
+    "completion": completion,
     "sweep": sweep,
     "verify": verify,
 }

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from distlora.cli import judge_predictions
 from distlora.cli.arguments import Verbs, whole_number
-from distlora.cli.shared import this_topology, until_asked_to_stop
+from distlora.cli.progress import progress_shown
+from distlora.cli.shared import add_quiet, this_topology, until_asked_to_stop
 from distlora.cluster.stopping import StopSignals
 from distlora.errors import UserError, before_ranks_meet
 
@@ -38,6 +39,7 @@ def add(verbs: Verbs) -> None:
         'with "right" added',
     )
     judge_predictions.add_options(parser)
+    add_quiet(parser)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -52,7 +54,12 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _run(options: argparse.Namespace, signals: StopSignals) -> int:
-    topology = this_topology()
+    topology = this_topology(options.quiet)
+    with progress_shown(topology.rank == 0 and not options.quiet):
+        return _evaluate(options, topology, signals)
+
+
+def _evaluate(options: argparse.Namespace, topology, signals: StopSignals) -> int:
     from distlora.cluster.early import failure_told
 
     with failure_told(topology):

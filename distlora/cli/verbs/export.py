@@ -1,10 +1,12 @@
 """`distlora export`."""
 
 import argparse
+import logging
 from pathlib import Path
 
 from distlora.cli.arguments import Verbs, decimal, whole
-from distlora.cli.shared import log_to_terminal
+from distlora.cli.progress import progress_shown
+from distlora.cli.shared import add_quiet, log_to_terminal
 from distlora.errors import UserError
 from distlora.sentences import size_text
 
@@ -47,11 +49,17 @@ def add(verbs: Verbs) -> None:
     )
     parser.add_argument("--push", metavar="OWNER/NAME", help="also send it to this repository of the hub")
     parser.add_argument("--private", action="store_true", help="--push: a new repository is private")
+    add_quiet(parser)
 
 
 def run(options: argparse.Namespace) -> None:
     """Exports a run's result, and prints where it is."""
-    log_to_terminal(shown=True)
+    log_to_terminal(shown=True, least=logging.WARNING if options.quiet else logging.INFO)
+    with progress_shown(not options.quiet):
+        _export(options)
+
+
+def _export(options: argparse.Namespace) -> None:
     import torch
 
     from distlora.training.export_run import export_run

@@ -6,7 +6,8 @@ import sys
 
 from distlora.cli import dry_run
 from distlora.cli.arguments import Verbs, whole
-from distlora.cli.shared import read_recipe, this_topology, until_asked_to_stop
+from distlora.cli.progress import progress_shown
+from distlora.cli.shared import add_quiet, read_recipe, this_topology, until_asked_to_stop
 from distlora.cli.summary import summary_table
 from distlora.cluster.stopping import StopSignals
 from distlora.errors import before_ranks_meet
@@ -39,6 +40,7 @@ def add(verbs: Verbs) -> None:
         action="store_true",
         help="continue although the samples are not those that the run was begun with",
     )
+    add_quiet(parser)
     parser.add_argument(
         "--dry-run",
         action="store_true",
@@ -56,7 +58,12 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _run(options: argparse.Namespace, signals: StopSignals) -> int:
-    topology = this_topology()
+    topology = this_topology(options.quiet)
+    with progress_shown(topology.rank == 0 and not options.quiet):
+        return _train(options, topology, signals)
+
+
+def _train(options: argparse.Namespace, topology, signals: StopSignals) -> int:
     from distlora.cluster.early import failure_told
 
     with failure_told(topology):
@@ -75,9 +82,14 @@ def _run(options: argparse.Namespace, signals: StopSignals) -> int:
 
 
 def _show(options: argparse.Namespace) -> int:
-    topology = this_topology()
+    topology = this_topology(options.quiet)
     if topology.rank > 0:
         return 0
+    with progress_shown(not options.quiet):
+        return _look(options, topology)
+
+
+def _look(options: argparse.Namespace, topology) -> int:
     with before_ranks_meet():
         recipe = read_recipe(options.recipe, options.overrides)
         from distlora.training import train as training
