@@ -4,7 +4,7 @@ What is named in `__all__` is the public API, see `distlora.api`; all else may c
 first used: `import distlora` costs no torch.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _ERRORS = ("TrainingError", "UserError")
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     """Public names and folders, imported at their first use (PEP 562)."""
     import importlib
 

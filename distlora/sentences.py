@@ -38,9 +38,9 @@ def counted(number: int, noun: str) -> str:
 
 def listed(names: Iterable[object], most: int = 20) -> str:
     """Names with commas between them; of many the first, and how many there are."""
-    names = list(map(str, names))
-    more = f", … ({len(names)} in all)" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    shown = list(map(str, names))
+    more = f", … ({len(shown)} in all)" if len(shown) > most else ""
+    return ", ".join(shown[:most]) + more
 
 
 def of_several(predicate: str) -> str:

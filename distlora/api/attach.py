@@ -26,7 +26,7 @@ def attach(
     *,
     targets: str | Iterable[str] | Mapping[str, Any] | Targets | None = None,
     also_train: Collection[str] = (),
-    start: str | os.PathLike | None = None,
+    start: str | os.PathLike[str] | None = None,
     **settings: Any,
 ) -> Adapted:
     """Puts a method on the linear layers of `model`, in place. Afterwards exactly its factors are trained.

@@ -4,7 +4,7 @@ import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -21,11 +21,11 @@ log = logging.getLogger(__name__)
 
 def save(
     adapted: Adapted,
-    directory: str | os.PathLike,
+    directory: str | os.PathLike[str],
     *,
     step: int | None = None,
-    identity: dict | None = None,
-    extra: dict | None = None,
+    identity: dict[str, Any] | None = None,
+    extra: dict[str, Any] | None = None,
     keep: int = 2,
     claimed: bool = False,
     check: Callable[[], None] = lambda: None,
@@ -53,10 +53,10 @@ def save(
 
 def export(
     adapted: Adapted,
-    out: str | os.PathLike,
+    out: str | os.PathLike[str],
     *,
     format: Literal["peft", "merged"] = "peft",
-    base_model: str | os.PathLike | None = None,
+    base_model: str | os.PathLike[str] | None = None,
     dtype: torch.dtype | None = None,
     check: bool = True,
     about: About | None = None,

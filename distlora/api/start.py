@@ -77,7 +77,7 @@ def initialise(
 def load(
     adapted: Adapted,
     engine: Any,
-    checkpoint: str | os.PathLike | Checkpoint,
+    checkpoint: str | os.PathLike[str] | Checkpoint,
     *,
     step: int | None = None,
     training: bool = True,
@@ -141,7 +141,7 @@ def _steps_of(optimizer: torch.optim.Optimizer | None) -> int:
     return 0 if optimizer is None else steps_taken(optimizer)
 
 
-def _find(checkpoint: str | os.PathLike | Checkpoint, step: int | None, engine: Engine) -> Checkpoint:
+def _find(checkpoint: str | os.PathLike[str] | Checkpoint, step: int | None, engine: Engine) -> Checkpoint:
     """Rank 0 looks; the directory may be on its host alone."""
     if isinstance(checkpoint, Checkpoint):
         return checkpoint

@@ -81,7 +81,9 @@ class GradientWatch:
     def _called(self, engine: Engine) -> dict[str, bool]:
         """By layer, whether any rank has called it. Collective."""
         flags = [float(layer.called) for layer in self._layers.values()]
-        total = engine.comm.all_reduce(torch.tensor(flags, device=engine.comm.device)) if flags else []
+        total = (
+            engine.comm.all_reduce(torch.tensor(flags, device=engine.comm.device)).tolist() if flags else []
+        )
         return {name: bool(flag) for name, flag in zip(self._layers, total)}
 
     @staticmethod

@@ -51,7 +51,7 @@ class Checkpoint:
 
 
 def newest(
-    run_dir: str | os.PathLike, comm: Comm | None = None, only_good: bool = False
+    run_dir: str | os.PathLike[str], comm: Comm | None = None, only_good: bool = False
 ) -> Checkpoint | None:
     """The complete checkpoint of the highest step that is not marked bad, its checksums verified; None
     without one. only_good: those alone that are marked good, see `distlora.checkpoints.soundness`.
@@ -64,7 +64,7 @@ def newest(
     return share_checkpoint(comm, on_main(comm, run_dir, lambda: _newest(Path(run_dir), only_good)))
 
 
-def last_good(run_dir: str | os.PathLike) -> Path | None:
+def last_good(run_dir: str | os.PathLike[str]) -> Path | None:
     """Of the checkpoints that are marked good the newest complete one; their checksums are not verified."""
     complete = (path for _, path in candidates(Path(run_dir)) if problem_with(path, checksums=False) is None)
     return next((path for path in complete if soundness(path) == "good"), None)
@@ -81,7 +81,7 @@ def share_checkpoint(comm: Comm, found: Checkpoint | None) -> Checkpoint | None:
     )
 
 
-def of_step(run_dir: str | os.PathLike, step: int, path: Path | None = None) -> Checkpoint:
+def of_step(run_dir: str | os.PathLike[str], step: int, path: Path | None = None) -> Checkpoint:
     """That very checkpoint. path: where it lies, if not under its usual name. Raises UserError if it is
     missing or broken."""
     path = path or Path(run_dir) / f"checkpoint-{step}"

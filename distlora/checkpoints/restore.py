@@ -137,7 +137,11 @@ class _Files:
 
 
 def _open_fitting(
-    checkpoint: Checkpoint, engine: Engine, attached: Attached, shapes: dict, recomposer: Stateful | None
+    checkpoint: Checkpoint,
+    engine: Engine,
+    attached: Attached,
+    shapes: dict[str, Any],
+    recomposer: Stateful | None,
 ) -> _Files:
     """The checkpoint's files, once all names and shapes are right."""
     path, state, trained = checkpoint.path, checkpoint.state, engine.trained_shapes()
@@ -186,7 +190,7 @@ def _recompose_files(checkpoint: Checkpoint, recomposer: Stateful | None) -> Ten
     return files
 
 
-def _refuse_other_settings(path: Path, there: dict | None, method: Method) -> None:
+def _refuse_other_settings(path: Path, there: dict[str, Any] | None, method: Method) -> None:
     """there: None in checkpoints of before this was written down. A key that a method got later has its
     default there, which stands for what was done without it.
     """

@@ -19,6 +19,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -48,9 +49,9 @@ SPLIT_BYTES = 2 << 30
 def save(
     engine: Engine,
     attached: Attached,
-    run_dir: str | os.PathLike,
+    run_dir: str | os.PathLike[str],
     step: int,
-    identity: dict,
+    identity: dict[str, Any],
     extra: dict | None = None,
     keep: int = 2,
     split_bytes: int = SPLIT_BYTES,

@@ -11,7 +11,7 @@ marks, it is unproven. A mark that is damaged, or of other files (by the manifes
 import json
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from distlora.checkpoints.stored import MANIFEST
 from distlora.files.atomic import flush_directory, sha256_of, write_text
@@ -21,20 +21,20 @@ MARK = "soundness.json"
 Soundness = Literal["good", "bad", "unproven"]
 
 
-def soundness(directory: str | os.PathLike) -> Soundness:
+def soundness(directory: str | os.PathLike[str]) -> Soundness:
     """What is known of a checkpoint's weights. Reads two small files, and raises nothing."""
     found = _read(Path(directory))
     return found["soundness"] if found else "unproven"
 
 
-def why_bad(directory: str | os.PathLike) -> str:
+def why_bad(directory: str | os.PathLike[str]) -> str:
     """The reason that was given for a bad one."""
     found = _read(Path(directory)) or {}
     why = found.get("why")
     return why if isinstance(why, str) else ""
 
 
-def mark(directory: str | os.PathLike, verdict: Literal["good", "bad"], why: str) -> None:
+def mark(directory: str | os.PathLike[str], verdict: Literal["good", "bad"], why: str) -> None:
     """Writes the mark of a complete checkpoint, in place of an earlier one. A crash leaves the old mark or
     the new one. Raises OSError."""
     directory = Path(directory)
@@ -43,7 +43,7 @@ def mark(directory: str | os.PathLike, verdict: Literal["good", "bad"], why: str
     flush_directory(directory)
 
 
-def _read(directory: Path) -> dict | None:
+def _read(directory: Path) -> dict[str, Any] | None:
     try:
         found = json.loads((directory / MARK).read_text(encoding="utf-8"))
         is_of_this = isinstance(found, dict) and found.get("manifest") == sha256_of(directory / MANIFEST)

@@ -2,9 +2,12 @@
 
 import argparse
 import re
+from typing import NoReturn, TypeAlias
 
 from distlora.errors import UserError
 
+#: What `add_subparsers` gives: to it each verb adds itself.
+Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 #: Below 10¹⁸, so that nothing that counts overflows.
 _WHOLE = re.compile(r"\d{1,18}", re.ASCII)
 _DECIMAL = re.compile(r"(?:\d{1,18}(?:\.\d{0,18})?|\.\d{1,18})(?:[eE][-+]?\d{1,2})?", re.ASCII)
@@ -47,7 +50,7 @@ def _whole(text: str) -> int:
     return int(text) if _WHOLE.fullmatch(text.strip()) else 0
 
 
-def _refused(option: str, text: str, wanted: str):
+def _refused(option: str, text: str, wanted: str) -> NoReturn:
     raise UserError(f"{option} {_shortened(text)}: wanted {wanted}")
 
 

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterable, Iterator
 from itertools import groupby
+from typing import Any
 
 from distlora.errors import UserError
 
@@ -80,7 +81,7 @@ def sample_text(number: int, preview, coloured: bool, encoding: str | None) -> s
     return "\n".join(filter(None, [f"sample {number}: {preview.size}{label}", text]))
 
 
-def _coloured(parts: Iterable) -> Iterator[str]:
+def _coloured(parts: Iterable[Any]) -> Iterator[str]:
     for part in parts:
         text = _shortened(printable(part.text).replace("\n", "↵\n"))
         for line in text.splitlines(keepends=True):  # a pager takes each line by itself
@@ -92,7 +93,7 @@ def _painted(text: str, kind: tuple[bool, bool]) -> str:
     return f"\x1b[{_LOOKS[kind]}m{text}\x1b[0m" if text else ""
 
 
-def _plain(parts: Iterable, brackets: tuple[str, str]) -> Iterator[str]:
+def _plain(parts: Iterable[Any], brackets: tuple[str, str]) -> Iterator[str]:
     for trained, group in groupby(parts, key=lambda part: part.trained):
         text = _shortened(printable("".join(part.text for part in group)))
         yield f"{brackets[0]}{text}{brackets[1]}" if trained else text

@@ -121,8 +121,8 @@ def exact_match(
 @torch.no_grad()
 def label_scores(
     engine: Engine,
-    samples: Sequence,
-    batch_of: Callable[[list], Batch],
+    samples: Sequence[Any],
+    batch_of: Callable[[list[Any]], Batch],
     batch_size: int,
     metrics: Iterable[str],
 ) -> dict[str, float]:

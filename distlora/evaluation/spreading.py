@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from distlora.engine.comm import Comm
 from distlora.models.generation import cache_bytes
@@ -28,7 +29,7 @@ class BatchLimit:
         return max(1, min(self.rows, self.tokens // max(longest, 1)))
 
 
-def batch_limit(comm: Comm, model, rows: int | None = None) -> BatchLimit:
+def batch_limit(comm: Comm, model: nn.Module, rows: int | None = None) -> BatchLimit:
     """What fits on every rank beside what it holds now. rows: at most so many, None for the usual limit.
     Collective."""
     tokens = CPU_TOKENS

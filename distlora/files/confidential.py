@@ -156,7 +156,7 @@ def _own_secrets() -> list[str]:
     return sorted(found, key=len, reverse=True)
 
 
-def _without_values(pattern: re.Pattern, text: str) -> str:
+def _without_values(pattern: re.Pattern[str], text: str) -> str:
     """The text without the values that the pattern finds behind names of secrets. Others are looked through:
     they may be mappings.
     """
@@ -246,6 +246,6 @@ def _secret_in(word: str) -> str | None:
     return None
 
 
-def _secret_within(value: str) -> re.Match | None:
+def _secret_within(value: str) -> re.Match[str] | None:
     """The first key with a secret's name within YAML or JSON."""
     return next((found for found in _KEY_WITHIN.finditer(value) if is_secret_name(found["name"])), None)

@@ -28,9 +28,10 @@ def parse_json(data: bytes | str, unique: bool = True) -> Any:
 
     Raises ValueError for what is not UTF-8 or no JSON, numbers of thousands of digits, and deep nesting.
     """
-    pairs = {"object_pairs_hook": _unique_keys} if unique else {}
+    pairs = _unique_keys if unique else None
     try:
-        found = json.loads(data.decode("utf-8") if isinstance(data, bytes) else data, **pairs)
+        text = data.decode("utf-8") if isinstance(data, bytes) else data
+        found = json.loads(text, object_pairs_hook=pairs)
     except UnicodeDecodeError as error:
         raise ValueError(f"byte {error.start} is not UTF-8") from None
     except RecursionError:
@@ -72,13 +73,14 @@ def is_number(value: Any) -> bool:
 def checked(kind: type[Value], content: Any) -> Value:
     """A dataclass from an object of JSON, every field with the type that it has there. Raises ValueError."""
     try:
-        return _adapter(kind).validate_json(json.dumps(content), strict=True)
+        value: Value = _adapter(kind).validate_json(json.dumps(content), strict=True)
     except ValidationError as error:
         raise ValueError(first_problem(error)) from None
+    return value
 
 
 @functools.cache
-def _adapter(kind: type) -> TypeAdapter:
+def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
     return TypeAdapter(kind)
 
 
@@ -91,11 +93,11 @@ def first_problem(error: ValidationError) -> str:
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-        raise ValueError(f"the key {twice[:60]} is there twice")
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {key[:60]} is there twice")
+        found[key] = value
     return found
 
 

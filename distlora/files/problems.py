@@ -39,7 +39,7 @@ def sentence_on(error: OSError, what: object = None) -> str:
     named = error.filename if isinstance(error.filename, str | os.PathLike) else None
     place = what if what is not None else named or "a file"
     other = f" ({named})" if named is not None and str(named) != str(place) else ""
-    remedy = _REMEDIES.get(error.errno)
+    remedy = _REMEDIES.get(error.errno or 0)
     return f"{place}: {error.strerror or error}{other}" + (f"; {remedy}" if remedy else "")
 
 

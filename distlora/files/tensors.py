@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -58,10 +59,12 @@ class TensorWriter:
             raise ValueError(
                 f"{name} is {tensor.dtype} {tuple(tensor.shape)} and not {self._plan[name]} as planned"
             )
-        self._put(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        self._put(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         self._written += 1
 
-    def __exit__(self, kind, error, trace) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         with self._file:
             if kind is None:
                 if self._written < len(self.order):
@@ -73,14 +76,15 @@ class TensorWriter:
     def sha256(self) -> str:
         return self._digest.hexdigest()
 
-    def _put(self, data) -> None:
+    def _put(self, data: bytes | memoryview) -> None:
         self._file.write(data)
         self._digest.update(data)
 
 
 def _header(plan: Plan, order: list[str], metadata: dict[str, str]) -> bytes:
     """The start of the file: eight bytes of length, then JSON, padded with spaces to a multiple of eight."""
-    header, offset = {"__metadata__": metadata}, 0
+    header: dict[str, dict[str, Any]] = {"__metadata__": dict(metadata)}
+    offset = 0
     for name in order:
         dtype, shape = plan[name]
         end = offset + dtype.itemsize * math.prod(shape)
@@ -99,7 +103,7 @@ def write_split(
     limit: bytes of the tensors of one file, and so in memory. A larger tensor gets a file of its own. Returns
     {file name: SHA-256}.
     """
-    parts, weight_map = [], {}
+    parts, weight_map = [], dict[str, str]()
     for number, batch in enumerate(_batches(tensors, limit), 1):
         path = directory / f"{group}-{number:05}.safetensors"
         parts.append((path, list(batch), _write_file(path, batch)))
@@ -190,7 +194,8 @@ class TensorFiles:
 
     def read(self, name: str) -> Tensor:
         self.dtype(name)
-        return self._handle(self._file_of[name]).get_tensor(name)
+        tensor: Tensor = self._handle(self._file_of[name]).get_tensor(name)
+        return tensor
 
     def metadata(self, file: str) -> dict[str, str]:
         return self._header(file).metadata
@@ -232,7 +237,7 @@ class TensorFiles:
             self._headers[file] = read_header(self.directory / file)
         return self._headers[file]
 
-    def _handle(self, file: str):
+    def _handle(self, file: str) -> Any:
         if file not in self._open:
             path = self.directory / file
             path.open("rb").close()  # safetensors says of all that it cannot open that it is not there

@@ -10,7 +10,7 @@ from distlora.files.problems import sentence_on
 _SHOWN = 100
 
 
-def expanded(path: str | os.PathLike) -> Path:
+def expanded(path: str | os.PathLike[str]) -> Path:
     """The path with the home in the place of `~` or `~user`; as it is, where nobody has that name."""
     return Path(os.path.expanduser(path))
 

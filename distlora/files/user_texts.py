@@ -17,7 +17,7 @@ _DIGITS = 18
 
 
 def read_user_text(
-    path: str | os.PathLike, kind: str, missing: str | None = None, longest: int = LONGEST
+    path: str | os.PathLike[str], kind: str, missing: str | None = None, longest: int = LONGEST
 ) -> str:
     """The text of a file in UTF-8, with or without a byte order mark. Arguments and errors: as for
     `read_user_bytes`.
@@ -33,7 +33,11 @@ def read_user_text(
 
 
 def read_user_bytes(
-    path: str | os.PathLike, kind: str, missing: str | None = None, longest: int = LONGEST, remedy: str = ""
+    path: str | os.PathLike[str],
+    kind: str,
+    missing: str | None = None,
+    longest: int = LONGEST,
+    remedy: str = "",
 ) -> bytes:
     """The content of a file.
 
@@ -48,9 +52,10 @@ def read_user_bytes(
         reason = f"it has more than {longest:,} bytes"
     except FileNotFoundError as error:
         link = dangling_link(Path(path))
-        if link or missing:
-            raise UserError(link or missing) from None
-        reason = error.strerror
+        said = link or missing
+        if said:
+            raise UserError(said) from None
+        reason = error.strerror or str(error)
     except OSError as error:
         reason = error.strerror or str(error)
     except ValueError:  # a NUL, or half of a character

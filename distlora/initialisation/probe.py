@@ -86,7 +86,9 @@ def mean_gradients(
     return {name: total.div_(samples).view(layers[name].whole_shape) for name, total in store.close().items()}
 
 
-def _tap(comm: Comm, owner: int, add: Callable | None, name: str, block_elements: int) -> Callable[..., None]:
+def _tap(
+    comm: Comm, owner: int, add: Callable[..., Any] | None, name: str, block_elements: int
+) -> Callable[..., None]:
     """first: the row of the layer's sum that dy's first column belongs to."""
 
     def tap(dy: Tensor, x: Tensor, first: int = 0) -> None:
@@ -104,7 +106,9 @@ def _tap(comm: Comm, owner: int, add: Callable | None, name: str, block_elements
     return tap
 
 
-def _tap_of_stack(tap: Callable, out_features: int) -> Callable[[Tensor, Tensor, Sequence[int]], None]:
+def _tap_of_stack(
+    tap: Callable[..., Any], out_features: int
+) -> Callable[[Tensor, Tensor, Sequence[int]], None]:
     """Every expert in turn, also one without tokens, because the other ranks may have tokens for it."""
 
     def tap_all(dy: Tensor, x: Tensor, counts: Sequence[int]) -> None:

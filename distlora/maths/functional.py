@@ -5,11 +5,14 @@ The backward pass makes W again, because to keep it until then would take the me
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 Unpack = Callable[[Tensor], Tensor]
+#: Takes dL/dy and x.
+Tap = Callable[[Tensor, Tensor], None]
 
 
 class _Linear(torch.autograd.Function):
@@ -22,13 +25,13 @@ class _Linear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, unpack: Unpack | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, unpack: Unpack | None) -> Tensor:
         ctx.weight, ctx.unpack = weight, unpack
         ctx.save_for_backward(x if weight.requires_grad else None)
         return _product(x, weight, bias, unpack)
 
     @staticmethod
-    def backward(ctx, dy: Tensor):
+    def backward(ctx: Any, dy: Tensor) -> Any:
         (x,) = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
         dx = _back(dy, ctx.weight, ctx.unpack) if needs_x else None
@@ -43,14 +46,20 @@ class _TappedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, x: Tensor, weight: Tensor, bias: Tensor | None, anchor: Tensor, tap, unpack: Unpack | None
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        anchor: Tensor,
+        tap: Tap,
+        unpack: Unpack | None,
     ) -> Tensor:
         ctx.weight, ctx.tap, ctx.unpack = weight, tap, unpack
         ctx.save_for_backward(x)
         return _product(x, weight, bias, unpack)
 
     @staticmethod
-    def backward(ctx, dy: Tensor):
+    def backward(ctx: Any, dy: Tensor) -> Any:
         (x,) = ctx.saved_tensors
         ctx.tap(_rows(dy), _rows(x))
         dx = _back(dy, ctx.weight, ctx.unpack) if ctx.needs_input_grad[0] else None
@@ -61,12 +70,12 @@ class _RowsRescaled(torch.autograd.Function):
     """`base ⊙ (c − 1) + update ⊙ c`, which saves one wide tensor, `base + update`, instead of both."""
 
     @staticmethod
-    def forward(ctx, base: Tensor, update: Tensor, scale: Tensor) -> Tensor:
+    def forward(ctx: Any, base: Tensor, update: Tensor, scale: Tensor) -> Tensor:
         ctx.save_for_backward(base + update, scale)
         return torch.addcmul(base * (scale - 1), update, scale)
 
     @staticmethod
-    def backward(ctx, dy: Tensor):
+    def backward(ctx: Any, dy: Tensor) -> Any:
         total, scale = ctx.saved_tensors
         needs_base, needs_update, needs_scale = ctx.needs_input_grad
         dc = dy * total if needs_scale else None
@@ -104,11 +113,12 @@ def _rows(tensor: Tensor) -> Tensor:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, unpack: Unpack | None = None) -> Tensor:
     """`x Wᵀ + b`, (…, out). x: (…, in). weight: (out, in), or its packed form with `unpack`. bias: (out,)."""
-    return _Linear.apply(x, weight, bias, unpack)
+    result: Tensor = _Linear.apply(x, weight, bias, unpack)
+    return result
 
 
 def tapped_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, anchor: Tensor, tap, unpack: Unpack | None = None
+    x: Tensor, weight: Tensor, bias: Tensor | None, anchor: Tensor, tap: Tap, unpack: Unpack | None = None
 ) -> Tensor:
     """`linear` that calls `tap(dy, x)` in its backward pass, with dy: (tokens, out) and x: (tokens, in).
 
@@ -116,7 +126,8 @@ def tapped_linear(
     weight does, as in the first block over frozen embeddings. So `backward(inputs=[anchor])` reaches every
     tapped layer, and no parameter.
     """
-    return _TappedLinear.apply(x, weight, bias, anchor, tap, unpack)
+    result: Tensor = _TappedLinear.apply(x, weight, bias, anchor, tap, unpack)
+    return result
 
 
 def rows_rescaled(base: Tensor, update: Tensor, scale: Tensor) -> Tensor:
@@ -124,4 +135,5 @@ def rows_rescaled(base: Tensor, update: Tensor, scale: Tensor) -> Tensor:
     added to it and the rows of the sum are multiplied by c. base, update: (…, out). scale: c (out,), or one
     for every row of the output, (…, out).
     """
-    return _RowsRescaled.apply(base, update, scale)
+    result: Tensor = _RowsRescaled.apply(base, update, scale)
+    return result

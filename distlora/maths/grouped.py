@@ -6,6 +6,7 @@ nothing, and its gradient is zero.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,13 +21,15 @@ class _GroupedLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, counts, transposed: bool) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, counts: Sequence[int], transposed: bool
+    ) -> Tensor:
         ctx.weight, ctx.counts, ctx.transposed = weight, counts, transposed
         ctx.save_for_backward(x if weight.requires_grad else None)
         return _products(x, weight, bias, counts, transposed)
 
     @staticmethod
-    def backward(ctx, dy: Tensor):
+    def backward(ctx: Any, dy: Tensor) -> Any:
         (x,), counts = ctx.saved_tensors, ctx.counts
         needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         dx = _products(dy, ctx.weight, None, counts, not ctx.transposed) if needs_x else None
@@ -39,13 +42,22 @@ class _TappedGroupedLinear(torch.autograd.Function):
     """The same with a frozen weight, whose backward pass hands `(dL/dy, x, counts)` to a tap."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, counts, transposed: bool, anchor: Tensor, tap: GroupedTap) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        counts: Sequence[int],
+        transposed: bool,
+        anchor: Tensor,
+        tap: GroupedTap,
+    ) -> Tensor:
         ctx.weight, ctx.counts, ctx.transposed, ctx.tap = weight, counts, transposed, tap
         ctx.save_for_backward(x)
         return _products(x, weight, bias, counts, transposed)
 
     @staticmethod
-    def backward(ctx, dy: Tensor):
+    def backward(ctx: Any, dy: Tensor) -> Any:
         (x,) = ctx.saved_tensors
         ctx.tap(dy, x, ctx.counts)
         needs_x = ctx.needs_input_grad[0]
@@ -57,12 +69,12 @@ class _SpreadRows(torch.autograd.Function):
     """A gather whose backward pass adds in one order, which an index_add does not do on every device."""
 
     @staticmethod
-    def forward(ctx, values: Tensor, counts: Sequence[int]) -> Tensor:
+    def forward(ctx: Any, values: Tensor, counts: Sequence[int]) -> Tensor:
         ctx.counts = counts
         return torch.cat([own.expand(count, -1) for own, count in zip(values, counts)])
 
     @staticmethod
-    def backward(ctx, dy: Tensor):
+    def backward(ctx: Any, dy: Tensor) -> Any:
         return torch.stack([rows.sum(0) for rows in dy.split(list(ctx.counts))]), None
 
 
@@ -107,7 +119,8 @@ def grouped_linear(
     x: (S, in), sorted by expert. weight: (E, out, in), or (E, in, out) where transposed. bias: (E, out) or
     None. counts: the rows of each expert, E numbers whose sum is S.
     """
-    return _GroupedLinear.apply(x, weight, bias, counts, transposed)
+    result: Tensor = _GroupedLinear.apply(x, weight, bias, counts, transposed)
+    return result
 
 
 def tapped_grouped_linear(
@@ -122,9 +135,11 @@ def tapped_grouped_linear(
     """`grouped_linear` with a frozen weight that calls `tap(dy, x, counts)` in its backward pass, whether or
     not an expert has rows. anchor: see `distlora.maths.functional.tapped_linear`.
     """
-    return _TappedGroupedLinear.apply(x, weight, bias, counts, transposed, anchor, tap)
+    result: Tensor = _TappedGroupedLinear.apply(x, weight, bias, counts, transposed, anchor, tap)
+    return result
 
 
 def spread_rows(values: Tensor, counts: Sequence[int]) -> Tensor:
     """What every row of the input has of its expert: (E, n) to (S, n). counts: the rows of each expert."""
-    return _SpreadRows.apply(values, counts)
+    result: Tensor = _SpreadRows.apply(values, counts)
+    return result

@@ -7,6 +7,7 @@ do to find the end of a text, and cannot choose between two courses.
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,7 +47,9 @@ class KnownValues(TorchDispatchMode):
         self.lacking = False
         self._values = WeakTensorKeyDictionary()
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         tensors = _tensors((args, kwargs))
         if not _is_on_meta(kwargs) and not any(tensor.is_meta for tensor in tensors):
@@ -79,13 +82,13 @@ class KnownValues(TorchDispatchMode):
     def _is_known(self, tensor: Tensor) -> bool:
         return not tensor.is_meta or tensor in self._values
 
-    def _value(self, leaf):
+    def _value(self, leaf: Any) -> Any:
         """The values of a tensor; whatever is no tensor, as it is, and the CPU for the meta device."""
         if isinstance(leaf, Tensor):
             return self._values[leaf] if leaf.is_meta else leaf
         return torch.device("cpu") if isinstance(leaf, torch.device) and leaf.type == "meta" else leaf
 
-    def _with_values(self, function, args, kwargs):
+    def _with_values(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         shapes, leaves_meta = None, kwargs.get("device") is not None and not _is_on_meta(kwargs)
         if not leaves_meta and not _decided_by_values(function):
             shapes = function(*args, **kwargs)
@@ -101,7 +104,7 @@ class KnownValues(TorchDispatchMode):
             self._values[shape] = value
         return shapes
 
-    def _note(self, function, args) -> None:
+    def _note(self, function: Any, args: tuple[Any, ...]) -> None:
         """Keeps what is looked up in a table without values."""
         if function is aten.embedding.default:
             self._keep(args[0], 0, args[1])
@@ -112,7 +115,7 @@ class KnownValues(TorchDispatchMode):
                 if numbers is not None and numbers.dtype != torch.bool:
                     self._keep(args[0], axis, numbers)
 
-    def _noted(self, function, args, result):
+    def _noted(self, function: Any, args: tuple[Any, ...], result: Any) -> Any:
         """The result, of which a slice is kept."""
         if function is aten.slice.Tensor:
             axis = args[1] if len(args) > 1 else 0
@@ -123,7 +126,7 @@ class KnownValues(TorchDispatchMode):
         if not self._is_known(table) and self._is_known(numbers) and numbers.numel():
             self.looked_up.append(LookUp(table.shape[axis], int(self._value(numbers).max())))
 
-    def _without_masks(self, function, args):
+    def _without_masks(self, function: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """The same arguments, with numbers in the place of boolean indices that have values."""
         if function is not aten.index.Tensor:
             return args
@@ -136,7 +139,7 @@ class KnownValues(TorchDispatchMode):
         return (args[0], numbers, *args[2:])
 
 
-def _tensors(tree) -> list[Tensor]:
+def _tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor)]
 
 
@@ -145,18 +148,18 @@ def _memory(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def _changed(function, args, kwargs) -> list[Tensor]:
+def _changed(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
     """The arguments that a function writes into."""
     named = {argument.name: value for argument, value in zip(function._schema.arguments, args)} | kwargs
     infos = {argument.name: argument.alias_info for argument in function._schema.arguments}
     return _tensors([value for name, value in named.items() if infos[name] and infos[name].is_write])
 
 
-def _is_on_meta(kwargs) -> bool:
+def _is_on_meta(kwargs: dict[str, Any]) -> bool:
     return str(kwargs.get("device")) == "meta"
 
 
-def _decided_by_values(function) -> bool:
+def _decided_by_values(function: Any) -> bool:
     """Whether values decide the shape of what comes out, or come out as numbers."""
     return not {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}.isdisjoint(function.tags)
 
@@ -171,7 +174,7 @@ def known_values() -> Iterator[KnownValues]:
 # ---------------------------------------------------------------------- questions without an answer
 
 
-def _asks(function, args, kwargs) -> bool:
+def _asks(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether values decide what comes out of a function of tensors that have none."""
     if function is aten.index.Tensor:
         return any(_is_mask(index) for index in args[1])
@@ -180,7 +183,7 @@ def _asks(function, args, kwargs) -> bool:
     return _decided_by_values(function)
 
 
-def _answer(truth: bool, function, args, kwargs):
+def _answer(truth: bool, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What `KnownValues` says of its truth. What is not known here is left to torch, which refuses it."""
     first: Tensor = args[0]
     if function is aten._local_scalar_dense.default:

@@ -7,7 +7,7 @@ give equal decisions, so all ranks decide alike without asking each other.
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -36,10 +36,10 @@ class RecompositionSchedule(Protocol):
         for one.
         """
 
-    def state(self) -> dict:
+    def state(self) -> dict[str, Any]:
         """What a resumed run needs to continue with the same decisions, as JSON."""
 
-    def restore(self, state: dict) -> None:
+    def restore(self, state: dict[str, Any]) -> None:
         """Takes back what `state` gave. Raises ValueError for what is no such state."""
 
 
@@ -78,10 +78,10 @@ class FixedSchedule:
     def finished(self, done: int) -> bool:
         return self.most == 0 or done >= self.steps[self.most - 1]
 
-    def state(self) -> dict:
+    def state(self) -> dict[str, Any]:
         return {}
 
-    def restore(self, state: dict) -> None:
+    def restore(self, state: dict[str, Any]) -> None:
         """Does nothing: the steps alone decide."""
 
 
@@ -173,10 +173,10 @@ class AdaptiveSchedule:
     def finished(self, done: int) -> bool:
         return self._now.ended or self._now.swaps >= self.most
 
-    def state(self) -> dict:
+    def state(self) -> dict[str, Any]:
         return asdict(self._now)
 
-    def restore(self, state: dict) -> None:
+    def restore(self, state: dict[str, Any]) -> None:
         try:
             self._now = _PROGRESS.validate_json(json.dumps(state), strict=True)
         except ValidationError:

@@ -5,7 +5,7 @@ frozen.
 """
 
 import math
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -47,7 +47,7 @@ class FirstStep(ProbeSettings):
         return self.orthonormal if self.optimal_gradient is None else self.optimal_gradient
 
     @model_validator(mode="after")
-    def _check_eta(self):
+    def _check_eta(self) -> Self:
         if self.noise_std > 0 and self.eta == "search":
             raise ValueError("noise_std is relative to a fixed step: set eta to schedule or to a number")
         if isinstance(self.eta, float) and self.eta <= 0:
@@ -75,7 +75,7 @@ class RecomposeSettings(BaseModel):
     )
 
     @model_validator(mode="after")
-    def _one_schedule(self):
+    def _one_schedule(self) -> Self:
         if (self.times is None) == (self.interval is None):
             raise ValueError("set either times or interval")
         return self
@@ -91,7 +91,7 @@ class LoRASB(NeedsProbe, CorrectsGradients, Recomposes):
     recompose: RecomposeSettings | None = Field(None, description="null: the adapter starts once")
 
     @model_validator(mode="after")
-    def _starts_anew_from_gradients(self):
+    def _starts_anew_from_gradients(self) -> Self:
         if self.recompose is None:
             return self
         if self.init.matrix != "gradient":

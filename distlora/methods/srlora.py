@@ -6,7 +6,7 @@ components from the current gradient, like LoRA-SB's first step (arXiv 2411.1955
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -89,7 +89,7 @@ class SRLoRA(Recomposes, PiSSA):
     )
 
     @model_validator(mode="after")
-    def _check_sizes(self):
+    def _check_sizes(self) -> Self:
         if self.schedule == "none":
             return self
         if self.replaced_at_once < 1:

@@ -1,6 +1,6 @@
 """`train.schedule`: a name of `transformers.get_scheduler`, alone or with its settings."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -41,7 +41,7 @@ class ScheduleSection(Section):
     )
 
     @model_validator(mode="after")
-    def _has_these_settings(self):
+    def _has_these_settings(self) -> Self:
         for setting in set(type(self).model_fields) - {"name", "warmup_from_zero"}:
             changed = getattr(self, setting) != type(self).model_fields[setting].default
             if changed and setting not in SETTINGS[self.name]:

@@ -4,7 +4,7 @@ The keys of `method:` are the fields of the method's class.
 """
 
 from datetime import date as Date
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -105,7 +105,7 @@ class DataSection(Section):
     max_new_tokens: Count = Field(8, description="tokens generated for an exact-match answer")
 
     @model_validator(mode="after")
-    def _saves_padding_in_one_way(self):
+    def _saves_padding_in_one_way(self) -> Self:
         if self.packing and self.group_by_length:
             raise ValueError(
                 "packing and group_by_length are both true, and packed rows have no padding to save; "
@@ -196,20 +196,20 @@ class TrainSection(Section):
         return seconds
 
     @model_validator(mode="after")
-    def _evaluates(self):
+    def _evaluates(self) -> Self:
         for key in ("early_stopping", "keep_best"):
             if getattr(self, key) is not None and self.eval_every is None:
                 raise ValueError(f"{key} follows the evaluations, and eval_every is off; set it to a number")
         return self
 
     @model_validator(mode="after")
-    def _has_a_length(self):
+    def _has_a_length(self) -> Self:
         if self.epochs is None and self.steps is None:
             raise ValueError("epochs and steps are both off; set one of them to a number above 0")
         return self
 
     @model_validator(mode="after")
-    def _decays_after_the_warm_up(self):
+    def _decays_after_the_warm_up(self) -> Self:
         decay = self.schedule.decay_ratio
         if self.schedule.name == "warmup_stable_decay" and self.warmup_ratio + decay > 1:
             raise ValueError(
@@ -219,7 +219,7 @@ class TrainSection(Section):
         return self
 
     @model_validator(mode="after")
-    def _factor_is_above_one(self):
+    def _factor_is_above_one(self) -> Self:
         if self.bad_loss_factor is not None and self.bad_loss_factor <= 1:
             raise ValueError(
                 f"bad_loss_factor is {self.bad_loss_factor:g}, wanted a number above 1, or null for no limit"

@@ -5,6 +5,7 @@ Both classes answer the same calls.
 """
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,7 +59,7 @@ class InitialValuesInLedger:
         for i, component in enumerate(numbered(chosen, self._rank)):
             places[component] = (len(newest) - 1, newest[-1].columns - count + i % count)
 
-    def state(self) -> dict[str, list]:
+    def state(self) -> dict[str, list[Any]]:
         """As JSON, the same on all ranks."""
         return self._places
 

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -111,7 +112,7 @@ class RecompositionReport:
         }
         return {key: by for key, by in known.items() if by}
 
-    def record(self) -> dict:
+    def record(self) -> dict[str, Any]:
         """All of it, as JSON."""
         return {
             "step": self.step, "swapped": self.recomposed, "reason": self.reason,

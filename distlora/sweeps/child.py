@@ -27,7 +27,7 @@ class Signals:
 
     def __init__(self) -> None:
         self.asked: signal.Signals | None = None
-        self._child: subprocess.Popen | None = None
+        self._child: subprocess.Popen[str] | None = None
         self._token = ""
         self._before: dict[signal.Signals, object] = {}
 
@@ -43,7 +43,7 @@ class Signals:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def watch(self, child: subprocess.Popen | None, token: str = "") -> None:
+    def watch(self, child: subprocess.Popen[str] | None, token: str = "") -> None:
         """The process that signals are passed on to from now on, and one that has come already. token: that
         it and all that it starts are marked with.
         """
@@ -97,7 +97,7 @@ def run(words: Sequence[str], output: Path, signals: Signals, token: str, renew:
         _end(token)
 
 
-def _wait(child: subprocess.Popen, renew: Callable[[], None]) -> int:
+def _wait(child: subprocess.Popen[str], renew: Callable[[], None]) -> int:
     while True:
         renew()
         with contextlib.suppress(subprocess.TimeoutExpired):

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from distlora.cluster.status import START_AGAIN, Status
 from distlora.engine.comm.group import STOPPED as STOPPED_EARLY
@@ -116,7 +117,7 @@ class _PointRun:
         code = run(words, self._output, self._signals, self._claim.token, self._claim.renew)
         return code, last_sentence(self._output, since)
 
-    def _note(self, **changes) -> None:
+    def _note(self, **changes: Any) -> None:
         self._claim.renew()  # what is no longer this sweep's is not written
         write_note(self._sweep, self._point, replace(read_note(self._sweep, self._point), **changes))
 

@@ -112,7 +112,7 @@ class Sweep:
 
 
 def read_sweep_file(
-    path: str | os.PathLike, overrides: Sequence[str] = (), launcher: str | None = None
+    path: str | os.PathLike[str], overrides: Sequence[str] = (), launcher: str | None = None
 ) -> Sweep:
     """The sweep in a YAML file.
 
@@ -134,7 +134,7 @@ def read_sweep_file(
     return Sweep(path, _recipe(file.recipe, path), output, tuple(points), file.evaluate, words)
 
 
-def _content(path: Path) -> dict:
+def _content(path: Path) -> dict[str, Any]:
     content = parse_yaml(read_user_text(path, "a sweep"), str(path))
     if isinstance(content, dict) and "recipe" not in content and {"model", "method"} & content.keys():
         raise UserError(f"{path} is a recipe and no sweep; give it to `distlora train`")

@@ -13,7 +13,7 @@ from distlora.recipe.yaml_text import parse_yaml
 from distlora.sweeps.quoting import words_of
 
 
-def read_sweep(path: str | os.PathLike) -> list[list[str]]:
+def read_sweep(path: str | os.PathLike[str]) -> list[list[str]]:
     """The words of every line, quoted as in a shell. Empty lines, and those that begin with #, do not count.
 
     Raises UserError for a file that cannot be read, and for a line that is not a list of overrides.
@@ -36,7 +36,7 @@ def _words(line: str, name: str) -> list[str]:
     return words
 
 
-def line_of(path: str | os.PathLike, number: int, lines: Sequence[list[str]]) -> list[str]:
+def line_of(path: str | os.PathLike[str], number: int, lines: Sequence[list[str]]) -> list[str]:
     """The words of one line, counted from 0. Raises UserError if there is no such line."""
     if not 0 <= number < len(lines):
         raise UserError(
@@ -47,13 +47,13 @@ def line_of(path: str | os.PathLike, number: int, lines: Sequence[list[str]]) ->
 
 
 def check_directories(
-    path: str | os.PathLike, lines: Sequence[list[str]], recipe: str, common: Sequence[str] = ()
+    path: str | os.PathLike[str], lines: Sequence[list[str]], recipe: str, common: Sequence[str] = ()
 ) -> None:
     """Raises UserError if two lines would train into the same directory.
 
     common: the overrides that come before those of every line.
     """
-    own, first = _own_directory(recipe), {}
+    own, first = _own_directory(recipe), dict[str, int]()
     for index, words in enumerate(lines):
         directory = _directory([*common, *words], own)
         if directory in first:

@@ -81,6 +81,6 @@ def _shown(value: Any) -> str:
 def _is_plain(text: str) -> bool:
     """Whether YAML reads the text as itself, without quotation marks."""
     try:
-        return parse_yaml(text, "") == text
+        return bool(parse_yaml(text, "") == text)
     except UserError:
         return False

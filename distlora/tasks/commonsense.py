@@ -5,6 +5,7 @@ which the hub's own rows give the same texts.
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 from distlora.sentences import counted
 from distlora.tasks import alpaca, judging
@@ -40,7 +41,7 @@ def _choice(kind: str, texts: Sequence[str], separator: str = " ") -> tuple[str,
     return shown, [f"{kind.lower()}{number}" for number in range(1, len(texts) + 1)]
 
 
-def _list(what: str, values: object) -> Sequence:
+def _list(what: str, values: object) -> Sequence[Any]:
     """The values, if they are several: a cell of a table of texts (CSV) is one text."""
     if isinstance(values, str) or not isinstance(values, Sequence) or not values:
         raise ValueError(f"{what} that are no list of texts: {values!r:.40}")

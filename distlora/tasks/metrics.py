@@ -52,7 +52,8 @@ def _ranks(scores: Tensor) -> Tensor:
     """(n,) float64: the ranks from 1 on, of equal scores the mean."""
     _, groups, sizes = torch.unique(scores, return_inverse=True, return_counts=True)
     last = sizes.cumsum(0).double()
-    return (last - (sizes.double() - 1) / 2)[groups]
+    means: Tensor = last - (sizes.double() - 1) / 2
+    return means[groups]
 
 
 METRICS = {metric.__name__: metric for metric in (accuracy, f1, matthews, pearson, spearman)}

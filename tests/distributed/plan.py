@@ -18,8 +18,12 @@ WHOLE_RUNS = {
     *(("full", 0), ("pissa", 0), ("full", 1), ("lora_pro", 1)),
     *(("lora", 2), ("lora_sb", 2), ("srlora", 2), ("full", 2)),
 }
-#: What is always tried at stage 1 on two ranks: gradients are cut up as at stage 2.
-AT_STAGE_1 = ("curve", "replacing_gradients")
+#: What is always tried in float32 on two ranks where nothing is cut up, and where gradients are cut up as at
+#: stage 2.
+BELOW_STAGE_2 = {
+    0: ("curve", "replacing_gradients", "writing", "swapping", "dropping"),
+    1: ("curve", "replacing_gradients"),
+}
 
 
 @dataclass(frozen=True)
@@ -57,9 +61,10 @@ class Entry:
         """
         if self.case == "whole_run":
             return self.stage != 3 and (self.setting["method"], self.stage) not in WHOLE_RUNS
-        return (self.world, self.stage, self.dtype, self.zero) == (2, 1, FP32, {}) and (
-            self.case not in AT_STAGE_1
-        )
+        if self.world == 3 and self.stage < 2:
+            return True
+        plain = self.world == 2 and self.stage < 2 and self.dtype == FP32 and not self.zero
+        return plain and self.case not in BELOW_STAGE_2[self.stage]
 
     @property
     def group(self) -> tuple[int, str]:

@@ -16,9 +16,10 @@ DIFFERENT = ("llama", "gemma3", "mixtral+experts", "gpt2", "mamba", "deberta", "
 def rows_of(text: str) -> dict[str, list[str]]:
     """The cells of every row by the model's name, with the notes in place of their numbers."""
     notes = dict(re.findall(r"^(\d+)\. (.+)$", text, re.MULTILINE))
-    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    rows = [line for line in lines if len(line) == 2 + len(COLUMNS)]
     return {
-        name: [re.sub(r"\d+", lambda found: notes[found[0]], cell) for cell in cells]
+        name: [re.sub(r"(?<=\()\d+(?=\))", lambda found: notes[found[0]], cell) for cell in cells]
         for name, _, *cells in rows
     }
 

@@ -70,7 +70,7 @@ def recipe(model, rows, tmp_path_factory) -> list[float]:
     return [line["train/loss"] for line in metrics if "train/loss" in line]
 
 
-@pytest.fixture(scope="module", params=[2, 3])
+@pytest.fixture(scope="module", params=[pytest.param(2, marks=pytest.mark.long), 3])
 def example(request, model, rows, tmp_path_factory) -> tuple[list[float], Path]:
     """The losses of the example at a stage, and what it left."""
     folder = tmp_path_factory.mktemp(f"stage{request.param}")

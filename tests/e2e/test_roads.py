@@ -131,6 +131,7 @@ def test_deepspeed_over_ssh_stops_when_it_is_told_and_goes_on(bench, hostfile, s
     assert not list(bench.folder.rglob("evil")) and bench.status(name).state == "done"
 
 
+@pytest.mark.long
 def test_every_host_for_itself(bench, hostfile, ssh_cluster):
     """Without ssh between the hosts: the same command on each, with its own number."""
     words = [hostfile, *bench.arguments("no-ssh", "train.steps=6")]

@@ -47,6 +47,7 @@ def test_trl(files, model, tmp_path):
     assert is_adapter_of(model, tmp_path / "adapter")
 
 
+@pytest.mark.long  # two ranks of a Trainer are tried in test_trainer.py
 def test_the_trainer_on_two_ranks_at_stage_3_as_alone(files, model, tmp_path):
     alone = plain(TRAINER, model, files[TRAINER], tmp_path / "alone", "--accumulation", len(ROWS))
     assert len(alone) == STEPS and alone[-1] < alone[0]

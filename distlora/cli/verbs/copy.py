@@ -4,8 +4,10 @@ import argparse
 import shlex
 from pathlib import Path
 
+from distlora.cli.arguments import Verbs
 
-def add(verbs) -> None:
+
+def add(verbs: Verbs) -> None:
     parser = verbs.add_parser(
         "copy", help="write a recipe, or another file that comes with distlora, to a file"
     )

@@ -5,12 +5,12 @@ import logging
 import os
 from pathlib import Path
 
-from distlora.cli.arguments import decimal, whole
+from distlora.cli.arguments import Verbs, decimal, whole
 from distlora.cli.shared import this_topology
 from distlora.cluster.rendezvous import DEFAULT_PORT
 
 
-def add(verbs) -> None:
+def add(verbs: Verbs) -> None:
     parser = verbs.add_parser(
         "doctor", help="look for what is wrong with the machines, before a run finds out"
     )

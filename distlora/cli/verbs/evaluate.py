@@ -4,14 +4,14 @@ import argparse
 from pathlib import Path
 
 from distlora.cli import judge_predictions
-from distlora.cli.arguments import whole_number
+from distlora.cli.arguments import Verbs, whole_number
 from distlora.cli.progress import progress_shown
 from distlora.cli.shared import add_quiet, this_topology, until_asked_to_stop
 from distlora.cluster.stopping import StopSignals
 from distlora.errors import UserError, before_ranks_meet
 
 
-def add(verbs) -> None:
+def add(verbs: Verbs) -> None:
     parser = verbs.add_parser(
         "eval",
         help="evaluate a run's newest checkpoint, or another model",

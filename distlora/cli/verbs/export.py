@@ -4,14 +4,14 @@ import argparse
 import logging
 from pathlib import Path
 
-from distlora.cli.arguments import decimal, whole
+from distlora.cli.arguments import Verbs, decimal, whole
 from distlora.cli.progress import progress_shown
 from distlora.cli.shared import add_quiet, log_to_terminal
 from distlora.errors import UserError
 from distlora.sentences import size_text
 
 
-def add(verbs) -> None:
+def add(verbs: Verbs) -> None:
     parser = verbs.add_parser("export", help="write a run's result in a format that other software loads")
     parser.add_argument("run_dir", type=Path, help="the run's output directory")
     parser.add_argument("--format", choices=("peft", "merged"), help="may be left out with --for")

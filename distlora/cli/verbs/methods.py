@@ -3,11 +3,11 @@
 import argparse
 import logging
 
-from distlora.cli.arguments import whole
+from distlora.cli.arguments import Verbs, whole
 from distlora.cli.shared import log_to_terminal
 
 
-def add(verbs) -> None:
+def add(verbs: Verbs) -> None:
     parser = verbs.add_parser(
         "methods",
         help="compare the methods",

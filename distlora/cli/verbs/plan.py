@@ -4,11 +4,11 @@ import argparse
 import logging
 from pathlib import Path
 
-from distlora.cli.arguments import size, whole_number, whole_numbers
+from distlora.cli.arguments import Verbs, size, whole_number, whole_numbers
 from distlora.cli.shared import log_to_terminal, read_recipe
 
 
-def add(verbs) -> None:
+def add(verbs: Verbs) -> None:
     parser = verbs.add_parser(
         "plan", help="memory and traffic of a recipe on a cluster, before anything is loaded or started"
     )

@@ -2,8 +2,10 @@
 
 import argparse
 
+from distlora.cli.arguments import Verbs
 
-def add(verbs) -> None:
+
+def add(verbs: Verbs) -> None:
     parser = verbs.add_parser(
         "recipes", help="list the recipes and other files that come with distlora, or show one"
     )

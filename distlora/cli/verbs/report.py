@@ -4,11 +4,11 @@ import argparse
 import shlex
 from pathlib import Path
 
-from distlora.cli.arguments import whole_number
+from distlora.cli.arguments import Verbs, whole_number
 from distlora.files.confidential import shown_word
 
 
-def add(verbs) -> None:
+def add(verbs: Verbs) -> None:
     parser = verbs.add_parser(
         "report",
         help="compare runs: tables and pictures on a page",

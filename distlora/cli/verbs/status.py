@@ -3,14 +3,14 @@
 import argparse
 from pathlib import Path
 
-from distlora.cli.arguments import decimal
+from distlora.cli.arguments import Verbs, decimal
 from distlora.cli.ending import TRAINING_ERROR
 from distlora.cli.shared import read_recipe
 from distlora.cluster.lease import living_owner
 from distlora.cluster.status import read_status
 
 
-def add(verbs) -> None:
+def add(verbs: Verbs) -> None:
     parser = verbs.add_parser(
         "status",
         help="what became of a run",

@@ -4,7 +4,7 @@ import argparse
 import shlex
 from pathlib import Path
 
-from distlora.cli.arguments import whole, whole_number
+from distlora.cli.arguments import Verbs, whole, whole_number
 from distlora.cli.ending import end
 from distlora.cli.shared import log_to_terminal
 from distlora.cluster.status import START_AGAIN
@@ -12,7 +12,7 @@ from distlora.errors import Preempted, TrainingError, UserError
 from distlora.files.confidential import refuse_secrets, shown_word
 
 
-def add(verbs) -> None:
+def add(verbs: Verbs) -> None:
     parser = verbs.add_parser(
         "sweep",
         help="run every point of a sweep that is not done yet",

@@ -2,8 +2,10 @@
 
 import argparse
 
+from distlora.cli.arguments import Verbs
 
-def add(verbs) -> None:
+
+def add(verbs: Verbs) -> None:
     parser = verbs.add_parser("tasks", help="list the tasks, or show one")
     parser.add_argument("name", nargs="?", help="a task: its columns, prompt and data")
 

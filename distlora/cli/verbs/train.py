@@ -5,7 +5,7 @@ import logging
 import sys
 
 from distlora.cli import dry_run
-from distlora.cli.arguments import whole
+from distlora.cli.arguments import Verbs, whole
 from distlora.cli.progress import progress_shown
 from distlora.cli.shared import add_quiet, read_recipe, this_topology, until_asked_to_stop
 from distlora.cli.summary import summary_table
@@ -16,7 +16,7 @@ from distlora.errors import before_ranks_meet
 SHOWN = 2
 
 
-def add(verbs) -> None:
+def add(verbs: Verbs) -> None:
     parser = verbs.add_parser("train", help="run a recipe")
     parser.add_argument("recipe", help="a YAML file, or a name that `distlora recipes` lists")
     parser.add_argument(

@@ -5,11 +5,12 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+from distlora.cli.arguments import Verbs
 from distlora.errors import UserError
 from distlora.sentences import counted
 
 
-def add(verbs) -> None:
+def add(verbs: Verbs) -> None:
     parser = verbs.add_parser(
         "verify",
         help="whether a run's checkpoints and exports are whole",

@@ -93,8 +93,10 @@ def _shape(text: str) -> str:
 class _Worker:
     """The process, and what keeps two threads from speaking to it at once."""
 
-    def __init__(self):
-        self._lock, self._process, self._owner = threading.Lock(), None, None
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[str] | None = None
+        self._owner: int | None = None
 
     def ask(self, line: str) -> bool:
         """The process's answer to a line. Raises _Unanswered if it ended over it."""
@@ -111,7 +113,7 @@ class _Worker:
                 raise _Unanswered
             return answer == "1\n"
 
-    def _running(self) -> subprocess.Popen:
+    def _running(self) -> subprocess.Popen[str]:
         if self._process is None or self._owner != os.getpid():
             # Of a session of its own, so that a signal to all processes of a run does not reach it. It ends
             # with its input.

@@ -104,7 +104,7 @@ def first_sentence(text: str) -> str:
     return _SENTENCE_END.split(text, maxsplit=1)[0].strip()
 
 
-def _in_box(text: str, mark: re.Match) -> Marked | None:
+def _in_box(text: str, mark: re.Match[str]) -> Marked | None:
     inside, end = braced(text, mark.end()) if text[mark.end()] == "{" else (text[mark.end()], mark.end() + 1)
     inside, rest = " ".join(inside.split())[:LONGEST], text[end : end + LONGEST].split("\n")[0]
     return Marked(inside, rest) if inside else None

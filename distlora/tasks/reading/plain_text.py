@@ -104,7 +104,7 @@ def braced(text: str, start: int) -> tuple[str, int]:
     return text[start + 1 :], len(text)
 
 
-def _as_fraction(found: re.Match) -> str:
+def _as_fraction(found: re.Match[str]) -> str:
     whole, once, again = found.groups()
     above = int(whole + once + again) - int(whole + once)
     return f" \\frac{{{above}}}{{{(10 ** len(again) - 1) * 10 ** len(once)}}} "
@@ -148,5 +148,6 @@ def _argument(text: str, place: int) -> tuple[str, int]:
         place += 1
     if text[place : place + 1] == "{":
         return braced(text, place)
-    end = re.compile(r"\\[A-Za-z]+|.?").match(text, place).end()
-    return text[place:end], end
+    found = re.compile(r"\\[A-Za-z]+|.?").match(text, place)
+    assert found is not None, "nothing at all is a match, too"
+    return found[0], found.end()

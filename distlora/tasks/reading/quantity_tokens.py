@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 from distlora.tasks.reading.number_words import leading_number
 from distlora.tasks.reading.plain_text import plain
@@ -33,11 +33,14 @@ _MOST_SIGNS = 16
 RELATIONS = frozenset("<>≤≥≠±∪∩")
 
 
+Kind = Literal["number", "word", "command", "currency", "sign", "end"]
+
+
 @dataclass(frozen=True)
 class Token:
     """glued: no space is between it and the token before it."""
 
-    kind: Literal["number", "word", "command", "currency", "sign", "end"]
+    kind: Kind
     text: str
     glued: bool
 
@@ -51,9 +54,9 @@ def tokens(text: str) -> list[Token]:
     """The tokens of what stands behind the last arrow in a text, in lower case."""
     text = plain(text).rpartition("⇒")[2]
     text = _TIMES.sub(" * ", _HYPHENS.sub(" ", _CODES.sub(" ", text)))
-    found, end = [], 0
+    found, end = list[Token](), 0
     for match in _TOKEN.finditer(text):
-        found.append(Token(match.lastgroup, match[0], bool(found) and match.start() == end))
+        found.append(Token(cast(Kind, match.lastgroup), match[0], bool(found) and match.start() == end))
         end = match.end()
     return found
 
@@ -73,7 +76,7 @@ class Cursor:
 
     def words(self, ahead: int = 0) -> list[str]:
         """The next words up to a token of another kind, with whole numbers among them."""
-        found = []
+        found: list[str] = []
         for token in self.tokens[self.place + ahead : self.place + ahead + 16]:
             if token.kind != "word" and not (found and token.kind == "number" and token.text.isdecimal()):
                 break
