@@ -1,6 +1,7 @@
 """Scripts with which shells complete the command line: verbs, options, choices, names, and paths."""
 
 import argparse
+from collections.abc import Mapping
 
 from distlora.recipe.shipped import shipped_recipes, shipped_sweeps
 
@@ -9,19 +10,18 @@ _OF_RECIPES = ("train", "plan", "methods", "recipes", "copy", "fetch", "status")
 _OF_SWEEPS = ("sweep", "recipes", "copy")
 
 
-def script(shell: str) -> str:
-    """For bash, zsh or fish."""
-    return {"bash": _bash, "zsh": _zsh, "fish": _fish}[shell](_verbs())
+def script(shell: str, parsers: Mapping[str, argparse.ArgumentParser]) -> str:
+    """For bash, zsh or fish. parsers: of the verbs, by name."""
+    return {"bash": _bash, "zsh": _zsh, "fish": _fish}[shell](_words(parsers))
 
 
-def _verbs() -> dict[str, tuple[list[str], list[str]]]:
+def _words(parsers: Mapping[str, argparse.ArgumentParser]) -> dict[str, tuple[list[str], list[str]]]:
     """Of each verb its options, and the words that may stand behind it, beside paths."""
-    from distlora.cli.parser import verb_parsers
     from distlora.methods import registry
     from distlora.tasks import TASKS
 
     found = {}
-    for name, parser in verb_parsers().items():
+    for name, parser in parsers.items():
         options, words = [], list[str]()
         for action in parser._actions:
             if action.help == argparse.SUPPRESS:

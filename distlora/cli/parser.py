@@ -44,14 +44,6 @@ def _without_dashes(words: Sequence[str]) -> str:
     return f"; write overrides without dashes, as in {keys[0].lstrip('-')}" if keys else ""
 
 
-def verb_parsers() -> dict[str, argparse.ArgumentParser]:
-    """The parser of each verb."""
-    verbs = argparse.ArgumentParser().add_subparsers()
-    for verb in VERBS.values():
-        verb.add(verbs)
-    return dict(verbs.choices)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser("distlora", description="Low-rank fine-tuning that is native to DeepSpeed ZeRO.")
     # DeepSpeed's launcher puts --local_rank=N before the verb. It is ignored: the environment says the same.

@@ -11,10 +11,11 @@ def add(verbs) -> None:
         "fish: distlora completion fish > ~/.config/fish/completions/distlora.fish",
     )
     parser.add_argument("shell", choices=("bash", "zsh", "fish"))
+    parser.set_defaults(parsers=verbs.choices)  # filled with all verbs by the time it runs
 
 
 def run(options: argparse.Namespace) -> None:
     """Prints the script."""
     from distlora.cli.completion import script
 
-    print(script(options.shell), end="")
+    print(script(options.shell, options.parsers), end="")
