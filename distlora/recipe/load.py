@@ -130,7 +130,7 @@ class _Document:
         self.deepspeed_source = INLINE
 
     def _read(self):
-        if self.path.is_dir():
+        if os.path.isdir(self.path):
             raise UserError(f"{self.name} is a directory; give a recipe's file, such as a run's recipe.yaml")
         remedy = "; give the path of a YAML file, or a name that `distlora recipes` lists"
         missing = f"{self.name}: no such recipe{nearest(self.name, shipped_recipes()) or remedy}"

@@ -2,8 +2,10 @@
 programs. Each mistake becomes one sentence that says what to write instead.
 """
 
+import functools
 import os
 import re
+from collections import defaultdict
 from typing import Any
 
 from pydantic import BaseModel
@@ -92,12 +94,23 @@ def _unknown(content: dict[str, Any]) -> list[tuple]:
 
 def _home(name: str) -> str | None:
     """The dotted key that a name belongs to, and in a file the section; None where there is none, or more."""
-    homes = [here for here, names in _OTHER_NAMES.items() if name in names]
-    homes = homes or [path for path in _keys() if path.rpartition(".")[2] == name]
+    homes = _homes().get(name, ())
     if len(homes) != 1:
         return None
     section, _, key = homes[0].rpartition(".")
     return f"{homes[0]} (the key {key} of {section})" if section else key
+
+
+@functools.cache
+def _homes() -> dict[str, list[str]]:
+    """Dotted keys by names: the last parts of keys, and what other programs call them, which comes first."""
+    own, others = defaultdict[str, list[str]](list), defaultdict[str, list[str]](list)
+    for path in _keys():
+        own[path.rpartition(".")[2]].append(path)
+    for path, names in _OTHER_NAMES.items():
+        for name in names:
+            others[name].append(path)
+    return own | others
 
 
 def _keys() -> list[str]:

@@ -54,7 +54,6 @@ def test_a_run_is_scored_and_every_prediction_is_kept(run_dir, data):
         "data": str(data), "split": "test", "dropped": 0,
     }  # fmt: skip
     assert settings["max_new_tokens"] == 4 and settings["template"] == "{prompt}\n" and seconds > 0
-    assert "7/7" in outcome.err, "a bar tells how far it is"
 
 
 def test_batches_of_any_size_and_folded_adapters_answer_alike(run_dir, data, tmp_path):

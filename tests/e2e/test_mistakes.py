@@ -70,7 +70,7 @@ def test_mistakes_in_the_file_are_named_with_the_file(recipe):
     missing = recipe.parent / "none.yaml"
     said = f"{missing}: no such recipe; give the path of a YAML file"
     assert refused("train", missing) == f"{said}, or a name that `distlora recipes` lists"
-    assert refused("train", recipe.parent).startswith(f"{recipe.parent} cannot be read as a recipe")
+    assert refused("train", recipe.parent).startswith(f"{recipe.parent} is a directory; give a recipe")
 
 
 # ---------------------------------------------------------------------- files
@@ -78,7 +78,7 @@ def test_mistakes_in_the_file_are_named_with_the_file(recipe):
 
 def test_model_directory(recipe, model, tmp_path):
     missing = f"model.path={tmp_path}/none"
-    assert refused("train", recipe, missing) == f"{missing}: there is no such directory"
+    assert refused("train", recipe, missing) == f"{missing}: there is no such directory; check the path"
     (tmp_path / "empty").mkdir()
     assert "has no config.json" in refused("train", recipe, f"model.path={tmp_path}/empty")
     broken = shutil.copytree(model, tmp_path / "broken")

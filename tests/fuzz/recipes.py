@@ -97,8 +97,9 @@ def _resolved(folder: Path):
     return resolve_deepspeed(load_recipe(recipe, ["deepspeed=zero.json"]), 2, 64)
 
 
-def _yaml_value(value, folder: Path):
-    return load_recipe(written(folder, RECIPE + dump_yaml({"x": value}), "recipe.yaml"))
+def _yaml_value(example: tuple, folder: Path):
+    key, value = example
+    return load_recipe(written(folder, RECIPE + dump_yaml({key: value}), "recipe.yaml"))
 
 
 _TEXTS = st.one_of(damaged_text(SETTINGS, most=2), st.sampled_from(HOSTILE), st.text(max_size=20))
@@ -115,7 +116,7 @@ LOADERS = (
         _override,
         share=2,
     ),
-    Loader("recipe value", values(), _yaml_value, share=0.5),
+    Loader("recipe value", st.tuples(st.sampled_from(["x", "format"]), values()), _yaml_value, share=0.5),
     Loader("sweep", damaged_text([SWEEP], (*KEYS, *SETTINGS)), _sweep),
     Loader("sweep of lines", damaged_text([LINES], (*KEYS, *SETTINGS)), _lines),
     Loader("split", damaged_text(SPLITS, ["[", "]", ":", "%", "+"]), lambda text, _: _rows_of(text)),

@@ -234,7 +234,7 @@ LOADERS = (
     Loader("best", json_or_damaged(BEST_SO_FAR), a_file(BEST, lambda path: best_of(path.parent)), 0.2, False),
     Loader("kept batch", json_or_damaged({"step": 7, "batch": 9, "rows": []}), _batch, 0.2, False),
     Loader("extra state", edited(EXTRA), _extra, 0.5),
-    Loader("run to verify", damaged_kept_runs(), _verify),
+    Loader("run to verify", damaged_kept_runs(), _verify, refuses=False),
     Loader("mark", json_or_damaged(MARKED), _mark, 0.3, False),
     Loader(
         "predictions",

@@ -166,12 +166,12 @@ def test_every_file_is_a_method_under_its_own_name():
 def test_the_core_of_the_contract_is_twelve_members_beside_the_fields():
     """What only some methods can do belongs to a capability."""
     named = {name for name in {*dir(Method), *Method.__annotations__} if not name.startswith("_")}
-    assert named - set(dir(pydantic.BaseModel)) - {"name", "rank", "alpha", "dropout"} == {
+    assert named - set(dir(pydantic.BaseModel)) - {"name", "rank", "alpha", "dropout", "modules_to_save"} == {
         *("path", "trains", "zero_gradient_at_start", "scaling"),
         *("shapes", "problem_with", "fitted"),
         *("source_matrix", "initialise", "forward", "delta", "export_low_rank"),
     }
-    assert set(Method.model_fields) == {"name", "rank", "alpha", "dropout"}
+    assert set(Method.model_fields) == {"name", "rank", "alpha", "dropout", "modules_to_save"}
     assert [name for name in vars(Method) if name.startswith("_") and name == "_update"] == ["_update"]
 
 

@@ -192,7 +192,7 @@ def test_what_one_method_cannot_do_is_said_in_its_line(model):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ({"model": "/none/model"}, "model.path=/none/model: there is no such directory"),
+        ({"model": "/none/model"}, "model.path=/none/model: there is no such directory; check the path"),
         (
             {"recipe_path": "none.yaml"},
             "none.yaml: no such recipe; give the path of a YAML file, "

@@ -149,6 +149,7 @@ def test_another_method_keeps_what_it_has_and_tells_what_it_dropped():
         "rank": 4,
         "alpha": 8.0,
         "dropout": 0.0,
+        "modules_to_save": (),
         "from": None,
     }
     assert recipe.notes == ("method lora has no method.init: dropped from what x.yaml says",)
@@ -356,7 +357,7 @@ def test_no_such_recipe(folder):
         UserError, match="^nowhere.yaml: no such recipe; give the path of a YAML file, or a name"
     ):
         load_recipe("nowhere.yaml")
-    with pytest.raises(UserError, match="cannot be read as a recipe: .*directory"):
+    with pytest.raises(UserError, match="is a directory; give a recipe's file"):
         load_recipe(folder)
     (folder / "x.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="^x.yaml cannot be read as a recipe: .*utf-8"):

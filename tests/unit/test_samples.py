@@ -36,7 +36,7 @@ class OneOfTwo(Comm):
 def brought(monkeypatch):
     """What was brought; the hub is reachable and its caches are empty."""
     seen = []
-    monkeypatch.setattr(samples, "resolve_path", lambda path, progress: seen.append(path))
+    monkeypatch.setattr(samples, "resolve_path", lambda path, tell: seen.append(path))
     monkeypatch.setattr(samples, "download", lambda section, split: seen.append(f"{section.path} {split}"))
     monkeypatch.setattr(samples, "is_offline_mode", lambda: False)
     monkeypatch.setattr(hub, "is_cached", lambda repository: False)

@@ -131,7 +131,7 @@ def paper(name):
         recipe.method.name, recipe.method.rank, recipe.method.dropout, recipe.method.init.samples,
         recipe.targets, recipe.model.dtype, recipe.data.split, recipe.data.max_length,
         train.epochs, train.steps, train.micro_batch_size, plan_batches(recipe, 1),
-        train.lr, train.schedule, train.warmup_ratio,
+        train.lr, train.schedule.name, train.warmup_ratio,
     )  # fmt: skip
     return recipe, settings
 
