@@ -1,6 +1,7 @@
 """The model of an evaluation: a run's checkpoint, or a model as it is, perhaps with an adapter of PEFT's."""
 
 import logging
+from pathlib import PurePath
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from distlora.maths.low_rank import LowRank
 from distlora.methods import HasMagnitude, magnitude_of
 from distlora.models.hub import on_the_hub, resolve_path
 from distlora.recipe.sections import Recipe
+from distlora.recipe.strict import show
 from distlora.training.build import Built, build
 from distlora.training.evaluated import Subject
 from distlora.training.objective import Objective
@@ -33,6 +35,18 @@ def refuse_other_base(subject: Subject, objective: Objective) -> None:
     path = subject.recipe.model.path
     if subject.adapter is not None and not on_the_hub(path):
         subject.adapter.refuse_other_model(objective.bare_model(), path)
+
+
+def tell_other_base(adapter: PeftFiles, path: str) -> None:
+    """Warns of an adapter that fits a model, and says of itself that it was trained on one of another name.
+    Directories are compared by their last part: a copy of a model may lie anywhere.
+    """
+    base = adapter.config.get("base_model_name_or_path")
+    if isinstance(base, str) and base and PurePath(base).name != PurePath(path).name:
+        log.warning(
+            "%s says that it was trained on %s, and is put on %s, whose layers have the same shapes",
+            adapter.directory, show(base), path,
+        )  # fmt: skip
 
 
 class Evaluated:
@@ -54,6 +68,8 @@ class Evaluated:
         if adapter is not None:
             model = on_every_rank(comm, objective.bare_model)
             on_every_rank(comm, lambda: adapter.refuse_other_model(model, recipe.model.path))
+            if comm.is_main:
+                tell_other_base(adapter, recipe.model.path)
 
     @property
     def place(self) -> str:

@@ -1,7 +1,9 @@
 """Which data an evaluation reads: paths of tasks and suites, and no rows that a run was trained on."""
 
 import json
+import logging
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -14,6 +16,7 @@ from distlora.tasks import SUITES, registry, try_judge
 from distlora.training.evaluated import Asked, Subject, sections_of, subject_of_run
 from distlora.training.evaluation_scores import means
 from distlora.training.run_directory import RECIPE
+from distlora.training.subject import tell_other_base
 from tests.e2e.program import recipe_of
 
 
@@ -142,3 +145,26 @@ def test_a_judge_that_lacks_its_library_is_found_out_beforehand(name, monkeypatc
         try_judge(name)
     for other in registry.TASKS.keys() - {"math", "metamath"}:
         try_judge(other)
+
+
+# ---------------------------------------------------------------------- adapters
+
+
+@pytest.mark.parametrize(
+    ("base", "path", "warns"),
+    [
+        ("some/llama", "models/qwen", True),
+        ("some/llama", "other/llama-2", True),
+        ("some/llama", "models/llama", False),
+        ("/elsewhere/llama/", "some/llama", False),
+        (None, "some/llama", False),
+        ("", "some/llama", False),
+        (["some/llama"], "some/qwen", False),
+    ],
+)
+def test_an_adapter_of_a_base_with_another_name_is_told(base, path, warns, caplog):
+    adapter = SimpleNamespace(config={"base_model_name_or_path": base}, directory=Path("adapter"))
+    with caplog.at_level(logging.WARNING, "distlora"):
+        tell_other_base(adapter, path)
+    told = f'adapter says that it was trained on "{base}", and is put on {path}'
+    assert caplog.messages == ([f"{told}, whose layers have the same shapes"] if warns else [])
