@@ -32,7 +32,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = _parser()
     options, left = parser.parse_known_args(arguments)
     if left and (not hasattr(options, "overrides") or any(word.startswith("-") for word in left)):
-        parser.error(f"unrecognized arguments: {' '.join(left)}{_without_dashes(left)}")
+        remedy = _without_dashes(left) or f"; distlora {options.verb} --help lists what it takes"
+        parser.error(f"unrecognized arguments: {' '.join(left)}{remedy}")
     if left:
         options.overrides = [*options.overrides, *left]
     return options
