@@ -37,6 +37,7 @@ _MOST_PARAMETERS, _NEW_PARAMETERS = 2, 1 << 28
 #: Keys of a config that may name code of a repository, or files beside those that were looked at.
 _IMPLEMENTATIONS = ("attn_implementation", "_attn_implementation", "experts_implementation")
 _OTHER_FILE = "transformers_weights"
+_DTYPES, _TOKENS = ("dtype", "torch_dtype"), ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def check_configs(path: str, directory: Path) -> None:
@@ -55,11 +56,28 @@ def check_configs(path: str, directory: Path) -> None:
             ) from None
         if not isinstance(content, dict):
             raise UserError(f"model.path={path}: {name} is not a valid JSON object; fetch it again")
+        if name in ("config.json", "generation_config.json"):
+            _check_values(f"model.path={path}: {name}", content)
         if name == "config.json":
             _check_config(path, content)
     tokenizer = directory / "tokenizer.json"
     if tokenizer.is_file() and tokenizer.stat().st_size > _LARGEST_TOKENIZER:
         raise UserError(f"model.path={path}: tokenizer.json has more than {_LARGEST_TOKENIZER} bytes")
+
+
+def _check_values(where: str, content: dict[str, Any]) -> None:
+    """What other code takes without a look: names of dtypes, and numbers of tokens."""
+    for key, value in content.items():
+        if key in _DTYPES:
+            fits, wanted = value is None or isinstance(value, str), "the name of a dtype"
+        elif key in _TOKENS:
+            numbers = value if isinstance(value, list) else [value]
+            fits = value is None or all(type(number) is int for number in numbers)
+            wanted = "the number of a token, or a list of them"
+        else:
+            continue
+        if not fits:
+            raise UserError(f"{where}: {key} is {str(value)[:40]}, wanted {wanted}; fetch it again")
 
 
 def _check_config(path: str, content: dict[str, Any]) -> None:

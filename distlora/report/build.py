@@ -42,8 +42,8 @@ def write_report(
     try:
         with new_directory(place, earlier) as folder:
             blocks = _page(groups, Pictures(folder, smooth), command, tasks)
-            (folder / MARKDOWN).write_text(as_markdown(blocks), encoding="utf-8")
-            (folder / HTML).write_text(as_html(blocks, folder), encoding="utf-8")
+            (folder / MARKDOWN).write_text(as_markdown(blocks), "utf-8", "backslashreplace")
+            (folder / HTML).write_text(as_html(blocks, folder), "utf-8", "backslashreplace")
             files = sorted([*(path.name for path in folder.iterdir()), MANIFEST])
             manifest = {"report of": [shown(path) for path in paths], "files": files}
             (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")

@@ -17,6 +17,7 @@ from distlora.exports.peft_files import read_peft
 from distlora.files.atomic import sha256_of
 from distlora.files.tensor_headers import read_header
 from distlora.files.tensors import TensorFiles
+from distlora.models.foreign import check_configs
 from distlora.models.loading import bare_model, load_config, load_model, load_tokenizer
 from distlora.recipe.sections import ModelSection
 from distlora.training.monitor import _keep_until
@@ -292,3 +293,22 @@ def test_a_model_of_one_file_is_not_read_by_a_strangers_index(model):
     (model / "model.safetensors.index.json").write_text('{"weight_map": {"a": "/etc/passwd"}}')
     assert "model.norm.weight" in TensorFiles(model, "model")
     load_model(section(model))
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "value", "wanted"),
+    [
+        ("config.json", "dtype", {}, "the name of a dtype"),
+        ("config.json", "torch_dtype", 16, "the name of a dtype"),
+        ("config.json", "eos_token_id", [[]], "the number of a token"),
+        ("generation_config.json", "eos_token_id", False, "the number of a token"),
+        ("generation_config.json", "pad_token_id", 2.5, "the number of a token"),
+    ],
+)
+def test_values_of_a_config_that_nobody_looks_at_are_looked_at(file, key, value, wanted, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / file).write_text(json.dumps({key: value}))
+    with pytest.raises(UserError, match=f"{file}: {key} is .*, wanted {wanted}"):
+        check_configs("model", tmp_path)
+    (tmp_path / file).write_text(json.dumps({key: [1, 2] if "token" in key else "float32"}))
+    check_configs("model", tmp_path)
