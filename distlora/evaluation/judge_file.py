@@ -57,6 +57,8 @@ def _check_target(source: Path, target: Path) -> None:
 
 def _rows(source: Path) -> list[dict[str, Any]]:
     try:
+        if source.is_char_device() or source.is_block_device():  # some have no end
+            raise UserError(f"{source} is a device; name a file with predictions")
         text = source.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"{source}: no such file") from None

@@ -159,6 +159,11 @@ def readable(path: str, what: str) -> Iterator[None]:
         name = type(error).__name__
         if not isinstance(error, Exception) and name != "PanicException":  # of a library in Rust
             raise
+        if isinstance(error, (AttributeError, TypeError, LookupError)):  # which say nothing of the files
+            raise UserError(
+                f"model.path={path}: {what} cannot be used, since a value in there is of another kind than "
+                "expected; fetch it again"
+            ) from error
         raise UserError(f"model.path={path}: {what} cannot be used ({name}: {first_line(error)})") from error
 
 

@@ -3,10 +3,12 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from distlora.cli.main import main
+from distlora.errors import UserError
 from distlora.evaluation.judge_file import judge_file
 
 ROWS = [
@@ -137,3 +139,8 @@ def _sentence(capsys) -> str:
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("distlora: ") and err.count("\n") == 1
     return err
+
+
+def test_a_device_without_an_end_is_not_read(tmp_path):
+    with pytest.raises(UserError, match="^/dev/zero is a device; name a file with predictions"):
+        judge_file("gsm8k", Path("/dev/zero"), tmp_path / "judged.jsonl")
