@@ -4,6 +4,7 @@ import contextlib
 import sys
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -60,7 +61,7 @@ class _Task:
         return f"{self.done:,}{'' if self.total is None else f' of {self.total:,}'} {self.unit}"
 
 
-class _Display:
+class _Display(ABC):
     """What both kinds have in common: phases become visible after PATIENCE, by a thread that looks on."""
 
     def __init__(self) -> None:
@@ -98,11 +99,13 @@ class _Display:
                     if now - task.began >= PATIENCE:
                         self.show(task, now)
 
+    @abstractmethod
     def show(self, task: _Task, now: float) -> None:
-        raise NotImplementedError
+        """A task that lasts."""
 
+    @abstractmethod
     def finish(self, task: _Task, now: float) -> None:
-        raise NotImplementedError
+        """A task that is over."""
 
 
 class Lines(_Display):
